@@ -1,0 +1,46 @@
+# Two commands are all a newcomer needs: `make demo` and `make test`.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+export HF_HUB_OFFLINE = 1
+export FLWR_TELEMETRY_ENABLED = 0
+export FLWR_DISABLE_UPDATE_CHECK = 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: setup demo test test-slow lint format docs clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml requirements.lock
+	@echo "Setting up $(VENV) (a few minutes the first time)"
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "silotune needs Python 3.11 or newer; try make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[demo,dev]'
+	@touch $(READY)
+
+demo: $(READY)
+	$(BIN)/silotune demo hospitals ./hospitals --force
+	$(BIN)/silotune simulate ./hospitals/plan.toml --baselines
+
+test: lint
+	$(BIN)/python -m pytest --durations=10
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+docs: $(READY)
+	$(BIN)/silotune errors --markdown > docs/errors.md
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

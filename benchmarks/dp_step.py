@@ -1,0 +1,238 @@
+"""What one private training step costs, beside PEFT without privacy and Opacus with it.
+
+    python benchmarks/dp_step.py            # all cases; about 25 minutes on two cores
+    python benchmarks/dp_step.py --quick    # MiniLM, batch 16: under 50 s
+    python benchmarks/dp_step.py --json     # the last line is one JSON object
+
+All contenders of a case train copies of one model on one batch, in one process, taking turns in an
+order that reverses every time. Each turn is a whole step: forward, per-sequence losses, backward,
+clipping, noise, AdamW. Ratios are medians over turns of the ratio within a turn, with quartiles.
+CPU time is that of the process with one thread; wall time is measured with two threads. Memory is the
+highest resident size during a step over that before it, each contender in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+from dp_step_contenders import CONTENDERS, Step
+from dp_step_models import MODELS, Setting
+
+PEERS = ("torch", "transformers", "peft", "opacus")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One setting, who is measured in it, and how often."""
+
+    name: str
+    setting: Setting
+    contenders: tuple[str, ...]
+    turns: int = 12
+    memory: bool = False
+
+
+BASIC = ("peft", "ours", "ours_twin", "opacus_hooks", "opacus_ghost")
+REDUCED = ("peft_autocast", "peft_bf16", "ours_bf16", "ours_bf16_twin")
+VARIANTS = ("peft_ffa", "ours_ffa", "ours_units", "peft_micro", "ours_micro")
+# (ours, peers, the ratio to reach); of several peers the fastest counts.
+RATIOS = (
+    ("ours", ("peft",), 1.00),
+    ("ours", ("ours_twin",), 1.03),
+    ("ours", ("opacus_hooks",), 0.95),
+    ("ours", ("opacus_ghost",), 0.65),
+    ("ours_bf16", ("peft_autocast", "peft_bf16"), 0.90),
+    ("ours_bf16", ("ours_bf16_twin",), 1.03),
+    ("ours_bf16", ("opacus_hooks",), 0.60),
+    ("ours_bf16", ("ours",), None),
+    ("ours_ffa", ("peft_ffa",), 1.00),
+    ("ours_units", ("peft",), 1.00),
+    ("ours_micro", ("peft_micro",), 1.00),
+)
+MEMORY_TARGET = 0.80
+CASES = (
+    Case("minilm_qv_16", Setting("minilm", "qv", 16), BASIC + REDUCED + VARIANTS, memory=True),
+    Case("minilm_qv_64", Setting("minilm", "qv", 64), BASIC + REDUCED, turns=8, memory=True),
+    Case("minilm_all_16", Setting("minilm", "all", 16), BASIC + REDUCED + VARIANTS),
+    Case("minilm_all_64", Setting("minilm", "all", 64), BASIC + REDUCED, turns=8, memory=True),
+    Case("llama_qv_8", Setting("llama", "qv", 8, length=128), BASIC + REDUCED, memory=True),
+    Case("llama_all_8", Setting("llama", "all", 8, length=128), BASIC + REDUCED),
+    Case("vit_qv_32", Setting("vit", "qv", 32), BASIC + REDUCED),
+    Case("vit_all_32", Setting("vit", "all", 32), BASIC + REDUCED),
+)
+QUICK = tuple(
+    replace(case, contenders=contenders, turns=turns, memory=memory)
+    for case, contenders, turns, memory in (
+        (CASES[0], (*BASIC, "ours_bf16", "peft_autocast", "ours_bf16_twin"), 4, True),
+        (CASES[2], BASIC[:4], 4, False),
+    )
+)
+
+
+def take_turns(
+    steps: dict[str, Step], turns: int, clock: Callable[[], float]
+) -> dict[str, list[float]]:
+    """Seconds of each contender in each turn, after one step to warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for step in steps.values():
+        step()
+    order = list(steps)
+    for turn in range(turns):
+        for name in order if turn % 2 == 0 else reversed(order):
+            start = clock()
+            steps[name]()
+            seconds[name].append(clock() - start)
+    return seconds
+
+
+def paired(ours: Sequence[float], peers: Sequence[Sequence[float]]) -> tuple[float, float, float]:
+    """Median and quartiles of ours over the peer that is fastest by its median."""
+    peer = min(peers, key=statistics.median)
+    ratios = [a / b for a, b in zip(ours, peer, strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return middle, low, high
+
+
+def measure_times(case: Case) -> dict[str, float]:
+    """Print a case's table; return its named numbers."""
+    steps = {name: CONTENDERS[name](case.setting) for name in case.contenders}
+    numbers: dict[str, float] = {}
+    tables = {}
+    for kind, threads, clock, turns in (
+        ("cpu", 1, time.process_time, case.turns),
+        ("wall2", 2, time.perf_counter, max(3, case.turns // 2)),
+    ):
+        torch.set_num_threads(threads)
+        tables[kind] = take_turns(steps, turns, clock)
+    print(f"\n{case.name}: {case.setting}")
+    for name in case.contenders:
+        cpu, wall = (statistics.median(tables[kind][name]) * 1e3 for kind in ("cpu", "wall2"))
+        print(f"  {name:16s} {cpu:8.1f} ms CPU, 1 thread {wall:8.1f} ms wall, 2 threads")
+        numbers[f"{case.name}.{name}_cpu_ms"] = round(cpu, 2)
+    for ours, peers, target in RATIOS:
+        present = [peer for peer in peers if peer in steps]
+        if ours not in steps or not present:
+            continue
+        label = f"{ours}_over_{peers[0] if len(peers) == 1 else 'best_peft_bf16'}"
+        for kind, table in tables.items():
+            middle, low, high = paired(table[ours], [table[peer] for peer in present])
+            suffix = "" if kind == "cpu" else "_wall"
+            numbers[f"{case.name}.{label}{suffix}"] = round(middle, 4)
+            note = verdict(middle, target) if kind == "cpu" else ""
+            print(f"  {label + suffix:42s} {middle:.3f} [{low:.3f} to {high:.3f}] {note}")
+    return numbers
+
+
+def verdict(value: float, target: float | None) -> str:
+    """The ratio beside what it should be."""
+    if target is None:
+        return ""
+    return f"target {target:.2f}: {'holds' if value <= target else 'MISSED'}"
+
+
+def peak_extra_memory(step: Step) -> float:
+    """Highest resident size of a later step over that before it, in MiB (Linux)."""
+    step()
+    gc.collect()
+    trim_heap()
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    step()
+    return resident("VmHWM") - before
+
+
+def trim_heap() -> None:
+    """Give freed memory back, so that a step pays for all it needs."""
+    import ctypes
+
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def resident(field: str) -> float:
+    """One of the sizes of /proc/self/status, in MiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1]) / 1024
+
+
+def measure_memory(case: Case) -> dict[str, float]:
+    """Peak extra memory of a step, each contender in a fresh process."""
+    names = [n for n in ("peft", "ours", "opacus_hooks", "ours_bf16") if n in case.contenders]
+    argument = json.dumps(case.setting.__dict__)
+    children = {
+        name: subprocess.Popen(  # noqa: S603 - our own script
+            [sys.executable, __file__, "--memory-of", name, "--setting", argument],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for name in names
+    }
+    sizes = {name: float(child.communicate()[0].split()[-1]) for name, child in children.items()}
+    numbers = {f"{case.name}.{name}_step_mib": round(size, 1) for name, size in sizes.items()}
+    print(f"\n{case.name}: peak extra memory of a step, MiB: {sizes}")
+    for name, peer in (("ours", "peft"), ("ours", "opacus_hooks"), ("ours_bf16", "peft")):
+        if name in sizes and peer in sizes:
+            ratio = sizes[name] / sizes[peer]
+            numbers[f"{case.name}.{name}_memory_over_{peer}"] = round(ratio, 4)
+            print(f"  {name}_memory_over_{peer:12s} {ratio:.3f} {verdict(ratio, MEMORY_TARGET)}")
+    return numbers
+
+
+def memory_child(name: str, setting: str) -> None:
+    """The work of one memory process: print MiB."""
+    torch.set_num_threads(1)
+    print(peak_extra_memory(CONTENDERS[name](Setting(**json.loads(setting)))))
+
+
+def summary(numbers: dict[str, float]) -> None:
+    """Each ratio over all cases."""
+    print("\nover all cases (CPU time, one thread): lowest, median, highest")
+    for label in sorted({key.split(".", 1)[1] for key in numbers if "_over_" in key}):
+        if label.endswith("_wall"):
+            continue
+        values = sorted(v for key, v in numbers.items() if key.split(".", 1)[1] == label)
+        middle = statistics.median(values)
+        print(f"  {label:36s} {values[0]:.3f}  {middle:.3f}  {values[-1]:.3f}  n={len(values)}")
+
+
+def main() -> None:
+    """Run the cases and print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--quick", action="store_true", help="MiniLM at batch 16, under 50 s")
+    parser.add_argument("--json", action="store_true", help="end with one JSON object")
+    parser.add_argument("--only", help="cases whose name contains this")
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    parser.add_argument("--setting", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.memory_of:
+        memory_child(options.memory_of, options.setting)
+        return
+    peers = ", ".join(f"{name} {version(name)}" for name in PEERS)
+    print(f"{peers}; {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores")
+    numbers: dict[str, float] = {}
+    for case in QUICK if options.quick else CASES:
+        if options.only is None or options.only in case.name:
+            numbers |= measure_times(case)
+            gc.collect()
+            if case.memory:
+                numbers |= measure_memory(case)
+    summary(numbers)
+    if options.json:
+        print(json.dumps({"versions": {n: version(n) for n in PEERS}} | numbers))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""The command line: parse, call, print."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import Annotated
+
+# Before any library reads them: silotune never phones home and never downloads unasked.
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import typer
+from rich.console import Console
+
+from silotune import __version__
+from silotune.commands import (
+    certificate,
+    demo,
+    errors_page,
+    ledger,
+    plan,
+    predict,
+    report,
+    simulate,
+)
+from silotune.errors import SilotuneError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Fine-tune one language model across organisations that may not pool their records.",
+    epilog="Start with: silotune demo hospitals ./hospitals, then silotune simulate hospitals/plan.toml",
+)
+app.add_typer(demo.app, name="demo")
+app.add_typer(plan.app, name="plan")
+app.command("simulate")(simulate.simulate)
+app.command("report")(report.report)
+app.command("predict")(predict.predict)
+app.add_typer(ledger.app, name="ledger")
+app.add_typer(certificate.app, name="certificate")
+app.command("errors")(errors_page.errors)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"silotune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show tracebacks and library logs.")
+    ] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options of every command."""
+    del version
+    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING)
+    if not debug:
+        for noisy in ("flwr", "opacus", "transformers"):
+            logging.getLogger(noisy).setLevel(logging.ERROR)
+
+
+def show_error(error: SilotuneError, console: Console) -> None:
+    """Print what happened, why, and what to do."""
+    console.print(f"[bold red]{error.code}[/] [bold]{error.title}[/]", highlight=False)
+    console.print(error.detail, highlight=False, markup=False)
+    console.print(f"Why: {error.cause}", highlight=False, markup=False)
+    console.print(f"Do:  {error.remedy}", highlight=False, markup=False)
+
+
+def main() -> None:
+    """Entry point of the `silotune` console script."""
+    debug = "--debug" in sys.argv[1:]
+    try:
+        app()
+    except SilotuneError as error:
+        if debug:
+            raise
+        show_error(error, Console(stderr=True, soft_wrap=True))
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("Interrupted. Nothing finished is lost.")
+        sys.exit(130)

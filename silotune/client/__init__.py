@@ -1,0 +1,1 @@
+"""A site: training, the gate, and the daemon's parts."""

@@ -1,0 +1,237 @@
+"""A site at run time: its records, ledger and gate around the warm model of its process."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import cast
+
+from dp_accounting import ComposedDpEvent
+from flwr.app import RecordDict
+
+from silotune.client import metrics
+from silotune.client.gate import DpRelease, Field, Gate, Public, Unprotected
+from silotune.client.terms import metric_sigma, run_events, sigma_for
+from silotune.client.trainer import SiteData, TrainableModel, Trainer, Vector
+from silotune.data.reader import load_records
+from silotune.data.records import Records
+from silotune.data.site import DatasetConfig, Role, SiteConfig
+from silotune.data.splits import Split
+from silotune.errors import BudgetExceeded
+from silotune.models.adapter import write_adapter
+from silotune.models.base import load_model
+from silotune.models.choices import Choices
+from silotune.models.task import Encoded
+from silotune.models.weights import locate, weights_sha256
+from silotune.plan import Plan
+from silotune.privacy.accounting import gaussian_event
+from silotune.privacy.certificate import CertificateBody, issue
+from silotune.privacy.ledger import Budget, Ledger, ReleaseKey
+from silotune.privacy.noise import NoiseSource, SecureNoise, SeededNoise, derive_seed
+from silotune.privacy.signing import load_or_create
+
+
+@dataclass
+class WarmModel:
+    """The base model of this process, loaded for one plan at a time and shared by its sites."""
+
+    choices: Choices | None = None
+    _held: TrainableModel | None = None
+
+    def for_plan(self, plan: Plan) -> TrainableModel:
+        """The model ready to train under `plan`, loaded if another plan had it before."""
+        if self._held is None or self._held.plan != plan:
+            wish = asdict(self.choices) if self.choices else {}
+            wish.pop("reason", None)
+            self._held = TrainableModel(plan, load_model(plan, **wish))
+        return self._held
+
+
+class SiteRun:
+    """One site's part in one run: answers the coordinator's three kinds of message.
+
+    Parameters
+    ----------
+    site : SiteConfig
+        The site's own word: datasets, declared units, budgets.
+    state : Path
+        Folder of the ledger, outbox and certificate.
+    plan : Plan
+        The run's plan.
+    run : str
+        The run's name.
+    warm : WarmModel
+        The process's model.
+
+    Attributes
+    ----------
+    train_seconds : dict of int to float
+        Time spent training, by round: for the site's own log and the simulator.
+    """
+
+    def __init__(
+        self, site: SiteConfig, *, state: Path, plan: Plan, run: str, warm: WarmModel
+    ) -> None:
+        self.site, self.plan, self.run = site, plan, run
+        self._state, self._warm = state, warm
+        self.dataset: DatasetConfig = site.dataset(plan.data.dataset)
+        self.train_seconds: dict[int, float] = {}
+
+    # --- what the coordinator may ask ---
+
+    def join(self) -> RecordDict:
+        """Check that the plan can be served here, reserve its budget, and declare the terms."""
+        model = self.trainable.model
+        self._reserve()
+        declared = self.dataset.declared_units
+        fields: dict[str, Field] = {
+            "site": Public(self.site.name, "site.toml: name"),
+            "declared_units": Public(declared, "site.toml: declared_units"),
+            "layout": Public(model.layout.to_json(), "plan: model and lora"),
+            "rate": Public(self.plan.rate_for(declared), "plan: privacy.rate or privacy.batch"),
+        }
+        if self.plan.private:
+            fields["sigma"] = Public(self.sigma, "plan: privacy.epsilon over the declared units")
+        self.trainer.features_needed()
+        return self.gate.release(ReleaseKey(self.run, 0, "join"), fields=fields)
+
+    def train(self, adapter: Vector, server_round: int) -> RecordDict:
+        """The site's update of a round; a repeated request gets the first answer again."""
+        key = ReleaseKey(self.run, server_round, "update")
+        if (again := self.gate.recall(key)) is not None:
+            return again
+        started = time.monotonic()
+        update = self.trainer.round(adapter, server_round)
+        self.train_seconds[server_round] = time.monotonic() - started
+        if update.event is None:
+            return self.gate.release(key, fields={"update": Unprotected(update.flat)})
+        return self.gate.release(
+            key,
+            fields={"update": DpRelease(update.flat, "steps")},
+            mechanisms={"steps": update.event},
+        )
+
+    def evaluate(self, adapter: Vector, server_round: int) -> RecordDict:
+        """Counts on the validation units, noisy unless the plan is not private."""
+        key = ReleaseKey(self.run, server_round, "metrics")
+        if (again := self.gate.recall(key)) is not None:
+            return again
+        model = self.trainable.model
+        write_adapter(model, adapter)
+        rows = self.records.rows(Split.VALIDATION)
+        units = self.records.unit_of[rows]
+        found = metrics.counts(model, self.encoded, rows=rows, units=units)
+        if not self.plan.private:
+            return self.gate.release(key, fields={"counts": Unprotected(found)})
+        sigma = metric_sigma(self.plan)
+        released = metrics.noisy(
+            found,
+            sigma=sigma,
+            sensitivity=metrics.sensitivity(model),
+            noise=self._noise("metrics", server_round),
+        )
+        return self.gate.release(
+            key,
+            fields={"counts": DpRelease(released, "counts")},
+            mechanisms={"counts": gaussian_event(sigma)},
+        )
+
+    def finish(self) -> CertificateBody | None:
+        """Settle the reservation and write the certificate; None without privacy."""
+        if self.ledger is None:
+            return None
+        self.ledger.settle(self.plan.data.dataset, self.run)
+        return issue(
+            self._state / "certificate.json",
+            ledger=self.ledger,
+            dataset=self.plan.data.dataset,
+            run=self.run,
+            plan=self.plan,
+            site=self.site.name,
+            model_sha256=weights_sha256(locate(self.plan.model.base)),
+            secure_noise=self.plan.plan.seed is None,
+            key=load_or_create(self._state / "signing.key"),
+        )
+
+    # --- parts, each made on first use ---
+
+    @property
+    def trainable(self) -> TrainableModel:
+        """The process's model, ready for this plan."""
+        return self._warm.for_plan(self.plan)
+
+    @cached_property
+    def ledger(self) -> Ledger | None:
+        """The site's ledger; None for a plan without privacy."""
+        return Ledger(self._state / "ledger.sqlite") if self.plan.private else None
+
+    @cached_property
+    def gate(self) -> Gate:
+        """The only door out."""
+        return Gate(
+            ledger=self.ledger,
+            dataset=self.plan.data.dataset,
+            plan=self.plan,
+            run=self.run,
+            outbox=self._state / "outbox",
+        )
+
+    @cached_property
+    def sigma(self) -> float:
+        """Noise multiplier for the plan's epsilon; 0 without privacy."""
+        return sigma_for(self.plan, self.dataset.declared_units) if self.plan.private else 0.0
+
+    @cached_property
+    def records(self) -> Records:
+        """The site's records."""
+        roles = cast("frozenset[Role]", self.trainable.model.task.roles)
+        return load_records(self.site, self.plan, roles=roles)
+
+    @cached_property
+    def encoded(self) -> Encoded:
+        """The records as token ids."""
+        model = self.trainable.model
+        return model.task.encode(self.records.examples, model.tokenizer, plan=self.plan)
+
+    @cached_property
+    def trainer(self) -> Trainer:
+        """Trains this site's share."""
+        data = SiteData(
+            site=self.site.name,
+            encoded=self.encoded,
+            unit_of=self.records.unit_of,
+            train=self.records.rows(Split.TRAIN),
+            declared_units=self.dataset.declared_units,
+        )
+        return Trainer(self.trainable, data, sigma=self.sigma)
+
+    def _reserve(self) -> None:
+        """Set the whole run's cost aside in the ledger, within the site's own budget."""
+        if self.ledger is None:
+            return
+        delta = self.plan.privacy.delta
+        assert delta is not None  # validated with the plan
+        limit = self.dataset.budget
+        if limit is None:
+            raise BudgetExceeded(
+                f"site.toml gives dataset {self.plan.data.dataset!r} no budget",
+                remedy="Add [datasets.NAME.budget] with epsilon and delta to site.toml.",
+            )
+        if delta > limit.delta:
+            raise BudgetExceeded(
+                f"the plan's delta is {delta:g}, the site's budget has {limit.delta:g}"
+            )
+        budget = Budget(epsilon=limit.epsilon, delta=delta)
+        events = run_events(self.plan, self.dataset.declared_units, sigma=self.sigma)
+        event = events[0] if len(events) == 1 else ComposedDpEvent(events)
+        self.ledger.reserve(
+            self.plan.data.dataset, self.run, self.plan.sha256, event, budget=budget
+        )
+
+    def _noise(self, purpose: str, server_round: int) -> NoiseSource:
+        seed = self.plan.plan.seed
+        if seed is None:
+            return SecureNoise()
+        return SeededNoise(derive_seed(seed, purpose, self.site.name, server_round))

@@ -1,0 +1,59 @@
+"""What a plan comes to at one site: noise, and the events it will cost."""
+
+from __future__ import annotations
+
+from dp_accounting import DpEvent
+
+from silotune.plan import Plan
+from silotune.privacy.accounting import calibrate, gaussian_event, step_event
+
+
+def metric_releases(plan: Plan) -> int:
+    """How often a private plan releases metrics."""
+    every = plan.rounds.evaluate_every
+    return plan.rounds.number // every if every and plan.privacy.metrics_share else 0
+
+
+def metric_sigma(plan: Plan) -> float:
+    """Noise multiplier of a metric release: all of them together cost metrics_share of epsilon."""
+    privacy = plan.privacy
+    assert privacy.epsilon is not None and privacy.delta is not None
+    return calibrate(
+        epsilon=privacy.epsilon * privacy.metrics_share,
+        delta=privacy.delta,
+        rate=1.0,
+        steps=metric_releases(plan),
+    )
+
+
+def sigma_for(plan: Plan, declared_units: int) -> float:
+    """Noise multiplier of a training step, so that the whole run costs the plan's epsilon.
+
+    Raises
+    ------
+    CalibrationImpossible
+        No noise reaches it.
+    """
+    privacy = plan.privacy
+    assert privacy.epsilon is not None and privacy.delta is not None
+    return calibrate(
+        epsilon=privacy.epsilon,
+        delta=privacy.delta,
+        rate=plan.rate_for(declared_units),
+        steps=plan.steps,
+        extra=tuple(_metric_events(plan)),
+    )
+
+
+def run_events(plan: Plan, declared_units: int, *, sigma: float) -> list[DpEvent]:
+    """Every event of a whole run at a site, which its ledger reserves."""
+    steps = step_event(rate=plan.rate_for(declared_units), sigma=sigma, steps=plan.steps)
+    return [steps, *_metric_events(plan)]
+
+
+def _metric_events(plan: Plan) -> list[DpEvent]:
+    return (
+        [gaussian_event(metric_sigma(plan))] * metric_releases(plan)
+        if metric_releases(plan)
+        else []
+    )

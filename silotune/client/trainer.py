@@ -1,0 +1,291 @@
+"""One site's part of a round: a few steps on its own records, privately.
+
+With one local step the site returns the step's noisy clipped gradient sum; with several, the change of
+its adapter. Head-only rounds run on features that are computed once and kept in memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from dp_accounting import DpEvent
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from silotune.client.sampling import MicroBatch, UnitSampler
+from silotune.errors import SelfCheckFailed
+from silotune.models.adapter import Layout, write_adapter
+from silotune.models.base import LoadedModel
+from silotune.models.features import compute_features
+from silotune.models.task import Encoded
+from silotune.plan import Clip, Plan
+from silotune.privacy.accounting import step_event
+from silotune.privacy.clipping import Attached, attach
+from silotune.privacy.engine import ClipGroup, DpSgd, PlainSgd
+from silotune.privacy.noise import NoiseSource, SecureNoise, SeededNoise, derive_seed
+from silotune.strategies.schedule import Phase, learning_rate, phase_of
+from silotune.strategies.server_optimizer import Group
+
+Vector = NDArray[np.float32]
+Engine = DpSgd | PlainSgd
+
+_MOVE_PATIENCE = 4  # LoRA's A has no gradient until B left zero, one or two steps later
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteData:
+    """A site's encoded records and what it says of them in public.
+
+    Attributes
+    ----------
+    site : str
+        The site's name.
+    encoded : Encoded
+        Token ids and targets of every record.
+    unit_of : int array [records]
+        Dense number of each record's privacy unit.
+    train : int array
+        Records that may be trained on.
+    declared_units : int
+        Public, rounded number of units, from the site's configuration.
+    """
+
+    site: str
+    encoded: Encoded
+    unit_of: NDArray[np.int64]
+    train: NDArray[np.int64]
+    declared_units: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundUpdate:
+    """What one round produced at a site, before the gate.
+
+    Attributes
+    ----------
+    flat : float32 array
+        The update of the trained groups, in the order of the layout.
+    event : DpEvent or None
+        What the update costs; None without privacy.
+    """
+
+    flat: Vector
+    event: DpEvent | None
+
+
+class TrainableModel:
+    """A loaded model made ready for training: one for a process, shared by all sites in it.
+
+    Parameters
+    ----------
+    plan : Plan
+        Says whether gradients are per unit.
+    model : LoadedModel
+        From `silotune.models.base.load_model`.
+    """
+
+    def __init__(self, plan: Plan, model: LoadedModel) -> None:
+        self.plan, self.model = plan, model
+        self.attached: Attached = attach(model.module, private=plan.private, dtype=model.dtype)
+        self.adapter, self.head = model.parameters("adapter"), model.parameters("head")
+
+    def parameters(self, phase: Phase) -> tuple[nn.Parameter, ...]:
+        """Parameters that a phase trains, in the order of the layout."""
+        return self.head if phase == "head" else self.adapter + self.head
+
+    def engine(self, phase: Phase, *, sigma: float, noise: NoiseSource) -> Engine:
+        """A fresh engine for the steps of one round."""
+        if not self.plan.private:
+            return PlainSgd(self.attached, self.parameters(phase))
+        return DpSgd(self.attached, self._groups(phase), sigma=sigma, noise=noise)
+
+    def _groups(self, phase: Phase) -> list[ClipGroup]:
+        clip = self.plan.privacy.clip
+        assert clip is not None  # validated with the plan
+        if not isinstance(clip, Clip):
+            everything = self.parameters(phase)
+            return [ClipGroup(name="all", parameters=everything, clip=clip, share=1.0)]
+        if phase == "head":
+            return [ClipGroup(name="head", parameters=self.head, clip=clip.head, share=1.0)]
+        return [
+            ClipGroup(
+                name="adapter",
+                parameters=self.adapter,
+                clip=clip.adapter,
+                share=1.0 - clip.head_share,
+            ),
+            ClipGroup(name="head", parameters=self.head, clip=clip.head, share=clip.head_share),
+        ]
+
+
+class Trainer:
+    """Trains one site's share of a plan.
+
+    Parameters
+    ----------
+    trainable : TrainableModel
+        The shared model.
+    data : SiteData
+        The site's records.
+    sigma : float
+        Noise multiplier; ignored without privacy.
+
+    Attributes
+    ----------
+    records_used : int
+        Records trained on so far, repetitions counted: private, for the simulator's comparisons.
+    """
+
+    def __init__(self, trainable: TrainableModel, data: SiteData, *, sigma: float) -> None:
+        self._shared, self._data, self._sigma = trainable, data, sigma
+        self._plan, self._model = trainable.plan, trainable.model
+        privacy = self._plan.privacy
+        self._sampler = UnitSampler(
+            encoded=data.encoded,
+            unit_of=data.unit_of,
+            rows=data.train,
+            max_records=privacy.max_records_per_unit,
+            max_physical=privacy.max_physical_batch,
+        )
+        self._features: Tensor | None = None
+        self._secure = SecureNoise() if self._plan.plan.seed is None else None
+        self._still: set[int] | None = None
+        self._checked_steps = 0
+        self.records_used = 0
+
+    @property
+    def layout(self) -> Layout:
+        """The layout of adapters and updates."""
+        return self._model.layout
+
+    def round(self, adapter: Vector, server_round: int) -> RoundUpdate:
+        """Run the local steps of a round (from 1) from the global adapter.
+
+        Parameters
+        ----------
+        adapter : float32 array [layout.size]
+            The global adapter.
+        server_round : int
+            Number of the round.
+
+        Raises
+        ------
+        SelfCheckFailed
+            A run-time check failed; nothing may be released.
+        """
+        phase = phase_of(self._plan, server_round)
+        write_adapter(self._model, adapter)
+        noise = self._stream(server_round)
+        engine = self._shared.engine(phase, sigma=self._sigma, noise=noise)
+        steps = self._plan.rounds.local_steps
+        first = (server_round - 1) * steps
+        if steps == 1:
+            sums, records = self._step(engine, phase, noise)
+            flat = _flatten(sums)
+        else:
+            flat, records = self._walk(engine, phase, noise, first=first)
+        self.records_used += records
+        event = None
+        if self._plan.private:
+            rate = self._plan.rate_for(self._data.declared_units)
+            event = step_event(rate=rate, sigma=self._sigma, steps=steps)
+        return RoundUpdate(flat=flat, event=event)
+
+    def _stream(self, server_round: int) -> NoiseSource:
+        """Randomness of a round: the OS's, or the plan's seed for this site and round."""
+        if self._secure is not None:
+            return self._secure
+        seed = self._plan.plan.seed
+        assert seed is not None
+        return SeededNoise(derive_seed(seed, "train", self._data.site, server_round))
+
+    def _step(self, engine: Engine, phase: Phase, noise: NoiseSource) -> tuple[list[Tensor], int]:
+        """One step: sample units, accumulate micro-batches, return the (noisy) sums."""
+        rate = self._plan.rate_for(self._data.declared_units)
+        records = 0
+        for batch in self._sampler.draw(rate, noise):
+            losses = self._losses(batch, phase)
+            units = torch.from_numpy(batch.units).to(losses.device)
+            engine.accumulate(losses, units=units, n_units=batch.n_units)
+            records += len(batch.rows)
+        self._check_moving(phase, records)
+        return engine.release(), records
+
+    def _losses(self, batch: MicroBatch, phase: Phase) -> Tensor:
+        task, module = self._model.task, self._model.module
+        if phase == "head":
+            rows = torch.tensor(batch.rows)
+            features = self.features()[rows].to(self._model.device)
+            return task.head_losses(module, features, self._data.encoded, batch.rows)
+        inputs = task.collate(self._data.encoded, batch.rows, self._model.device)
+        return task.losses(module, inputs)
+
+    def features_needed(self) -> None:
+        """Compute the features now if the plan has head-only rounds, so that no round waits."""
+        if self._plan.optimizer.site.head_rounds:
+            self.features()
+
+    def features(self) -> Tensor:
+        """Frozen features of every record, computed on first use and kept [records, hidden]."""
+        if self._features is None:
+            self._features = compute_features(self._model, self._data.encoded)
+        return self._features
+
+    def _walk(
+        self, engine: Engine, phase: Phase, noise: NoiseSource, *, first: int
+    ) -> tuple[Vector, int]:
+        """Several local steps with the site's own optimizer; the change of the parameters."""
+        parameters = self._shared.parameters(phase)
+        before = [p.detach().clone() for p in parameters]
+        rule = torch.optim.Adam if self._plan.optimizer.site.local == "adam" else torch.optim.SGD
+        heads = {id(p) for p in self._shared.head}
+        optimizer = rule([{"params": [p], "lr": 0.0} for p in parameters])
+        batch = self._plan.expected_batch(self._data.declared_units)
+        used = 0
+        for step in range(first, first + self._plan.rounds.local_steps):
+            sums, records = self._step(engine, phase, noise)
+            used += records
+            for group, parameter, total in zip(
+                optimizer.param_groups, parameters, sums, strict=True
+            ):
+                kind: Group = "head" if id(parameter) in heads else "adapter"
+                group["lr"] = learning_rate(self._plan, kind, step=step)
+                parameter.grad = total / batch
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        changes = [p.detach() - old for p, old in zip(parameters, before, strict=True)]
+        return _flatten(changes), used
+
+    def _check_moving(self, phase: Phase, records: int) -> None:
+        """Every trainable tensor must have had a gradient within the first non-empty steps.
+
+        Looked at before noise is added, which would move any tensor.
+        """
+        if phase == "head" or not records or self._still == set():
+            return
+        parameters = self._shared.parameters(phase)
+        if self._still is None:
+            self._still = set(range(len(parameters)))
+        self._still -= {i for i, p in enumerate(parameters) if _has_gradient(p)}
+        self._checked_steps += 1
+        if self._still and self._checked_steps >= _MOVE_PATIENCE:
+            names = [self._model.layout.entries[i].name for i in sorted(self._still)]
+            raise SelfCheckFailed(
+                f"{len(names)} trainable tensors never had a gradient: {names[0]}"
+            )
+
+
+def _flatten(parts: list[Tensor]) -> Vector:
+    flat = torch.cat([part.detach().reshape(-1).float().cpu() for part in parts])
+    return np.asarray(flat.numpy(), dtype=np.float32)
+
+
+def _has_gradient(parameter: nn.Parameter) -> bool:
+    """Whether the step's sum of a parameter, clipped or plain, is anything but zero."""
+    holder = cast(Any, parameter)
+    total = getattr(holder, "summed_grad", None)
+    total = holder.grad if total is None else total
+    return total is not None and bool(total.any())

@@ -1,0 +1,178 @@
+"""`silotune plan`: check a plan before anybody runs it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from silotune.data.site import SiteConfig, load_sites
+from silotune.errors import SilotuneError
+from silotune.plan import Plan, schema
+
+app = typer.Typer(no_args_is_help=True, help="Check plans and print their schema.")
+
+PlanPath = Annotated[Path, typer.Argument(help="The plan's TOML file.", show_default=False)]
+
+
+@app.command("check")
+def check(
+    path: PlanPath,
+    sizes: Annotated[
+        str,
+        typer.Option(help="Units at each site, e.g. 1000,2500. Default: the site folders' own."),
+    ] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Validate a plan and say in plain words what it does and what it costs.
+
+    Costs are the trainable parameters, the bytes a round moves, the number of steps, and for each
+    site the noise and the epsilon that the plan comes to.
+    """
+    plan = Plan.load(path)
+    facts = assess(plan, _declared(path, plan, sizes))
+    if as_json:
+        typer.echo(json.dumps(facts))
+        return
+    _print(plan, facts, Console())
+
+
+@app.command("schema")
+def print_schema() -> None:
+    """Print the JSON schema of a plan, for editors and other tools."""
+    typer.echo(json.dumps(schema(), indent=2))
+
+
+def _declared(path: Path, plan: Plan, sizes: str) -> dict[str, int]:
+    """Declared units by site: from the command line, else from the folders beside the plan."""
+    if sizes:
+        try:
+            numbers = [int(part) for part in sizes.split(",")]
+        except ValueError:
+            raise typer.BadParameter(
+                "give whole numbers, e.g. 1000,2500", param_hint="--sizes"
+            ) from None
+        if min(numbers) < 1:
+            raise typer.BadParameter("a site has at least one unit", param_hint="--sizes")
+        return {f"site {i}": number for i, number in enumerate(numbers, start=1)}
+    if not any(path.parent.glob("*/site.toml")):
+        return {}
+    sites: tuple[SiteConfig, ...] = load_sites(path.parent)
+    return {s.name: s.dataset(plan.data.dataset).declared_units for s in sites}
+
+
+def assess(plan: Plan, declared: dict[str, int]) -> dict[str, Any]:
+    """What a plan costs.
+
+    Returns
+    -------
+    dict
+        ``plan_sha256``, ``steps``, ``model`` (description, or why it can't be loaded here),
+        ``trainable_parameters``, ``bytes_up`` and ``bytes_down`` a site and round (None where the
+        model isn't here), and ``sites``: declared units, expected batch, rate, sigma and epsilon.
+    """
+    return {
+        "name": plan.plan.name,
+        "plan_sha256": plan.sha256,
+        "steps": plan.steps,
+        "private": plan.private and plan.plan.seed is None,
+        **_model_facts(plan),
+        "sites": {name: _site_facts(plan, units) for name, units in declared.items()},
+    }
+
+
+def _model_facts(plan: Plan) -> dict[str, Any]:
+    from silotune.models.base import load_model
+
+    try:
+        model = load_model(plan, device="cpu", attention="eager", dtype="float32")
+    except SilotuneError as exc:
+        return {
+            "model": f"{exc.code} {exc.detail}",
+            "trainable_parameters": None,
+            "bytes_up": None,
+            "bytes_down": None,
+        }
+    nbytes = model.layout.nbytes
+    return {
+        "model": model.description,
+        "trainable_parameters": model.layout.size,
+        "bytes_up": nbytes,
+        "bytes_down": nbytes,
+    }
+
+
+def _site_facts(plan: Plan, units: int) -> dict[str, Any]:
+    from silotune.client.terms import run_events, sigma_for
+    from silotune.privacy.accounting import epsilon
+
+    facts: dict[str, Any] = {
+        "declared_units": units,
+        "rate": plan.rate_for(units),
+        "expected_batch": plan.expected_batch(units),
+        "sigma": None,
+        "epsilon": None,
+    }
+    if plan.private:
+        assert plan.privacy.delta is not None
+        sigma = sigma_for(plan, units)
+        facts["sigma"] = sigma
+        facts["epsilon"] = epsilon(run_events(plan, units, sigma=sigma), delta=plan.privacy.delta)
+    return facts
+
+
+def in_words(plan: Plan) -> list[str]:
+    """The plan as sentences."""
+    model, rounds, privacy = plan.model, plan.rounds, plan.privacy
+    head = plan.optimizer.site.head_rounds
+    what = (
+        f"tell apart {', '.join(model.labels)}" if model.labels else "write a response to a prompt"
+    )
+    lines = [
+        f"Purpose: {plan.plan.purpose}",
+        f"Tunes {model.base} to {what}, with LoRA of rank {plan.lora.r}.",
+        f"Trains on each site's dataset {plan.data.dataset!r}; {plan.data.test_share:.0%} of it is "
+        f"kept for testing and {plan.data.validation_share:.0%} for validation.",
+        f"{rounds.number} rounds of {rounds.local_steps} step{'s' * (rounds.local_steps > 1)}"
+        + (f", the first {head} of the head alone" if head else "")
+        + f"; needs at least {rounds.min_sites} sites.",
+    ]
+    if not plan.private:
+        lines.append("No differential privacy: updates reveal records. For comparison only.")
+    else:
+        unit = "single records" if privacy.unit == "record" else f"each {privacy.unit}"
+        lines.append(
+            f"Protects {unit} with epsilon {privacy.epsilon:g} at delta {privacy.delta:g}, "
+            "counted at each site by itself."
+        )
+    if plan.plan.seed is not None:
+        lines.append(
+            f"Seed {plan.plan.seed}: repeatable, and therefore not private. For simulation only."
+        )
+    return lines
+
+
+def _print(plan: Plan, facts: dict[str, Any], console: Console) -> None:
+    console.print(f"[bold]{plan.plan.name}[/] is a valid plan. SHA-256 {plan.sha256}")
+    for line in in_words(plan):
+        console.print(f"  {line}", highlight=False)
+    console.print(f"  Model: {facts['model']}", highlight=False)
+    if facts["trainable_parameters"] is not None:
+        console.print(
+            f"  Trains {facts['trainable_parameters']:,} parameters: {facts['bytes_up']:,} bytes up and "
+            f"{facts['bytes_down']:,} down, a site and round.",
+            highlight=False,
+        )
+    if not facts["sites"]:
+        console.print("  Give --sizes 1000,2500 to see epsilon for sites of these sizes.")
+        return
+    table = Table("site", "units", "batch", "rate", "noise (sigma)", "epsilon", box=None)
+    for name, site in facts["sites"].items():
+        cells = [f"{site[key]:.3f}" if site[key] else "none" for key in ("sigma", "epsilon")]
+        rate, batch = f"{site['rate']:.4f}", f"{site['expected_batch']:.0f}"
+        table.add_row(name, f"{site['declared_units']:,}", batch, rate, *cells)
+    console.print(table)

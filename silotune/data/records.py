@@ -1,0 +1,97 @@
+"""A site's checked records in memory, addressed by row and by privacy unit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from silotune.data.splits import Split
+
+Rows = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Records:
+    """The records that a plan's task sees.
+
+    Attributes
+    ----------
+    examples : sequence of mapping, length n
+        Strings by role: ``text`` and ``label``, or ``prompt`` and ``response``.
+    unit_of : int64 array of shape [n]
+        The privacy unit of each record: every one of 0 .. `n_units()` - 1 occurs.
+    split : uint8 array of shape [n]
+        The part each record belongs to, as values of `Split`. All records of a unit are in one.
+    """
+
+    examples: Sequence[Mapping[str, str]]
+    unit_of: NDArray[np.int64]
+    split: NDArray[np.uint8]
+
+    def __post_init__(self) -> None:
+        if not len(self.examples) == len(self.unit_of) == len(self.split):
+            raise ValueError("examples, unit_of and split must have one length")
+        if self.unit_of.size and not np.bincount(self.unit_of).all():
+            raise ValueError("units must be numbered without gaps")
+        if (self._unit_split[self.unit_of] != self.split).any():
+            raise ValueError("a unit is on both sides of the split")
+        self.unit_of.setflags(write=False)
+        self.split.setflags(write=False)
+
+    def __len__(self) -> int:
+        """Number of records."""
+        return len(self.examples)
+
+    def n_units(self, split: Split | None = None) -> int:
+        """Number of units, of one split or of all. A private number: it must not leave the site."""
+        if split is None:
+            return len(self._unit_split)
+        return int(np.count_nonzero(self._unit_split == split))
+
+    def units(self, split: Split) -> Rows:
+        """The units of a split, ascending."""
+        return np.flatnonzero(self._unit_split == split)
+
+    def rows(self, split: Split) -> Rows:
+        """The rows of a split, ascending."""
+        return np.flatnonzero(self.split == split)
+
+    def gather(self, units: NDArray[np.int64]) -> tuple[Rows, NDArray[np.int64]]:
+        """All rows of some units, unit by unit, without a Python loop.
+
+        Parameters
+        ----------
+        units : int64 array of shape [k]
+            Units, in any order, each at most once.
+
+        Returns
+        -------
+        rows : int64 array of shape [m]
+            The rows of ``units[0]``, then those of ``units[1]``, and so on.
+        position : int64 array of shape [m]
+            For each row the place of its unit in `units`: non-decreasing values in 0 .. k - 1.
+        """
+        starts, order = self._by_unit
+        sizes = starts[units + 1] - starts[units]
+        position = np.repeat(np.arange(len(units), dtype=np.int64), sizes)
+        first = np.cumsum(sizes) - sizes
+        within = np.arange(int(sizes.sum()), dtype=np.int64) - first[position]
+        return order[starts[units][position] + within], position
+
+    @cached_property
+    def _unit_split(self) -> NDArray[np.uint8]:
+        n_units = int(self.unit_of.max()) + 1 if len(self.unit_of) else 0
+        split = np.zeros(n_units, dtype=np.uint8)
+        split[self.unit_of] = self.split
+        return split
+
+    @cached_property
+    def _by_unit(self) -> tuple[Rows, Rows]:
+        """Offsets [units + 1] into the rows sorted by unit [n]."""
+        sizes = np.bincount(self.unit_of, minlength=self.n_units())
+        starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        return starts, np.argsort(self.unit_of, kind="stable").astype(np.int64)

@@ -1,0 +1,220 @@
+"""site.toml: who a site is and which datasets it offers, under the site's own terms.
+
+Everything here is the site's word. What a plan may assume about a site (`declared_units`, the name
+of the privacy unit) is public by declaration; where the records are and how to reach them is not,
+and a database URL is never printed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+from urllib.parse import quote
+
+from pydantic import Field, PrivateAttr, SecretStr, ValidationError, model_validator
+
+from silotune.errors import DatasetUnknown, SiteConfigInvalid
+from silotune.explain import explain
+from silotune.plan import Name, Positive, Section
+
+Role = Literal["text", "label", "unit", "group", "prompt", "response"]
+Format = Literal["csv", "jsonl", "parquet", "sql"]
+
+_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+
+Column = Annotated[str, Field(min_length=1)]
+
+
+class ColumnsConfig(Section):
+    """``[datasets.NAME.columns]``: which column plays which role."""
+
+    text: Column | None = None
+    label: Column | None = None
+    unit: Column | None = Field(None, description="Identifies the patient, customer, ...")
+    group: Column | None = Field(None, description="Kept whole when data.split_by is 'group'.")
+    prompt: Column | None = None
+    response: Column | None = None
+
+    def by_role(self) -> dict[Role, str]:
+        """The columns that are named, by role."""
+        roles: tuple[Role, ...] = get_args(Role)
+        return {role: getattr(self, role) for role in roles if getattr(self, role) is not None}
+
+
+class BudgetConfig(Section):
+    """``[datasets.NAME.budget]``: what the ledger of this dataset may reach, all runs together."""
+
+    epsilon: Positive
+    delta: Annotated[float, Field(gt=0.0, lt=0.01)]
+
+
+class DatasetConfig(Section):
+    """``[datasets.NAME]``: where the records are and on which terms they are offered."""
+
+    format: Format
+    path: Annotated[str, Field(min_length=1)] | None = None
+    delimiter: Literal[",", ";", "\t", "|"] = ","
+    url: SecretStr | None = Field(
+        None, description="SQLAlchemy URL; ${VARIABLE} is taken from the environment."
+    )
+    query: Annotated[str, Field(min_length=1)] | None = None
+    columns: ColumnsConfig
+    unit: Name = Field(
+        "record", description="'record', or what one value of columns.unit is: 'patient'."
+    )
+    declared_units: Annotated[int, Field(ge=1)] = Field(
+        description="Number of units, rounded: the public number that weights and rates use."
+    )
+    max_records_per_unit: Annotated[int, Field(ge=1)] = 1
+    budget: BudgetConfig | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        problems = [*self._source_conflicts(), *self._unit_conflicts()]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def _source_conflicts(self) -> list[str]:
+        wanted = ("url", "query") if self.format == "sql" else ("path",)
+        found = []
+        for key in ("path", "url", "query"):
+            given = getattr(self, key) is not None
+            if given and key not in wanted:
+                found.append(f"{key} has no meaning when format is '{self.format}'; remove it")
+            if not given and key in wanted:
+                found.append(f"{key} is needed when format is '{self.format}'")
+        if self.delimiter != "," and self.format != "csv":
+            found.append("delimiter is for format 'csv' only; remove it")
+        return found
+
+    def _unit_conflicts(self) -> list[str]:
+        found = []
+        if self.unit == "record" and self.columns.unit is not None:
+            found.append('unit must say what one value of columns.unit is, e.g. "patient"')
+        if self.unit != "record" and self.columns.unit is None:
+            found.append(f"columns.unit is needed when unit is '{self.unit}'")
+        if self.unit == "record" and self.max_records_per_unit != 1:
+            found.append("max_records_per_unit must be 1 when unit is 'record'")
+        return found
+
+
+class SiteConfig(Section):
+    """A whole site.toml. Read it with `SiteConfig.load`.
+
+    Attributes
+    ----------
+    name : str
+        The site's name in every log and report.
+    state_dir : str or None
+        Folder of the site's private state (ledger, outbox, certificates); see `state_folder`.
+    datasets : dict of str to DatasetConfig
+        What the site offers, by the name that a plan asks for.
+    """
+
+    name: Name
+    state_dir: Annotated[str, Field(min_length=1)] | None = None
+    datasets: dict[Name, DatasetConfig] = Field(min_length=1)
+    _folder: Path = PrivateAttr(default=Path())
+
+    @classmethod
+    def load(cls, path: Path) -> SiteConfig:
+        """Read a site's configuration from a TOML file.
+
+        Raises
+        ------
+        SiteConfigInvalid
+            No such file, not TOML, or an unknown or wrong setting; the message lists every one.
+        """
+        try:
+            raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as exc:
+            raise SiteConfigInvalid(f"{path}: {exc.strerror or type(exc).__name__}") from exc
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+            raise SiteConfigInvalid(f"{path} is not valid TOML: {exc}") from exc
+        return cls.from_mapping(raw, folder=path.parent, source=str(path))
+
+    @classmethod
+    def from_mapping(
+        cls, raw: Mapping[str, Any], *, folder: Path = Path(), source: str = "site"
+    ) -> SiteConfig:
+        """Validate plain data; paths in it are relative to `folder`. Raises `SiteConfigInvalid`."""
+        try:
+            site = cls.model_validate_json(json.dumps(raw, default=str))
+        except ValidationError as exc:
+            listed = "\n".join(f"  - {line}" for line in explain(exc, cls))
+            # The cause would carry the rejected input, and with it perhaps a database URL.
+            raise SiteConfigInvalid(f"{source}:\n{listed}") from None
+        site._folder = folder.resolve()
+        return site
+
+    @property
+    def folder(self) -> Path:
+        """Absolute folder that relative paths start from: where site.toml is."""
+        return self._folder
+
+    @property
+    def state_folder(self) -> Path:
+        """Absolute folder of the site's private state: ``state`` beside site.toml by default."""
+        return self._folder / (self.state_dir or "state")
+
+    def dataset(self, name: str) -> DatasetConfig:
+        """The terms of one dataset. Raises `DatasetUnknown`."""
+        try:
+            return self.datasets[name]
+        except KeyError:
+            offered = ", ".join(sorted(self.datasets))
+            raise DatasetUnknown(
+                f"site {self.name!r} offers no dataset {name!r}; it offers: {offered}"
+            ) from None
+
+
+def load_sites(folder: Path) -> tuple[SiteConfig, ...]:
+    """Every site of a simulation: the subfolders of `folder` that hold a site.toml.
+
+    Returns
+    -------
+    tuple of SiteConfig
+        In the order of the folders' names.
+
+    Raises
+    ------
+    SiteConfigInvalid
+        No site there, one of them is wrong, or two have the same name.
+    """
+    sites = tuple(SiteConfig.load(path) for path in sorted(folder.glob("*/site.toml")))
+    if not sites:
+        raise SiteConfigInvalid(f"{folder}: no subfolder has a site.toml")
+    names = [site.name for site in sites]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise SiteConfigInvalid(f"{folder}: two sites are named {', '.join(map(repr, twice))}")
+    return sites
+
+
+def expand_url(url: SecretStr) -> str:
+    """The database URL with every ``${VARIABLE}`` taken from the environment.
+
+    A URL that is one variable and nothing else is used as it is; inside a longer URL a value is
+    percent-encoded, so that a password may have any character.
+
+    Raises
+    ------
+    SiteConfigInvalid
+        A variable is not set. The URL itself is never part of a message.
+    """
+    template = url.get_secret_value()
+    whole = _VARIABLE.fullmatch(template) is not None
+
+    def value(match: re.Match[str]) -> str:
+        found = os.environ.get(match[1])
+        if found is None:
+            raise SiteConfigInvalid(f"url: the environment variable {match[1]} is not set")
+        return found if whole else quote(found, safe="")
+
+    return _VARIABLE.sub(value, template)

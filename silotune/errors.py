@@ -1,0 +1,416 @@
+"""The error taxonomy: every failure a user can meet has a stable code, a cause and a remedy.
+
+A family groups the codes of one part of the product and owns one exit code of the command line. The
+page ``docs/errors.md`` is generated from these classes, so a class is the only place to edit.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class SilotuneError(Exception):
+    """Root of every error that silotune raises on purpose.
+
+    Parameters
+    ----------
+    detail : str
+        What happened here, in one sentence. It must never quote a record.
+    remedy : str, optional
+        A remedy more precise than the one of the class.
+    """
+
+    code: ClassVar[str] = "ST-000"
+    title: ClassVar[str] = "Something went wrong"
+    cause: ClassVar[str] = "silotune met a condition it has no better name for."
+    advice: ClassVar[str] = "Run the command again with --debug and report what it prints."
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, detail: str = "", *, remedy: str | None = None) -> None:
+        self.detail = detail or self.title
+        self.remedy = remedy or self.advice
+        super().__init__(self.detail)
+
+    def __str__(self) -> str:
+        return f"{self.code} {self.detail}"
+
+
+# --- plan: exit code 10 -------------------------------------------------------------------------
+
+
+class PlanError(SilotuneError):
+    """The plan can't be used as it is."""
+
+    code, exit_code = "ST-100", 10
+    title = "The plan is not usable"
+    cause = "The plan file could not be read as a plan."
+    advice = "Compare it with `silotune plan schema` and the commented example in examples/."
+
+
+class PlanUnreadable(PlanError):
+    """The file is missing or isn't TOML."""
+
+    code = "ST-101"
+    title = "The plan file can't be read"
+    cause = "The file does not exist, is not readable, or is not valid TOML."
+    advice = "Check the path, and the line and column that the message names."
+
+
+class PlanInvalid(PlanError):
+    """A key is unknown, has the wrong type, or contradicts another."""
+
+    code = "ST-102"
+    title = "The plan has invalid settings"
+    cause = "A key is unknown, a value has the wrong type or range, or two settings contradict."
+    advice = "Correct the keys that the message lists; each line says what was expected."
+
+
+class PlanSignatureInvalid(PlanError):
+    """The signature doesn't fit the plan."""
+
+    code = "ST-103"
+    title = "The plan's signature is not valid"
+    cause = "The plan was changed after it was signed, or signed with another key."
+    advice = "Ask the coordinator's operator for the signed plan; never run an unsigned one."
+
+
+# --- data: exit code 20 -------------------------------------------------------------------------
+
+
+class DataError(SilotuneError):
+    """A site's records can't be used."""
+
+    code, exit_code = "ST-200", 20
+    title = "The dataset is not usable"
+    cause = "The site's dataset does not fit what the plan asks for."
+    advice = "Check the dataset's entry in site.toml and the file it names."
+
+
+class SiteConfigInvalid(DataError):
+    """site.toml is wrong."""
+
+    code = "ST-201"
+    title = "The site configuration is not valid"
+    cause = "site.toml is missing, is not TOML, or has an unknown or wrong setting."
+    advice = "Correct the keys that the message lists; examples/site.toml explains each."
+
+
+class DatasetUnknown(DataError):
+    """The plan names a dataset that the site doesn't offer."""
+
+    code = "ST-202"
+    title = "The site does not offer this dataset"
+    cause = "The plan asks for a dataset by a name that site.toml does not have."
+    advice = "Add a [datasets.NAME] table to site.toml, or correct data.dataset in the plan."
+
+
+class DatasetUnreadable(DataError):
+    """The file or query can't be read."""
+
+    code = "ST-203"
+    title = "The dataset can't be read"
+    cause = "The file is missing, not readable, or not of the format that its entry says."
+    advice = "Check the path, the permissions and the format in site.toml."
+
+
+class ColumnMissing(DataError):
+    """A column that a role needs is not there."""
+
+    code = "ST-204"
+    title = "A column is missing"
+    cause = "The plan's task needs a column that the dataset does not have under that name."
+    advice = "Map the role to the right column under [datasets.NAME.columns] in site.toml."
+
+
+class RecordInvalid(DataError):
+    """A record breaks the schema; the message has file, row and column, never the record."""
+
+    code = "ST-205"
+    title = "A record is not usable"
+    cause = "A text is empty or a label is not one of the plan's labels."
+    advice = "Correct or remove the rows that the message counts."
+
+
+class UnitTooLarge(DataError):
+    """A privacy unit has more records than the site's configuration allows."""
+
+    code = "ST-206"
+    title = "A privacy unit has too many records"
+    cause = "One patient or customer has more records than max_records_per_unit of the dataset."
+    advice = "Raise the bound in site.toml, or check that the unit column is the right one."
+
+
+class TooFewRecords(DataError):
+    """Not enough units to train on."""
+
+    code = "ST-207"
+    title = "The dataset is too small"
+    cause = "A split has no records, or the expected batch is larger than the declared units."
+    advice = "Lower the plan's batch or rate, or offer more records."
+
+
+class UnitMismatch(DataError):
+    """The plan protects another unit than the one the site offers its dataset under."""
+
+    code = "ST-208"
+    title = "The plan's privacy unit is not the site's"
+    cause = "privacy.unit of the plan differs from the unit of the dataset in site.toml."
+    advice = "Set privacy.unit to the site's unit; its budget and declared_units count that one."
+
+
+class FolderOccupied(DataError):
+    """A folder to be filled with sites already holds other sites."""
+
+    code = "ST-209"
+    title = "The folder already holds other sites"
+    cause = "Its subfolders have site.toml files of sites that are not among those to be written."
+    advice = "Give a new folder, or remove the old sites first."
+
+
+# --- model: exit code 30 ------------------------------------------------------------------------
+
+
+class ModelError(SilotuneError):
+    """The base model or an adapter can't be used."""
+
+    code, exit_code = "ST-300", 30
+    title = "The model is not usable"
+    cause = "The base model does not fit the plan."
+    advice = "Check model.base and model.task in the plan."
+
+
+class ModelNotFound(ModelError):
+    """The base model isn't on this machine."""
+
+    code = "ST-301"
+    title = "The base model is not on this machine"
+    cause = "model.base is neither a folder here nor a model in the local Hugging Face cache."
+    advice = "Download the model to a folder first and put its path into the plan or site.toml."
+
+
+class ModelHashMismatch(ModelError):
+    """The weights aren't those of the plan."""
+
+    code = "ST-302"
+    title = "The base model's weights are not the ones of the plan"
+    cause = "The SHA-256 of the weight files differs from model.sha256."
+    advice = "Get the same revision of the model as the plan's author, or correct the hash."
+
+
+class LayerUnsupported(ModelError):
+    """A trainable layer has no exact per-unit gradient."""
+
+    code = "ST-303"
+    title = "A layer can't be trained under differential privacy"
+    cause = "Exact per-unit gradients do not exist in silotune for this kind of layer."
+    advice = "Leave it out of lora.target_modules, or train without privacy."
+
+
+class TargetModulesUnknown(ModelError):
+    """No module has the names of lora.target_modules."""
+
+    code = "ST-304"
+    title = "The plan's target modules are not in the model"
+    cause = "lora.target_modules names modules that the base model does not have."
+    advice = "Use one of the names that the message lists, or 'auto'."
+
+
+class AdapterMismatch(ModelError):
+    """An adapter has other arrays than the plan's model."""
+
+    code = "ST-305"
+    title = "The adapter does not fit the model"
+    cause = "Names, shapes or sizes of the adapter's arrays differ from the plan's layout."
+    advice = "Use the adapter with the plan (and base model) that it was made with."
+
+
+# --- privacy: exit code 40 ----------------------------------------------------------------------
+
+
+class PrivacyError(SilotuneError):
+    """A guarantee can't be given."""
+
+    code, exit_code = "ST-400", 40
+    title = "The privacy guarantee can't be given"
+    cause = "A condition that the guarantee rests on does not hold."
+    advice = "Nothing was released. Read the detail, correct it, start again."
+
+
+class BudgetExceeded(PrivacyError):
+    """The ledger may not reach what was asked."""
+
+    code = "ST-401"
+    title = "The privacy budget does not allow this"
+    cause = "What was asked, added to what is spent and reserved, exceeds the dataset's budget."
+    advice = "Lower privacy.epsilon or the rounds in the plan, or have the budget raised."
+
+
+class LedgerDamaged(PrivacyError):
+    """The ledger was truncated, edited or rolled back."""
+
+    code = "ST-402"
+    title = "The privacy ledger is damaged"
+    cause = "The hash chain is broken, or the ledger is older than its head file says."
+    advice = "Restore the newest ledger and head from backup; do not train until it verifies."
+
+
+class ValueUnaccounted(PrivacyError):
+    """A value would leave that is neither public nor a charged release."""
+
+    code = "ST-403"
+    title = "A value without an account was stopped at the gate"
+    cause = "The site's code tried to send a value that is neither declared public nor charged."
+    advice = "This is a defect: report it. Nothing was sent."
+
+
+class SelfCheckFailed(PrivacyError):
+    """A run-time check of the training step failed."""
+
+    code = "ST-404"
+    title = "A self-check of the private step failed"
+    cause = "A tensor did not move, a norm passed its bound, noise was off, or NaN appeared."
+    advice = "Nothing was released. Report the detail with your library versions."
+
+
+class CalibrationImpossible(PrivacyError):
+    """No noise level gives the asked epsilon."""
+
+    code = "ST-405"
+    title = "No noise level reaches this epsilon"
+    cause = "The asked epsilon is too small for the rate and the number of steps."
+    advice = "Raise epsilon, lower the rate, or take fewer rounds."
+
+
+class CertificateInvalid(PrivacyError):
+    """A privacy certificate doesn't verify."""
+
+    code = "ST-406"
+    title = "The certificate does not verify"
+    cause = "Its signature, its events or its epsilon do not agree with each other."
+    advice = "Ask the site for the original file; do not rely on this one."
+
+
+class ReleaseConflict(PrivacyError):
+    """A release id was used before for something else."""
+
+    code = "ST-407"
+    title = "A release was already charged with other content"
+    cause = "The same run, round and release id came again, but its stored reply is gone."
+    advice = "Start a new run; the old release can't be repeated without a second charge."
+
+
+class ReservationInvalid(PrivacyError):
+    """A run charges what it never reserved, or reserves again as something else."""
+
+    code = "ST-408"
+    title = "The run has no fitting reservation in the ledger"
+    cause = "A run reserves its whole cost once, under one plan, before its first release."
+    advice = "Start a new run; a run can't change its plan or its noise half way."
+
+
+class FileExposed(PrivacyError):
+    """A private file can be read by other accounts of this machine."""
+
+    code = "ST-409"
+    title = "A private file is open to other accounts"
+    cause = "A ledger, key or stored reply has group or world permissions."
+    advice = "Find out who could read it, then `chmod 600` the file that the message names."
+
+
+class EventInvalid(PrivacyError):
+    """A privacy event is of an unknown kind or has impossible numbers."""
+
+    code = "ST-410"
+    title = "A privacy event can't be accounted for"
+    cause = "The event is of a kind, or has a rate, noise or count, that the accountant refuses."
+    advice = "It was written by another version or edited: restore the original file."
+
+
+# --- policy: exit code 50 -----------------------------------------------------------------------
+
+
+class PolicyError(SilotuneError):
+    """The site's policy refuses."""
+
+    code, exit_code = "ST-500", 50
+    title = "The site's policy refuses this"
+    cause = "A clause of the site's own configuration outranks the plan."
+    advice = "Change the plan, or have the site's owner change the clause that is named."
+
+
+# --- run: exit code 60 --------------------------------------------------------------------------
+
+
+class RunError(SilotuneError):
+    """A run can't start or go on."""
+
+    code, exit_code = "ST-600", 60
+    title = "The run can't go on"
+    cause = "The coordinator can't continue this run."
+    advice = "Read the detail; after correcting it, resume the run."
+
+
+class QuorumLost(RunError):
+    """Fewer sites answered than the plan asks for."""
+
+    code = "ST-601"
+    title = "Too few sites answered"
+    cause = "Fewer sites than rounds.min_sites answered before the deadline."
+    advice = "Look at the per-site reasons in the run's events, then resume the run."
+
+
+class RunDirectoryInvalid(RunError):
+    """A run directory is missing or incomplete."""
+
+    code = "ST-602"
+    title = "This is not a usable run directory"
+    cause = "The folder does not exist or lacks files that every run writes."
+    advice = "Give the path that `silotune simulate` printed."
+
+
+class UpdateRejected(RunError):
+    """A site's update has the wrong shape or isn't finite."""
+
+    code = "ST-603"
+    title = "A site's update was rejected"
+    cause = "The update has a wrong length or type, or contains NaN or infinity."
+    advice = "Check the named site's version and logs; its update was left out."
+
+
+class WorkerDied(RunError):
+    """A simulation worker ended unexpectedly."""
+
+    code = "ST-604"
+    title = "A simulation worker died"
+    cause = "A worker process ended, most often for lack of memory."
+    advice = "Use fewer --workers or a smaller privacy.max_physical_batch, then resume."
+
+
+class SiteFailed(RunError):
+    """A site answered with an error; only its code crossed the wire."""
+
+    code = "ST-605"
+    title = "A site reported an error"
+    cause = "The site's own code stopped; its log has the details, which never leave the site."
+    advice = "Ask the site's team to look the code up in docs/errors.md."
+
+
+# --- environment: exit code 70 ------------------------------------------------------------------
+
+
+class EnvironmentFault(SilotuneError):
+    """Something outside silotune is missing."""
+
+    code, exit_code = "ST-700", 70
+    title = "Something silotune needs is missing here"
+    cause = "An optional package, a device or a file is not there."
+    advice = "Install what the message names."
+
+
+def catalogue() -> list[type[SilotuneError]]:
+    """Every error class, ordered by code."""
+
+    def below(cls: type[SilotuneError]) -> list[type[SilotuneError]]:
+        return [cls, *(leaf for sub in cls.__subclasses__() for leaf in below(sub))]
+
+    return sorted(below(SilotuneError), key=lambda cls: cls.code)

@@ -1,0 +1,1 @@
+"""Base models, adapters on them, and the tasks they are tuned for."""

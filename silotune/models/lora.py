@@ -1,0 +1,173 @@
+"""LoRA on a frozen base model (Hu et al., 2022): which modules, and where the matrices start.
+
+Every site must start from the same adapter without being sent one. The start is therefore a function
+of public things alone, the plan and the names of the matrices, computed by an extendable-output hash
+whose stream is the same on every machine and in every library version.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from silotune.errors import ModelError, TargetModulesUnknown
+from silotune.plan import Plan
+
+# Query and value projections as the model families call them; the first group found is taken.
+_AUTO = (
+    ("query", "value"),  # BERT, RoBERTa, ELECTRA
+    ("q_proj", "v_proj"),  # Llama, Mistral, Qwen, Gemma, OPT
+    ("q_lin", "v_lin"),  # DistilBERT
+    ("query_proj", "value_proj"),  # DeBERTa v2 and v3
+    ("Wqkv",),  # ModernBERT, MPT
+    ("c_attn",),  # GPT-2
+    ("query_key_value",),  # GPT-NeoX, Falcon, BLOOM
+    ("qkv_proj",),  # Phi-3, CodeGen
+    ("in_proj",),  # DeBERTa v1
+)
+_ADAPTER_NAME = re.compile(r"(\.lora_[AB])\.default\.")
+_LAYER = re.compile(r"(?:^|\.)([^.]+)\.(\d+)\.")
+
+
+def wrap(base: Any, plan: Plan) -> PeftModel:
+    """Put the plan's LoRA on a base model; the matrices start as `initial_matrix` says.
+
+    Parameters
+    ----------
+    base : PreTrainedModel
+        Changed in place: its own weights are frozen, targeted layers get an adapter.
+    plan : Plan
+        ``lora`` and ``model.task`` say what to add.
+
+    Raises
+    ------
+    TargetModulesUnknown
+        A name of ``lora.target_modules`` is no linear layer of the model, or "auto" finds none.
+    ModelError
+        ``lora.last_layers`` is more than the model has.
+    """
+    alpha = plan.lora.alpha
+    generative = plan.model.task == "causal_lm"
+    config = LoraConfig(
+        task_type=TaskType.CAUSAL_LM if generative else TaskType.FEATURE_EXTRACTION,
+        r=plan.lora.r,
+        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
+        lora_dropout=plan.lora.dropout,
+        bias="none",
+        **_where(base, plan),
+    )
+    wrapped = get_peft_model(base, config)
+    config.base_model_name_or_path = plan.model.base  # PEFT puts the folder of a hub's cache there
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if ".lora_" in name:
+                start = initial_matrix(saved_name(name), tuple(parameter.shape), plan)
+                parameter.copy_(torch.from_numpy(start))
+                parameter.requires_grad_(".lora_B." in name or not plan.lora.freeze_a)
+    return wrapped
+
+
+def saved_name(live: str) -> str:
+    """Name of a live LoRA parameter in PEFT's own files: without the adapter's name."""
+    return _ADAPTER_NAME.sub(r"\1.", live)
+
+
+def initial_matrix(name: str, shape: tuple[int, ...], plan: Plan) -> NDArray[np.float32]:
+    """Where one adapter matrix starts: A uniform in ±1/sqrt(in), B zero.
+
+    The uniform numbers are the leading 24 bits of each 32-bit word of SHAKE-256 over the plan's seed
+    (without one, over the plan's hash) and the matrix's name.
+
+    Parameters
+    ----------
+    name : str
+        As in PEFT's saved files, e.g. ``base_model.model.h.0.attn.c_attn.lora_A.weight``.
+    shape : tuple of int
+        ``[r, in]`` for A, ``[out, r]`` for B.
+
+    Returns
+    -------
+    float32 array of the given shape
+    """
+    if ".lora_A." not in name:
+        return np.zeros(shape, dtype=np.float32)
+    seed = plan.plan.seed
+    source = f"plan {plan.sha256}" if seed is None else f"seed {seed}"
+    stream = hashlib.shake_256(f"silotune lora v1\0{source}\0{name}".encode())
+    size = int(np.prod(shape))
+    words = np.frombuffer(stream.digest(4 * size), dtype="<u4") >> 8
+    unit = words.astype(np.float64) * 2.0**-23 - 1.0
+    start: NDArray[np.float32] = (unit / np.sqrt(shape[1])).astype(np.float32).reshape(shape)
+    return start
+
+
+def _where(base: Any, plan: Plan) -> dict[str, Any]:
+    """Arguments of LoraConfig that say which modules get an adapter."""
+    layers = {name: m for name, m in base.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
+    # A pooler or output layer is no part of what features and losses are computed from, or is the
+    # vocabulary itself; an adapter there would never get a gradient, or be as large as the model.
+    unused = {n for n in layers if "pooler" in n.split(".")} | _outputs(base)
+    names = _target_names(plan, set(layers) - unused)
+    hit = {n for n in layers if any(_matches(n, target) for target in names)}
+    where: dict[str, Any] = {"target_modules": sorted(names)}
+    if hit & unused:
+        where["exclude_modules"] = sorted(hit & unused)
+    where["fan_in_fan_out"] = all(isinstance(layers[n], Conv1D) for n in hit - unused)
+    if plan.lora.last_layers is not None:
+        where |= _last_layers(layers, plan.lora.last_layers)
+    return where
+
+
+def _outputs(base: Any) -> set[str]:
+    """Name of the layer that maps to the vocabulary, if the model has one."""
+    output = base.get_output_embeddings()
+    return {name for name, module in base.named_modules() if module is output}
+
+
+def _target_names(plan: Plan, usable: set[str]) -> set[str]:
+    leaves = {name.rsplit(".", 1)[-1] for name in usable}
+    asked = plan.lora.target_modules
+    if asked == "all-linear":
+        return leaves
+    if asked == "auto":
+        for group in _AUTO:
+            if leaves.issuperset(group):
+                return set(group)
+        raise TargetModulesUnknown(f"'auto' knows no layer of this model; {_listed(leaves)}")
+    unknown = sorted({n for n in asked if not any(_matches(name, n) for name in usable)})
+    if unknown:
+        raise TargetModulesUnknown(
+            f"no linear layer of the model is called {', '.join(unknown)}; {_listed(leaves)}"
+        )
+    return set(asked)
+
+
+def _last_layers(layers: Iterable[str], count: int) -> dict[str, Any]:
+    numbered = [match for name in layers if (match := _LAYER.search(name))]
+    depth = 1 + max((int(match[2]) for match in numbered), default=-1)
+    if count > depth:
+        raise ModelError(
+            f"lora.last_layers is {count}, the model has {depth} numbered layers",
+            remedy="Lower lora.last_layers in the plan, or leave it out to adapt every layer.",
+        )
+    return {
+        "layers_to_transform": list(range(depth - count, depth)),
+        "layers_pattern": sorted({match[1] for match in numbered}),
+    }
+
+
+def _matches(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def _listed(leaves: set[str]) -> str:
+    return "it has " + ", ".join(sorted(leaves))

@@ -1,0 +1,134 @@
+"""Single-label text classification: a linear head on the pooled features of a backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from silotune.errors import RecordInvalid
+from silotune.models.batching import batches
+from silotune.models.task import Batch, Encoded, Rows
+from silotune.models.tokens import padding_id
+from silotune.plan import Plan
+
+if TYPE_CHECKING:
+    from silotune.models.base import LoadedModel, TaskModel
+
+_PREDICT_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The likeliest label of one text, and the probability of every label in the plan's order."""
+
+    label: str
+    probabilities: dict[str, float]
+
+
+class TextClassification:
+    """Cross-entropy of one label a text."""
+
+    roles = frozenset({"text", "label"})
+    has_head = True
+
+    def encode(
+        self, examples: Sequence[Mapping[str, str]], tokenizer: Any, *, plan: Plan
+    ) -> Encoded:
+        """Token ids, cut at ``data.max_length``, and label indices.
+
+        Raises
+        ------
+        RecordInvalid
+            A label is not one of the plan's; the message counts examples and quotes none.
+        """
+        index = {label: i for i, label in enumerate(plan.model.labels)}
+        targets = [index.get(example["label"], -1) for example in examples]
+        if unknown := targets.count(-1):
+            raise RecordInvalid(
+                f"{unknown} of {len(targets)} examples have a label that is not in model.labels"
+            )
+        return self._tokens([example["text"] for example in examples], targets, tokenizer, plan)
+
+    def _tokens(
+        self, texts: Sequence[str], targets: Sequence[int], tokenizer: Any, plan: Plan
+    ) -> Encoded:
+        pad = padding_id(tokenizer)
+        if not texts:
+            return Encoded.of([], [], pad)
+        ids = tokenizer(list(texts), truncation=True, max_length=plan.data.max_length)["input_ids"]
+        # A tokenizer without special tokens may find nothing in a text; a row needs one position.
+        return Encoded.of([row or [pad] for row in ids], targets, pad)
+
+    def collate(self, encoded: Encoded, rows: Rows, device: torch.device) -> dict[str, Tensor]:
+        """``input_ids`` and ``attention_mask`` [n, longest], padded right, and ``targets`` [n]."""
+        targets = torch.from_numpy(encoded.targets[np.asarray(rows, dtype=np.int64)])
+        return encoded.padded(rows, device) | {"targets": targets.to(device)}
+
+    def losses(self, model: TaskModel, batch: Batch) -> Tensor:
+        """Cross-entropy of each text, float32 of shape [n]."""
+        return cross_entropy(model(batch), batch["targets"], reduction="none")
+
+    def head_losses(
+        self, model: TaskModel, features: Tensor, encoded: Encoded, rows: Rows
+    ) -> Tensor:
+        """Cross-entropy of each text from its features [n, hidden], shape [n]."""
+        assert model.head is not None
+        targets = _targets(encoded, rows, features.device)
+        return cross_entropy(model.head(features), targets, reduction="none")
+
+    def score(self, model: TaskModel, batch: Batch) -> NDArray[np.float64]:
+        """Confusion matrix of a batch [labels, labels], rows true, columns predicted."""
+        with model.inference():
+            return _confusion(model(batch), batch["targets"])
+
+    def head_score(
+        self, model: TaskModel, features: Tensor, encoded: Encoded, rows: Rows
+    ) -> NDArray[np.float64]:
+        """Confusion matrix from features [n, hidden] of the given rows."""
+        assert model.head is not None
+        with model.inference():
+            return _confusion(model.head(features), _targets(encoded, rows, features.device))
+
+    def metrics(self, counts: NDArray[np.float64]) -> dict[str, float]:
+        """Accuracy and macro-F1 of a confusion matrix.
+
+        Macro-F1 is the mean of F1 over the labels that occur, as truth or as prediction. Negative
+        counts, which noise can make, count as zero. Without any example both are NaN.
+        """
+        counts = np.maximum(np.asarray(counts, dtype=np.float64), 0.0)
+        true, predicted, right = counts.sum(1), counts.sum(0), np.diag(counts)
+        seen = (true + predicted) > 0
+        if not seen.any():
+            return {"accuracy": float("nan"), "macro_f1": float("nan")}
+        f1 = 2.0 * right[seen] / (true + predicted)[seen]
+        return {"accuracy": float(right.sum() / counts.sum()), "macro_f1": float(f1.mean())}
+
+    def predict(self, model: LoadedModel, texts: Sequence[str]) -> list[Prediction]:
+        """Label and probabilities of each text, in the order given."""
+        labels = model.plan.model.labels
+        encoded = self._tokens(texts, [0] * len(texts), model.tokenizer, model.plan)
+        found: dict[int, Prediction] = {}
+        for rows in batches(encoded, range(len(texts)), size=_PREDICT_BATCH):
+            with model.module.inference():
+                logits = model.module(self.collate(encoded, rows, model.device))
+            for row, shares in zip(rows, logits.softmax(1).tolist(), strict=True):
+                best = labels[int(np.argmax(shares))]
+                found[row] = Prediction(best, dict(zip(labels, shares, strict=True)))
+        return [found[row] for row in range(len(texts))]
+
+
+def _targets(encoded: Encoded, rows: Rows, device: torch.device) -> Tensor:
+    return torch.from_numpy(encoded.targets[np.asarray(rows, dtype=np.int64)]).to(device)
+
+
+def _confusion(logits: Tensor, targets: Tensor) -> NDArray[np.float64]:
+    size = logits.shape[1]
+    cells = torch.bincount(targets * size + logits.argmax(1), minlength=size * size)
+    return cells.reshape(size, size).cpu().numpy().astype(np.float64)

@@ -1,0 +1,284 @@
+"""What a sequence of private releases costs, and the noise that a budget allows.
+
+Releases are events of dp-accounting (`silotune.privacy.events`). Their cost comes from privacy loss
+distributions (`silotune.privacy.loss`), adjacency add/remove one unit; where these can't certify a
+finite number, and as a live upper bound, from Rényi divergences (Mironov, CSF 2017; Mironov, Talwar
+and Zhang, 2019) by dp-accounting.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+from dp_accounting import DpEvent, GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
+from dp_accounting.rdp import RdpAccountant
+from dp_accounting.rdp.rdp_privacy_accountant import compute_epsilon
+from scipy.optimize import brentq  # type: ignore[import-untyped]
+from scipy.special import ndtri  # type: ignore[import-untyped]
+
+from silotune.errors import CalibrationImpossible
+from silotune.privacy import loss
+from silotune.privacy.events import from_json, gaussian_event, step_event, to_json, uses_of
+from silotune.privacy.loss import Sampled
+
+__all__ = [
+    "Accountant",
+    "calibrate",
+    "epsilon",
+    "epsilon_curve",
+    "from_json",
+    "gaussian_event",
+    "step_event",
+    "to_json",
+]
+
+_CALIBRATED_RANGE = (0.1, 1e6)
+_TOLERANCE = 2e-4  # of log sigma
+_RENYI_ROUNDING = 1e-13
+_WHOLE_ORDERS = (*range(2, 65), 96, 128, 192, 256, 512)
+_ORDERS = np.unique([*_WHOLE_ORDERS, *np.arange(2.0, 16.0, 0.125)])
+
+Mechanisms = tuple[Sampled, ...]
+
+
+def epsilon(events: Iterable[DpEvent], *, delta: float) -> float:
+    """Epsilon of the adaptive composition of events: a certified upper bound.
+
+    What the grid of losses adds is below 1e-4 of it, mostly far below. Neither order nor grouping
+    of the events matters, to the last bit: equal mechanisms are counted, and Gaussians
+    over all units merged into one, before anything is computed.
+
+    Parameters
+    ----------
+    events : iterable of DpEvent
+        What was released; nothing costs 0.
+    delta : float
+        In (0, 1).
+
+    Raises
+    ------
+    EventInvalid
+        An event that can't be accounted for.
+    """
+    _require_delta(delta)
+    return _epsilon(_mechanisms(uses_of(events)), delta)
+
+
+def epsilon_curve(
+    event_per_round: DpEvent, *, rounds: int, points: int, delta: float
+) -> list[tuple[int, float]]:
+    """Epsilon after a few rounds of a run, the first and the last among them.
+
+    Parameters
+    ----------
+    event_per_round : DpEvent
+        What each round releases.
+    rounds : int
+        Rounds of the run.
+    points : int
+        About how many rounds to look at; each takes some 50 ms.
+
+    Returns
+    -------
+    list of (round, epsilon)
+    """
+    chosen = np.unique(np.linspace(1, rounds, min(points, rounds)).round().astype(int))
+    return [
+        (n, epsilon([SelfComposedDpEvent(event_per_round, n)], delta=delta))
+        for n in chosen.tolist()
+    ]
+
+
+def calibrate(
+    *,
+    epsilon: float,
+    delta: float,
+    rate: float,
+    steps: int,
+    extra: Sequence[DpEvent] = (),
+) -> float:
+    """Smallest noise multiplier with which `steps` steps, together with `extra`, cost epsilon.
+
+    Parameters
+    ----------
+    epsilon, delta : float
+        The budget; not exceeded as `epsilon` (the function) counts.
+    rate : float
+        Poisson sampling rate.
+    steps : int
+        Number of steps.
+    extra : sequence of DpEvent
+        What else is paid from the same budget.
+
+    Returns
+    -------
+    float
+        Sigma, at least 0.1 and at most 0.1 % above the smallest that would do. The cost of the
+        result is at most `epsilon`.
+
+    Raises
+    ------
+    CalibrationImpossible
+        `extra` alone costs as much, or not even sigma = 1e6 would do.
+    """
+    _require_delta(delta)
+    if not (math.isfinite(epsilon) and epsilon > 0.0):
+        raise ValueError(f"epsilon must be positive and finite, not {epsilon}")
+    step_event(rate=rate, sigma=1.0, steps=steps)  # checks the ranges
+    others = _mechanisms(uses_of(extra))
+    return _calibrate(float(epsilon), float(delta), float(rate), steps, others)
+
+
+class Accountant:
+    """A running account of releases: a certified epsilon, and an upper bound that costs nothing.
+
+    Parameters
+    ----------
+    events : iterable of DpEvent
+        What was released before.
+    """
+
+    def __init__(self, events: Iterable[DpEvent] = ()) -> None:
+        self._uses: Counter[tuple[float, float]] = Counter()
+        self._rdp = np.zeros(len(_ORDERS))
+        for event in events:
+            self.add(event)
+
+    def add(self, event: DpEvent) -> None:
+        """Charge an event. Raises `EventInvalid`, and then charges nothing."""
+        for key, uses in uses_of([event]).items():
+            self._uses[key] += uses
+            self._rdp = self._rdp + uses * _renyi(*key)
+
+    def epsilon(self, delta: float) -> float:
+        """What `epsilon` says of all events; some 50 ms once a mechanism is known."""
+        _require_delta(delta)
+        return _epsilon(_mechanisms(self._uses), delta)
+
+    def upper_bound(self, delta: float) -> float:
+        """A looser bound (Rényi), under a millisecond: for a display between two certified ones."""
+        _require_delta(delta)
+        return _from_renyi(self._rdp, delta)
+
+
+def _require_delta(delta: float) -> None:
+    if not 0.0 < delta < 1.0:
+        raise ValueError(f"delta must be in (0, 1), not {delta}")
+
+
+def _mechanisms(uses: Mapping[tuple[float, float], int]) -> Mechanisms:
+    """The same in canonical order, with all Gaussians over all units merged into one.
+
+    The sum of squared sensitivities over variances is what counts for Gaussians composed.
+    """
+    sampled = [Sampled(rate, sigma, n) for (rate, sigma), n in uses.items() if rate < 1.0]
+    precision = math.fsum(n / sigma**2 for (rate, sigma), n in uses.items() if rate == 1.0)
+    if precision:
+        sampled.append(Sampled(1.0, 1.0 / math.sqrt(precision), 1))
+    return tuple(sorted(sampled))
+
+
+@lru_cache(maxsize=4096)
+def _epsilon(mechanisms: Mechanisms, delta: float, coarsening: float = 1.0) -> float:
+    if not mechanisms:
+        return 0.0
+    tight = loss.epsilon(mechanisms, delta, step=coarsening * loss.default_step(mechanisms))
+    if math.isfinite(tight):
+        return tight
+    rdp = sum((m.uses * _renyi(m.rate, m.sigma) for m in mechanisms), np.zeros(len(_ORDERS)))
+    return _from_renyi(rdp, delta)
+
+
+@lru_cache(maxsize=1024)
+def _renyi(rate: float, sigma: float) -> npt.NDArray[np.float64]:
+    """Rényi divergences of one use at `_ORDERS`.
+
+    The library's series at orders that are not whole may not converge. ``(order - 1) * divergence``
+    is convex, so a straight line between whole orders is an upper bound. Rounding, which can make a
+    tiny divergence negative, is taken against us.
+    """
+    once = PoissonSampledDpEvent(rate, GaussianDpEvent(sigma))
+    whole = np.array(_WHOLE_ORDERS, dtype=np.float64) - 1.0
+    divergences = RdpAccountant(orders=_WHOLE_ORDERS).compose(once).rdp
+    logs = whole * np.maximum(divergences, 0.0) + _RENYI_ROUNDING
+    return np.asarray(np.interp(_ORDERS - 1.0, whole, logs) / (_ORDERS - 1.0))
+
+
+def _from_renyi(rdp: npt.NDArray[np.float64], delta: float) -> float:
+    return float(compute_epsilon(_ORDERS, rdp, delta)[0]) if rdp.any() else 0.0
+
+
+@lru_cache(maxsize=1024)
+def _calibrate(epsilon: float, delta: float, rate: float, steps: int, others: Mechanisms) -> float:
+    if _epsilon(others, delta) >= epsilon:
+        raise CalibrationImpossible(
+            f"the other releases alone cost {_epsilon(others, delta):.4g} of {epsilon:.4g}"
+        )
+
+    def excess(log_sigma: float, coarsening: float = 1.0) -> float:
+        """Log of the cost over the budget, falling in sigma; bounded, for the root finder."""
+        uses = Counter({(rate, math.exp(log_sigma)): steps})
+        for other in others:
+            uses[other.rate, other.sigma] += other.uses
+        ratio = _epsilon(_mechanisms(uses), delta, coarsening) / epsilon
+        return math.log(min(max(ratio, 1e-6), 1e6))
+
+    def coarse(log_sigma: float) -> float:
+        return excess(log_sigma, 8.0)
+
+    near = _first_guess(epsilon, delta, rate, steps)
+    near = _root(coarse, _bracket(coarse, near, stride=0.1))
+    found = _root(excess, _bracket(excess, near, stride=_TOLERANCE))
+    if math.isinf(found):
+        raise CalibrationImpossible(
+            f"epsilon {epsilon:.4g} at delta {delta:g} is out of reach of {steps} steps"
+        )
+    return math.exp(found)
+
+
+def _root(excess: Callable[[float], float], bracket: tuple[float, float]) -> float:
+    """The largest log sigma of a bracket, or less if the bracket is wide: not in excess."""
+    low, high = bracket
+    if high - low <= 2.0 * _TOLERANCE or math.isinf(low) or math.isinf(high):
+        return high
+    found = float(brentq(excess, low, high, xtol=_TOLERANCE, rtol=1e-12))
+    while excess(found) > 0.0:
+        found += _TOLERANCE
+    return found
+
+
+def _first_guess(epsilon: float, delta: float, rate: float, steps: int) -> float:
+    """Log of a sigma within 30 % or so.
+
+    Many steps are about one Gaussian release of multiplier ``1 / mu`` (Bu, Dong, Long and Su,
+    Harvard Data Science Review 2020), which costs about ``mu**2 / 2 + mu * z(1 - delta)``.
+    """
+    quantile = max(0.0, -float(ndtri(delta)))
+    mu = math.sqrt(quantile**2 + 2.0 * epsilon) - quantile
+    if rate == 1.0:
+        return 0.5 * math.log(steps) - math.log(mu)
+    return -0.5 * math.log(math.log1p(mu**2 / (rate**2 * steps)))
+
+
+def _bracket(
+    excess: Callable[[float], float], start: float, *, stride: float
+) -> tuple[float, float]:
+    """Log sigmas that cost too much and little enough, the first or the second infinite if none."""
+    least, most = map(math.log, _CALIBRATED_RANGE)
+    low = high = min(max(start, least), most)
+    if excess(low) > 0.0:
+        while excess(high) > 0.0:
+            if high == most:
+                return low, math.inf
+            low, high, stride = high, min(high + stride, most), 2.0 * stride
+    else:
+        while excess(low) <= 0.0:
+            if low == least:
+                return -math.inf, low
+            low, high, stride = max(low - stride, least), low, 2.0 * stride
+    return low, high

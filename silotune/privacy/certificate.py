@@ -1,0 +1,293 @@
+"""The privacy certificate: what one run at one site cost, signed by the site.
+
+It carries the privacy events themselves, so anybody can recompute its epsilon offline, without the
+site, the coordinator or the ledger.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from silotune import __version__
+from silotune.errors import CertificateInvalid
+from silotune.plan import Clip, Plan
+from silotune.privacy.durable import replace_file
+from silotune.privacy.ledger import Ledger
+from silotune.privacy.signing import fingerprint
+from silotune.privacy.tally import epsilon_of, total
+
+_CONTEXT = b"silotune certificate v1\0"
+_ACCOUNTANT = "privacy loss distributions (dp-accounting)"
+_NOISE = {
+    True: "cryptographically secure, keyed by the operating system",
+    False: "seeded: repeatable by anyone who knows the seed",
+}
+# The accountant discretises and transforms: other machines may differ in the last digits only.
+_TOLERANCE = 1e-6
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Positive = Annotated[float, Field(gt=0.0)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Mechanism(_Part):
+    """One kind of mechanism of the run, readable: how often, at which rate, with which noise.
+
+    Attributes
+    ----------
+    event : str
+        dp-accounting's event, as the ledger's canonical JSON; epsilon is computed from this.
+    times : int
+        How often it ran.
+    rate : float
+        Poisson sampling rate q; 1 when every unit took part.
+    sigma : float
+        Noise standard deviation over the sensitivity of the whole release.
+    """
+
+    event: str
+    times: Annotated[int, Field(ge=1)]
+    rate: Annotated[float, Field(gt=0.0, le=1.0)]
+    sigma: Positive
+
+
+class CertificateBody(_Part):
+    """Everything that is signed."""
+
+    format: Literal["silotune certificate 1"] = "silotune certificate 1"
+    statement: str
+    private: bool
+    site: str
+    run: str
+    dataset: str
+    unit: str
+    adjacency: str
+    epsilon: Annotated[float, Field(ge=0.0)]
+    delta: Positive
+    mechanisms: tuple[Mechanism, ...]
+    clips: dict[str, Positive]
+    noise: str
+    accountant: str
+    accountant_version: str
+    code_version: str
+    plan_sha256: Sha256
+    model_sha256: Sha256
+    ledger_seq: Annotated[int, Field(ge=0)]
+    ledger_head: Sha256
+    time: str
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A certificate that holds.
+
+    Attributes
+    ----------
+    body : CertificateBody
+        What it says.
+    epsilon : float
+        Recomputed from its events.
+    key_sha256 : str
+        `fingerprint` of the key that signed it, to be compared with the site's own word.
+    """
+
+    body: CertificateBody
+    epsilon: float
+    key_sha256: str
+
+
+def issue(
+    path: Path,
+    *,
+    ledger: Ledger,
+    dataset: str,
+    run: str,
+    plan: Plan,
+    site: str,
+    model_sha256: str,
+    secure_noise: bool,
+    key: Ed25519PrivateKey,
+) -> CertificateBody:
+    """Write the signed certificate of a run, from what the ledger charged to it.
+
+    Parameters
+    ----------
+    path : Path
+        Where to; a certificate that is there is replaced.
+    plan : Plan
+        The run's plan, with ``privacy.mode`` other than ``'none'``.
+    model_sha256 : str
+        Identity of the base model's weights, in hex.
+    secure_noise : bool
+        `NoiseSource.secure` of every source that was used; False makes it "seeded: not private".
+
+    Raises
+    ------
+    CertificateInvalid
+        Nothing was charged to the run under this plan, or by mechanisms that can't be described.
+    """
+    if plan.privacy.delta is None:
+        raise CertificateInvalid("a plan without privacy has no certificate")
+    charged = [
+        account
+        for account in ledger.runs(dataset)
+        if account.run == run and account.plan_sha256 == plan.sha256
+    ]
+    tally = total(account.charged for account in charged)
+    if not tally:
+        raise CertificateInvalid(f"the ledger has no charge of run {run!r} under this plan")
+    head = ledger.head
+    epsilon = epsilon_of(tally, delta=plan.privacy.delta)
+    body = CertificateBody(
+        statement=_statement(
+            private=secure_noise, unit=plan.privacy.unit, epsilon=epsilon, delta=plan.privacy.delta
+        ),
+        private=secure_noise,
+        site=site,
+        run=run,
+        dataset=dataset,
+        unit=plan.privacy.unit,
+        adjacency=_adjacency(plan.privacy.unit),
+        epsilon=epsilon,
+        delta=plan.privacy.delta,
+        mechanisms=tuple(_mechanism(leaf, times) for leaf, times in sorted(tally.items())),
+        clips=_clips(plan.privacy.clip),
+        noise=_NOISE[secure_noise],
+        accountant=_ACCOUNTANT,
+        accountant_version=version("dp-accounting"),
+        code_version=__version__,
+        plan_sha256=plan.sha256,
+        model_sha256=model_sha256,
+        ledger_seq=head.seq,
+        ledger_head=head.hash,
+        time=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    _write(path, body, key)
+    return body
+
+
+def verify(path: Path, *, key_sha256: str | None = None) -> Verified:
+    """Check a certificate offline: its signature, and its epsilon against its own events.
+
+    Parameters
+    ----------
+    path : Path
+        The certificate file.
+    key_sha256 : str, optional
+        `fingerprint` of the site's key, known from elsewhere. Without it the signature only shows
+        that nothing was changed since; who signed is for the reader to compare.
+
+    Raises
+    ------
+    CertificateInvalid
+        With everything that disagrees.
+    """
+    body, key = _read_signed(path)
+    problems = []
+    if key_sha256 is not None and key_sha256.lower() != fingerprint(key):
+        problems.append(f"it was signed by another key, {fingerprint(key)}")
+    try:
+        described = [_mechanism(part.event, part.times) for part in body.mechanisms]
+        events = total({part.event: part.times} for part in body.mechanisms)
+        epsilon = epsilon_of(events, delta=body.delta)
+    except CertificateInvalid:
+        raise
+    except Exception as exc:
+        raise CertificateInvalid(f"{path}: an event in it can't be accounted for") from exc
+    if not math.isclose(epsilon, body.epsilon, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE):
+        problems.append(f"it says epsilon = {body.epsilon:.6g}, its events give {epsilon:.6g}")
+    if tuple(described) != body.mechanisms:
+        problems.append("a rate or sigma is not the one of its event")
+    expected = _statement(
+        private=body.private, unit=body.unit, epsilon=body.epsilon, delta=body.delta
+    )
+    if (body.statement, body.noise) != (expected, _NOISE[body.private]):
+        problems.append("its statement is not what its numbers and its noise allow")
+    if body.adjacency != _adjacency(body.unit):
+        problems.append("its adjacency is not the one of its unit")
+    if problems:
+        raise CertificateInvalid(f"{path}: {'; '.join(problems)}")
+    return Verified(body=body, epsilon=epsilon, key_sha256=fingerprint(key))
+
+
+def _write(path: Path, body: CertificateBody, key: Ed25519PrivateKey) -> None:
+    content = body.model_dump(mode="json")
+    document = {
+        "certificate": content,
+        "signature": base64.b64encode(key.sign(_signed_bytes(content))).decode(),
+        "key": base64.b64encode(key.public_key().public_bytes_raw()).decode(),
+    }
+    # Readable by all: it is made to be handed out.
+    replace_file(path, json.dumps(document, indent=2).encode() + b"\n", mode=0o644)
+
+
+def _read_signed(path: Path) -> tuple[CertificateBody, Ed25519PublicKey]:
+    """The body, once its signature has been checked against the key that comes with it."""
+    try:
+        document = json.loads(path.read_bytes())
+        content = document["certificate"]
+        raw = base64.b64decode(document["key"], validate=True)
+        key = Ed25519PublicKey.from_public_bytes(raw)
+        signature = base64.b64decode(document["signature"], validate=True)
+    except OSError as exc:
+        raise CertificateInvalid(f"{path}: {exc.strerror}") from exc
+    except (ValueError, KeyError, TypeError) as exc:
+        raise CertificateInvalid(f"{path} is not a signed certificate") from exc
+    try:
+        key.verify(signature, _signed_bytes(content))
+        return CertificateBody.model_validate_json(json.dumps(content)), key
+    except InvalidSignature as exc:
+        raise CertificateInvalid(f"{path}: the signature does not fit what it says") from exc
+    except ValidationError as exc:
+        places = ", ".join(".".join(map(str, error["loc"])) for error in exc.errors())
+        raise CertificateInvalid(f"{path}: missing, unknown or wrong: {places}") from exc
+
+
+def _signed_bytes(content: Mapping[str, Any]) -> bytes:
+    return _CONTEXT + json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _mechanism(leaf: str, times: int) -> Mechanism:
+    """Describe one event of the ledger."""
+    from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
+
+    from silotune.privacy import accounting
+
+    event, rate = accounting.from_json(leaf), 1.0
+    if isinstance(event, PoissonSampledDpEvent):
+        event, rate = event.event, event.sampling_probability
+    if not isinstance(event, GaussianDpEvent):
+        raise CertificateInvalid("an event is not a Gaussian mechanism, sampled or not")
+    return Mechanism(event=leaf, times=times, rate=rate, sigma=event.noise_multiplier)
+
+
+def _statement(*, private: bool, unit: str, epsilon: float, delta: float) -> str:
+    if not private:
+        return "seeded: not private"
+    shown = math.ceil(epsilon * 1e4) / 1e4  # never below what is true
+    return f"({shown:.4f}, {delta:g})-differential privacy for every {unit} of this dataset"
+
+
+def _adjacency(unit: str) -> str:
+    return f"add or remove one {unit}, with all its records, at this site"
+
+
+def _clips(clip: float | Clip | None) -> dict[str, float]:
+    if isinstance(clip, Clip):
+        return {"head": clip.head, "adapter": clip.adapter}
+    return {} if clip is None else {"all": clip}

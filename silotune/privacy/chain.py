@@ -1,0 +1,371 @@
+"""An append-only, hash-chained table in SQLite with its head in a file beside it.
+
+Every row carries the SHA-256 of the row before it, so an edited, removed or inserted row breaks the
+chain. A table cut at its end still is a chain; therefore the newest hash is kept a second time, in
+the head file. A row is committed first and the head follows, both forced to the disk:
+
+- a crash between the two leaves the table exactly one row ahead, which is repaired;
+- every other difference means that one of the two was rolled back, and nothing goes on from there.
+
+Whoever restores *both* from one old backup is found out by the head that the other side has
+counter-signed (`Chain.witness`), which the other side keeps too.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from silotune.errors import LedgerDamaged, PrivacyError
+from silotune.privacy.durable import (
+    create_file,
+    create_private_folder,
+    replace_file,
+    require_private,
+)
+from silotune.privacy.entry import GENESIS, Entry, Head, Row
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+_BUSY_SECONDS = 60.0
+_SCHEMA = (
+    """CREATE TABLE IF NOT EXISTS entries (
+        seq INTEGER PRIMARY KEY, previous TEXT NOT NULL, kind TEXT NOT NULL, dataset TEXT NOT NULL,
+        run TEXT NOT NULL, round INTEGER, release TEXT, plan_sha256 TEXT, event TEXT, budget TEXT,
+        payload_sha256 TEXT, time TEXT NOT NULL, hash TEXT NOT NULL UNIQUE) STRICT""",
+    """CREATE UNIQUE INDEX IF NOT EXISTS one_charge_a_release ON entries (run, round, release)
+        WHERE kind = 'charge'""",
+    """CREATE TRIGGER IF NOT EXISTS no_update BEFORE UPDATE ON entries
+        BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END""",
+    """CREATE TRIGGER IF NOT EXISTS no_delete BEFORE DELETE ON entries
+        BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END""",
+    # INSERT OR REPLACE removes rows without firing the trigger above.
+    """CREATE TRIGGER IF NOT EXISTS only_at_the_end BEFORE INSERT ON entries
+        WHEN NEW.seq <> (SELECT coalesce(max(seq), 0) + 1 FROM entries)
+        BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END""",
+)
+_SURROUNDINGS = {
+    sqlite3.SQLITE_BUSY,
+    sqlite3.SQLITE_LOCKED,
+    sqlite3.SQLITE_NOMEM,
+    sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_PERM,
+}
+_REMEDY = "Nothing was released. Free the disk or end the other process, then start again."
+_GUARDS = {"no_update", "no_delete", "only_at_the_end", "one_charge_a_release"}
+
+
+_ENTRY_COLUMNS = tuple(Entry.__dataclass_fields__)
+_NAMES = ("seq", "previous", *_ENTRY_COLUMNS, "hash")
+_COLUMNS = ", ".join(_NAMES)
+_PLACES = ", ".join(f":{name}" for name in _NAMES)
+_INSERT = f"INSERT INTO entries ({_COLUMNS}) VALUES ({_PLACES})"  # noqa: S608 - fixed names
+_SELECT = f"SELECT {_COLUMNS} FROM entries WHERE seq >= ? ORDER BY seq"  # noqa: S608
+
+
+class Chain:
+    """The table, its head file and the counter-signed head, safe for many threads and processes.
+
+    Parameters
+    ----------
+    path : Path
+        The SQLite file; the head lies beside it as ``<name>.head``, a counter-signed head as
+        ``<name>.witness``. All have mode 0600.
+    observe : callable
+        Called once for every row, in order, when the row is first seen: at opening, and later for
+        rows appended here or by another process.
+    create : bool
+        Start an empty chain if there is none.
+
+    Raises
+    ------
+    LedgerDamaged
+        Missing, edited, truncated or rolled back.
+    FileExposed
+        Another account can read or write one of the files.
+
+    Notes
+    -----
+    Rollback journal with ``TRUNCATE`` and ``synchronous = FULL``: SQLite then also forces the
+    truncation to the disk, so a power cut can't bring a journal back that undoes a committed row,
+    and there is no second file (WAL) without which the table is old.
+    """
+
+    def __init__(self, path: Path, *, observe: Callable[[Row], None], create: bool = True) -> None:
+        self.path = path
+        self._head_path = path.with_name(path.name + ".head")
+        self._witness_path = path.with_name(path.name + ".witness")
+        self._observe = observe
+        self._newest: Row | None = None
+        self._mutex = threading.RLock()
+        with _storage_errors(path):
+            self._prepare_files(create=create)
+            self._identity = _identity(path)
+            self._db = sqlite3.connect(
+                path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
+            )
+        try:
+            with _storage_errors(path):
+                self._db.execute("PRAGMA journal_mode = TRUNCATE")
+                self._db.execute("PRAGMA synchronous = FULL")
+                self._create_schema()
+            self.verify()
+        except BaseException:
+            self._db.close()
+            raise
+
+    def close(self) -> None:
+        """Close the file; the object can't be used afterwards."""
+        with self._mutex:
+            self._db.close()
+
+    @property
+    def head(self) -> Head:
+        """The newest row's place, as on the disk now."""
+        with self.transaction():
+            return self._tail
+
+    @contextmanager
+    def transaction(self) -> Iterator[Callable[[Entry], None]]:
+        """Hold the only right to append; yields the function that does, for at most one row.
+
+        Inside, every committed row of every process has been observed. The row is on the disk, and
+        so is the head, when the block has been left without an exception.
+
+        Raises
+        ------
+        LedgerDamaged
+            Table and head disagree.
+        PrivacyError
+            The file can't be written (full disk), or another process holds it for a minute.
+        """
+        appended: list[Row] = []
+
+        def append(entry: Entry) -> None:
+            assert not appended, "a transaction appends one row: the head may lag by one only"
+            row = Row.after(self._tail, entry)
+            self._db.execute(_INSERT, row.as_dict())
+            appended.append(row)
+
+        with self._mutex, _storage_errors(self.path):
+            with self._locked():
+                yield append
+            if appended:
+                # Looking again moves the head up to the committed row, under the lock: heads never
+                # go back, whoever comes between.
+                with self._locked():
+                    pass
+
+    def rows(self) -> list[Row]:
+        """Every row, oldest first, straight from the file."""
+        with self._mutex, _storage_errors(self.path):
+            return list(self._read(0))
+
+    def verify(self, *, trusted: Ed25519PublicKey | None = None) -> Head:
+        """Check the whole file from its first row; returns the head.
+
+        Parameters
+        ----------
+        trusted : Ed25519PublicKey, optional
+            The coordinator's key: the counter-signed head must be there and be signed by it.
+
+        Raises
+        ------
+        LedgerDamaged
+            Edited, truncated, rolled back, or its guards against changes removed.
+        """
+        with self._mutex, _storage_errors(self.path), self._locked():
+            found = {name for (name,) in self._db.execute("SELECT name FROM sqlite_master")}
+            if not found >= _GUARDS:
+                raise LedgerDamaged(f"{self.path}: its guards against changes were removed")
+            if self._db.execute("PRAGMA quick_check").fetchone() != ("ok",):
+                raise LedgerDamaged(f"{self.path}: SQLite finds the file corrupt")
+            end = GENESIS
+            for row in self._read(0):
+                self._check_link(end, row)
+                end = row.head
+            self._check_witness(trusted)
+            return end
+
+    def witness(self, head: Head, signature: bytes, key: Ed25519PublicKey) -> None:
+        """Keep a head that the other side has counter-signed, if it is newer than the kept one.
+
+        Raises
+        ------
+        LedgerDamaged
+            The signature is wrong, or the chain does not pass through that head: then the other
+            side remembers rows that are gone here.
+        """
+        from cryptography.exceptions import InvalidSignature
+
+        try:
+            key.verify(signature, head.signed_bytes())
+        except InvalidSignature as exc:
+            raise LedgerDamaged("the counter-signature does not fit the head") from exc
+        content = {
+            **asdict(head),
+            "signature": base64.b64encode(signature).decode(),
+            "key": base64.b64encode(key.public_bytes_raw()).decode(),
+        }
+        with self._mutex, _storage_errors(self.path), self._locked():
+            self._require_passes(head)
+            kept = self._kept_witness()
+            if kept is None or kept[0].seq <= head.seq:
+                replace_file(self._witness_path, json.dumps(content).encode())
+
+    def _prepare_files(self, *, create: bool) -> None:
+        create_private_folder(self.path.parent)
+        has_table, has_head = self.path.exists(), self._head_path.exists()
+        if not has_table and not has_head:
+            if not create:
+                raise LedgerDamaged(
+                    f"there is no ledger at {self.path}", remedy="Check the path of the ledger."
+                )
+            # The head comes first: a table without a head is then never the work of a crash.
+            create_file(self._head_path, _head_bytes(GENESIS))
+        elif not has_head:
+            raise LedgerDamaged(f"{self._head_path} is missing")
+        if not self.path.exists():
+            if self._read_head() != GENESIS:
+                raise LedgerDamaged(
+                    f"{self.path} is missing, and its head is not that of a new one"
+                )
+            create_file(self.path, b"")
+        for path in (self.path, self._head_path, self._witness_path):
+            if path.exists():
+                require_private(path)
+
+    def _create_schema(self) -> None:
+        self._db.execute("BEGIN IMMEDIATE")
+        if not self._db.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone():
+            for statement in _SCHEMA:
+                self._db.execute(statement)
+        self._db.execute("COMMIT")
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            self._catch_up()
+            yield
+            self._db.execute("COMMIT")
+        except BaseException:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise
+
+    def _catch_up(self) -> None:
+        """Observe rows that are new here, then bring table and head together."""
+        if self._identity != _identity(self.path):
+            raise LedgerDamaged(f"{self.path} was replaced while it was in use")
+        rows = self._read(self._tail.seq)
+        if self._newest is not None and next(rows, None) != self._newest:
+            raise LedgerDamaged(f"{self.path} was truncated or edited while it was in use")
+        for row in rows:
+            self._check_link(self._tail, row)
+            self._observe(row)
+            self._newest = row
+        head = self._read_head()
+        if head == self._tail:
+            return
+        newest = self._newest
+        if newest is not None and head == Head(newest.seq - 1, newest.previous):
+            replace_file(self._head_path, _head_bytes(newest.head))
+            return
+        raise LedgerDamaged(
+            f"{self.path} ends at row {self._tail.seq} but its head file says row {head.seq}: "
+            "one of the two was truncated, edited or rolled back"
+        )
+
+    @property
+    def _tail(self) -> Head:
+        return self._newest.head if self._newest else GENESIS
+
+    def _check_link(self, previous: Head, row: Row) -> None:
+        if row != Row.after(previous, row.entry):
+            raise LedgerDamaged(f"{self.path}: the hash chain is broken at row {previous.seq + 1}")
+
+    def _read(self, first: int) -> Iterator[Row]:
+        """Rows from number `first` on, unchecked."""
+        for seq, previous, *columns, row_hash in self._db.execute(_SELECT, (first,)):
+            named = dict(zip(_ENTRY_COLUMNS, columns, strict=True))
+            yield Row(seq, previous, Entry(**named), row_hash)
+
+    def _read_head(self) -> Head:
+        try:
+            found = json.loads(self._head_path.read_bytes())
+            return Head(int(found["seq"]), str(found["hash"]))
+        except (OSError, ValueError, KeyError, TypeError) as exc:
+            raise LedgerDamaged(f"{self._head_path} is missing or not a head file") from exc
+
+    def _require_passes(self, head: Head) -> None:
+        found = self._db.execute("SELECT hash FROM entries WHERE seq = ?", (head.seq,)).fetchone()
+        if head != GENESIS and found != (head.hash,):
+            raise LedgerDamaged(
+                f"{self.path}: row {head.seq}, which the other side counter-signed, is not there"
+            )
+
+    def _kept_witness(self) -> tuple[Head, bytes, bytes] | None:
+        """The stored counter-signed head: head, signature, raw public key."""
+        if not self._witness_path.exists():
+            return None
+        try:
+            kept = json.loads(self._witness_path.read_bytes())
+            signature, key = (base64.b64decode(kept[name]) for name in ("signature", "key"))
+            return Head(int(kept["seq"]), str(kept["hash"])), signature, key
+        except (OSError, ValueError, KeyError, TypeError) as exc:
+            raise LedgerDamaged(f"{self._witness_path} is not a counter-signed head") from exc
+
+    def _check_witness(self, trusted: Ed25519PublicKey | None) -> None:
+        kept = self._kept_witness()
+        if kept is None:
+            if trusted is not None:
+                raise LedgerDamaged(f"{self._witness_path} is missing")
+            return
+        from cryptography.exceptions import InvalidSignature
+        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+        head, signature, raw = kept
+        try:
+            key = trusted or Ed25519PublicKey.from_public_bytes(raw)
+            key.verify(signature, head.signed_bytes())
+        except (InvalidSignature, ValueError) as exc:
+            raise LedgerDamaged(f"{self._witness_path}: its signature is not valid") from exc
+        self._require_passes(head)
+
+
+def _head_bytes(head: Head) -> bytes:
+    return json.dumps(asdict(head)).encode() + b"\n"
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    try:
+        found = path.stat()
+    except OSError as exc:
+        raise LedgerDamaged(f"{path} is missing") from exc
+    return found.st_dev, found.st_ino
+
+
+@contextmanager
+def _storage_errors(path: Path) -> Iterator[None]:
+    """Say of a failure of SQLite or the disk whether the content or its surroundings are at fault."""
+    try:
+        yield
+    except sqlite3.Error as exc:
+        # Extended result codes keep the primary one in their low byte.
+        if getattr(exc, "sqlite_errorcode", 0) & 0xFF in _SURROUNDINGS:
+            raise PrivacyError(f"{path} can't be used: {exc}", remedy=_REMEDY) from exc
+        raise LedgerDamaged(f"{path}: {exc}") from exc
+    except OSError as exc:
+        raise PrivacyError(f"{path} can't be used: {exc.strerror}", remedy=_REMEDY) from exc

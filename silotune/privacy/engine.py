@@ -1,0 +1,368 @@
+"""DP-SGD over privacy units, on Opacus' ``DPOptimizer``.
+
+One step: a Poisson sample of units arrives in one or more physical micro-batches. For each,
+`DpSgd.accumulate` runs one backward pass, adds up the per-sample gradients of each unit, scales each
+unit's sum to the norm ``clip`` and adds it to the step's sum. `DpSgd.release` adds Gaussian noise and
+hands out the noisy sum (Abadi et al., "Deep Learning with Differential Privacy", CCS 2016).
+
+Parameters may be clipped in groups. With norms ``C_g`` and shares ``f_g`` that add up to 1, group g
+gets noise of standard deviation ``sigma C_g / sqrt(f_g)``: in units of its noise one unit moves group
+g by at most ``sqrt(f_g) / sigma`` and everything together by ``1 / sigma``. It is one Gaussian
+mechanism of multiplier ``sigma``, and is accounted as that.
+
+Opacus' ``DPOptimizer`` is built directly, without ``make_private``, which would want a data loader
+and an accountant of its own. It stays in charge of the order of a step, of skipped (micro-batch)
+steps and of its guard against gradients used twice; clipping and noise are the two methods it offers
+to override.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import torch
+from opacus.optimizers import DPOptimizer
+from opacus.optimizers.optimizer import _check_processed_flag, _mark_as_processed
+from torch import Tensor, nn
+
+from silotune.errors import SelfCheckFailed
+from silotune.privacy.checks import noise_is_plausible, require_finite
+from silotune.privacy.clipping import Attached
+
+if TYPE_CHECKING:
+    from silotune.privacy.noise import NoiseSource
+
+# Units are scaled to this part of the clip norm, so that float32 rounding of norms never passes it.
+_MARGIN = 1.0 - 2.0**-19
+# torch adds up squares one after the other: longer rows would lose more digits than the margin has.
+_LONGEST_NORM = 8192
+
+
+@dataclass(frozen=True)
+class ClipGroup:
+    """Parameters that are clipped together.
+
+    Attributes
+    ----------
+    name : str
+    parameters : tuple[nn.Parameter, ...]
+    clip : float
+        Bound on a unit's L2 norm over the group.
+    share : float
+        The group's part of the squared sensitivity; all shares add up to 1.
+    """
+
+    name: str
+    parameters: tuple[nn.Parameter, ...]
+    clip: float
+    share: float = 1.0
+
+    def noise_std(self, sigma: float) -> float:
+        """Standard deviation of the group's noise for a noise multiplier."""
+        return sigma * self.clip / math.sqrt(self.share)
+
+
+class StepEngine(Protocol):
+    """What trains with `DpSgd` and `PlainSgd` alike."""
+
+    parameters: tuple[nn.Parameter, ...]
+
+    def accumulate(
+        self, losses: Tensor, *, units: Tensor | None = None, n_units: int | None = None
+    ) -> None:
+        """Add the gradients of one physical micro-batch to the step."""
+
+    def release(self) -> list[Tensor]:
+        """The step's sum, one tensor a parameter; the next step starts from zero."""
+
+
+class _UnitClipper(DPOptimizer):  # type: ignore[misc]
+    """Opacus' step with clipping per unit and group, and noise from a `NoiseSource`."""
+
+    def __init__(
+        self, groups: Sequence[ClipGroup], *, sigma: float, noise: NoiseSource, thorough: bool
+    ) -> None:
+        parameters = [p for group in groups for p in group.parameters]
+        super().__init__(
+            # Never stepped: the noisy sum leaves as it is, the coordinator's optimizer uses it.
+            torch.optim.SGD(parameters, lr=0.0),
+            noise_multiplier=sigma,
+            max_grad_norm=math.hypot(*(group.clip for group in groups)),
+            expected_batch_size=None,
+            loss_reduction="sum",
+        )
+        self.groups = tuple(groups)
+        self.noise = noise
+        self.units: Tensor | None = None
+        self.n_units = 0
+        self.thorough = thorough
+
+    def clip_and_accumulate(self) -> None:
+        """Add each unit's clipped gradient to ``p.summed_grad``."""
+        for group in self.groups:
+            for parameter in group.parameters:
+                _check_processed_flag(cast(Any, parameter).grad_sample)
+            samples = [self._get_flat_grad_sample(p).flatten(1) for p in group.parameters]
+            norms = _unit_norms(samples, self.units, self.n_units)
+            if not bool(torch.isfinite(norms).all()):
+                raise SelfCheckFailed(f"a gradient of the {group.name} is not finite")
+            # A zero norm gives infinity here and so a factor of 1.
+            factors = (group.clip * _MARGIN / norms).clamp(max=1.0)
+            self._check_norms(group, samples, norms, factors)
+            weights = factors if self.units is None else factors[self.units]
+            for parameter, sample in zip(group.parameters, samples, strict=True):
+                total = (weights @ sample).view_as(parameter)
+                holder = cast(Any, parameter)
+                earlier = holder.summed_grad
+                holder.summed_grad = total if earlier is None else earlier + total
+                _mark_as_processed(holder.grad_sample)
+
+    def _check_norms(
+        self, group: ClipGroup, samples: list[Tensor], norms: Tensor, factors: Tensor
+    ) -> None:
+        """Measure clipped units anew in float64: all in a first batch, then the largest one."""
+        if not len(norms):
+            return
+        chosen = torch.arange(len(norms)) if self.thorough else norms.argmax().view(1)
+        chosen = chosen.to(norms.device)
+        squares = torch.zeros(len(chosen), dtype=torch.float64, device=norms.device)
+        for sample in samples:
+            if self.units is None:
+                rows = sample[chosen]
+            elif self.thorough:
+                rows = _unit_sums(sample, self.units, self.n_units)
+            else:
+                rows = sample[self.units == chosen].sum(0, keepdim=True)
+            squares += (rows * factors[chosen, None]).double().square().sum(1)
+        if not bool((squares.sqrt() <= group.clip).all()):
+            raise SelfCheckFailed(f"a clipped norm of the {group.name} is above its bound")
+
+    def add_noise(self) -> None:
+        """Set ``p.grad`` to the noisy sum, and check what was added."""
+        for group in self.groups:
+            std = group.noise_std(self.noise_multiplier)
+            squares, count = 0.0, 0
+            for parameter in group.parameters:
+                holder = cast(Any, parameter)
+                _check_processed_flag(holder.summed_grad)
+                holder.grad = self.noise.add(holder.summed_grad, std).to(holder.summed_grad)
+                added = holder.grad - holder.summed_grad
+                squares += float(added.square().sum(dtype=torch.float64))
+                count += added.numel()
+                _mark_as_processed(holder.summed_grad)
+            if not noise_is_plausible(squares / std**2, count):
+                raise SelfCheckFailed(f"the noise of the {group.name} is not what was asked for")
+
+
+def _unit_sums(sample: Tensor, units: Tensor | None, n_units: int) -> Tensor:
+    """Gradients ``[n, size]`` of sequences added up to those of units ``[n_units, size]``."""
+    if units is None:
+        return sample
+    return sample.new_zeros(n_units, sample.shape[1]).index_add_(0, units, sample)
+
+
+def _unit_norms(samples: list[Tensor], units: Tensor | None, n_units: int) -> Tensor:
+    """L2 norm of each unit's summed gradient over all tensors, shape ``[n_units]``, float32."""
+    norms = [
+        torch.linalg.vector_norm(part, dim=1)
+        for sample in samples
+        for part in _unit_sums(sample, units, n_units).split(  # type: ignore[no-untyped-call]
+            _LONGEST_NORM, dim=1
+        )
+    ]
+    total: Tensor = torch.linalg.vector_norm(torch.stack(norms, dim=1), dim=1)
+    return total
+
+
+class DpSgd:
+    """Clipped, noisy sums of per-unit gradients.
+
+    Parameters
+    ----------
+    attached : Attached
+        The private attachment of the model.
+    groups : Sequence[ClipGroup]
+        Disjoint groups of its parameters, shares adding up to 1. Parameters in no group are left
+        alone, e.g. the adapter while only the head is trained.
+    sigma : float
+        Noise multiplier, above 0.
+    noise : NoiseSource
+
+    Attributes
+    ----------
+    parameters : tuple[nn.Parameter, ...]
+        In the order of the sums that `release` returns: group after group.
+
+    Raises
+    ------
+    ValueError
+        Groups overlap, have unknown parameters or shares that don't add up to 1, or a number is
+        out of range.
+    """
+
+    def __init__(
+        self,
+        attached: Attached,
+        groups: Sequence[ClipGroup],
+        *,
+        sigma: float,
+        noise: NoiseSource,
+    ) -> None:
+        if not attached.private:
+            raise ValueError("DpSgd needs attach(..., private=True)")
+        _check_groups(attached, groups)
+        if not (math.isfinite(sigma) and sigma > 0):
+            raise ValueError(f"sigma must be a positive number, not {sigma}")
+        self.parameters = tuple(p for group in groups for p in group.parameters)
+        self._attached = attached
+        self._failed = False
+        self._clipper = _UnitClipper(
+            groups, sigma=sigma, noise=noise, thorough=not attached.norms_checked
+        )
+
+    def accumulate(
+        self, losses: Tensor, *, units: Tensor | None = None, n_units: int | None = None
+    ) -> None:
+        """One backward pass; clip what each unit adds, and add it to the step's sum.
+
+        Parameters
+        ----------
+        losses : Tensor
+            One loss a sequence, shape ``[n]``; each may depend on its own sequence only.
+        units : Tensor, optional
+            Unit of each sequence, int64 ``[n]``, values in ``range(n_units)``; None if each sequence
+            is a unit of its own. All of a unit's sequences of the step must be in this one call.
+        n_units : int, optional
+            Number of units, with `units`.
+
+        Raises
+        ------
+        SelfCheckFailed
+            A gradient is missing, not finite, or a clipped norm is above its bound. The engine
+            refuses to go on: nothing of this step can be released.
+        """
+        self._require_sound()
+        if _is_empty(losses, units, n_units):
+            return
+        clipper, self._failed = self._clipper, True
+        self._attached.clear()
+        losses.sum().backward()  # type: ignore[no-untyped-call]
+        self._attached.check_gradients(self.parameters, len(losses))
+        clipper.units, clipper.n_units = units, n_units or 0
+        # Opacus' way of a physical micro-batch: a step that is skipped after clipping.
+        clipper.signal_skip_step(do_skip=True)
+        clipper.pre_step()
+        clipper.zero_grad(set_to_none=True)
+        self._attached.clear()
+        self._attached.norms_checked, clipper.thorough = True, False
+        self._failed = False
+
+    def release(self) -> list[Tensor]:
+        """The noisy sum of the step, and start the next one.
+
+        An empty Poisson batch, with nothing accumulated, gives noise alone.
+
+        Returns
+        -------
+        list[Tensor]
+            Float32, shapes and order of `parameters`.
+
+        Raises
+        ------
+        SelfCheckFailed
+            A sum is not finite, or the noise added is not of the asked standard deviation (false
+            alarms: at most 1e-9 a group and step).
+        """
+        self._require_sound()
+        clipper, self._failed = self._clipper, True
+        clipper.units = None
+        for parameter in self.parameters:
+            cast(Any, parameter).grad_sample = parameter.new_zeros((0, *parameter.shape))
+        clipper.signal_skip_step(do_skip=False)
+        clipper.pre_step()
+        sums = [require_finite(p.grad, self._attached.name_of(p)) for p in self.parameters]
+        clipper.zero_grad(set_to_none=True)
+        self._failed = False
+        return sums
+
+    def _require_sound(self) -> None:
+        if self._failed:
+            raise SelfCheckFailed("an earlier check of this step failed; nothing can be released")
+
+
+class PlainSgd:
+    """Sums of gradients without clipping or noise: `DpSgd`'s non-private twin.
+
+    Parameters
+    ----------
+    attached : Attached
+        The non-private attachment of the model.
+    parameters : Sequence[nn.Parameter], optional
+        What to sum, all trained parameters by default.
+    """
+
+    def __init__(
+        self, attached: Attached, parameters: Sequence[nn.Parameter] | None = None
+    ) -> None:
+        if attached.private:
+            raise ValueError("PlainSgd needs attach(..., private=False)")
+        self.parameters = tuple(attached.parameters.values() if parameters is None else parameters)
+        self._attached = attached
+        attached.clear()
+
+    def accumulate(
+        self, losses: Tensor, *, units: Tensor | None = None, n_units: int | None = None
+    ) -> None:
+        """One backward pass, added to the step's sum; `units` make no difference here."""
+        if not _is_empty(losses, units, n_units):
+            losses.sum().backward()  # type: ignore[no-untyped-call]
+
+    def release(self) -> list[Tensor]:
+        """The sum of the step, zero where nothing was accumulated, and start the next one.
+
+        Raises
+        ------
+        SelfCheckFailed
+            A sum is not finite.
+        """
+        sums = [
+            require_finite(
+                torch.zeros_like(p) if p.grad is None else p.grad, self._attached.name_of(p)
+            )
+            for p in self.parameters
+        ]
+        self._attached.clear()
+        return sums
+
+
+def _check_groups(attached: Attached, groups: Sequence[ClipGroup]) -> None:
+    parameters = [p for group in groups for p in group.parameters]
+    known = {id(p) for p in attached.parameters.values()}
+    if not parameters or not all(group.parameters for group in groups):
+        raise ValueError("a clip group has no parameters")
+    if len({id(p) for p in parameters}) != len(parameters):
+        raise ValueError("a parameter is in two clip groups")
+    if not known.issuperset(id(p) for p in parameters):
+        raise ValueError("a clip group has a parameter that the attached module does not train")
+    for group in groups:
+        if not (math.isfinite(group.clip) and group.clip > 0 and 0 < group.share <= 1):
+            raise ValueError(f"clip group {group.name}: clip or share is out of range")
+    if not math.isclose(math.fsum(group.share for group in groups), 1.0, rel_tol=1e-12):
+        raise ValueError("the shares of the clip groups do not add up to 1")
+
+
+def _is_empty(losses: Tensor, units: Tensor | None, n_units: int | None) -> bool:
+    """Check the shapes of one micro-batch; whether it has no sequence at all."""
+    if losses.dim() != 1:
+        raise ValueError(f"losses must be one a sequence, shape [n], not {list(losses.shape)}")
+    if (units is None) != (n_units is None):
+        raise ValueError("give units and n_units together")
+    if units is not None and n_units is not None and len(losses):
+        if units.shape != losses.shape or units.dtype != torch.int64:
+            raise ValueError("units must be int64 and one a sequence")
+        if int(units.min()) < 0 or int(units.max()) >= n_units:
+            raise ValueError("units must be in range(n_units)")
+    return not len(losses)

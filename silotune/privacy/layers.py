@@ -1,0 +1,351 @@
+"""Autograd functions that leave per-sample gradients behind in the one backward pass.
+
+Each function computes the output of a linear layer and, in its backward, the gradients of the layer's
+own trainable parameters. Under privacy these go to ``p.grad_sample`` (float32, shape ``[n, *p.shape]``,
+the first dimension of the layer's input being the batch) and autograd is told that the parameter has
+no gradient, so no ordinary ``p.grad`` is ever computed. Without privacy they are ordinary gradients.
+
+A LoRA layer (Hu et al., 2022) is run *merged*: ``y = x (W + s B A)^T + b`` has the cost of the frozen
+layer alone, and the low-rank products appear only where they are cheap, in the gradients
+``dB = s dy^T (x A^T)`` and ``dA = s (dy B)^T x``. With LoRA dropout the two branches see different
+inputs, so the *split* form ``y = x W^T + b + s (drop(x) A^T) B^T`` is used while training.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from silotune.errors import SelfCheckFailed
+
+
+class GradientSink:
+    """Where the functions put the gradients of trainable parameters.
+
+    Parameters
+    ----------
+    private : bool
+        Keep one gradient a sample in ``p.grad_sample`` instead of their sum in ``p.grad``.
+    """
+
+    def __init__(self, *, private: bool) -> None:
+        self.private = private
+
+    def add(self, parameter: nn.Parameter, samples: Tensor) -> None:
+        """Add the gradients of one use of a parameter in the current backward pass.
+
+        Parameters
+        ----------
+        parameter : nn.Parameter
+        samples : Tensor
+            One gradient a sample, shape ``[n, *parameter.shape]``, any floating type.
+
+        Raises
+        ------
+        SelfCheckFailed
+            Earlier gradients of the parameter were already used in a step, or have another batch.
+        """
+        holder = cast(Any, parameter)
+        earlier = getattr(holder, "grad_sample", None)
+        if earlier is None:
+            holder.grad_sample = samples.float()
+        elif hasattr(earlier, "_processed") or earlier.shape != samples.shape:
+            raise SelfCheckFailed("per-sample gradients of an earlier batch were not cleared")
+        else:
+            holder.grad_sample = earlier + samples
+
+
+@dataclass(frozen=True)
+class Products:
+    """What a LoRA layer multiplies with, all in the type of its matrix products.
+
+    ``weight`` is ``[out, in]``, with the adapter merged in or not; ``a`` is ``[r, in]``, ``b`` is
+    ``[out, r]``.
+    """
+
+    weight: Tensor
+    a: Tensor
+    b: Tensor
+    bias: Tensor | None
+    scale: float
+
+
+class CastCache:
+    """Reduced-precision copy of a frozen tensor, renewed when the tensor changes."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._key: tuple[int, int] | None = None
+        self._copy: Tensor | None = None
+
+    def get(self, source: Tensor) -> Tensor:
+        """`source` in the cache's type; `source` itself where the type is already right."""
+        if source.dtype == self._dtype:
+            return source.detach()
+        key = (source.data_ptr(), source._version)
+        if self._copy is None or key != self._key:
+            with torch.inference_mode(False), torch.no_grad():
+                self._copy = source.detach().to(self._dtype)
+            self._key = key
+        return self._copy
+
+
+class LoraSite:
+    """One LoRA layer: its tensors and the merged weight, rebuilt once per weight change.
+
+    Parameters
+    ----------
+    base : nn.Module
+        The frozen layer with ``weight`` and ``bias``.
+    transposed : bool
+        The base weight is ``[in, out]`` (``fan_in_fan_out`` of PEFT, GPT-2's ``Conv1D``).
+    a, b : nn.Parameter
+        ``[r, in]`` and ``[out, r]``.
+    scale : float
+        ``alpha / r``, or ``alpha / sqrt(r)`` for rsLoRA.
+    """
+
+    def __init__(
+        self,
+        *,
+        base: nn.Module,
+        transposed: bool,
+        a: nn.Parameter,
+        b: nn.Parameter,
+        scale: float,
+        sink: GradientSink,
+        dtype: torch.dtype,
+    ) -> None:
+        self.base = base
+        self.transposed = transposed
+        self.a, self.b, self.scale = a, b, scale
+        self.sink = sink
+        self.dtype = dtype
+        self._base_cast, self._bias_cast = CastCache(dtype), CastCache(dtype)
+        self._products: Products | None = None
+        self._seen: tuple[Any, ...] = ()
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The base layer's bias, shape ``[out]``."""
+        return cast("nn.Parameter | None", self.base.bias)
+
+    def _weight(self) -> Tensor:
+        weight = cast(Tensor, self.base.weight).detach()
+        return weight.t() if self.transposed else weight
+
+    def _current(self) -> bool:
+        """Whether the merged weight still belongs to the tensors as they are.
+
+        The adapter is compared by content, because writes through ``.data`` leave no version behind;
+        the frozen weight, which nobody writes to in passing, by address and version.
+        """
+        if self._products is None:
+            return False
+        weight, a, b, scale = self._seen
+        frozen = cast(Tensor, self.base.weight)
+        return (
+            weight == (frozen.data_ptr(), frozen._version)
+            and scale == self.scale
+            and a.device == self.a.device
+            and torch.equal(a, self.a)
+            and torch.equal(b, self.b)
+        )
+
+    def merged(self) -> Products:
+        """Products with ``weight = W + s B A``."""
+        if not self._current():
+            with torch.inference_mode(False), torch.no_grad():
+                self._merge()
+        assert self._products is not None
+        return self._products
+
+    def _merge(self) -> None:
+        frozen = cast(Tensor, self.base.weight)
+        a, b = self.a.detach().clone(), self.b.detach().clone()
+        weight = self._weight()
+        buffer = None if self._products is None else self._products.weight
+        if buffer is None or buffer.device != weight.device or buffer.shape != weight.shape:
+            buffer = torch.empty(weight.shape, dtype=self.dtype, device=weight.device)
+        if self.dtype == weight.dtype == a.dtype:
+            torch.addmm(weight, b, a, alpha=self.scale, out=buffer)
+        else:
+            buffer.copy_(torch.addmm(weight.to(a.dtype), b, a, alpha=self.scale))
+        bias = None if self.bias is None else self._bias_cast.get(self.bias)
+        self._products = Products(
+            buffer, a.to(self.dtype), b.to(self.dtype), bias, float(self.scale)
+        )
+        self._seen = ((frozen.data_ptr(), frozen._version), a, b, self.scale)
+
+    def split(self) -> Products:
+        """Products with ``weight = W``."""
+        weight = self._base_cast.get(cast(Tensor, self.base.weight))
+        bias = None if self.bias is None else self._bias_cast.get(self.bias)
+        a, b = self.a.detach().to(self.dtype), self.b.detach().to(self.dtype)
+        return Products(weight.t() if self.transposed else weight, a, b, bias, float(self.scale))
+
+
+def _by_sample(x: Tensor) -> Tensor:
+    """``[n, ..., d]`` as ``[n, positions, d]``; a plain ``[n, d]`` has one position."""
+    return x.reshape(x.shape[0], -1, x.shape[-1])
+
+
+def _rows(x: Tensor) -> Tensor:
+    """``[..., d]`` as ``[all positions, d]``."""
+    return x.reshape(-1, x.shape[-1])
+
+
+@dataclass(frozen=True)
+class _LoraGradients:
+    """Gradients of A, B and the bias, from ``dy`` and ``h = x A^T`` (None where not wanted)."""
+
+    site: LoraSite
+    scale: float
+
+    def release(
+        self, dy: Tensor, x: Tensor, h: Tensor | None, dh: Tensor | None, *, bias: bool
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Hand the gradients to the sink (private), or return them for autograd.
+
+        Parameters
+        ----------
+        dy, x : Tensor
+            ``[n, positions, out]`` and ``[n, positions, in]``.
+        h, dh : Tensor or None
+            ``x A^T`` and ``dy B``, both ``[n, positions, r]``; None if B or A is frozen.
+        """
+        site = self.site
+        if not site.sink.private:
+            rows = _rows(dy)
+            return (
+                None if dh is None else (_rows(dh).t() @ _rows(x)).float().mul_(self.scale),
+                None if h is None else (rows.t() @ _rows(h)).float().mul_(self.scale),
+                rows.float().sum(0) if bias else None,
+            )
+        if h is not None:
+            site.sink.add(site.b, torch.bmm(dy.transpose(1, 2), h * self.scale))
+        if dh is not None:
+            site.sink.add(site.a, torch.bmm((dh * self.scale).transpose(1, 2), x))
+        if bias:
+            assert site.bias is not None
+            site.sink.add(site.bias, dy.sum(1, dtype=torch.float32))
+        return None, None, None
+
+
+class MergedLora(torch.autograd.Function):
+    """``y = x (W + s B A)^T + bias``; see the module's docstring."""
+
+    @staticmethod
+    def forward(  # noqa: PLR0917 - autograd functions take positional arguments
+        ctx: Any, x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, site: LoraSite
+    ) -> Tensor:
+        """Output ``[..., out]`` of input ``[n, ..., in]``, in the type of the input."""
+        products = site.merged()
+        cast_x = x.to(site.dtype)
+        ctx.site, ctx.scale, ctx.x_dtype = site, products.scale, x.dtype
+        ctx.save_for_backward(cast_x, products.weight, products.a, products.b)
+        return linear(cast_x, products.weight, products.bias).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradient of the input; those of A, B and bias as the sink wants them."""
+        x, weight, a, b = ctx.saved_tensors
+        needs_x, needs_a, needs_b, needs_bias, _ = ctx.needs_input_grad
+        dy = dy.to(x.dtype).contiguous()
+        dx = (_rows(dy) @ weight).view(x.shape).to(ctx.x_dtype) if needs_x else None
+        dy3, x3 = _by_sample(dy), _by_sample(x)
+        h = linear(x3, a) if needs_b else None
+        dh = dy3 @ b if needs_a else None
+        rule = _LoraGradients(ctx.site, ctx.scale)
+        return (dx, *rule.release(dy3, x3, h, dh, bias=needs_bias), None)
+
+
+class SplitLora(torch.autograd.Function):
+    """``y = x W^T + bias + s (z A^T) B^T`` with ``z = dropout(x)``."""
+
+    @staticmethod
+    def forward(  # noqa: PLR0917 - autograd functions take positional arguments
+        ctx: Any, x: Tensor, z: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, site: LoraSite
+    ) -> Tensor:
+        """Output ``[..., out]`` of inputs ``[n, ..., in]``, in the type of the input."""
+        products = site.split()
+        cast_z = z.to(site.dtype)
+        h = linear(cast_z, products.a)
+        y = linear(x.to(site.dtype), products.weight, products.bias)
+        _rows(y).addmm_(_rows(h), products.b.t(), alpha=products.scale)
+        ctx.site, ctx.scale, ctx.x_dtype = site, products.scale, x.dtype
+        ctx.save_for_backward(cast_z, h, products.weight, products.a, products.b)
+        return y.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of both inputs; those of A, B and bias as the sink wants them."""
+        z, h, weight, a, b = ctx.saved_tensors
+        needs_x, needs_z, needs_a, needs_b, needs_bias, _ = ctx.needs_input_grad
+        dy = dy.to(z.dtype).contiguous()
+        dx = (_rows(dy) @ weight).view(z.shape).to(ctx.x_dtype) if needs_x else None
+        dy3 = _by_sample(dy)
+        dh = dy3 @ b if needs_a or needs_z else None
+        dz = None
+        if needs_z and dh is not None:
+            dz = (_rows(dh) @ a).view(z.shape).mul_(ctx.scale).to(ctx.x_dtype)
+        rule = _LoraGradients(ctx.site, ctx.scale)
+        gradients = rule.release(
+            dy3,
+            _by_sample(z),
+            _by_sample(h) if needs_b else None,
+            dh if needs_a else None,
+            bias=needs_bias,
+        )
+        return (dx, dz, *gradients, None)
+
+
+class TrainedLinear(torch.autograd.Function):
+    """``y = x W^T + bias`` with W, the bias or both trained; always in float32."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: nn.Parameter, bias: nn.Parameter | None, sink: GradientSink
+    ) -> Tensor:
+        """Output ``[..., out]`` of input ``[n, ..., in]``, in the type of the input."""
+        ctx.sink, ctx.weight, ctx.bias = sink, weight, bias
+        ctx.save_for_backward(x, weight.detach())
+        cast_bias = None if bias is None else bias.detach().to(weight.dtype)
+        return linear(x.to(weight.dtype), weight.detach(), cast_bias).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradient of the input; those of W and the bias as the sink wants them."""
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        x_dtype, x, dy = x.dtype, x.to(weight.dtype), dy.to(weight.dtype).contiguous()
+        dx = (_rows(dy) @ weight).view(x.shape).to(x_dtype) if needs_x else None
+        if not ctx.sink.private:
+            d_weight = _rows(dy).t() @ _rows(x) if needs_weight else None
+            return dx, d_weight, _rows(dy).sum(0) if needs_bias else None, None
+        dy3 = _by_sample(dy)
+        if needs_weight:
+            ctx.sink.add(ctx.weight, torch.bmm(dy3.transpose(1, 2), _by_sample(x)))
+        if needs_bias:
+            ctx.sink.add(ctx.bias, dy3.sum(1))
+        return dx, None, None, None
+
+
+class FrozenLinear(torch.autograd.Function):
+    """``y = x W^T + bias`` with frozen W and bias in a reduced type; input and output keep theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Output ``[..., out]`` of input ``[..., in]``, in the type of the input."""
+        ctx.save_for_backward(weight)
+        return linear(x.to(weight.dtype), weight, bias).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradient of the input only."""
+        (weight,) = ctx.saved_tensors
+        return (dy.to(weight.dtype) @ weight).to(dy.dtype), None, None

@@ -1,0 +1,329 @@
+"""A site's privacy ledger: what was spent on each dataset, durably, before anything leaves.
+
+The ledger stores privacy events, never an epsilon; epsilon is recomputed from them. A run first
+*reserves* its whole cost, which is the one place where a full composition is computed; each release
+is then *charged* by taking its mechanisms out of the reservation, in constant time; at its end the
+run *settles*, which frees what it did not use.
+
+Datasets are keyed by name, whatever their content: epsilon adds up over every version of the data,
+because most people are in most versions. A site that replaces a dataset by one with *none* of the
+same people in it may account for it apart by a key with a fingerprint, see `dataset_key`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from silotune.errors import (
+    BudgetExceeded,
+    EventInvalid,
+    LedgerDamaged,
+    ReleaseConflict,
+    ReservationInvalid,
+)
+from silotune.privacy.account import (
+    Budget,
+    ReleaseKey,
+    RunAccount,
+    dataset_key,
+    require_dataset_key,
+)
+from silotune.privacy.chain import Chain
+from silotune.privacy.entry import Entry, Head, Row
+from silotune.privacy.tally import Tally, epsilon_of, fits, tally_of, tally_of_text, total
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+    from dp_accounting import DpEvent
+
+__all__ = ["Budget", "Ledger", "ReleaseKey", "RunAccount", "dataset_key"]
+
+
+@dataclass(frozen=True)
+class _Demand:
+    """What a run would hold after a row is appended, and whether that needs a check."""
+
+    held: Mapping[str, int]
+    budget: Budget
+    covered: bool
+
+
+class Ledger:
+    """The ledger of one site. Any number of threads and processes may use the same file.
+
+    Parameters
+    ----------
+    path : Path
+        The SQLite file; see `silotune.privacy.chain.Chain` for the files beside it.
+    create : bool
+        Start an empty ledger if there is none.
+
+    Attributes
+    ----------
+    path : Path
+        The SQLite file.
+
+    Raises
+    ------
+    LedgerDamaged
+        Missing, edited, truncated or rolled back: nothing may be released on its word.
+    FileExposed
+        Other accounts of the machine may read or write it.
+    """
+
+    def __init__(self, path: Path, *, create: bool = True) -> None:
+        self.path = path
+        self._runs: dict[tuple[str, str], RunAccount] = {}
+        self._payloads: dict[ReleaseKey, tuple[str, str]] = {}  # dataset, SHA-256
+        self._chain = Chain(path, observe=self._observe, create=create)
+
+    def close(self) -> None:
+        """Close the file; the object can't be used afterwards."""
+        self._chain.close()
+
+    @property
+    def head(self) -> Head:
+        """Number and hash of the newest row."""
+        return self._chain.head
+
+    def reserve(
+        self, dataset: str, run: str, plan_sha256: str, event: DpEvent, *, budget: Budget
+    ) -> None:
+        """Set aside the whole cost of a run, before its first release.
+
+        Asking again for the same run, with the same plan, event and budget, changes nothing. A
+        settled run that asks again gets back what it had not charged, if the budget still has it.
+
+        Raises
+        ------
+        BudgetExceeded
+            Spent, plus other runs' open reservations, plus this event, is over the budget.
+        ReservationInvalid
+            The run reserved before under another plan or with another event.
+        """
+        asked = _cost(event)
+
+        def demand() -> _Demand | None:
+            account = self._runs.get((dataset, run))
+            if account is None:
+                return _Demand(asked, budget, covered=False)
+            if (account.plan_sha256, account.reserved) != (plan_sha256, asked):
+                raise ReservationInvalid(f"run {run!r} reserved before as something else")
+            if account.open and account.budget == budget:
+                return None
+            return _Demand(asked | Counter(account.charged), budget, covered=False)
+
+        entry = _entry("reserve", dataset, run, plan_sha256=plan_sha256, event=_text(event))
+        limits = json.dumps(asdict(budget), sort_keys=True, allow_nan=False)
+        self._append_within(replace(entry, budget=limits), demand)
+
+    def charge(
+        self,
+        dataset: str,
+        key: ReleaseKey,
+        plan_sha256: str,
+        event: DpEvent,
+        payload_sha256: str,
+    ) -> None:
+        """Charge a release; when this returns, the charge is on the disk.
+
+        The same key with the same payload is not charged again. What the run's reservation doesn't
+        cover is charged only if the budget allows it on top of everything else.
+
+        Raises
+        ------
+        ReleaseConflict
+            The key was charged with another payload.
+        ReservationInvalid
+            The run has not reserved, or under another plan.
+        BudgetExceeded
+            Not covered by the reservation, nor by the rest of the budget.
+        """
+        asked = _cost(event)
+
+        def demand() -> _Demand | None:
+            paid = self._payloads.get(key)
+            if paid is not None and paid != (dataset, payload_sha256):
+                raise ReleaseConflict(f"{key} was charged with other content")
+            if paid is not None:
+                return None
+            account = self._runs.get((dataset, key.run))
+            if account is None or account.plan_sha256 != plan_sha256:
+                raise ReservationInvalid(f"run {key.run!r} has not reserved under this plan")
+            charged = asked + Counter(account.charged)
+            covered = account.open and fits(charged, account.reserved)
+            held = charged | Counter(account.reserved) if account.open else charged
+            return _Demand(held, account.budget, covered=covered)
+
+        entry = _entry("charge", dataset, key.run, plan_sha256=plan_sha256, event=_text(event))
+        entry = replace(entry, round=key.round, release=key.release, payload_sha256=payload_sha256)
+        self._append_within(entry, demand)
+
+    def settle(self, dataset: str, run: str) -> None:
+        """End a run's reservation and free what it has not charged; nothing if none is open."""
+        with self._chain.transaction() as append:
+            account = self._runs.get((dataset, run))
+            if account is not None and account.open:
+                append(_entry("settle", dataset, run))
+
+    def payload_of(self, key: ReleaseKey) -> str | None:
+        """SHA-256 of what was charged under `key`, or None if nothing was."""
+        with self._chain.transaction():
+            paid = self._payloads.get(key)
+            return paid[1] if paid else None
+
+    def events(self, dataset: str, *, run: str | None = None) -> list[DpEvent]:
+        """Charged events of a dataset, oldest first; of one run only, if named."""
+        from silotune.privacy import accounting
+
+        return [
+            accounting.from_json(row.entry.event)
+            for row in self._chain.rows()
+            if row.entry.kind == "charge"
+            and row.entry.event is not None
+            and row.entry.dataset == dataset
+            and run in {None, row.entry.run}
+        ]
+
+    def spent(self, dataset: str, delta: float, *, run: str | None = None) -> float:
+        """Epsilon of all that was charged to a dataset (by one run, if named), recomputed."""
+        charged = [a.charged for a in self.runs(dataset) if run in {None, a.run}]
+        return epsilon_of(total(charged), delta=delta)
+
+    def committed(self, dataset: str, delta: float) -> float:
+        """Epsilon of all charges together with what open reservations may still charge."""
+        return epsilon_of(total(a.committed for a in self.runs(dataset)), delta=delta)
+
+    def runs(self, dataset: str | None = None) -> list[RunAccount]:
+        """Accounts of all runs, that with the newest reservation last."""
+        with self._chain.transaction():
+            return [a for a in self._runs.values() if dataset in {None, a.dataset}]
+
+    def rows(self) -> list[Row]:
+        """Every row of the ledger, oldest first."""
+        return self._chain.rows()
+
+    def verify(self, *, trusted: Ed25519PublicKey | None = None) -> Head:
+        """Check the whole ledger against its chain, its head and the counter-signed head.
+
+        With `trusted`, the coordinator's key, a counter-signed head must be there and be its work.
+        Raises `LedgerDamaged`.
+        """
+        return self._chain.verify(trusted=trusted)
+
+    def witness(self, head: Head, signature: bytes, key: Ed25519PublicKey) -> None:
+        """Keep the head that the coordinator counter-signed (`Head.sign`).
+
+        Raises `LedgerDamaged` if the signature is wrong or this ledger never had that head.
+        """
+        self._chain.witness(head, signature, key)
+
+    def _append_within(self, entry: Entry, demand: Callable[[], _Demand | None]) -> None:
+        """Append `entry` once what it leads to is covered by a reservation or by the budget."""
+        approved: tuple[Tally, Budget] | None = None
+        while True:
+            with self._chain.transaction() as append:
+                wish = demand()
+                if wish is None:
+                    return
+                whole = self._others(entry) + Counter(wish.held) if not wish.covered else None
+                if whole is None or approved == (whole, wish.budget):
+                    append(entry)
+                    return
+            # A composition can take seconds: other runs go on meanwhile, and the verdict counts
+            # only if, back in a transaction, everything still adds up to the same.
+            self._require_within(entry, whole, wish.budget)
+            approved = (whole, wish.budget)
+
+    def _others(self, entry: Entry) -> Tally:
+        return total(
+            account.committed
+            for account in self._runs.values()
+            if account.dataset == entry.dataset and account.run != entry.run
+        )
+
+    def _require_within(self, entry: Entry, whole: Tally, budget: Budget) -> None:
+        reached = epsilon_of(whole, delta=budget.delta)
+        if reached <= budget.epsilon:
+            return
+        accounts = self.runs(entry.dataset)
+        spent = total(a.charged for a in accounts)
+        reserved = total(a.committed for a in accounts) - spent
+        parts = {"asked": tally_of_text(entry.event or ""), "spent": spent, "reserved": reserved}
+        listed = ", ".join(
+            f"{name} {epsilon_of(part, delta=budget.delta):.4f}" for name, part in parts.items()
+        )
+        left = max(0.0, budget.epsilon - self.committed(entry.dataset, budget.delta))
+        raise BudgetExceeded(
+            f"dataset {entry.dataset!r}, run {entry.run!r}, epsilon at delta = {budget.delta:g}: "
+            f"{listed}, together {reached:.4f}; budget {budget.epsilon:.4f}, left {left:.4f}"
+        )
+
+    def _observe(self, row: Row) -> None:
+        """Fold one row into the accounts."""
+        try:
+            self._fold(row.entry)
+        except (KeyError, TypeError, ValueError, EventInvalid) as exc:
+            raise LedgerDamaged(
+                f"{self.path}: row {row.seq} has a valid hash but makes no sense to this version"
+            ) from exc
+
+    def _fold(self, entry: Entry) -> None:
+        place = (entry.dataset, entry.run)
+        if entry.kind == "settle":
+            self._runs[place] = replace(self._runs[place], open=False)
+            return
+        tally = tally_of_text(entry.event or "")
+        if entry.kind == "reserve":
+            account = self._runs.pop(place, None)
+            renewed = RunAccount(
+                dataset=entry.dataset,
+                run=entry.run,
+                plan_sha256=entry.plan_sha256 or "",
+                budget=Budget(**json.loads(entry.budget or "")),
+                reserved=tally,
+            )
+            if account is not None:
+                renewed = replace(renewed, charged=account.charged, charges=account.charges)
+            self._runs[place] = renewed
+        elif entry.kind == "charge":
+            account = self._runs[place]
+            charged = Counter(account.charged) + Counter(tally)
+            self._runs[place] = replace(account, charged=charged, charges=account.charges + 1)
+            key = ReleaseKey(entry.run, int(entry.round or 0), entry.release or "")
+            self._payloads[key] = (entry.dataset, entry.payload_sha256 or "")
+        else:
+            raise ValueError(entry.kind)
+
+
+def _cost(event: DpEvent) -> Tally:
+    tally = tally_of(event)
+    if not tally:
+        raise ValueError("an event that costs nothing has no place in the ledger")
+    return tally
+
+
+def _text(event: DpEvent) -> str:
+    from silotune.privacy import accounting
+
+    return str(accounting.to_json(event))
+
+
+def _entry(
+    kind: str, dataset: str, run: str, *, plan_sha256: str | None = None, event: str | None = None
+) -> Entry:
+    now = datetime.now(UTC).isoformat(timespec="milliseconds")
+    return Entry(
+        kind=kind,
+        dataset=require_dataset_key(dataset),
+        run=ReleaseKey(run, 0, kind).run,
+        time=now,
+        plan_sha256=plan_sha256,
+        event=event,
+    )

@@ -1,0 +1,79 @@
+"""Privacy events as a multiset: how often each mechanism ran.
+
+Composition under add/remove adjacency doesn't depend on the order of independent mechanisms, so a
+sequence of events is worth exactly its tally. Comparing tallies is how a charge is recognised as a
+part of what its run reserved, without computing any epsilon.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dp_accounting import DpEvent
+
+Tally = Counter[str]
+"""Canonical JSON of an event that is not a composition -> how often it happened."""
+
+
+def tally_of(event: DpEvent) -> Tally:
+    """Take an event's compositions apart.
+
+    ``ComposedDpEvent`` and ``SelfComposedDpEvent`` add up, ``NoOpDpEvent`` is nothing, everything
+    else, whatever is nested in it, is one thing.
+
+    Raises
+    ------
+    Exception
+        Whatever `silotune.privacy.accounting.to_json` raises for an event it doesn't account for.
+    """
+    from dp_accounting import ComposedDpEvent, NoOpDpEvent, SelfComposedDpEvent
+
+    from silotune.privacy import accounting
+
+    if isinstance(event, NoOpDpEvent):
+        return Counter()
+    if isinstance(event, ComposedDpEvent):
+        return total(tally_of(part) for part in event.events)
+    if isinstance(event, SelfComposedDpEvent):
+        once = tally_of(event.event)
+        return Counter({leaf: n * event.count for leaf, n in once.items()})
+    return Counter({accounting.to_json(event): 1})
+
+
+@functools.lru_cache(maxsize=1024)
+def tally_of_text(text: str) -> Mapping[str, int]:
+    """The tally of an event in JSON; most rows of a ledger share a few texts. Not to be changed."""
+    from silotune.privacy import accounting
+
+    return tally_of(accounting.from_json(text))
+
+
+def total(tallies: Iterable[Mapping[str, int]]) -> Tally:
+    """Sum of tallies."""
+    found: Tally = Counter()
+    for tally in tallies:
+        found.update(tally)
+    return found
+
+
+def fits(part: Mapping[str, int], whole: Mapping[str, int]) -> bool:
+    """Whether every mechanism of `part` is in `whole`, as often at least."""
+    return all(n <= whole.get(leaf, 0) for leaf, n in part.items())
+
+
+def epsilon_of(tally: Mapping[str, int], *, delta: float) -> float:
+    """Tight upper bound on epsilon at `delta` for everything in the tally; 0 for an empty one."""
+    from dp_accounting import SelfComposedDpEvent
+
+    from silotune.privacy import accounting
+
+    events = [
+        SelfComposedDpEvent(event=accounting.from_json(leaf), count=n)
+        for leaf, n in sorted(tally.items())
+        if n
+    ]
+    return float(accounting.epsilon(events, delta=delta)) if events else 0.0

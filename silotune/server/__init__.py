@@ -1,0 +1,1 @@
+"""The coordinator: rounds and their durable state."""

@@ -1,0 +1,47 @@
+"""One exchange with the sites: messages out, replies in as they come, a deadline."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+_POLL_SECONDS = 0.05
+
+
+def exchange(
+    grid: Grid, messages: Iterable[Message], *, deadline: float
+) -> Iterator[tuple[int, Message]]:
+    """Send messages and yield ``(node, reply)`` pairs until all replied or time is up.
+
+    Parameters
+    ----------
+    grid : Grid
+        Any Flower grid. One with a ``wait(seconds)`` method is waited on, another polled.
+    messages : iterable of Message
+        At most one a node.
+    deadline : float
+        Seconds after which missing replies are given up.
+
+    Notes
+    -----
+    The node is the one the message went to: an error that the transport raised for a lost site does
+    not carry that site's id as its source.
+    """
+    outgoing = list(messages)
+    ends = time.monotonic() + deadline
+    sent = grid.push_messages(outgoing)
+    pending = {
+        message_id: message.metadata.dst_node_id
+        for message_id, message in zip(sent, outgoing, strict=True)
+        if message_id
+    }
+    wait: Callable[[float], object] = getattr(grid, "wait", time.sleep)
+    while pending and time.monotonic() < ends:
+        replies = list(grid.pull_messages(list(pending)))
+        for reply in replies:
+            yield pending.pop(reply.metadata.reply_to_message_id), reply
+        if not replies:
+            wait(_POLL_SECONDS)

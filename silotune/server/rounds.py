@@ -1,0 +1,282 @@
+"""The coordinator's round loop: join, rounds, checkpoints, resume.
+
+The loop is ours rather than Flower's `Strategy.start`, which begins at round 1 always, collects every
+reply before it aggregates, waits for ever for missing nodes and keeps nothing across a crash.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+from numpy.typing import NDArray
+
+from silotune.errors import QuorumLost, RunDirectoryInvalid, SiteFailed, UpdateRejected
+from silotune.models.adapter import Layout, initial_adapter
+from silotune.plan import Plan
+from silotune.server.exchange import exchange
+from silotune.strategies import strategy_for
+from silotune.strategies.base import AdapterStrategy, Terms, Vector, as_arrays, update_of
+from silotune.strategies.schedule import phase_of
+
+
+class RunStore(Protocol):
+    """Where a run's history and state are kept, durably."""
+
+    def append_event(self, kind: Any, **fields: Any) -> Mapping[str, Any]:
+        """Record what happened."""
+        ...
+
+    def save_adapter(self, number: int, arrays: Mapping[str, NDArray[Any]]) -> object:
+        """Keep the adapter after a round."""
+        ...
+
+    def save_checkpoint(self, arrays: Mapping[str, NDArray[Any]], state: Mapping[str, Any]) -> None:
+        """Replace the state to resume from, atomically."""
+        ...
+
+    def load_checkpoint(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]] | None:
+        """The last saved state, if any."""
+        ...
+
+
+class Observer(Protocol):
+    """Somebody who looks at the global adapter between rounds, such as the simulator."""
+
+    def after_round(self, server_round: int, adapter: Vector, *, seconds: float) -> None:
+        """Called when a round is finished and saved."""
+        ...
+
+
+class RoundLoop:
+    """One run of a plan over a grid.
+
+    Parameters
+    ----------
+    plan : Plan
+        What to train.
+    run : str
+        The run's name; with round and release it keys every charge at the sites.
+    grid : Grid
+        Flower's way to the sites.
+    store : RunStore
+        History and checkpoints. If it holds a checkpoint, the run goes on behind it.
+    observer : Observer, optional
+        Told of each finished round.
+    """
+
+    def __init__(
+        self, *, plan: Plan, run: str, grid: Grid, store: RunStore, observer: Observer | None = None
+    ) -> None:
+        self._plan, self._run, self._grid, self._store = plan, run, grid, store
+        self._observer = observer
+        self._text = plan.canonical()
+
+    def execute(self) -> Vector:
+        """Run to the end and return the final adapter.
+
+        Raises
+        ------
+        QuorumLost
+            Fewer sites than the plan's minimum joined or answered in a round.
+        SiteFailed
+            No site joined and all gave the same error code.
+        """
+        started = time.monotonic()
+        cohort, layout = self._join()
+        strategy = strategy_for(self._plan, slices=layout.slices, size=layout.size)
+        strategy.cohort = {terms.node: terms for terms in cohort}
+        adapter, done = self._resume(strategy, layout)
+        for number in range(done + 1, self._plan.rounds.number + 1):
+            adapter = self._round(number, adapter, strategy, layout)
+        self._store.append_event(
+            "run_finished", rounds=self._plan.rounds.number, seconds=time.monotonic() - started
+        )
+        return adapter
+
+    # --- joining ---
+
+    def _join(self) -> tuple[list[Terms], Layout]:
+        config = ConfigRecord({"plan": self._text, "run": self._run})
+        nodes = self._nodes()
+        messages = [
+            Message(RecordDict({"config": config}), dst_node_id=node, message_type="query.join")
+            for node in nodes
+        ]
+        cohort, layouts, codes = [], dict[str, str](), list[str]()
+        for node, reply in exchange(self._grid, messages, deadline=self._plan.rounds.deadline):
+            if reply.has_error():
+                codes.append(str(reply.error.reason))
+                self._store.append_event("site_refused", site=str(node), code=reply.error.reason)
+                continue
+            released = reply.content.config_records["released"]
+            terms = Terms(
+                node=node,
+                site=str(released["site"]),
+                declared_units=int(released["declared_units"]),  # type: ignore[arg-type]
+            )
+            cohort.append(terms)
+            layouts[terms.site] = str(released["layout"])
+            shown = {key: released[key] for key in ("rate", "sigma") if key in released}
+            self._store.append_event(
+                "site_joined", site=terms.site, declared_units=terms.declared_units, **shown
+            )
+        self._require_quorum(len(cohort), len(nodes), codes)
+        return sorted(cohort, key=lambda t: t.site), _agreed_layout(layouts)
+
+    def _nodes(self) -> list[int]:
+        """Nodes that are there, once the plan's minimum of them is."""
+        ends = time.monotonic() + self._plan.rounds.deadline
+        while True:
+            nodes = sorted(self._grid.get_node_ids())
+            if len(nodes) >= self._plan.rounds.min_sites or time.monotonic() > ends:
+                return nodes
+            time.sleep(0.1)
+
+    def _require_quorum(self, present: int, asked: int, codes: list[str]) -> None:
+        if present >= self._plan.rounds.min_sites:
+            return
+        if codes and present == 0 and len(set(codes)) == 1:
+            raise SiteFailed(f"every site refused to join with {codes[0]}")
+        reasons = f" ({', '.join(sorted(codes))})" if codes else ""
+        raise QuorumLost(
+            f"{present} of {asked} sites are in; the plan needs {self._plan.rounds.min_sites}{reasons}"
+        )
+
+    # --- rounds ---
+
+    def _round(
+        self, number: int, adapter: Vector, strategy: AdapterStrategy, layout: Layout
+    ) -> Vector:
+        clock = _Clock()
+        self._store.append_event(
+            "round_started",
+            round=number,
+            phase=phase_of(self._plan, number),
+            cohort=[terms.site for terms in strategy.cohort.values()],
+        )
+        config = ConfigRecord({"plan": self._text, "run": self._run, "round": number})
+        arrays = as_arrays(adapter)
+        strategy.begin(number)
+        folded, codes = 0, list[str]()
+        messages = strategy.configure_train(number, arrays, config, self._grid)
+        clock.lap("aggregate")
+        for node, reply in exchange(self._grid, messages, deadline=self._plan.rounds.deadline):
+            clock.lap("wait")
+            code = self._fold(number, strategy, node, reply)
+            codes += [code] if code else []
+            folded += not code
+            clock.lap("aggregate")
+        clock.lap("wait")
+        self._require_quorum(folded, len(strategy.cohort), codes)
+        updated = strategy.finish(adapter, server_round=number)
+        self._save(number, updated, strategy, layout)
+        clock.lap("aggregate")
+        self._store.append_event(
+            "round_finished",
+            round=number,
+            seconds=clock.total,
+            wait_seconds=clock.laps["wait"],
+            aggregate_seconds=clock.laps["aggregate"],
+            bytes_up=4 * strategy.update_size(number) * folded,
+            bytes_down=adapter.nbytes * len(strategy.cohort),
+            update_norm=float(np.linalg.norm(updated - adapter)),
+        )
+        self._evaluate(number, as_arrays(updated), config, strategy)
+        if self._observer:
+            self._observer.after_round(number, updated, seconds=clock.total)
+        return updated
+
+    def _fold(
+        self, number: int, strategy: AdapterStrategy, node: int, reply: Message
+    ) -> str | None:
+        """Add one reply to the sum; the error's code if it could not be."""
+        terms = strategy.cohort[node]
+        try:
+            if reply.has_error():
+                code = reply.error.reason
+                self._store.append_event("site_failed", round=number, site=terms.site, code=code)
+                return code
+            update = update_of(reply)
+            strategy.fold(terms, update)
+        except UpdateRejected as exc:
+            self._store.append_event(
+                "site_failed", round=number, site=terms.site, code=exc.code, detail=exc.detail
+            )
+            return exc.code
+        self._store.append_event("site_replied", round=number, site=terms.site, bytes=update.nbytes)
+        return None
+
+    def _evaluate(
+        self, number: int, arrays: Any, config: ConfigRecord, strategy: AdapterStrategy
+    ) -> None:
+        """Ask the sites for the metrics that the plan lets them release."""
+        messages = list(strategy.configure_evaluate(number, arrays, config, self._grid))
+        if not messages:
+            return
+        replies = exchange(self._grid, messages, deadline=self._plan.rounds.deadline)
+        metrics = strategy.aggregate_evaluate(number, [reply for _, reply in replies])
+        if metrics is not None:
+            self._store.append_event(
+                "evaluated", round=number, view="released", split="validation", pooled=dict(metrics)
+            )
+
+    # --- durability ---
+
+    def _save(
+        self, number: int, adapter: Vector, strategy: AdapterStrategy, layout: Layout
+    ) -> None:
+        self._store.save_adapter(number, layout.unpack(adapter))
+        state = {
+            "round": number,
+            "plan_sha256": self._plan.sha256,
+            "layout": layout.fingerprint,
+        }
+        arrays = {"adapter": adapter, **strategy.optimizer.state()}
+        self._store.save_checkpoint(arrays, state)
+
+    def _resume(self, strategy: AdapterStrategy, layout: Layout) -> tuple[Vector, int]:
+        saved = self._store.load_checkpoint()
+        if saved is None:
+            return initial_adapter(layout, self._plan), 0
+        arrays, state = saved
+        if (state["plan_sha256"], state["layout"]) != (self._plan.sha256, layout.fingerprint):
+            raise RunDirectoryInvalid("the checkpoint belongs to another plan or model")
+        strategy.optimizer.restore(arrays)
+        self._store.append_event("run_resumed", from_round=int(state["round"]))
+        return np.asarray(arrays["adapter"], dtype=np.float32), int(state["round"])
+
+
+class _Clock:
+    """Splits a round's wall time into laps of named kinds."""
+
+    def __init__(self) -> None:
+        self._start = self._last = time.monotonic()
+        self.laps = {"wait": 0.0, "aggregate": 0.0}
+
+    def lap(self, kind: str) -> None:
+        now = time.monotonic()
+        self.laps[kind] += now - self._last
+        self._last = now
+
+    @property
+    def total(self) -> float:
+        return self._last - self._start
+
+
+def _agreed_layout(layouts: Mapping[str, str]) -> Layout:
+    """The layout that all sites derived from plan and model; they must not differ."""
+    texts = set(layouts.values())
+    if len(texts) != 1:
+        raise SiteFailed(
+            "sites derived different adapter layouts from the plan: "
+            + ", ".join(
+                f"{site} {Layout.from_json(t).fingerprint[:8]}" for site, t in layouts.items()
+            ),
+            remedy="The sites have different base models or library versions; align them.",
+        )
+    return Layout.from_json(texts.pop())

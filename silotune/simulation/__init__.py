@@ -1,0 +1,1 @@
+"""Many sites on one machine: grid, partitions, run directory, report and progress."""

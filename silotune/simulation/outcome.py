@@ -1,0 +1,178 @@
+"""What a finished run leaves behind: privacy.json and results.json."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from silotune.data.site import SiteConfig
+from silotune.plan import Plan
+from silotune.privacy.accounting import epsilon_curve, step_event
+from silotune.simulation.baselines import Counts, Outcome, jobs_for, run_jobs
+from silotune.simulation.run_directory import RunDirectory
+from silotune.simulation.spectator import LoggedStore, metrics_of, size_of
+
+_CURVE_POINTS = 12
+
+
+def write_privacy(
+    directory: RunDirectory, plan: Plan, finished: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Write ``privacy.json`` from the sites' certificates."""
+    certificates = {site: found["certificate"] for site, found in finished.items()}
+    sites = {
+        site: _site_privacy(plan, body) for site, body in certificates.items() if body is not None
+    }
+    example = next((body for body in certificates.values() if body), None)
+    directory.write_json(
+        "privacy.json",
+        {
+            "private": plan.private and plan.plan.seed is None,
+            "statement": _statement(plan),
+            "unit": plan.privacy.unit,
+            "adjacency": example["adjacency"] if example else "none",
+            "delta": plan.privacy.delta,
+            "budget": plan.privacy.epsilon,
+            "sites": sites,
+        },
+    )
+
+
+def _statement(plan: Plan) -> str:
+    if not plan.private:
+        return "no differential privacy: updates reveal records"
+    if plan.plan.seed is not None:
+        return "seeded: not private"
+    return (
+        f"each {plan.privacy.unit} is protected at its own site; a person with records at two "
+        "sites is protected by the sum of both sites' epsilons"
+    )
+
+
+def _site_privacy(plan: Plan, body: Mapping[str, Any]) -> dict[str, Any]:
+    steps = next(m for m in body["mechanisms"] if m["times"] == plan.steps)
+    rate, sigma = float(steps["rate"]), float(steps["sigma"])
+    per_round = step_event(rate=rate, sigma=sigma, steps=plan.rounds.local_steps)
+    curve = epsilon_curve(
+        per_round, rounds=plan.rounds.number, points=_CURVE_POINTS, delta=float(body["delta"])
+    )
+    return {
+        "epsilon": body["epsilon"],
+        "sigma": sigma,
+        "rate": rate,
+        "steps": plan.steps,
+        "epsilon_by_round": [[number, value] for number, value in curve],
+    }
+
+
+def write_results(
+    directory: RunDirectory,
+    plan: Plan,
+    sites: Sequence[SiteConfig],
+    *,
+    choices: Mapping[str, Any],
+    final: Mapping[str, Counts],
+    finished: Mapping[str, Mapping[str, Any]],
+    workers: int,
+    store: LoggedStore,
+) -> None:
+    """Write ``results.json``: the federation's test scores, and the baselines' if `workers`.
+
+    The baselines train in this many processes; none with 0.
+    """
+    if not final:
+        return
+    seconds = sum(
+        float(event["seconds"]) for event in directory.events if event["event"] == "round_finished"
+    )
+    examples = sum(int(found["records"]) for found in finished.values())
+    methods = [
+        _method(plan, "federated", "Federated LoRA", final, seconds=seconds, examples=examples)
+    ]
+    if workers:
+        methods += _baselines(plan, sites, choices=choices, workers=workers, store=store)
+    directory.write_json("results.json", {"methods": methods, "view": "simulator"})
+
+
+def _baselines(
+    plan: Plan,
+    sites: Sequence[SiteConfig],
+    *,
+    choices: Mapping[str, Any],
+    workers: int,
+    store: LoggedStore,
+) -> list[dict[str, Any]]:
+    jobs = jobs_for(plan, sites, choices)
+    outcomes: dict[str, list[Outcome]] = defaultdict(list)
+    started = time.monotonic()
+    for number, outcome in enumerate(run_jobs(jobs, workers=workers), start=1):
+        outcomes[outcome.job.key].append(outcome)
+        store.append_event(
+            "baseline_finished",
+            title=outcome.job.title,
+            number=number,
+            of=len(jobs),
+            seconds=time.monotonic() - started,
+        )
+    methods = []
+    for key, found in outcomes.items():
+        if key == "own":
+            methods.append(_own(plan, found))
+        else:
+            (one,) = found
+            methods.append(
+                _method(
+                    plan,
+                    key,
+                    one.job.title,
+                    one.counts,
+                    seconds=one.seconds,
+                    examples=one.examples,
+                )
+            )
+    return methods
+
+
+def _method(
+    plan: Plan,
+    key: str,
+    title: str,
+    counts: Mapping[str, Counts],
+    *,
+    seconds: float,
+    examples: int,
+) -> dict[str, Any]:
+    return {
+        "key": key,
+        "title": title,
+        "private": plan.private,
+        "epsilon": plan.privacy.epsilon,
+        "test": metrics_of(plan, sum(counts.values())),
+        "by_site": {
+            site: {**metrics_of(plan, each), "n": size_of(plan, each)}
+            for site, each in counts.items()
+        },
+        "seconds": seconds,
+        "examples_seen": examples,
+    }
+
+
+def _own(plan: Plan, found: Sequence[Outcome]) -> dict[str, Any]:
+    """Each site's own model: on its own data by site, on everybody's data in the mean."""
+    everywhere = [metrics_of(plan, sum(one.counts.values())) for one in found]
+    own = {str(one.job.site): one.counts[str(one.job.site)] for one in found}
+    return {
+        **_method(
+            plan,
+            "own",
+            "Own records only",
+            own,
+            seconds=sum(one.seconds for one in found),
+            examples=sum(one.examples for one in found),
+        ),
+        "test": {key: float(np.mean([m[key] for m in everywhere])) for key in everywhere[0]},
+    }

@@ -1,0 +1,141 @@
+"""The sites that one simulation process plays, and the simulator's own view of them.
+
+The ClientApp here is the one of a deployment. What stands beside it, `SimulatedSites.inspect`, never
+exists in one: it scores adapters on held-out data that no site would let out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.app import Context
+from numpy.typing import NDArray
+
+from silotune.client.app import build_client_app
+from silotune.client.runtime import SiteRun, WarmModel
+from silotune.client.trainer import Vector
+from silotune.data.site import SiteConfig
+from silotune.data.splits import Split
+from silotune.errors import RunError
+from silotune.models.adapter import save_adapter, write_adapter
+from silotune.models.batching import batches
+from silotune.models.choices import Choices
+from silotune.plan import Plan
+
+Arrays = dict[str, NDArray[Any]]
+
+_SCORE_BATCH = 256
+
+
+class SimulatedSites:
+    """Program of a simulation worker.
+
+    Parameters
+    ----------
+    payload : mapping
+        ``plan`` (canonical JSON), ``run``, ``sites`` (paths of site.toml files in node order),
+        ``states`` (their state folders) and ``choices`` (`silotune.models.choices.Choices`).
+    """
+
+    def __init__(self, payload: Mapping[str, Any]) -> None:
+        self._plan = Plan.from_canonical(payload["plan"])
+        self._run = str(payload["run"])
+        self._configs = [Path(path) for path in payload["sites"]]
+        self._states = [Path(path) for path in payload["states"]]
+        self._warm = WarmModel(Choices(**payload["choices"]))
+        self._runs: dict[int, SiteRun] = {}
+        self._warm.for_plan(self._plan)
+        self.client_app = build_client_app(self._find)
+
+    def _find(self, context: Context, plan: Plan, run: str) -> SiteRun:
+        if plan != self._plan or run != self._run:
+            raise RunError("the simulation knows one plan and one run")
+        return self.site(int(context.node_config["partition-id"]))
+
+    def site(self, index: int) -> SiteRun:
+        """The site at an index (node order from 0), made on first use."""
+        if index not in self._runs:
+            self._runs[index] = SiteRun(
+                SiteConfig.load(self._configs[index]),
+                state=self._states[index],
+                plan=self._plan,
+                run=self._run,
+                warm=self._warm,
+            )
+        return self._runs[index]
+
+    def inspect(
+        self, site_index: int, request: dict[str, Any], arrays: Arrays
+    ) -> tuple[dict[str, Any], Arrays]:
+        """Answer the simulator: ``score``, ``finish`` or ``save``, as ``request["op"]`` says."""
+        site = self.site(site_index)
+        match request["op"]:
+            case "score":
+                split = Split[str(request["split"]).upper()]
+                frozen = bool(request["frozen"])
+                return {}, {"counts": score(site, arrays["flat"], split=split, frozen=frozen)}
+            case "finish":
+                body = site.finish()
+                return {
+                    "certificate": None if body is None else body.model_dump(mode="json"),
+                    "train_seconds": {str(k): v for k, v in site.train_seconds.items()},
+                    "records": site.trainer.records_used,
+                }, {}
+            case "save":
+                model = site.trainable.model
+                save_adapter(model, arrays["flat"], Path(request["folder"]), plan=self._plan)
+                return {"description": model.description, "parameters": model.layout.size}, {}
+            case other:
+                raise RunError(f"no such request: {other}")
+
+
+def build(payload: Mapping[str, Any]) -> SimulatedSites:
+    """The worker's factory."""
+    return SimulatedSites(payload)
+
+
+def score(site: SiteRun, adapter: Vector, *, split: Split, frozen: bool) -> NDArray[np.float64]:
+    """Counts of an adapter on one split of a site's records.
+
+    Parameters
+    ----------
+    site : SiteRun
+        Whose records.
+    adapter : float32 array
+        The global adapter.
+    split : Split
+        Which records.
+    frozen : bool
+        Whether only the head was trained so far: then the cached features give the same counts.
+    """
+    model = site.trainable.model
+    write_adapter(model, adapter)
+    total: NDArray[np.float64] | None = None
+    for rows in batches(site.encoded, site.records.rows(split), size=_SCORE_BATCH):
+        if frozen:
+            features = site.trainer.features()[rows].to(model.device)
+            counts = model.task.head_score(model.module, features, site.encoded, rows)
+        else:
+            inputs = model.task.collate(site.encoded, rows, model.device)
+            counts = model.task.score(model.module, inputs)
+        total = counts if total is None else total + counts
+    if total is None:
+        raise RunError(f"site {site.site.name} has no records in the {split.name.lower()} split")
+    return total
+
+
+def payload_for(
+    plan: Plan, *, run: str, sites: list[SiteConfig], states: list[Path], choices: Choices
+) -> dict[str, Any]:
+    """What `build` takes, as JSON values."""
+    return {
+        "plan": plan.canonical(),
+        "run": run,
+        "sites": [str(site.folder / "site.toml") for site in sites],
+        "states": [str(state) for state in states],
+        "choices": asdict(choices),
+    }

@@ -1,0 +1,185 @@
+"""The report of a run: one HTML file that needs nothing else, and its charts as PNG files.
+
+The page fetches nothing and runs no script (its content security policy forbids both), so it can be
+mailed, archived and opened on a machine without a network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from silotune import __version__
+from silotune.simulation import page
+from silotune.simulation.chart_parts import MOST_SITES
+from silotune.simulation.charting import Chart
+from silotune.simulation.charts_rounds import bytes_chart, time_chart, timeline_chart
+from silotune.simulation.charts_scores import epsilon_chart, learning_chart, site_chart
+from silotune.simulation.figures import Summary, epsilon_curves, summarise
+from silotune.simulation.run_directory import write_atomically
+from silotune.simulation.run_record import RunRecord, read_record
+from silotune.simulation.verdict import probe_verdict, verdict
+from silotune.simulation.wording import octets, plural, power
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write ``report.html`` and ``report-*.png`` into a run directory, finished or not.
+
+    Equal runs give equal bytes: nothing in the report is the time it was written at.
+
+    Returns
+    -------
+    Path
+        The HTML file.
+
+    Raises
+    ------
+    RunDirectoryInvalid
+        The folder is no run, or one of its files is damaged.
+    """
+    record = read_record(run_dir)
+    found = summarise(record)
+    charts = draw_charts(record, found)
+    for chart in charts.values():
+        write_atomically(run_dir / f"report-{chart.name}.png", chart.png)
+    path = record.directory.report_path
+    write_atomically(path, render_page(record, found, charts).encode())
+    return path
+
+
+def draw_charts(record: RunRecord, found: Summary) -> dict[str, Chart]:
+    """Every chart that there is something to draw for, by name."""
+    history = record.history
+    drawn = (
+        learning_chart(page.view(record, "simulator"), found.metric, history.rounds),
+        site_chart(found.by_site, found.metric),
+        epsilon_chart(epsilon_curves(record), found.privacy.budget),
+        timeline_chart(history, record.sites),
+        time_chart(history.finished_rounds, found.time.workers),
+        bytes_chart(history.finished_rounds),
+    )
+    return {chart.name: chart for chart in drawn if chart is not None}
+
+
+def render_page(record: RunRecord, found: Summary, charts: Mapping[str, Chart]) -> str:
+    """The page as text. Everything but our own CSS and SVG is escaped by Jinja."""
+    templates = files("silotune.simulation") / "templates"
+    # The template is the package's own file, and autoescape is on for every value it prints.
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = environment.from_string((templates / "report.html").read_text(encoding="utf-8"))
+    css = (templates / "report.css").read_text(encoding="utf-8")
+    inline = {name: _Inline(chart) for name, chart in charts.items()}
+    return template.render(css=Markup(css), charts=inline, **_words(record, found))  # noqa: S704
+
+
+class _Inline:
+    """A chart's SVG, marked as ours so that it isn't escaped."""
+
+    def __init__(self, chart: Chart) -> None:
+        self.wide_markup = self._classed(chart.wide, "wide")
+        self.narrow_markup = self._classed(chart.narrow, "narrow")
+
+    @staticmethod
+    def _classed(svg: str, kind: str) -> Markup:
+        # Written by an XML serialiser, which escaped every text and attribute in it.
+        return Markup(svg.replace("<svg ", f'<svg class="{kind}" ', 1))  # noqa: S704
+
+
+def _words(record: RunRecord, found: Summary) -> dict[str, Any]:
+    """Everything that the template places."""
+    curve, released = page.view(record, "simulator"), page.view(record, "released")
+    alarm, alarm_words = _alarm(found)
+    return {
+        "found": found,
+        "version": __version__,
+        "minus": "\N{MINUS SIGN}",
+        "sites_in_words": plural(len(found.sites), "site"),
+        "alarm": alarm,
+        "alarm_words": alarm_words,
+        "verdict": verdict(found),
+        "tiles": page.tiles(found),
+        "methods": page.method_table(found),
+        "probe_words": " ".join(probe_verdict(found)),
+        "chance": page.chance(found),
+        "curve_split": curve[-1].split if curve else "",
+        "released": released[-1] if released else None,
+        "sites": page.site_table(found),
+        "worse": page.worse_sites(found),
+        "sites_left_out": len(found.by_site) > MOST_SITES,
+        "protected": found.privacy.budget is not None,
+        "delta": power(found.privacy.delta),
+        "mechanism": page.privacy_table(record),
+        "spent": page.epsilon_table(record),
+        "timeline_left_out": max(0, len(record.sites) - MOST_SITES),
+        "time_words": _time_words(found),
+        "bytes_words": _bytes_words(found),
+        "rounds": page.round_table(record.history.finished_rounds),
+        "faults": page.fault_rows(found.faults),
+        "resumed": _resumed(record),
+        "plan": page.plan_rows(record),
+        "facts": page.facts(record),
+    }
+
+
+def _alarm(found: Summary) -> tuple[str, str]:
+    """What must be read before anything else: that a run gives no privacy."""
+    facts = found.privacy
+    if facts.private:
+        return "", ""
+    if facts.budget is None:
+        return "Not private.", "This run was made without differential privacy, for comparison."
+    return (
+        f"{facts.statement[:1].upper()}{facts.statement[1:]}.",
+        "Whoever knows the seed can remove the noise. Use this run to look at accuracy and to "
+        "repeat it, never as a guarantee.",
+    )
+
+
+def _time_words(found: Summary) -> str:
+    time = found.time
+    if time.rounds <= 0:
+        return ""
+
+    def part(seconds: float, what: str) -> str:
+        return f"{what} {seconds:.1f} s ({seconds / time.rounds:.1%})"
+
+    if time.train_all_sites is None:
+        waited = part(time.wait, "waiting for the sites, which train meanwhile,")
+        head = f"Of {time.rounds:.1f} s in rounds: {waited}"
+    else:
+        trained = part(time.train, "training")
+        waited = part(time.wait, "waiting for replies beyond that")
+        head = f"Of {time.rounds:.1f} s in rounds: {trained}, {waited}"
+    spread = (
+        f" Training adds up to {time.train_all_sites:.1f} s over all sites, on "
+        f"{plural(time.workers, 'worker')} at a time."
+        if time.train_all_sites is not None
+        else ""
+    )
+    rest = f"{part(time.aggregate, 'aggregating')}, {part(time.other, 'everything else')}"
+    return f"{head}, {rest}.{spread}"
+
+
+def _bytes_words(found: Summary) -> str:
+    rounds = max(1, found.rounds_finished)
+    return (
+        f"{octets(found.bytes_down)} to the sites and {octets(found.bytes_up)} from them "
+        f"in all, {octets((found.bytes_down + found.bytes_up) / rounds)} a round."
+    )
+
+
+def _resumed(record: RunRecord) -> str:
+    rounds = record.history.resumed_at
+    if not rounds:
+        return ""
+    after = ", ".join(map(str, rounds))
+    return (
+        f"The run was interrupted and resumed {plural(len(rounds), 'time')}, after round {after}."
+    )

@@ -1,0 +1,273 @@
+"""Run a plan over simulated sites, from the plan file to a finished run directory.
+
+The ServerApp, ClientApp, strategies and privacy code are those of a deployment; only the grid
+differs. A run that was killed goes on from its last finished round.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from flwr.app import Context, RecordDict
+from flwr.serverapp import ServerApp
+
+from silotune import __version__
+from silotune.data.site import SiteConfig, load_sites
+from silotune.errors import RunDirectoryInvalid
+from silotune.models.choices import Choices, choose
+from silotune.plan import Plan
+from silotune.server.app import build_server_app
+from silotune.simulation.grid import SiteSlot, WorkerGrid
+from silotune.simulation.outcome import write_privacy, write_results
+from silotune.simulation.program import SimulatedSites, payload_for
+from silotune.simulation.run_directory import RunDirectory
+from silotune.simulation.spectator import LoggedStore, Spectator, View
+
+EngineName = Literal["processes", "ray"]
+Listener = Callable[[Mapping[str, Any]], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How to simulate, beside what the plan says.
+
+    Attributes
+    ----------
+    engine : str
+        ``processes`` (worker processes of this machine) or ``ray`` (Flower's Ray engine).
+    workers : int
+        Worker processes, or Ray actors; each computes on one thread.
+    baselines : bool
+        Whether to train the comparison models too.
+    address : str or None
+        Of a Ray cluster; None starts Ray on this machine.
+    device : str
+        ``auto``, ``cpu`` or ``cuda:N``.
+    """
+
+    engine: EngineName = "processes"
+    workers: int = 0
+    baselines: bool = False
+    address: str | None = None
+    device: str = "auto"
+
+    def worker_count(self, sites: int) -> int:
+        """Workers really used: by default one a core, never more than sites."""
+        wanted = self.workers or len(os.sched_getaffinity(0))
+        return max(1, min(wanted, sites))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """A run that is ready to go: new or resumed."""
+
+    directory: RunDirectory
+    plan: Plan
+    sites: list[SiteConfig]
+    choices: Choices
+    settings: Settings
+
+    @property
+    def payload(self) -> dict[str, Any]:
+        states = [self.directory.site(site.name).resolve() for site in self.sites]
+        return payload_for(
+            self.plan,
+            run=self.directory.name,
+            sites=self.sites,
+            states=states,
+            choices=self.choices,
+        )
+
+
+def simulate(
+    plan_path: Path,
+    *,
+    runs: Path,
+    settings: Settings,
+    listener: Listener,
+    sites_folder: Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> RunDirectory:
+    """Start a new run of a plan.
+
+    Parameters
+    ----------
+    plan_path : Path
+        The plan's TOML file.
+    runs : Path
+        Where the run directory is made.
+    settings : Settings
+        How to simulate.
+    listener : callable
+        Given every event as it is written.
+    sites_folder : Path, optional
+        Folder whose subfolders are sites; by default the plan's own.
+    overrides : mapping, optional
+        Dotted plan keys to replace.
+
+    Raises
+    ------
+    SilotuneError
+        Of any family; the run directory keeps what was finished.
+    """
+    plan = Plan.load(plan_path).override(overrides or {})
+    sites = list(load_sites(sites_folder or plan_path.resolve().parent))
+    choices = choose(plan, device=settings.device)
+    directory = RunDirectory.create(runs, plan.plan.name, plan_toml=plan_path.read_text("utf-8"))
+    job = _Job(directory=directory, plan=plan, sites=sites, choices=choices, settings=settings)
+    directory.write_json("resolved.json", _resolved(job))
+    return _execute(job, listener)
+
+
+def resume(path: Path, *, settings: Settings, listener: Listener) -> RunDirectory:
+    """Go on with a run that was stopped or killed, with its own plan, sites and choices.
+
+    Raises
+    ------
+    RunDirectoryInvalid
+        It is no run directory, or its run is finished.
+    """
+    directory = RunDirectory.open(path)
+    if any(event["event"] == "run_finished" for event in directory.events):
+        raise RunDirectoryInvalid(f"{path} is finished; there is nothing to resume")
+    facts = directory.read_json("resolved.json")
+    job = _Job(
+        directory=directory,
+        plan=Plan.from_mapping(_without_nulls(facts["plan"])),
+        sites=[SiteConfig.load(Path(site["path"])) for site in facts["sites"]],
+        choices=Choices(**facts["choices"]),
+        settings=settings,
+    )
+    return _execute(job, listener)
+
+
+def _execute(job: _Job, listener: Listener) -> RunDirectory:
+    if job.settings.engine == "ray":
+        return _execute_on_ray(job, listener)
+    store = LoggedStore(job.directory, listener=listener)
+    slots = _slots(job)
+    store.append_event("run_started", run=job.directory.name, **_scope(job))
+    with WorkerGrid(
+        "silotune.simulation.program:build",
+        job.payload,
+        slots,
+        workers=job.settings.worker_count(len(slots)),
+        log_folder=job.directory.root / "logs",
+        on_receipt=store.on_receipt,
+    ) as grid:
+        grid.wait_until_ready()
+        view = View(grid.inspect_all)
+        spectator = Spectator(job.plan, store=store, view=view)
+        app = _server_app(job, store, spectator)
+        context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config={})
+        app(grid=grid, context=context)
+        _conclude(job, store, spectator, view)
+    return job.directory
+
+
+def _execute_on_ray(job: _Job, listener: Listener) -> RunDirectory:
+    """The very same apps on Flower's Ray engine; the simulator looks on from its own process."""
+    from silotune.simulation.ray_engine import run_with_ray
+
+    store = LoggedStore(job.directory, listener=listener)
+    store.append_event("run_started", run=job.directory.name, **_scope(job))
+    payload = job.payload
+    own = SimulatedSites(payload)
+
+    def inspect_all(
+        request: Mapping[str, Any],
+        arrays: Mapping[str, Any],
+        sites: Iterable[str] | None = None,
+    ) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+        asked = None if sites is None else set(sites)
+        return {
+            site.name: own.inspect(index, dict(request), dict(arrays))
+            for index, site in enumerate(job.sites)
+            if asked is None or site.name in asked
+        }
+
+    view = View(inspect_all)
+    spectator = Spectator(job.plan, store=store, view=view)
+    run_with_ray(
+        _server_app(job, store, spectator),
+        "silotune.simulation.program:build",
+        payload=payload,
+        sites=_slots(job),
+        workers=job.settings.worker_count(len(job.sites)),
+        address=job.settings.address,
+    )
+    _conclude(job, store, spectator, view)
+    return job.directory
+
+
+def _slots(job: _Job) -> list[SiteSlot]:
+    dataset = job.plan.data.dataset
+    return [SiteSlot(site.name, site.dataset(dataset).declared_units) for site in job.sites]
+
+
+def _server_app(job: _Job, store: LoggedStore, spectator: Spectator) -> ServerApp:
+    return build_server_app(plan=job.plan, run=job.directory.name, store=store, observer=spectator)
+
+
+def _conclude(job: _Job, store: LoggedStore, spectator: Spectator, view: View) -> None:
+    """Final adapter, certificates, results and baselines."""
+    final = spectator.adapter
+    assert final is not None  # the last round told the spectator
+    view.save(final, job.directory.final_adapter.resolve(), site=job.sites[0].name)
+    finished = view.finish()
+    write_privacy(job.directory, job.plan, finished)
+    write_results(
+        job.directory,
+        job.plan,
+        job.sites,
+        choices=asdict(job.choices),
+        final=spectator.final_counts,
+        finished=finished,
+        workers=job.settings.worker_count(len(job.sites)) if job.settings.baselines else 0,
+        store=store,
+    )
+
+
+def _scope(job: _Job) -> dict[str, Any]:
+    return {"sites": [site.name for site in job.sites], "rounds": job.plan.rounds.number}
+
+
+def _resolved(job: _Job) -> dict[str, Any]:
+    plan = job.plan
+    libraries = ("flwr", "torch", "transformers", "peft", "opacus", "dp-accounting", "numpy")
+    return {
+        "run": job.directory.name,
+        "plan": json.loads(plan.canonical()),
+        "plan_sha256": plan.sha256,
+        "engine": job.settings.engine,
+        "workers": job.settings.worker_count(len(job.sites)),
+        "seed": plan.plan.seed,
+        "choices": asdict(job.choices),
+        "versions": {"silotune": __version__, **{name: version(name) for name in libraries}},
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+        "model": f"{plan.model.base}, {job.choices}",
+        "sites": [
+            {
+                "name": site.name,
+                "declared_units": site.dataset(plan.data.dataset).declared_units,
+                "path": str(site.folder / "site.toml"),
+            }
+            for site in job.sites
+        ],
+        "split": f"{plan.data.test_share:.0%} test, {plan.data.validation_share:.0%} validation, "
+        f"by {plan.data.split_by if plan.data.split_by == 'group' else plan.privacy.unit}",
+        "selection": "hyper-parameters chosen on validation data only",
+    }
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return value

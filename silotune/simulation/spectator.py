@@ -1,0 +1,153 @@
+"""The simulator looking on: events with what only it can know, and its own scores of each adapter."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from silotune.models.tasks import get_task
+from silotune.plan import Plan
+from silotune.simulation.grid import Receipt
+from silotune.simulation.run_directory import RunDirectory
+from silotune.strategies.base import Vector
+
+Counts = NDArray[np.float64]
+Inspect = Callable[..., dict[str, tuple[dict[str, Any], dict[str, NDArray[Any]]]]]
+
+
+class LoggedStore:
+    """A run directory as the server's store; every event also goes to a listener.
+
+    Parameters
+    ----------
+    directory : RunDirectory
+        Where everything is kept.
+    listener : callable
+        Given each event as it was written.
+    """
+
+    def __init__(
+        self, directory: RunDirectory, *, listener: Callable[[Mapping[str, Any]], None]
+    ) -> None:
+        self.directory, self._listener = directory, listener
+        self._seconds: dict[str, dict[str, float]] = defaultdict(dict)
+        self.save_adapter = directory.save_adapter
+        self.save_checkpoint = directory.save_checkpoint
+        self.load_checkpoint = directory.load_checkpoint
+
+    def on_receipt(self, receipt: Receipt) -> None:
+        """Note how long a site's app took, which the server never learns."""
+        if receipt.message_type == "train":
+            self._seconds[receipt.group_id][receipt.site] = receipt.seconds
+
+    def append_event(self, kind: Any, **fields: Any) -> Mapping[str, Any]:
+        """Write an event, with the seconds that only the simulator knows."""
+        known = self._seconds.get(str(fields.get("round")), {})
+        if kind == "site_replied" and fields["site"] in known:
+            fields["train_seconds"] = known[fields["site"]]
+        if kind == "round_finished" and known:
+            fields["train_seconds"] = sum(known.values())
+        event = self.directory.append_event(kind, **fields)
+        self._listener(event)
+        return event
+
+
+class View:
+    """Typed requests to the simulated sites."""
+
+    def __init__(self, inspect: Inspect) -> None:
+        self._inspect = inspect
+
+    def score(self, adapter: Vector, *, split: str, frozen: bool) -> dict[str, Counts]:
+        """Counts of an adapter on each site's own records of a split."""
+        request = {"op": "score", "split": split, "frozen": frozen}
+        found = self._inspect(request, {"flat": adapter})
+        return {site: arrays["counts"] for site, (_, arrays) in found.items()}
+
+    def finish(self) -> dict[str, dict[str, Any]]:
+        """Settle every site's ledger and collect certificates and timings."""
+        return {site: answer for site, (answer, _) in self._inspect({"op": "finish"}, {}).items()}
+
+    def save(self, adapter: Vector, folder: Path, *, site: str) -> None:
+        """Have one site write the adapter in PEFT's format."""
+        request = {"op": "save", "folder": str(folder)}
+        self._inspect(request, {"flat": adapter}, sites=[site])
+
+
+class Spectator:
+    """Scores the global adapter between rounds, on held-out data that no site released.
+
+    Parameters
+    ----------
+    plan : Plan
+        Says how often: every ``rounds.evaluate_every`` rounds, and after the last.
+    store : LoggedStore
+        Gets the events and the lines of ``metrics.jsonl``.
+    view : View
+        The simulator's way to the sites.
+
+    Attributes
+    ----------
+    adapter : float32 array or None
+        The newest adapter.
+    final_counts : mapping of site to counts
+        Test counts of the last round's adapter.
+    seconds : float
+        Time spent looking, which is not part of any round.
+    """
+
+    def __init__(self, plan: Plan, *, store: LoggedStore, view: View) -> None:
+        self._plan, self._store, self._view = plan, store, view
+        self.adapter: Vector | None = None
+        self.final_counts: dict[str, Counts] = {}
+        self.seconds = 0.0
+
+    def after_round(self, server_round: int, adapter: Vector, *, seconds: float) -> None:
+        """Score a finished round's adapter when it is due."""
+        started = time.monotonic()
+        self.adapter = adapter
+        last = server_round == self._plan.rounds.number
+        every = self._plan.rounds.evaluate_every
+        line: dict[str, Any] = {"round": server_round, "seconds": seconds}
+        if self._plan.data.validation_share and (last or (every and server_round % every == 0)):
+            line["validation"] = self._look(server_round, adapter, split="validation")
+        if last and self._plan.data.test_share:
+            line["test"] = self._look(server_round, adapter, split="test")
+        self._store.directory.metrics.append(line)
+        self.seconds += time.monotonic() - started
+
+    def _look(self, server_round: int, adapter: Vector, *, split: str) -> dict[str, float]:
+        frozen = server_round <= self._plan.optimizer.site.head_rounds
+        counts = self._view.score(adapter, split=split, frozen=frozen)
+        if split == "test":
+            self.final_counts = counts
+        pooled = metrics_of(self._plan, sum(counts.values()))
+        sites = {
+            site: {**metrics_of(self._plan, each), "n": size_of(self._plan, each)}
+            for site, each in counts.items()
+        }
+        self._store.append_event(
+            "evaluated",
+            round=server_round,
+            view="simulator",
+            split=split,
+            pooled=pooled,
+            sites=sites,
+        )
+        return pooled
+
+
+def metrics_of(plan: Plan, counts: Any) -> dict[str, float]:
+    """The task's metrics from additive counts."""
+    return dict(get_task(plan.model.task).metrics(np.asarray(counts)))
+
+
+def size_of(plan: Plan, counts: Counts) -> int:
+    """Number of examples behind counts."""
+    return int(counts.sum() if plan.model.task == "text_classification" else counts[-1])

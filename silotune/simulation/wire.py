@@ -1,0 +1,173 @@
+"""Flower messages as content-addressed objects, through Flower's own serialisation.
+
+A `Message` is a tree of objects (message, record dict, records, arrays, chunks of arrays); each
+object's id is the SHA-256 of its deflated bytes, so equal content has equal ids and need travel to
+a worker only once. This is the one module of the simulation that imports Flower's internals; its
+tests are the contract with the pinned release of Flower.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from flwr.app import Array, Message, RecordDict
+from flwr.app.error import Error
+from flwr.app.message.message import make_message
+from flwr.common.constant import SUPERLINK_NODE_ID as _SUPERLINK_NODE_ID
+from flwr.common.constant import ErrorCode
+from flwr.supercore import telemetry
+from flwr.supercore.inflatable.inflatable_object import InflatableObject, no_object_id_recompute
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+__all__ = [
+    "APP_RAISED",
+    "NODE_UNAVAILABLE",
+    "SUPERLINK_NODE_ID",
+    "Packed",
+    "Run",
+    "disable_telemetry",
+    "error_reply",
+    "fresh_copy",
+    "identify",
+    "new_run",
+    "outline",
+    "pack",
+    "stamp",
+    "unpack",
+    "verify",
+]
+
+SUPERLINK_NODE_ID: Final[int] = _SUPERLINK_NODE_ID
+APP_RAISED: Final[int] = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+NODE_UNAVAILABLE: Final[int] = ErrorCode.NODE_UNAVAILABLE
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A message as objects.
+
+    Parameters
+    ----------
+    root : str
+        The message's own object id, which is also its message id.
+    objects : Mapping[str, InflatableObject]
+        Every object of the tree by id, children before their parents.
+    """
+
+    root: str
+    objects: Mapping[str, InflatableObject]
+
+    def deflate(self, object_id: str) -> bytes:
+        """The bytes of one object; their SHA-256 is `object_id`."""
+        return self.objects[object_id].deflate()
+
+
+def identify(run_id: int) -> None:
+    """Make this process the server of a run, so that `Message(...)` can be constructed."""
+    TaskIdentity.run_id = run_id
+    TaskIdentity.task_id = 1
+    TaskIdentity.node_id = SUPERLINK_NODE_ID
+
+
+def new_run(run_id: int) -> Run:
+    """Flower's description of a run that has nothing but an id."""
+    return Run.create_empty(run_id)
+
+
+def stamp(message: Message, *, run_id: int) -> None:
+    """Set the sender of an instruction; both fields are part of what its id is a hash of."""
+    message.metadata.__dict__["_run_id"] = run_id
+    message.metadata.__dict__["_src_node_id"] = SUPERLINK_NODE_ID
+
+
+def pack(message: Message) -> Packed:
+    """Compute every object id of a message, each hashed once, and set its message id.
+
+    An array that is part of several messages keeps its id between calls (Flower tracks changes),
+    so a broadcast is hashed once for all its receivers.
+    """
+    objects: dict[str, InflatableObject] = {}
+
+    def walk(object_id: str, node: InflatableObject) -> None:
+        # `children` has the ids as keys; asking a chunk for its id again would hash it again.
+        for child_id, child in (node.children or {}).items():
+            walk(child_id, child)
+        objects[object_id] = node
+
+    with no_object_id_recompute():
+        root = message.object_id
+        walk(root, message)
+    message.metadata.__dict__["_message_id"] = root
+    return Packed(root, objects)
+
+
+def unpack(
+    root: str, contents: Mapping[str, bytes], *, arrays: dict[str, Array] | None = None
+) -> Message:
+    """Inflate a message from the bytes of all its objects.
+
+    Parameters
+    ----------
+    root : str
+        Object id of the message.
+    contents : Mapping[str, bytes]
+        Deflated objects by id.
+    arrays : dict, optional
+        Arrays inflated before, by id; new ones are added. Messages that share an array share no
+        more than its immutable bytes: a record makes its own `Array` of each.
+
+    Raises
+    ------
+    KeyError
+        An object of the tree is missing.
+    TypeError
+        The root is not a message.
+    """
+    objects: dict[str, InflatableObject] = dict(arrays or {})
+    message = inflate_object_from_contents(root, dict(contents), objects=objects)
+    if not isinstance(message, Message):
+        raise TypeError(f"expected a message, got a {type(message).__name__}")
+    if arrays is not None:
+        arrays |= {key: found for key, found in objects.items() if isinstance(found, Array)}
+    message.metadata.__dict__["_message_id"] = root
+    return message
+
+
+def verify(object_id: str, content: bytes) -> None:
+    """Raise `ValueError` if `content` is not what `object_id` names."""
+    if hashlib.sha256(content).hexdigest() != object_id:
+        raise ValueError(f"an object arrived that does not have the id {object_id}")
+
+
+def fresh_copy(message: Message) -> Message:
+    """Deflate and inflate a message, keeping its message id.
+
+    The copy has nothing cached in it, so Ray can ship it (a cached chunk can't be pickled).
+    """
+    message_id = message.metadata.message_id
+    packed = pack(message)
+    twin = unpack(packed.root, {key: packed.deflate(key) for key in packed.objects})
+    for each in (message, twin):
+        each.metadata.__dict__["_message_id"] = message_id
+    return twin
+
+
+def outline(message: Message) -> Message:
+    """The message's address alone, of which later changes to the message change nothing."""
+    return make_message(copy.copy(message.metadata), content=RecordDict())
+
+
+def error_reply(instruction: Message, *, kind: int, code: str) -> Message:
+    """A reply that says, by a stable code only, that there is no other reply."""
+    return Message(Error(kind, code), reply_to=instruction)
+
+
+def disable_telemetry() -> None:
+    """Keep Flower from reporting the run to its vendor, also if Flower is already imported."""
+    telemetry.FLWR_TELEMETRY_ENABLED = "0"

@@ -1,0 +1,322 @@
+"""The inside of a simulation worker: many sites in one process, one message at a time.
+
+A worker loads the program (base model and all) once and plays each of its sites in turn. It talks
+frames over a socket. A thread of its own reads the socket at all times, so that the simulator never
+blocks on a worker that trains, and so that the worker learns at once of the end of its parent. What
+goes wrong inside a site stays here, in the log; a stable code goes back.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from typing import Any, Protocol, cast
+
+import numpy as np
+from flwr.app import Array, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from silotune.errors import EnvironmentFault, SilotuneError
+from silotune.simulation import wire
+from silotune.simulation.frames import Frame, pack_arrays, receive_frame, send_frame, unpack_arrays
+
+logger = logging.getLogger("silotune.simulation.worker")
+
+_STABLE_CODE = re.compile(r"ST-\d{3}")
+_UNNAMED = SilotuneError.code
+_GRACE_SECONDS = 1.0
+
+
+class SiteProgram(Protocol):
+    """What a worker's factory returns: the sites' app, and the simulator's own view of it."""
+
+    client_app: ClientApp
+
+    def inspect(
+        self, site_index: int, request: dict[str, Any], arrays: dict[str, np.ndarray]
+    ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Answer the simulator about a site. Never part of a deployment."""
+        ...
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """A worker's part of a simulation; crosses to the worker as JSON.
+
+    Parameters
+    ----------
+    factory : str
+        ``"module:callable"``; called with `payload`, it returns a `SiteProgram`.
+    payload : Mapping[str, Any]
+        JSON values.
+    sites : Mapping[int, str]
+        Names of the sites this worker plays, by index (node id less one).
+    num_sites : int
+        Sites in the whole simulation.
+    run_id : int
+        Flower's run id.
+    run_config : Mapping[str, bool | int | float | str]
+        What every site finds in ``context.run_config``.
+    """
+
+    factory: str
+    payload: Mapping[str, Any]
+    sites: Mapping[int, str]
+    num_sites: int
+    run_id: int
+    run_config: Mapping[str, bool | int | float | str]
+
+    def to_header(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return {**vars(self), "sites": [[i, name] for i, name in self.sites.items()]}
+
+    @classmethod
+    def from_header(cls, header: Mapping[str, Any]) -> Assignment:
+        """Back from `to_header`."""
+        return cls(**{**header, "sites": dict(header["sites"])})
+
+    def context(self, site: int) -> Context:
+        """A site's Flower context at its start."""
+        return Context(
+            run_id=self.run_id,
+            node_id=site + 1,
+            node_config={
+                "partition-id": site,
+                "num-partitions": self.num_sites,
+                "site": self.sites[site],
+            },
+            state=RecordDict(),
+            run_config=dict(self.run_config),
+        )
+
+
+@dataclass
+class _Held:
+    """What the simulator will not send again before it says `forget`: objects by id."""
+
+    contents: dict[str, bytes] = field(default_factory=dict)
+    arrays: dict[str, Array] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Instruction:
+    """A message for a site, not inflated yet. `expires` is in Unix seconds."""
+
+    site: int
+    root: str
+    objects: list[str]
+    held: _Held
+    expires: float
+
+
+@dataclass(frozen=True)
+class _Question:
+    """The simulator's question about some sites."""
+
+    ticket: int
+    sites: tuple[int, ...]
+    request: str
+    described: list[list[Any]]
+    blobs: list[bytes]
+
+
+_Task = _Instruction | _Question
+
+
+def load_program(factory: str, payload: Mapping[str, Any]) -> SiteProgram:
+    """Import and call a factory; then hold PyTorch, if the factory loaded it, to one thread.
+
+    One thread a worker, however many workers there are: sums are then added in the same order, and
+    a simulation gives the same bits with one worker or two.
+
+    Raises
+    ------
+    EnvironmentFault
+        There is no such module or callable.
+    """
+    module, _, name = factory.partition(":")
+    try:
+        build = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as exc:
+        raise EnvironmentFault(f"the worker's factory {factory!r} can't be loaded: {exc}") from exc
+    program = cast(SiteProgram, build(dict(payload)))
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
+    return program
+
+
+def is_stable_code(text: object) -> bool:
+    """Whether this is one of silotune's error codes, and nothing besides."""
+    return isinstance(text, str) and bool(_STABLE_CODE.fullmatch(text))
+
+
+def stable_code(exc: BaseException) -> str:
+    """The only thing about an error that may leave a site: its ``ST-…`` code."""
+    code = getattr(exc, "code", None)
+    return str(code) if is_stable_code(code) else _UNNAMED
+
+
+def answer(app: ClientApp, message: Message, context: Context) -> Message:
+    """Let a site's app handle a message; what it raises becomes an error with a code only."""
+    asked, site = wire.outline(message), context.node_config.get("site")
+    try:
+        reply = app(message=message, context=context)
+        addressed = reply.metadata.src_node_id, reply.metadata.reply_to_message_id
+        if addressed != (asked.metadata.dst_node_id, asked.metadata.message_id):
+            raise ValueError("the app's reply is not a reply to the message it was given")
+    except (Exception, SystemExit) as exc:
+        code = stable_code(exc)
+        logger.exception("site %s: %s failed (%s)", site, asked.metadata.message_type, code)
+        return wire.error_reply(asked, kind=wire.APP_RAISED, code=code)
+    return reply
+
+
+class Host:
+    """The sites of one worker, on one loaded program."""
+
+    def __init__(self, assignment: Assignment, program: SiteProgram) -> None:
+        self._names, self._program = assignment.sites, program
+        self._contexts = {site: assignment.context(site) for site in assignment.sites}
+
+    def frames(self, task: _Task) -> Iterator[Frame]:
+        """Carry out a task."""
+        if isinstance(task, _Instruction):
+            yield self._reply(task)
+        else:
+            for site in task.sites:
+                yield self._inspected(site, task)
+
+    def _reply(self, task: _Instruction) -> Frame:
+        if time.time() > task.expires:  # as Flower: an expired instruction is never delivered
+            return Frame("lapsed", {"to": task.root})
+        contents = {key: task.held.contents[key] for key in task.objects}
+        message = wire.unpack(task.root, contents, arrays=task.held.arrays)
+        started = time.perf_counter()
+        reply = answer(self._program.client_app, message, self._contexts[task.site])
+        seconds = time.perf_counter() - started
+        try:
+            packed = wire.pack(reply)
+            blobs = [packed.deflate(key) for key in packed.objects]
+        except Exception:
+            logger.exception("site %s: its reply can't be serialised", self._names[task.site])
+            packed = wire.pack(wire.error_reply(message, kind=wire.APP_RAISED, code=_UNNAMED))
+            blobs = [packed.deflate(key) for key in packed.objects]
+        header = {"to": task.root, "root": packed.root, "objects": list(packed.objects)}
+        return Frame("reply", {**header, "seconds": seconds}, blobs)
+
+    def _inspected(self, site: int, task: _Question) -> Frame:
+        head = {"ticket": task.ticket, "site": site}
+        try:
+            request, arrays = json.loads(task.request), unpack_arrays(task.described, task.blobs)
+            found, given = self._program.inspect(site, request, arrays)
+            described, blobs = pack_arrays(given)
+            text = json.dumps(found)
+        except Exception as exc:
+            logger.exception("site %s: inspection failed", self._names[site])
+            return Frame("inspected", {**head, "failed": stable_code(exc)})
+        return Frame("inspected", {**head, "answer": text, "arrays": described}, blobs)
+
+
+class Inbox:
+    """Reads frames and turns them into tasks, keeping what the simulator will not send again."""
+
+    def __init__(self) -> None:
+        self.tasks: SimpleQueue[_Task | None] = SimpleQueue()
+        self.orphaned = threading.Event()
+        self._held = _Held()
+
+    def receive(self, connection: socket.socket) -> None:
+        """Read until the parent is gone."""
+        try:
+            while True:
+                self.take(receive_frame(connection))
+        except (EOFError, OSError):
+            pass
+        except Exception:
+            logger.exception("a frame from the simulator can't be used; the worker ends")
+        self.orphaned.set()
+        self.tasks.put(None)
+
+    def take(self, frame: Frame) -> None:
+        """Turn one frame into a task, or into content for later ones."""
+        head = frame.header
+        if frame.kind == "message":
+            for object_id, content in zip(head["new"], frame.blobs, strict=True):
+                wire.verify(object_id, content)
+                self._held.contents[object_id] = content
+            what = head["site"], head["root"], head["objects"]
+            self.tasks.put(_Instruction(*what, self._held, head["expires"]))
+        elif frame.kind == "forget":
+            self._held = _Held()
+        else:
+            sites, asked = tuple(head["sites"]), (head["request"], head["arrays"])
+            self.tasks.put(_Question(head["ticket"], sites, *asked, list(frame.blobs)))
+
+
+def start(assignment: Assignment) -> tuple[Host | None, Frame]:
+    """Load the program. The frame says that it is ready, or by a code why it is not."""
+    started = time.perf_counter()
+    try:
+        host = Host(assignment, load_program(assignment.factory, assignment.payload))
+    except Exception as exc:
+        logger.exception("the worker can't start")
+        detail = exc.detail if isinstance(exc, SilotuneError) else type(exc).__name__
+        return None, Frame("failed", {"code": stable_code(exc), "detail": detail})
+    return host, Frame("ready", {"seconds": time.perf_counter() - started})
+
+
+def serve(connection: socket.socket, *, abandon: Callable[[], object]) -> None:
+    """Be a worker until the simulator closes the connection.
+
+    Parameters
+    ----------
+    connection : socket.socket
+        Frames from and to the simulator; the first to come is the assignment.
+    abandon : callable
+        Called when the simulator is gone and the task at hand has not ended within a second.
+    """
+    box, finished = Inbox(), threading.Event()
+
+    def listen() -> None:
+        box.receive(connection)
+        if not finished.wait(_GRACE_SECONDS):
+            abandon()
+
+    try:
+        first = receive_frame(connection)
+        threading.Thread(target=listen, name="silotune-inbox", daemon=True).start()
+        host, frame = start(Assignment.from_header(first.header))
+        send_frame(connection, frame)
+        while host and (task := box.tasks.get()) is not None:
+            for frame in host.frames(task):
+                if box.orphaned.is_set():
+                    return
+                send_frame(connection, frame)
+    except (EOFError, OSError):
+        pass  # the simulator is gone; nobody is left to be told
+    finally:
+        finished.set()
+
+
+def main() -> None:
+    """Entry point of a worker process; its standard input is the socket."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the simulator decides, by hanging up
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    connection = socket.socket(fileno=os.dup(0))
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    serve(connection, abandon=lambda: os._exit(1))
+    logging.shutdown()
+    os._exit(0)  # an ordinary exit would wait for threads that a library may have left

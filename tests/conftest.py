@@ -1,0 +1,8 @@
+"""Settings that hold for every test: offline, one thread, quiet libraries."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
+os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"

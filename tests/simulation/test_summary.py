@@ -1,0 +1,133 @@
+"""The summary's figures follow from the run's files by plain arithmetic."""
+
+import io
+import json
+import math
+
+import pytest
+from rich.console import Console
+from synthetic_run import BY_SITE, HOSPITALS, VARIANTS, Synthetic
+
+from silotune.errors import RunDirectoryInvalid
+from silotune.simulation.run_directory import RunDirectory
+from silotune.simulation.summary import print_summary, summary
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(run directory, summary) of a variant."""
+
+    def get(name, **more):
+        root = Synthetic(**{**VARIANTS[name], **more}).write(tmp_path_factory.mktemp(name))
+        return RunDirectory(root), summary(root)
+
+    return get
+
+
+def rows(found, key="key"):
+    return {row[key]: row for row in found["methods" if key == "key" else "by_site"]}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_it_is_plain_json_data(made, variant):
+    _, found = made(variant)
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+def test_gains_are_differences_of_the_scores_in_results_json(made):
+    run, found = made("private")
+    scores = {m["key"]: m["test"]["macro_f1"] for m in run.read_json("results.json")["methods"]}
+    for key, row in rows(found).items():
+        over_own = None if key == "own" else pytest.approx(scores[key] - scores["own"])
+        over_probe = scores[key] - scores["probe_federated"]
+        assert row["gain_over_own"] == over_own
+        expected = None if key == "probe_federated" else pytest.approx(over_probe)
+        assert row["gain_over_probe"] == expected
+
+
+def test_a_lower_loss_is_a_gain(made):
+    _, found = made("causal")
+    assert rows(found)["federated"]["gain_over_own"] == pytest.approx(2.752 - 2.366)
+    assert found["metric"]["key"] == "loss"
+
+
+def test_sites_that_lose_are_exactly_those_whose_own_score_is_higher(made):
+    _, found = made("private")
+    expected = [s for s, (own, fed, _) in zip(HOSPITALS, BY_SITE, strict=True) if fed < own]
+    assert found["sites_worse"] == expected
+
+
+def test_bytes_and_seconds_are_sums_over_the_events(made):
+    run, found = made("private")
+    finished = [event for event in run.events if event["event"] == "round_finished"]
+    assert found["bytes_up"] == sum(event["bytes_up"] for event in finished)
+    assert found["bytes_down"] == sum(event["bytes_down"] for event in finished)
+    replies = [event for event in run.events if event["event"] == "site_replied"]
+    split = found["time"]
+    trained = math.fsum(event["train_seconds"] for event in replies)
+    assert split["train_all_sites"] == pytest.approx(trained)
+    assert split["train"] == pytest.approx(trained / 2)  # two workers
+    parts = sum(split[name] for name in ("train", "wait", "aggregate", "other"))
+    assert parts == pytest.approx(split["rounds"])
+
+
+def test_sites_that_never_replied_are_not_counted_as_trained(made):
+    _, found = made("private")
+    assert set(found["sites"]) - set(found["sites_trained"]) == {"Orthopaedics"}
+
+
+def test_epsilon_is_the_largest_of_the_sites(made):
+    run, found = made("private")
+    stated = {s: f["epsilon"] for s, f in run.read_json("privacy.json")["sites"].items()}
+    assert found["privacy"]["epsilon_by_site"] == stated
+    assert found["privacy"]["epsilon"] == max(stated.values())
+
+
+def test_an_unfinished_run_has_the_epsilon_that_was_counted_along(made):
+    run, found = made("partial")
+    last = [event for event in run.events if event["event"] == "round_finished"][-1]
+    assert found["privacy"]["epsilon_by_site"] == last["epsilon"]
+    assert not found["finished"]
+    assert (found["rounds_finished"], found["rounds_planned"]) == (23, 72)
+
+
+def test_a_seeded_plan_is_not_private_even_before_privacy_json_says_so(made):
+    _, found = made("partial", seeded=True)
+    assert not found["privacy"]["private"]
+    assert found["privacy"]["statement"] == "seeded: not private"
+
+
+def test_the_probe_is_compared_only_under_the_same_budget(made, tmp_path):
+    run, found = made("private")
+    assert found["probe_at_same_epsilon"]
+    results = run.read_json("results.json")
+    results["methods"][-1]["epsilon"] = 3.0
+    run.write_json("results.json", results)
+    found = summary(run.root)
+    assert not found["probe_at_same_epsilon"]
+    assert any("under another privacy budget" in sentence for sentence in found["verdict"])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_printed_summary_fits_80_columns_and_has_the_verdict(made, variant):
+    run, found = made(variant)
+    console = Console(file=io.StringIO(), width=80)
+    print_summary(run.root, console)
+    lines = console.file.getvalue().splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    text = " ".join(" ".join(lines).split())
+    for sentence in found["verdict"]:
+        assert " ".join(sentence.split()) in text
+    for row in found["methods"]:
+        assert f"{row['test'][found['metric']['key']]:.3f}" in text
+
+
+def test_what_is_not_private_is_printed_as_such(made):
+    console = Console(file=io.StringIO(), width=80)
+    print_summary(made("seeded")[0].root, console)
+    assert "NOT PRIVATE: seeded: not private" in console.file.getvalue()
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(RunDirectoryInvalid):
+        summary(tmp_path)

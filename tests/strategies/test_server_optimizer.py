@@ -1,0 +1,96 @@
+"""The server's optimizers are torch's, applied to groups that count their own steps."""
+
+import numpy as np
+import pytest
+import torch
+
+from silotune.strategies.schedule import factor, learning_rate, phase_of
+from silotune.strategies.server_optimizer import ServerOptimizer
+from tests.strategies.contract import plan_with
+
+SLICES = {"adapter": slice(0, 5), "head": slice(5, 8)}
+
+
+def walk(plan, gradients):
+    optimizer = ServerOptimizer(plan, slices=SLICES, size=8)
+    adapter = np.zeros(8, np.float32)
+    for number, gradient in enumerate(gradients, start=1):
+        adapter = optimizer.step(adapter, gradient, server_round=number)
+    return adapter, optimizer
+
+
+def gradients(n, seed=0):
+    rng = np.random.default_rng(seed)
+    return [
+        {"adapter": rng.normal(size=5).astype("f4"), "head": rng.normal(size=3).astype("f4")}
+        for _ in range(n)
+    ]
+
+
+@pytest.mark.parametrize("name", ["adam", "sgd"])
+def test_it_steps_as_torch_does(name):
+    plan = plan_with(
+        **{
+            "optimizer.server.name": name,
+            "optimizer.site.schedule": "constant",
+            "optimizer.site.warmup_share": 0.0,
+        }
+    )
+    steps = gradients(6)
+    ours, _ = walk(plan, steps)
+    parameter = torch.nn.Parameter(torch.zeros(5))
+    rule = (
+        torch.optim.Adam([parameter], lr=plan.optimizer.site.adapter_lr)
+        if name == "adam"
+        else torch.optim.SGD([parameter], lr=plan.optimizer.site.adapter_lr, momentum=0.9)
+    )
+    for step in steps:
+        parameter.grad = torch.from_numpy(step["adapter"])
+        rule.step()
+    np.testing.assert_allclose(ours[:5], parameter.detach().numpy(), rtol=2e-5)
+
+
+def test_a_group_that_starts_late_starts_fresh():
+    plan = plan_with()
+    steps = gradients(6)
+    late = [{"head": s["head"]} for s in steps[:3]] + steps[3:]
+    _, optimizer = walk(plan, late)
+    assert optimizer.counts == {"adapter": 3, "head": 6}
+
+
+def test_restored_state_goes_on_bit_for_bit():
+    plan, steps = plan_with(), gradients(8)
+    whole, _ = walk(plan, steps)
+    half, optimizer = walk(plan, steps[:4])
+    fresh = ServerOptimizer(plan, slices=SLICES, size=8)
+    fresh.restore({k: v.copy() for k, v in optimizer.state().items()})
+    for number, step in enumerate(steps[4:], start=5):
+        half = fresh.step(half, step, server_round=number)
+    assert half.tobytes() == whole.tobytes()
+
+
+def test_without_an_optimizer_the_mean_change_is_added():
+    plan = plan_with(**{"rounds.local_steps": 3, "optimizer.server.name": "none"})
+    change = {"adapter": np.ones(5, np.float32), "head": np.full(3, 2, np.float32)}
+    ours, _ = walk(plan, [{g: -v for g, v in change.items()}])
+    assert ours.tolist() == [1] * 5 + [2] * 3
+
+
+def test_the_schedule_rises_then_falls_to_its_share():
+    site = plan_with().optimizer.site
+    values = [factor(site, step=k, steps=100) for k in range(100)]
+    assert values[0] == pytest.approx(0.1)
+    assert max(values) == pytest.approx(values[9])
+    assert values[-1] == pytest.approx(1 - 0.8 * 0.99)
+    cosine = site.model_copy(update={"schedule": "cosine"})
+    assert factor(cosine, step=99, steps=100) == pytest.approx(0.2, abs=1e-3)
+
+
+def test_phases_and_rates_follow_the_plan():
+    plan = plan_with(**{"optimizer.site.head_rounds": 2})
+    assert [phase_of(plan, n) for n in (1, 2, 3)] == ["head", "head", "adapter"]
+    assert learning_rate(plan, "head", step=5) == pytest.approx(
+        learning_rate(plan, "adapter", step=5)
+        * plan.optimizer.site.head_lr
+        / plan.optimizer.site.adapter_lr
+    )
