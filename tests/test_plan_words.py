@@ -36,7 +36,7 @@ def test_purpose_task_rounds_and_budget_are_there():
         ({"privacy.rate": None, "privacy.batch": 50}, "Privacy", "about 50 units"),
         ({"lora.freeze_a": True}, "Adapter", "Only B is trained"),
         ({"lora.last_layers": 3}, "Adapter", "in the last 3 layers"),
-        ({"lora.target_modules": ["q", "v"]}, "Adapter", "on q, v."),
+        ({"lora.target_modules": ["q", "v"]}, "Adapter", "on q and v."),
         ({"optimizer.site.head_rounds": 5}, "Rounds", "The first 5 train the head alone"),
         ({"rounds.local_steps": 4}, "Rounds", "12 rounds of 4 local steps"),
         ({"rounds.local_steps": 4}, "Optimizers", "Each site trains with adam"),

@@ -94,7 +94,7 @@ class SiteRun:
         }
         if self.plan.private:
             fields["sigma"] = Public(self.sigma, "plan: privacy.epsilon over the declared units")
-        self.trainer.features_needed()
+        self.trainer.prepare()
         return self.gate.release(ReleaseKey(self.run, 0, "join"), fields=fields)
 
     def train(self, adapter: Vector, server_round: int) -> RecordDict:

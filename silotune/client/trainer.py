@@ -19,7 +19,7 @@ from silotune.client.sampling import MicroBatch, UnitSampler
 from silotune.errors import SelfCheckFailed
 from silotune.models.adapter import Layout, write_adapter
 from silotune.models.base import LoadedModel
-from silotune.models.features import compute_features
+from silotune.models.features import Frozen, compute_frozen
 from silotune.models.task import Encoded
 from silotune.plan import Clip, Plan
 from silotune.privacy.accounting import step_event
@@ -150,7 +150,7 @@ class Trainer:
             max_records=privacy.max_records_per_unit,
             max_physical=privacy.max_physical_batch,
         )
-        self._features: Tensor | None = None
+        self._frozen: Frozen | None = None
         self._secure = SecureNoise() if self._plan.plan.seed is None else None
         self._still: set[int] | None = None
         self._checked_steps = 0
@@ -217,22 +217,27 @@ class Trainer:
     def _losses(self, batch: MicroBatch, phase: Phase) -> Tensor:
         task, module = self._model.task, self._model.module
         if phase == "head":
-            rows = torch.tensor(batch.rows)
-            features = self.features()[rows].to(self._model.device)
+            features = self.frozen.features[batch.rows].to(self._model.device)
             return task.head_losses(module, features, self._data.encoded, batch.rows)
-        inputs = task.collate(self._data.encoded, batch.rows, self._model.device)
-        return task.losses(module, inputs)
+        return task.losses(module, self.inputs(batch.rows))
 
-    def features_needed(self) -> None:
-        """Compute the features now if the plan has head-only rounds, so that no round waits."""
-        if self._plan.optimizer.site.head_rounds:
-            self.features()
+    @property
+    def frozen(self) -> Frozen:
+        """What the base model alone makes of every record, computed on first use and kept."""
+        if self._frozen is None:
+            self._frozen = compute_frozen(self._model, self._data.encoded)
+        return self._frozen
 
-    def features(self) -> Tensor:
-        """Frozen features of every record, computed on first use and kept [records, hidden]."""
-        if self._features is None:
-            self._features = compute_features(self._model, self._data.encoded)
-        return self._features
+    def prepare(self) -> None:
+        """Do now what would otherwise keep the first round waiting."""
+        if self._model.task.has_head:
+            _ = self.frozen
+
+    def inputs(self, rows: list[int]) -> dict[str, Tensor]:
+        """The task's batch of some records."""
+        if self._model.task.has_head:
+            return self.frozen.inputs(self._model, self._data.encoded, rows)
+        return self._model.task.collate(self._data.encoded, rows, self._model.device)
 
     def _walk(
         self, engine: Engine, phase: Phase, noise: NoiseSource, *, first: int

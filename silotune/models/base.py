@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch.nn.functional import normalize
 from silotune.models.adapter import Group, Layout, layout_of
 from silotune.models.choices import Choices, choose, resolve_device
 from silotune.models.lora import saved_name, wrap
+from silotune.models.prefix import FrozenPrefix
 from silotune.models.pretrained import (
     fixed_rng,
     load_base,
@@ -63,6 +64,7 @@ class TaskModel(nn.Module):
         if head is not None:
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
+        self.prefix = FrozenPrefix.of(peft)
         forward = inspect.signature(peft.get_base_model().forward)
         self._keeps = "logits_to_keep" in forward.parameters
 
@@ -84,7 +86,8 @@ class TaskModel(nn.Module):
         Parameters
         ----------
         batch : mapping
-            ``input_ids`` and ``attention_mask`` [n, tokens], padded on the right.
+            ``input_ids`` and ``attention_mask`` [n, tokens], padded on the right, and perhaps
+            ``prefix`` [n, tokens, hidden], see `silotune.models.prefix`.
 
         Returns
         -------
@@ -92,7 +95,8 @@ class TaskModel(nn.Module):
             Float32 of shape [n, hidden].
         """
         ids, mask = batch["input_ids"], batch["attention_mask"]
-        hidden = self.peft(input_ids=ids, attention_mask=mask).last_hidden_state.float()
+        with self.prefix.replay(batch.get("prefix")) if self.prefix else nullcontext():
+            hidden = self.peft(input_ids=ids, attention_mask=mask).last_hidden_state.float()
         return normalize(_pool(hidden, mask, self.pooling), dim=-1)
 
     def features(self, batch: Batch) -> Tensor:

@@ -4,17 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from silotune.models.base import LoadedModel, TaskModel
 from silotune.models.batching import batches
-from silotune.models.task import Encoded
+from silotune.models.prefix import PrefixCache
+from silotune.models.task import Encoded, Rows
 
 
-def compute_features(model: LoadedModel, encoded: Encoded, *, batch: int = 64) -> Tensor:
-    """Features of every example as the base model alone gives them.
+@dataclass(frozen=True)
+class Frozen:
+    """What the frozen base model makes of every record, computed once.
+
+    Attributes
+    ----------
+    features : Tensor
+        Float32 of shape [records, hidden], on the CPU, in the order of the records: normalised,
+        centred and scaled, as the head expects them.
+    prefix : PrefixCache or None
+        Hidden states at the first trained layer, where there are frozen layers below it.
+    """
+
+    features: Tensor
+    prefix: PrefixCache | None
+
+    def inputs(self, model: LoadedModel, encoded: Encoded, rows: Rows) -> dict[str, Tensor]:
+        """The task's batch of some records, with the prefix where it is kept."""
+        batch = model.task.collate(encoded, rows, model.device)
+        if self.prefix is not None:
+            batch["prefix"] = self.prefix.get(rows, model.device)
+        return batch
+
+
+def compute_frozen(model: LoadedModel, encoded: Encoded, *, batch: int = 64) -> Frozen:
+    """Run the base model alone over every record, once.
 
     Whatever the adapter holds has no effect, and is as before afterwards.
 
@@ -27,19 +53,22 @@ def compute_features(model: LoadedModel, encoded: Encoded, *, batch: int = 64) -
     batch : int
         Most examples a forward pass takes.
 
-    Returns
-    -------
-    Tensor
-        Float32 of shape [len(encoded), hidden], on the CPU, in the order of `encoded`: normalised,
-        centred and scaled, as the head expects them.
     """
-    module = model.module
-    found = torch.empty(len(encoded), module.centre.numel())
+    module, prefix = model.module, model.module.prefix
+    size = module.centre.numel()
+    features = torch.empty(len(encoded), size)
+    kept = prefix is not None and PrefixCache.fits(encoded, size=size)
+    cache = PrefixCache(encoded, size=size) if kept else None
     with module.inference(), _adapter_off(module):
         for rows in batches(encoded, range(len(encoded)), size=batch):
-            features = module.features(encoded.padded(rows, model.device))
-            found[rows] = features.cpu()
-    return found
+            inputs = encoded.padded(rows, model.device)
+            if prefix is None or cache is None:
+                features[rows] = module.features(inputs).cpu()
+                continue
+            with prefix.capture() as seen:
+                features[rows] = module.features(inputs).cpu()
+            cache.put(rows, seen[0])
+    return Frozen(features, cache)
 
 
 @contextmanager

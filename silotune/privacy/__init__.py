@@ -1,0 +1,1 @@
+"""Differential privacy: per-unit clipping, noise, accounting, the ledger and certificates."""

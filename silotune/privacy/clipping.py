@@ -9,7 +9,9 @@ for it, and is refused by name where it has none: nothing is ever approximated.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -26,6 +28,7 @@ from silotune.privacy.layers import (
     CastCache,
     FrozenLinear,
     GradientSink,
+    InputCast,
     LoraSite,
     MergedLora,
     SplitLora,
@@ -59,6 +62,7 @@ class Attached:
         self.dtype = dtype
         self.parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
         self._sink = GradientSink(private=private)
+        self._cast = InputCast(dtype)
         self._patched: list[tuple[nn.Module, _Forward | None]] = []
         self._hooks: list[tuple[str, nn.Module, Any]] = []
         self._counts = {"merged LoRA": 0, "split LoRA": 0, "trained linear": 0, "frozen linear": 0}
@@ -185,6 +189,7 @@ def attach(
 def _survey(module: nn.Module, attached: Attached) -> Iterator[Callable[[], None]]:
     """Look at every layer; yield what to do with it. Nothing is changed before all are seen."""
     inside: set[int] = set()
+    owners = Counter(id(p) for layer in module.modules() for p in layer.parameters(recurse=False))
     for name, layer in module.named_modules():
         shown = name or type(layer).__name__
         if id(layer) in inside:
@@ -207,7 +212,8 @@ def _survey(module: nn.Module, attached: Attached) -> Iterator[Callable[[], None
             elif attached.dtype != layer.weight.dtype and layer.weight.numel() >= _SMALLEST_CAST:
                 yield _frozen_step(layer, attached)
         elif attached.private and _trains(layer):
-            yield _opacus_step(shown, layer, attached)
+            _refuse_unhooked(shown, layer, owners)
+            yield partial(attached.hook, shown, layer)
 
 
 def _trains(layer: nn.Module, *, recurse: bool = False) -> bool:
@@ -263,7 +269,7 @@ def _lora_step(layer: PeftLoraLinear, attached: Attached) -> Callable[[], None]:
         b=layer.lora_B[name].weight,
         scale=layer.scaling[name],
         sink=attached._sink,
-        dtype=attached.dtype,
+        cast=attached._cast,
     )
     plain = layer.forward
 
@@ -279,7 +285,7 @@ def _lora_step(layer: PeftLoraLinear, attached: Attached) -> Callable[[], None]:
             return MergedLora.apply(x, site.a, site.b, site.bias, site)  # type: ignore[no-untyped-call]
 
     kind = "merged LoRA" if isinstance(dropout, nn.Identity) else "split LoRA"
-    return lambda: attached.patch(kind, layer, forward)
+    return partial(attached.patch, kind, layer, forward)
 
 
 def _trained_step(layer: nn.Linear, attached: Attached) -> Callable[[], None]:
@@ -287,7 +293,7 @@ def _trained_step(layer: nn.Linear, attached: Attached) -> Callable[[], None]:
         with torch.autocast(x.device.type, enabled=False):
             return TrainedLinear.apply(x, layer.weight, layer.bias, attached._sink)  # type: ignore[no-untyped-call]
 
-    return lambda: attached.patch("trained linear", layer, forward)
+    return partial(attached.patch, "trained linear", layer, forward)
 
 
 def _frozen_step(layer: nn.Linear, attached: Attached) -> Callable[[], None]:
@@ -296,15 +302,17 @@ def _frozen_step(layer: nn.Linear, attached: Attached) -> Callable[[], None]:
     def forward(x: Tensor) -> Any:
         cast_bias = None if layer.bias is None else bias.get(layer.bias)
         with torch.autocast(x.device.type, enabled=False):
-            return FrozenLinear.apply(x, weight.get(layer.weight), cast_bias)  # type: ignore[no-untyped-call]
+            return FrozenLinear.apply(x, weight.get(layer.weight), cast_bias, attached._cast)  # type: ignore[no-untyped-call]
 
-    return lambda: attached.patch("frozen linear", layer, forward)
+    return partial(attached.patch, "frozen linear", layer, forward)
 
 
-def _opacus_step(name: str, layer: nn.Module, attached: Attached) -> Callable[[], None]:
-    """Leave a layer to Opacus if it has a rule for exactly this type, and refuse it if not."""
-    if type(layer) not in GradSampleHooks.GRAD_SAMPLERS:
-        trained = [part for part, p in layer.named_parameters(recurse=False) if p.requires_grad]
-        raise LayerUnsupported(f"{name}: no exact per-sample gradient for its {', '.join(trained)}")
+def _refuse_unhooked(name: str, layer: nn.Module, owners: Counter[int]) -> None:
+    """Refuse a layer for which Opacus has no exact rule of its own."""
+    trained = {n: p for n, p in layer.named_parameters(recurse=False) if p.requires_grad}
+    listed = ", ".join(trained)
+    if type(layer) not in GradSampleHooks.GRAD_SAMPLERS or list(layer.buffers()):
+        raise LayerUnsupported(f"{name}: no exact per-sample gradient for its {listed}")
+    if any(owners[id(parameter)] > 1 for parameter in trained.values()):
+        raise LayerUnsupported(f"{name}: its {listed} is shared with another layer")
     _require_float32(name, layer)
-    return lambda: attached.hook(name, layer)

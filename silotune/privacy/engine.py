@@ -103,9 +103,13 @@ class _UnitClipper(DPOptimizer):  # type: ignore[misc]
     def clip_and_accumulate(self) -> None:
         """Add each unit's clipped gradient to ``p.summed_grad``."""
         for group in self.groups:
-            for parameter in group.parameters:
-                _check_processed_flag(cast(Any, parameter).grad_sample)
-            samples = [self._get_flat_grad_sample(p).flatten(1) for p in group.parameters]
+            holders = [cast(Any, parameter) for parameter in group.parameters]
+            if not len(holders[0].grad_sample):
+                _add_nothing(holders)
+                continue
+            for holder in holders:
+                _check_processed_flag(holder.grad_sample)
+            samples = [_as_rows(holder.grad_sample) for holder in holders]
             norms = _unit_norms(samples, self.units, self.n_units)
             if not bool(torch.isfinite(norms).all()):
                 raise SelfCheckFailed(f"a gradient of the {group.name} is not finite")
@@ -113,9 +117,8 @@ class _UnitClipper(DPOptimizer):  # type: ignore[misc]
             factors = (group.clip * _MARGIN / norms).clamp(max=1.0)
             self._check_norms(group, samples, norms, factors)
             weights = factors if self.units is None else factors[self.units]
-            for parameter, sample in zip(group.parameters, samples, strict=True):
-                total = (weights @ sample).view_as(parameter)
-                holder = cast(Any, parameter)
+            for holder, sample in zip(holders, samples, strict=True):
+                total = _shaped_as(holder, weights @ sample, like=holder.grad_sample)
                 earlier = holder.summed_grad
                 holder.summed_grad = total if earlier is None else earlier + total
                 _mark_as_processed(holder.grad_sample)
@@ -124,37 +127,56 @@ class _UnitClipper(DPOptimizer):  # type: ignore[misc]
         self, group: ClipGroup, samples: list[Tensor], norms: Tensor, factors: Tensor
     ) -> None:
         """Measure clipped units anew in float64: all in a first batch, then the largest one."""
-        if not len(norms):
-            return
-        chosen = torch.arange(len(norms)) if self.thorough else norms.argmax().view(1)
-        chosen = chosen.to(norms.device)
-        squares = torch.zeros(len(chosen), dtype=torch.float64, device=norms.device)
-        for sample in samples:
+        chosen = range(len(norms)) if self.thorough else [int(norms.argmax())]
+        for unit in chosen:
             if self.units is None:
-                rows = sample[chosen]
-            elif self.thorough:
-                rows = _unit_sums(sample, self.units, self.n_units)
+                parts = [sample[unit] for sample in samples]
             else:
-                rows = sample[self.units == chosen].sum(0, keepdim=True)
-            squares += (rows * factors[chosen, None]).double().square().sum(1)
-        if not bool((squares.sqrt() <= group.clip).all()):
-            raise SelfCheckFailed(f"a clipped norm of the {group.name} is above its bound")
+                rows = self.units == unit
+                parts = [sample[rows].sum(0) for sample in samples]
+            clipped = torch.cat(parts).mul_(factors[unit])
+            if not float(torch.linalg.vector_norm(clipped, dtype=torch.float64)) <= group.clip:
+                raise SelfCheckFailed(f"a clipped norm of the {group.name} is above its bound")
 
     def add_noise(self) -> None:
         """Set ``p.grad`` to the noisy sum, and check what was added."""
         for group in self.groups:
             std = group.noise_std(self.noise_multiplier)
-            squares, count = 0.0, 0
-            for parameter in group.parameters:
-                holder = cast(Any, parameter)
+            holders = [cast(Any, parameter) for parameter in group.parameters]
+            for holder in holders:
                 _check_processed_flag(holder.summed_grad)
-                holder.grad = self.noise.add(holder.summed_grad, std).to(holder.summed_grad)
-                added = holder.grad - holder.summed_grad
-                squares += float(added.square().sum(dtype=torch.float64))
-                count += added.numel()
-                _mark_as_processed(holder.summed_grad)
-            if not noise_is_plausible(squares / std**2, count):
+            clean = torch.cat([holder.summed_grad.flatten() for holder in holders])
+            if not bool(torch.isfinite(clean).all()):
+                raise SelfCheckFailed(f"the gradient sum of the {group.name} is not finite")
+            noisy = self.noise.add(clean, std).to(clean)
+            added = float(torch.linalg.vector_norm(noisy - clean, dtype=torch.float64))
+            if not noise_is_plausible((added / std) ** 2, len(clean)):
                 raise SelfCheckFailed(f"the noise of the {group.name} is not what was asked for")
+            sizes = [parameter.numel() for parameter in group.parameters]
+            for holder, part in zip(holders, torch.split(noisy, sizes), strict=True):
+                holder.grad = part.view(holder.shape)
+                _mark_as_processed(holder.summed_grad)
+
+
+def _add_nothing(holders: list[Any]) -> None:
+    """An empty batch: the sum stays as it is, and is zero where nothing came before."""
+    for holder in holders:
+        if holder.summed_grad is None:
+            holder.summed_grad = torch.zeros_like(holder)
+
+
+def _as_rows(samples: Tensor) -> Tensor:
+    """Per-sample gradients ``[n, ...]`` as ``[n, size]``, in the order in which they are stored."""
+    if samples.dim() == 3 and not samples.is_contiguous() and samples.mT.is_contiguous():
+        return samples.mT.flatten(1)
+    return samples.flatten(1)
+
+
+def _shaped_as(parameter: nn.Parameter, row: Tensor, *, like: Tensor) -> Tensor:
+    """A sum of rows of `_as_rows` in the shape of the parameter; `like` are its samples."""
+    if like.dim() == 3 and not like.is_contiguous() and like.mT.is_contiguous():
+        return row.view(parameter.shape[::-1]).t()
+    return row.view(parameter.shape)
 
 
 def _unit_sums(sample: Tensor, units: Tensor | None, n_units: int) -> Tensor:
@@ -283,7 +305,7 @@ class DpSgd:
             cast(Any, parameter).grad_sample = parameter.new_zeros((0, *parameter.shape))
         clipper.signal_skip_step(do_skip=False)
         clipper.pre_step()
-        sums = [require_finite(p.grad, self._attached.name_of(p)) for p in self.parameters]
+        sums = [cast(Tensor, p.grad) for p in self.parameters]
         clipper.zero_grad(set_to_none=True)
         self._failed = False
         return sums

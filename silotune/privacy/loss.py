@@ -260,8 +260,9 @@ def _invert(masses: Floats, low: int, step: float, infinite: float, delta: float
     relative = step * (np.arange(first, masses.size) - last)
     lower = np.cumsum((masses[first:] * np.exp(-relative))[::-1])[::-1]
     reached = last - first + 1
-    exceeded = upper[first : last + 1] - np.exp(relative[:reached]) * lower[:reached]
-    here = int(np.argmax(exceeded <= delta))
+    enough = upper[first : last + 1] - np.exp(relative[:reached]) * lower[:reached] <= delta
+    enough[-1] = True  # it is, but for rounding
+    here = int(np.argmax(enough))
     if here == 0:
         return max(0.0, step * (low + first))
     ratio = float(upper[first + here] - delta) / float(lower[here])

@@ -148,7 +148,7 @@ def run_job(job: Job) -> Outcome:
         ]
         trainers = _trainers(job, plan, parts)
         for _, trainer in trainers:
-            trainer.features_needed()
+            trainer.prepare()
         started = time.monotonic()
         adapter, examples = federate(plan, trainers)
         seconds = time.monotonic() - started

@@ -31,11 +31,9 @@ from silotune.simulation.charting import (
     Chart,
     render,
 )
-from silotune.simulation.figures import Metric, SiteRow
+from silotune.simulation.figures import Curves, Metric, SiteRow
 from silotune.simulation.run_record import Evaluation, Round
 from silotune.simulation.wording import printable
-
-Curves = Mapping[str, Sequence[tuple[int, float]]]
 
 _BARS = (
     ("own model", VERMILION, "own"),

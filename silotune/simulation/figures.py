@@ -6,11 +6,15 @@ data, counted so that positive is better.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from silotune.simulation.live_epsilon import LiveEpsilon
 from silotune.simulation.run_record import Fault, Method, RunRecord, Scores
+
+Curves = Mapping[str, Sequence[tuple[int, float]]]
+"""Epsilon by site: pairs of a round's number and what is spent after it."""
 
 # Two epsilons this close (relative) are the same budget, calibrated by two searches.
 _SAME_EPSILON = 0.02
@@ -116,6 +120,7 @@ class Summary:
     sites_worse: tuple[str, ...]
     probe_at_same_epsilon: bool
     privacy: PrivacyFacts
+    epsilon_curves: Curves
     time: TimeSplit
     bytes_up: int
     bytes_down: int
@@ -133,6 +138,7 @@ def summarise(record: RunRecord) -> Summary:
     rows = _site_rows(record, metric)
     about = record.plan.get("plan") or {}
     rounds = record.history.finished_rounds
+    curves = epsilon_curves(record)
     return Summary(
         run=str(record.resolved.get("run") or record.directory.name),
         name=str(about.get("name") or record.directory.name),
@@ -151,7 +157,8 @@ def summarise(record: RunRecord) -> Summary:
         probe_at_same_epsilon=_same_budget(
             record.method("federated"), record.method("probe_federated")
         ),
-        privacy=privacy_facts(record),
+        privacy=privacy_facts(record, curves),
+        epsilon_curves=curves,
         time=_time_split(record),
         bytes_up=sum(found.bytes_up for found in rounds),
         bytes_down=sum(found.bytes_down for found in rounds),
@@ -172,27 +179,42 @@ def metric_of(record: RunRecord) -> Metric:
 
 
 def epsilon_curves(record: RunRecord) -> dict[str, list[tuple[int, float]]]:
-    """Epsilon spent by each site after rounds: as certified, else as the simulator counted."""
+    """Epsilon spent by each site after rounds: as certified, else counted from the events."""
     sites = (record.privacy or {}).get("sites") or {}
-    curves = {
+    certified = {
         str(site): [(int(n), float(e)) for n, e in facts.get("epsilon_by_round") or ()]
         for site, facts in sites.items()
     }
-    if any(curves.values()):
-        return {site: curve for site, curve in curves.items() if curve}
-    live: dict[str, list[tuple[int, float]]] = {}
+    found = {site: curve for site, curve in certified.items() if curve}
+    return found or _counted(record)
+
+
+def _counted(record: RunRecord) -> dict[str, list[tuple[int, float]]]:
+    """What the finished rounds of a run without certificates cost, as its sites' noise says."""
+    section, rounds = record.plan.get("privacy") or {}, record.plan.get("rounds") or {}
+    delta, planned = section.get("delta"), _planned_rounds(record)
+    if delta is None or not planned or not record.history.mechanisms:
+        return {}
+    live = LiveEpsilon(
+        delta=float(delta), rounds=planned, local_steps=int(rounds.get("local_steps") or 1)
+    )
+    for site, (rate, sigma) in record.history.mechanisms.items():
+        live.joined(site, rate=rate, sigma=sigma)
+    curves: dict[str, list[tuple[int, float]]] = {}
     for found in record.history.finished_rounds:
-        for site, value in found.epsilon.items():
-            live.setdefault(site, []).append((found.number, value))
-    return live
+        for site in found.replied:
+            live.replied(site)
+        for site, value in live.spent().items():
+            curves.setdefault(site, []).append((found.number, value))
+    return curves
 
 
-def privacy_facts(record: RunRecord) -> PrivacyFacts:
+def privacy_facts(record: RunRecord, curves: Curves) -> PrivacyFacts:
     """The guarantee as stated, or as far as an unfinished run can state it."""
     stated, section = record.privacy or {}, record.plan.get("privacy") or {}
     by_site = {str(s): f.get("epsilon") for s, f in (stated.get("sites") or {}).items()}
     if not by_site:
-        by_site = {site: curve[-1][1] for site, curve in epsilon_curves(record).items()}
+        by_site = {site: curve[-1][1] for site, curve in curves.items()}
     spent = {site: float(value) for site, value in by_site.items() if value is not None}
     protected = section.get("mode", "none") != "none"
     seeded = (record.plan.get("plan") or {}).get("seed") is not None
@@ -211,7 +233,7 @@ def privacy_facts(record: RunRecord) -> PrivacyFacts:
 def _statement(protected: bool, seeded: bool) -> str:
     if not protected:
         return "trained without differential privacy"
-    return "seeded: not private" if seeded else "no statement yet: the run has not finished"
+    return "seeded: not private" if seeded else "no statement yet: the run has not come to its end"
 
 
 def _planned_rounds(record: RunRecord) -> int:

@@ -9,8 +9,6 @@ from __future__ import annotations
 import bisect
 from collections import Counter
 
-from silotune.privacy.accounting import epsilon_curve, step_event
-
 _POINTS = 16
 
 _Mechanism = tuple[float, float]
@@ -53,6 +51,9 @@ class LiveEpsilon:
 
     def _after(self, mechanism: _Mechanism, rounds: int) -> float:
         if mechanism not in self._curves:
+            # Here, because it takes seconds to import and a finished run's report needs none of it.
+            from silotune.privacy.accounting import epsilon_curve, step_event
+
             rate, sigma = mechanism
             self._curves[mechanism] = epsilon_curve(
                 step_event(rate=rate, sigma=sigma, steps=self._local_steps),
@@ -61,5 +62,5 @@ class LiveEpsilon:
                 delta=self._delta,
             )
         curve = self._curves[mechanism]
-        place = bisect.bisect_left([number for number, _ in curve], rounds)
+        place = bisect.bisect_right([number for number, _ in curve], rounds) - 1
         return curve[min(place, len(curve) - 1)][1]

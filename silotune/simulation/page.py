@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 from silotune.errors import PlanInvalid, SilotuneError, catalogue
 from silotune.plan import Plan
 from silotune.plan_words import plan_in_words
-from silotune.simulation.figures import Metric, Summary, epsilon_curves
+from silotune.simulation.figures import Metric, Summary
 from silotune.simulation.run_record import Evaluation, Fault, Round, RunRecord
 from silotune.simulation.wording import (
     DASH,
@@ -213,9 +213,9 @@ def privacy_table(record: RunRecord) -> Table | None:
     return Table(head, tuple(rows)) if rows else None
 
 
-def epsilon_table(record: RunRecord) -> Table | None:
+def epsilon_table(found: Summary) -> Table | None:
     """Epsilon of each site after each round (evenly thinned to a readable number of rounds)."""
-    curves = {site: dict(curve) for site, curve in epsilon_curves(record).items()}
+    curves = {site: dict(curve) for site, curve in found.epsilon_curves.items()}
     numbers = sorted({number for curve in curves.values() for number in curve})
     if not numbers:
         return None

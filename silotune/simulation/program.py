@@ -117,11 +117,10 @@ def score(site: SiteRun, adapter: Vector, *, split: Split, frozen: bool) -> NDAr
     total: NDArray[np.float64] | None = None
     for rows in batches(site.encoded, site.records.rows(split), size=_SCORE_BATCH):
         if frozen:
-            features = site.trainer.features()[rows].to(model.device)
+            features = site.trainer.frozen.features[rows].to(model.device)
             counts = model.task.head_score(model.module, features, site.encoded, rows)
         else:
-            inputs = model.task.collate(site.encoded, rows, model.device)
-            counts = model.task.score(model.module, inputs)
+            counts = model.task.score(model.module, site.trainer.inputs(rows))
         total = counts if total is None else total + counts
     if total is None:
         raise RunError(f"site {site.site.name} has no records in the {split.name.lower()} split")

@@ -20,7 +20,7 @@ from silotune.simulation.chart_parts import MOST_SITES
 from silotune.simulation.charting import Chart
 from silotune.simulation.charts_rounds import bytes_chart, time_chart, timeline_chart
 from silotune.simulation.charts_scores import epsilon_chart, learning_chart, site_chart
-from silotune.simulation.figures import Summary, epsilon_curves, summarise
+from silotune.simulation.figures import Summary, summarise
 from silotune.simulation.run_directory import write_atomically
 from silotune.simulation.run_record import RunRecord, read_record
 from silotune.simulation.verdict import probe_verdict, verdict
@@ -58,7 +58,7 @@ def draw_charts(record: RunRecord, found: Summary) -> dict[str, Chart]:
     drawn = (
         learning_chart(page.view(record, "simulator"), found.metric, history.rounds),
         site_chart(found.by_site, found.metric),
-        epsilon_chart(epsilon_curves(record), found.privacy.budget),
+        epsilon_chart(found.epsilon_curves, found.privacy.budget),
         timeline_chart(history, record.sites),
         time_chart(history.finished_rounds, found.time.workers),
         bytes_chart(history.finished_rounds),
@@ -115,8 +115,9 @@ def _words(record: RunRecord, found: Summary) -> dict[str, Any]:
         "sites_left_out": len(found.by_site) > MOST_SITES,
         "protected": found.privacy.budget is not None,
         "delta": power(found.privacy.delta),
+        "certified": bool(record.privacy),
         "mechanism": page.privacy_table(record),
-        "spent": page.epsilon_table(record),
+        "spent": page.epsilon_table(found),
         "timeline_left_out": max(0, len(record.sites) - MOST_SITES),
         "time_words": _time_words(found),
         "bytes_words": _bytes_words(found),

@@ -34,8 +34,6 @@ class Round:
         Training summed over sites, where the simulator measured it.
     bytes_up, bytes_down : int
         Bytes from the sites and to the sites.
-    epsilon : Mapping[str, float]
-        Spent so far, by site, where the simulator counted along.
     """
 
     number: int
@@ -49,7 +47,6 @@ class Round:
     aggregate_seconds: float = 0.0
     bytes_up: int = 0
     bytes_down: int = 0
-    epsilon: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -82,9 +79,16 @@ class Fault:
 
 @dataclass(frozen=True)
 class History:
-    """What happened in time. Rounds and evaluations ascend; a round done twice counts once."""
+    """What happened in time. Rounds and evaluations ascend; a round done twice counts once.
+
+    Attributes
+    ----------
+    mechanisms : Mapping[str, tuple[float, float]]
+        Sampling rate and noise multiplier that each site said it uses, by site.
+    """
 
     sites: tuple[str, ...] = ()
+    mechanisms: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     planned_rounds: int = 0
     rounds: tuple[Round, ...] = ()
     evaluations: tuple[Evaluation, ...] = ()
@@ -192,6 +196,7 @@ class _Fold:
     def __init__(self) -> None:
         self._known = History()
         self._sites: dict[str, None] = {}
+        self._mechanisms: dict[str, tuple[float, float]] = {}
         self._rounds: dict[int, Round] = {}
         self._evaluations: list[Evaluation] = []
         self._faults: list[Fault] = []
@@ -205,6 +210,7 @@ class _Fold:
         return replace(
             self._known,
             sites=tuple(self._sites),
+            mechanisms=self._mechanisms,
             rounds=tuple(self._rounds[number] for number in sorted(self._rounds)),
             evaluations=tuple(sorted(self._evaluations, key=lambda found: found.number)),
             faults=tuple(self._faults),
@@ -229,7 +235,10 @@ class _Fold:
         """Nothing to keep: results.json has what came of it."""
 
     def _site_joined(self, event: Mapping[str, Any]) -> None:
-        self._sites[str(event["site"])] = None
+        site, rate, sigma = str(event["site"]), event.get("rate"), event.get("sigma")
+        self._sites[site] = None
+        if rate is not None and sigma is not None:
+            self._mechanisms[site] = (float(rate), float(sigma))
 
     def _site_refused(self, event: Mapping[str, Any]) -> None:
         self._faults.append(_fault(event))
@@ -267,7 +276,6 @@ class _Fold:
                 aggregate_seconds=float(event.get("aggregate_seconds") or 0.0),
                 bytes_up=int(event.get("bytes_up") or 0),
                 bytes_down=int(event.get("bytes_down") or 0),
-                epsilon=_scores(event.get("epsilon")),
             )
         )
 

@@ -117,7 +117,7 @@ def _privacy(found: Summary) -> list[str]:
         return ["The run gives no differential privacy."]
     if facts.epsilon is None:
         return [
-            f"The plan's privacy budget is ε = {facts.budget:g}; none of it is recorded as spent."
+            f"The plan's privacy budget is ε = {facts.budget:g}; what has been spent is not known yet."
         ]
     spent = f"ε = {epsilon(facts.epsilon)} at δ = {power(facts.delta)} for each {facts.unit}"
     if facts.private:

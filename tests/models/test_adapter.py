@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model_material import TEXTS, a_plan, minilm
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
@@ -24,6 +23,7 @@ from silotune.models.adapter import (
     write_adapter,
 )
 from silotune.models.base import load_model
+from tests.models.model_material import TEXTS, a_plan, minilm
 
 names = st.text(st.characters(codec="ascii", categories=["L", "N"]), min_size=1, max_size=6)
 shapes = st.lists(st.integers(1, 5), min_size=1, max_size=3).map(tuple)

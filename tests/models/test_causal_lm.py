@@ -5,13 +5,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from model_material import a_plan
 from transformers import AutoModelForCausalLM
 
 from silotune.errors import ModelError
 from silotune.models.adapter import save_adapter, write_adapter
 from silotune.models.base import load_model
 from silotune.models.tasks import get_task
+from tests.models.model_material import a_plan
 
 TASK = get_task("causal_lm")
 EXAMPLES = [

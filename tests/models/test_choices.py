@@ -6,12 +6,12 @@ from dataclasses import asdict
 import pytest
 import torch
 import transformers as hf
-from model_material import a_plan, minilm
 
 from silotune.errors import EnvironmentFault
 from silotune.models import choices
 from silotune.models.base import load_model
 from silotune.models.choices import Choices, choose, resolve_device
+from tests.models.model_material import a_plan, minilm
 
 AUTO = {"plan__seed": None, "model__dtype": "auto"}
 

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from model_material import CORPUS, a_plan
 from torch.nn.functional import cross_entropy
 
 from silotune.models.adapter import read_adapter, write_adapter
 from silotune.models.base import load_model
-from silotune.models.features import compute_features
+from silotune.models.features import compute_frozen
 from silotune.privacy.clipping import attach
+from tests.models.model_material import CORPUS, a_plan
 
 EXAMPLES = [
     {"text": text, "label": label}
@@ -31,7 +31,7 @@ def test_features_are_those_of_a_model_with_a_fresh_adapter(model, encoded):
     batch = model.task.collate(encoded, range(len(encoded)), model.device)
     with model.module.inference():
         fresh = model.module.features(batch)
-    found = compute_features(model, encoded, batch=2)
+    found = compute_frozen(model, encoded, batch=2).features
     assert found.shape == (len(CORPUS), 32)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, fresh, rtol=1e-4, atol=1e-5)
@@ -39,13 +39,13 @@ def test_features_are_those_of_a_model_with_a_fresh_adapter(model, encoded):
 
 @pytest.mark.parametrize("attached", [False, True])
 def test_the_adapter_has_no_effect_and_is_as_before_afterwards(model, encoded, attached):
-    clean = compute_features(model, encoded)
+    clean = compute_frozen(model, encoded).features
     if attached:
         attach(model.module, private=True)
     flat = np.random.default_rng(0).normal(size=model.layout.size).astype(np.float32)
     write_adapter(model, flat)
     wanted = [p.requires_grad for p in model.module.parameters()]
-    torch.testing.assert_close(compute_features(model, encoded), clean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(compute_frozen(model, encoded).features, clean, rtol=1e-5, atol=1e-6)
     assert np.array_equal(read_adapter(model), flat)
     assert [p.requires_grad for p in model.module.parameters()] == wanted
     assert model.module.training
@@ -60,7 +60,7 @@ def test_an_error_midway_still_puts_the_adapter_back(model, encoded, monkeypatch
 
     monkeypatch.setattr(model.module, "features", fail)
     with pytest.raises(RuntimeError):
-        compute_features(model, encoded)
+        compute_frozen(model, encoded)
     assert np.array_equal(read_adapter(model), flat)
 
 
@@ -68,7 +68,7 @@ def test_head_losses_and_scores_from_features_equal_the_whole_models(model, enco
     head = np.random.default_rng(1).normal(size=model.layout.size).astype(np.float32)
     head[model.layout.mask("adapter")] = 0  # the whole model is then the base and the head
     write_adapter(model, head)
-    features, rows = compute_features(model, encoded), [4, 0, 3]
+    features, rows = compute_frozen(model, encoded).features, [4, 0, 3]
     whole = model.task.losses(model.module, model.task.collate(encoded, rows, model.device))
     alone = model.task.head_losses(model.module, features[rows], encoded, rows)
     torch.testing.assert_close(alone, whole, rtol=1e-4, atol=1e-5)
@@ -79,7 +79,7 @@ def test_head_losses_and_scores_from_features_equal_the_whole_models(model, enco
 
 
 def test_the_heads_gradient_is_the_closed_form(model, encoded):
-    features = compute_features(model, encoded)
+    features = compute_frozen(model, encoded).features
     model.task.head_losses(model.module, features, encoded, range(len(encoded))).sum().backward()
     head = model.module.head
     onehot = torch.nn.functional.one_hot(torch.from_numpy(encoded.targets), 3).float()
@@ -90,4 +90,4 @@ def test_the_heads_gradient_is_the_closed_form(model, encoded):
 
 
 def test_no_examples_have_no_features(model, encoded):
-    assert compute_features(model, encoded.subset([])).shape == (0, 32)
+    assert compute_frozen(model, encoded.subset([])).features.shape == (0, 32)

@@ -9,10 +9,10 @@ import torch
 import transformers as hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model_material import a_plan
 
 from silotune.errors import ModelError, TargetModulesUnknown
 from silotune.models.lora import initial_matrix, wrap
+from tests.models.model_material import a_plan
 
 _SHAPE = {
     "hidden_size": 32,

@@ -5,10 +5,10 @@ import json
 import subprocess
 
 import pytest
-from model_material import minilm
 
 from silotune.errors import ModelError, ModelHashMismatch, ModelNotFound
 from silotune.models.weights import locate, require_weights, weight_files, weights_sha256
+from tests.models.model_material import minilm
 
 
 def shards(folder, names):

@@ -5,7 +5,6 @@ import random
 import numpy as np
 import pytest
 import torch
-from model_material import CORPUS, TEXTS, a_plan, minilm
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, T5Config
 
@@ -13,6 +12,7 @@ from silotune.errors import EnvironmentFault, ModelError, ModelHashMismatch, Mod
 from silotune.models.adapter import read_adapter
 from silotune.models.base import load_model
 from silotune.models.weights import locate, weights_sha256
+from tests.models.model_material import CORPUS, TEXTS, a_plan, minilm
 
 WORDS = ["disease", "unspecified condition", "heart", "acute inflammation"]
 

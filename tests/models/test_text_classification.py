@@ -7,13 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model_material import CORPUS, TEXTS, a_plan
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 
 from silotune.errors import RecordInvalid
 from silotune.models.adapter import write_adapter
 from silotune.models.base import load_model
 from silotune.models.tasks import get_task
+from tests.models.model_material import CORPUS, TEXTS, a_plan
 
 TASK = get_task("text_classification")
 LABELS = ["no", "yes", "perhaps"]

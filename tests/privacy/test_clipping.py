@@ -34,6 +34,7 @@ from transformers import (
 
 from silotune.errors import LayerUnsupported, SelfCheckFailed
 from silotune.privacy.clipping import attach
+from silotune.privacy.layers import InputCast
 
 TOLERANCE = 1e-5
 
@@ -479,6 +480,19 @@ def test_a_trained_parameter_without_a_rule_is_refused_by_name():
     refused(model, r"model\.free: .* shift")
 
 
+def test_a_trained_embedding_tied_to_the_output_layer_is_refused_by_name():
+    model = small_llama(tied=True)
+    model.requires_grad_(False)
+    model.model.embed_tokens.weight.requires_grad_(True)
+    refused(model, r"embed_tokens: its weight is shared")
+
+
+def test_a_layer_with_running_statistics_is_refused_by_name():
+    model = toy()
+    model.base_model.model.normalise = nn.InstanceNorm1d(3, affine=True, track_running_stats=True)
+    refused(model, "normalise: no exact per-sample gradient for its weight, bias")
+
+
 def test_batch_normalisation_is_refused_even_frozen():
     model = toy()
     model.base_model.model.normalise = nn.BatchNorm1d(3).requires_grad_(False)
@@ -510,6 +524,22 @@ def test_bfloat16_products_stay_close_and_keep_float32_outside():
     # bfloat16 has 8 significant bits: 2^-8 = 0.4 % a product, a few of them in a row.
     assert 1e-5 < worst_error(attached, truth) < 0.05
     assert "bfloat16 products" in attached.description
+
+
+def test_one_input_is_converted_once():
+    cast = InputCast(torch.bfloat16)
+    x = torch.randn(3)
+    first = cast.get(x)
+    assert cast.get(x) is first
+    x.add_(1)
+    torch.testing.assert_close(cast.get(x), x.bfloat16())
+    other = x.clone()
+    assert cast.get(other) is not first
+    with torch.inference_mode():
+        inside = torch.randn(3)
+        torch.testing.assert_close(cast.get(inside), inside.bfloat16())
+    exact = torch.randn(3).bfloat16()
+    assert cast.get(exact) is exact
 
 
 def test_bfloat16_products_cover_frozen_layers_and_follow_their_weights():

@@ -25,7 +25,7 @@ def test_deltas_of_one_use_are_those_of_dp_accounting(rate, sigma):
     ]:
         theirs = GaussianPrivacyLoss(sigma, sampling_prob=rate, adjacency_type=direction)
         expected = theirs.get_delta_for_epsilon(epsilons)
-        assert ours(epsilons, rate, sigma) == pytest.approx(expected, rel=1e-6, abs=2e-15)
+        assert np.allclose(ours(epsilons, rate, sigma), expected, rtol=1e-6, atol=2e-15)
 
 
 @given(RATES, SIGMAS, st.sampled_from([1e-4, 1e-3]))
@@ -38,7 +38,8 @@ def test_masses_are_a_distribution_and_the_two_directions_mirror_each_other(rate
     # P_removed(loss) exp(-loss) = P_added(-loss): what makes both the same pair of distributions
     assert removed.lowest == -(added.lowest + added.masses.size - 1)
     losses = step * (removed.lowest + np.arange(removed.masses.size))
-    assert removed.masses * np.exp(-losses) == pytest.approx(added.masses[::-1], abs=1e-12)
+    mirrored = removed.masses * np.exp(-losses)
+    assert np.allclose(mirrored, added.masses[::-1], rtol=1e-9, atol=1e-12)
 
 
 @given(RATES, SIGMAS)
@@ -95,7 +96,7 @@ def test_less_than_the_stated_mass_lies_outside_of_the_window(rate, sigma, uses)
 
 
 @given(st.floats(0.01, 0.5), st.floats(0.6, 4.0), st.integers(1, 200))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=6, deadline=None)
 def test_a_coarser_grid_costs_more(rate, sigma, uses):
     done = [Sampled(rate, sigma, uses)]
     costs = [loss.epsilon(done, 1e-5, step=step) for step in (2.5e-4, 1e-3, 4e-3)]

@@ -4,8 +4,6 @@ import math
 import os
 import pickle
 import struct
-import subprocess
-import sys
 import threading
 from fractions import Fraction
 
@@ -289,27 +287,13 @@ def digest(source):
     return state.hexdigest()
 
 
-def test_a_seed_gives_the_same_noise_in_any_process():
-    script = (
-        "import hashlib, torch; from silotune.privacy.noise import SeededNoise\n"
-        "torch.manual_seed(99); torch.randn(3); s = SeededNoise(42)\n"
-        "h = hashlib.sha256(s.normal((40000,), 1.5).numpy().tobytes())\n"
-        "h.update(s.uniform(3).tobytes()); print(h.hexdigest())"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
-    )
+def test_a_seed_gives_the_same_noise_in_every_process_and_version():
+    # Printed by another process; and the stream is integers, so machines don't matter either.
+    golden = "ce19a4e14e715df8e1b0bb6ddea0cc6f2e8cbef713fc032d36b16ed9ac3619de"
     torch.manual_seed(1)
     np.random.seed(1)
-    assert digest(SeededNoise(42)) == done.stdout.strip()
+    assert digest(SeededNoise(42)) == golden
     assert not SeededNoise(42).secure and isinstance(SeededNoise(42), NoiseSource)
-
-
-def test_seeded_noise_is_what_it_was_in_earlier_versions():
-    assert (
-        digest(SeededNoise(42))
-        == "ce19a4e14e715df8e1b0bb6ddea0cc6f2e8cbef713fc032d36b16ed9ac3619de"
-    )
 
 
 def test_seeded_noise_passes_the_same_test_of_normality():

@@ -209,7 +209,7 @@ def test_an_unfinished_run_says_so_and_shows_what_there_is(report):
     assert "not finished: 23 of 72 rounds are done" in text
     assert "no baseline has been run" in text
     assert "No result is recorded yet" in text
-    assert "no statement yet: the run has not finished" in text
+    assert "no statement yet: the run has not come to its end" in text
     assert "ε spent so far" in text
 
 

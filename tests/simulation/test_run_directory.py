@@ -6,12 +6,14 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
@@ -60,14 +62,12 @@ def test_opening_and_reading_write_nothing(run):
     assert {path: path.read_bytes() for path in run.root.rglob("*") if path.is_file()} == before
 
 
+@settings(deadline=None)  # other processes share this machine
 @given(st.data())
 def test_after_a_write_cut_anywhere_whole_lines_survive_and_new_ones_follow(data):
     rows = data.draw(
         st.lists(st.dictionaries(st.text(max_size=5), st.text(max_size=8)), min_size=1, max_size=5)
     )
-    import tempfile
-    from pathlib import Path
-
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "events.jsonl"
         for row in rows:
@@ -130,6 +130,7 @@ def test_sigkill_leaves_whole_files_no_older_than_what_was_confirmed(run):
         assert run.events.read()[-1]["round"] >= state["round"]
 
 
+@settings(deadline=None)  # other processes share this machine
 @given(
     st.dictionaries(
         st.from_regex(r"[a-z.]{1,12}", fullmatch=True),
@@ -142,9 +143,6 @@ def test_sigkill_leaves_whole_files_no_older_than_what_was_confirmed(run):
     )
 )
 def test_arrays_come_back_bit_for_bit(specs):
-    import tempfile
-    from pathlib import Path
-
     rng = np.random.default_rng(0)
     arrays = {}
     for name, (shape, dtype, strided) in specs.items():

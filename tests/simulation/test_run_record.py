@@ -22,10 +22,9 @@ def finished(number, **more):
 def test_a_round_that_was_cut_short_and_repeated_counts_once():
     resumed = {"event": "run_resumed", "from_round": 1}
     failed = {"event": "site_failed", "round": 2, "site": "b", "code": "ST-603"}
-    history = read_history(
-        [START, started(1), replied(1, "a"), finished(1), started(2), replied(2, "a"), failed]
-        + [{**START, "time": 99.0}, resumed, started(2), replied(2, "b", 3.0), finished(2)]
-    )
+    before = [START, started(1), replied(1, "a"), finished(1), started(2), replied(2, "a"), failed]
+    after = [{**START, "time": 99.0}, resumed, started(2), replied(2, "b", 3.0), finished(2)]
+    history = read_history([*before, *after])
     assert [found.number for found in history.finished_rounds] == [1, 2]
     assert history.rounds[1].replied == {"b": 3.0}
     assert history.rounds[1].failed == {}
@@ -70,6 +69,6 @@ def test_long_runs_are_read_in_linear_time():
 
 def test_a_whole_directory_is_read(tmp_path):
     record = read_record(Synthetic().write(tmp_path))
-    assert [method.key for method in record.methods][0] == "federated"
+    assert record.methods[0].key == "federated"
     assert len(record.sites) == 7
     assert record.plan["plan"]["name"] == "hospitals"

@@ -3,12 +3,14 @@
 import io
 import json
 import math
+from collections import Counter
 
 import pytest
 from rich.console import Console
 from synthetic_run import BY_SITE, HOSPITALS, VARIANTS, Synthetic
 
 from silotune.errors import RunDirectoryInvalid
+from silotune.privacy.accounting import epsilon, step_event
 from silotune.simulation.run_directory import RunDirectory
 from silotune.simulation.summary import print_summary, summary
 
@@ -83,10 +85,14 @@ def test_epsilon_is_the_largest_of_the_sites(made):
     assert found["privacy"]["epsilon"] == max(stated.values())
 
 
-def test_an_unfinished_run_has_the_epsilon_that_was_counted_along(made):
+def test_an_unfinished_run_has_the_epsilon_of_the_rounds_each_site_replied_in(made):
     run, found = made("partial")
-    last = [event for event in run.events if event["event"] == "round_finished"][-1]
-    assert found["privacy"]["epsilon_by_site"] == last["epsilon"]
+    replies = Counter(e["site"] for e in run.events if e["event"] == "site_replied")
+    assert set(replies.values()) == {21, 23}
+    for site, number in replies.items():
+        spent = epsilon([step_event(rate=0.06, sigma=0.704, steps=number)], delta=1e-5)
+        told = found["privacy"]["epsilon_by_site"][site]
+        assert spent * (1 - 1e-9) <= told <= 1.2 * spent  # the next certified point of the curve
     assert not found["finished"]
     assert (found["rounds_finished"], found["rounds_planned"]) == (23, 72)
 

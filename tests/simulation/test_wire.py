@@ -140,6 +140,29 @@ def test_a_large_array_travels_in_chunks_and_equal_chunks_once():
     np.testing.assert_array_equal(back.content["arrays"]["flat"].numpy(), np.zeros(floats))
 
 
+@pytest.mark.parametrize("floats", [0, 5, FLOWER_CHUNK // 2])
+def test_an_array_is_cut_into_chunks_as_flower_cuts_it(floats):
+    values = np.arange(floats, dtype=np.float32)
+    ours, flowers = Array(values), Array(values)
+    packed = wire.pack(instruction(RecordDict({"arrays": ArrayRecord({"flat": ours})})))
+    [sent] = [part for part in packed.objects.values() if isinstance(part, Array)]
+    assert sent.slice_array() == flowers.slice_array()
+    assert sent.object_id == flowers.object_id
+    for object_id, chunk in flowers.slice_array():
+        assert packed.deflate(object_id) == chunk.deflate()
+
+
+def test_a_changed_array_gets_a_new_id():
+    content = sample()
+    before = wire.pack(instruction(content)).root
+    content["arrays"]["flat"] = Array(np.float32([3, 4]))
+    middle = wire.pack(instruction(content))
+    content["arrays"]["flat"].data = content["arrays"]["flat"].data[:-1] + b"x"
+    after = wire.pack(instruction(content))
+    assert len({before, middle.root, after.root}) == 3
+    assert len(set(middle.objects) & set(after.objects)) == 1  # the config
+
+
 def test_a_broadcast_is_hashed_once_for_all_its_receivers(monkeypatch):
     hashed = []
 
@@ -148,6 +171,7 @@ def test_a_broadcast_is_hashed_once_for_all_its_receivers(monkeypatch):
         return hashlib.sha256(content).hexdigest()
 
     monkeypatch.setattr(inflatable_object, "get_object_id", counting)
+    monkeypatch.setattr(wire, "get_object_id", counting)
     content = sample(np.arange(50_000, dtype=np.float32))
     for node in range(1, 6):
         wire.pack(instruction(content, node))

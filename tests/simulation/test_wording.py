@@ -1,12 +1,13 @@
 """Numbers as people read them."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from silotune.simulation import wording
 
 
+@settings(deadline=None)  # other processes share this machine
 @given(st.floats(0, 1000))
 def test_epsilon_is_never_rounded_below_the_truth_and_by_less_than_a_hundredth(value):
     shown = float(wording.epsilon(value))
@@ -40,6 +41,7 @@ def test_durations_read_like_a_clock(seconds, text):
     assert wording.clock_time(seconds) == text
 
 
+@settings(deadline=None)  # other processes share this machine
 @given(st.text(max_size=200))
 def test_a_printable_name_has_no_control_characters_and_is_not_endless(text):
     shown = wording.printable(text)

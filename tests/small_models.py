@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from model_material import trained_tokenizer
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+
+from tests.models.model_material import trained_tokenizer
 
 torch.set_num_threads(1)  # the models are too small to share out
 

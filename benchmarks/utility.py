@@ -1,0 +1,140 @@
+"""Utility on the hospitals demo: federated, own-only, pooled and head-only, with and without privacy.
+
+Three seeds and both splits by default: about an hour and a half on two cores. Every model of a row is
+scored on the test records of all seven hospitals; the settings were chosen on validation records.
+
+    python benchmarks/utility.py [--quick] [--json] [--seeds 3] [--splits code category]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from silotune.data.demo import write_hospitals
+from silotune.data.site import load_sites
+from silotune.models.choices import choose
+from silotune.plan import Plan
+from silotune.simulation.baselines import Job, head_only, run_jobs
+from silotune.simulation.spectator import metrics_of
+
+WITHOUT_PRIVACY = {
+    "privacy.mode": "none",
+    "privacy.epsilon": None,
+    "privacy.delta": None,
+    "privacy.clip": None,
+    "privacy.rate": 0.05,
+    "rounds.number": 60,
+    "optimizer.site.head_rounds": 20,
+    "optimizer.site.adapter_lr": 2e-3,
+    "optimizer.site.head_lr": 0.04,
+    "lora.r": 8,
+    "lora.alpha": 16.0,
+}
+ROWS = {
+    "own_none": "own records only, no privacy",
+    "own_8": "own records only, eps 8",
+    "probe_federated_none": "federated head only, no privacy",
+    "federated_none": "federated LoRA, no privacy",
+    "pooled_none": "pooled LoRA, no privacy",
+    "probe_federated_8": "federated head only, eps 8",
+    "federated_8": "federated LoRA, eps 8",
+    "pooled_8": "pooled LoRA, eps 8",
+    "probe_federated_3": "federated head only, eps 3",
+    "federated_3": "federated LoRA, eps 3",
+}
+KINDS = {"own": "own", "probe_federated": "federated", "federated": "federated", "pooled": "pooled"}
+
+
+def jobs(plan: Plan, sites: list, *, seed: int, rows: list[str]) -> list[Job]:
+    paths = tuple(str(site.folder / "site.toml") for site in sites)
+    plans = {
+        "none": plan.override({**WITHOUT_PRIVACY, "plan.seed": seed, "rounds.min_sites": 1}),
+        "8": plan.override({"plan.seed": seed, "rounds.min_sites": 1}),
+        "3": plan.override({"plan.seed": seed, "rounds.min_sites": 1, "privacy.epsilon": 3.0}),
+    }
+    choices = asdict(choose(plans["8"]))
+    found = []
+    for row in rows:
+        method, _, budget = row.rpartition("_")
+        of = head_only(plans[budget]) if method.startswith("probe") else plans[budget]
+        job = Job(
+            key=row,
+            title=row,
+            plan=of.canonical(),
+            kind=KINDS[method],
+            sites=paths,
+            choices=choices,
+        )
+        names = [site.name for site in sites] if method == "own" else [None]
+        found += [replace(job, site=name) for name in names]
+    return found
+
+
+def scores(plan: Plan, outcomes: list) -> dict[str, float]:
+    """Macro-F1 on everybody's test records; for own-only the mean over the sites' models."""
+    found = defaultdict(list)
+    for outcome in outcomes:
+        found[outcome.job.key].append(metrics_of(plan, sum(outcome.counts.values()))["macro_f1"])
+    return {row: float(np.mean(values)) for row, values in found.items()}
+
+
+def measure(split: str, seeds: list[int], rows: list[str], rounds: int | None) -> dict:
+    found: dict[str, list[float]] = defaultdict(list)
+    with tempfile.TemporaryDirectory() as folder:
+        rows_per_site = None if rounds is None else 400
+        demo = write_hospitals(Path(folder), split=split, rows_per_site=rows_per_site)
+        plan = Plan.load(demo.plan)
+        if rounds is not None:
+            plan = plan.override(
+                {"rounds.number": rounds, "optimizer.site.head_rounds": rounds // 2}
+            )
+        sites = list(load_sites(Path(folder)))
+        for seed in seeds:
+            started = time.time()
+            outcomes = list(run_jobs(jobs(plan, sites, seed=seed, rows=rows), workers=2))
+            for row, value in scores(plan, outcomes).items():
+                found[row].append(value)
+            shown = {row: round(values[-1], 3) for row, values in found.items()}
+            print(f"{split} seed {seed}: {time.time() - started:.0f} s {shown}", flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="400 records a site, 6 rounds, 1 seed")
+    parser.add_argument("--json", action="store_true", help="last line is one JSON object")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--splits", nargs="+", default=["code", "category"])
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    seeds = [1] if options.quick else list(range(1, options.seeds + 1))
+    rows = ["probe_federated_8", "federated_8"] if options.quick else options.rows
+    splits = ["code"] if options.quick else options.splits
+    numbers = {}
+    for split in splits:
+        found = measure(split, seeds, rows, 6 if options.quick else None)
+        print(f"\ntest macro-F1, split by {split}, {len(seeds)} seeds: mean (standard deviation)")
+        for row, values in found.items():
+            mean = statistics.fmean(values)
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            print(f"  {ROWS[row]:36s} {mean:.3f} ({spread:.3f})")
+            numbers[f"{split}.{row}"] = round(mean, 4)
+            numbers[f"{split}.{row}.sd"] = round(spread, 4)
+    if options.json:
+        print(json.dumps(numbers))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

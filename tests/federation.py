@@ -1,0 +1,115 @@
+"""A small federation on disk: three sites of synthetic notes, a tiny model and a plan."""
+
+import csv
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from silotune.client.runtime import SiteRun, WarmModel
+from silotune.data.site import SiteConfig, load_sites
+from silotune.models.choices import Choices
+from silotune.plan import Plan
+
+CHOICES = Choices(device="cpu", dtype="float32", attention="eager")
+SITES = ("alpha", "beta", "gamma")
+PRIVATE = {
+    "privacy.mode": "record",
+    "privacy.epsilon": 8.0,
+    "privacy.delta": 1e-4,
+    "privacy.clip": {"head": 1.0, "adapter": 1.0},
+}
+
+
+@dataclass(frozen=True)
+class Federation:
+    folder: Path
+    plan: Plan
+    plan_path: Path
+
+    @property
+    def sites(self) -> list[SiteConfig]:
+        return list(load_sites(self.folder))
+
+    def runs(self, plan: Plan | None = None, *, run: str = "r", state: str = "s") -> list[SiteRun]:
+        """The sites' parts in a run, in one process."""
+        warm = WarmModel(CHOICES)
+        return [
+            SiteRun(
+                site,
+                state=self.folder / state / site.name,
+                plan=plan or self.plan,
+                run=run,
+                warm=warm,
+            )
+            for site in self.sites
+        ]
+
+
+def write_federation(folder: Path, base: Path, *, patients: bool = False, **settings) -> Federation:
+    """Make one; `settings` are dotted plan keys with ``__`` for the dot."""
+    rng = random.Random(5)
+    words = {"no": ["cough", "sprain", "fever", "cut"], "yes": ["asthma", "gout", "copd", "lupus"]}
+    for number, name in enumerate(SITES):
+        place = folder / name
+        place.mkdir(parents=True)
+        rows = []
+        for i in range(60 + 20 * number):
+            label = rng.choice(["no", "yes"])
+            text = f"{rng.choice(words[label])} of the {rng.choice(['left', 'right'])} side {i}"
+            rows.append([text, label, f"{name}-{i // 2}"])
+        with (place / "notes.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([["note", "chronic", "patient"], *rows])
+        unit = 'unit = "patient"\nmax_records_per_unit = 2' if patients else 'unit = "record"'
+        column = 'unit = "patient"' if patients else ""
+        declared = len(rows) // 2 if patients else len(rows)
+        (place / "site.toml").write_text(f"""
+name = "{name}"
+[datasets.notes]
+format = "csv"
+path = "notes.csv"
+{unit}
+declared_units = {declared // 10 * 10}
+[datasets.notes.columns]
+text = "note"
+label = "chronic"
+{column}
+[datasets.notes.budget]
+epsilon = 9.0
+delta = 1e-3
+""")
+    path = folder / "plan.toml"
+    path.write_text(f"""
+[plan]
+name = "small"
+purpose = "tests"
+seed = 11
+[model]
+base = "{base}"
+task = "text_classification"
+labels = ["no", "yes"]
+dtype = "float32"
+[lora]
+r = 2
+alpha = 4.0
+last_layers = 2
+[data]
+dataset = "notes"
+max_length = 24
+[rounds]
+number = 5
+min_sites = 2
+deadline = 120.0
+evaluate_every = 2
+[optimizer.site]
+head_rounds = 2
+adapter_lr = 0.01
+head_lr = 0.1
+[privacy]
+mode = "none"
+rate = 0.2
+""")
+    changes = {key.replace("__", "."): value for key, value in settings.items()}
+    if patients:
+        changes |= {"privacy.unit": "patient", "privacy.max_records_per_unit": 2}
+    plan = Plan.load(path).override(changes)
+    return Federation(folder, plan, path)

@@ -1,0 +1,218 @@
+"""Whole simulations: the same adapter whatever the engine, the workers or the interruptions."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import psutil
+import pytest
+from peft import PeftModel
+from safetensors.numpy import load_file
+from transformers import AutoModel
+
+from silotune.privacy import certificate
+from silotune.privacy.ledger import Ledger
+from silotune.simulation.run import Settings, resume, simulate
+from tests.federation import PRIVATE, SITES, write_federation
+
+
+def final(directory):
+    arrays = load_file(directory.adapter_of_round(5))
+    return {name: array.tobytes() for name, array in arrays.items()}
+
+
+def play(federation, name, *, listener=lambda event: None, settings=None, **overrides):
+    return simulate(
+        federation.plan_path,
+        runs=federation.folder / name,
+        settings=settings or Settings(workers=2),
+        listener=listener,
+        overrides={**PRIVATE, **overrides},
+    )
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory, bert_folder):
+    return write_federation(tmp_path_factory.mktemp("federation"), bert_folder)
+
+
+@pytest.fixture(scope="module")
+def whole(federation):
+    """One uninterrupted seeded run with two workers and baselines."""
+    seen = []
+    directory = play(
+        federation, "whole", listener=seen.append, settings=Settings(workers=2, baselines=True)
+    )
+    return directory, seen
+
+
+def test_a_run_leaves_everything_that_is_promised(whole):
+    directory, seen = whole
+    assert seen == directory.events.read()
+    assert directory.adapter_rounds() == [1, 2, 3, 4, 5]
+    for name in ("plan.toml", "resolved.json", "privacy.json", "results.json"):
+        assert (directory.root / name).is_file()
+    assert len(directory.metrics.read()) == 5
+    resolved = directory.read_json("resolved.json")
+    assert resolved["plan_sha256"] and resolved["versions"]["flwr"] == "1.41.0"
+    left = [" ".join(p.cmdline()) for p in psutil.Process().children(recursive=True)]
+    # Python's own resource tracker stays until this process ends, once any pool was used.
+    assert not [line for line in left if "resource_tracker" not in line]
+
+
+def test_one_worker_gives_the_same_adapter_as_two_bit_for_bit(federation, whole):
+    assert final(play(federation, "one", settings=Settings(workers=1))) == final(whole[0])
+
+
+def test_flowers_ray_engine_gives_the_same_adapter_bit_for_bit(federation, whole):
+    directory = play(federation, "ray", settings=Settings(engine="ray", workers=1))
+    assert final(directory) == final(whole[0])
+    assert directory.read_json("privacy.json")["sites"].keys() == set(SITES)
+
+
+def test_another_seed_gives_another_adapter(federation, whole):
+    other = play(federation, "other", **{"plan.seed": 12, "rounds.number": 5})
+    assert final(other) != final(whole[0])
+
+
+def test_a_run_killed_in_a_round_is_resumed_to_the_same_adapter(federation, whole):
+    code = (
+        "import sys, time; from pathlib import Path\n"
+        "from silotune.simulation.run import Settings, simulate\n"
+        "from tests.federation import PRIVATE\n"
+        "slow = lambda e: print(e['event'], e.get('round'), flush=True)\n"
+        "simulate(Path(sys.argv[1]), runs=Path(sys.argv[2]), settings=Settings(workers=2),"
+        " listener=slow, overrides=PRIVATE)\n"
+    )
+    runs = federation.folder / "killed"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(federation.plan_path), str(runs)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stdout:
+        if line.split() == ["site_replied", "4"]:
+            os.kill(process.pid, signal.SIGKILL)
+            break
+    process.wait()
+    process.stdout.close()
+    (path,) = runs.iterdir()
+    directory = resume(path, settings=Settings(workers=1), listener=lambda event: None)
+    assert final(directory) == final(whole[0])
+    (again,) = [e for e in directory.events if e["event"] == "run_resumed"]
+    assert again["from_round"] == 3
+    # Sites that had answered before the kill answered from their outbox: one charge a round.
+    for site in SITES:
+        ledger = Ledger(directory.site(site) / "ledger.sqlite", create=False)
+        assert len(ledger.events("notes")) == 5
+        ledger.verify()
+        ledger.close()
+
+
+def test_a_seeded_run_says_that_it_is_not_private(whole):
+    privacy = whole[0].read_json("privacy.json")
+    assert privacy["private"] is False
+    assert privacy["statement"] == "seeded: not private"
+    body = certificate.verify(whole[0].site("alpha") / "certificate.json").body
+    assert body.private is False
+
+
+def test_epsilon_of_every_site_is_the_plans_and_grows_by_round(whole):
+    for facts in whole[0].read_json("privacy.json")["sites"].values():
+        assert facts["epsilon"] == pytest.approx(8.0, rel=1e-3)
+        assert facts["epsilon"] <= 8.0
+        curve = [epsilon for _, epsilon in facts["epsilon_by_round"]]
+        assert curve == sorted(curve)
+        assert curve[-1] == pytest.approx(facts["epsilon"], rel=1e-6)
+
+
+def test_the_baselines_are_scored_on_the_same_records(whole):
+    methods = {m["key"]: m for m in whole[0].read_json("results.json")["methods"]}
+    assert set(methods) == {"federated", "own", "pooled", "probe_federated", "probe_pooled"}
+    sizes = [{site: row["n"] for site, row in m["by_site"].items()} for m in methods.values()]
+    assert all(size == sizes[0] for size in sizes)
+    used = {key: m["examples_seen"] for key, m in methods.items()}
+    # Poisson samples of the same rate over the same records: about 160 records times 5 steps.
+    assert max(used.values()) < 1.5 * min(used.values())
+
+
+def test_the_simulators_curve_is_marked_as_its_own_view(whole):
+    evaluated = [e for e in whole[0].events if e["event"] == "evaluated"]
+    assert {e["view"] for e in evaluated} == {"simulator"}
+    assert [(e["round"], e["split"]) for e in evaluated] == [
+        (2, "validation"),
+        (4, "validation"),
+        (5, "validation"),
+        (5, "test"),
+    ]
+
+
+def test_the_final_adapter_loads_with_plain_peft(whole, bert_folder):
+    model = PeftModel.from_pretrained(
+        AutoModel.from_pretrained(bert_folder), whole[0].final_adapter
+    )
+    live = dict(model.named_parameters())
+    saved = load_file(whole[0].adapter_of_round(5))
+    for name, array in saved.items():
+        if "lora" in name:
+            loaded = live[name.replace(".weight", ".default.weight")].detach().numpy()
+            np.testing.assert_array_equal(loaded, array)
+
+
+def test_without_a_seed_the_run_is_private_and_differs_each_time(federation, whole):
+    directory = play(federation, "secure", **{"plan.seed": None})
+    privacy = directory.read_json("privacy.json")
+    assert privacy["private"] is True
+    assert certificate.verify(directory.site("beta") / "certificate.json").body.private
+    assert final(directory) != final(whole[0])
+
+
+def test_released_metrics_are_marked_released(federation):
+    directory = play(federation, "metrics", **{"privacy.metrics_share": 0.2})
+    released = [e for e in directory.events if e.get("view") == "released"]
+    assert [e["round"] for e in released] == [2, 4]
+    assert all(set(e["pooled"]) <= {"accuracy", "macro_f1"} for e in released)
+    assert directory.read_json("privacy.json")["sites"]["alpha"]["epsilon"] <= 8.0
+
+
+def test_patients_are_protected_as_units(tmp_path, bert_folder):
+    federation = write_federation(tmp_path, bert_folder, patients=True)
+    changes = {"privacy.unit": "patient", "privacy.max_records_per_unit": 2}
+    directory = play(federation, "patients", **changes)
+    body = certificate.verify(directory.site("alpha") / "certificate.json").body
+    assert body.unit == "patient"
+    assert "patient" in body.adjacency
+
+
+def test_cli_simulate_report_and_predict_work_together(federation, tmp_path):
+    def silotune(*words):
+        return subprocess.run(
+            [sys.executable, "-c", "from silotune.cli import main; main()", *words],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    started = time.monotonic()
+    run = silotune(
+        *("simulate", str(federation.plan_path), "--runs", str(tmp_path), "--json"),
+        *("--workers", "1", "--set", "rounds.number=3"),
+    )
+    assert run.returncode == 0, run.stderr
+    assert time.monotonic() - started < 120
+    folder = json.loads(run.stdout)["run_directory"]
+    report = silotune("report", folder)
+    assert report.stdout.strip().endswith("report.html")
+    predicted = silotune("predict", folder, "asthma of the left side", "--json")
+    prediction = json.loads(predicted.stdout)["prediction"]
+    assert prediction["label"] in {"no", "yes"}
+    assert sum(prediction["probabilities"].values()) == pytest.approx(1.0, abs=1e-5)
+    refused = silotune("simulate", str(federation.plan_path), "--set", "privacy.epsilom=3")
+    assert refused.returncode == 10
+    assert "ST-102" in refused.stderr
+    assert "did you mean" in refused.stderr
+    assert "Traceback" not in refused.stderr
