@@ -1,14 +1,17 @@
 """What one private training step costs, beside PEFT without privacy and Opacus with it.
 
-    python benchmarks/dp_step.py            # all cases; about 25 minutes on two cores
-    python benchmarks/dp_step.py --quick    # MiniLM, batch 16: under 50 s
+    python benchmarks/dp_step.py            # all cases; about 20 minutes on two quiet cores
+    python benchmarks/dp_step.py --quick    # MiniLM, q and v, batch 16: under 50 s
     python benchmarks/dp_step.py --json     # the last line is one JSON object
 
 All contenders of a case train copies of one model on one batch, in one process, taking turns in an
 order that reverses every time. Each turn is a whole step: forward, per-sequence losses, backward,
-clipping, noise, AdamW. Ratios are medians over turns of the ratio within a turn, with quartiles.
-CPU time is that of the process with one thread; wall time is measured with two threads. Memory is the
-highest resident size during a step over that before it, each contender in a process of its own.
+clipping, noise (ours: cryptographic), AdamW. Ratios are medians over turns of the ratio within a
+turn, with quartiles. CPU time is that of the process with one thread; wall time, with two threads, means
+little while other programs run. Memory is the highest resident size during three steps over that
+before them, each contender in a process of its own: once with the allocator as it is, and once
+("live") with every large block returned to the system at once, so that fragments of the heap don't
+count.
 """
 
 from __future__ import annotations
@@ -30,25 +33,27 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 from dp_step_contenders import CONTENDERS, Step
-from dp_step_models import MODELS, Setting
+from dp_step_models import Setting
 
 PEERS = ("torch", "transformers", "peft", "opacus")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One setting, who is measured in it, and how often."""
+    """One setting, who is measured in it, how often, and whose memory is."""
 
     name: str
     setting: Setting
     contenders: tuple[str, ...]
     turns: int = 12
-    memory: bool = False
+    memory: tuple[str, ...] = ()
 
 
 BASIC = ("peft", "ours", "ours_twin", "opacus_hooks", "opacus_ghost")
 REDUCED = ("peft_autocast", "peft_bf16", "ours_bf16", "ours_bf16_twin")
 VARIANTS = ("peft_ffa", "ours_ffa", "ours_units", "peft_micro", "ours_micro")
+MEMORY = ("peft", "ours", "opacus_hooks", "ours_bf16")
+WALL = ("peft", "ours", "ours_twin", "opacus_hooks")
 # (ours, peers, the ratio to reach); of several peers the fastest counts.
 RATIOS = (
     ("ours", ("peft",), 1.00),
@@ -65,21 +70,22 @@ RATIOS = (
 )
 MEMORY_TARGET = 0.80
 CASES = (
-    Case("minilm_qv_16", Setting("minilm", "qv", 16), BASIC + REDUCED + VARIANTS, memory=True),
-    Case("minilm_qv_64", Setting("minilm", "qv", 64), BASIC + REDUCED, turns=8, memory=True),
+    Case("minilm_qv_16", Setting("minilm", "qv", 16), BASIC + REDUCED + VARIANTS, memory=MEMORY),
+    Case("minilm_qv_64", Setting("minilm", "qv", 64), BASIC + REDUCED, turns=8, memory=MEMORY),
     Case("minilm_all_16", Setting("minilm", "all", 16), BASIC + REDUCED + VARIANTS),
-    Case("minilm_all_64", Setting("minilm", "all", 64), BASIC + REDUCED, turns=8, memory=True),
-    Case("llama_qv_8", Setting("llama", "qv", 8, length=128), BASIC + REDUCED, memory=True),
-    Case("llama_all_8", Setting("llama", "all", 8, length=128), BASIC + REDUCED),
-    Case("vit_qv_32", Setting("vit", "qv", 32), BASIC + REDUCED),
+    Case("minilm_all_64", Setting("minilm", "all", 64), BASIC + REDUCED, turns=8, memory=MEMORY),
+    Case("llama_qv_8", Setting("llama", "qv", 8, length=128), BASIC + REDUCED, memory=MEMORY),
+    Case("llama_all_8", Setting("llama", "all", 8, length=128), BASIC + REDUCED, turns=8),
+    Case("vit_qv_32", Setting("vit", "qv", 32), BASIC + REDUCED, memory=MEMORY),
     Case("vit_all_32", Setting("vit", "all", 32), BASIC + REDUCED),
 )
-QUICK = tuple(
-    replace(case, contenders=contenders, turns=turns, memory=memory)
-    for case, contenders, turns, memory in (
-        (CASES[0], (*BASIC, "ours_bf16", "peft_autocast", "ours_bf16_twin"), 4, True),
-        (CASES[2], BASIC[:4], 4, False),
-    )
+QUICK = (
+    replace(
+        CASES[0],
+        contenders=(*BASIC, "peft_autocast", "ours_bf16"),
+        turns=3,
+        memory=("peft", "ours"),
+    ),
 )
 
 
@@ -111,28 +117,26 @@ def measure_times(case: Case) -> dict[str, float]:
     """Print a case's table; return its named numbers."""
     steps = {name: CONTENDERS[name](case.setting) for name in case.contenders}
     numbers: dict[str, float] = {}
-    tables = {}
-    for kind, threads, clock, turns in (
-        ("cpu", 1, time.process_time, case.turns),
-        ("wall2", 2, time.perf_counter, max(3, case.turns // 2)),
-    ):
-        torch.set_num_threads(threads)
-        tables[kind] = take_turns(steps, turns, clock)
+    torch.set_num_threads(1)
+    tables = {"": take_turns(steps, case.turns, time.process_time)}
+    torch.set_num_threads(2)
+    walled = {name: step for name, step in steps.items() if name in WALL}
+    tables["_wall"] = take_turns(walled, max(2, case.turns // 2), time.perf_counter)
     print(f"\n{case.name}: {case.setting}")
     for name in case.contenders:
-        cpu, wall = (statistics.median(tables[kind][name]) * 1e3 for kind in ("cpu", "wall2"))
-        print(f"  {name:16s} {cpu:8.1f} ms CPU, 1 thread {wall:8.1f} ms wall, 2 threads")
-        numbers[f"{case.name}.{name}_cpu_ms"] = round(cpu, 2)
+        medians = {suffix: statistics.median(t[name]) for suffix, t in tables.items() if name in t}
+        numbers[f"{case.name}.{name}_cpu_ms"] = round(medians[""] * 1e3, 2)
+        wall = f"{medians['_wall'] * 1e3:8.1f} ms wall, 2 threads" if "_wall" in medians else ""
+        print(f"  {name:16s} {medians[''] * 1e3:8.1f} ms CPU, 1 thread {wall}")
     for ours, peers, target in RATIOS:
-        present = [peer for peer in peers if peer in steps]
-        if ours not in steps or not present:
-            continue
         label = f"{ours}_over_{peers[0] if len(peers) == 1 else 'best_peft_bf16'}"
-        for kind, table in tables.items():
-            middle, low, high = paired(table[ours], [table[peer] for peer in present])
-            suffix = "" if kind == "cpu" else "_wall"
+        for suffix, table in tables.items():
+            present = [table[peer] for peer in peers if peer in table]
+            if ours not in table or not present:
+                continue
+            middle, low, high = paired(table[ours], present)
             numbers[f"{case.name}.{label}{suffix}"] = round(middle, 4)
-            note = verdict(middle, target) if kind == "cpu" else ""
+            note = "" if suffix else verdict(middle, target)
             print(f"  {label + suffix:42s} {middle:.3f} [{low:.3f} to {high:.3f}] {note}")
     return numbers
 
@@ -145,13 +149,14 @@ def verdict(value: float, target: float | None) -> str:
 
 
 def peak_extra_memory(step: Step) -> float:
-    """Highest resident size of a later step over that before it, in MiB (Linux)."""
+    """Highest resident size of later steps over that before them, in MiB (Linux)."""
     step()
     gc.collect()
     trim_heap()
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-    step()
+    for _ in range(3):
+        step()
     return resident("VmHWM") - before
 
 
@@ -168,26 +173,36 @@ def resident(field: str) -> float:
     return int(next(line for line in lines if line.startswith(field)).split()[1]) / 1024
 
 
-def measure_memory(case: Case) -> dict[str, float]:
-    """Peak extra memory of a step, each contender in a fresh process."""
-    names = [n for n in ("peft", "ours", "opacus_hooks", "ours_bf16") if n in case.contenders]
+def memory_of(case: Case, *, live: bool) -> dict[str, float]:
+    """Peak extra memory of a step of each contender, MiB, each in a fresh process."""
     argument = json.dumps(case.setting.__dict__)
+    # glibc: blocks from 64 KiB on come from the system, and go back to it when freed.
+    environment = os.environ | ({"MALLOC_MMAP_THRESHOLD_": "65536"} if live else {})
     children = {
-        name: subprocess.Popen(  # noqa: S603 - our own script
+        name: subprocess.Popen(
             [sys.executable, __file__, "--memory-of", name, "--setting", argument],
             stdout=subprocess.PIPE,
             text=True,
+            env=environment,
         )
-        for name in names
+        for name in case.memory
     }
-    sizes = {name: float(child.communicate()[0].split()[-1]) for name, child in children.items()}
-    numbers = {f"{case.name}.{name}_step_mib": round(size, 1) for name, size in sizes.items()}
-    print(f"\n{case.name}: peak extra memory of a step, MiB: {sizes}")
+    return {name: float(child.communicate()[0].split()[-1]) for name, child in children.items()}
+
+
+def measure_memory(case: Case, *, live: bool) -> dict[str, float]:
+    """Print a case's memory; return its named numbers."""
+    kind = "live_memory" if live else "memory"
+    sizes = memory_of(case, live=live)
+    numbers = {f"{case.name}.{name}_{kind}_mib": round(size, 1) for name, size in sizes.items()}
+    shown = ", ".join(f"{name} {size:.0f}" for name, size in sizes.items())
+    print(f"{case.name}: peak extra {kind.replace('_', ' ')} of a step, MiB: {shown}")
     for name, peer in (("ours", "peft"), ("ours", "opacus_hooks"), ("ours_bf16", "peft")):
         if name in sizes and peer in sizes:
-            ratio = sizes[name] / sizes[peer]
-            numbers[f"{case.name}.{name}_memory_over_{peer}"] = round(ratio, 4)
-            print(f"  {name}_memory_over_{peer:12s} {ratio:.3f} {verdict(ratio, MEMORY_TARGET)}")
+            ratio, label = sizes[name] / sizes[peer], f"{name}_{kind}_over_{peer}"
+            numbers[f"{case.name}.{label}"] = round(ratio, 4)
+            note = "" if live or peer != "peft" else verdict(ratio, MEMORY_TARGET)
+            print(f"  {label:42s} {ratio:.3f} {note}")
     return numbers
 
 
@@ -227,8 +242,8 @@ def main() -> None:
         if options.only is None or options.only in case.name:
             numbers |= measure_times(case)
             gc.collect()
-            if case.memory:
-                numbers |= measure_memory(case)
+            for live in (False, True)[: 0 if not case.memory else 1 if options.quick else 2]:
+                numbers |= measure_memory(case, live=live)
     summary(numbers)
     if options.json:
         print(json.dumps({"versions": {n: version(n) for n in PEERS}} | numbers))

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 import transformers
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import (
     AutoModelForSequenceClassification,
     LlamaConfig,
@@ -135,7 +135,7 @@ def losses_of(logits: Tensor, labels: Tensor) -> Tensor:
     """One loss a sequence, for a classifier or (three dimensions) a language model."""
     logits = logits.float()
     if logits.dim() == 2:
-        return F.cross_entropy(logits, labels, reduction="none")
+        return cross_entropy(logits, labels, reduction="none")
     shifted = logits[:, :-1].reshape(-1, logits.shape[-1])
-    each = F.cross_entropy(shifted, labels[:, 1:].reshape(-1), reduction="none")
+    each = cross_entropy(shifted, labels[:, 1:].reshape(-1), reduction="none")
     return each.view(len(labels), -1).mean(1)

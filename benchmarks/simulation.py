@@ -63,11 +63,12 @@ class Scale:
     rounds: int
     steps: int
     turns: int
+    rows: int | None
     workers: int = 2
 
 
-FULL = Scale(sites=7, rounds=6, steps=8, turns=7)
-QUICK = Scale(sites=3, rounds=2, steps=4, turns=3)
+FULL = Scale(sites=7, rounds=6, steps=8, turns=7, rows=None)
+QUICK = Scale(sites=3, rounds=2, steps=4, turns=3, rows=1000)
 
 
 @dataclass
@@ -104,7 +105,7 @@ class Turns:
 
 def hospitals(folder: Path, scale: Scale) -> tuple[Path, list[Path]]:
     """The demonstration, reduced to some sites and to a plan without privacy."""
-    demo = write_hospitals(folder)
+    demo = write_hospitals(folder, rows_per_site=scale.rows)
     kept = list(demo.sites[: scale.sites])
     for site in demo.sites[scale.sites :]:
         (site / "site.toml").unlink()

@@ -89,24 +89,28 @@ def scores(plan: Plan, outcomes: list) -> dict[str, float]:
     return {row: float(np.mean(values)) for row, values in found.items()}
 
 
-def measure(split: str, seeds: list[int], rows: list[str], rounds: int | None) -> dict:
-    found: dict[str, list[float]] = defaultdict(list)
+def prepared(split: str, folder: Path, *, quick: bool) -> tuple[Plan, list]:
+    demo = write_hospitals(folder / split, split=split, rows_per_site=400 if quick else None)
+    plan = Plan.load(demo.plan)
+    if quick:
+        plan = plan.override({"rounds.number": 6, "optimizer.site.head_rounds": 3})
+    return plan, list(load_sites(folder / split))
+
+
+def measure(options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
+    """Scores by split and row, one a seed; seeds in the outer loop, so that a cut run is balanced."""
+    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     with tempfile.TemporaryDirectory() as folder:
-        rows_per_site = None if rounds is None else 400
-        demo = write_hospitals(Path(folder), split=split, rows_per_site=rows_per_site)
-        plan = Plan.load(demo.plan)
-        if rounds is not None:
-            plan = plan.override(
-                {"rounds.number": rounds, "optimizer.site.head_rounds": rounds // 2}
-            )
-        sites = list(load_sites(Path(folder)))
-        for seed in seeds:
-            started = time.time()
-            outcomes = list(run_jobs(jobs(plan, sites, seed=seed, rows=rows), workers=2))
-            for row, value in scores(plan, outcomes).items():
-                found[row].append(value)
-            shown = {row: round(values[-1], 3) for row, values in found.items()}
-            print(f"{split} seed {seed}: {time.time() - started:.0f} s {shown}", flush=True)
+        ready = {s: prepared(s, Path(folder), quick=options.quick) for s in options.splits}
+        for seed in range(1, options.seeds + 1):
+            for split, (plan, sites) in ready.items():
+                started = time.time()
+                todo = jobs(plan, sites, seed=seed, rows=options.rows)
+                values = scores(plan, list(run_jobs(todo, workers=2)))
+                for row, value in values.items():
+                    found[split][row].append(value)
+                shown = {row: round(value, 4) for row, value in values.items()}
+                print(f"{split}, seed {seed}: {time.time() - started:.0f} s {shown}", flush=True)
     return found
 
 
@@ -118,15 +122,16 @@ def main() -> None:
     parser.add_argument("--splits", nargs="+", default=["code", "category"])
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
     options = parser.parse_args()
+    if options.quick:
+        options.seeds, options.splits = 1, ["code"]
+        options.rows = ["probe_federated_8", "federated_8"]
     torch.set_num_threads(1)
-    seeds = [1] if options.quick else list(range(1, options.seeds + 1))
-    rows = ["probe_federated_8", "federated_8"] if options.quick else options.rows
-    splits = ["code"] if options.quick else options.splits
     numbers = {}
-    for split in splits:
-        found = measure(split, seeds, rows, 6 if options.quick else None)
-        print(f"\ntest macro-F1, split by {split}, {len(seeds)} seeds: mean (standard deviation)")
-        for row, values in found.items():
+    for split, rows in measure(options).items():
+        print(
+            f"\ntest macro-F1, split by {split}, {options.seeds} seeds: mean (standard deviation)"
+        )
+        for row, values in rows.items():
             mean = statistics.fmean(values)
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
             print(f"  {ROWS[row]:36s} {mean:.3f} ({spread:.3f})")

@@ -8,11 +8,13 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from silotune.data.site import SiteConfig, load_sites
 from silotune.errors import SilotuneError
 from silotune.plan import Plan, schema
+from silotune.plan_words import plan_in_words
 
 app = typer.Typer(no_args_is_help=True, help="Check plans and print their schema.")
 
@@ -125,42 +127,13 @@ def _site_facts(plan: Plan, units: int) -> dict[str, Any]:
     return facts
 
 
-def in_words(plan: Plan) -> list[str]:
-    """The plan as sentences."""
-    model, rounds, privacy = plan.model, plan.rounds, plan.privacy
-    head = plan.optimizer.site.head_rounds
-    what = (
-        f"tell apart {', '.join(model.labels)}" if model.labels else "write a response to a prompt"
-    )
-    lines = [
-        f"Purpose: {plan.plan.purpose}",
-        f"Tunes {model.base} to {what}, with LoRA of rank {plan.lora.r}.",
-        f"Trains on each site's dataset {plan.data.dataset!r}; {plan.data.test_share:.0%} of it is "
-        f"kept for testing and {plan.data.validation_share:.0%} for validation.",
-        f"{rounds.number} rounds of {rounds.local_steps} step{'s' * (rounds.local_steps > 1)}"
-        + (f", the first {head} of the head alone" if head else "")
-        + f"; needs at least {rounds.min_sites} sites.",
-    ]
-    if not plan.private:
-        lines.append("No differential privacy: updates reveal records. For comparison only.")
-    else:
-        unit = "single records" if privacy.unit == "record" else f"each {privacy.unit}"
-        lines.append(
-            f"Protects {unit} with epsilon {privacy.epsilon:g} at delta {privacy.delta:g}, "
-            "counted at each site by itself."
-        )
-    if plan.plan.seed is not None:
-        lines.append(
-            f"Seed {plan.plan.seed}: repeatable, and therefore not private. For simulation only."
-        )
-    return lines
-
-
 def _print(plan: Plan, facts: dict[str, Any], console: Console) -> None:
     console.print(f"[bold]{plan.plan.name}[/] is a valid plan. SHA-256 {plan.sha256}")
-    for line in in_words(plan):
-        console.print(f"  {line}", highlight=False)
-    console.print(f"  Model: {facts['model']}", highlight=False)
+    for heading, sentence in plan_in_words(plan):
+        console.print(f"  [bold]{heading}.[/] {escape(sentence)}", highlight=False)
+    if plan.plan.seed is not None:
+        console.print("  [bold]Seeded:[/] repeatable, and therefore not private.")
+    console.print(f"  [bold]Here.[/] {escape(str(facts['model']))}", highlight=False)
     if facts["trainable_parameters"] is not None:
         console.print(
             f"  Trains {facts['trainable_parameters']:,} parameters: {facts['bytes_up']:,} bytes up and "

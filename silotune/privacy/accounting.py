@@ -18,8 +18,8 @@ import numpy.typing as npt
 from dp_accounting import DpEvent, GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
 from dp_accounting.rdp import RdpAccountant
 from dp_accounting.rdp.rdp_privacy_accountant import compute_epsilon
-from scipy.optimize import brentq  # type: ignore[import-untyped]
-from scipy.special import ndtri  # type: ignore[import-untyped]
+from scipy.optimize import brentq
+from scipy.special import ndtri
 
 from silotune.errors import CalibrationImpossible
 from silotune.privacy import loss

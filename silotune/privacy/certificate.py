@@ -12,7 +12,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -29,7 +28,7 @@ from silotune.privacy.signing import fingerprint
 from silotune.privacy.tally import epsilon_of, total
 
 _CONTEXT = b"silotune certificate v1\0"
-_ACCOUNTANT = "privacy loss distributions (dp-accounting)"
+_ACCOUNTANT = "silotune, privacy loss distributions (connect the dots)"
 _NOISE = {
     True: "cryptographically secure, keyed by the operating system",
     False: "seeded: repeatable by anyone who knows the seed",
@@ -169,7 +168,7 @@ def issue(
         clips=_clips(plan.privacy.clip),
         noise=_NOISE[secure_noise],
         accountant=_ACCOUNTANT,
-        accountant_version=version("dp-accounting"),
+        accountant_version=__version__,
         code_version=__version__,
         plan_sha256=plan.sha256,
         model_sha256=model_sha256,

@@ -273,6 +273,8 @@ class DpSgd:
         self._attached.clear()
         losses.sum().backward()  # type: ignore[no-untyped-call]
         self._attached.check_gradients(self.parameters, len(losses))
+        if units is not None and int(torch.bincount(units).max()) == 1:
+            units = None  # every sequence is a unit of its own, whatever its number
         clipper.units, clipper.n_units = units, n_units or 0
         # Opacus' way of a physical micro-batch: a step that is skipped after clipping.
         clipper.signal_skip_step(do_skip=True)

@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from scipy import fft, special  # type: ignore[import-untyped]
+from scipy import fft, special
 
 Floats = npt.NDArray[np.float64]
 

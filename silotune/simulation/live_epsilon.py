@@ -62,5 +62,5 @@ class LiveEpsilon:
                 delta=self._delta,
             )
         curve = self._curves[mechanism]
-        place = bisect.bisect_right([number for number, _ in curve], rounds) - 1
+        place = bisect.bisect_left([number for number, _ in curve], rounds)
         return curve[min(place, len(curve) - 1)][1]

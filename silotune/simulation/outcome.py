@@ -84,8 +84,6 @@ def write_results(
 
     The baselines train in this many processes; none with 0.
     """
-    if not final:
-        return
     seconds = sum(
         float(event["seconds"]) for event in directory.events if event["event"] == "round_finished"
     )

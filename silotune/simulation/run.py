@@ -135,7 +135,7 @@ def resume(path: Path, *, settings: Settings, listener: Listener) -> RunDirector
         It is no run directory, or its run is finished.
     """
     directory = RunDirectory.open(path)
-    if any(event["event"] == "run_finished" for event in directory.events):
+    if directory.find_json("results.json") is not None:
         raise RunDirectoryInvalid(f"{path} is finished; there is nothing to resume")
     facts = directory.read_json("resolved.json")
     job = _Job(
@@ -151,7 +151,7 @@ def resume(path: Path, *, settings: Settings, listener: Listener) -> RunDirector
 def _execute(job: _Job, listener: Listener) -> RunDirectory:
     if job.settings.engine == "ray":
         return _execute_on_ray(job, listener)
-    store = LoggedStore(job.directory, listener=listener)
+    store = _store(job, listener)
     slots = _slots(job)
     store.append_event("run_started", run=job.directory.name, **_scope(job))
     with WorkerGrid(
@@ -176,7 +176,7 @@ def _execute_on_ray(job: _Job, listener: Listener) -> RunDirectory:
     """The very same apps on Flower's Ray engine; the simulator looks on from its own process."""
     from silotune.simulation.ray_engine import run_with_ray
 
-    store = LoggedStore(job.directory, listener=listener)
+    store = _store(job, listener)
     store.append_event("run_started", run=job.directory.name, **_scope(job))
     payload = job.payload
     own = SimulatedSites(payload)
@@ -207,6 +207,11 @@ def _execute_on_ray(job: _Job, listener: Listener) -> RunDirectory:
     return job.directory
 
 
+def _store(job: _Job, listener: Listener) -> LoggedStore:
+    names = [site.name for site in job.sites]
+    return LoggedStore(job.directory, plan=job.plan, names=names, listener=listener)
+
+
 def _slots(job: _Job) -> list[SiteSlot]:
     dataset = job.plan.data.dataset
     return [SiteSlot(site.name, site.dataset(dataset).declared_units) for site in job.sites]
@@ -218,9 +223,14 @@ def _server_app(job: _Job, store: LoggedStore, spectator: Spectator) -> ServerAp
 
 def _conclude(job: _Job, store: LoggedStore, spectator: Spectator, view: View) -> None:
     """Final adapter, certificates, results and baselines."""
-    final = spectator.adapter
-    assert final is not None  # the last round told the spectator
-    view.save(final, job.directory.final_adapter.resolve(), site=job.sites[0].name)
+    saved = job.directory.load_checkpoint()
+    assert saved is not None  # every round ends with one
+    final = saved[0]["adapter"]
+    spectator.look_at_final(final)
+    model = view.save(final, job.directory.final_adapter.resolve(), site=job.sites[0].name)
+    facts = job.directory.read_json("resolved.json")
+    facts |= {"model": model["description"], "trainable_parameters": model["parameters"]}
+    job.directory.write_json("resolved.json", facts)
     finished = view.finish()
     write_privacy(job.directory, job.plan, finished)
     write_results(

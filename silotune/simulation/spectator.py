@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from silotune.models.tasks import get_task
 from silotune.plan import Plan
 from silotune.simulation.grid import Receipt
+from silotune.simulation.live_epsilon import LiveEpsilon
 from silotune.simulation.run_directory import RunDirectory
 from silotune.strategies.base import Vector
 
@@ -28,14 +29,29 @@ class LoggedStore:
     ----------
     directory : RunDirectory
         Where everything is kept.
+    plan : Plan
+        The run's plan.
+    names : sequence of str
+        The sites in node order, for events of a site that never told its name.
     listener : callable
         Given each event as it was written.
     """
 
     def __init__(
-        self, directory: RunDirectory, *, listener: Callable[[Mapping[str, Any]], None]
+        self,
+        directory: RunDirectory,
+        *,
+        plan: Plan,
+        names: Sequence[str],
+        listener: Callable[[Mapping[str, Any]], None],
     ) -> None:
         self.directory, self._listener = directory, listener
+        self._names = {str(node): name for node, name in enumerate(names, start=1)}
+        self._live = LiveEpsilon(
+            delta=plan.privacy.delta or 0.0,
+            rounds=plan.rounds.number,
+            local_steps=plan.rounds.local_steps,
+        )
         self._seconds: dict[str, dict[str, float]] = defaultdict(dict)
         self.save_adapter = directory.save_adapter
         self.save_checkpoint = directory.save_checkpoint
@@ -49,10 +65,20 @@ class LoggedStore:
     def append_event(self, kind: Any, **fields: Any) -> Mapping[str, Any]:
         """Write an event, with the seconds that only the simulator knows."""
         known = self._seconds.get(str(fields.get("round")), {})
-        if kind == "site_replied" and fields["site"] in known:
-            fields["train_seconds"] = known[fields["site"]]
-        if kind == "round_finished" and known:
-            fields["train_seconds"] = sum(known.values())
+        site = fields.get("site")
+        if kind == "site_refused":
+            fields["site"] = self._names.get(str(site), site)
+        elif kind == "site_joined" and "sigma" in fields:
+            self._live.joined(str(site), rate=fields["rate"], sigma=fields["sigma"])
+        elif kind == "site_replied":
+            self._live.replied(str(site))
+            if site in known:
+                fields["train_seconds"] = known[site]
+        elif kind == "round_finished":
+            if known:
+                fields["train_seconds"] = sum(known.values())
+            if spent := self._live.spent():
+                fields["epsilon"] = spent
         event = self.directory.append_event(kind, **fields)
         self._listener(event)
         return event
@@ -74,10 +100,11 @@ class View:
         """Settle every site's ledger and collect certificates and timings."""
         return {site: answer for site, (answer, _) in self._inspect({"op": "finish"}, {}).items()}
 
-    def save(self, adapter: Vector, folder: Path, *, site: str) -> None:
-        """Have one site write the adapter in PEFT's format."""
+    def save(self, adapter: Vector, folder: Path, *, site: str) -> dict[str, Any]:
+        """Have one site write the adapter in PEFT's format; what model it is for."""
         request = {"op": "save", "folder": str(folder)}
-        self._inspect(request, {"flat": adapter}, sites=[site])
+        answer, _ = self._inspect(request, {"flat": adapter}, sites=[site])[site]
+        return answer
 
 
 class Spectator:
@@ -94,8 +121,6 @@ class Spectator:
 
     Attributes
     ----------
-    adapter : float32 array or None
-        The newest adapter.
     final_counts : mapping of site to counts
         Test counts of the last round's adapter.
     seconds : float
@@ -104,14 +129,12 @@ class Spectator:
 
     def __init__(self, plan: Plan, *, store: LoggedStore, view: View) -> None:
         self._plan, self._store, self._view = plan, store, view
-        self.adapter: Vector | None = None
         self.final_counts: dict[str, Counts] = {}
         self.seconds = 0.0
 
     def after_round(self, server_round: int, adapter: Vector, *, seconds: float) -> None:
         """Score a finished round's adapter when it is due."""
         started = time.monotonic()
-        self.adapter = adapter
         last = server_round == self._plan.rounds.number
         every = self._plan.rounds.evaluate_every
         line: dict[str, Any] = {"round": server_round, "seconds": seconds}
@@ -121,6 +144,11 @@ class Spectator:
             line["test"] = self._look(server_round, adapter, split="test")
         self._store.directory.metrics.append(line)
         self.seconds += time.monotonic() - started
+
+    def look_at_final(self, adapter: Vector) -> None:
+        """Score the final adapter on test data, unless that was done after the last round."""
+        if self._plan.data.test_share and not self.final_counts:
+            self._look(self._plan.rounds.number, adapter, split="test")
 
     def _look(self, server_round: int, adapter: Vector, *, split: str) -> dict[str, float]:
         frozen = server_round <= self._plan.optimizer.site.head_rounds

@@ -224,18 +224,19 @@ def test_without_privacy_the_same_layers_give_autograds_own_gradients():
         assert relative_error(found, expected) < TOLERANCE
 
 
-def test_dropout_of_the_adapter_draws_as_peft_does_and_gives_its_gradients():
+@pytest.mark.parametrize("n", [1, 6])
+def test_dropout_of_the_adapter_draws_as_peft_does_and_gives_its_gradients(n):
     model = toy(Shape(dropout=0.4, twice=True))
     plain, attached = copy.deepcopy(model), attach(model)
-    batch = sequences(1)
+    assert "2 split LoRA" in attached.description
+    batch = sequences(n)
     torch.manual_seed(5)
     toy_losses(plain, batch).sum().backward()
     torch.manual_seed(5)
     toy_losses(model, batch).sum().backward()
     expected = [p.grad.double() for p in plain.parameters() if p.requires_grad]
-    assert relative_error([p.grad_sample[0] for p in attached.parameters.values()], expected) < (
-        TOLERANCE
-    )
+    found = [p.grad_sample.sum(0) for p in attached.parameters.values()]
+    assert relative_error(found, expected) < TOLERANCE
 
 
 def test_dropout_is_off_in_evaluation():

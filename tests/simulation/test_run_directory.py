@@ -130,6 +130,25 @@ def test_sigkill_leaves_whole_files_no_older_than_what_was_confirmed(run):
         assert run.events.read()[-1]["round"] >= state["round"]
 
 
+def test_a_write_that_breaks_off_before_it_is_durable_leaves_the_old_file(run, monkeypatch):
+    run.write_json("privacy.json", {"round": 1})
+    run.save_checkpoint({"flat": np.ones(3)}, {"round": 1})
+
+    def broken(_descriptor):
+        raise OSError("power is gone")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", broken)
+        for write in (
+            lambda: run.write_json("privacy.json", {"round": 2}),
+            lambda: run.save_checkpoint({"flat": np.zeros(3)}, {"round": 2}),
+        ):
+            with pytest.raises(OSError, match="power"):
+                write()
+    assert run.read_json("privacy.json") == {"round": 1}
+    assert run.load_checkpoint()[1] == {"round": 1}
+
+
 @settings(deadline=None)  # other processes share this machine
 @given(
     st.dictionaries(
