@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import cast
@@ -23,6 +23,7 @@ from silotune.errors import BudgetExceeded
 from silotune.models.adapter import write_adapter
 from silotune.models.base import load_model
 from silotune.models.choices import Choices
+from silotune.models.features import Frozen, compute_frozen
 from silotune.models.task import Encoded
 from silotune.models.weights import locate, weights_sha256
 from silotune.plan import Plan
@@ -32,6 +33,8 @@ from silotune.privacy.ledger import Budget, Ledger, ReleaseKey
 from silotune.privacy.noise import NoiseSource, SecureNoise, SeededNoise, derive_seed
 from silotune.privacy.signing import load_or_create
 
+_MOST_FROZEN = 16  # sites whose frozen features are kept at a time
+
 
 @dataclass
 class WarmModel:
@@ -39,6 +42,7 @@ class WarmModel:
 
     choices: Choices | None = None
     _held: TrainableModel | None = None
+    _frozen: dict[str, Frozen] = field(default_factory=dict)
 
     def for_plan(self, plan: Plan) -> TrainableModel:
         """The model ready to train under `plan`, loaded if another plan had it before."""
@@ -47,6 +51,16 @@ class WarmModel:
             wish.pop("reason", None)
             self._held = TrainableModel(plan, load_model(plan, **wish))
         return self._held
+
+    def frozen(self, site: SiteConfig, plan: Plan, encoded: Encoded) -> Frozen:
+        """What the base model makes of a site's records: the same for all plans of one model."""
+        lora = (plan.lora.last_layers, plan.lora.target_modules)
+        key = f"{site.folder} {plan.model!r} {plan.data!r} {lora}"
+        if key not in self._frozen:
+            if len(self._frozen) >= _MOST_FROZEN:
+                self._frozen.clear()
+            self._frozen[key] = compute_frozen(self.for_plan(plan).model, encoded)
+        return self._frozen[key]
 
 
 class SiteRun:
@@ -205,7 +219,12 @@ class SiteRun:
             train=self.records.rows(Split.TRAIN),
             declared_units=self.dataset.declared_units,
         )
-        return Trainer(self.trainable, data, sigma=self.sigma)
+        return Trainer(
+            self.trainable,
+            data,
+            sigma=self.sigma,
+            frozen=lambda: self._warm.frozen(self.site, self.plan, self.encoded),
+        )
 
     def _reserve(self) -> None:
         """Set the whole run's cost aside in the ledger, within the site's own budget."""

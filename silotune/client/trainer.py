@@ -6,7 +6,9 @@ its adapter. Head-only rounds run on features that are computed once and kept in
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
@@ -132,6 +134,8 @@ class Trainer:
         The site's records.
     sigma : float
         Noise multiplier; ignored without privacy.
+    frozen : callable, optional
+        Gives what the base model alone makes of the records, if somebody has it already.
 
     Attributes
     ----------
@@ -139,7 +143,14 @@ class Trainer:
         Records trained on so far, repetitions counted: private, for the simulator's comparisons.
     """
 
-    def __init__(self, trainable: TrainableModel, data: SiteData, *, sigma: float) -> None:
+    def __init__(
+        self,
+        trainable: TrainableModel,
+        data: SiteData,
+        *,
+        sigma: float,
+        frozen: Callable[[], Frozen] | None = None,
+    ) -> None:
         self._shared, self._data, self._sigma = trainable, data, sigma
         self._plan, self._model = trainable.plan, trainable.model
         privacy = self._plan.privacy
@@ -150,7 +161,7 @@ class Trainer:
             max_records=privacy.max_records_per_unit,
             max_physical=privacy.max_physical_batch,
         )
-        self._frozen: Frozen | None = None
+        self._find_frozen = frozen or (lambda: compute_frozen(self._model, data.encoded))
         self._secure = SecureNoise() if self._plan.plan.seed is None else None
         self._still: set[int] | None = None
         self._checked_steps = 0
@@ -221,12 +232,10 @@ class Trainer:
             return task.head_losses(module, features, self._data.encoded, batch.rows)
         return task.losses(module, self.inputs(batch.rows))
 
-    @property
+    @cached_property
     def frozen(self) -> Frozen:
         """What the base model alone makes of every record, computed on first use and kept."""
-        if self._frozen is None:
-            self._frozen = compute_frozen(self._model, self._data.encoded)
-        return self._frozen
+        return self._find_frozen()
 
     def prepare(self) -> None:
         """Do now what would otherwise keep the first round waiting."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -30,6 +30,13 @@ class Frozen:
 
     features: Tensor
     prefix: PrefixCache | None
+
+    @classmethod
+    def joined(cls, encoded: Encoded, parts: Sequence[Frozen]) -> Frozen:
+        """What several sites' records have together; `encoded` holds them in the same order."""
+        caches = [part.prefix for part in parts if part.prefix is not None]
+        prefix = PrefixCache.joined(encoded, caches) if len(caches) == len(parts) else None
+        return cls(torch.cat([part.features for part in parts]), prefix)
 
     def inputs(self, model: LoadedModel, encoded: Encoded, rows: Rows) -> dict[str, Tensor]:
         """The task's batch of some records, with the prefix where it is kept."""

@@ -8,7 +8,7 @@ layers' work: the same numbers to the rounding of another batch's padding, for a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -103,6 +103,13 @@ class PrefixCache:
         self._offsets = encoded.offsets
         self._lengths = encoded.lengths
         self._tokens = torch.empty(int(self._offsets[-1]), size)
+
+    @classmethod
+    def joined(cls, encoded: Encoded, parts: Sequence[PrefixCache]) -> PrefixCache:
+        """One cache of several, for the records of all of them one after the other."""
+        whole = cls(encoded, size=parts[0]._tokens.shape[1])
+        torch.cat([part._tokens for part in parts], out=whole._tokens)
+        return whole
 
     @staticmethod
     def fits(encoded: Encoded, *, size: int) -> bool:

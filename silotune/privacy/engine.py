@@ -31,14 +31,13 @@ from torch import Tensor, nn
 from silotune.errors import SelfCheckFailed
 from silotune.privacy.checks import noise_is_plausible, require_finite
 from silotune.privacy.clipping import Attached
+from silotune.privacy.samples import as_rows, shaped_as, unit_norms
 
 if TYPE_CHECKING:
     from silotune.privacy.noise import NoiseSource
 
 # Units are scaled to this part of the clip norm, so that float32 rounding of norms never passes it.
 _MARGIN = 1.0 - 2.0**-19
-# torch adds up squares one after the other: longer rows would lose more digits than the margin has.
-_LONGEST_NORM = 8192
 
 
 @dataclass(frozen=True)
@@ -109,33 +108,34 @@ class _UnitClipper(DPOptimizer):  # type: ignore[misc]
                 continue
             for holder in holders:
                 _check_processed_flag(holder.grad_sample)
-            samples = [_as_rows(holder.grad_sample) for holder in holders]
-            norms = _unit_norms(samples, self.units, self.n_units)
+            samples = [self._get_flat_grad_sample(holder) for holder in holders]
+            norms = unit_norms(samples, self.units, self.n_units)
             if not bool(torch.isfinite(norms).all()):
                 raise SelfCheckFailed(f"a gradient of the {group.name} is not finite")
             # A zero norm gives infinity here and so a factor of 1.
             factors = (group.clip * _MARGIN / norms).clamp(max=1.0)
-            self._check_norms(group, samples, norms, factors)
+            rows = [as_rows(sample) for sample in samples]
+            self._check_norms(group, rows, norms, factors)
             weights = factors if self.units is None else factors[self.units]
-            for holder, sample in zip(holders, samples, strict=True):
-                total = _shaped_as(holder, weights @ sample, like=holder.grad_sample)
+            for holder, row, sample in zip(holders, rows, samples, strict=True):
+                total = shaped_as(holder, weights @ row, samples=sample)
                 earlier = holder.summed_grad
                 holder.summed_grad = total if earlier is None else earlier + total
                 _mark_as_processed(holder.grad_sample)
 
     def _check_norms(
-        self, group: ClipGroup, samples: list[Tensor], norms: Tensor, factors: Tensor
+        self, group: ClipGroup, rows: list[Tensor], norms: Tensor, factors: Tensor
     ) -> None:
         """Measure clipped units anew in float64: all in a first batch, then the largest one."""
         chosen = range(len(norms)) if self.thorough else [int(norms.argmax())]
         for unit in chosen:
             if self.units is None:
-                parts = [sample[unit] for sample in samples]
+                parts = [row[unit] for row in rows]
             else:
-                rows = self.units == unit
-                parts = [sample[rows].sum(0) for sample in samples]
-            clipped = torch.cat(parts).mul_(factors[unit])
-            if not float(torch.linalg.vector_norm(clipped, dtype=torch.float64)) <= group.clip:
+                own = self.units == unit
+                parts = [row[own].sum(0) for row in rows]
+            clipped = torch.cat(parts).mul_(factors[unit]).double()
+            if not math.sqrt(float(clipped.dot(clipped))) <= group.clip:
                 raise SelfCheckFailed(f"a clipped norm of the {group.name} is above its bound")
 
     def add_noise(self) -> None:
@@ -163,40 +163,6 @@ def _add_nothing(holders: list[Any]) -> None:
     for holder in holders:
         if holder.summed_grad is None:
             holder.summed_grad = torch.zeros_like(holder)
-
-
-def _as_rows(samples: Tensor) -> Tensor:
-    """Per-sample gradients ``[n, ...]`` as ``[n, size]``, in the order in which they are stored."""
-    if samples.dim() == 3 and not samples.is_contiguous() and samples.mT.is_contiguous():
-        return samples.mT.flatten(1)
-    return samples.flatten(1)
-
-
-def _shaped_as(parameter: nn.Parameter, row: Tensor, *, like: Tensor) -> Tensor:
-    """A sum of rows of `_as_rows` in the shape of the parameter; `like` are its samples."""
-    if like.dim() == 3 and not like.is_contiguous() and like.mT.is_contiguous():
-        return row.view(parameter.shape[::-1]).t()
-    return row.view(parameter.shape)
-
-
-def _unit_sums(sample: Tensor, units: Tensor | None, n_units: int) -> Tensor:
-    """Gradients ``[n, size]`` of sequences added up to those of units ``[n_units, size]``."""
-    if units is None:
-        return sample
-    return sample.new_zeros(n_units, sample.shape[1]).index_add_(0, units, sample)
-
-
-def _unit_norms(samples: list[Tensor], units: Tensor | None, n_units: int) -> Tensor:
-    """L2 norm of each unit's summed gradient over all tensors, shape ``[n_units]``, float32."""
-    norms = [
-        torch.linalg.vector_norm(part, dim=1)
-        for sample in samples
-        for part in _unit_sums(sample, units, n_units).split(  # type: ignore[no-untyped-call]
-            _LONGEST_NORM, dim=1
-        )
-    ]
-    total: Tensor = torch.linalg.vector_norm(torch.stack(norms, dim=1), dim=1)
-    return total
 
 
 class DpSgd:

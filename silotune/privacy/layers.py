@@ -21,43 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from silotune.errors import SelfCheckFailed
-
-
-class GradientSink:
-    """Where the functions put the gradients of trainable parameters.
-
-    Parameters
-    ----------
-    private : bool
-        Keep one gradient a sample in ``p.grad_sample`` instead of their sum in ``p.grad``.
-    """
-
-    def __init__(self, *, private: bool) -> None:
-        self.private = private
-
-    def add(self, parameter: nn.Parameter, samples: Tensor) -> None:
-        """Add the gradients of one use of a parameter in the current backward pass.
-
-        Parameters
-        ----------
-        parameter : nn.Parameter
-        samples : Tensor
-            One gradient a sample, shape ``[n, *parameter.shape]``, any floating type.
-
-        Raises
-        ------
-        SelfCheckFailed
-            Earlier gradients of the parameter were already used in a step, or have another batch.
-        """
-        holder = cast(Any, parameter)
-        earlier = getattr(holder, "grad_sample", None)
-        if earlier is None:
-            holder.grad_sample = samples.float()
-        elif hasattr(earlier, "_processed") or earlier.shape != samples.shape:
-            raise SelfCheckFailed("per-sample gradients of an earlier batch were not cleared")
-        else:
-            holder.grad_sample = earlier + samples
+from silotune.privacy.samples import GradientSink
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ same number of examples in expectation. None of them exists in a deployment.
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import tempfile
@@ -13,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +28,7 @@ from silotune.data.site import SiteConfig
 from silotune.data.splits import Split
 from silotune.models.adapter import initial_adapter
 from silotune.models.choices import Choices
+from silotune.models.features import Frozen
 from silotune.plan import Plan
 from silotune.simulation.program import score
 from silotune.strategies import strategy_for
@@ -134,7 +137,7 @@ def _calm() -> None:
 def run_job(job: Job) -> Outcome:
     """Train one comparison model and score it on every site's test data."""
     plan = Plan.from_canonical(job.plan)
-    warm = WarmModel(Choices(**job.choices))
+    warm = _warm(json.dumps(dict(job.choices), sort_keys=True))
     with tempfile.TemporaryDirectory() as scratch:
         parts = [
             SiteRun(
@@ -157,6 +160,12 @@ def run_job(job: Job) -> Outcome:
             part.site.name: score(part, adapter, split=Split.TEST, frozen=frozen) for part in parts
         }
     return Outcome(job=job, counts=counts, seconds=seconds, examples=examples)
+
+
+@lru_cache(maxsize=1)
+def _warm(choices: str) -> WarmModel:
+    """The process's model: what it made of the records once serves every job."""
+    return WarmModel(Choices(**json.loads(choices)))
 
 
 def _trainers(job: Job, plan: Plan, parts: list[SiteRun]) -> list[tuple[Terms, Trainer]]:
@@ -197,7 +206,11 @@ def _pooled(plan: Plan, parts: list[SiteRun]) -> tuple[Terms, Trainer]:
     )
     sigma = sigma_for(plan, declared) if plan.private else 0.0
     terms = Terms(node=1, site="pooled", declared_units=declared)
-    return terms, Trainer(trainable, data, sigma=sigma)
+
+    def frozen() -> Frozen:
+        return Frozen.joined(data.encoded, [part.trainer.frozen for part in parts])
+
+    return terms, Trainer(trainable, data, sigma=sigma, frozen=frozen)
 
 
 def federate(plan: Plan, trainers: Sequence[tuple[Terms, Trainer]]) -> tuple[Vector, int]:

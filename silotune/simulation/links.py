@@ -21,21 +21,18 @@ from pathlib import Path
 from typing import Any
 
 from silotune.simulation.frames import Frame, receive_frame, send_frame, through_bytes
+from silotune.simulation.memory import keep_freed_memory
 from silotune.simulation.workers import Assignment, Host, Inbox, start
 
 _BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from silotune.simulation.workers import main; main()"
 )
-_ENVIRONMENT = {
-    # One thread; set before the child imports a numerical library, each of which reads its own.
+# Set before the child imports a numerical library; each reads its own name.
+_ONE_THREAD = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
-    # Keep freed memory up to so many bytes: messages and activations come and go all the time,
-    # and glibc would hand their pages back to the kernel to be cleared again.
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 26),
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 28),
 }
 _CLOSING_SECONDS = 5.0
 _BUFFER_BYTES = 1 << 22  # asked for; the kernel has a limit of its own
@@ -125,7 +122,8 @@ class ProcessLink(Link):
 
     def __init__(self, index: int, sites: Sequence[int], *, log: Path | None) -> None:
         super().__init__(index, sites)
-        environment = {**os.environ, **_ENVIRONMENT}
+        keep_freed_memory()
+        environment = {**os.environ, **_ONE_THREAD}
         self._connection, theirs = socket.socketpair()
         for end in (self._connection, theirs):  # a worker goes on while its last reply is read
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)

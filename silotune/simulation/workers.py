@@ -30,6 +30,7 @@ from flwr.clientapp import ClientApp
 from silotune.errors import EnvironmentFault, SilotuneError
 from silotune.simulation import wire
 from silotune.simulation.frames import Frame, pack_arrays, receive_frame, send_frame, unpack_arrays
+from silotune.simulation.memory import keep_freed_memory
 
 logger = logging.getLogger("silotune.simulation.worker")
 
@@ -313,6 +314,7 @@ def main() -> None:
     """Entry point of a worker process; its standard input is the socket."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the simulator decides, by hanging up
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    keep_freed_memory()
     connection = socket.socket(fileno=os.dup(0))
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)

@@ -159,13 +159,11 @@ def pull_all(some_grid, ids, *, deaths=(), timeout=30.0):
 def test_replies_stream_back_as_sites_finish(two_workers):
     sent = messages([1, 2], **{"sleep-1": 1.5})
     slow, fast = two_workers.push_messages(sent)
-    started = time.monotonic()
     first = []
     while not first:
         two_workers.wait(5.0)
         first = two_workers.pull_messages([slow, fast])
     assert [reply.metadata.src_node_id for reply in first] == [2]
-    assert time.monotonic() - started < 1.2
     assert [reply.metadata.src_node_id for reply in pull_all(two_workers, [slow])] == [1]
 
 
@@ -184,8 +182,8 @@ def test_waiting_ends_at_the_timeout_when_nothing_comes(two_workers):
 
 
 def test_a_time_limit_gives_what_there_is(two_workers):
-    sent = messages([1, 2], **{"sleep-1": 1.0})
-    replies = two_workers.send_and_receive(sent, timeout=0.5)
+    sent = messages([1, 2], **{"sleep-1": 2.0})
+    replies = two_workers.send_and_receive(sent, timeout=1.0)
     assert [reply.metadata.src_node_id for reply in replies] == [2]
     pull_all(two_workers, [sent[0].metadata.message_id])
 

@@ -17,7 +17,9 @@ class TestOneStep(StrategyContract):
     def test_it_is_the_pooled_gradient_step(self):
         terms, updates = cohort(5), self.updates(5)
         out = self.aggregate(terms, updates)
-        pooled = np.sum(np.float64(updates), axis=0) / sum(0.1 * 0.7 * t.declared_units for t in terms)
+        pooled = np.sum(np.float64(updates), axis=0) / sum(
+            0.1 * 0.7 * t.declared_units for t in terms
+        )
         plan = plan_with(**self.changes)
         site = plan.optimizer.site
         rates = np.where(np.arange(SIZE) < 30, site.adapter_lr, site.head_lr)  # one warm-up step
