@@ -1,16 +1,17 @@
 """What a simulation costs, beside the obvious Flower recipe on Flower's Ray engine.
 
-    python benchmarks/simulation.py            # seven hospitals, six rounds, 100 sites without work
-    python benchmarks/simulation.py --quick    # three hospitals, two rounds: under 50 s
+    python benchmarks/simulation.py            # seven hospitals, 1 and 8 steps a round; minutes
+    python benchmarks/simulation.py --quick    # three small hospitals, 1 step: under 50 s
     python benchmarks/simulation.py --json     # the last line is one JSON object
 
-rounds: federated LoRA of MiniLM on the demonstration's hospitals. Both contenders train the same
-shape of adapter at the same sites on batches of the same (expected) size for the same number of
-steps, without differential privacy. Ours is the whole of `silotune simulate`: ServerApp, gate, event
-log, checkpoint. The peer is `simulation_flower.py`. Both are started, one after the other, and then
-take turns round by round. ``rounds`` compares rounds, ``run`` all rounds and the start.
+rounds_*: federated LoRA of MiniLM's last three layers on the demonstration's hospitals. Both
+contenders train the same shape of adapter at the same sites on batches of the same (expected) size
+for the same number of steps, without differential privacy. Ours is the whole of `silotune simulate`:
+ServerApp, gate, event log, checkpoint. The peer is `simulation_flower.py`. Both are started, one
+after the other, and then take turns round by round. ``.ours_over_flower_ray`` compares rounds, and
+``.run_ours_over_flower_ray`` all rounds and the start.
 
-messages: a ClientApp that does nothing but read an array and send one of the same size, at 100
+messages_*: a ClientApp that does nothing but read an array and send one of the same size, at 100
 sites; again the two take turns.
 """
 
@@ -49,7 +50,7 @@ from silotune.simulation.grid import SiteSlot, WorkerGrid
 from silotune.simulation.run import Settings, simulate
 
 PATIENCE = 600.0  # seconds for the other contender, before the benchmark gives up
-RANK, BATCH, MAX_LENGTH = 8, 32, 48
+RANK, LAYERS, BATCH, MAX_LENGTH = 4, [3, 4, 5], 32, 48
 SLOTS = 100
 SIZES = {"300k": 300_000, "20k": 20_000}
 LEAST_PER_SECOND, MOST_MS = 300.0, 3.0
@@ -57,18 +58,25 @@ LEAST_PER_SECOND, MOST_MS = 300.0, 3.0
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is measured."""
+    """A case: how much is measured."""
 
     sites: int
+    rows: int | None
     rounds: int
     steps: int
-    turns: int
-    rows: int | None
+    turns: int = 0
     workers: int = 2
 
+    @property
+    def name(self) -> str:
+        return f"rounds_{self.steps}_step{'s' if self.steps > 1 else ''}"
 
-FULL = Scale(sites=7, rounds=6, steps=8, turns=7, rows=None)
-QUICK = Scale(sites=3, rounds=2, steps=4, turns=3, rows=1000)
+
+FULL = (
+    Scale(sites=7, rows=None, rounds=12, steps=1, turns=9),
+    Scale(sites=7, rows=None, rounds=5, steps=8),
+)
+QUICK = (Scale(sites=3, rows=1000, rounds=3, steps=1, turns=3),)
 
 
 @dataclass
@@ -123,7 +131,7 @@ def overrides(scale: Scale) -> dict[str, object]:
         "privacy.batch": BATCH,
         "lora.r": RANK,
         "lora.alpha": 2.0 * RANK,
-        "lora.last_layers": None,
+        "lora.last_layers": len(LAYERS),
         "model.dtype": "float32",
         "data.max_length": MAX_LENGTH,
         "data.validation_share": 0.0,
@@ -134,7 +142,7 @@ def overrides(scale: Scale) -> dict[str, object]:
         "rounds.evaluate_every": 0,
         "optimizer.site.head_rounds": 0,
         "optimizer.site.local": "adam",
-        "optimizer.server.name": "none",
+        "optimizer.server.name": "adam" if scale.steps == 1 else "none",
     }
 
 
@@ -200,6 +208,7 @@ def settings_of_peer(plan: Path, sites: list[Path], scale: Scale) -> ConfigRecor
             "folders": [str(site) for site in sites],
             "base": Plan.load(plan).model.base,
             "r": RANK,
+            "layers": LAYERS,
             "batch": BATCH,
             "max-length": MAX_LENGTH,
             "steps": scale.steps,
@@ -232,7 +241,8 @@ def peer_app(
             simulation_flower.start_fedavg(
                 grid, nodes=nodes, config=config, rounds=scale.rounds, hook=hook
             )
-            found["messages"] = measure_messages(grid, sorted(by_site.values()), scale)
+            if scale.turns:
+                found["messages"] = measure_messages(grid, sorted(by_site.values()), scale)
         except BaseException as exc:
             turns.fail(exc)
             raise
@@ -285,7 +295,7 @@ def compete(folder: Path, scale: Scale) -> tuple[Turns, dict[str, float], dict]:
     if turns.failed:
         raise turns.failed[0]
     starts["flower_ray"] = found["start"]
-    return turns, starts, found["messages"]
+    return turns, starts, found.get("messages", {})
 
 
 def paired(ours: list[float], peer: list[float]) -> tuple[float, float, float]:
@@ -301,23 +311,22 @@ def show(label: str, seconds: list[float]) -> None:
 
 def report_rounds(turns: Turns, starts: dict[str, float], scale: Scale) -> dict[str, float]:
     ours, peer = turns.seconds["ours"], turns.seconds["flower_ray"]
-    print(
-        f"\nrounds: MiniLM, {scale.sites} sites, {scale.steps} steps of {BATCH}, {scale.rounds} x"
-    )
+    case, rows = scale.name, scale.rows or "all"
+    print(f"\n{case}: MiniLM, {scale.sites} sites of {rows} rows, {scale.steps} steps of {BATCH}")
     show("ours, a round", ours)
     show("flower_ray, a round", peer)
     print(f"  start: ours {starts['ours']:.1f} s, flower_ray {starts['flower_ray']:.1f} s")
     middle, low, high = paired(ours, peer)
     run = (starts["ours"] + sum(ours)) / (starts["flower_ray"] + sum(peer))
-    print(f"  rounds.ours_over_flower_ray {middle:.3f} [{low:.3f} to {high:.3f}]")
-    print(f"  run.ours_over_flower_ray    {run:.3f}, start and {scale.rounds} rounds, one run")
+    print(f"  {case}.ours_over_flower_ray {middle:.3f} [{low:.3f} to {high:.3f}]")
+    print(f"  {case}.run_ours_over_flower_ray {run:.3f}: start and {scale.rounds} rounds, once")
     return {
-        "rounds.ours_seconds": round(statistics.median(ours), 3),
-        "rounds.flower_ray_seconds": round(statistics.median(peer), 3),
-        "rounds.ours_over_flower_ray": round(middle, 4),
-        "run.ours_start_seconds": round(starts["ours"], 2),
-        "run.flower_ray_start_seconds": round(starts["flower_ray"], 2),
-        "run.ours_over_flower_ray": round(run, 4),
+        f"{case}.ours_seconds": round(statistics.median(ours), 3),
+        f"{case}.flower_ray_seconds": round(statistics.median(peer), 3),
+        f"{case}.ours_over_flower_ray": round(middle, 4),
+        f"{case}.ours_start_seconds": round(starts["ours"], 2),
+        f"{case}.flower_ray_start_seconds": round(starts["flower_ray"], 2),
+        f"{case}.run_ours_over_flower_ray": round(run, 4),
     }
 
 
@@ -357,10 +366,13 @@ def main() -> None:
         f"peer: Flower {versions['flwr']} on Ray {versions['ray']}; "
         f"{os.cpu_count()} cores, load before {load:.1f}"
     )
-    with tempfile.TemporaryDirectory() as folder:
-        turns, starts, found = compete(Path(folder), QUICK if options.quick else FULL)
-    scale = QUICK if options.quick else FULL
-    numbers = report_rounds(turns, starts, scale) | report_messages(found)
+    numbers: dict[str, float] = {}
+    for scale in QUICK if options.quick else FULL:
+        with tempfile.TemporaryDirectory() as folder:
+            turns, starts, found = compete(Path(folder), scale)
+        numbers |= report_rounds(turns, starts, scale)
+        if found:
+            numbers |= report_messages(found)
     if options.json:
         print(json.dumps({"versions": versions, **numbers}))
 

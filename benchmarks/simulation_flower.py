@@ -33,12 +33,16 @@ transformers.utils.logging.disable_progress_bar()
 client_app = ClientApp()
 
 
-def load_model(base: str, r: int) -> PeftModel:
+def load_model(base: str, r: int, layers: list[int]) -> PeftModel:
     model = AutoModelForSequenceClassification.from_pretrained(
         base, num_labels=2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
     )
     lora = LoraConfig(
-        task_type=TaskType.SEQ_CLS, r=r, lora_alpha=2 * r, target_modules=["query", "value"]
+        task_type=TaskType.SEQ_CLS,
+        r=r,
+        lora_alpha=2 * r,
+        target_modules=["query", "value"],
+        layers_to_transform=layers,
     )
     return get_peft_model(model, lora)
 
@@ -61,7 +65,7 @@ def load_data(base: str, folder: str, batch: int, max_length: int) -> DataLoader
 def train(message: Message, context) -> Message:
     config = message.content["config"]
     site = config["folders"][int(context.node_config["partition-id"])]
-    model = load_model(config["base"], config["r"])
+    model = load_model(config["base"], config["r"], config["layers"])
     loader = load_data(config["base"], site, config["batch"], config["max-length"])
     set_peft_model_state_dict(model, message.content["arrays"].to_torch_state_dict())
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
@@ -100,8 +104,8 @@ class FedAvgOfSome(FedAvg):
     ----------
     nodes : list of int
         Whom to ask in each round.
-    after_round : callable
-        Called with each round's number, and with 0 before the first.
+    config : ConfigRecord
+        What to tell them.
     """
 
     def __init__(self, nodes: list[int], config: ConfigRecord) -> None:
@@ -122,7 +126,9 @@ def start_fedavg(
         hook(server_round)
         return MetricRecord({"round": server_round})
 
-    initial = ArrayRecord(get_peft_model_state_dict(load_model(config["base"], config["r"])))
+    initial = ArrayRecord(
+        get_peft_model_state_dict(load_model(config["base"], config["r"], config["layers"]))
+    )
     strategy = FedAvgOfSome(nodes, config)
     result = strategy.start(
         grid=grid, initial_arrays=initial, num_rounds=rounds, evaluate_fn=evaluate

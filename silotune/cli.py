@@ -21,6 +21,7 @@ from silotune.commands import (
     demo,
     errors_page,
     ledger,
+    partition,
     plan,
     predict,
     report,
@@ -37,6 +38,7 @@ app = typer.Typer(
     epilog="Start with: silotune demo hospitals ./hospitals, then silotune simulate hospitals/plan.toml",
 )
 app.add_typer(demo.app, name="demo")
+app.command("partition")(partition.partition)
 app.add_typer(plan.app, name="plan")
 app.command("simulate")(simulate.simulate)
 app.command("report")(report.report)

@@ -283,6 +283,8 @@ def _statement(*, private: bool, unit: str, epsilon: float, delta: float) -> str
 
 
 def _adjacency(unit: str) -> str:
+    if unit == "record":
+        return "add or remove one record at this site"
     return f"add or remove one {unit}, with all its records, at this site"
 
 
