@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import io
 import json
 import os
 import statistics
@@ -79,14 +80,7 @@ CASES = (
     Case("vit_qv_32", Setting("vit", "qv", 32), BASIC + REDUCED, memory=MEMORY),
     Case("vit_all_32", Setting("vit", "all", 32), BASIC + REDUCED),
 )
-QUICK = (
-    replace(
-        CASES[0],
-        contenders=(*BASIC, "peft_autocast", "ours_bf16"),
-        turns=3,
-        memory=("peft", "ours"),
-    ),
-)
+QUICK = (replace(CASES[0], contenders=BASIC, turns=6, memory=("peft", "ours")),)
 
 
 def take_turns(
@@ -235,6 +229,8 @@ def main() -> None:
     if options.memory_of:
         memory_child(options.memory_of, options.setting)
         return
+    assert isinstance(sys.stdout, io.TextIOWrapper)
+    sys.stdout.reconfigure(line_buffering=True)
     peers = ", ".join(f"{name} {version(name)}" for name in PEERS)
     print(f"{peers}; {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores")
     numbers: dict[str, float] = {}

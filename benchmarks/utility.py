@@ -43,6 +43,7 @@ WITHOUT_PRIVACY = {
 }
 ROWS = {
     "own_none": "own records only, no privacy",
+    "own_probe_none": "own records only, head only, no privacy",
     "own_8": "own records only, eps 8",
     "probe_federated_none": "federated head only, no privacy",
     "federated_none": "federated LoRA, no privacy",
@@ -53,10 +54,16 @@ ROWS = {
     "probe_federated_3": "federated head only, eps 3",
     "federated_3": "federated LoRA, eps 3",
 }
-KINDS = {"own": "own", "probe_federated": "federated", "federated": "federated", "pooled": "pooled"}
+KINDS = {
+    "own": "own",
+    "own_probe": "own",
+    "probe_federated": "federated",
+    "federated": "federated",
+    "pooled": "pooled",
+}
 
 
-def jobs(plan: Plan, sites: list, *, seed: int, rows: list[str]) -> list[Job]:
+def jobs(plan: Plan, sites: list, *, seed: int, rows: list[str], shared: Path) -> list[Job]:
     paths = tuple(str(site.folder / "site.toml") for site in sites)
     plans = {
         "none": plan.override({**WITHOUT_PRIVACY, "plan.seed": seed, "rounds.min_sites": 1}),
@@ -67,7 +74,7 @@ def jobs(plan: Plan, sites: list, *, seed: int, rows: list[str]) -> list[Job]:
     found = []
     for row in rows:
         method, _, budget = row.rpartition("_")
-        of = head_only(plans[budget]) if method.startswith("probe") else plans[budget]
+        of = head_only(plans[budget]) if "probe" in method else plans[budget]
         job = Job(
             key=row,
             title=row,
@@ -75,8 +82,9 @@ def jobs(plan: Plan, sites: list, *, seed: int, rows: list[str]) -> list[Job]:
             kind=KINDS[method],
             sites=paths,
             choices=choices,
+            shared=str(shared),
         )
-        names = [site.name for site in sites] if method == "own" else [None]
+        names = [site.name for site in sites] if method.startswith("own") else [None]
         found += [replace(job, site=name) for name in names]
     return found
 
@@ -105,7 +113,9 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
         for seed in range(1, options.seeds + 1):
             for split, (plan, sites) in ready.items():
                 started = time.time()
-                todo = jobs(plan, sites, seed=seed, rows=options.rows)
+                todo = jobs(
+                    plan, sites, seed=seed, rows=options.rows, shared=Path(folder) / "shared"
+                )
                 values = scores(plan, list(run_jobs(todo, workers=2)))
                 for row, value in values.items():
                     found[split][row].append(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -38,9 +39,19 @@ _MOST_FROZEN = 16  # sites whose frozen features are kept at a time
 
 @dataclass
 class WarmModel:
-    """The base model of this process, loaded for one plan at a time and shared by its sites."""
+    """The base model of this process, loaded for one plan at a time and shared by its sites.
+
+    Attributes
+    ----------
+    choices : Choices or None
+        What to compute with; chosen here if None.
+    shared : Path or None
+        Folder through which the processes of a simulation share frozen features. A deployed site
+        has none: what is made of its records stays in memory.
+    """
 
     choices: Choices | None = None
+    shared: Path | None = None
     _held: TrainableModel | None = None
     _frozen: dict[str, Frozen] = field(default_factory=dict)
 
@@ -59,8 +70,18 @@ class WarmModel:
         if key not in self._frozen:
             if len(self._frozen) >= _MOST_FROZEN:
                 self._frozen.clear()
-            self._frozen[key] = compute_frozen(self.for_plan(plan).model, encoded)
+            self._frozen[key] = self._find_frozen(key, plan, encoded)
         return self._frozen[key]
+
+    def _find_frozen(self, key: str, plan: Plan, encoded: Encoded) -> Frozen:
+        name = hashlib.sha256(key.encode()).hexdigest()
+        path = self.shared / f"{name}.safetensors" if self.shared else None
+        if path is not None and path.exists():
+            return Frozen.load(path, encoded)
+        found = compute_frozen(self.for_plan(plan).model, encoded)
+        if path is not None:
+            found.save(path)
+        return found
 
 
 class SiteRun:

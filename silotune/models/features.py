@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from silotune.models.base import LoadedModel, TaskModel
@@ -37,6 +40,25 @@ class Frozen:
         caches = [part.prefix for part in parts if part.prefix is not None]
         prefix = PrefixCache.joined(encoded, caches) if len(caches) == len(parts) else None
         return cls(torch.cat([part.features for part in parts]), prefix)
+
+    def save(self, path: Path) -> None:
+        """Write to a safetensors file, in one step: for other processes of a simulation."""
+        tensors = {"features": self.features}
+        if self.prefix is not None:
+            tensors["prefix"] = self.prefix.tokens
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.{os.getpid()}")
+        save_file(tensors, part)
+        part.replace(path)
+
+    @classmethod
+    def load(cls, path: Path, encoded: Encoded) -> Frozen:
+        """Read what `save` wrote of these records; the file is mapped, not copied."""
+        tensors = load_file(path)
+        features, tokens = tensors["features"], tensors.get("prefix")
+        if tokens is None:
+            return cls(features, None)
+        return cls(features, PrefixCache(encoded, size=tokens.shape[1], tokens=tokens))
 
     def inputs(self, model: LoadedModel, encoded: Encoded, rows: Rows) -> dict[str, Tensor]:
         """The task's batch of some records, with the prefix where it is kept."""

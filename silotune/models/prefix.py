@@ -97,19 +97,23 @@ class PrefixCache:
         The records.
     size : int
         Width of the hidden states.
+    tokens : Tensor, optional
+        The states [tokens, size], if they are known already.
     """
 
-    def __init__(self, encoded: Encoded, *, size: int) -> None:
+    def __init__(self, encoded: Encoded, *, size: int, tokens: Tensor | None = None) -> None:
         self._offsets = encoded.offsets
         self._lengths = encoded.lengths
-        self._tokens = torch.empty(int(self._offsets[-1]), size)
+        shape = (int(self._offsets[-1]), size)
+        self.tokens = torch.empty(shape) if tokens is None else tokens
+        if self.tokens.shape != shape:
+            raise ValueError(f"expected states of shape {shape}, got {tuple(self.tokens.shape)}")
 
     @classmethod
     def joined(cls, encoded: Encoded, parts: Sequence[PrefixCache]) -> PrefixCache:
         """One cache of several, for the records of all of them one after the other."""
-        whole = cls(encoded, size=parts[0]._tokens.shape[1])
-        torch.cat([part._tokens for part in parts], out=whole._tokens)
-        return whole
+        tokens = torch.cat([part.tokens for part in parts])
+        return cls(encoded, size=tokens.shape[1], tokens=tokens)
 
     @staticmethod
     def fits(encoded: Encoded, *, size: int) -> bool:
@@ -120,7 +124,7 @@ class PrefixCache:
         """Keep the hidden states [len(rows), longest, size] of some records, padded right."""
         for row, states in zip(rows, hidden.float().cpu(), strict=True):
             start, length = int(self._offsets[row]), int(self._lengths[row])
-            self._tokens[start : start + length] = states[:length]
+            self.tokens[start : start + length] = states[:length]
 
     def get(self, rows: Rows, device: torch.device) -> Tensor:
         """Hidden states [len(rows), longest, size] of some records, zero where padded."""
@@ -129,6 +133,6 @@ class PrefixCache:
         columns = np.arange(int(lengths.max(initial=0)))[None, :]
         real = torch.from_numpy(columns < lengths[:, None])
         places = torch.from_numpy((self._offsets[chosen][:, None] + columns)[real.numpy()])
-        padded = torch.zeros(*real.shape, self._tokens.shape[1])
-        padded[real] = self._tokens[places]
+        padded = torch.zeros(*real.shape, self.tokens.shape[1])
+        padded[real] = self.tokens[places]
         return padded.to(device)

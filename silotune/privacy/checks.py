@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -28,17 +28,16 @@ def noise_is_plausible(chi_square: float, count: int) -> bool:
     return count / 2 * (ratio - 1.0 - math.log(ratio)) <= math.log(2.0 / _FALSE_ALARM)
 
 
-def require_finite(total: Tensor | None, name: str) -> Tensor:
-    """The gradient sum of a parameter, if it has one without NaN and infinity.
+def require_finite(tensors: Sequence[Tensor], what: str) -> None:
+    """Check that no number is NaN or infinite.
 
     Raises
     ------
     SelfCheckFailed
-        Naming the parameter.
+        Saying what is not finite.
     """
-    if total is None or not bool(torch.isfinite(total).all()):
-        raise SelfCheckFailed(f"the gradient sum of {name} is not finite")
-    return total.detach()
+    if not bool(torch.isfinite(torch.cat([tensor.flatten() for tensor in tensors])).all()):
+        raise SelfCheckFailed(f"{what} is not finite")
 
 
 def snapshot(parameters: Iterable[nn.Parameter]) -> tuple[Tensor, ...]:

@@ -53,6 +53,8 @@ class Attached:
         Every trained parameter by its name in the module, in the module's order.
     norms_checked : bool
         Whether an engine has measured the clipped norms of a whole batch.
+    user : object
+        The engine that was made last; only it may step.
     description : str
         Which layers run how, in one line.
     """
@@ -68,6 +70,7 @@ class Attached:
         self._counts = {"merged LoRA": 0, "split LoRA": 0, "trained linear": 0, "frozen linear": 0}
         self._names = {id(p): n for n, p in self.parameters.items()}
         self.norms_checked = False
+        self.user: object = None
 
     @property
     def description(self) -> str:  # noqa: D102 - documented as an attribute
@@ -175,10 +178,13 @@ def attach(
     ------
     LayerUnsupported
         Under privacy, a trained layer without an exact per-sample rule; the module is untouched.
+    ValueError
+        Another `dtype`.
     """
+    if dtype not in {torch.float32, torch.bfloat16}:
+        raise ValueError(f"matrix products are float32 or bfloat16, not {dtype}")
     attached = Attached(module, private=private, dtype=dtype)
-    steps = list(_survey(module, attached))
-    for step in steps:
+    for step in list(_survey(module, attached)):
         step()
     for parameter in attached.parameters.values():
         if private:
@@ -192,14 +198,12 @@ def _survey(module: nn.Module, attached: Attached) -> Iterator[Callable[[], None
     owners = Counter(id(p) for layer in module.modules() for p in layer.parameters(recurse=False))
     for name, layer in module.named_modules():
         shown = name or type(layer).__name__
+        if attached.private:
+            _refuse_inexact(shown, layer)
         if id(layer) in inside:
             continue
-        if attached.private:
-            _refuse_coupling(shown, layer)
         if type(layer) is PeftLoraLinear and _lora_problem(layer) is None:
             inside |= {id(part) for part in layer.modules()}
-            if attached.private:
-                _require_float32(shown, layer)
             yield _lora_step(layer, attached)
         elif isinstance(layer, BaseTunerLayer) and _trains(layer, recurse=True):
             if attached.private:
@@ -207,7 +211,6 @@ def _survey(module: nn.Module, attached: Attached) -> Iterator[Callable[[], None
             inside |= {id(part) for part in layer.modules()}
         elif type(layer) is nn.Linear:
             if _trains(layer):
-                _require_float32(shown, layer)
                 yield _trained_step(layer, attached)
             elif attached.dtype != layer.weight.dtype and layer.weight.numel() >= _SMALLEST_CAST:
                 yield _frozen_step(layer, attached)
@@ -220,13 +223,11 @@ def _trains(layer: nn.Module, *, recurse: bool = False) -> bool:
     return any(p.requires_grad for p in layer.parameters(recurse=recurse))
 
 
-def _refuse_coupling(name: str, layer: nn.Module) -> None:
+def _refuse_inexact(name: str, layer: nn.Module) -> None:
+    """Refuse what no rule makes exact: mixed records, and norms taken in reduced precision."""
     if isinstance(layer, _BatchNorm):
         raise LayerUnsupported(f"{name}: batch normalisation mixes the records of a batch")
-
-
-def _require_float32(name: str, layer: nn.Module) -> None:
-    for part, parameter in layer.named_parameters():
+    for part, parameter in layer.named_parameters(recurse=False):
         if parameter.requires_grad and parameter.dtype != torch.float32:
             kind = str(parameter.dtype).removeprefix("torch.")
             raise LayerUnsupported(f"{name}.{part}: trained in {kind}; it must be float32")
@@ -315,4 +316,3 @@ def _refuse_unhooked(name: str, layer: nn.Module, owners: Counter[int]) -> None:
         raise LayerUnsupported(f"{name}: no exact per-sample gradient for its {listed}")
     if any(owners[id(parameter)] > 1 for parameter in trained.values()):
         raise LayerUnsupported(f"{name}: its {listed} is shared with another layer")
-    _require_float32(name, layer)

@@ -110,8 +110,7 @@ class _UnitClipper(DPOptimizer):  # type: ignore[misc]
                 _check_processed_flag(holder.grad_sample)
             samples = [self._get_flat_grad_sample(holder) for holder in holders]
             norms = unit_norms(samples, self.units, self.n_units)
-            if not bool(torch.isfinite(norms).all()):
-                raise SelfCheckFailed(f"a gradient of the {group.name} is not finite")
+            require_finite([norms], f"a gradient of the {group.name}")
             # A zero norm gives infinity here and so a factor of 1.
             factors = (group.clip * _MARGIN / norms).clamp(max=1.0)
             rows = [as_rows(sample) for sample in samples]
@@ -146,8 +145,7 @@ class _UnitClipper(DPOptimizer):  # type: ignore[misc]
             for holder in holders:
                 _check_processed_flag(holder.summed_grad)
             clean = torch.cat([holder.summed_grad.flatten() for holder in holders])
-            if not bool(torch.isfinite(clean).all()):
-                raise SelfCheckFailed(f"the gradient sum of the {group.name} is not finite")
+            require_finite([clean], f"the gradient sum of the {group.name}")
             noisy = self.noise.add(clean, std).to(clean)
             added = float(torch.linalg.vector_norm(noisy - clean, dtype=torch.float64))
             if not noise_is_plausible((added / std) ** 2, len(clean)):
@@ -207,6 +205,7 @@ class DpSgd:
         self.parameters = tuple(p for group in groups for p in group.parameters)
         self._attached = attached
         self._failed = False
+        attached.user = self
         self._clipper = _UnitClipper(
             groups, sigma=sigma, noise=noise, thorough=not attached.norms_checked
         )
@@ -279,6 +278,9 @@ class DpSgd:
         return sums
 
     def _require_sound(self) -> None:
+        if self._attached.user is not self:
+            # Sums are kept on the parameters: two engines at once would mix them.
+            raise SelfCheckFailed("another engine was made for this model in the middle of a step")
         if self._failed:
             raise SelfCheckFailed("an earlier check of this step failed; nothing can be released")
 
@@ -318,12 +320,8 @@ class PlainSgd:
         SelfCheckFailed
             A sum is not finite.
         """
-        sums = [
-            require_finite(
-                torch.zeros_like(p) if p.grad is None else p.grad, self._attached.name_of(p)
-            )
-            for p in self.parameters
-        ]
+        sums = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        require_finite(sums, "the gradient sum")
         self._attached.clear()
         return sums
 

@@ -54,6 +54,8 @@ class Job:
         Paths of all site.toml files: every model is scored on everybody's held-out data.
     choices : mapping
         `silotune.models.choices.Choices` as JSON.
+    shared : str or None
+        Folder where processes share frozen features.
     site : str or None
         For ``own``.
     """
@@ -64,6 +66,7 @@ class Job:
     kind: Kind
     sites: tuple[str, ...]
     choices: Mapping[str, Any]
+    shared: str | None = None
     site: str | None = None
 
 
@@ -94,7 +97,13 @@ def head_only(plan: Plan) -> Plan:
     return plan.override({"optimizer.site.head_rounds": plan.rounds.number})
 
 
-def jobs_for(plan: Plan, sites: Sequence[SiteConfig], choices: Mapping[str, Any]) -> list[Job]:
+def jobs_for(
+    plan: Plan,
+    sites: Sequence[SiteConfig],
+    choices: Mapping[str, Any],
+    *,
+    shared: Path | None = None,
+) -> list[Job]:
     """The comparisons of a plan, longest first."""
     paths = tuple(str(site.folder / "site.toml") for site in sites)
     alone = plan.override({"rounds.min_sites": 1})
@@ -102,7 +111,14 @@ def jobs_for(plan: Plan, sites: Sequence[SiteConfig], choices: Mapping[str, Any]
     def job(key: str, title: str, of: Plan, kind: Kind, site: str | None = None) -> Job:
         text = of.canonical()
         return Job(
-            key=key, title=title, plan=text, kind=kind, sites=paths, choices=choices, site=site
+            key=key,
+            title=title,
+            plan=text,
+            kind=kind,
+            sites=paths,
+            choices=choices,
+            shared=None if shared is None else str(shared),
+            site=site,
         )
 
     jobs = [job("pooled", "Pooled records, one trainer", alone, "pooled")]
@@ -137,7 +153,7 @@ def _calm() -> None:
 def run_job(job: Job) -> Outcome:
     """Train one comparison model and score it on every site's test data."""
     plan = Plan.from_canonical(job.plan)
-    warm = _warm(json.dumps(dict(job.choices), sort_keys=True))
+    warm = _warm(json.dumps(dict(job.choices), sort_keys=True), job.shared)
     with tempfile.TemporaryDirectory() as scratch:
         parts = [
             SiteRun(
@@ -163,9 +179,9 @@ def run_job(job: Job) -> Outcome:
 
 
 @lru_cache(maxsize=1)
-def _warm(choices: str) -> WarmModel:
+def _warm(choices: str, shared: str | None) -> WarmModel:
     """The process's model: what it made of the records once serves every job."""
-    return WarmModel(Choices(**json.loads(choices)))
+    return WarmModel(Choices(**json.loads(choices)), shared=Path(shared) if shared else None)
 
 
 def _trainers(job: Job, plan: Plan, parts: list[SiteRun]) -> list[tuple[Terms, Trainer]]:

@@ -34,6 +34,7 @@ _ONE_THREAD = {
     "MKL_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
 }
+_MOST_STALE_BYTES = 1 << 28
 _CLOSING_SECONDS = 5.0
 _BUFFER_BYTES = 1 << 22  # asked for; the kernel has a limit of its own
 
@@ -96,6 +97,9 @@ class Link(ABC):
             Bytes of all its objects: what a site over a network would have pulled.
         """
         with self._lock:
+            here = sum(self._held.get(object_id, 0) for object_id in objects)
+            if sum(self._held.values()) - here > _MOST_STALE_BYTES:
+                self.forget()  # content of messages that overlap without end
             new = [object_id for object_id in objects if object_id not in self._held]
             blobs = [deflate(object_id) for object_id in new]
             self._held |= {object_id: len(blob) for object_id, blob in zip(new, blobs, strict=True)}

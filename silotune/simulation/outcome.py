@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,7 @@ def write_results(
     final: Mapping[str, Counts],
     finished: Mapping[str, Mapping[str, Any]],
     workers: int,
+    shared: Path,
     store: LoggedStore,
 ) -> None:
     """Write ``results.json``: the federation's test scores, and the baselines' if `workers`.
@@ -92,7 +94,9 @@ def write_results(
         _method(plan, "federated", "Federated LoRA", final, seconds=seconds, examples=examples)
     ]
     if workers:
-        methods += _baselines(plan, sites, choices=choices, workers=workers, store=store)
+        methods += _baselines(
+            plan, sites, choices=choices, workers=workers, shared=shared, store=store
+        )
     directory.write_json("results.json", {"methods": methods, "view": "simulator"})
 
 
@@ -102,9 +106,10 @@ def _baselines(
     *,
     choices: Mapping[str, Any],
     workers: int,
+    shared: Path,
     store: LoggedStore,
 ) -> list[dict[str, Any]]:
-    jobs = jobs_for(plan, sites, choices)
+    jobs = jobs_for(plan, sites, choices, shared=shared)
     outcomes: dict[str, list[Outcome]] = defaultdict(list)
     started = time.monotonic()
     for number, outcome in enumerate(run_jobs(jobs, workers=workers), start=1):

@@ -38,7 +38,8 @@ class SimulatedSites:
     ----------
     payload : mapping
         ``plan`` (canonical JSON), ``run``, ``sites`` (paths of site.toml files in node order),
-        ``states`` (their state folders) and ``choices`` (`silotune.models.choices.Choices`).
+        ``states`` (their state folders), ``choices`` (`silotune.models.choices.Choices`) and
+        ``shared`` (a folder for what processes share).
     """
 
     def __init__(self, payload: Mapping[str, Any]) -> None:
@@ -46,7 +47,7 @@ class SimulatedSites:
         self._run = str(payload["run"])
         self._configs = [Path(path) for path in payload["sites"]]
         self._states = [Path(path) for path in payload["states"]]
-        self._warm = WarmModel(Choices(**payload["choices"]))
+        self._warm = WarmModel(Choices(**payload["choices"]), shared=Path(payload["shared"]))
         self._runs: dict[int, SiteRun] = {}
         self._warm.for_plan(self._plan)
         self.client_app = build_client_app(self._find)
@@ -128,7 +129,13 @@ def score(site: SiteRun, adapter: Vector, *, split: Split, frozen: bool) -> NDAr
 
 
 def payload_for(
-    plan: Plan, *, run: str, sites: list[SiteConfig], states: list[Path], choices: Choices
+    plan: Plan,
+    *,
+    run: str,
+    sites: list[SiteConfig],
+    states: list[Path],
+    choices: Choices,
+    shared: Path,
 ) -> dict[str, Any]:
     """What `build` takes, as JSON values."""
     return {
@@ -137,4 +144,5 @@ def payload_for(
         "sites": [str(site.folder / "site.toml") for site in sites],
         "states": [str(state) for state in states],
         "choices": asdict(choices),
+        "shared": str(shared),
     }

@@ -66,7 +66,8 @@ def run_with_ray(
     server_app : ServerApp
         Called on a thread of this process with a grid and a context.
     factory, payload
-        As of `WorkerGrid`: each actor calls the factory once, with the payload.
+        As of `WorkerGrid`: each actor calls the factory once, with the payload. What the payload
+        names, such as files, must be there on every machine of a cluster.
     sites : Sequence[SiteSlot]
         Partition ids follow their order. Node ids are random, and actors take any site, so that
         weights don't matter here.
@@ -92,26 +93,30 @@ def run_with_ray(
         )
     names, settings = tuple(slot.name for slot in sites), dict(run_config or {})
     server = _Server(server_app, num_sites=len(names), run_config=settings)
+    site = _Site(factory, json.dumps(payload), names, settings)
     where = {"address": address} if address else {"num_cpus": max(1, workers)}
-    backend: dict[str, Any] = {
-        "init_args": {**where, "log_to_driver": False},
-        "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
-    }
     with _quiet_ray():
-        from flwr.simulation import run_simulation
-
-        try:
-            run_simulation(
-                server,
-                _Site(factory, json.dumps(payload), names, settings),
-                num_supernodes=len(names),
-                backend_config=backend,
-            )
-        except Exception as exc:
-            if server.abort():
-                raise WorkerDied("Flower's Ray engine ended early; its log has the reason") from exc
+        _simulate(server, site, num_sites=len(names), where=where)
     if server.failure is not None:
         raise server.failure
+
+
+def _simulate(server: _Server, site: _Site, *, num_sites: int, where: dict[str, Any]) -> None:
+    from flwr.simulation import run_simulation
+
+    try:
+        run_simulation(
+            server,
+            site,
+            num_supernodes=num_sites,
+            backend_config={
+                "init_args": {**where, "log_to_driver": False},
+                "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
+            },
+        )
+    except Exception as exc:
+        if server.abort():
+            raise WorkerDied("Flower's Ray engine ended early; its log has the reason") from exc
 
 
 class _Server(ServerApp):

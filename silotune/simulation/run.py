@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -83,7 +84,13 @@ class _Job:
             sites=self.sites,
             states=states,
             choices=self.choices,
+            shared=self.shared,
         )
+
+    @property
+    def shared(self) -> Path:
+        """Scratch that the run's processes share; removed at its end."""
+        return (self.directory.root / "scratch").resolve()
 
 
 def simulate(
@@ -241,8 +248,10 @@ def _conclude(job: _Job, store: LoggedStore, spectator: Spectator, view: View) -
         final=spectator.final_counts,
         finished=finished,
         workers=job.settings.worker_count(len(job.sites)) if job.settings.baselines else 0,
+        shared=job.shared,
         store=store,
     )
+    shutil.rmtree(job.shared, ignore_errors=True)
 
 
 def _scope(job: _Job) -> dict[str, Any]:

@@ -203,7 +203,7 @@ class Host:
             return Frame("lapsed", {"to": task.root})
         contents = {key: task.held.contents[key] for key in task.objects}
         message = wire.unpack(task.root, contents, arrays=task.held.arrays)
-        started = time.perf_counter()
+        asked, started = wire.outline(message), time.perf_counter()
         reply = answer(self._program.client_app, message, self._contexts[task.site])
         seconds = time.perf_counter() - started
         try:
@@ -211,7 +211,7 @@ class Host:
             blobs = [packed.deflate(key) for key in packed.objects]
         except Exception:
             logger.exception("site %s: its reply can't be serialised", self._names[task.site])
-            packed = wire.pack(wire.error_reply(message, kind=wire.APP_RAISED, code=_UNNAMED))
+            packed = wire.pack(wire.error_reply(asked, kind=wire.APP_RAISED, code=_UNNAMED))
             blobs = [packed.deflate(key) for key in packed.objects]
         header = {"to": task.root, "root": packed.root, "objects": list(packed.objects)}
         return Frame("reply", {**header, "seconds": seconds}, blobs)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from silotune.models.base import load_model
-from silotune.models.features import compute_frozen
+from silotune.models.features import Frozen, compute_frozen
 from silotune.models.prefix import PrefixCache
 from silotune.privacy.clipping import attach
 from tests.models.model_material import CORPUS, a_plan
@@ -94,3 +94,16 @@ def test_records_beyond_the_memory_bound_are_not_kept(bert_folder, monkeypatch):
     model, encoded = loaded(bert_folder, lora__last_layers=1)
     monkeypatch.setattr("silotune.models.prefix._MOST_BYTES", 1000)
     assert compute_frozen(model, encoded).prefix is None
+
+
+def test_frozen_features_survive_a_trip_through_a_file(bert_folder, tmp_path):
+    model, encoded = loaded(bert_folder, lora__last_layers=1)
+    frozen = compute_frozen(model, encoded)
+    frozen.save(tmp_path / "shared" / "one.safetensors")
+    again = Frozen.load(tmp_path / "shared" / "one.safetensors", encoded)
+    assert torch.equal(again.features, frozen.features)
+    rows = [2, 4]
+    for name, tensor in frozen.inputs(model, encoded, rows).items():
+        assert torch.equal(again.inputs(model, encoded, rows)[name], tensor)
+    with pytest.raises(ValueError, match="expected states"):
+        Frozen.load(tmp_path / "shared" / "one.safetensors", encoded.subset([0]))

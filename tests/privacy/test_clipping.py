@@ -506,6 +506,11 @@ def test_parameters_trained_in_reduced_precision_are_refused():
     refused(model, "lora_A.default.weight: trained in bfloat16")
 
 
+def test_other_product_types_are_refused():
+    with pytest.raises(ValueError, match="float32 or bfloat16"):
+        attach(toy(), dtype=torch.float16)
+
+
 def test_without_privacy_nothing_is_refused():
     model = adapted(small_bert, ["query"], ["classifier"], use_dora=True)
     attached = attach(model, private=False)

@@ -267,6 +267,18 @@ def test_a_gradient_that_is_not_finite_stops_the_step_for_good(bad):
         engine.accumulate(toy_losses(model, sequences(3)))
 
 
+def test_an_engine_gives_way_to_a_newer_one_for_the_same_model():
+    model = toy()
+    attached, old = engine_for(model)
+    old.accumulate(toy_losses(model, sequences(3)))
+    new = DpSgd(attached, one_group(attached), sigma=1.0, noise=Noise())
+    for call in (old.release, lambda: old.accumulate(toy_losses(model, sequences(3)))):
+        with pytest.raises(SelfCheckFailed, match="another engine"):
+            call()
+    assert all(p.summed_grad is None for p in attached.parameters.values())
+    new.release()
+
+
 def test_a_plain_sum_that_is_not_finite_is_not_released():
     model = toy()
     engine = PlainSgd(attach(model, private=False))
