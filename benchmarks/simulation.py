@@ -1,7 +1,7 @@
 """What a simulation costs, beside the obvious Flower recipe on Flower's Ray engine.
 
     python benchmarks/simulation.py            # seven hospitals, 1 and 8 steps a round; minutes
-    python benchmarks/simulation.py --quick    # three small hospitals, 1 step: under 50 s
+    python benchmarks/simulation.py --quick    # two small hospitals, 1 step: under 50 s
     python benchmarks/simulation.py --json     # the last line is one JSON object
 
 rounds_*: federated LoRA of MiniLM's last three layers on the demonstration's hospitals. Both
@@ -76,7 +76,7 @@ FULL = (
     Scale(sites=7, rows=None, rounds=12, steps=1, turns=9),
     Scale(sites=7, rows=None, rounds=5, steps=8),
 )
-QUICK = (Scale(sites=3, rows=1000, rounds=3, steps=1, turns=3),)
+QUICK = (Scale(sites=2, rows=400, rounds=3, steps=1, turns=3),)
 
 
 @dataclass

@@ -36,7 +36,7 @@ WITHOUT_PRIVACY = {
     "privacy.rate": 0.05,
     "rounds.number": 60,
     "optimizer.site.head_rounds": 20,
-    "optimizer.site.adapter_lr": 2e-3,
+    "optimizer.site.adapter_lr": 4e-3,
     "optimizer.site.head_lr": 0.04,
     "lora.r": 8,
     "lora.alpha": 16.0,

@@ -70,6 +70,41 @@ def _site_privacy(plan: Plan, body: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def write_timings(
+    directory: RunDirectory,
+    finished: Mapping[str, Mapping[str, Any]],
+    *,
+    workers: Sequence[Sequence[str]],
+) -> None:
+    """Write ``timings.json``: training by site and round, and what everything else cost.
+
+    A round can't be shorter than its busiest worker trains. What it takes beyond that, messages,
+    serialisation, ledgers, aggregation and checkpoints, is ``overhead_seconds``.
+    """
+    train = {
+        site: {int(number): float(value) for number, value in found["train_seconds"].items()}
+        for site, found in finished.items()
+    }
+    rounds = {
+        int(event["round"]): float(event["seconds"])
+        for event in directory.events
+        if event["event"] == "round_finished"
+    }
+    measured = [n for n in rounds if all(n in by_round for by_round in train.values())]
+    total = sum(rounds[n] for n in measured)
+    busiest = sum(max(sum(train[s][n] for s in part) for part in workers if part) for n in measured)
+    directory.write_json(
+        "timings.json",
+        {
+            "train_seconds": train,
+            "rounds_seconds": total,
+            "busiest_worker_seconds": busiest,
+            "overhead_seconds": total - busiest,
+            "overhead_share": (total - busiest) / total if total else None,
+        },
+    )
+
+
 def write_results(
     directory: RunDirectory,
     plan: Plan,

@@ -26,7 +26,8 @@ from silotune.models.choices import Choices, choose
 from silotune.plan import Plan
 from silotune.server.app import build_server_app
 from silotune.simulation.grid import SiteSlot, WorkerGrid
-from silotune.simulation.outcome import write_privacy, write_results
+from silotune.simulation.outcome import write_privacy, write_results, write_timings
+from silotune.simulation.pool import spread
 from silotune.simulation.program import SimulatedSites, payload_for
 from silotune.simulation.run_directory import RunDirectory
 from silotune.simulation.spectator import LoggedStore, Spectator, View
@@ -240,6 +241,10 @@ def _conclude(job: _Job, store: LoggedStore, spectator: Spectator, view: View) -
     job.directory.write_json("resolved.json", facts)
     finished = view.finish()
     write_privacy(job.directory, job.plan, finished)
+    slots, count = _slots(job), job.settings.worker_count(len(job.sites))
+    parts = spread([slot.weight for slot in slots], count)
+    workers = [[slots[index].name for index in part] for part in parts]
+    write_timings(job.directory, finished, workers=workers)
     write_results(
         job.directory,
         job.plan,

@@ -113,6 +113,19 @@ def test_a_run_killed_in_a_round_is_resumed_to_the_same_adapter(federation, whol
         ledger.close()
 
 
+def test_training_and_everything_else_are_timed_apart(whole):
+    facts = whole[0].read_json("timings.json")
+    assert set(facts["train_seconds"]) == set(SITES)
+    assert all(set(by_round) == set("12345") for by_round in facts["train_seconds"].values())
+    assert 0 < facts["busiest_worker_seconds"] < facts["rounds_seconds"]
+    longest = max(sum(by_round.values()) for by_round in facts["train_seconds"].values())
+    assert facts["busiest_worker_seconds"] >= longest
+
+
+def test_nothing_of_the_records_is_left_in_the_run_directory(whole):
+    assert not (whole[0].root / "scratch").exists()
+
+
 def test_a_seeded_run_says_that_it_is_not_private(whole):
     privacy = whole[0].read_json("privacy.json")
     assert privacy["private"] is False
