@@ -35,6 +35,7 @@ os.environ.update(
     FLWR_TELEMETRY_ENABLED="0",
     FLWR_DISABLE_UPDATE_CHECK="1",
     RAY_USAGE_STATS_ENABLED="0",
+    RAY_worker_niceness="0",  # as ours; by default Ray's actors yield to everything else
     TOKENIZERS_PARALLELISM="false",
     OMP_NUM_THREADS="1",
 )

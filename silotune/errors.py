@@ -408,9 +408,10 @@ class EnvironmentFault(SilotuneError):
 
 
 def catalogue() -> list[type[SilotuneError]]:
-    """Every error class, ordered by code."""
+    """Every error with a code of its own, ordered by code."""
 
     def below(cls: type[SilotuneError]) -> list[type[SilotuneError]]:
         return [cls, *(leaf for sub in cls.__subclasses__() for leaf in below(sub))]
 
-    return sorted(below(SilotuneError), key=lambda cls: cls.code)
+    named = [cls for cls in below(SilotuneError) if "code" in cls.__dict__]
+    return sorted(named, key=lambda cls: cls.code)

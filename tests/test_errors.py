@@ -33,3 +33,11 @@ def test_an_error_prints_its_code_and_detail():
     assert str(error) == "ST-204 notes.csv has no column 'text'"
     assert error.remedy == "Name it."
     assert errors.ColumnMissing().detail == errors.ColumnMissing.title
+
+
+def test_a_subclass_without_a_code_of_its_own_is_no_entry():
+    class Internal(errors.WorkerDied):
+        """Raised inside one module only."""
+
+    assert Internal not in errors.catalogue()
+    assert errors.WorkerDied in errors.catalogue()

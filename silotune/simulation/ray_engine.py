@@ -38,11 +38,12 @@ logger = logging.getLogger("silotune.simulation.ray")
 
 RunConfig = Mapping[str, bool | int | float | str]
 
-_QUIET = {
+_SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DISABLE_IMPORT_WARNING": "1",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # as Flower sets it when it is imported
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_worker_niceness": "0",  # Ray's own default is 15: last in the queue for a processor
     "FLWR_TELEMETRY_ENABLED": "0",
 }
 _POLL_SECONDS = 0.02
@@ -265,7 +266,7 @@ def _quiet_ray() -> Iterator[None]:
     """Ray and Flower without telemetry or dashboard, the environment restored, Ray shut down."""
     before, flower = dict(os.environ), logging.getLogger("flwr")
     level = flower.level
-    os.environ.update(_QUIET)
+    os.environ.update(_SETTINGS)
     wire.disable_telemetry()
     flower.setLevel(logging.ERROR)
     try:
