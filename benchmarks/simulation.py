@@ -136,7 +136,7 @@ def overrides(scale: Scale) -> dict[str, object]:
         "model.dtype": "float32",
         "data.max_length": MAX_LENGTH,
         "data.validation_share": 0.0,
-        "data.test_share": 0.01,
+        "data.test_share": 0.05,
         "rounds.number": scale.rounds,
         "rounds.min_sites": scale.sites,
         "rounds.local_steps": scale.steps,
