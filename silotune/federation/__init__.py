@@ -1,0 +1,1 @@
+"""What a site and the coordinator have in common: identities, messages, sealed files, audit logs."""

@@ -1,0 +1,298 @@
+r"""An audit log: append-only JSON lines, each carrying the hash of the line before it.
+
+Every line is forced to the disk before `AuditLog.append` returns. The newest hash is kept a second
+time in a head file, as in `silotune.privacy.chain`: the log may be one line ahead of its head (a crash
+between the two), and a line that a crash left half written is cut off; anything else is damage.
+
+Whoever rewrites log *and* head is found out by the other side: site and coordinator sign each other's
+heads each round (`AuditHead.sign`), keep the signatures (`AuditLog.witness`), and log what they signed
+(`AuditLog.counter_signed`).
+
+A line is the JSON object ``{"seq", "time", "kind", …, "previous", "hash"}`` with sorted keys and no
+white space; ``hash`` is the SHA-256, in hex, of the same text without ``hash``.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from silotune.errors import EnvironmentFault
+from silotune.federation.audit_line import (
+    START,
+    AuditHead,
+    Line,
+    Place,
+    Value,
+    signed_fields,
+    signed_head,
+)
+from silotune.federation.errors import AuditLogDamaged
+from silotune.privacy.durable import (
+    create_file,
+    create_private_folder,
+    replace_file,
+    require_private,
+)
+
+AUDIT_FILE = "audit.jsonl"
+"""Name of the audit log in the state folder of a site or a coordinator."""
+
+WITNESSED, COUNTER_SIGNED = "witnessed", "counter_signed"
+
+
+class AuditLog:
+    """One side's audit log. Any number of threads and processes may append to the same file.
+
+    Parameters
+    ----------
+    path : Path
+        The JSON lines; the head lies beside it as ``<name>.head``. Both have mode 0600.
+    owner : str, optional
+        Whose log it is; a new one is started if there is none. Without it the log must be there.
+
+    Attributes
+    ----------
+    owner : str
+        Whose log it is.
+
+    Raises
+    ------
+    AuditLogDamaged
+        Missing, edited, cut or rolled back, or another owner's.
+    FileExposed
+        Other accounts of the machine may read or write it.
+    EnvironmentFault
+        The disk can't be read or written.
+    """
+
+    def __init__(self, path: Path, *, owner: str | None = None) -> None:
+        self.path = path
+        self._head_path = path.with_name(path.name + ".head")
+        self._mutex = threading.RLock()
+        self._end: Place = START
+        self._previous: Place = START
+        self._size = 0
+        with _disk_errors(path):
+            self._prepare(create=owner is not None)
+        with self._locked() as descriptor:
+            if self._end == START:
+                self._write(descriptor, "opened", {"owner": owner or ""})
+            first = next(self._read(descriptor, 0))[0]
+        self.owner = str(first.fields.get("owner"))
+        if first.kind != "opened" or owner not in {None, self.owner}:
+            raise AuditLogDamaged(f"{path} is the log of {self.owner!r}, not of {owner!r}")
+
+    @property
+    def head(self) -> AuditHead:
+        """The newest line's place, as on the disk now."""
+        with self._locked():
+            return AuditHead(self.owner, *self._end)
+
+    def append(self, kind: str, /, **fields: Value) -> AuditHead:
+        """Add a line; when this returns, it is on the disk.
+
+        Parameters
+        ----------
+        kind : str
+            What happened, in a word or two: ``"plan_approved"``.
+        fields : JSON values
+            The particulars. Never a record, and never a secret.
+
+        Raises
+        ------
+        ValueError
+            A field has a name of the log's own, or is no JSON value.
+        """
+        with self._locked() as descriptor:
+            self._write(descriptor, kind, fields)
+            return AuditHead(self.owner, *self._end)
+
+    def witness(self, head: AuditHead, signature: bytes, key: Ed25519PublicKey) -> None:
+        """Keep the other side's signature over a head of this log, as a line of it.
+
+        Raises
+        ------
+        AuditLogDamaged
+            The signature is wrong, or this log never had that head: then the other side remembers
+            lines that are gone here.
+        """
+        try:
+            key.verify(signature, head.signed_bytes())
+        except InvalidSignature as exc:
+            raise AuditLogDamaged("the counter-signature does not fit the head") from exc
+        with self._locked() as descriptor:
+            known = (line.place for line, _ in self._read(descriptor, 0))
+            if head.owner != self.owner or (head.seq, head.hash) not in known:
+                raise AuditLogDamaged(
+                    f"{self.path}: line {head.seq}, which the other side counter-signed, is not there"
+                )
+            self._write(descriptor, WITNESSED, signed_fields(head, signature, key))
+
+    def counter_signed(self, head: AuditHead, signature: bytes, key: Ed25519PublicKey) -> None:
+        """Log that this side signed the other's `head` with its own `key`."""
+        self.append(COUNTER_SIGNED, **signed_fields(head, signature, key))
+
+    def lines(self) -> list[Line]:
+        """Every line, oldest first, straight from the file."""
+        with self._locked() as descriptor:
+            return [line for line, _ in self._read(descriptor, 0)]
+
+    def verify(self, *, trusted: Ed25519PublicKey | None = None) -> AuditHead:
+        """Check the whole log: its chain, its head, and every counter-signature in it.
+
+        Parameters
+        ----------
+        trusted : Ed25519PublicKey, optional
+            The other side's key: heads that another key signed are refused.
+
+        Raises
+        ------
+        AuditLogDamaged
+            With the first thing that is wrong.
+        """
+        place, known = START, set[Place]()
+        for line in self.lines():
+            if not line.follows(place):
+                raise self._broken(place)
+            place = line.place
+            known.add(place)
+            if line.kind in {WITNESSED, COUNTER_SIGNED}:
+                self._check_signed(line, known, trusted)
+        return AuditHead(self.owner, *place)
+
+    def _check_signed(
+        self, line: Line, known: set[Place], trusted: Ed25519PublicKey | None
+    ) -> None:
+        own = line.kind == WITNESSED
+        try:
+            head = signed_head(line, trusted=trusted if own else None)
+        except ValueError as exc:
+            raise AuditLogDamaged(f"{self.path}: line {line.seq}: {exc}") from exc
+        if own and (head.seq, head.hash) not in known:
+            raise AuditLogDamaged(
+                f"{self.path}: line {line.seq} witnesses a line that is not there"
+            )
+
+    # --- the file ---
+
+    def _prepare(self, *, create: bool) -> None:
+        has_log, has_head = self.path.exists(), self._head_path.exists()
+        if not has_log and not has_head:
+            if not create:
+                raise AuditLogDamaged(
+                    f"there is no audit log at {self.path}", remedy="Check the path of the log."
+                )
+            create_private_folder(self.path.parent)
+            # The head comes first: a log without a head is then never the work of a crash.
+            create_file(self._head_path, _head_bytes(START))
+        elif not has_head:
+            raise AuditLogDamaged(f"{self._head_path} is missing")
+        if not self.path.exists():
+            if self._read_head() != START:
+                raise AuditLogDamaged(f"{self.path} is missing, and its head is not a new one's")
+            create_file(self.path, b"")
+        require_private(self.path)
+        require_private(self._head_path)
+
+    @contextmanager
+    def _locked(self) -> Iterator[int]:
+        """Hold the only right to append, having seen every line of every process."""
+        with self._mutex, _disk_errors(self.path):
+            descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                self._catch_up(descriptor)
+                yield descriptor
+            finally:
+                os.close(descriptor)
+
+    def _catch_up(self, descriptor: int) -> None:
+        """Check lines that are new here, then bring log and head together."""
+        size = os.fstat(descriptor).st_size
+        if size < self._size:
+            raise AuditLogDamaged(f"{self.path} was cut while it was in use")
+        for line, end in self._read(descriptor, self._size):
+            if not line.follows(self._end):
+                raise self._broken(self._end)
+            self._previous, self._end, self._size = self._end, line.place, end
+        head = self._read_head()
+        if head == self._end:
+            if self._size < size:  # the beginning of a line that a crash cut short
+                self._cut(descriptor)
+        elif head == self._previous and self._size == size:
+            replace_file(self._head_path, _head_bytes(self._end))
+        else:
+            raise AuditLogDamaged(
+                f"{self.path} ends at line {self._end[0]} but its head file says line {head[0]}: "
+                "one of the two was cut, edited or rolled back"
+            )
+
+    def _read(self, descriptor: int, start: int) -> Iterator[tuple[Line, int]]:
+        """Whole lines from an offset on, each with the offset of its end."""
+        with os.fdopen(os.dup(descriptor), "rb") as file:
+            file.seek(start)
+            for number, text in enumerate(file):
+                if not text.endswith(b"\n"):
+                    return
+                start += len(text)
+                try:
+                    line = Line.parse(text)
+                except ValueError as exc:
+                    raise AuditLogDamaged(
+                        f"{self.path}: the text {number + 1} lines after byte {start - len(text)} "
+                        "is no line of an audit log"
+                    ) from exc
+                yield line, start
+
+    def _write(self, descriptor: int, kind: str, fields: dict[str, Value]) -> None:
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        line = Line.after(self._end, time=now, kind=kind, fields=fields)
+        text = line.to_bytes()
+        try:
+            if os.write(descriptor, text) < len(text):
+                raise OSError(28, "No space left on device")
+            os.fsync(descriptor)
+        except OSError:
+            self._cut(descriptor)
+            raise
+        self._previous, self._end, self._size = self._end, line.place, self._size + len(text)
+        replace_file(self._head_path, _head_bytes(self._end))
+
+    def _cut(self, descriptor: int) -> None:
+        os.ftruncate(descriptor, self._size)
+        os.fsync(descriptor)
+
+    def _read_head(self) -> Place:
+        try:
+            found = json.loads(self._head_path.read_bytes())
+            return int(found["seq"]), str(found["hash"])
+        except (OSError, ValueError, KeyError, TypeError) as exc:
+            raise AuditLogDamaged(f"{self._head_path} is missing or not a head file") from exc
+
+    def _broken(self, place: Place) -> AuditLogDamaged:
+        return AuditLogDamaged(f"{self.path}: the hash chain is broken at line {place[0] + 1}")
+
+
+def _head_bytes(place: Place) -> bytes:
+    return json.dumps({"seq": place[0], "hash": place[1]}).encode() + b"\n"
+
+
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as exc:
+        raise EnvironmentFault(
+            f"{path} can't be used: {exc.strerror}",
+            remedy="Free the disk or correct the permissions, then start again.",
+        ) from exc
