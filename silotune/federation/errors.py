@@ -1,8 +1,8 @@
-"""Errors of what a site and the coordinator have in common: files at rest and audit logs."""
+"""Errors of what a site and the coordinator have in common: identities, messages, files at rest."""
 
 from __future__ import annotations
 
-from silotune.errors import PrivacyError
+from silotune.errors import PrivacyError, SilotuneError
 
 
 class VaultLocked(PrivacyError):
@@ -32,3 +32,60 @@ class AuditLogDamaged(PrivacyError):
     title = "The audit log is damaged"
     cause = "Its hash chain is broken, lines are missing, or a counter-signed line is not in it."
     advice = "Keep the file as evidence, restore the newest backup, and find out who changed it."
+
+
+# --- trust between a site and the coordinator: exit code 80 -------------------------------------
+
+
+class FederationError(SilotuneError):
+    """One side of a federation can't trust what came from the other."""
+
+    code, exit_code = "ST-800", 80
+    title = "The other side is not trusted"
+    cause = "What was received does not fit the keys, names or order that this federation has."
+    advice = "Nothing was done with it. Compare the fingerprints with the other side."
+
+
+class InviteInvalid(FederationError):
+    """An invitation code is damaged, expired or used."""
+
+    code = "ST-801"
+    title = "The invitation code is not valid"
+    cause = "It was typed wrongly, was used before, has expired, or is of another federation."
+    advice = "Ask the coordinator's operator for a new code: `silotune coordinator invite SITE`."
+
+
+class IdentityInvalid(FederationError):
+    """A key, certificate or certificate request is not what it should be."""
+
+    code = "ST-802"
+    title = "A key or certificate is not usable"
+    cause = "It is damaged, of another kind, of another name, expired, or not of this federation."
+    advice = "Check the file that the message names; if it is lost, enrol the site again."
+
+
+class RosterInvalid(FederationError):
+    """A roster is not signed, not the next one, or older than one already seen."""
+
+    code = "ST-803"
+    title = "The list of sites is not trusted"
+    cause = "Its signature is wrong, versions are missing, or it is older than one seen before."
+    advice = "Ask the coordinator's operator what happened; do not train until it is explained."
+
+
+class EnvelopeInvalid(FederationError):
+    """A message was changed, replayed, misdirected or not signed."""
+
+    code = "ST-804"
+    title = "A message is not trusted"
+    cause = "Its signature does not fit its content, run, round, kind, sender or receiver."
+    advice = "It was ignored. If it goes on, somebody or something changes messages on their way."
+
+
+class BodyInvalid(FederationError):
+    """A request or reply of the enrolment and plan routes breaks its schema or size limit."""
+
+    code = "ST-805"
+    title = "A request or reply has the wrong form"
+    cause = "A field is missing, unknown, of the wrong type, or too large."
+    advice = "The two sides probably run different versions of silotune; align them."

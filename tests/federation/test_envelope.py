@@ -1,0 +1,177 @@
+"""Seals: every change of content or place is noticed, also after Flower's own serialisation."""
+
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from hypothesis import given
+from hypothesis import strategies as st
+
+from silotune.federation.envelope import (
+    Address,
+    address_of,
+    content_digest,
+    refusal,
+    refusal_code,
+    seal,
+    seal_id,
+    unseal,
+)
+from silotune.federation.errors import EnvelopeInvalid
+
+KEY = Ed25519PrivateKey.generate()
+ADDRESS = Address(
+    federation="icu", run="r", round=3, kind="train", sender="coordinator", receiver="alpha"
+)
+
+
+def content(**changes):
+    flat = np.arange(6, dtype=np.float32)
+    values = {"plan": "p", "round": 3, "rate": 0.5, "on": True, "raw": b"\0\1", "list": [1, 2]}
+    return RecordDict(
+        {
+            "arrays": ArrayRecord({"flat": Array(flat)}),
+            "config": ConfigRecord({**values, **changes}),
+            "metrics": MetricRecord({"n": 1}),
+        }
+    )
+
+
+def test_what_is_sealed_opens_to_the_same_content():
+    sealed = seal(content(), address=ADDRESS, key=KEY)
+    assert address_of(sealed) == ADDRESS
+    opened = unseal(sealed, address=ADDRESS, key=KEY.public_key())
+    assert sorted(opened) == ["arrays", "config", "metrics"]
+    assert content_digest(opened) == content_digest(content())
+
+
+def test_a_seal_survives_the_wire():
+    proto = recorddict_to_proto(seal(content(), address=ADDRESS, key=KEY))
+    arrived = recorddict_from_proto(type(proto).FromString(proto.SerializeToString()))
+    unseal(arrived, address=ADDRESS, key=KEY.public_key())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"plan": "q"},
+        {"round": 4},
+        {"round": 3.0},
+        {"on": 1},
+        {"rate": float(np.nextafter(0.5, 1))},
+        {"raw": b"\0\2"},
+        {"raw": "\0\1"},
+        {"list": [1, 2, 3]},
+        {"list": [2, 1]},
+        {"more": 0},
+    ],
+    ids=str,
+)
+def test_a_changed_value_or_type_breaks_the_seal(change):
+    sealed = seal(content(), address=ADDRESS, key=KEY)
+    changed = content(**change)
+    changed["envelope"] = sealed["envelope"]
+    with pytest.raises(EnvelopeInvalid, match="signature"):
+        unseal(changed, address=ADDRESS, key=KEY.public_key())
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.arange(1, 7, dtype=np.float32),
+        np.arange(6, dtype=np.float32).reshape(2, 3),
+        np.arange(6, dtype=np.float32).view(np.int32),
+    ],
+    ids=["values", "shape", "dtype"],
+)
+def test_a_changed_array_breaks_the_seal(array):
+    sealed = seal(content(), address=ADDRESS, key=KEY)
+    sealed["arrays"] = ArrayRecord({"flat": Array(array)})
+    with pytest.raises(EnvelopeInvalid, match="signature"):
+        unseal(sealed, address=ADDRESS, key=KEY.public_key())
+
+
+def test_records_taken_away_added_or_renamed_break_the_seal():
+    for name in ("arrays", "metrics"):
+        sealed = seal(content(), address=ADDRESS, key=KEY)
+        record = sealed.pop(name)
+        with pytest.raises(EnvelopeInvalid, match="signature"):
+            unseal(sealed, address=ADDRESS, key=KEY.public_key())
+        sealed[f"{name}2"] = record
+        with pytest.raises(EnvelopeInvalid, match="signature"):
+            unseal(sealed, address=ADDRESS, key=KEY.public_key())
+
+
+@pytest.mark.parametrize("field", [f.name for f in fields(Address)])
+def test_a_message_counts_at_its_own_place_only(field):
+    sealed = seal(content(), address=ADDRESS, key=KEY)
+    other = replace(ADDRESS, **{field: 9 if field == "round" else "other"})
+    with pytest.raises(EnvelopeInvalid, match=f"another place: {field} differ"):
+        unseal(sealed, address=other, key=KEY.public_key())
+    sealed["envelope"][field] = getattr(other, field)
+    with pytest.raises(EnvelopeInvalid, match="signature"):
+        unseal(sealed, address=other, key=KEY.public_key())
+
+
+def test_another_key_and_no_envelope_are_refused():
+    sealed = seal(content(), address=ADDRESS, key=Ed25519PrivateKey.generate())
+    with pytest.raises(EnvelopeInvalid, match="does not fit"):
+        unseal(sealed, address=ADDRESS, key=KEY.public_key())
+    with pytest.raises(EnvelopeInvalid, match="not signed"):
+        unseal(content(), address=ADDRESS, key=KEY.public_key())
+    with pytest.raises(EnvelopeInvalid, match="already"):
+        seal(sealed, address=ADDRESS, key=KEY)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"round": "3"},
+        {"round": True},
+        {"signature": "text"},
+        {"sender": 1},
+        {"sender": "x" * 1000},
+        {"extra": 1},
+    ],
+    ids=str,
+)
+def test_a_misshapen_envelope_is_refused_before_any_arithmetic(change):
+    sealed = seal(content(), address=ADDRESS, key=KEY)
+    sealed["envelope"] = ConfigRecord({**sealed["envelope"], **change})
+    with pytest.raises(EnvelopeInvalid, match="wrong fields"):
+        address_of(sealed)
+
+
+def test_a_reply_answers_one_request_and_goes_the_other_way():
+    request = seal(content(), address=ADDRESS, key=KEY)
+    reply = ADDRESS.reply(to=seal_id(request))
+    assert (reply.sender, reply.receiver) == ("alpha", "coordinator")
+    assert reply.in_reply_to == seal_id(request)
+    other = seal(content(plan="q"), address=ADDRESS, key=KEY)
+    assert seal_id(other) != seal_id(request)
+
+
+def test_sealing_again_gives_the_same_seal():
+    assert seal_id(seal(content(), address=ADDRESS, key=KEY)) == seal_id(
+        seal(content(), address=ADDRESS, key=KEY)
+    )
+
+
+def test_a_refusal_carries_its_code_and_nothing_else():
+    assert refusal_code(refusal("ST-501")) == "ST-501"
+    assert refusal_code(content()) is None
+
+
+@given(
+    st.dictionaries(st.text(max_size=3), st.integers(-5, 5) | st.text(max_size=3), max_size=3),
+    st.dictionaries(st.text(max_size=3), st.integers(-5, 5) | st.text(max_size=3), max_size=3),
+)
+def test_different_contents_have_different_digests(one, other):
+    def digest(values):
+        return content_digest(RecordDict({"c": ConfigRecord(values)}))
+
+    same = one == other
+    assert (digest(one) == digest(other)) == same
