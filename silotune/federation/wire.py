@@ -248,27 +248,26 @@ class Decision(Signed):
 # --- audit heads ---
 
 
-class LogHead(Signed):
-    """How far somebody's audit log goes: signed by its owner."""
+class LogHead(Body):
+    """How far the sender's audit log goes (`silotune.federation.audit_line.AuditHead`)."""
 
-    log: Annotated[str, Field(min_length=1, max_length=63)]
-    entries: Annotated[int, Field(ge=0)]
-    head: Sha256
-    at: Seconds
+    owner: Annotated[str, Field(min_length=1, max_length=63)]
+    seq: Annotated[int, Field(ge=0)]
+    hash: Sha256
 
 
-class CounterSignature(Signed):
-    """Somebody else has seen a log's head: signed by who saw it."""
+class CounterSignature(LogHead):
+    """The other side's head, and the sender's signature over it (`AuditHead.sign`), base64."""
 
-    log: Annotated[str, Field(min_length=1, max_length=63)]
-    entries: Annotated[int, Field(ge=0)]
-    head: Sha256
-    seen_by: Annotated[str, Field(min_length=1, max_length=63)]
-    at: Seconds
+    signature: SignatureText
 
 
 class HeadExchange(Body):
-    """One's own newest head, and one's counter-signature of the head that the other sent last."""
+    """The sender's newest head, and its counter-signature of the head it was sent last, if any.
+
+    A site posts one after each round; the coordinator answers with one that counter-signs the head
+    just posted, and whose own head the site counter-signs in its next post.
+    """
 
     mine: LogHead
     yours: CounterSignature | None = None
