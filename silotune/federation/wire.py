@@ -262,12 +262,28 @@ class CounterSignature(LogHead):
     signature: SignatureText
 
 
+class LedgerHead(Body):
+    """How far the site's privacy ledger goes (`silotune.privacy.entry.Head`)."""
+
+    seq: Annotated[int, Field(ge=0)]
+    hash: Sha256
+
+
+class LedgerSignature(LedgerHead):
+    """A site's ledger head, and the coordinator's signature over it (`Head.sign`), base64."""
+
+    signature: SignatureText
+
+
 class HeadExchange(Body):
     """The sender's newest head, and its counter-signature of the head it was sent last, if any.
 
     A site posts one after each round; the coordinator answers with one that counter-signs the head
-    just posted, and whose own head the site counter-signs in its next post.
+    just posted, and whose own head the site counter-signs in its next post. The site adds the head
+    of its ledger as `ledger`, and the answer signs it in `ledger_signed`.
     """
 
     mine: LogHead
     yours: CounterSignature | None = None
+    ledger: LedgerHead | None = None
+    ledger_signed: LedgerSignature | None = None
