@@ -151,6 +151,11 @@ class Plan(Section):
         return self.privacy.mode != "none"
 
     @property
+    def sends_sums(self) -> bool:
+        """Whether a site sends the gradient sum of its one step, not a change of the adapter."""
+        return self.rounds.local_steps == 1
+
+    @property
     def steps(self) -> int:
         """Training steps of a whole run, head-only rounds included."""
         return self.rounds.number * self.rounds.local_steps

@@ -57,7 +57,7 @@ def _step_conflicts(plan: Plan) -> list[str]:
     if plan.rounds.local_steps == 1 and plan.optimizer.server.name == "none":
         found.append(
             "optimizer.server.name: with rounds.local_steps = 1 sites send gradients, "
-            "which need 'sgd' or 'adam' at the server"
+            "which need 'sgd', 'adam', 'yogi' or 'adagrad' at the server"
         )
     if plan.optimizer.site.head_rounds > plan.rounds.number:
         found.append("optimizer.site.head_rounds: more than rounds.number")

@@ -97,7 +97,7 @@ class ClientOptimizer(Section):
 class ServerOptimizer(Section):
     """``[optimizer.server]``: what the coordinator does with the aggregate."""
 
-    name: Literal["none", "sgd", "adam"] = "adam"
+    name: Literal["none", "sgd", "adam", "yogi", "adagrad"] = "adam"
     lr: Positive = 1.0
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     beta2: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.999

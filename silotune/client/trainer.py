@@ -6,7 +6,7 @@ its adapter. Head-only rounds run on features that are computed once and kept in
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from silotune.client.sampling import MicroBatch, UnitSampler
 from silotune.errors import SelfCheckFailed
-from silotune.models.adapter import Layout, write_adapter
+from silotune.models.adapter import Layout, Part, write_adapter
 from silotune.models.base import LoadedModel
 from silotune.models.features import Frozen, compute_frozen
 from silotune.models.task import Encoded
@@ -28,6 +28,7 @@ from silotune.privacy.accounting import step_event
 from silotune.privacy.clipping import Attached, attach
 from silotune.privacy.engine import ClipGroup, DpSgd, PlainSgd
 from silotune.privacy.noise import NoiseSource, SecureNoise, SeededNoise, derive_seed
+from silotune.strategies import method_of
 from silotune.strategies.schedule import Phase, learning_rate, phase_of
 from silotune.strategies.server_optimizer import Group
 
@@ -92,34 +93,39 @@ class TrainableModel:
     def __init__(self, plan: Plan, model: LoadedModel) -> None:
         self.plan, self.model = plan, model
         self.attached: Attached = attach(model.module, private=plan.private, dtype=model.dtype)
-        self.adapter, self.head = model.parameters("adapter"), model.parameters("head")
+        self._parts = {
+            id(model.module.trained[entry.name]): entry.part for entry in model.layout.entries
+        }
 
-    def parameters(self, phase: Phase) -> tuple[nn.Parameter, ...]:
-        """Parameters that a phase trains, in the order of the layout."""
-        return self.head if phase == "head" else self.adapter + self.head
+    def part_of(self, parameter: nn.Parameter) -> Part:
+        """Which part of the adapter a trained parameter is."""
+        return self._parts[id(parameter)]
 
-    def engine(self, phase: Phase, *, sigma: float, noise: NoiseSource) -> Engine:
-        """A fresh engine for the steps of one round."""
+    def parameters(self, parts: Collection[Part]) -> tuple[nn.Parameter, ...]:
+        """Parameters of some parts, in the order of the layout."""
+        return tuple(p for p in self.model.parameters() if self.part_of(p) in parts)
+
+    def engine(self, parts: Collection[Part], *, sigma: float, noise: NoiseSource) -> Engine:
+        """A fresh engine for the steps of one round, which trains these parts and no others."""
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(self.part_of(parameter) in parts)
         if not self.plan.private:
-            return PlainSgd(self.attached, self.parameters(phase))
-        return DpSgd(self.attached, self._groups(phase), sigma=sigma, noise=noise)
+            return PlainSgd(self.attached, self.parameters(parts))
+        return DpSgd(self.attached, self._groups(parts), sigma=sigma, noise=noise)
 
-    def _groups(self, phase: Phase) -> list[ClipGroup]:
+    def _groups(self, parts: Collection[Part]) -> list[ClipGroup]:
         clip = self.plan.privacy.clip
         assert clip is not None  # validated with the plan
+        everything = self.parameters(parts)
         if not isinstance(clip, Clip):
-            everything = self.parameters(phase)
             return [ClipGroup(name="all", parameters=everything, clip=clip, share=1.0)]
-        if phase == "head":
-            return [ClipGroup(name="head", parameters=self.head, clip=clip.head, share=1.0)]
+        head = tuple(p for p in everything if self.part_of(p) == "head")
+        adapter = everything[: len(everything) - len(head)]
+        found = [("adapter", adapter, clip.adapter, 1.0 - clip.head_share)] if adapter else []
+        found.append(("head", head, clip.head, clip.head_share if adapter else 1.0))
         return [
-            ClipGroup(
-                name="adapter",
-                parameters=self.adapter,
-                clip=clip.adapter,
-                share=1.0 - clip.head_share,
-            ),
-            ClipGroup(name="head", parameters=self.head, clip=clip.head, share=clip.head_share),
+            ClipGroup(name=name, parameters=parameters, clip=norm, share=share)
+            for name, parameters, norm, share in found
         ]
 
 
@@ -163,8 +169,7 @@ class Trainer:
         )
         self._find_frozen = frozen or (lambda: compute_frozen(self._model, data.encoded))
         self._secure = SecureNoise() if self._plan.plan.seed is None else None
-        self._still: set[int] | None = None
-        self._checked_steps = 0
+        self._still = {id(p): _MOVE_PATIENCE for p in self._model.parameters()}
         self.records_used = 0
 
     @property
@@ -188,9 +193,10 @@ class Trainer:
             A run-time check failed; nothing may be released.
         """
         phase = phase_of(self._plan, server_round)
+        parts = method_of(self._plan).trained(self._plan, server_round)
         write_adapter(self._model, adapter)
         noise = self._stream(server_round)
-        engine = self._shared.engine(phase, sigma=self._sigma, noise=noise)
+        engine = self._shared.engine(parts, sigma=self._sigma, noise=noise)
         steps = self._plan.rounds.local_steps
         first = (server_round - 1) * steps
         if steps == 1:
@@ -222,7 +228,7 @@ class Trainer:
             units = torch.from_numpy(batch.units).to(losses.device)
             engine.accumulate(losses, units=units, n_units=batch.n_units)
             records += len(batch.rows)
-        self._check_moving(phase, records)
+        self._check_moving(engine.parameters, phase, records)
         return engine.release(), records
 
     def _losses(self, batch: MicroBatch, phase: Phase) -> Tensor:
@@ -252,10 +258,9 @@ class Trainer:
         self, engine: Engine, phase: Phase, noise: NoiseSource, *, first: int
     ) -> tuple[Vector, int]:
         """Several local steps with the site's own optimizer; the change of the parameters."""
-        parameters = self._shared.parameters(phase)
+        parameters = engine.parameters
         before = [p.detach().clone() for p in parameters]
         rule = torch.optim.Adam if self._plan.optimizer.site.local == "adam" else torch.optim.SGD
-        heads = {id(p) for p in self._shared.head}
         optimizer = rule([{"params": [p], "lr": 0.0} for p in parameters])
         batch = self._plan.expected_batch(self._data.declared_units)
         used = 0
@@ -265,7 +270,7 @@ class Trainer:
             for group, parameter, total in zip(
                 optimizer.param_groups, parameters, sums, strict=True
             ):
-                kind: Group = "head" if id(parameter) in heads else "adapter"
+                kind: Group = "head" if self._shared.part_of(parameter) == "head" else "adapter"
                 group["lr"] = learning_rate(self._plan, kind, step=step)
                 parameter.grad = total / batch
             optimizer.step()
@@ -273,20 +278,27 @@ class Trainer:
         changes = [p.detach() - old for p, old in zip(parameters, before, strict=True)]
         return _flatten(changes), used
 
-    def _check_moving(self, phase: Phase, records: int) -> None:
+    def _check_moving(self, parameters: Sequence[nn.Parameter], phase: Phase, records: int) -> None:
         """Every trainable tensor must have had a gradient within the first non-empty steps.
 
-        Looked at before noise is added, which would move any tensor.
+        Looked at before noise is added, which would move any tensor. A tensor that a round does not
+        train is not looked at in that round.
         """
-        if phase == "head" or not records or self._still == set():
+        if phase == "head" or not records or not self._still:
             return
-        parameters = self._shared.parameters(phase)
-        if self._still is None:
-            self._still = set(range(len(parameters)))
-        self._still -= {i for i, p in enumerate(parameters) if _has_gradient(p)}
-        self._checked_steps += 1
-        if self._still and self._checked_steps >= _MOVE_PATIENCE:
-            names = [self._model.layout.entries[i].name for i in sorted(self._still)]
+        for parameter in parameters:
+            key = id(parameter)
+            if key in self._still and _has_gradient(parameter):
+                del self._still[key]
+            elif key in self._still:
+                self._still[key] -= 1
+        stuck = [key for key, patience in self._still.items() if patience <= 0]
+        if stuck:
+            names = [
+                entry.name
+                for entry in self._model.layout.entries
+                if id(self._model.module.trained[entry.name]) in stuck
+            ]
             raise SelfCheckFailed(
                 f"{len(names)} trainable tensors never had a gradient: {names[0]}"
             )

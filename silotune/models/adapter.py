@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from silotune.models.base import LoadedModel, TaskModel
 
 Group = Literal["head", "adapter"]
+Part = Literal["A", "B", "head"]
 Vector = NDArray[np.float32]
 
 MATRICES, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # PEFT's names
@@ -52,6 +53,22 @@ class Entry:
     def size(self) -> int:
         """Number of values."""
         return math.prod(self.shape)
+
+    @property
+    def part(self) -> Part:
+        """Which of LoRA's two matrices it is, or the head."""
+        if self.group == "head":
+            return "head"
+        return "A" if ".lora_A." in self.name else "B"
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where one array of an adapter lies in the flat vector, and which part it is of."""
+
+    part: Part
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True)
@@ -80,6 +97,15 @@ class Layout:
             start += entry.size
             found[entry.group] = slice(begin, start)
         return found
+
+    def spans(self, parts: Collection[Part]) -> tuple[Span, ...]:
+        """Where the arrays of some parts lie, in the order of the layout."""
+        found, start = [], 0
+        for entry in self.entries:
+            if entry.part in parts:
+                found.append(Span(entry.part, start, start + entry.size))
+            start += entry.size
+        return tuple(found)
 
     def mask(self, group: Group) -> slice:
         """The slice of one group; empty, at the end, for a group the layout lacks."""

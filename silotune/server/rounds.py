@@ -88,7 +88,7 @@ class RoundLoop:
         """
         started = time.monotonic()
         cohort, layout = self._join()
-        strategy = strategy_for(self._plan, slices=layout.slices, size=layout.size)
+        strategy = strategy_for(self._plan, layout=layout)
         strategy.cohort = {terms.node: terms for terms in cohort}
         adapter, done = self._resume(strategy, layout)
         for number in range(done + 1, self._plan.rounds.number + 1):
@@ -161,7 +161,7 @@ class RoundLoop:
         )
         config = ConfigRecord({"plan": self._text, "run": self._run, "round": number})
         arrays = as_arrays(adapter)
-        strategy.begin(number)
+        strategy.begin(number, adapter)
         folded, codes = 0, list[str]()
         messages = strategy.configure_train(number, arrays, config, self._grid)
         clock.lap("aggregate")
@@ -236,7 +236,7 @@ class RoundLoop:
             "plan_sha256": self._plan.sha256,
             "layout": layout.fingerprint,
         }
-        arrays = {"adapter": adapter, **strategy.optimizer.state()}
+        arrays = {"adapter": adapter, **strategy.state()}
         self._store.save_checkpoint(arrays, state)
 
     def _resume(self, strategy: AdapterStrategy, layout: Layout) -> tuple[Vector, int]:
@@ -246,7 +246,7 @@ class RoundLoop:
         arrays, state = saved
         if (state["plan_sha256"], state["layout"]) != (self._plan.sha256, layout.fingerprint):
             raise RunDirectoryInvalid("the checkpoint belongs to another plan or model")
-        strategy.optimizer.restore(arrays)
+        strategy.restore(arrays)
         self._store.append_event("run_resumed", from_round=int(state["round"]))
         return np.asarray(arrays["adapter"], dtype=np.float32), int(state["round"])
 

@@ -240,11 +240,11 @@ def federate(plan: Plan, trainers: Sequence[tuple[Terms, Trainer]]) -> tuple[Vec
         Records trained on by all sites, repetitions counted.
     """
     layout = trainers[0][1].layout
-    strategy = strategy_for(plan, slices=layout.slices, size=layout.size)
+    strategy = strategy_for(plan, layout=layout)
     strategy.cohort = {terms.node: terms for terms, _ in trainers}
     adapter = initial_adapter(layout, plan)
     for number in range(1, plan.rounds.number + 1):
-        strategy.begin(number)
+        strategy.begin(number, adapter)
         for terms, trainer in trainers:
             strategy.fold(terms, trainer.round(adapter, number).flat)
         adapter = strategy.finish(adapter, server_round=number)

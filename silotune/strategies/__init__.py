@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
+from silotune.models.adapter import Layout
 from silotune.plan import Plan
 from silotune.strategies.base import AdapterStrategy
 from silotune.strategies.fedavg import FedAvg
-from silotune.strategies.server_optimizer import Group
 
 _STRATEGIES: dict[str, type[AdapterStrategy]] = {"fedavg": FedAvg}
 
 
-def strategy_for(plan: Plan, *, slices: Mapping[Group, slice], size: int) -> AdapterStrategy:
-    """The strategy that the plan names, for an adapter of this size and these groups."""
-    return _STRATEGIES[plan.aggregation.strategy](plan, slices=slices, size=size)
+def method_of(plan: Plan) -> type[AdapterStrategy]:
+    """The class of the plan's strategy: what sites train, send and keep, and whether it is linear."""
+    return _STRATEGIES[plan.aggregation.strategy]
+
+
+def strategy_for(plan: Plan, *, layout: Layout) -> AdapterStrategy:
+    """The strategy that the plan names, for a global adapter of this layout."""
+    return method_of(plan)(plan, layout=layout)

@@ -1,15 +1,20 @@
 """What every aggregation method shares: messages out, replies folded into a running sum.
 
-A strategy is additive by contract: a site's reply enters as one weighted term of a sum, so memory is
-O(adapter) whatever the cohort, the order of replies does not matter, and the sum may as well be
-computed under secure aggregation.
+A strategy is additive by contract: a site's reply is one flat float32 vector that enters as one term
+of a sum, so memory is O(adapter) whatever the cohort and the order of replies does not matter. Where
+the term is the vector itself times a public factor the strategy is *linear* (`LinearStrategy`), and
+the sum may as well be computed under secure aggregation. All others say ``linear = False``.
+
+A strategy's class methods say what a site trains, sends and keeps; the site's trainer asks the same
+class that the coordinator aggregates with.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -18,10 +23,11 @@ from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 
 from silotune.errors import UpdateRejected
+from silotune.models.adapter import Layout, Part, Span
 from silotune.models.tasks import get_task
 from silotune.plan import Plan
-from silotune.strategies.schedule import Phase, phase_of
-from silotune.strategies.server_optimizer import Group, ServerOptimizer
+from silotune.strategies.schedule import phase_of
+from silotune.strategies.server_optimizer import ServerOptimizer
 
 Vector = NDArray[np.float32]
 
@@ -45,30 +51,78 @@ class Terms:
     declared_units: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Weight:
+    """How a site's update enters the sum: public numbers, both.
+
+    Attributes
+    ----------
+    factor : float
+        The update is multiplied by it.
+    mass : float
+        What it adds to the divisor of the sum.
+    """
+
+    factor: float
+    mass: float
+
+
 class AdapterStrategy(Strategy):
-    """Base of the strategies: one flat float32 vector a message.
+    """Base of the strategies: one flat float32 vector a message, both ways.
 
     Parameters
     ----------
     plan : Plan
         The plan of the run.
-    slices : mapping of group to slice
-        Where adapter and head lie in the flat vector.
-    size : int
-        Length of the flat vector.
+    layout : Layout
+        Of the global adapter: the vector that is broadcast.
+
+    Attributes
+    ----------
+    linear : bool
+        Whether `finish` needs no more of the updates than their weighted sum.
     """
 
-    def __init__(self, plan: Plan, *, slices: Mapping[Group, slice], size: int) -> None:
-        self.plan, self.size = plan, size
-        self.slices = dict(slices)
-        self.optimizer = ServerOptimizer(plan, slices=slices, size=size)
+    linear: ClassVar[bool]
+
+    def __init__(self, plan: Plan, *, layout: Layout) -> None:
+        self.plan, self.layout = plan, layout
+        self.optimizer = ServerOptimizer(plan, size=layout.size)
         self.cohort: dict[int, Terms] = {}
+
+    # --- what a site trains, sends and keeps ---
+
+    @classmethod
+    def trained(cls, plan: Plan, server_round: int) -> frozenset[Part]:
+        """Parts of the adapter that a site trains in a round (from 1)."""
+        if phase_of(plan, server_round) == "head":
+            return frozenset({"head"})
+        return frozenset({"A", "B", "head"})
+
+    @classmethod
+    def kept(cls, plan: Plan) -> frozenset[Part]:
+        """Parts that never leave a site; the global adapter has them at their start."""
+        del plan
+        return frozenset()
+
+    @classmethod
+    def sent(cls, plan: Plan, server_round: int) -> frozenset[Part]:
+        """Parts whose update a site sends in a round, in the order of the layout."""
+        return cls.trained(plan, server_round) - cls.kept(plan)
+
+    def spans(self, server_round: int) -> tuple[Span, ...]:
+        """Where the sent parts lie in the global adapter, in the order of an update."""
+        return self.layout.spans(self.sent(self.plan, server_round))
+
+    def update_size(self, server_round: int) -> int:
+        """Length of the update a site sends in a round."""
+        return sum(span.stop - span.start for span in self.spans(server_round))
 
     # --- the arithmetic of a method ---
 
     @abstractmethod
-    def begin(self, server_round: int) -> None:
-        """Start the sum of a round (from 1)."""
+    def begin(self, server_round: int, adapter: Vector) -> None:
+        """Start the sum of a round (from 1) that sites were sent `adapter` in."""
 
     @abstractmethod
     def fold(self, terms: Terms, update: Vector) -> None:
@@ -76,42 +130,50 @@ class AdapterStrategy(Strategy):
 
     @abstractmethod
     def finish(self, adapter: Vector, *, server_round: int) -> Vector:
-        """The next global adapter, from the sum of the round."""
+        """The next global adapter, from the sum of the round; `adapter` itself without replies."""
 
-    # --- shared ---
+    def state(self) -> dict[str, NDArray[Any]]:
+        """Arrays that `restore` takes back: all that a resumed run needs beside the adapter."""
+        return self.optimizer.state()
 
-    def groups(self, server_round: int) -> tuple[Group, ...]:
-        """Groups that a round trains, in the order of the flat vector."""
-        phase: Phase = phase_of(self.plan, server_round)
-        return tuple(g for g in self.slices if phase == "adapter" or g == "head")
+    def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Go on from a saved `state`."""
+        self.optimizer.restore(state)
 
-    def update_size(self, server_round: int) -> int:
-        """Length of the update a site sends in a round."""
-        spans = [self.slices[group] for group in self.groups(server_round)]
-        return sum(span.stop - span.start for span in spans)
+    def step(self, adapter: Vector, mean: Vector, *, server_round: int) -> Vector:
+        """The server optimizer's step with an aggregate of updates.
+
+        Parameters
+        ----------
+        adapter : float32 array [layout.size]
+            The global adapter.
+        mean : float32 array [update_size]
+            Mean gradient with one local step, mean change with several.
+        server_round : int
+            From 1.
+        """
+        gradient = mean if self.plan.sends_sums else -mean
+        spans = self.spans(server_round)
+        return self.optimizer.step(adapter, gradient, spans, server_round=server_round)
 
     # --- Flower's interface ---
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """One message a site of the cohort; all carry the same content."""
+        """One message a site of the cohort."""
         del grid  # the cohort joined already; nothing is sampled
-        content = RecordDict({"arrays": arrays, "config": config})
-        return [
-            Message(content, dst_node_id=node, message_type="train", group_id=str(server_round))
-            for node in self.cohort
-        ]
+        return self._messages("train", server_round, arrays, config)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Fold the replies as they come; the aggregate alone, without the server optimizer's step."""
-        self.begin(server_round)
+        """Fold the replies as they come; the step from an adapter of zeros."""
+        start = np.zeros(self.layout.size, dtype=np.float32)
+        self.begin(server_round, start)
         for reply in replies:
             if reply.has_content():
                 self.fold(self.cohort[reply.metadata.src_node_id], update_of(reply))
-        start = np.zeros(self.size, dtype=np.float32)
         return as_arrays(self.finish(start, server_round=server_round)), None
 
     def configure_evaluate(
@@ -123,11 +185,23 @@ class AdapterStrategy(Strategy):
         asked = bool(every) and server_round % every == 0
         if not asked or not (self.plan.privacy.metrics_share or not self.plan.private):
             return []
-        content = RecordDict({"arrays": arrays, "config": config})
+        return self._messages("evaluate", server_round, arrays, config)
+
+    def _messages(
+        self, kind: str, server_round: int, arrays: ArrayRecord, config: ConfigRecord
+    ) -> list[Message]:
         return [
-            Message(content, dst_node_id=node, message_type="evaluate", group_id=str(server_round))
-            for node in self.cohort
+            Message(content, dst_node_id=node, message_type=kind, group_id=str(server_round))
+            for node, content in self.contents(arrays, config)
         ]
+
+    def contents(
+        self, arrays: ArrayRecord, config: ConfigRecord
+    ) -> Iterator[tuple[int, RecordDict]]:
+        """What each node of the cohort is sent: here the same for all."""
+        content = RecordDict({"arrays": arrays, "config": config})
+        for node in self.cohort:
+            yield node, content
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]

@@ -61,6 +61,20 @@ class ReproducibleSum:
             block -= self._shift
             self._total[start : start + _BLOCK] += block
 
+    def add_total(self, total: NDArray[np.float64]) -> None:
+        """Add the sum of several weighted vectors, as somebody else computed it.
+
+        Raises
+        ------
+        ValueError
+            Another length, or an element that is NaN or infinite.
+        """
+        if total.shape != self._total.shape:
+            raise ValueError(f"expected {self._total.shape[0]} numbers, got {total.size}")
+        if not np.isfinite(total).all():
+            raise ValueError("a number is NaN or infinite")
+        self._total += total
+
     def value(self, divisor: float) -> NDArray[np.float32]:
         """The sum divided by `divisor`, rounded once to float32."""
         return (self._total / divisor).astype(np.float32)

@@ -1,22 +1,119 @@
-"""Optimizers at the coordinator, on the aggregate of a round.
+"""Optimizers at the coordinator, on the aggregate of a round: any strategy may wear any of them.
 
 Reddi et al., "Adaptive Federated Optimization" (ICLR 2021): the aggregate is a gradient. With one
-local step it is one; with several, the negative mean change of the sites stands in for it.
+local step it is one; with several, the negative mean change of the sites stands in for it. FedAvgM
+(Hsu et al., 2019) is "sgd". All are post-processing of releases.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from silotune.models.adapter import Part, Span
 from silotune.plan import Plan
+from silotune.plan import ServerOptimizer as Settings
 from silotune.strategies.schedule import learning_rate
 
 Vector = NDArray[np.float32]
 Group = Literal["adapter", "head"]
+
+_PARTS: tuple[Part, ...] = get_args(Part)
+
+
+class Rule(ABC):
+    """How a gradient becomes a direction; the two moments are updated in place.
+
+    Parameters
+    ----------
+    settings : Settings
+        ``[optimizer.server]`` of the plan.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.beta1, self.beta2 = settings.momentum, settings.beta2
+        self.epsilon = settings.epsilon
+
+    @abstractmethod
+    def direction(self, gradient: Vector, first: Vector, second: Vector, count: int) -> Vector:
+        """The direction to go against, at the `count`-th step (from 1) of these coordinates."""
+
+
+class Plain(Rule):
+    """The aggregate as it is."""
+
+    def direction(self, gradient: Vector, first: Vector, second: Vector, count: int) -> Vector:
+        """The gradient."""
+        return gradient
+
+
+class Momentum(Rule):
+    """SGD with heavy-ball momentum."""
+
+    def direction(self, gradient: Vector, first: Vector, second: Vector, count: int) -> Vector:
+        """The accumulated gradient."""
+        first *= np.float32(self.beta1)
+        first += gradient
+        return first
+
+
+class Adam(Rule):
+    """FedAdam, with the bias corrections of Kingma and Ba (ICLR 2015)."""
+
+    def direction(self, gradient: Vector, first: Vector, second: Vector, count: int) -> Vector:
+        """The mean gradient over the root of the mean square."""
+        beta1 = np.float32(self.beta1)
+        first *= beta1
+        first += (1 - beta1) * gradient
+        self.gather(gradient, second)
+        corrected = first / np.float32(1 - self.beta1**count)
+        scale = np.sqrt(second / self.correction(count)) + np.float32(self.epsilon)
+        return np.asarray(corrected / scale, dtype=np.float32)
+
+    def gather(self, gradient: Vector, second: Vector) -> None:
+        """Add the squared gradient to the second moment."""
+        beta2 = np.float32(self.beta2)
+        second *= beta2
+        second += (1 - beta2) * gradient * gradient
+
+    def correction(self, count: int) -> np.float32:
+        """What the second moment is divided by."""
+        return np.float32(1 - self.beta2**count)
+
+
+class Yogi(Adam):
+    """FedYogi: the second moment moves by a bounded step, so sparse gradients don't make it forget."""
+
+    def gather(self, gradient: Vector, second: Vector) -> None:
+        """Move the second moment towards the square, by a part of the square itself."""
+        square = gradient * gradient
+        second -= (1 - np.float32(self.beta2)) * square * np.sign(second - square)
+
+
+class Adagrad(Adam):
+    """FedAdagrad: the second moment is the sum of all squares."""
+
+    def gather(self, gradient: Vector, second: Vector) -> None:
+        """Add the square."""
+        second += gradient * gradient
+
+    def correction(self, count: int) -> np.float32:
+        """A sum needs none."""
+        del count
+        return np.float32(1.0)
+
+
+_RULES: Mapping[str, type[Rule]] = {
+    "none": Plain,
+    "sgd": Momentum,
+    "adam": Adam,
+    "yogi": Yogi,
+    "adagrad": Adagrad,
+}
 
 
 class ServerOptimizer:
@@ -25,64 +122,70 @@ class ServerOptimizer:
     Parameters
     ----------
     plan : Plan
-        Gives the optimizer, its constants and the learning rates of both groups.
-    slices : mapping of group to slice
-        Where each group lies in the flat vector. Each group counts its own steps, so that the adapter
-        starts fresh after rounds that trained only the head.
+        Gives the optimizer, its constants and the learning rates of adapter and head.
     size : int
         Length of the flat vector.
+
+    Attributes
+    ----------
+    counts : dict of part to int
+        Each part (A, B, head) counts its own steps, so that it starts fresh after rounds that
+        trained others.
     """
 
-    def __init__(self, plan: Plan, *, slices: Mapping[Group, slice], size: int) -> None:
-        self._plan, self._slices = plan, dict(slices)
+    def __init__(self, plan: Plan, *, size: int) -> None:
+        self._plan = plan
+        self._rule = _RULES[plan.optimizer.server.name](plan.optimizer.server)
         self.first = np.zeros(size, dtype=np.float32)
         self.second = np.zeros(size, dtype=np.float32)
-        self.counts: dict[Group, int] = dict.fromkeys(self._slices, 0)
+        self.counts: dict[Part, int] = dict.fromkeys(_PARTS, 0)
 
     def step(
-        self, adapter: Vector, gradient: Mapping[Group, Vector], *, server_round: int
+        self, adapter: Vector, gradient: Vector, spans: Sequence[Span], *, server_round: int
     ) -> Vector:
-        """The next adapter, from the aggregate gradient of each trained group (rounds from 1)."""
-        updated = adapter.copy()
-        for group, values in gradient.items():
-            where = self._slices[group]
-            self.counts[group] += 1
-            updated[where] -= self._rate(group, server_round) * self._direction(group, values)
+        """The next adapter.
+
+        Parameters
+        ----------
+        adapter : float32 array
+            The whole flat vector.
+        gradient : float32 array
+            The aggregate of the coordinates in `spans`, one span after the other.
+        spans : sequence of Span
+            What was trained.
+        server_round : int
+            From 1.
+        """
+        updated, start = adapter.copy(), 0
+        self._count(span.part for span in spans)
+        for span in spans:
+            where, end = slice(span.start, span.stop), start + span.stop - span.start
+            direction = self._rule.direction(
+                gradient[start:end], self.first[where], self.second[where], self.counts[span.part]
+            )
+            updated[where] -= self._rate(span.part, server_round) * direction
+            start = end
         return updated
 
-    def _rate(self, group: Group, server_round: int) -> np.float32:
+    def _count(self, parts: Iterable[Part]) -> None:
+        for part in set(parts):
+            self.counts[part] += 1
+
+    def _rate(self, part: Part, server_round: int) -> np.float32:
         own = self._plan.optimizer.server.lr if self._plan.optimizer.server.name != "none" else 1.0
-        if self._plan.rounds.local_steps > 1:
+        if not self._plan.sends_sums:
             return np.float32(own)  # the sites' own learning rates are already in the change
+        group: Group = "head" if part == "head" else "adapter"
         return np.float32(own * learning_rate(self._plan, group, step=server_round - 1))
 
-    def _direction(self, group: Group, gradient: Vector) -> Vector:
-        rule, where, count = self._plan.optimizer.server, self._slices[group], self.counts[group]
-        if rule.name == "none":
-            return gradient
-        first = self.first[where]
-        if rule.name == "sgd":
-            first *= np.float32(rule.momentum)
-            first += gradient
-            return first
-        beta1, beta2 = np.float32(rule.momentum), np.float32(rule.beta2)
-        second = self.second[where]
-        first *= beta1
-        first += (1 - beta1) * gradient
-        second *= beta2
-        second += (1 - beta2) * gradient * gradient
-        corrected = first / np.float32(1 - rule.momentum**count)
-        scale = np.sqrt(second / np.float32(1 - rule.beta2**count)) + np.float32(rule.epsilon)
-        return np.asarray(corrected / scale, dtype=np.float32)
-
-    def state(self) -> dict[str, NDArray[np.float32] | NDArray[np.int64]]:
+    def state(self) -> dict[str, NDArray[Any]]:
         """Arrays that `restore` takes back."""
-        counts = np.array([self.counts[g] for g in sorted(self.counts)], dtype=np.int64)
+        counts = np.array([self.counts[part] for part in _PARTS], dtype=np.int64)
         return {"first": self.first, "second": self.second, "counts": counts}
 
-    def restore(self, state: Mapping[str, NDArray[np.float32] | NDArray[np.int64]]) -> None:
+    def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
         """Go on from a saved `state`."""
         self.first = np.array(state["first"], dtype=np.float32)
         self.second = np.array(state["second"], dtype=np.float32)
-        for group, count in zip(sorted(self.counts), state["counts"], strict=True):
-            self.counts[group] = int(count)
+        for part, count in zip(_PARTS, state["counts"], strict=True):
+            self.counts[part] = int(count)

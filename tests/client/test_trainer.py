@@ -163,7 +163,7 @@ def test_a_sound_model_passes_the_same_check(tmp_path, bert_folder):
     for number in range(1, 6):
         flat = run.trainer.round(adapter, number).flat
         adapter = adapter - np.float32(0.1) * flat / np.abs(flat).max()
-    assert run.trainer._still == set()
+    assert run.trainer._still == {}
 
 
 # --- sampling ---

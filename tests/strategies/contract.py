@@ -7,12 +7,21 @@ import numpy as np
 import pytest
 
 from silotune.errors import UpdateRejected
+from silotune.models.adapter import Entry, Layout
 from silotune.plan import Plan
 from silotune.strategies import strategy_for
 from silotune.strategies.base import Terms
 
-SIZE = 40
-SLICES = {"adapter": slice(0, 30), "head": slice(30, SIZE)}
+IN, OUT, RANK = 9, 6, 2
+LAYOUT = Layout(
+    (
+        Entry("base_model.model.layer.0.lora_A.weight", (RANK, IN), "adapter"),
+        Entry("base_model.model.layer.0.lora_B.weight", (OUT, RANK), "adapter"),
+        Entry("head.weight", (2, 4), "head"),
+        Entry("head.bias", (2,), "head"),
+    )
+)
+SIZE = LAYOUT.size  # 18 + 12 + 10
 
 
 def plan_with(**changes):
@@ -39,13 +48,13 @@ class StrategyContract:
 
     changes: dict = {}
 
-    def aggregate(self, terms, updates, *, adapter=None, size=SIZE, slices=SLICES, number=1):
-        strategy = strategy_for(plan_with(**self.changes), slices=slices, size=size)
+    def aggregate(self, terms, updates, *, adapter=None, layout=LAYOUT, number=1):
+        strategy = strategy_for(plan_with(**self.changes), layout=layout)
         strategy.cohort = {t.node: t for t in terms}
-        strategy.begin(number)
+        start = np.zeros(layout.size, np.float32) if adapter is None else adapter
+        strategy.begin(number, start)
         for one, update in zip(terms, updates, strict=True):
             strategy.fold(one, update)
-        start = np.zeros(size, np.float32) if adapter is None else adapter
         return strategy.finish(start, server_round=number)
 
     def updates(self, n, seed=1, size=SIZE):
@@ -85,18 +94,18 @@ class StrategyContract:
 
     def test_a_rejected_reply_leaves_the_others_as_if_it_never_came(self):
         terms, updates = cohort(3), self.updates(3)
-        strategy = strategy_for(plan_with(**self.changes), slices=SLICES, size=SIZE)
+        strategy = strategy_for(plan_with(**self.changes), layout=LAYOUT)
         strategy.cohort = {t.node: t for t in terms}
-        strategy.begin(1)
+        strategy.begin(1, np.zeros(SIZE, np.float32))
         strategy.fold(terms[0], updates[0])
         with pytest.raises(UpdateRejected):
             strategy.fold(terms[1], np.full(SIZE, np.nan, np.float32))
         strategy.fold(terms[2], updates[2])
         got = strategy.finish(np.zeros(SIZE, np.float32), server_round=1)
         present = [terms[0], terms[2]]
-        strategy = strategy_for(plan_with(**self.changes), slices=SLICES, size=SIZE)
+        strategy = strategy_for(plan_with(**self.changes), layout=LAYOUT)
         strategy.cohort = {t.node: t for t in terms}
-        strategy.begin(1)
+        strategy.begin(1, np.zeros(SIZE, np.float32))
         for one, update in zip(present, [updates[0], updates[2]], strict=True):
             strategy.fold(one, update)
         want = strategy.finish(np.zeros(SIZE, np.float32), server_round=1)
@@ -108,13 +117,13 @@ class StrategyContract:
 
     def test_memory_does_not_grow_with_the_cohort(self):
         size = 200_000
-        slices = {"adapter": slice(0, size - 10), "head": slice(size - 10, size)}
+        layout = Layout((Entry("x.lora_B.weight", (size // 10, 10), "adapter"),))
         update = np.random.default_rng(0).normal(size=size).astype(np.float32)
 
         def peak(n):
             terms = cohort(n)
             tracemalloc.start()
-            self.aggregate(terms, [update] * n, size=size, slices=slices)
+            self.aggregate(terms, [update] * n, layout=layout)
             grown = tracemalloc.get_traced_memory()[1]
             tracemalloc.stop()
             return grown

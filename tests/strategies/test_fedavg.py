@@ -7,7 +7,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from silotune.errors import UpdateRejected
 from silotune.strategies import strategy_for
 from silotune.strategies.base import as_arrays, update_of
-from tests.strategies.contract import SIZE, SLICES, StrategyContract, cohort, plan_with
+from tests.strategies.contract import LAYOUT, SIZE, StrategyContract, cohort, plan_with
 
 
 class TestOneStep(StrategyContract):
@@ -52,12 +52,12 @@ class TestEqualWeights(TestSeveralSteps):
 
 def test_head_rounds_carry_and_change_the_head_alone():
     plan = plan_with(**{"optimizer.site.head_rounds": 2})
-    strategy = strategy_for(plan, slices=SLICES, size=SIZE)
+    strategy = strategy_for(plan, layout=LAYOUT)
     terms = cohort(1)
     strategy.cohort = {t.node: t for t in terms}
     assert strategy.update_size(1) == 10
     assert strategy.update_size(3) == SIZE
-    strategy.begin(1)
+    strategy.begin(1, np.zeros(SIZE, np.float32))
     strategy.fold(terms[0], np.ones(10, np.float32))
     out = strategy.finish(np.zeros(SIZE, np.float32), server_round=1)
     assert not out[:30].any()
@@ -100,7 +100,7 @@ def test_flowers_own_aggregation_call_gives_the_same_as_folding():
     updates = StrategyContract().updates(2)
 
     def fresh():
-        strategy = strategy_for(plan, slices=SLICES, size=SIZE)
+        strategy = strategy_for(plan, layout=LAYOUT)
         strategy.cohort = {t.node: t for t in terms}
         return strategy
 
@@ -111,7 +111,7 @@ def test_flowers_own_aggregation_call_gives_the_same_as_folding():
         replies.append(reply)
     arrays, _ = fresh().aggregate_train(1, replies)
     folded = fresh()
-    folded.begin(1)
+    folded.begin(1, np.zeros(SIZE, np.float32))
     for one, update in zip(terms, updates, strict=True):
         folded.fold(one, update)
     want = folded.finish(np.zeros(SIZE, np.float32), server_round=1)

@@ -4,25 +4,32 @@ import numpy as np
 import pytest
 import torch
 
+from silotune.models.adapter import Span
 from silotune.strategies.schedule import factor, learning_rate, phase_of
 from silotune.strategies.server_optimizer import ServerOptimizer
 from tests.strategies.contract import plan_with
 
-SLICES = {"adapter": slice(0, 5), "head": slice(5, 8)}
+SPANS = {"B": Span("B", 0, 5), "head": Span("head", 5, 8)}
+
+
+def step(optimizer, adapter, gradient, number):
+    spans = [SPANS[part] for part in gradient]
+    values = np.concatenate([gradient[span.part] for span in spans])
+    return optimizer.step(adapter, values, spans, server_round=number)
 
 
 def walk(plan, gradients):
-    optimizer = ServerOptimizer(plan, slices=SLICES, size=8)
+    optimizer = ServerOptimizer(plan, size=8)
     adapter = np.zeros(8, np.float32)
     for number, gradient in enumerate(gradients, start=1):
-        adapter = optimizer.step(adapter, gradient, server_round=number)
+        adapter = step(optimizer, adapter, gradient, number)
     return adapter, optimizer
 
 
 def gradients(n, seed=0):
     rng = np.random.default_rng(seed)
     return [
-        {"adapter": rng.normal(size=5).astype("f4"), "head": rng.normal(size=3).astype("f4")}
+        {"B": rng.normal(size=5).astype("f4"), "head": rng.normal(size=3).astype("f4")}
         for _ in range(n)
     ]
 
@@ -44,8 +51,8 @@ def test_it_steps_as_torch_does(name):
         if name == "adam"
         else torch.optim.SGD([parameter], lr=plan.optimizer.site.adapter_lr, momentum=0.9)
     )
-    for step in steps:
-        parameter.grad = torch.from_numpy(step["adapter"])
+    for each in steps:
+        parameter.grad = torch.from_numpy(each["B"])
         rule.step()
     np.testing.assert_allclose(ours[:5], parameter.detach().numpy(), rtol=2e-5)
 
@@ -55,23 +62,23 @@ def test_a_group_that_starts_late_starts_fresh():
     steps = gradients(6)
     late = [{"head": s["head"]} for s in steps[:3]] + steps[3:]
     _, optimizer = walk(plan, late)
-    assert optimizer.counts == {"adapter": 3, "head": 6}
+    assert optimizer.counts == {"A": 0, "B": 3, "head": 6}
 
 
 def test_restored_state_goes_on_bit_for_bit():
     plan, steps = plan_with(), gradients(8)
     whole, _ = walk(plan, steps)
     half, optimizer = walk(plan, steps[:4])
-    fresh = ServerOptimizer(plan, slices=SLICES, size=8)
+    fresh = ServerOptimizer(plan, size=8)
     fresh.restore({k: v.copy() for k, v in optimizer.state().items()})
-    for number, step in enumerate(steps[4:], start=5):
-        half = fresh.step(half, step, server_round=number)
+    for number, each in enumerate(steps[4:], start=5):
+        half = step(fresh, half, each, number)
     assert half.tobytes() == whole.tobytes()
 
 
 def test_without_an_optimizer_the_mean_change_is_added():
     plan = plan_with(**{"rounds.local_steps": 3, "optimizer.server.name": "none"})
-    change = {"adapter": np.ones(5, np.float32), "head": np.full(3, 2, np.float32)}
+    change = {"B": np.ones(5, np.float32), "head": np.full(3, 2, np.float32)}
     ours, _ = walk(plan, [{g: -v for g, v in change.items()}])
     assert ours.tolist() == [1] * 5 + [2] * 3
 

@@ -1,0 +1,86 @@
+"""Strategies whose aggregate is a weighted mean of the updates, and nothing else of them.
+
+These work under secure aggregation: what the coordinator needs is the sum, however it was computed.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from silotune.errors import UpdateRejected
+from silotune.strategies.base import AdapterStrategy, Terms, Vector, Weight
+from silotune.strategies.reproducible_sum import ReproducibleSum
+
+# Grids of the exact sum: gradient sums grow with the batch, weighted mean changes stay small.
+_SUM_EXPONENT, _CHANGE_EXPONENT = -26, -36
+
+
+class LinearStrategy(AdapterStrategy):
+    """Weighted mean over sites with declared, never reported, weights; then `apply`.
+
+    One local step: a site sends its (noisy, clipped) gradient sum; the mean is the sum over sites
+    divided by the expected batches, q times the declared units. Several: a site sends its change, and
+    the mean is weighted by declared units. With equal weights each site's own mean counts the same.
+    """
+
+    linear: ClassVar[bool] = True
+
+    def weight(self, terms: Terms) -> Weight:
+        """Factor of a site's update in the sum, and what the site adds to the divisor."""
+        equal = self.plan.aggregation.weights == "equal"
+        if self.plan.sends_sums:
+            batch = self.plan.expected_batch(terms.declared_units)
+            return Weight(factor=1.0 / batch, mass=1.0) if equal else Weight(factor=1.0, mass=batch)
+        largest = max((t.declared_units for t in self.cohort.values()), default=1)
+        share = 1.0 if equal else terms.declared_units / largest
+        return Weight(factor=share, mass=share)
+
+    def begin(self, server_round: int, adapter: Vector) -> None:
+        """Start the sum of a round."""
+        del adapter
+        exponent = _SUM_EXPONENT if self.plan.sends_sums else _CHANGE_EXPONENT
+        self._sum = ReproducibleSum(self.update_size(server_round), exponent=exponent)
+        self._mass = 0.0
+
+    def fold(self, terms: Terms, update: Vector) -> None:
+        """Add one site's update."""
+        weight = self.weight(terms)
+        try:
+            self._sum.add(update, weight.factor)
+        except ValueError as exc:
+            raise UpdateRejected(f"site {terms.site}: {exc}") from exc
+        self._mass += weight.mass
+
+    def fold_sum(self, total: NDArray[np.float64], *, mass: float) -> None:
+        """Add what several sites' weighted updates sum to, as secure aggregation gives it.
+
+        Parameters
+        ----------
+        total : float64 array [update_size]
+            Sum over those sites of ``weight.factor * update``.
+        mass : float
+            Sum over the same sites of ``weight.mass``.
+
+        Raises
+        ------
+        UpdateRejected
+            Another length, or a number that is not finite; nothing was added.
+        """
+        try:
+            self._sum.add_total(total)
+        except ValueError as exc:
+            raise UpdateRejected(f"the cohort's sum: {exc}") from exc
+        self._mass += mass
+
+    def finish(self, adapter: Vector, *, server_round: int) -> Vector:
+        """Apply the mean to the global adapter."""
+        if not self._mass:
+            return adapter.copy()
+        return self.apply(adapter, self._sum.value(self._mass), server_round=server_round)
+
+    def apply(self, adapter: Vector, mean: Vector, *, server_round: int) -> Vector:
+        """The next global adapter, from the mean: here the server optimizer's step."""
+        return self.step(adapter, mean, server_round=server_round)
