@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from silotune.client.sampling import MicroBatch, UnitSampler
 from silotune.errors import SelfCheckFailed
-from silotune.models.adapter import Layout, Part, write_adapter
+from silotune.models.adapter import write_adapter
 from silotune.models.base import LoadedModel
 from silotune.models.features import Frozen, compute_frozen
+from silotune.models.layout import Layout, Part
 from silotune.models.task import Encoded
 from silotune.plan import Clip, Plan
 from silotune.privacy.accounting import step_event

@@ -1,20 +1,14 @@
-"""Adapters as one flat vector, as live parameters, and as folders that PEFT alone can load.
+"""Adapters as live parameters, and as folders that PEFT alone can load.
 
-On the wire an adapter, an update or a gradient sum is one little-endian float32 vector. `Layout` says
-where each array lies in it: LoRA matrices in module order (A, then B), then the head. Names are those
-of PEFT's saved files, so that saving and loading rename nothing.
+Names are those of PEFT's saved files, as in `Layout`, so that saving and loading rename nothing.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
-from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import safetensors
@@ -25,165 +19,15 @@ from torch import Tensor
 
 from silotune.errors import AdapterMismatch
 from silotune.models import card
-from silotune.models.lora import initial_matrix, saved_name
+from silotune.models.layout import Entry, Layout, Vector
+from silotune.models.lora import saved_name
 from silotune.plan import Plan
 
 if TYPE_CHECKING:
     from silotune.models.base import LoadedModel, TaskModel
 
-Group = Literal["head", "adapter"]
-Part = Literal["A", "B", "head"]
-Vector = NDArray[np.float32]
-
 MATRICES, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # PEFT's names
 HEAD, SETTINGS = "head.safetensors", "silotune.json"
-
-_FLOAT = np.dtype("<f4")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One array of an adapter: its name in PEFT's files (or the head's), shape and group."""
-
-    name: str
-    shape: tuple[int, ...]
-    group: Group
-
-    @property
-    def size(self) -> int:
-        """Number of values."""
-        return math.prod(self.shape)
-
-    @property
-    def part(self) -> Part:
-        """Which of LoRA's two matrices it is, or the head."""
-        if self.group == "head":
-            return "head"
-        return "A" if ".lora_A." in self.name else "B"
-
-
-@dataclass(frozen=True)
-class Span:
-    """Where one array of an adapter lies in the flat vector, and which part it is of."""
-
-    part: Part
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Names, shapes and order of the arrays in the flat vector; adapter first, head last."""
-
-    entries: tuple[Entry, ...]
-
-    @cached_property
-    def size(self) -> int:
-        """Length of the flat vector."""
-        return sum(entry.size for entry in self.entries)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the flat vector."""
-        return self.size * _FLOAT.itemsize
-
-    @cached_property
-    def slices(self) -> dict[Group, slice]:
-        """Where each group that the layout has lies in the flat vector."""
-        found: dict[Group, slice] = {}
-        start = 0
-        for entry in self.entries:
-            begin = found[entry.group].start if entry.group in found else start
-            start += entry.size
-            found[entry.group] = slice(begin, start)
-        return found
-
-    def spans(self, parts: Collection[Part]) -> tuple[Span, ...]:
-        """Where the arrays of some parts lie, in the order of the layout."""
-        found, start = [], 0
-        for entry in self.entries:
-            if entry.part in parts:
-                found.append(Span(entry.part, start, start + entry.size))
-            start += entry.size
-        return tuple(found)
-
-    def mask(self, group: Group) -> slice:
-        """The slice of one group; empty, at the end, for a group the layout lacks."""
-        return self.slices.get(group, slice(self.size, self.size))
-
-    def pack(self, arrays: Mapping[str, NDArray[Any] | Tensor]) -> Vector:
-        """One flat vector from arrays by name.
-
-        Returns
-        -------
-        float32 array [size]
-
-        Raises
-        ------
-        AdapterMismatch
-            A name is missing or unknown, or a shape differs.
-        """
-        names = {entry.name for entry in self.entries}
-        if names != set(arrays):
-            missing, unknown = sorted(names - set(arrays)), sorted(set(arrays) - names)
-            raise AdapterMismatch(
-                f"{len(missing)} arrays are missing{_first(missing)}, "
-                f"{len(unknown)} are unknown{_first(unknown)}"
-            )
-        flat = np.empty(self.size, dtype=_FLOAT)
-        for entry, view in zip(self.entries, self.unpack(flat).values(), strict=True):
-            array = arrays[entry.name]
-            if tuple(array.shape) != entry.shape:
-                raise AdapterMismatch(
-                    f"{entry.name} has shape {list(array.shape)}, expected {list(entry.shape)}"
-                )
-            view[...] = (
-                array.detach().to("cpu", torch.float32).numpy()
-                if isinstance(array, Tensor)
-                else array
-            )
-        return flat
-
-    def unpack(self, flat: NDArray[Any]) -> dict[str, Vector]:
-        """Views of a flat vector, by name, in the order of the layout.
-
-        Raises
-        ------
-        AdapterMismatch
-            Not a contiguous float32 vector of length `size`.
-        """
-        if flat.shape != (self.size,) or flat.dtype != _FLOAT or not flat.flags.c_contiguous:
-            raise AdapterMismatch(
-                f"the vector is {flat.dtype} of shape {list(flat.shape)}, "
-                f"expected float32 of shape [{self.size}]"
-            )
-        views, start = {}, 0
-        for entry in self.entries:
-            views[entry.name] = flat[start : start + entry.size].reshape(entry.shape)
-            start += entry.size
-        return views
-
-    def to_json(self) -> str:
-        """Canonical text; equal layouts have equal texts."""
-        entries = [asdict(entry) for entry in self.entries]
-        return json.dumps(entries, sort_keys=True, separators=(",", ":"))
-
-    @classmethod
-    def from_json(cls, text: str) -> Layout:
-        """Read back what `to_json` wrote. Raises `AdapterMismatch`."""
-        try:
-            entries = tuple(_entry(raw) for raw in json.loads(text))
-        except (ValueError, TypeError, KeyError) as exc:
-            raise AdapterMismatch("the text is not a layout") from exc
-        groups = [entry.group for entry in entries]
-        if groups != sorted(groups) or len({e.name for e in entries}) != len(entries):
-            raise AdapterMismatch("the layout's groups are mixed or a name is listed twice")
-        return cls(entries)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """SHA-256, in hex, over names, shapes, groups and their order."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()
 
 
 def layout_of(module: TaskModel) -> Layout:
@@ -193,16 +37,6 @@ def layout_of(module: TaskModel) -> Layout:
             Entry(name, tuple(p.shape), "head" if name.startswith("head.") else "adapter")
             for name, p in module.trained.items()
         )
-    )
-
-
-def initial_adapter(layout: Layout, plan: Plan) -> Vector:
-    """Where every site starts: LoRA as `initial_matrix` says, the head at zero.
-
-    Needs no model, so the coordinator computes it from the layout that sites agree on.
-    """
-    return layout.pack(
-        {entry.name: initial_matrix(entry.name, entry.shape, plan) for entry in layout.entries}
     )
 
 
@@ -330,15 +164,3 @@ def _require_close(name: str, found: NDArray[Any] | None, expected: Tensor) -> N
     own = expected.cpu().numpy()
     if found is None or found.shape != own.shape or not np.allclose(found, own, atol=1e-3):
         raise AdapterMismatch(f"{name} is not the one of the plan's model")
-
-
-def _entry(raw: Any) -> Entry:
-    shape = tuple(raw["shape"])
-    whole = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in shape)
-    if not isinstance(raw["name"], str) or raw["group"] not in {"adapter", "head"} or not whole:
-        raise ValueError
-    return Entry(raw["name"], shape, raw["group"])
-
-
-def _first(names: list[str]) -> str:
-    return f" (first {names[0]})" if names else ""

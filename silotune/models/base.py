@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from silotune.models.adapter import Group, Layout, layout_of
+from silotune.models.adapter import layout_of
 from silotune.models.choices import Choices, choose, resolve_device
+from silotune.models.layout import Group, Layout
 from silotune.models.lora import saved_name, wrap
 from silotune.models.prefix import FrozenPrefix
 from silotune.models.pretrained import (

@@ -1,25 +1,18 @@
-"""LoRA on a frozen base model (Hu et al., 2022): which modules, and where the matrices start.
-
-Every site must start from the same adapter without being sent one. The start is therefore a function
-of public things alone, the plan and the names of the matrices, computed by an extendable-output hash
-whose stream is the same on every machine and in every library version.
-"""
+"""LoRA on a frozen base model (Hu et al., 2022): which modules get matrices."""
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from silotune.errors import ModelError, TargetModulesUnknown
+from silotune.models.layout import initial_matrix
 from silotune.plan import Plan
 
 # Query and value projections as the model families call them; the first group found is taken.
@@ -79,35 +72,6 @@ def wrap(base: Any, plan: Plan) -> PeftModel:
 def saved_name(live: str) -> str:
     """Name of a live LoRA parameter in PEFT's own files: without the adapter's name."""
     return _ADAPTER_NAME.sub(r"\1.", live)
-
-
-def initial_matrix(name: str, shape: tuple[int, ...], plan: Plan) -> NDArray[np.float32]:
-    """Where one adapter matrix starts: A uniform in ±1/sqrt(in), B zero.
-
-    The uniform numbers are the leading 24 bits of each 32-bit word of SHAKE-256 over the plan's seed
-    (without one, over the plan's hash) and the matrix's name.
-
-    Parameters
-    ----------
-    name : str
-        As in PEFT's saved files, e.g. ``base_model.model.h.0.attn.c_attn.lora_A.weight``.
-    shape : tuple of int
-        ``[r, in]`` for A, ``[out, r]`` for B.
-
-    Returns
-    -------
-    float32 array of the given shape
-    """
-    if ".lora_A." not in name:
-        return np.zeros(shape, dtype=np.float32)
-    seed = plan.plan.seed
-    source = f"plan {plan.sha256}" if seed is None else f"seed {seed}"
-    stream = hashlib.shake_256(f"silotune lora v1\0{source}\0{name}".encode())
-    size = int(np.prod(shape))
-    words = np.frombuffer(stream.digest(4 * size), dtype="<u4") >> 8
-    unit = words.astype(np.float64) * 2.0**-23 - 1.0
-    start: NDArray[np.float32] = (unit / np.sqrt(shape[1])).astype(np.float32).reshape(shape)
-    return start
 
 
 def _where(base: Any, plan: Plan) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
 from silotune.errors import QuorumLost, RunDirectoryInvalid, SiteFailed, UpdateRejected
-from silotune.models.adapter import Layout, initial_adapter
+from silotune.models.layout import Layout, initial_adapter
 from silotune.plan import Plan
 from silotune.server.exchange import exchange
 from silotune.strategies import strategy_for

@@ -26,9 +26,9 @@ from silotune.client.terms import sigma_for
 from silotune.client.trainer import SiteData, Trainer, Vector
 from silotune.data.site import SiteConfig
 from silotune.data.splits import Split
-from silotune.models.adapter import initial_adapter
 from silotune.models.choices import Choices
 from silotune.models.features import Frozen
+from silotune.models.layout import initial_adapter
 from silotune.plan import Plan
 from silotune.simulation.program import score
 from silotune.strategies import strategy_for

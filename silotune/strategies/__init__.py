@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from silotune.models.adapter import Layout
+from silotune.models.layout import Layout
 from silotune.plan import Plan
 from silotune.strategies.base import AdapterStrategy
 from silotune.strategies.fedavg import FedAvg

@@ -23,8 +23,8 @@ from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 
 from silotune.errors import UpdateRejected
-from silotune.models.adapter import Layout, Part, Span
-from silotune.models.tasks import get_task
+from silotune.models.layout import Layout, Part, Span
+from silotune.models.scores import metrics_of
 from silotune.plan import Plan
 from silotune.strategies.schedule import phase_of
 from silotune.strategies.server_optimizer import ServerOptimizer
@@ -216,7 +216,7 @@ class AdapterStrategy(Strategy):
                     total = counts if total is None else total + counts
         if total is None:
             return None
-        found = get_task(self.plan.model.task).metrics(total)
+        found = metrics_of(self.plan.model.task, total)
         return MetricRecord({k: v for k, v in found.items() if np.isfinite(v)})
 
     def summary(self) -> None:

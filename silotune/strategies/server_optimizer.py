@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from silotune.models.adapter import Part, Span
+from silotune.models.layout import Part, Span
 from silotune.plan import Plan
 from silotune.plan import ServerOptimizer as Settings
 from silotune.strategies.schedule import learning_rate

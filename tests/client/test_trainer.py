@@ -6,7 +6,8 @@ import torch
 
 from silotune.client.sampling import UnitSampler
 from silotune.errors import SelfCheckFailed
-from silotune.models.adapter import initial_adapter, write_adapter
+from silotune.models.adapter import write_adapter
+from silotune.models.layout import initial_adapter
 from silotune.models.task import Encoded
 from silotune.privacy.noise import SeededNoise, derive_seed
 from silotune.simulation.baselines import federate

@@ -13,16 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 from silotune.errors import AdapterMismatch
-from silotune.models.adapter import (
-    Entry,
-    Layout,
-    initial_adapter,
-    load_adapter,
-    read_adapter,
-    save_adapter,
-    write_adapter,
-)
+from silotune.models.adapter import load_adapter, read_adapter, save_adapter, write_adapter
 from silotune.models.base import load_model
+from silotune.models.layout import Entry, Layout, initial_adapter
 from tests.models.model_material import TEXTS, a_plan, minilm
 
 names = st.text(st.characters(codec="ascii", categories=["L", "N"]), min_size=1, max_size=6)

@@ -9,7 +9,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from silotune.client.app import build_client_app
 from silotune.errors import BudgetExceeded, PlanInvalid
-from silotune.models.adapter import initial_adapter
+from silotune.models.layout import initial_adapter
 from silotune.privacy.accounting import epsilon
 from silotune.strategies.base import as_arrays
 from tests.federation import PRIVATE, write_federation

@@ -8,7 +8,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from flwr.clientapp import ClientApp
 
 from silotune.errors import QuorumLost, RunDirectoryInvalid, SiteFailed
-from silotune.models.adapter import Entry, Layout
+from silotune.models.layout import Entry, Layout
 from silotune.plan import Plan
 from silotune.server.rounds import RoundLoop
 from silotune.simulation.grid import SiteSlot, WorkerGrid

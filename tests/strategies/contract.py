@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from silotune.errors import UpdateRejected
-from silotune.models.adapter import Entry, Layout
+from silotune.models.layout import Entry, Layout
 from silotune.plan import Plan
 from silotune.strategies import strategy_for
 from silotune.strategies.base import Terms

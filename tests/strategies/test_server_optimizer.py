@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from silotune.models.adapter import Span
+from silotune.models.layout import Span
 from silotune.strategies.schedule import factor, learning_rate, phase_of
 from silotune.strategies.server_optimizer import ServerOptimizer
 from tests.strategies.contract import plan_with

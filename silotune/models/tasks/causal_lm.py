@@ -7,7 +7,6 @@ another, which no per-record guarantee survives.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig
 
 from silotune.errors import ModelError
+from silotune.models import scores
 from silotune.models.batching import batches
 from silotune.models.card import PROMPT_END
 from silotune.models.task import Batch, Encoded, Rows
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from silotune.models.base import LoadedModel, TaskModel
 
 _PREDICT_BATCH = 16
-_LARGEST_LOSS = 700.0  # e**709 is the largest float
 
 
 class CausalLm:
@@ -112,10 +111,8 @@ class CausalLm:
         return np.array([float(losses.double().sum()), float(len(losses))])
 
     def metrics(self, counts: NDArray[np.float64]) -> dict[str, float]:
-        """Mean loss a sequence, and its exponential. Without any sequence both are NaN."""
-        total, number = float(counts[0]), float(counts[1])
-        loss = total / number if number > 0 else math.nan
-        return {"loss": loss, "perplexity": math.exp(min(loss, _LARGEST_LOSS))}
+        """Mean loss a sequence, and its exponential (`scores.of_losses`)."""
+        return scores.of_losses(counts)
 
     def predict(self, model: LoadedModel, texts: Sequence[str]) -> list[str]:
         """Greedy responses to prompts, in the order given.

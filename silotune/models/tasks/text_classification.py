@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from silotune.errors import RecordInvalid
+from silotune.models import scores
 from silotune.models.batching import batches
 from silotune.models.task import Batch, Encoded, Rows
 from silotune.models.tokens import padding_id
@@ -97,18 +98,8 @@ class TextClassification:
             return _confusion(model.head(features), _targets(encoded, rows, features.device))
 
     def metrics(self, counts: NDArray[np.float64]) -> dict[str, float]:
-        """Accuracy and macro-F1 of a confusion matrix.
-
-        Macro-F1 is the mean of F1 over the labels that occur, as truth or as prediction. Negative
-        counts, which noise can make, count as zero. Without any example both are NaN.
-        """
-        counts = np.maximum(np.asarray(counts, dtype=np.float64), 0.0)
-        true, predicted, right = counts.sum(1), counts.sum(0), np.diag(counts)
-        seen = (true + predicted) > 0
-        if not seen.any():
-            return {"accuracy": float("nan"), "macro_f1": float("nan")}
-        f1 = 2.0 * right[seen] / (true + predicted)[seen]
-        return {"accuracy": float(right.sum() / counts.sum()), "macro_f1": float(f1.mean())}
+        """Accuracy and macro-F1 of a confusion matrix (`scores.of_confusion`)."""
+        return scores.of_confusion(counts)
 
     def predict(self, model: LoadedModel, texts: Sequence[str]) -> list[Prediction]:
         """Label and probabilities of each text, in the order given."""

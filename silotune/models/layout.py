@@ -1,0 +1,238 @@
+"""Where each array of an adapter lies in the one flat vector on the wire, and where all of them start.
+
+An adapter, an update or a gradient sum travels as one little-endian float32 vector: LoRA matrices in
+module order (A, then B), then the head. Names are those of PEFT's saved files. Nothing here needs a
+model, nor the libraries of one: the coordinator works from the layout that the sites agree on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from silotune.errors import AdapterMismatch
+from silotune.plan import Plan
+
+Group = Literal["head", "adapter"]
+Part = Literal["A", "B", "head"]
+Vector = NDArray[np.float32]
+
+_FLOAT = np.dtype("<f4")
+
+
+class Detachable(Protocol):
+    """What is asked of a PyTorch tensor here."""
+
+    @property
+    def shape(self) -> Any:
+        """Its shape."""
+        ...
+
+    def detach(self) -> Any:
+        """Itself, outside any gradient."""
+        ...
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One array of an adapter: its name in PEFT's files (or the head's), shape and group."""
+
+    name: str
+    shape: tuple[int, ...]
+    group: Group
+
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
+    @property
+    def part(self) -> Part:
+        """Which of LoRA's two matrices it is, or the head."""
+        if self.group == "head":
+            return "head"
+        return "A" if ".lora_A." in self.name else "B"
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where one array of an adapter lies in the flat vector, and which part it is of."""
+
+    part: Part
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names, shapes and order of the arrays in the flat vector; adapter first, head last."""
+
+    entries: tuple[Entry, ...]
+
+    @cached_property
+    def size(self) -> int:
+        """Length of the flat vector."""
+        return sum(entry.size for entry in self.entries)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the flat vector."""
+        return self.size * _FLOAT.itemsize
+
+    @cached_property
+    def slices(self) -> dict[Group, slice]:
+        """Where each group that the layout has lies in the flat vector."""
+        found: dict[Group, slice] = {}
+        start = 0
+        for entry in self.entries:
+            begin = found[entry.group].start if entry.group in found else start
+            start += entry.size
+            found[entry.group] = slice(begin, start)
+        return found
+
+    def spans(self, parts: Collection[Part]) -> tuple[Span, ...]:
+        """Where the arrays of some parts lie, in the order of the layout."""
+        found, start = [], 0
+        for entry in self.entries:
+            if entry.part in parts:
+                found.append(Span(entry.part, start, start + entry.size))
+            start += entry.size
+        return tuple(found)
+
+    def mask(self, group: Group) -> slice:
+        """The slice of one group; empty, at the end, for a group the layout lacks."""
+        return self.slices.get(group, slice(self.size, self.size))
+
+    def pack(self, arrays: Mapping[str, NDArray[Any] | Detachable]) -> Vector:
+        """One flat vector from arrays by name.
+
+        Returns
+        -------
+        float32 array [size]
+
+        Raises
+        ------
+        AdapterMismatch
+            A name is missing or unknown, or a shape differs.
+        """
+        names = {entry.name for entry in self.entries}
+        if names != set(arrays):
+            missing, unknown = sorted(names - set(arrays)), sorted(set(arrays) - names)
+            raise AdapterMismatch(
+                f"{len(missing)} arrays are missing{_first(missing)}, "
+                f"{len(unknown)} are unknown{_first(unknown)}"
+            )
+        flat = np.empty(self.size, dtype=_FLOAT)
+        for entry, view in zip(self.entries, self.unpack(flat).values(), strict=True):
+            array = arrays[entry.name]
+            if tuple(array.shape) != entry.shape:
+                raise AdapterMismatch(
+                    f"{entry.name} has shape {list(array.shape)}, expected {list(entry.shape)}"
+                )
+            view[...] = (
+                array if isinstance(array, np.ndarray) else array.detach().float().cpu().numpy()
+            )
+        return flat
+
+    def unpack(self, flat: NDArray[Any]) -> dict[str, Vector]:
+        """Views of a flat vector, by name, in the order of the layout.
+
+        Raises
+        ------
+        AdapterMismatch
+            Not a contiguous float32 vector of length `size`.
+        """
+        if flat.shape != (self.size,) or flat.dtype != _FLOAT or not flat.flags.c_contiguous:
+            raise AdapterMismatch(
+                f"the vector is {flat.dtype} of shape {list(flat.shape)}, "
+                f"expected float32 of shape [{self.size}]"
+            )
+        views, start = {}, 0
+        for entry in self.entries:
+            views[entry.name] = flat[start : start + entry.size].reshape(entry.shape)
+            start += entry.size
+        return views
+
+    def to_json(self) -> str:
+        """Canonical text; equal layouts have equal texts."""
+        entries = [asdict(entry) for entry in self.entries]
+        return json.dumps(entries, sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Layout:
+        """Read back what `to_json` wrote. Raises `AdapterMismatch`."""
+        try:
+            entries = tuple(_entry(raw) for raw in json.loads(text))
+        except (ValueError, TypeError, KeyError) as exc:
+            raise AdapterMismatch("the text is not a layout") from exc
+        groups = [entry.group for entry in entries]
+        if groups != sorted(groups) or len({e.name for e in entries}) != len(entries):
+            raise AdapterMismatch("the layout's groups are mixed or a name is listed twice")
+        return cls(entries)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256, in hex, over names, shapes, groups and their order."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+
+def initial_adapter(layout: Layout, plan: Plan) -> Vector:
+    """Where every site starts: LoRA as `initial_matrix` says, the head at zero.
+
+    Needs no model, so the coordinator computes it from the layout that sites agree on.
+    """
+    return layout.pack(
+        {entry.name: initial_matrix(entry.name, entry.shape, plan) for entry in layout.entries}
+    )
+
+
+def initial_matrix(name: str, shape: tuple[int, ...], plan: Plan) -> NDArray[np.float32]:
+    """Where one adapter matrix starts: A uniform in ±1/sqrt(in), B zero.
+
+    Every site must start from the same adapter without being sent one. The start is therefore a
+    function of public things alone, the plan and the names of the matrices, computed by an
+    extendable-output hash whose stream is the same on every machine and in every library version.
+    The uniform numbers are the leading 24 bits of each 32-bit word of SHAKE-256 over the plan's seed
+    (without one, over the plan's hash) and the matrix's name.
+
+    Parameters
+    ----------
+    name : str
+        As in PEFT's saved files, e.g. ``base_model.model.h.0.attn.c_attn.lora_A.weight``.
+    shape : tuple of int
+        ``[r, in]`` for A, ``[out, r]`` for B.
+
+    Returns
+    -------
+    float32 array of the given shape
+    """
+    if ".lora_A." not in name:
+        return np.zeros(shape, dtype=np.float32)
+    seed = plan.plan.seed
+    source = f"plan {plan.sha256}" if seed is None else f"seed {seed}"
+    stream = hashlib.shake_256(f"silotune lora v1\0{source}\0{name}".encode())
+    size = int(np.prod(shape))
+    words = np.frombuffer(stream.digest(4 * size), dtype="<u4") >> 8
+    unit = words.astype(np.float64) * 2.0**-23 - 1.0
+    start: NDArray[np.float32] = (unit / np.sqrt(shape[1])).astype(np.float32).reshape(shape)
+    return start
+
+
+def _entry(raw: Any) -> Entry:
+    shape = tuple(raw["shape"])
+    whole = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in shape)
+    if not isinstance(raw["name"], str) or raw["group"] not in {"adapter", "head"} or not whole:
+        raise ValueError
+    return Entry(raw["name"], shape, raw["group"])
+
+
+def _first(names: list[str]) -> str:
+    return f" (first {names[0]})" if names else ""

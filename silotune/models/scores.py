@@ -1,0 +1,50 @@
+"""Metrics from additive counts: what the coordinator needs of a task, without a model."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+Counts = NDArray[np.float64]
+
+_LARGEST_LOSS = 700.0  # e**709 is the largest float
+
+
+def metrics_of(task: str, counts: Counts) -> dict[str, float]:
+    """Metrics of a task (``model.task`` of a plan) from the sum of counts.
+
+    Parameters
+    ----------
+    task : str
+        ``text_classification`` or ``causal_lm``.
+    counts : float64 array
+        As the task's ``score`` returns, summed over any number of sites.
+    """
+    return of_confusion(counts) if task == "text_classification" else of_losses(counts)
+
+
+def of_confusion(counts: Counts) -> dict[str, float]:
+    """Accuracy and macro-F1 of a confusion matrix (rows are the truth).
+
+    Macro-F1 is the mean of F1 over the labels that occur, as truth or as prediction. Negative counts,
+    which noise can make, count as zero. Without any example both are NaN.
+    """
+    counts = np.maximum(np.asarray(counts, dtype=np.float64), 0.0)
+    true, predicted, right = counts.sum(1), counts.sum(0), np.diag(counts)
+    seen = (true + predicted) > 0
+    if not seen.any():
+        return {"accuracy": float("nan"), "macro_f1": float("nan")}
+    f1 = 2.0 * right[seen] / (true + predicted)[seen]
+    return {"accuracy": float(right.sum() / counts.sum()), "macro_f1": float(f1.mean())}
+
+
+def of_losses(counts: Counts) -> dict[str, float]:
+    """Mean loss a sequence, and its exponential, of [sum of losses, sequences].
+
+    Without any sequence both are NaN.
+    """
+    total, number = float(counts[0]), float(counts[1])
+    loss = total / number if number > 0 else math.nan
+    return {"loss": loss, "perplexity": math.exp(min(loss, _LARGEST_LOSS))}
