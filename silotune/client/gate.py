@@ -34,6 +34,7 @@ from silotune.errors import (
     SilotuneError,
     ValueUnaccounted,
 )
+from silotune.federation.sealed import Vault
 from silotune.plan import Plan
 from silotune.privacy.ledger import Ledger, ReleaseKey
 
@@ -106,6 +107,8 @@ class Gate:
         The run's id.
     outbox : Path
         Folder for stored replies, in the site's state.
+    vault : Vault or None
+        Seals the stored replies.
 
     Raises
     ------
@@ -114,7 +117,14 @@ class Gate:
     """
 
     def __init__(
-        self, *, ledger: Ledger | None, dataset: str, plan: Plan, run: str, outbox: Path
+        self,
+        *,
+        ledger: Ledger | None,
+        dataset: str,
+        plan: Plan,
+        run: str,
+        outbox: Path,
+        vault: Vault | None = None,
     ) -> None:
         if plan.private != (ledger is not None):
             raise PrivacyError("a private plan needs a ledger, and no other plan may have one")
@@ -122,7 +132,7 @@ class Gate:
         self._dataset = dataset
         self._plan_sha256 = plan.sha256
         self._run = run
-        self._outbox = Outbox(outbox, run=run)
+        self._outbox = Outbox(outbox, run=run, vault=vault)
 
     def recall(self, key: ReleaseKey) -> RecordDict | None:
         """The reply that was released under `key` before, or None if there was none.

@@ -6,6 +6,8 @@ import hashlib
 import time
 from pathlib import Path
 
+from silotune.federation.errors import SealBroken
+from silotune.federation.sealed import Vault
 from silotune.privacy.durable import create_private_folder, replace_file, require_private
 from silotune.privacy.ledger import ReleaseKey
 
@@ -25,10 +27,12 @@ class Outbox:
         In the site's state; made if missing.
     run : str
         The run that writes. Files of other runs are removed when they are a month old.
+    vault : Vault or None
+        Seals the files; without one they are written as they are.
     """
 
-    def __init__(self, folder: Path, *, run: str) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, *, run: str, vault: Vault | None = None) -> None:
+        self._folder, self._vault = folder, vault
         # The id comes from the coordinator: its digest is a safe file name, it may not be.
         self._prefix = hashlib.sha256(run.encode()).hexdigest()[:16]
         create_private_folder(folder)
@@ -37,7 +41,8 @@ class Outbox:
     def store(self, key: ReleaseKey, payload: bytes) -> str:
         """Write a reply to the disk; returns its SHA-256, in hex."""
         digest = hashlib.sha256(payload).hexdigest()
-        replace_file(self._path(key, digest), payload)
+        path = self._path(key, digest)
+        replace_file(path, self._vault.seal(payload, name=path.name) if self._vault else payload)
         return digest
 
     def load(self, key: ReleaseKey, digest: str) -> bytes | None:
@@ -53,6 +58,11 @@ class Outbox:
             return None
         require_private(path)
         payload = path.read_bytes()
+        if self._vault:
+            try:
+                payload = self._vault.unseal(payload, name=path.name)
+            except SealBroken:
+                return None
         return payload if hashlib.sha256(payload).hexdigest() == digest else None
 
     def discard(self, key: ReleaseKey, digest: str) -> None:

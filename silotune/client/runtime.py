@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import cast
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from dp_accounting import ComposedDpEvent
 from flwr.app import RecordDict
 
 from silotune.client import metrics
+from silotune.client.facts import facts_for
 from silotune.client.gate import DpRelease, Field, Gate, Public, Unprotected
+from silotune.client.policy import Facts, judge
 from silotune.client.terms import metric_sigma, run_events, sigma_for
 from silotune.client.trainer import SiteData, TrainableModel, Trainer, Vector
 from silotune.data.reader import load_records
@@ -21,10 +25,12 @@ from silotune.data.records import Records
 from silotune.data.site import DatasetConfig, Role, SiteConfig
 from silotune.data.splits import Split
 from silotune.errors import BudgetExceeded
-from silotune.models.adapter import write_adapter
+from silotune.federation.sealed import Vault
+from silotune.models.adapter import Layout, write_adapter
 from silotune.models.base import load_model
 from silotune.models.choices import Choices
 from silotune.models.features import Frozen, compute_frozen
+from silotune.models.outline import outline
 from silotune.models.task import Encoded
 from silotune.models.weights import locate, weights_sha256
 from silotune.plan import Plan
@@ -35,6 +41,24 @@ from silotune.privacy.noise import NoiseSource, SecureNoise, SeededNoise, derive
 from silotune.privacy.signing import load_or_create
 
 _MOST_FROZEN = 16  # sites whose frozen features are kept at a time
+
+
+def local_time() -> datetime:
+    """Now, in the machine's time zone: what a policy's hours are compared with."""
+    return datetime.now().astimezone()
+
+
+@dataclass(frozen=True)
+class Keys:
+    """What a site seals and signs with."""
+
+    vault: Vault
+    signing: Ed25519PrivateKey
+
+    @classmethod
+    def beside(cls, state: Path) -> Keys:
+        """Keys that lie in the state itself, made on first use: those of a simulated site."""
+        return cls(Vault(state), load_or_create(state / "signing.key"))
 
 
 @dataclass
@@ -53,15 +77,27 @@ class WarmModel:
     choices: Choices | None = None
     shared: Path | None = None
     _held: TrainableModel | None = None
+    _outlined: tuple[Plan, Layout] | None = None
     _frozen: dict[str, Frozen] = field(default_factory=dict)
 
-    def for_plan(self, plan: Plan) -> TrainableModel:
-        """The model ready to train under `plan`, loaded if another plan had it before."""
+    def for_plan(self, plan: Plan, *, base: str | None = None) -> TrainableModel:
+        """The model ready to train under `plan`, loaded if another plan had it before.
+
+        `base` is where the base model is on this machine, if not where the plan says.
+        """
         if self._held is None or self._held.plan != plan:
             wish = asdict(self.choices) if self.choices else {}
             wish.pop("reason", None)
-            self._held = TrainableModel(plan, load_model(plan, **wish))
+            self._held = TrainableModel(plan, load_model(plan, base=base, **wish))
         return self._held
+
+    def layout(self, plan: Plan, *, base: str) -> Layout:
+        """The adapter's layout, without loading a model for it."""
+        if self._held is not None and self._held.plan == plan:
+            return self._held.model.layout
+        if self._outlined is None or self._outlined[0] != plan:
+            self._outlined = plan, outline(plan, base=base)
+        return self._outlined[1]
 
     def frozen(self, site: SiteConfig, plan: Plan, encoded: Encoded) -> Frozen:
         """What the base model makes of a site's records: the same for all plans of one model."""
@@ -99,6 +135,8 @@ class SiteRun:
         The run's name.
     warm : WarmModel
         The process's model.
+    keys : Keys, optional
+        What to seal and sign with; by default `Keys.beside` the state.
 
     Attributes
     ----------
@@ -107,9 +145,17 @@ class SiteRun:
     """
 
     def __init__(
-        self, site: SiteConfig, *, state: Path, plan: Plan, run: str, warm: WarmModel
+        self,
+        site: SiteConfig,
+        *,
+        state: Path,
+        plan: Plan,
+        run: str,
+        warm: WarmModel,
+        keys: Keys | None = None,
     ) -> None:
         self.site, self.plan, self.run = site, plan, run
+        self._keys = keys or Keys.beside(state)
         self._state, self._warm = state, warm
         self.dataset: DatasetConfig = site.dataset(plan.data.dataset)
         self.train_seconds: dict[int, float] = {}
@@ -118,6 +164,7 @@ class SiteRun:
 
     def join(self) -> RecordDict:
         """Check that the plan can be served here, reserve its budget, and declare the terms."""
+        self._admit()
         model = self.trainable.model
         self._reserve()
         declared = self.dataset.declared_units
@@ -137,6 +184,7 @@ class SiteRun:
         key = ReleaseKey(self.run, server_round, "update")
         if (again := self.gate.recall(key)) is not None:
             return again
+        self._admit()
         started = time.monotonic()
         update = self.trainer.round(adapter, server_round)
         self.train_seconds[server_round] = time.monotonic() - started
@@ -153,6 +201,7 @@ class SiteRun:
         key = ReleaseKey(self.run, server_round, "metrics")
         if (again := self.gate.recall(key)) is not None:
             return again
+        self._admit()
         model = self.trainable.model
         write_adapter(model, adapter)
         rows = self.records.rows(Split.VALIDATION)
@@ -173,21 +222,24 @@ class SiteRun:
             mechanisms={"counts": gaussian_event(sigma)},
         )
 
-    def finish(self) -> CertificateBody | None:
-        """Settle the reservation and write the certificate; None without privacy."""
+    def finish(self, certificate: Path | None = None) -> CertificateBody | None:
+        """Settle the reservation and write the certificate; None without privacy.
+
+        It is written to ``certificate.json`` of the state unless another place is given.
+        """
         if self.ledger is None:
             return None
         self.ledger.settle(self.plan.data.dataset, self.run)
         return issue(
-            self._state / "certificate.json",
+            certificate or self._state / "certificate.json",
             ledger=self.ledger,
             dataset=self.plan.data.dataset,
             run=self.run,
             plan=self.plan,
             site=self.site.name,
-            model_sha256=weights_sha256(locate(self.plan.model.base)),
+            model_sha256=weights_sha256(locate(self.site.model_place(self.plan))),
             secure_noise=self.plan.plan.seed is None,
-            key=load_or_create(self._state / "signing.key"),
+            key=self._keys.signing,
         )
 
     # --- parts, each made on first use ---
@@ -195,7 +247,7 @@ class SiteRun:
     @property
     def trainable(self) -> TrainableModel:
         """The process's model, ready for this plan."""
-        return self._warm.for_plan(self.plan)
+        return self._warm.for_plan(self.plan, base=self.site.model_place(self.plan))
 
     @cached_property
     def ledger(self) -> Ledger | None:
@@ -211,6 +263,7 @@ class SiteRun:
             plan=self.plan,
             run=self.run,
             outbox=self._state / "outbox",
+            vault=self._keys.vault,
         )
 
     @cached_property
@@ -246,6 +299,26 @@ class SiteRun:
             sigma=self.sigma,
             frozen=lambda: self._warm.frozen(self.site, self.plan, self.encoded),
         )
+
+    @cached_property
+    def _facts(self) -> Facts:
+        """What the policy's judgement rests on, but for the time."""
+        policy, layout = self.site.policy, None
+        if policy and self.plan.model.sha256 in policy.base_models:
+            layout = self._warm.layout(self.plan, base=self.site.model_place(self.plan))
+        return facts_for(
+            self.site,
+            self.plan,
+            run=self.run,
+            ledger=self.ledger,
+            layout=layout,
+            moment=local_time(),
+        )
+
+    def _admit(self) -> None:
+        """Let the site's policy judge the plan, before anything is loaded or computed for it."""
+        if self.site.policy is not None:
+            judge(self.site.policy, self.plan, replace(self._facts, moment=local_time())).require()
 
     def _reserve(self) -> None:
         """Set the whole run's cost aside in the ledger, within the site's own budget."""

@@ -18,9 +18,11 @@ from urllib.parse import quote
 
 from pydantic import Field, PrivateAttr, SecretStr, ValidationError, model_validator
 
+from silotune.data.site_terms import PolicyConfig, ResourcesConfig
 from silotune.errors import DatasetUnknown, SiteConfigInvalid
 from silotune.explain import explain
-from silotune.plan import Name, Positive, Section
+from silotune.federation.sealed import AtRest
+from silotune.plan import Name, Plan, Positive, Section
 
 Role = Literal["text", "label", "unit", "group", "prompt", "response"]
 Format = Literal["csv", "jsonl", "parquet", "sql"]
@@ -115,11 +117,20 @@ class SiteConfig(Section):
         Folder of the site's private state (ledger, outbox, certificates); see `state_folder`.
     datasets : dict of str to DatasetConfig
         What the site offers, by the name that a plan asks for.
+    policy : PolicyConfig or None
+        What a plan may ask. Without one a site can be simulated, and its daemon doesn't start.
+    resources : ResourcesConfig
+        What the daemon may use of the machine.
+    at_rest : AtRest
+        What opens the sealed files of the state.
     """
 
     name: Name
     state_dir: Annotated[str, Field(min_length=1)] | None = None
     datasets: dict[Name, DatasetConfig] = Field(min_length=1)
+    policy: PolicyConfig | None = None
+    resources: ResourcesConfig = ResourcesConfig()
+    at_rest: AtRest = AtRest()
     _folder: Path = PrivateAttr(default=Path())
 
     @classmethod
@@ -172,6 +183,11 @@ class SiteConfig(Section):
             raise DatasetUnknown(
                 f"site {self.name!r} offers no dataset {name!r}; it offers: {offered}"
             ) from None
+
+    def model_place(self, plan: Plan) -> str:
+        """Where the plan's base model is here: what the policy says of its hash, else the plan."""
+        places = self.policy.base_models if self.policy else {}
+        return places.get(plan.model.sha256 or "", plan.model.base)
 
 
 def load_sites(folder: Path) -> tuple[SiteConfig, ...]:

@@ -186,6 +186,7 @@ class LoadedModel:
 def load_model(
     plan: Plan,
     *,
+    base: str | None = None,
     device: str = "auto",
     attention: str | None = None,
     dtype: str | None = None,
@@ -199,6 +200,8 @@ def load_model(
     ----------
     plan : Plan
         What to load.
+    base : str, optional
+        Where the base model is on this machine, if not where ``model.base`` says.
     device : str
         As for `silotune.models.choices.choose`.
     attention, dtype : str, optional
@@ -212,19 +215,19 @@ def load_model(
     EnvironmentFault
         The device is not there.
     """
-    folder = locate(plan.model.base)
+    folder = locate(base or plan.model.base)
     require_weights(folder, plan.model.sha256)
     choices = _complete(plan, device=device, attention=attention, dtype=dtype)
     config, tokenizer = load_config(folder), load_tokenizer(folder)
     require_length(config, tokenizer, plan)
     task, place = get_task(plan.model.task), torch.device(choices.device)
     with fixed_rng(), quiet():
-        base = load_base(folder, config, plan=plan, attention=choices.attention)
-        size = sum(parameter.numel() for parameter in base.parameters())
+        bare = load_base(folder, config, plan=plan, attention=choices.attention)
+        size = sum(parameter.numel() for parameter in bare.parameters())
         hidden = int(config.get_text_config().hidden_size)
         head = nn.Linear(hidden, len(plan.model.labels)) if task.has_head else None
         module = TaskModel(
-            wrap(base, plan),
+            wrap(bare, plan),
             head,
             pooling=plan.model.pooling,
             feature_scale=plan.model.feature_scale,

@@ -1,0 +1,173 @@
+"""A site's part in a run starts with its policy: in a simulation just as in a deployment."""
+
+import io
+
+import numpy as np
+import pytest
+
+from silotune.client import errors, runtime
+from silotune.client.facts import total_epsilon
+from silotune.client.runtime import SiteRun, WarmModel
+from silotune.data.site import SiteConfig
+from silotune.errors import ModelNotFound, SilotuneError
+from silotune.models.base import load_model
+from silotune.models.outline import outline
+from silotune.models.weights import weights_sha256
+from silotune.plan import Plan
+from silotune.privacy.ledger import Ledger
+from tests.federation import CHOICES, PRIVATE, write_federation
+
+POLICY = """
+[policy]
+approval = "manual"
+max_epsilon = 8.0
+max_total_epsilon = 9.0
+max_delta = 1e-3
+allow_seeded_noise = true
+require_secure_aggregation = false
+min_cohort = 2
+tasks = ["text_classification"]
+target_modules = ["auto"]
+strategies = ["fedavg"]
+max_rounds = 10
+max_upload_mb = 1.0
+hours = ["Mon-Sun 00:00-24:00"]
+[policy.base_models]
+"{sha}" = "{base}"
+"""
+
+
+@pytest.fixture
+def federation(tmp_path, bert_folder):
+    sha = weights_sha256(bert_folder)
+    made = write_federation(
+        tmp_path, bert_folder, model__sha256=sha, model__base="/nowhere", **dotted(PRIVATE)
+    )
+    for site in made.sites:
+        path = site.folder / "site.toml"
+        path.write_text(path.read_text() + POLICY.format(sha=sha, base=bert_folder))
+    return made
+
+
+def dotted(settings):
+    return {key.replace(".", "__"): value for key, value in settings.items()}
+
+
+def run_of(federation, plan=None, *, state="s", run="r", edit=lambda text: text):
+    path = federation.folder / "alpha" / "site.toml"
+    path.write_text(edit(path.read_text()))
+    return SiteRun(
+        SiteConfig.load(path),
+        state=federation.folder / state,
+        plan=plan or federation.plan,
+        run=run,
+        warm=WarmModel(CHOICES),
+    )
+
+
+def adapter_for(site_run):
+    return np.zeros(site_run.trainable.model.layout.size, dtype=np.float32)
+
+
+def test_an_allowed_plan_runs_on_the_weights_at_the_sites_own_place(federation):
+    """The plan says /nowhere; the policy says where the weights with that hash are."""
+    part = run_of(federation)
+    part.join()
+    released = part.train(adapter_for(part), 1)
+    assert len(released.array_records) == 1
+
+
+def test_nothing_is_loaded_charged_or_reserved_for_a_refused_plan(federation, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(runtime, "load_model", lambda *a, **k: loaded.append(a))
+    monkeypatch.setattr(runtime, "load_records", lambda *a, **k: loaded.append(a))
+    part = run_of(federation, federation.plan.override({"rounds.number": 11}))
+    for ask in (part.join, lambda: part.train(None, 1), lambda: part.evaluate(None, 1)):
+        with pytest.raises(errors.TooManyRounds):
+            ask()
+    assert loaded == []
+    assert part.ledger.rows() == []
+
+
+def test_a_base_model_that_is_not_listed_is_not_even_looked_for(federation, monkeypatch):
+    looked = []
+    monkeypatch.setattr(runtime, "outline", lambda *a, **k: looked.append(a))
+    plan = federation.plan.override({"model.sha256": "00" * 32, "model.base": "/etc"})
+    with pytest.raises(errors.BaseModelRefused):
+        run_of(federation, plan).join()
+    assert looked == []
+
+
+def test_weights_that_were_exchanged_are_not_trained_on(federation, llama_folder):
+    def exchange(text):
+        start = text.index('" = "', text.index("[policy.base_models]"))
+        return text[:start] + f'" = "{llama_folder}"\n'
+
+    with pytest.raises(SilotuneError) as error:
+        run_of(federation, edit=exchange).join()
+    assert error.value.code in {"ST-302", "ST-304"}
+
+
+def test_two_runs_together_may_not_pass_the_total(federation):
+    first = run_of(federation, run="one")
+    first.join()
+    with pytest.raises(errors.EpsilonInTotalRefused):
+        run_of(federation, run="two").join()
+    assert first.ledger.runs()[0].run == "one"
+    assert len(first.ledger.runs()) == 1
+    run_of(federation, run="one").join()  # a run's own reservation is not counted twice
+
+
+def test_the_total_is_what_the_ledger_will_say(federation):
+    """Independent: let the ledger itself compose the run after it has happened."""
+    part = run_of(federation)
+    part.join()
+    judged = total_epsilon(part.site, part.plan, run="r", ledger=None)
+    committed = Ledger(federation.folder / "s" / "ledger.sqlite").committed("notes", 1e-4)
+    assert judged == pytest.approx(committed, rel=1e-9)
+    other = total_epsilon(part.site, part.plan, run="another", ledger=part.ledger)
+    assert committed < other < 2 * committed
+
+
+def test_hours_are_looked_at_before_every_answer_but_a_repeated_one(federation, monkeypatch):
+    part = run_of(
+        federation, edit=lambda text: text.replace("Mon-Sun 00:00-24:00", "Mon 08:00-18:00")
+    )
+    monday = runtime.local_time().replace(year=2026, month=11, day=23, hour=12)
+    monkeypatch.setattr(runtime, "local_time", lambda: monday)
+    part.join()
+    flat = adapter_for(part)
+    first = part.train(flat, 1)
+    monkeypatch.setattr(runtime, "local_time", lambda: monday.replace(hour=20))
+    with pytest.raises(errors.OutsideHours):
+        part.train(flat, 2)
+    again = part.train(flat, 1)
+    assert again["update"]["flat"].data == first["update"]["flat"].data
+
+
+def test_without_a_policy_a_site_can_only_be_simulated(tmp_path, bert_folder):
+    made = write_federation(tmp_path, bert_folder)
+    assert made.sites[0].policy is None
+    made.runs()[0].join()
+
+
+def test_the_outline_is_the_layout_of_the_loaded_model(bert_folder, llama_folder, tmp_path):
+    federation = write_federation(tmp_path, bert_folder)
+    causal = {
+        "model.task": "causal_lm", "model.labels": [], "optimizer.site.head_rounds": 0,
+        "model.base": str(llama_folder), "lora.target_modules": "all-linear",
+    }  # fmt: skip
+    for plan in (federation.plan, federation.plan.override(causal)):
+        assert outline(plan, base=plan.model.base) == load_model(plan, device="cpu").layout
+    with pytest.raises(ModelNotFound):
+        outline(Plan.from_canonical(federation.plan.canonical()), base="/nowhere")
+
+
+def test_stored_replies_are_sealed(federation):
+    part = run_of(federation)
+    part.join()
+    released = part.train(adapter_for(part), 1)["update"]["flat"].data
+    stored = list((federation.folder / "s" / "outbox").glob("*update*"))
+    assert len(stored) == 1
+    values = np.load(io.BytesIO(released)).tobytes()
+    assert values[:64] not in stored[0].read_bytes()
