@@ -9,7 +9,7 @@ from dp_accounting import ComposedDpEvent
 from silotune.client.policy import Facts
 from silotune.client.terms import run_events, sigma_for
 from silotune.data.site import SiteConfig
-from silotune.models.adapter import Layout
+from silotune.models.layout import Layout
 from silotune.plan import Plan
 from silotune.privacy.ledger import Ledger
 from silotune.privacy.tally import epsilon_of, tally_of, total

@@ -26,10 +26,11 @@ from silotune.data.site import DatasetConfig, Role, SiteConfig
 from silotune.data.splits import Split
 from silotune.errors import BudgetExceeded
 from silotune.federation.sealed import Vault
-from silotune.models.adapter import Layout, write_adapter
+from silotune.models.adapter import write_adapter
 from silotune.models.base import load_model
 from silotune.models.choices import Choices
 from silotune.models.features import Frozen, compute_frozen
+from silotune.models.layout import Layout
 from silotune.models.outline import outline
 from silotune.models.task import Encoded
 from silotune.models.weights import locate, weights_sha256

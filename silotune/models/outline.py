@@ -7,8 +7,9 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
 from silotune.errors import ModelError
-from silotune.models.adapter import Layout, layout_of
+from silotune.models.adapter import layout_of
 from silotune.models.base import TaskModel
+from silotune.models.layout import Layout
 from silotune.models.lora import wrap
 from silotune.models.pretrained import fixed_rng, load_config, quiet
 from silotune.models.tasks import get_task
