@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from typing import Annotated
-
-# Before any library reads them: silotune never phones home and never downloads unasked.
-os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
-os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import typer
 from rich.console import Console

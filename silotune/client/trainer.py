@@ -244,14 +244,20 @@ class Trainer:
         """What the base model alone makes of every record, computed on first use and kept."""
         return self._find_frozen()
 
+    @property
+    def _uses_frozen(self) -> bool:
+        """Whether anything of the base model alone is worth computing once."""
+        below = self._model.task.has_head and self._model.module.prefix is not None
+        return below or self._plan.optimizer.site.head_rounds > 0
+
     def prepare(self) -> None:
         """Do now what would otherwise keep the first round waiting."""
-        if self._model.task.has_head:
+        if self._uses_frozen:
             _ = self.frozen
 
     def inputs(self, rows: list[int]) -> dict[str, Tensor]:
         """The task's batch of some records."""
-        if self._model.task.has_head:
+        if self._uses_frozen:
             return self.frozen.inputs(self._model, self._data.encoded, rows)
         return self._model.task.collate(self._data.encoded, rows, self._model.device)
 

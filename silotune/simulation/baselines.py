@@ -12,7 +12,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -133,13 +133,14 @@ def jobs_for(
 
 
 def run_jobs(jobs: Sequence[Job], *, workers: int) -> Iterator[Outcome]:
-    """Train the comparison models in worker processes; outcomes as they come, in job order."""
+    """Train the comparison models in worker processes; outcomes as they come, in any order."""
     if workers == 1:
         yield from map(run_job, jobs)
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_calm) as pool:
-        yield from pool.map(run_job, jobs)
+        for done in as_completed([pool.submit(run_job, job) for job in jobs]):
+            yield done.result()
 
 
 def _calm() -> None:

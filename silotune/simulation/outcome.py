@@ -157,7 +157,8 @@ def _baselines(
             seconds=time.monotonic() - started,
         )
     methods = []
-    for key, found in outcomes.items():
+    for key in dict.fromkeys(job.key for job in jobs):  # in this order, whatever came first
+        found = sorted(outcomes[key], key=lambda one: jobs.index(one.job))
         if key == "own":
             methods.append(_own(plan, found))
         else:

@@ -107,6 +107,10 @@ class Progress:
                 line = f"{site} refused to join: {_explained(event)}"
             case "site_failed":
                 line = f"{site} failed in round {event['round']}: {_explained(event)}"
+            case "worker_ready" if not self._console.is_terminal:
+                line = f"worker {event['worker'] + 1} ready after {event['seconds']:.1f} s"
+            case "site_joined" if not self._console.is_terminal and len(state.sites) <= _MOST_SITES:
+                line = f"{site} joined, {state.joined} of {len(state.sites)}"
             case "run_finished":
                 line = f"{event['rounds']} rounds finished in {clock_time(event['seconds'])}"
             case "baseline_finished" if not self._console.is_terminal:
@@ -117,7 +121,7 @@ class Progress:
 
     def _headline(self) -> RenderableType:
         state = self._state
-        left = f"round {state.number} of {state.rounds}" if state.number else "sites are joining"
+        left = f"round {state.number} of {state.rounds}" if state.number else _beginning(state)
         if state.phase and not state.finished:
             left += f", {'head only' if state.phase == 'head' else 'head and adapter'}"
         if state.baseline:
@@ -164,6 +168,13 @@ class Progress:
         if len(state.sites) > len(shown):
             table.add_row(Text(state.counts(leaving_out=shown)), "", "", "")
         return table
+
+
+def _beginning(state: RunState) -> str:
+    """What goes on before the first round."""
+    if not state.workers and not state.joined:
+        return "workers are starting"
+    return f"sites read their records: {state.joined} of {len(state.sites)} joined"
 
 
 def _explained(event: Mapping[str, Any]) -> str:

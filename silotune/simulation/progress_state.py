@@ -21,7 +21,7 @@ class SiteState:
     Attributes
     ----------
     state : str
-        ``idle``, ``training``, ``replied``, ``failed CODE`` or ``refused CODE``.
+        ``idle``, ``joined``, ``training``, ``replied``, ``failed CODE`` or ``refused CODE``.
     seconds : float or None
         Training in its last reply, where known.
     """
@@ -44,6 +44,8 @@ class RunState:
         Name; ``head`` or ``adapter``; the newest score in words; the newest baseline in words.
     rounds, number, done : int
         Planned rounds, the round that goes on, rounds finished.
+    workers, joined : int
+        Worker processes that are ready; sites that joined.
     sites : dict of SiteState
         By name.
     epsilon : Mapping[str, float]
@@ -55,6 +57,7 @@ class RunState:
         self.rounds = self.number = self.done = 0
         self.sites: dict[str, SiteState] = {}
         self.epsilon: Mapping[str, float] = {}
+        self.workers = self.joined = 0
         self.finished = False
         self._baselines = (0, 0)
         self._scored_round = 0
@@ -119,8 +122,12 @@ class RunState:
     def _run_resumed(self, event: Mapping[str, Any]) -> None:
         self.done = int(event["from_round"])
 
+    def _worker_ready(self, _event: Mapping[str, Any]) -> None:
+        self.workers += 1
+
     def _site_joined(self, event: Mapping[str, Any]) -> None:
-        self._site(event).state = "idle"
+        self.joined += 1
+        self._site(event).state = "joined"
 
     def _site_refused(self, event: Mapping[str, Any]) -> None:
         self._site(event).state = f"refused {event.get('code', '')}"

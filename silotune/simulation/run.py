@@ -170,7 +170,11 @@ def _execute(job: _Job, listener: Listener) -> RunDirectory:
         log_folder=job.directory.root / "logs",
         on_receipt=store.on_receipt,
     ) as grid:
-        grid.wait_until_ready()
+        grid.wait_until_ready(
+            lambda ready: store.append_event(
+                "worker_ready", worker=ready.worker, sites=list(ready.sites), seconds=ready.seconds
+            )
+        )
         view = View(grid.inspect_all)
         spectator = Spectator(job.plan, store=store, view=view)
         app = _server_app(job, store, spectator)

@@ -27,6 +27,7 @@ from silotune.errors import RunDirectoryInvalid
 EventKind = Literal[
     "run_started",
     "run_resumed",
+    "worker_ready",
     "site_joined",
     "site_refused",
     "round_started",

@@ -231,6 +231,9 @@ class _Fold:
     def _run_finished(self, _event: Mapping[str, Any]) -> None:
         self._known = replace(self._known, finished=True)
 
+    def _worker_ready(self, _event: Mapping[str, Any]) -> None:
+        """Nothing to keep: it is for who waits."""
+
     def _baseline_finished(self, _event: Mapping[str, Any]) -> None:
         """Nothing to keep: results.json has what came of it."""
 

@@ -217,3 +217,18 @@ def test_a_large_units_records_take_turns():
         for row in batch.rows
     }
     assert seen == set(range(6))  # missing one of six in 40 draws of three: below 1e-11
+
+
+@pytest.mark.parametrize(
+    ("head_rounds", "last_layers", "worth_it"), [(0, None, False), (1, None, True), (0, 1, True)]
+)
+def test_features_are_computed_ahead_only_where_a_round_uses_them(
+    tmp_path, bert_folder, head_rounds, last_layers, worth_it
+):
+    settings = {"optimizer__site__head_rounds": head_rounds, "lora__last_layers": last_layers}
+    run = write_federation(tmp_path, bert_folder, **settings).runs()[0]
+    asked = []
+    find = run.trainer._find_frozen
+    run.trainer._find_frozen = lambda: (asked.append(True), find())[1]
+    run.trainer.prepare()
+    assert bool(asked) == worth_it

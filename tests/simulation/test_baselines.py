@@ -14,6 +14,7 @@ from silotune.simulation.baselines import (
     head_only,
     jobs_for,
     run_job,
+    run_jobs,
 )
 from silotune.strategies.base import Terms
 from tests.federation import CHOICES, PRIVATE, SITES, write_federation
@@ -99,3 +100,12 @@ def test_frozen_features_are_shared_between_plans_of_one_model(federation):
     assert warm.frozen(site, other, run.encoded) is first
     scaled = federation.plan.override({"model.feature_scale": 2.0})
     assert warm.frozen(site, scaled, run.encoded) is not first
+
+
+def test_outcomes_are_the_same_whoever_finishes_first(federation):
+    chosen = [job for job in jobs(federation) if job.key == "own"]
+    outcomes = {one.job.site: one for one in run_jobs(chosen, workers=2)}
+    assert set(outcomes) == set(SITES)
+    for job in chosen:
+        alone = run_job(job)
+        assert all((outcomes[job.site].counts[s] == alone.counts[s]).all() for s in SITES)

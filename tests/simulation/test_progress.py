@@ -162,3 +162,28 @@ def test_markup_and_escapes_in_names_are_only_text(events):
 def test_events_it_does_not_know_change_nothing():
     told = [{"event": "run_started", "time": 0.0, "run": "r", "sites": ["a"], "rounds": 1}]
     assert lines_of([*told, {"event": "newer_kind", "time": 1.0}]) == lines_of(told)
+
+
+def before_the_first_round(sites=("a", "b")):
+    ready = {"event": "worker_ready", "time": 2.0, "worker": 0, "sites": ["a"], "seconds": 1.25}
+    return [
+        {"event": "run_started", "time": 1.0, "run": "r", "sites": list(sites), "rounds": 3},
+        ready,
+        {"event": "site_joined", "time": 3.0, "site": sites[0], "declared_units": 10},
+    ]
+
+
+def test_the_wait_before_the_first_round_says_what_it_waits_for(events):
+    started, ready, joined = before_the_first_round()
+    assert any("workers are starting" in line for line in shown([started]))
+    assert any("0 of 2 joined" in line for line in shown([started, ready]))
+    assert any("1 of 2 joined" in line for line in shown([started, ready, joined]))
+    assert lines_of([started, ready, joined])[1:] == [
+        "worker 1 ready after 1.2 s",
+        "a joined, 1 of 2",
+    ]
+
+
+def test_a_hundred_sites_do_not_fill_a_log_with_their_joining():
+    told = before_the_first_round([f"site-{n}" for n in range(100)])
+    assert not any("joined" in line for line in lines_of(told))

@@ -1,0 +1,18 @@
+"""What importing the package does, and does not."""
+
+import os
+import subprocess
+import sys
+
+
+def test_importing_the_package_turns_telemetry_off_and_loads_no_model_library():
+    code = (
+        "import silotune, sys, os;"
+        "print(os.environ['FLWR_TELEMETRY_ENABLED'], os.environ['FLWR_DISABLE_UPDATE_CHECK'],"
+        " 'torch' in sys.modules)"
+    )
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("FLWR", "TOKENIZERS"))}
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=clean
+    )
+    assert found.stdout.split() == ["0", "1", "False"]
