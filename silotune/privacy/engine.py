@@ -115,9 +115,11 @@ class _UnitClipper(DPOptimizer):  # type: ignore[misc]
             factors = (group.clip * _MARGIN / norms).clamp(max=1.0)
             rows = [as_rows(sample) for sample in samples]
             self._check_norms(group, rows, norms, factors)
-            weights = factors if self.units is None else factors[self.units]
+            # Sums are kept in float64. In float32 one unit could change the rounding of all others,
+            # and so move the sum by more than the clip norm (Casacuberta et al., CCS 2022).
+            weights = (factors if self.units is None else factors[self.units]).double()
             for holder, row, sample in zip(holders, rows, samples, strict=True):
-                total = shaped_as(holder, weights @ row, samples=sample)
+                total = shaped_as(holder, weights @ row.double(), samples=sample)
                 earlier = holder.summed_grad
                 holder.summed_grad = total if earlier is None else earlier + total
                 _mark_as_processed(holder.grad_sample)
@@ -146,7 +148,7 @@ class _UnitClipper(DPOptimizer):  # type: ignore[misc]
                 _check_processed_flag(holder.summed_grad)
             clean = torch.cat([holder.summed_grad.flatten() for holder in holders])
             require_finite([clean], f"the gradient sum of the {group.name}")
-            noisy = self.noise.add(clean, std).to(clean)
+            noisy = self.noise.add(clean, std).float()
             added = float(torch.linalg.vector_norm(noisy - clean, dtype=torch.float64))
             if not noise_is_plausible((added / std) ** 2, len(clean)):
                 raise SelfCheckFailed(f"the noise of the {group.name} is not what was asked for")
@@ -160,7 +162,7 @@ def _add_nothing(holders: list[Any]) -> None:
     """An empty batch: the sum stays as it is, and is zero where nothing came before."""
     for holder in holders:
         if holder.summed_grad is None:
-            holder.summed_grad = torch.zeros_like(holder)
+            holder.summed_grad = torch.zeros_like(holder, dtype=torch.float64)
 
 
 class DpSgd:

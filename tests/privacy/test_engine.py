@@ -144,7 +144,7 @@ def test_the_release_is_the_sum_plus_the_noise_in_group_order():
     assert [r.shape for r in released] == [p.shape for p in engine.parameters]
     found = torch.cat([r.flatten() for r in released])
     expected = torch.cat([c.flatten() for c in clean]) + torch.cat(noise.added)
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(found, expected.float())
     assert noise.asked == [1.5 * 0.5 / math.sqrt(0.2), 1.5 * 2.0 / math.sqrt(0.8)]
 
 
@@ -225,6 +225,27 @@ def test_clipping_never_passes_its_bound_by_rounding(size, scale):
         engine.accumulate(head(torch.randn(1, size, generator=generator) * scale).sum(1))
         norm = float(clean_sum(attached, engine)[0].double().norm())
         assert norm <= 1.0
+
+
+def test_a_unit_in_a_crowd_moves_the_sum_by_its_own_clipped_gradient_alone():
+    """Float32 sums fail this: one more unit changes how the sum of all the others is rounded."""
+    size, crowd = 5000, 300
+    head = nn.Linear(size, 1, bias=False)
+    attached = attach(head)
+    generator = torch.Generator().manual_seed(0)
+    common = torch.randn(1, size, generator=generator)  # units that agree make a long sum
+    records = common + 1e-3 * torch.randn(crowd, size, generator=generator)
+
+    def total(chosen):
+        engine = DpSgd(attached, one_group(attached, 1.0), sigma=1.0, noise=Noise())
+        for batch in chosen.split(64):
+            engine.accumulate(head(batch).sum(1))
+        return clean_sum(attached, engine)[0].double()
+
+    whole, others, own = total(records), total(records[1:]), total(records[:1])
+    assert float(whole.norm()) > 0.99 * crowd
+    assert float((whole - others - own).norm()) < 1e-10
+    assert float((whole - others).norm()) <= 1.0
 
 
 def test_a_zero_gradient_stays_zero():
