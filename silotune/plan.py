@@ -156,6 +156,16 @@ class Plan(Section):
         return self.rounds.local_steps == 1
 
     @property
+    def freezes_a(self) -> bool:
+        """Whether A is no part of the adapter that travels, as in FFA-LoRA."""
+        return self.aggregation.strategy == "ffa"
+
+    @property
+    def corrects_weights(self) -> bool:
+        """Whether the adapter that travels has a correction of each adapted weight."""
+        return self.aggregation.strategy in {"fedex", "flora"}
+
+    @property
     def steps(self) -> int:
         """Training steps of a whole run, head-only rounds included."""
         return self.rounds.number * self.rounds.local_steps

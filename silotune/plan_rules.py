@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from silotune.plan_sections import Clip
+from silotune.plan_strategies import strategy_conflicts
 
 if TYPE_CHECKING:
     from silotune.plan import Plan
@@ -12,7 +13,12 @@ if TYPE_CHECKING:
 
 def conflicts(plan: Plan) -> list[str]:
     """Every impossible combination of a plan: the key's path and the reason."""
-    return [*_model_conflicts(plan), *_privacy_conflicts(plan), *_step_conflicts(plan)]
+    return [
+        *_model_conflicts(plan),
+        *_privacy_conflicts(plan),
+        *_step_conflicts(plan),
+        *strategy_conflicts(plan),
+    ]
 
 
 def _model_conflicts(plan: Plan) -> list[str]:

@@ -55,7 +55,6 @@ class LoraSection(Section):
         None, description="Adapt only this many of the last layers; all of them when absent."
     )
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    freeze_a: bool = Field(False, description="FFA-LoRA: train only B, A stays at its start.")
 
 
 class DataSection(Section):
@@ -92,6 +91,9 @@ class ClientOptimizer(Section):
         0, description="First rounds that train only the head, on features computed once."
     )
     local: Literal["sgd", "adam"] = "adam"
+    prox: Annotated[float, Field(ge=0.0)] = Field(
+        0.0, description="FedProx: pull of local steps towards the global adapter."
+    )
 
 
 class ServerOptimizer(Section):
@@ -136,8 +138,44 @@ class PrivacySection(Section):
     max_physical_batch: Annotated[int, Field(ge=1)] = 128
 
 
+StrategyName = Literal[
+    "fedavg",
+    "ffa",
+    "rolora",
+    "fedsvd",
+    "fedex",
+    "flora",
+    "flexlora",
+    "fedsa",
+    "scaffold",
+    "median",
+    "trimmed_mean",
+    "krum",
+    "multi_krum",
+    "geometric_median",
+    "bulyan",
+    "norm_bound",
+]
+
+
 class AggregationSection(Section):
     """``[aggregation]``: how updates become one adapter."""
 
-    strategy: Literal["fedavg"] = "fedavg"
+    strategy: StrategyName = "fedavg"
     weights: Literal["declared", "equal"] = "declared"
+    head: Literal["shared", "local"] = Field(
+        "shared", description="'local': each site keeps a head of its own."
+    )
+    trim: Annotated[float, Field(gt=0.0, lt=0.5)] | None = Field(
+        None, description="trimmed_mean: share of the sites cut from both ends of a coordinate."
+    )
+    byzantine: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="krum, multi_krum, bulyan: how many sites may lie."
+    )
+    selected: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="multi_krum: how many updates are averaged."
+    )
+    bound: Positive | None = Field(
+        None,
+        description="norm_bound: length that no update may pass; of a mean gradient or change.",
+    )

@@ -38,7 +38,7 @@ def _adapter(plan: Plan) -> str:
     named = {"auto": "the attention's query and value", "all-linear": "all linear layers"}
     where = named[modules] if isinstance(modules, str) else _joined(modules)
     layers = f" in the last {lora.last_layers} layers" if lora.last_layers else ""
-    frozen = " Only B is trained, A stays at its start (FFA)." if lora.freeze_a else ""
+    frozen = " Only B is trained, A stays at its start (FFA)." if plan.freezes_a else ""
     return f"LoRA of rank {lora.r} (alpha {lora.alpha:g}) on {where}{layers}.{frozen}"
 
 

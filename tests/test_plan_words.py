@@ -34,7 +34,7 @@ def test_purpose_task_rounds_and_budget_are_there():
         ({"plan.seed": 3}, "Privacy", "The noise is seeded, so the run is not private."),
         ({"privacy.metrics_share": 0.1}, "Privacy", "10% of it pays for noisy metrics."),
         ({"privacy.rate": None, "privacy.batch": 50}, "Privacy", "about 50 units"),
-        ({"lora.freeze_a": True}, "Adapter", "Only B is trained"),
+        ({"aggregation.strategy": "ffa"}, "Adapter", "Only B is trained"),
         ({"lora.last_layers": 3}, "Adapter", "in the last 3 layers"),
         ({"lora.target_modules": ["q", "v"]}, "Adapter", "on q and v."),
         ({"optimizer.site.head_rounds": 5}, "Rounds", "The first 5 train the head alone"),

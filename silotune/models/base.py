@@ -20,6 +20,7 @@ from torch.nn.functional import normalize
 
 from silotune.models.adapter import layout_of
 from silotune.models.choices import Choices, choose, resolve_device
+from silotune.models.correction import corrections_of
 from silotune.models.layout import Group, Layout
 from silotune.models.lora import saved_name, wrap
 from silotune.models.prefix import FrozenPrefix
@@ -50,12 +51,20 @@ class TaskModel(nn.Module):
         How the tokens of a text become one vector: "mean", "first" or "last" token.
     feature_scale : float
         Factor of the features.
+    corrected : bool
+        Whether the adapted layers' frozen weights may be corrected.
     """
 
     centre: Tensor
 
     def __init__(
-        self, peft: Any, head: nn.Linear | None, *, pooling: str, feature_scale: float
+        self,
+        peft: Any,
+        head: nn.Linear | None,
+        *,
+        pooling: str,
+        feature_scale: float,
+        corrected: bool = False,
     ) -> None:
         super().__init__()
         self.peft, self.head = peft, head
@@ -66,6 +75,7 @@ class TaskModel(nn.Module):
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
         self.prefix = FrozenPrefix.of(peft)
+        self.corrections = corrections_of(peft) if corrected else {}
         forward = inspect.signature(peft.get_base_model().forward)
         self._keeps = "logits_to_keep" in forward.parameters
 
@@ -179,7 +189,7 @@ class LoadedModel:
         return tuple(
             trained[entry.name]
             for entry in self.layout.entries
-            if group is None or entry.group == group
+            if entry.name in trained and group in {None, entry.group}
         )
 
 
@@ -190,6 +200,7 @@ def load_model(
     device: str = "auto",
     attention: str | None = None,
     dtype: str | None = None,
+    rank: int | None = None,
 ) -> LoadedModel:
     """Load the plan's base model and put a fresh adapter on it.
 
@@ -207,6 +218,8 @@ def load_model(
     attention, dtype : str, optional
         What `choose` said, so that all processes of a run compute alike. What is left out is
         chosen, and where need be measured, here.
+    rank : int, optional
+        Of this site's adapter, if smaller than the plan's; its scale is the plan's all the same.
 
     Raises
     ------
@@ -227,10 +240,11 @@ def load_model(
         hidden = int(config.get_text_config().hidden_size)
         head = nn.Linear(hidden, len(plan.model.labels)) if task.has_head else None
         module = TaskModel(
-            wrap(bare, plan),
+            wrap(bare, plan, rank=rank),
             head,
             pooling=plan.model.pooling,
             feature_scale=plan.model.feature_scale,
+            corrected=plan.corrects_weights,
         )
     module.to(place).train()
     _centre(module, tokenizer, task, plan, place)

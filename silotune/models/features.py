@@ -14,6 +14,7 @@ from torch import Tensor
 
 from silotune.models.base import LoadedModel, TaskModel
 from silotune.models.batching import batches
+from silotune.models.correction import corrections_off
 from silotune.models.prefix import PrefixCache
 from silotune.models.task import Encoded, Rows
 
@@ -88,7 +89,7 @@ def compute_frozen(model: LoadedModel, encoded: Encoded, *, batch: int = 64) -> 
     features = torch.empty(len(encoded), size)
     kept = prefix is not None and PrefixCache.fits(encoded, size=size)
     cache = PrefixCache(encoded, size=size) if kept else None
-    with module.inference(), _adapter_off(module):
+    with module.inference(), _adapter_off(module), corrections_off(module.corrections):
         for rows in batches(encoded, range(len(encoded)), size=batch):
             inputs = encoded.padded(rows, model.device)
             if prefix is None or cache is None:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, Protocol
 
@@ -21,11 +21,12 @@ from numpy.typing import NDArray
 from silotune.errors import AdapterMismatch
 from silotune.plan import Plan
 
-Group = Literal["head", "adapter"]
-Part = Literal["A", "B", "head"]
+Group = Literal["head", "adapter", "correction"]
+Part = Literal["A", "B", "head", "correction"]
 Vector = NDArray[np.float32]
 
 _FLOAT = np.dtype("<f4")
+_ORDER: tuple[Group, ...] = ("adapter", "correction", "head")
 
 
 class Detachable(Protocol):
@@ -56,9 +57,9 @@ class Entry:
 
     @property
     def part(self) -> Part:
-        """Which of LoRA's two matrices it is, or the head."""
-        if self.group == "head":
-            return "head"
+        """Which of LoRA's two matrices it is, the head, or a correction of a frozen weight."""
+        if self.group != "adapter":
+            return self.group
         return "A" if ".lora_A." in self.name else "B"
 
 
@@ -73,7 +74,10 @@ class Span:
 
 @dataclass(frozen=True)
 class Layout:
-    """Names, shapes and order of the arrays in the flat vector; adapter first, head last."""
+    """Names, shapes and order of the arrays in the flat vector.
+
+    The adapter comes first, then corrections of frozen weights if the strategy has them, then the head.
+    """
 
     entries: tuple[Entry, ...]
 
@@ -107,6 +111,26 @@ class Layout:
             start += entry.size
         return tuple(found)
 
+    def at_rank(self, rank: int) -> Layout:
+        """The same layout with LoRA matrices of another rank."""
+        return Layout(tuple(replace(e, shape=_ranked(e, rank)) for e in self.entries))
+
+    def cut(self, flat: NDArray[Any], smaller: Layout) -> Vector:
+        """A new vector of a layout of smaller rank: the leading rows of A and columns of B."""
+        made = np.empty(smaller.size, dtype=_FLOAT)
+        parts = zip(self.unpack(flat).values(), smaller.unpack(made).values(), strict=True)
+        for whole, part in parts:
+            part[...] = whole[tuple(slice(n) for n in part.shape)]
+        return made
+
+    def widen(self, flat: NDArray[Any], smaller: Layout) -> Vector:
+        """The reverse of `cut`, with zeros where the smaller adapter has nothing."""
+        made = np.zeros(self.size, dtype=_FLOAT)
+        parts = zip(self.unpack(made).values(), smaller.unpack(flat).values(), strict=True)
+        for whole, part in parts:
+            whole[tuple(slice(n) for n in part.shape)] = part
+        return made
+
     def mask(self, group: Group) -> slice:
         """The slice of one group; empty, at the end, for a group the layout lacks."""
         return self.slices.get(group, slice(self.size, self.size))
@@ -127,8 +151,8 @@ class Layout:
         if names != set(arrays):
             missing, unknown = sorted(names - set(arrays)), sorted(set(arrays) - names)
             raise AdapterMismatch(
-                f"{len(missing)} arrays are missing{_first(missing)}, "
-                f"{len(unknown)} are unknown{_first(unknown)}"
+                f"{len(missing)} arrays are missing{first_of(missing)}, "
+                f"{len(unknown)} are unknown{first_of(unknown)}"
             )
         flat = np.empty(self.size, dtype=_FLOAT)
         for entry, view in zip(self.entries, self.unpack(flat).values(), strict=True):
@@ -174,7 +198,8 @@ class Layout:
         except (ValueError, TypeError, KeyError) as exc:
             raise AdapterMismatch("the text is not a layout") from exc
         groups = [entry.group for entry in entries]
-        if groups != sorted(groups) or len({e.name for e in entries}) != len(entries):
+        names = {entry.name for entry in entries}
+        if groups != sorted(groups, key=_ORDER.index) or len(names) != len(entries):
             raise AdapterMismatch("the layout's groups are mixed or a name is listed twice")
         return cls(entries)
 
@@ -229,10 +254,17 @@ def initial_matrix(name: str, shape: tuple[int, ...], plan: Plan) -> NDArray[np.
 def _entry(raw: Any) -> Entry:
     shape = tuple(raw["shape"])
     whole = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in shape)
-    if not isinstance(raw["name"], str) or raw["group"] not in {"adapter", "head"} or not whole:
+    if not isinstance(raw["name"], str) or raw["group"] not in _ORDER or not whole:
         raise ValueError
     return Entry(raw["name"], shape, raw["group"])
 
 
-def _first(names: list[str]) -> str:
+def _ranked(entry: Entry, rank: int) -> tuple[int, ...]:
+    if entry.part == "A":
+        return (rank, *entry.shape[1:])
+    return (*entry.shape[:-1], rank) if entry.part == "B" else entry.shape
+
+
+def first_of(names: list[str]) -> str:
+    """How a message goes on that counts some names."""
     return f" (first {names[0]})" if names else ""

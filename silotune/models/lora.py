@@ -31,7 +31,7 @@ _ADAPTER_NAME = re.compile(r"(\.lora_[AB])\.default\.")
 _LAYER = re.compile(r"(?:^|\.)([^.]+)\.(\d+)\.")
 
 
-def wrap(base: Any, plan: Plan) -> PeftModel:
+def wrap(base: Any, plan: Plan, *, rank: int | None = None) -> PeftModel:
     """Put the plan's LoRA on a base model; the matrices start as `initial_matrix` says.
 
     Parameters
@@ -40,6 +40,8 @@ def wrap(base: Any, plan: Plan) -> PeftModel:
         Changed in place: its own weights are frozen, targeted layers get an adapter.
     plan : Plan
         ``lora`` and ``model.task`` say what to add.
+    rank : int, optional
+        Another rank than the plan's, at the plan's scale ``alpha / r``.
 
     Raises
     ------
@@ -48,11 +50,12 @@ def wrap(base: Any, plan: Plan) -> PeftModel:
     ModelError
         ``lora.last_layers`` is more than the model has.
     """
-    alpha = plan.lora.alpha
+    rank = rank or plan.lora.r
+    alpha = plan.lora.alpha * rank / plan.lora.r
     generative = plan.model.task == "causal_lm"
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM if generative else TaskType.FEATURE_EXTRACTION,
-        r=plan.lora.r,
+        r=rank,
         lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
         lora_dropout=plan.lora.dropout,
         bias="none",
@@ -65,7 +68,7 @@ def wrap(base: Any, plan: Plan) -> PeftModel:
             if ".lora_" in name:
                 start = initial_matrix(saved_name(name), tuple(parameter.shape), plan)
                 parameter.copy_(torch.from_numpy(start))
-                parameter.requires_grad_(".lora_B." in name or not plan.lora.freeze_a)
+                parameter.requires_grad_(".lora_B." in name or not plan.freezes_a)
     return wrapped
 
 

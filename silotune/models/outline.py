@@ -47,5 +47,6 @@ def outline(plan: Plan, *, base: str) -> Layout:
             head,
             pooling=plan.model.pooling,
             feature_scale=plan.model.feature_scale,
+            corrected=plan.corrects_weights,
         )
     return layout_of(module)

@@ -44,11 +44,14 @@ class Terms:
         The site's name.
     declared_units : int
         Rounded number of privacy units, from the site's own configuration.
+    rank : int or None
+        Rank of the site's adapter; None for the plan's.
     """
 
     node: int
     site: str
     declared_units: int
+    rank: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,9 +84,12 @@ class AdapterStrategy(Strategy):
     ----------
     linear : bool
         Whether `finish` needs no more of the updates than their weighted sum.
+    ranks : bool
+        Whether sites may have adapters of a smaller rank than the plan's.
     """
 
     linear: ClassVar[bool]
+    ranks: ClassVar[bool] = False
 
     def __init__(self, plan: Plan, *, layout: Layout) -> None:
         self.plan, self.layout = plan, layout
@@ -102,20 +108,25 @@ class AdapterStrategy(Strategy):
     @classmethod
     def kept(cls, plan: Plan) -> frozenset[Part]:
         """Parts that never leave a site; the global adapter has them at their start."""
-        del plan
-        return frozenset()
+        return frozenset({"head"} if plan.aggregation.head == "local" else ())
 
     @classmethod
     def sent(cls, plan: Plan, server_round: int) -> frozenset[Part]:
-        """Parts whose update a site sends in a round, in the order of the layout."""
+        """Parts whose update a site sends in a round."""
         return cls.trained(plan, server_round) - cls.kept(plan)
+
+    @classmethod
+    def outgoing(cls, plan: Plan, update: Vector, *, declared_units: int) -> Vector:
+        """What a site sends of its update: here the update as it is."""
+        del plan, declared_units
+        return update
 
     def spans(self, server_round: int) -> tuple[Span, ...]:
         """Where the sent parts lie in the global adapter, in the order of an update."""
         return self.layout.spans(self.sent(self.plan, server_round))
 
     def update_size(self, server_round: int) -> int:
-        """Length of the update a site sends in a round."""
+        """Length of the update that a site of the plan's rank sends in a round."""
         return sum(span.stop - span.start for span in self.spans(server_round))
 
     # --- the arithmetic of a method ---

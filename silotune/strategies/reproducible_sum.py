@@ -12,6 +12,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+Values = NDArray[np.float32] | NDArray[np.float64]
+
 _BLOCK = 1 << 15  # float64 elements: two blocks stay in a core's second-level cache
 
 
@@ -38,7 +40,7 @@ class ReproducibleSum:
         self.limit = 2.0 ** (52 + exponent - 12)
         self._block = np.empty(min(size, _BLOCK), dtype=np.float64)
 
-    def add(self, vector: NDArray[np.float32], weight: float = 1.0) -> None:
+    def add(self, vector: Values, weight: float = 1.0) -> None:
         """Add ``weight * vector``.
 
         Raises
@@ -46,13 +48,7 @@ class ReproducibleSum:
         ValueError
             Another length, or an element whose weighted size passes `limit` (NaN included).
         """
-        if vector.shape != self._total.shape:
-            raise ValueError(f"expected {self._total.shape[0]} numbers, got {vector.size}")
-        if vector.size == 0:
-            return
-        largest = max(float(vector.max()), -float(vector.min())) * abs(weight)
-        if not largest < self.limit:  # also true for NaN
-            raise ValueError("a number is NaN, infinite or beyond the range of the sum")
+        self.check(vector, weight)
         for start in range(0, vector.size, _BLOCK):
             part = vector[start : start + _BLOCK]
             block = self._block[: part.size]
@@ -60,6 +56,16 @@ class ReproducibleSum:
             block += self._shift
             block -= self._shift
             self._total[start : start + _BLOCK] += block
+
+    def check(self, vector: Values, weight: float = 1.0) -> None:
+        """Raise what `add` would raise, and add nothing."""
+        if vector.shape != self._total.shape:
+            raise ValueError(f"expected {self._total.shape[0]} numbers, got {vector.size}")
+        if vector.size == 0:
+            return
+        largest = max(float(vector.max()), -float(vector.min())) * abs(weight)
+        if not largest < self.limit:  # also true for NaN
+            raise ValueError("a number is NaN, infinite or beyond the range of the sum")
 
     def add_total(self, total: NDArray[np.float64]) -> None:
         """Add the sum of several weighted vectors, as somebody else computed it.
@@ -77,4 +83,8 @@ class ReproducibleSum:
 
     def value(self, divisor: float) -> NDArray[np.float32]:
         """The sum divided by `divisor`, rounded once to float32."""
-        return (self._total / divisor).astype(np.float32)
+        return self.mean(divisor).astype(np.float32)
+
+    def mean(self, divisor: float) -> NDArray[np.float64]:
+        """The sum divided by `divisor`."""
+        return self._total / divisor

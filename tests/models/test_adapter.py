@@ -155,7 +155,7 @@ def test_a_vector_of_another_length_is_not_written(model):
 def test_the_coordinator_knows_the_start_without_a_model(bert_folder, llama_folder):
     for plan in (
         a_plan(bert_folder, plan__seed=None),
-        a_plan(bert_folder, lora__freeze_a=True),
+        a_plan(bert_folder, aggregation__strategy="ffa"),
         a_plan(llama_folder, "causal_lm"),
     ):
         fresh = load_model(plan)
@@ -185,7 +185,7 @@ def run_card(folder, monkeypatch) -> dict:
 CASES = {
     "minilm": ("minilm", {"model__centre_texts": ["disease", "heart"], "lora__last_layers": 3}),
     "first": ("bert", {"model__pooling": "first", "lora__target_modules": "all-linear"}),
-    "frozen": ("bert", {"lora__freeze_a": True, "model__feature_scale": 2.5}),
+    "frozen": ("bert", {"aggregation__strategy": "ffa", "model__feature_scale": 2.5}),
     "last": ("llama", {"model__pooling": "last", "model__centre_texts": ["eye"]}),
 }
 
@@ -248,7 +248,11 @@ def test_a_saved_causal_lm_gives_our_logits_with_peft_alone(llama_folder, tmp_pa
 
 @pytest.mark.parametrize("frozen", [True, False])
 def test_loading_gives_back_what_was_saved(bert_folder, tmp_path, frozen):
-    plan = a_plan(bert_folder, lora__freeze_a=frozen, model__centre_texts=["eye"])
+    plan = a_plan(
+        bert_folder,
+        aggregation__strategy="ffa" if frozen else "fedavg",
+        model__centre_texts=["eye"],
+    )
     model = load_model(plan)
     flat = random_flat(model.layout)
     before = read_adapter(model)
@@ -277,7 +281,7 @@ def test_saving_twice_writes_the_same_bytes(model, tmp_path):
 
 
 def test_an_adapter_made_otherwise_is_refused(bert_folder, tmp_path):
-    plan = a_plan(bert_folder, model__centre_texts=["eye"], lora__freeze_a=True)
+    plan = a_plan(bert_folder, model__centre_texts=["eye"], aggregation__strategy="ffa")
     model = load_model(plan)
     save_adapter(model, random_flat(model.layout), tmp_path, plan=plan)
     for changes, named in (

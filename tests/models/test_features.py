@@ -19,7 +19,7 @@ EXAMPLES = [
 
 @pytest.fixture
 def model(bert_folder):
-    return load_model(a_plan(bert_folder, lora__freeze_a=True, model__centre_texts=["eye"]))
+    return load_model(a_plan(bert_folder, aggregation__strategy="ffa", model__centre_texts=["eye"]))
 
 
 @pytest.fixture

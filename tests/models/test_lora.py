@@ -117,7 +117,7 @@ def test_more_last_layers_than_there_are_is_refused():
 
 
 def test_frozen_a_leaves_only_b_to_train():
-    model = built("llama", lora__freeze_a=True)
+    model = built("llama", aggregation__strategy="ffa")
     assert set(adapted(model).values()) == {False}
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert trained

@@ -62,7 +62,7 @@ def test_a_group_that_starts_late_starts_fresh():
     steps = gradients(6)
     late = [{"head": s["head"]} for s in steps[:3]] + steps[3:]
     _, optimizer = walk(plan, late)
-    assert optimizer.counts == {"A": 0, "B": 3, "head": 6}
+    assert optimizer.counts == {"A": 0, "B": 3, "head": 6, "correction": 0}
 
 
 def test_restored_state_goes_on_bit_for_bit():

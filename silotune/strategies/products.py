@@ -1,0 +1,156 @@
+"""Strategies that average the products B_k A_k of the sites, not their factors.
+
+A site sends the changes of its A, B and head after several local steps; the coordinator, which knows
+what it sent, folds the product of the site's own matrices into a running sum of one ``[out, in]``
+matrix a layer. That is not linear in what is sent, but needs memory for one site only.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator
+from typing import ClassVar
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from numpy.typing import NDArray
+
+from silotune.errors import UpdateRejected
+from silotune.models.layout import Layout, Span
+from silotune.plan import Plan
+from silotune.strategies.base import AdapterStrategy, Terms, Vector, as_arrays
+from silotune.strategies.factors import Pair, pairs
+from silotune.strategies.reproducible_sum import ReproducibleSum
+
+_EXPONENT = -36  # of the grid of the exact sum; it holds numbers up to 16
+
+Product = NDArray[np.float64]
+
+
+class ProductStrategy(AdapterStrategy):
+    """Weighted mean of the products and of everything that sites sent; then `combine`.
+
+    Ranks may differ by site where `ranks` is true: a site of rank k is sent the first k rows of A and
+    columns of B, and trains with the same scale ``alpha / r`` as everybody.
+    """
+
+    linear: ClassVar[bool] = False
+
+    def __init__(self, plan: Plan, *, layout: Layout) -> None:
+        super().__init__(plan, layout=layout)
+        self.scale = plan.lora.alpha / plan.lora.r
+        self._layouts = {plan.lora.r: layout}
+
+    def layout_at(self, rank: int | None) -> Layout:
+        """Layout of a site's own adapter."""
+        wanted = rank or self.plan.lora.r
+        if wanted not in self._layouts:
+            self._layouts[wanted] = self.layout.at_rank(wanted)
+        return self._layouts[wanted]
+
+    def contents(
+        self, arrays: ArrayRecord, config: ConfigRecord
+    ) -> Iterator[tuple[int, RecordDict]]:
+        """The adapter at each site's own rank."""
+        flat = arrays["flat"].numpy()
+        made: dict[int | None, RecordDict] = {
+            None: RecordDict({"arrays": arrays, "config": config})
+        }
+        for node, terms in self.cohort.items():
+            rank = None if terms.rank == self.plan.lora.r else terms.rank
+            if rank not in made:
+                smaller = as_arrays(self.layout.cut(flat, self.layout_at(rank)))
+                made[rank] = RecordDict({"arrays": smaller, "config": config})
+            yield node, made[rank]
+
+    def begin(self, server_round: int, adapter: Vector) -> None:
+        """Start the sums of a round."""
+        self._adapter, self._round, self._mass = adapter, server_round, 0.0
+        self._changes = ReproducibleSum(self.update_size(server_round), exponent=_EXPONENT)
+        layers = pairs(self.layout, adapter) if self._multiplies(server_round) else iter(())
+        dense = sum(pair.A.shape[1] * pair.B.shape[0] for pair in layers)
+        self._products = ReproducibleSum(dense, exponent=_EXPONENT)
+
+    def fold(self, terms: Terms, update: Vector) -> None:
+        """Add one site's changes and the products of its matrices."""
+        layout, share = self.layout_at(terms.rank), self._share(terms)
+        spans = layout.spans(self.sent(self.plan, self._round))
+        expected = sum(span.stop - span.start for span in spans)
+        if update.shape != (expected,):
+            raise UpdateRejected(
+                f"site {terms.site}: expected {expected} numbers, got {update.size}"
+            )
+        change = spread(layout, spans, update)
+        products = np.zeros(0)
+        if self._multiplies(self._round):
+            local = self.layout.cut(self._adapter, layout) + change
+            products = _products(pairs(layout, local))
+        sent = gathered(self.layout.widen(change, layout), self.spans(self._round))
+        try:
+            # Checked first: a rejected reply must leave both sums as they were.
+            self._products.check(products, share)
+            self._changes.add(sent, share)
+        except ValueError as exc:
+            raise UpdateRejected(f"site {terms.site}: {exc}") from exc
+        self._products.add(products, share)
+        self._mass += share
+
+    def _multiplies(self, server_round: int) -> bool:
+        """Whether a round trains more than the head."""
+        return self.trained(self.plan, server_round) > {"head"}
+
+    def _share(self, terms: Terms) -> float:
+        largest = max((t.declared_units for t in self.cohort.values()), default=1)
+        equal = self.plan.aggregation.weights == "equal"
+        return 1.0 if equal else terms.declared_units / largest
+
+    def finish(self, adapter: Vector, *, server_round: int) -> Vector:
+        """New factors and correction of each layer, and the mean of the head."""
+        if not self._mass:
+            return adapter.copy()
+        mean = self._changes.value(self._mass)
+        updated = adapter + spread(self.layout, self.spans(server_round), mean)
+        if not self._multiplies(server_round):
+            return updated
+        means, start = self._products.mean(self._mass), 0
+        for pair in pairs(self.layout, updated):
+            shape = (pair.B.shape[0], pair.A.shape[1])
+            end = start + shape[0] * shape[1]
+            self.combine(pair, means[start:end].reshape(shape), server_round=server_round)
+            start = end
+        return updated
+
+    @abstractmethod
+    def combine(self, pair: Pair, mean: Product, *, server_round: int) -> None:
+        """Replace one layer's matrices in place.
+
+        Parameters
+        ----------
+        pair : Pair
+            The weighted means of the sites' A and B, and the correction that they were sent.
+        mean : float64 array [out, in]
+            The weighted mean of the sites' products BA.
+        server_round : int
+            From 1.
+        """
+
+
+def spread(layout: Layout, spans: Iterable[Span], values: Vector) -> Vector:
+    """A vector of the layout that is zero but for some spans."""
+    made, start = np.zeros(layout.size, dtype=np.float32), 0
+    for span in spans:
+        end = start + span.stop - span.start
+        made[span.start : span.stop] = values[start:end]
+        start = end
+    return made
+
+
+def gathered(flat: Vector, spans: Iterable[Span]) -> Vector:
+    """The spans of a flat vector, one after the other."""
+    parts = [flat[span.start : span.stop] for span in spans]
+    return np.concatenate(parts) if parts else flat[:0]
+
+
+def _products(layers: Iterator[Pair]) -> Product:
+    found = [(pair.B.astype(np.float64) @ pair.A).ravel() for pair in layers]
+    return np.concatenate(found) if found else np.zeros(0)
