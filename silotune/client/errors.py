@@ -172,6 +172,15 @@ class SitePaused(RunError):
     advice = "It answers again after `silotune site resume`; then resume the run."
 
 
+class RankRefused(PolicyError):
+    """The adapter's rank is more than this machine trains."""
+
+    code = "ST-518"
+    title = "The plan's rank is larger than the site's resources allow"
+    cause = "resources.max_rank of site.toml is below lora.r, and the strategy needs one rank."
+    advice = "Lower lora.r, use strategy 'flora' or 'flexlora', or have max_rank raised."
+
+
 class MessageRefused(RunError):
     """A message is of no kind that this site knows, or breaks its form."""
 

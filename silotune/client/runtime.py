@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
@@ -10,13 +11,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from dp_accounting import ComposedDpEvent
 from flwr.app import RecordDict
+from numpy.typing import NDArray
 
 from silotune.client import metrics
+from silotune.client.errors import RankRefused
 from silotune.client.facts import facts_for
 from silotune.client.gate import DpRelease, Field, Gate, Public, Unprotected
+from silotune.client.memory import SealedMemory
 from silotune.client.policy import Facts, judge
 from silotune.client.terms import metric_sigma, run_events, sigma_for
 from silotune.client.trainer import SiteData, TrainableModel, Trainer, Vector
@@ -40,6 +45,7 @@ from silotune.privacy.certificate import CertificateBody, issue
 from silotune.privacy.ledger import Budget, Ledger, ReleaseKey
 from silotune.privacy.noise import NoiseSource, SecureNoise, SeededNoise, derive_seed
 from silotune.privacy.signing import load_or_create
+from silotune.strategies import method_of
 
 _MOST_FROZEN = 16  # sites whose frozen features are kept at a time
 
@@ -77,25 +83,33 @@ class WarmModel:
 
     choices: Choices | None = None
     shared: Path | None = None
-    _held: TrainableModel | None = None
+    _held: dict[int, TrainableModel] = field(default_factory=dict)
     _outlined: tuple[Plan, Layout] | None = None
     _frozen: dict[str, Frozen] = field(default_factory=dict)
 
-    def for_plan(self, plan: Plan, *, base: str | None = None) -> TrainableModel:
+    def for_plan(
+        self, plan: Plan, *, base: str | None = None, rank: int | None = None
+    ) -> TrainableModel:
         """The model ready to train under `plan`, loaded if another plan had it before.
 
-        `base` is where the base model is on this machine, if not where the plan says.
+        `base` is where the base model is on this machine, if not where the plan says; `rank` that of
+        the adapter, if not the plan's.
         """
-        if self._held is None or self._held.plan != plan:
+        if any(held.plan != plan for held in self._held.values()):
+            self._held.clear()
+        rank = rank or plan.lora.r
+        if rank not in self._held:
             wish = asdict(self.choices) if self.choices else {}
             wish.pop("reason", None)
-            self._held = TrainableModel(plan, load_model(plan, base=base, **wish))
-        return self._held
+            loaded = load_model(plan, base=base, rank=rank, **wish)
+            self._held[rank] = TrainableModel(plan, loaded)
+        return self._held[rank]
 
     def layout(self, plan: Plan, *, base: str) -> Layout:
         """The adapter's layout, without loading a model for it."""
-        if self._held is not None and self._held.plan == plan:
-            return self._held.model.layout
+        held = self._held.get(plan.lora.r)
+        if held is not None and held.plan == plan:
+            return held.model.layout
         if self._outlined is None or self._outlined[0] != plan:
             self._outlined = plan, outline(plan, base=base)
         return self._outlined[1]
@@ -166,6 +180,7 @@ class SiteRun:
     def join(self) -> RecordDict:
         """Check that the plan can be served here, reserve its budget, and declare the terms."""
         self._admit()
+        self._require_rank()
         model = self.trainable.model
         self._reserve()
         declared = self.dataset.declared_units
@@ -175,6 +190,8 @@ class SiteRun:
             "layout": Public(model.layout.to_json(), "plan: model and lora"),
             "rate": Public(self.plan.rate_for(declared), "plan: privacy.rate or privacy.batch"),
         }
+        if self.rank != self.plan.lora.r:
+            fields["rank"] = Public(self.rank, "site.toml: resources.max_rank")
         if self.plan.private:
             fields["sigma"] = Public(self.sigma, "plan: privacy.epsilon over the declared units")
         self.trainer.prepare()
@@ -203,25 +220,28 @@ class SiteRun:
         if (again := self.gate.recall(key)) is not None:
             return again
         self._admit()
+        found = {"counts": self._counts(adapter)}
+        keeping = self.trainer.keeping
+        if keeping.any:
+            found["personal"] = self._counts(keeping.personal(adapter, before=server_round + 1))
+        if not self.plan.private:
+            return self.gate.release(key, fields={n: Unprotected(v) for n, v in found.items()})
+        sigma, noise = metric_sigma(self.plan), self._noise("metrics", server_round)
+        # One unit moves every table: together they are one release of sqrt(tables) the sensitivity.
+        reach = metrics.sensitivity(self.trainable.model) * math.sqrt(len(found))
+        released = {
+            name: DpRelease(metrics.noisy(v, sigma=sigma, sensitivity=reach, noise=noise), "counts")
+            for name, v in found.items()
+        }
+        return self.gate.release(key, fields=released, mechanisms={"counts": gaussian_event(sigma)})
+
+    def _counts(self, adapter: Vector) -> NDArray[np.float64]:
+        """Counts of an adapter on the validation units."""
         model = self.trainable.model
         write_adapter(model, adapter)
         rows = self.records.rows(Split.VALIDATION)
         units = self.records.unit_of[rows]
-        found = metrics.counts(model, self.encoded, rows=rows, units=units)
-        if not self.plan.private:
-            return self.gate.release(key, fields={"counts": Unprotected(found)})
-        sigma = metric_sigma(self.plan)
-        released = metrics.noisy(
-            found,
-            sigma=sigma,
-            sensitivity=metrics.sensitivity(model),
-            noise=self._noise("metrics", server_round),
-        )
-        return self.gate.release(
-            key,
-            fields={"counts": DpRelease(released, "counts")},
-            mechanisms={"counts": gaussian_event(sigma)},
-        )
+        return metrics.counts(model, self.encoded, rows=rows, units=units)
 
     def finish(self, certificate: Path | None = None) -> CertificateBody | None:
         """Settle the reservation and write the certificate; None without privacy.
@@ -248,7 +268,20 @@ class SiteRun:
     @property
     def trainable(self) -> TrainableModel:
         """The process's model, ready for this plan."""
-        return self._warm.for_plan(self.plan, base=self.site.model_place(self.plan))
+        place = self.site.model_place(self.plan)
+        return self._warm.for_plan(self.plan, base=place, rank=self.rank)
+
+    @property
+    def rank(self) -> int:
+        """Rank of this site's adapter: the plan's, or less if its resources say so."""
+        return min(self.plan.lora.r, self.site.resources.max_rank or self.plan.lora.r)
+
+    def at_own_rank(self, adapter: Vector) -> Vector:
+        """A global adapter as it arrives at this site."""
+        own = self.trainable.model.layout
+        if self.rank == self.plan.lora.r:
+            return adapter
+        return own.at_rank(self.plan.lora.r).cut(adapter, own)
 
     @cached_property
     def ledger(self) -> Ledger | None:
@@ -299,6 +332,7 @@ class SiteRun:
             data,
             sigma=self.sigma,
             frozen=lambda: self._warm.frozen(self.site, self.plan, self.encoded),
+            memory=SealedMemory(self._state / "memory", run=self.run, sealer=self._keys.vault),
         )
 
     @cached_property
@@ -315,6 +349,13 @@ class SiteRun:
             layout=layout,
             moment=local_time(),
         )
+
+    def _require_rank(self) -> None:
+        if self.rank < self.plan.lora.r and not method_of(self.plan).ranks:
+            raise RankRefused(
+                f"resources.max_rank is {self.rank}, the plan's lora.r is {self.plan.lora.r}, and with "
+                f"strategy '{self.plan.aggregation.strategy}' all sites have the plan's"
+            )
 
     def _admit(self) -> None:
         """Let the site's policy judge the plan, before anything is loaded or computed for it."""

@@ -17,6 +17,9 @@ from dp_accounting import DpEvent
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from silotune.client.control import Control
+from silotune.client.keeping import Keeping
+from silotune.client.memory import Memory, ProcessMemory
 from silotune.client.sampling import MicroBatch, UnitSampler
 from silotune.errors import SelfCheckFailed
 from silotune.models.adapter import write_adapter
@@ -30,8 +33,7 @@ from silotune.privacy.clipping import Attached, attach
 from silotune.privacy.engine import ClipGroup, DpSgd, PlainSgd
 from silotune.privacy.noise import NoiseSource, SecureNoise, SeededNoise, derive_seed
 from silotune.strategies import method_of
-from silotune.strategies.schedule import Phase, learning_rate, phase_of
-from silotune.strategies.server_optimizer import Group
+from silotune.strategies.schedule import Group, Phase, learning_rate, phase_of
 
 Vector = NDArray[np.float32]
 Engine = DpSgd | PlainSgd
@@ -143,6 +145,8 @@ class Trainer:
         Noise multiplier; ignored without privacy.
     frozen : callable, optional
         Gives what the base model alone makes of the records, if somebody has it already.
+    memory : Memory, optional
+        Where the site keeps its own parts and variates between rounds; by default in this process.
 
     Attributes
     ----------
@@ -157,6 +161,7 @@ class Trainer:
         *,
         sigma: float,
         frozen: Callable[[], Frozen] | None = None,
+        memory: Memory | None = None,
     ) -> None:
         self._shared, self._data, self._sigma = trainable, data, sigma
         self._plan, self._model = trainable.plan, trainable.model
@@ -171,6 +176,11 @@ class Trainer:
         self._find_frozen = frozen or (lambda: compute_frozen(self._model, data.encoded))
         self._secure = SecureNoise() if self._plan.plan.seed is None else None
         self._still = {id(p): _MOVE_PATIENCE for p in self._model.parameters()}
+        memory = memory or ProcessMemory()
+        batch = self._plan.expected_batch(data.declared_units)
+        self.keeping = Keeping(self._plan, layout=self.layout, memory=memory, batch=batch)
+        scaffold = self._plan.aggregation.strategy == "scaffold"
+        self._control = Control(self._plan, layout=self.layout, memory=memory) if scaffold else None
         self.records_used = 0
 
     @property
@@ -193,24 +203,32 @@ class Trainer:
         SelfCheckFailed
             A run-time check failed; nothing may be released.
         """
-        phase = phase_of(self._plan, server_round)
-        parts = method_of(self._plan).trained(self._plan, server_round)
-        write_adapter(self._model, adapter)
+        method = method_of(self._plan)
+        own = self.keeping.personal(adapter, before=server_round)
+        write_adapter(self._model, own)
         noise = self._stream(server_round)
-        engine = self._shared.engine(parts, sigma=self._sigma, noise=noise)
-        steps = self._plan.rounds.local_steps
-        first = (server_round - 1) * steps
-        if steps == 1:
-            sums, records = self._step(engine, phase, noise)
+        engine = self._shared.engine(
+            method.trained(self._plan, server_round), sigma=self._sigma, noise=noise
+        )
+        if self._plan.sends_sums:
+            sums, records = self._step(engine, phase_of(self._plan, server_round), noise)
             flat = _flatten(sums)
         else:
-            flat, records = self._walk(engine, phase, noise, first=first)
+            flat, records = self._walk(engine, noise, adapter, server_round)
         self.records_used += records
-        event = None
-        if self._plan.private:
-            rate = self._plan.rate_for(self._data.declared_units)
-            event = step_event(rate=rate, sigma=self._sigma, steps=steps)
-        return RoundUpdate(flat=flat, event=event)
+        sent = method.outgoing(
+            self._plan,
+            self.keeping.leave(own, flat, server_round),
+            declared_units=self._data.declared_units,
+        )
+        return RoundUpdate(flat=sent, event=self._event())
+
+    def _event(self) -> DpEvent | None:
+        """What a round costs."""
+        if not self._plan.private:
+            return None
+        rate = self._plan.rate_for(self._data.declared_units)
+        return step_event(rate=rate, sigma=self._sigma, steps=self._plan.rounds.local_steps)
 
     def _stream(self, server_round: int) -> NoiseSource:
         """Randomness of a round: the OS's, or the plan's seed for this site and round."""
@@ -262,28 +280,48 @@ class Trainer:
         return self._model.task.collate(self._data.encoded, rows, self._model.device)
 
     def _walk(
-        self, engine: Engine, phase: Phase, noise: NoiseSource, *, first: int
+        self, engine: Engine, noise: NoiseSource, adapter: Vector, server_round: int
     ) -> tuple[Vector, int]:
         """Several local steps with the site's own optimizer; the change of the parameters."""
-        parameters = engine.parameters
+        phase, parameters = phase_of(self._plan, server_round), engine.parameters
         before = [p.detach().clone() for p in parameters]
+        drift = self._drift(adapter, server_round, parameters)
         rule = torch.optim.Adam if self._plan.optimizer.site.local == "adam" else torch.optim.SGD
         optimizer = rule([{"params": [p], "lr": 0.0} for p in parameters])
         batch = self._plan.expected_batch(self._data.declared_units)
-        used = 0
-        for step in range(first, first + self._plan.rounds.local_steps):
+        used, steps = 0, self._plan.rounds.local_steps
+        for step in range((server_round - 1) * steps, server_round * steps):
             sums, records = self._step(engine, phase, noise)
             used += records
-            for group, parameter, total in zip(
-                optimizer.param_groups, parameters, sums, strict=True
-            ):
+            for number, (parameter, total) in enumerate(zip(parameters, sums, strict=True)):
                 kind: Group = "head" if self._shared.part_of(parameter) == "head" else "adapter"
-                group["lr"] = learning_rate(self._plan, kind, step=step)
+                optimizer.param_groups[number]["lr"] = learning_rate(self._plan, kind, step=step)
                 parameter.grad = total / batch
+                if drift is not None:
+                    parameter.grad += drift[number]
+                if self._plan.optimizer.site.prox:
+                    pull = parameter.detach() - before[number]
+                    parameter.grad += self._plan.optimizer.site.prox * pull
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         changes = [p.detach() - old for p, old in zip(parameters, before, strict=True)]
-        return _flatten(changes), used
+        flat = _flatten(changes)
+        if self._control is not None:
+            self._control.learn(adapter, flat, server_round)
+        return flat, used
+
+    def _drift(
+        self, adapter: Vector, server_round: int, parameters: Sequence[nn.Parameter]
+    ) -> list[Tensor] | None:
+        """SCAFFOLD's term of each parameter's gradient, if the strategy has it."""
+        if self._control is None:
+            return None
+        flat = torch.from_numpy(self._control.drift(adapter, server_round))
+        parts = torch.split(flat, [parameter.numel() for parameter in parameters])
+        return [
+            part.view(parameter.shape).to(parameter.device)
+            for part, parameter in zip(parts, parameters, strict=True)
+        ]
 
     def _check_moving(self, parameters: Sequence[nn.Parameter], phase: Phase, records: int) -> None:
         """Every trainable tensor must have had a gradient within the first non-empty steps.

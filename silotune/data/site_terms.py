@@ -124,3 +124,7 @@ class ResourcesConfig(Section):
     memory_mb: Annotated[int, Field(ge=512)] | None = Field(
         None, description="Memory of the process; a step that needs more fails and sends nothing."
     )
+    max_rank: Annotated[int, Field(ge=1)] | None = Field(
+        None,
+        description="PUBLIC. Largest adapter rank; for strategies that let ranks differ by site.",
+    )

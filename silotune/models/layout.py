@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, Protocol
@@ -72,6 +72,12 @@ class Span:
     stop: int
 
 
+def gathered(flat: Vector, spans: Iterable[Span]) -> Vector:
+    """Some spans of a flat vector, one after the other."""
+    parts = [flat[span.start : span.stop] for span in spans]
+    return np.concatenate(parts) if parts else flat[:0]
+
+
 @dataclass(frozen=True)
 class Layout:
     """Names, shapes and order of the arrays in the flat vector.
@@ -110,6 +116,15 @@ class Layout:
                 found.append(Span(entry.part, start, start + entry.size))
             start += entry.size
         return tuple(found)
+
+    def spread(self, spans: Iterable[Span], values: Vector) -> Vector:
+        """A new vector that is zero but for some spans, which get the values one after the other."""
+        made, start = np.zeros(self.size, dtype=_FLOAT), 0
+        for span in spans:
+            end = start + span.stop - span.start
+            made[span.start : span.stop] = values[start:end]
+            start = end
+        return made
 
     def at_rank(self, rank: int) -> Layout:
         """The same layout with LoRA matrices of another rank."""

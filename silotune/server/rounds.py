@@ -6,6 +6,7 @@ reply before it aggregates, waits for ever for missing nodes and keeps nothing a
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -19,7 +20,7 @@ from silotune.errors import QuorumLost, RunDirectoryInvalid, SiteFailed, UpdateR
 from silotune.models.layout import Layout, initial_adapter
 from silotune.plan import Plan
 from silotune.server.exchange import exchange
-from silotune.strategies import strategy_for
+from silotune.strategies import method_of, strategy_for
 from silotune.strategies.base import AdapterStrategy, Terms, Vector, as_arrays, update_of
 from silotune.strategies.schedule import phase_of
 
@@ -118,6 +119,7 @@ class RoundLoop:
                 node=node,
                 site=str(released["site"]),
                 declared_units=int(released["declared_units"]),  # type: ignore[arg-type]
+                rank=_rank_of(released),
             )
             cohort.append(terms)
             layouts[terms.site] = str(released["layout"])
@@ -126,7 +128,7 @@ class RoundLoop:
                 "site_joined", site=terms.site, declared_units=terms.declared_units, **shown
             )
         self._require_quorum(len(cohort), len(nodes), codes)
-        return sorted(cohort, key=lambda t: t.site), _agreed_layout(layouts)
+        return sorted(cohort, key=lambda t: t.site), _agreed_layout(layouts, self._plan)
 
     def _nodes(self) -> list[int]:
         """Nodes that are there, once the plan's minimum of them is."""
@@ -162,17 +164,16 @@ class RoundLoop:
         config = ConfigRecord({"plan": self._text, "run": self._run, "round": number})
         arrays = as_arrays(adapter)
         strategy.begin(number, adapter)
-        folded, codes = 0, list[str]()
-        messages = strategy.configure_train(number, arrays, config, self._grid)
+        sizes, codes = list[int](), list[str]()
+        messages = list(strategy.configure_train(number, arrays, config, self._grid))
         clock.lap("aggregate")
         for node, reply in exchange(self._grid, messages, deadline=self._plan.rounds.deadline):
             clock.lap("wait")
-            code = self._fold(number, strategy, node, reply)
-            codes += [code] if code else []
-            folded += not code
+            found = self._fold(number, strategy, node, reply)
+            (codes if isinstance(found, str) else sizes).append(found)  # type: ignore[arg-type]
             clock.lap("aggregate")
         clock.lap("wait")
-        self._require_quorum(folded, len(strategy.cohort), codes)
+        self._require_quorum(len(sizes), len(strategy.cohort), codes)
         updated = strategy.finish(adapter, server_round=number)
         self._save(number, updated, strategy, layout)
         clock.lap("aggregate")
@@ -182,8 +183,8 @@ class RoundLoop:
             seconds=clock.total,
             wait_seconds=clock.laps["wait"],
             aggregate_seconds=clock.laps["aggregate"],
-            bytes_up=4 * strategy.update_size(number) * folded,
-            bytes_down=adapter.nbytes * len(strategy.cohort),
+            bytes_up=sum(sizes),
+            bytes_down=sum(_bytes_of(message) for message in messages),
             update_norm=float(np.linalg.norm(updated - adapter)),
         )
         self._evaluate(number, as_arrays(updated), config, strategy)
@@ -191,14 +192,12 @@ class RoundLoop:
             self._observer.after_round(number, updated, seconds=clock.total)
         return updated
 
-    def _fold(
-        self, number: int, strategy: AdapterStrategy, node: int, reply: Message
-    ) -> str | None:
-        """Add one reply to the sum; the error's code if it could not be."""
+    def _fold(self, number: int, strategy: AdapterStrategy, node: int, reply: Message) -> str | int:
+        """Add one reply to the sum; its size in bytes, or the error's code if it could not be."""
         terms = strategy.cohort[node]
         try:
             if reply.has_error():
-                code = reply.error.reason
+                code = str(reply.error.reason)
                 self._store.append_event("site_failed", round=number, site=terms.site, code=code)
                 return code
             update = update_of(reply)
@@ -209,7 +208,7 @@ class RoundLoop:
             )
             return exc.code
         self._store.append_event("site_replied", round=number, site=terms.site, bytes=update.nbytes)
-        return None
+        return int(update.nbytes)
 
     def _evaluate(
         self, number: int, arrays: Any, config: ConfigRecord, strategy: AdapterStrategy
@@ -268,15 +267,27 @@ class _Clock:
         return self._last - self._start
 
 
-def _agreed_layout(layouts: Mapping[str, str]) -> Layout:
-    """The layout that all sites derived from plan and model; they must not differ."""
-    texts = set(layouts.values())
-    if len(texts) != 1:
+def _bytes_of(message: Message) -> int:
+    """Bytes of the arrays that a message carries."""
+    records = message.content.array_records.values()
+    arrays = [array for record in records for array in record.values()]
+    return sum(math.prod(array.shape) * np.dtype(array.dtype).itemsize for array in arrays)
+
+
+def _rank_of(released: Mapping[str, Any]) -> int | None:
+    rank = released.get("rank")
+    return rank if isinstance(rank, int) and not isinstance(rank, bool) and rank > 0 else None
+
+
+def _agreed_layout(layouts: Mapping[str, str], plan: Plan) -> Layout:
+    """The layout that all sites derived from plan and model; only ranks may differ, where they may."""
+    found = {site: Layout.from_json(text) for site, text in layouts.items()}
+    if method_of(plan).ranks:
+        found = {site: layout.at_rank(plan.lora.r) for site, layout in found.items()}
+    if len(set(found.values())) != 1:
         raise SiteFailed(
             "sites derived different adapter layouts from the plan: "
-            + ", ".join(
-                f"{site} {Layout.from_json(t).fingerprint[:8]}" for site, t in layouts.items()
-            ),
+            + ", ".join(f"{site} {layout.fingerprint[:8]}" for site, layout in found.items()),
             remedy="The sites have different base models or library versions; align them.",
         )
-    return Layout.from_json(texts.pop())
+    return next(iter(found.values()))

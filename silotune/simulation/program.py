@@ -87,7 +87,7 @@ class SimulatedSites:
                     "records": site.trainer.records_used,
                 }, {}
             case "save":
-                model = site.trainable.model
+                model = self._warm.for_plan(self._plan).model
                 save_adapter(model, arrays["flat"], Path(request["folder"]), plan=self._plan)
                 return {"description": model.description, "parameters": model.layout.size}, {}
             case other:
@@ -114,7 +114,7 @@ def score(site: SiteRun, adapter: Vector, *, split: Split, frozen: bool) -> NDAr
         Whether only the head was trained so far: then the cached features give the same counts.
     """
     model = site.trainable.model
-    write_adapter(model, adapter)
+    write_adapter(model, site.at_own_rank(adapter))
     total: NDArray[np.float64] | None = None
     for rows in batches(site.encoded, site.records.rows(split), size=_SCORE_BATCH):
         if frozen:

@@ -8,7 +8,7 @@ matrix a layer. That is not linear in what is sent, but needs memory for one sit
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import ClassVar
 
 import numpy as np
@@ -16,7 +16,7 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from numpy.typing import NDArray
 
 from silotune.errors import UpdateRejected
-from silotune.models.layout import Layout, Span
+from silotune.models.layout import Layout, gathered
 from silotune.plan import Plan
 from silotune.strategies.base import AdapterStrategy, Terms, Vector, as_arrays
 from silotune.strategies.factors import Pair, pairs
@@ -80,7 +80,7 @@ class ProductStrategy(AdapterStrategy):
             raise UpdateRejected(
                 f"site {terms.site}: expected {expected} numbers, got {update.size}"
             )
-        change = spread(layout, spans, update)
+        change = layout.spread(spans, update)
         products = np.zeros(0)
         if self._multiplies(self._round):
             local = self.layout.cut(self._adapter, layout) + change
@@ -109,7 +109,7 @@ class ProductStrategy(AdapterStrategy):
         if not self._mass:
             return adapter.copy()
         mean = self._changes.value(self._mass)
-        updated = adapter + spread(self.layout, self.spans(server_round), mean)
+        updated = adapter + self.layout.spread(self.spans(server_round), mean)
         if not self._multiplies(server_round):
             return updated
         means, start = self._products.mean(self._mass), 0
@@ -133,22 +133,6 @@ class ProductStrategy(AdapterStrategy):
         server_round : int
             From 1.
         """
-
-
-def spread(layout: Layout, spans: Iterable[Span], values: Vector) -> Vector:
-    """A vector of the layout that is zero but for some spans."""
-    made, start = np.zeros(layout.size, dtype=np.float32), 0
-    for span in spans:
-        end = start + span.stop - span.start
-        made[span.start : span.stop] = values[start:end]
-        start = end
-    return made
-
-
-def gathered(flat: Vector, spans: Iterable[Span]) -> Vector:
-    """The spans of a flat vector, one after the other."""
-    parts = [flat[span.start : span.stop] for span in spans]
-    return np.concatenate(parts) if parts else flat[:0]
 
 
 def _products(layers: Iterator[Pair]) -> Product:

@@ -8,6 +8,7 @@ from typing import Literal
 from silotune.plan import ClientOptimizer, Plan
 
 Phase = Literal["head", "adapter"]
+Group = Literal["adapter", "head"]
 
 
 def phase_of(plan: Plan, server_round: int) -> Phase:
@@ -28,7 +29,7 @@ def factor(optimizer: ClientOptimizer, *, step: int, steps: int) -> float:
     return rise * (1.0 - span * done)
 
 
-def learning_rate(plan: Plan, group: Literal["head", "adapter"], *, step: int) -> float:
+def learning_rate(plan: Plan, group: Group, *, step: int) -> float:
     """Learning rate of a group at a step (from 0) of the whole run."""
     site = plan.optimizer.site
     peak = site.head_lr if group == "head" else site.adapter_lr

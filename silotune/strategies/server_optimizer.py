@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,10 +17,9 @@ from numpy.typing import NDArray
 from silotune.models.layout import Part, Span
 from silotune.plan import Plan
 from silotune.plan import ServerOptimizer as Settings
-from silotune.strategies.schedule import learning_rate
+from silotune.strategies.schedule import Group, learning_rate
 
 Vector = NDArray[np.float32]
-Group = Literal["adapter", "head"]
 
 _PARTS: tuple[Part, ...] = get_args(Part)
 
