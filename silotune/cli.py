@@ -12,6 +12,7 @@ from rich.console import Console
 from silotune import __version__
 from silotune.commands import (
     certificate,
+    coordinator,
     demo,
     errors_page,
     ledger,
@@ -35,6 +36,7 @@ app.add_typer(demo.app, name="demo")
 app.command("partition")(partition.partition)
 app.add_typer(plan.app, name="plan")
 app.command("simulate")(simulate.simulate)
+app.add_typer(coordinator.app, name="coordinator")
 app.command("report")(report.report)
 app.command("predict")(predict.predict)
 app.add_typer(ledger.app, name="ledger")

@@ -52,8 +52,18 @@ AUDIT = f"{PREFIX}/audit"
 LEAVE = f"{PREFIX}/leave"
 """POST `Leave`: `Done`."""
 
+SESSION_HEADER = "silotune-session"
+"""Header of every fleet request: 32 hex digits, new at each start of a site's daemon.
+
+The session that activated the node last is the only one that is served, so that two processes with
+one key are found out, and neither steals the other's messages.
+"""
+
 OPEN_PATHS = frozenset({AUTHORITY, ENROL, ENROLMENT})
 """What may be asked without a certificate."""
+
+SITE_PATHS = frozenset({RENEW, ROSTER, NEWS, PLANS, DECISION, AUDIT, LEAVE})
+"""What an active site may ask, with its certificate."""
 
 MOST_BYTES = 64 * 1024
 """Size limit of a request's body."""

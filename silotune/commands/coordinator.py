@@ -1,0 +1,282 @@
+"""`silotune coordinator`: make a federation, run its coordinator, let sites in."""
+
+from __future__ import annotations
+
+import json
+import signal
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from silotune.commands import coordinator_runs
+
+if TYPE_CHECKING:
+    from silotune.server.admin_client import AdminClient
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="""Run the coordinator of a federation.
+
+    One folder holds everything of it. A federation begins with `init`, then `start` runs the daemon;
+    every other command talks to the running daemon through a socket in the folder, so it is run on
+    the same machine and by the same account.
+
+    A site comes in by three steps: `invite SITE` prints a code for its team; their `silotune site
+    join CODE` sends a request, which `requests` shows; you compare the six words by telephone, and
+    `approve`. Then `run plan.toml` proposes a plan to all sites.
+    """,
+    epilog="Start with: silotune coordinator init ./federation --name demo --host coord.example.org",
+)
+sites = typer.Typer(
+    no_args_is_help=True, help="Look at the sites, shut one out, or renew its keys."
+)
+app.add_typer(sites, name="sites")
+
+Folder = Annotated[
+    Path,
+    typer.Option(
+        "--dir", envvar="SILOTUNE_COORDINATOR", help="The coordinator's folder.", show_default="."
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+_HERE = Path()
+
+coordinator_runs.register(app)
+
+
+@app.command()
+def init(  # noqa: PLR0917 - one a command-line option
+    folder: Annotated[Path, typer.Argument(help="A folder that does not exist yet.")],
+    name: Annotated[str, typer.Option(help="The federation's name: a-z, 0-9, - and _.")],
+    host: Annotated[
+        list[str],
+        typer.Option(
+            help="Name or IP address under which sites reach this machine; may be given repeatedly."
+        ),
+    ],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The one public port.")] = 8443,
+    listen: Annotated[str, typer.Option(help="Address to listen on.")] = "0.0.0.0",  # noqa: S104
+    key_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="File that opens the sealed keys, best on another disk; made if it isn't there."
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a federation: its authority, its keys, its configuration.
+
+    The authority's private key never leaves the folder. Back the folder and the key file up: whoever
+    loses them has to enrol every site anew; whoever has both is the federation.
+    """
+    from silotune.server.config import Home
+    from silotune.server.coordinator import create
+
+    at_rest = "" if key_file is None else f"key_file = {json.dumps(str(key_file.resolve()))}"
+    config, keys = create(
+        Home(folder), name=name, hosts=host, listen=listen, port=port, at_rest=at_rest
+    )
+    if as_json:
+        typer.echo(
+            json.dumps(
+                {
+                    "folder": str(folder.resolve()),
+                    "federation": config.federation.name,
+                    "authority_sha256": keys.fingerprint,
+                }
+            )
+        )
+        return
+    typer.echo(f"Federation {name} is in {folder}. Its authority has the SHA-256 fingerprint")
+    typer.echo(f"  {keys.fingerprint}")
+    typer.echo(f"Look at {folder / 'coordinator.toml'}, then: silotune coordinator start {folder}")
+
+
+@app.command()
+def start(
+    folder: Annotated[
+        Path, typer.Argument(envvar="SILOTUNE_COORDINATOR", help="The coordinator's folder.")
+    ] = _HERE,
+) -> None:
+    """Run the coordinator until it gets SIGTERM or Ctrl-C.
+
+    Runs that were under way go on from their last finished round. Sites reconnect by themselves.
+    """
+    import os
+
+    os.umask(0o077)
+    from silotune import logs
+    from silotune.server.config import Home
+    from silotune.server.coordinator import Coordinator
+
+    home = Home(folder)
+    config = home.load()
+    logs.configure(style=config.logging.format, level=config.logging.level)
+    coordinator = Coordinator(home)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: coordinator.stop())
+    coordinator.start()
+    typer.echo(f"Listening at {coordinator.url}", err=True)
+    try:
+        coordinator.wait()
+    finally:
+        coordinator.close()
+
+
+@app.command()
+def status(folder: Folder = _HERE, as_json: AsJson = False) -> None:
+    """Show the federation, its fingerprints and who is online."""
+    found = _client(folder).get("/status")
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    online = ", ".join(found["online"]) or "none"
+    typer.echo(f"Federation {found['federation']} at {found['url']}")
+    typer.echo(f"Authority SHA-256 {found['authority_sha256']}")
+    typer.echo(
+        f"Sites: {found['sites']} active, online: {online}; roster {found['roster_version']}"
+    )
+    typer.echo(f"Server certificate: {found['certificate_days_left']:.0f} days left")
+
+
+@app.command()
+def invite(
+    site: Annotated[str, typer.Argument(help="The site's name in the federation, for ever.")],
+    days: Annotated[float, typer.Option(min=0.001, help="How long the code is valid.")] = 7.0,
+    folder: Folder = _HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Print a one-time code with which a site can ask to be let in.
+
+    Send it to the site's team by a channel you trust. It holds the coordinator's address, the
+    fingerprint of its authority and a secret. It lets nobody in: you still approve the request.
+    """
+    _print_code(_client(folder).post("/invites", site=site, lifetime=days * 86400), as_json)
+
+
+@app.command()
+def requests(folder: Folder = _HERE, as_json: AsJson = False) -> None:
+    """List requests to be let in, with the six words to compare by telephone."""
+    found = _client(folder).get("/requests")
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    if not found:
+        typer.echo("No site has asked yet. `silotune coordinator invite SITE` makes a code.")
+        return
+    rows = [{**row, "requested": _when(row["requested_at"])} for row in found]
+    _show(rows, "site", "state", "words", "requested", "request", "reason")
+
+
+@app.command()
+def approve(
+    request: Annotated[str, typer.Argument(help="The request's id, or the site's name.")],
+    folder: Folder = _HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Let a site in, after its team has read you the same six words.
+
+    It gets a certificate for 90 days, which it renews by itself, and every site sees the new roster.
+    """
+    found = _client(folder).post(f"/requests/{request}/approve")
+    typer.echo(json.dumps(found) if as_json else f"{found['site']} is in: {found['words']}")
+
+
+@app.command()
+def refuse(
+    request: Annotated[str, typer.Argument(help="The request's id, or the site's name.")],
+    reason: Annotated[str, typer.Option(help="What the site is told.")] = "",
+    folder: Folder = _HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Turn a request away; the site needs a new code to ask again."""
+    found = _client(folder).post(f"/requests/{request}/refuse", reason=reason)
+    typer.echo(json.dumps(found) if as_json else f"The request of {found['site']} is refused.")
+
+
+@sites.command("list")
+def list_sites(folder: Folder = _HERE, as_json: AsJson = False) -> None:
+    """List the sites, who is online, and their six words."""
+    found = _client(folder).get("/sites")
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    if not found:
+        typer.echo("No sites yet. `silotune coordinator invite SITE` makes a code for the first.")
+        return
+    rows = [
+        {
+            **row,
+            "online": "yes" if row["online"] else "no",
+            "last seen": _when(row["last_seen"]) if row["last_seen"] else "never",
+        }
+        for row in found
+    ]
+    _show(rows, "site", "status", "online", "last seen", "words")
+
+
+@sites.command()
+def revoke(
+    site: Annotated[str, typer.Argument(help="The site's name.")],
+    reason: Annotated[str, typer.Option(help="For the audit log.")] = "",
+    folder: Folder = _HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Shut a site out, now and for good: its certificate and keys count no more.
+
+    Rounds that wait for it go on without it. To let it in again, invite it anew: it makes new keys.
+    """
+    found = _client(folder).post(f"/sites/{site}/revoke", reason=reason)
+    typer.echo(json.dumps(found) if as_json else f"{site} is revoked.")
+
+
+@sites.command()
+def rotate(
+    site: Annotated[str, typer.Argument(help="The site's name.")],
+    days: Annotated[float, typer.Option(min=0.001, help="How long the code is valid.")] = 7.0,
+    folder: Folder = _HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Print a code with which an active site gets new keys.
+
+    Its old keys work until you approve the request; then only the new ones do.
+    """
+    asked = {"site": site, "lifetime": days * 86400, "rotate": True}
+    _print_code(_client(folder).post("/invites", **asked), as_json)
+
+
+def _client(folder: Path) -> AdminClient:
+    from silotune.server.admin_client import AdminClient
+    from silotune.server.config import Home
+
+    return AdminClient(Home(folder))
+
+
+def _print_code(found: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    typer.echo(found["code"])
+    typer.echo(
+        f"For {found['site']}, once, until {_when(found['expires'])}. "
+        "Its team runs: silotune site join CODE",
+        err=True,
+    )
+
+
+def _when(seconds: float) -> str:
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M} UTC"
+
+
+def _show(rows: list[dict[str, Any]], *columns: str) -> None:
+    table = Table()
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(escape(str(row[column])) for column in columns))
+    Console().print(table)

@@ -1,0 +1,235 @@
+"""`silotune coordinator run` and `runs`: propose plans, and look after the runs."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from silotune.plan import Plan
+
+if TYPE_CHECKING:
+    from silotune.server.admin_client import AdminClient
+
+runs = typer.Typer(no_args_is_help=True, help="Look at runs; pause, resume or stop one.")
+
+Folder = Annotated[
+    Path,
+    typer.Option(
+        "--dir", envvar="SILOTUNE_COORDINATOR", help="The coordinator's folder.", show_default="."
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Run = Annotated[str, typer.Argument(help="The run's name, as `run` printed it.")]
+_HERE = Path()
+_FAILED = 60  # the exit code of a run that could not go on
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module to `silotune coordinator`."""
+    app.command("run")(propose)
+    app.add_typer(runs, name="runs")
+
+
+def propose(
+    plan: Annotated[Path, typer.Argument(help="The plan's TOML file.")],
+    quorum: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Start when so many sites approve. By default: when all active sites do, "
+            "or when all have decided and the plan's rounds.min_sites approve.",
+        ),
+    ] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Stay, and show what happens until it is over.")
+    ] = False,
+    folder: Folder = _HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Sign a plan, propose it to the sites, and run it when enough of them approve.
+
+    The plan is checked here first. What is signed is its canonical form, and its SHA-256 is what
+    each site approves; a changed plan is another plan.
+    """
+    checked = Plan.load(plan)
+    client = _client(folder)
+    found = client.post("/runs", plan=checked.canonical(), quorum=quorum)
+    if as_json:
+        typer.echo(json.dumps(found))
+    else:
+        typer.echo(f"Run {found['run']} is proposed; plan {found['plan_sha256'][:12]}.")
+        waiting = [d["site"] for d in found["decisions"] if d["verdict"] == "waiting"]
+        typer.echo(
+            f"Waiting for {', '.join(waiting)} (silotune site plans, silotune site approve)."
+        )
+    if watch:
+        _follow(client, found["run"], as_json=as_json)
+
+
+@runs.command("list")
+def list_runs(folder: Folder = _HERE, as_json: AsJson = False) -> None:
+    """List runs, newest first."""
+    found = _client(folder).get("/runs")
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    if not found:
+        typer.echo("No runs yet. `silotune coordinator run plan.toml` proposes the first.")
+        return
+    table = Table()
+    for column in ("run", "state", "round", "proposed", "plan"):
+        table.add_column(column, overflow="fold")
+    for row in found:
+        table.add_row(
+            escape(row["run"]),
+            _state(row),
+            f"{row['round']} of {row['rounds']}",
+            _when(row["proposed_at"]),
+            row["plan_sha256"][:12],
+        )
+    Console().print(table)
+
+
+@runs.command()
+def show(run: Run, folder: Folder = _HERE, as_json: AsJson = False) -> None:
+    """Show a run: its state, and what each site said to the plan."""
+    found = _client(folder).get(f"/runs/{run}")
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    typer.echo(f"{found['run']}: {_state(found)}, round {found['round']} of {found['rounds']}")
+    typer.echo(f"Plan {found['plan_name']}, SHA-256 {found['plan_sha256']}")
+    if found["detail"]:
+        typer.echo(f"Why: {found['detail']}")
+    for decision in found["decisions"]:
+        reason = f" ({decision['reason']})" if decision["reason"] else ""
+        typer.echo(f"  {decision['site']}: {decision['verdict']}{reason}")
+
+
+@runs.command()
+def watch(
+    run: Run,
+    after: Annotated[
+        int, typer.Option(min=0, help="Only events behind this id: to go on watching.")
+    ] = 0,
+    folder: Folder = _HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Show what happens in a run, line by line, until it is over; exit 60 if it failed."""
+    _follow(_client(folder), run, as_json=as_json, after=after)
+
+
+@runs.command()
+def pause(run: Run, folder: Folder = _HERE, as_json: AsJson = False) -> None:
+    """Pause a run after the round that is under way."""
+    _act(run, "pause", folder, as_json)
+
+
+@runs.command()
+def resume(run: Run, folder: Folder = _HERE, as_json: AsJson = False) -> None:
+    """Go on with a paused or failed run, from its last finished round.
+
+    Nobody works twice: what sites sent in the unfinished round is still here.
+    """
+    _act(run, "resume", folder, as_json)
+
+
+@runs.command()
+def stop(run: Run, folder: Folder = _HERE, as_json: AsJson = False) -> None:
+    """End a run for good. Its last finished adapter is kept."""
+    _act(run, "stop", folder, as_json)
+
+
+@runs.command()
+def adapter(
+    run: Run,
+    out: Annotated[Path, typer.Option(help="Folder to write; made if need be.")],
+    peft: Annotated[
+        bool,
+        typer.Option(help="Also in PEFT's own format, which needs the base model on this machine."),
+    ] = True,
+    folder: Folder = _HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Write a run's newest adapter: after its last finished round, or the final one."""
+    import hashlib
+
+    from silotune.privacy.durable import replace_file
+
+    client = _client(folder)
+    content, headers = client.download(f"/runs/{run}/adapter")
+    number, digest = int(headers["silotune-round"]), hashlib.sha256(content).hexdigest()
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"round-{number:04d}.safetensors"
+    replace_file(path, content)
+    if peft:
+        _write_peft(content, client.get(f"/runs/{run}/plan"), out)
+    if as_json:
+        typer.echo(json.dumps({"run": run, "round": number, "path": str(path), "sha256": digest}))
+        return
+    typer.echo(f"Adapter of {run} after round {number}: {path}")
+
+
+def _write_peft(content: bytes, plan: dict[str, Any], out: Path) -> None:
+    from safetensors.numpy import load
+
+    from silotune.models.adapter import save_adapter
+    from silotune.models.base import load_model
+
+    parsed = Plan.from_canonical(json.dumps(plan))
+    model = load_model(parsed, device="cpu")
+    save_adapter(model, model.layout.pack(load(content)), out, plan=parsed)
+
+
+def _follow(client: AdminClient, run: str, *, as_json: bool, after: int = 0) -> None:
+    for event in client.watch(run, after=after):
+        typer.echo(json.dumps(event) if as_json else _line(event))
+    state = client.get(f"/runs/{run}")
+    if not as_json:
+        typer.echo(f"{run}: {_state(state)}")
+    if state["state"] == "failed":
+        raise typer.Exit(_FAILED)
+
+
+def _line(event: dict[str, Any]) -> str:
+    shown = {
+        k: v for k, v in event.items() if k not in {"id", "time", "event"} and v not in ("", None)
+    }
+    fields = "  ".join(f"{key}={_short(value)}" for key, value in shown.items())
+    when = f"{datetime.fromtimestamp(event['time'], UTC):%H:%M:%S}"
+    return f"{when}  {event['event']:<15} {fields}"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list):
+        return ",".join(str(item) for item in value)
+    return str(value)
+
+
+def _act(run: str, action: str, folder: Path, as_json: bool) -> None:
+    found = _client(folder).post(f"/runs/{run}/{action}")
+    typer.echo(json.dumps(found) if as_json else f"{run}: {_state(found)}")
+
+
+def _state(row: dict[str, Any]) -> str:
+    return f"{row['state']} ({row['code']})" if row["code"] else str(row["state"])
+
+
+def _when(seconds: float) -> str:
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M} UTC"
+
+
+def _client(folder: Path) -> AdminClient:
+    from silotune.server.admin_client import AdminClient
+    from silotune.server.config import Home
+
+    return AdminClient(Home(folder))

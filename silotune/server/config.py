@@ -1,0 +1,138 @@
+"""coordinator.toml, and where everything of a coordinator lies in its folder."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationError
+
+from silotune.explain import explain
+from silotune.federation.audit_log import AUDIT_FILE
+from silotune.federation.sealed import AtRest
+from silotune.plan import Name, Section
+from silotune.server.errors import CoordinatorConfigInvalid
+
+CONFIG_FILE = "coordinator.toml"
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+class FederationSection(Section):
+    """``[federation]``: what it is called."""
+
+    name: Name
+
+
+class ListenSection(Section):
+    """``[listen]``: the one public address."""
+
+    host: str = Field("0.0.0.0", min_length=1)  # noqa: S104 - sites come from outside
+    port: Port = 8443
+    hosts: tuple[str, ...] = Field(min_length=1)
+    """Names and IP addresses that the server's certificate is valid for; the first is in invitations."""
+
+
+class StoreSection(Section):
+    """``[store]``: where the coordinator keeps what must not be lost."""
+
+    url: str | None = None
+
+
+class LinkSection(Section):
+    """``[link]``: how patient rounds are with sites."""
+
+    patience: Annotated[float, Field(gt=0.0)] = 120.0
+    """Seconds that a site may be offline before the round goes on without it."""
+
+
+class LoggingSection(Section):
+    """``[logging]``: to standard error."""
+
+    format: Literal["text", "json"] = "text"
+    level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class CoordinatorConfig(Section):
+    """All of it."""
+
+    federation: FederationSection
+    listen: ListenSection
+    store: StoreSection = StoreSection()
+    link: LinkSection = LinkSection()
+    at_rest: AtRest = AtRest()
+    logging: LoggingSection = LoggingSection()
+
+
+@dataclass(frozen=True)
+class Home:
+    """A coordinator's folder.
+
+    Attributes
+    ----------
+    root : Path
+        Holds ``coordinator.toml``, ``keys/`` and ``state/``; of mode 0700.
+    """
+
+    root: Path
+
+    @property
+    def config_path(self) -> Path:
+        """The configuration."""
+        return self.root / CONFIG_FILE
+
+    @property
+    def keys(self) -> Path:
+        """Sealed private keys, and certificates."""
+        return self.root / "keys"
+
+    @property
+    def state(self) -> Path:
+        """Databases, audit log, admin socket."""
+        return self.root / "state"
+
+    @property
+    def link_database(self) -> Path:
+        """Flower's link state: messages under way."""
+        return self.state / "link.sqlite"
+
+    @property
+    def audit_path(self) -> Path:
+        """The coordinator's audit log."""
+        return self.state / AUDIT_FILE
+
+    @property
+    def socket_path(self) -> Path:
+        """The admin socket."""
+        return self.state / "admin.sock"
+
+    @property
+    def lock_path(self) -> Path:
+        """Held by the running process."""
+        return self.state / "lock"
+
+    def store_url(self, config: CoordinatorConfig) -> str:
+        """Where our own store is."""
+        return config.store.url or f"sqlite:///{(self.state / 'coordinator.sqlite').resolve()}"
+
+    def load(self) -> CoordinatorConfig:
+        """Read the configuration.
+
+        Raises
+        ------
+        CoordinatorConfigInvalid
+            It is missing or wrong; the message lists every wrong key.
+        """
+        try:
+            raw = tomllib.loads(self.config_path.read_text(encoding="utf-8"))
+        except OSError as exc:
+            raise CoordinatorConfigInvalid(f"{self.config_path}: {exc.strerror or exc}") from exc
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+            raise CoordinatorConfigInvalid(f"{self.config_path} is not TOML: {exc}") from exc
+        try:
+            return CoordinatorConfig.model_validate(raw, strict=False)
+        except ValidationError as exc:
+            listed = "\n".join(f"  - {line}" for line in explain(exc, CoordinatorConfig))
+            raise CoordinatorConfigInvalid(f"{self.config_path}:\n{listed}") from exc

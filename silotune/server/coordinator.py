@@ -1,0 +1,279 @@
+"""The coordinator: one process, one public port, one admin socket, runs as threads."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from silotune.federation import identity
+from silotune.federation.audit_log import AuditLog
+from silotune.federation.envelope import COORDINATOR
+from silotune.federation.sealed import Vault
+from silotune.privacy.durable import create_private_folder, replace_file
+from silotune.server.admin import AdminRoutes
+from silotune.server.arrival import Signal
+from silotune.server.conductor import Conductor
+from silotune.server.config import CoordinatorConfig, Home
+from silotune.server.enrolment import Registrar
+from silotune.server.errors import CoordinatorConfigInvalid, CoordinatorRunning
+from silotune.server.guard import Guard
+from silotune.server.keys import (
+    AUTHORITY_CERTIFICATE,
+    SERVER_CERTIFICATE,
+    Keys,
+    create_keys,
+    load_keys,
+)
+from silotune.server.listener import Listener, bind_private, bind_public, tls_context
+from silotune.server.performance import Stage
+from silotune.server.routes import SiteRoutes
+from silotune.server.run_store import Runs
+from silotune.server.store import Store
+from silotune.server.superlink import Link
+
+_log = logging.getLogger(__name__)
+
+_ALARM_SECONDS = 60.0
+
+_CONFIG = """\
+# A silotune coordinator. Every key is shown; those in comments have the value that is the default.
+
+[federation]
+name = "{name}"                # what sites see; it can't be changed later
+
+[listen]
+host = "{host}"                # address of this machine to listen on; "::" for IPv6
+port = {port}                  # the one port that sites reach, by HTTPS
+hosts = [{hosts}]              # names and addresses in the certificate; the first goes into invitations
+
+[store]
+# url = "sqlite:///…"          # default: state/coordinator.sqlite here; or postgresql+psycopg://user@host/db
+
+[link]
+# patience = 120.0             # seconds that a site may be offline before a round goes on without it
+
+[at_rest]                      # what opens the sealed keys, adapters and checkpoints: one of
+# key_file = "/etc/silotune/coordinator.key"   # default: keys/vault.key here, on the same disk
+# passphrase_file = "${{CREDENTIALS_DIRECTORY}}/passphrase"
+# passphrase_env = "SILOTUNE_PASSPHRASE"
+
+[logging]
+# format = "text"              # or "json": one object a line
+# level = "info"               # debug, info, warning, error
+"""
+
+
+def create(
+    home: Home, *, name: str, hosts: Sequence[str], listen: str, port: int, at_rest: str = ""
+) -> tuple[CoordinatorConfig, Keys]:
+    """Make a federation: folder, configuration, authority, keys, store, audit log.
+
+    Parameters
+    ----------
+    home : Home
+        A folder that is empty or does not exist.
+    name : str
+        The federation's.
+    hosts : sequence of str
+        Names and IP addresses under which sites reach this machine.
+    listen, port
+        Where to listen.
+    at_rest : str
+        A line of TOML for ``[at_rest]``, such as ``key_file = "…"``; empty for a key file in the folder.
+
+    Raises
+    ------
+    CoordinatorConfigInvalid
+        The folder holds something, or a value is not usable.
+    """
+    if home.root.exists() and any(home.root.iterdir()):
+        raise CoordinatorConfigInvalid(
+            f"{home.root} is not empty", remedy="Give a folder that does not exist yet."
+        )
+    create_private_folder(home.root)
+    listed = ", ".join(f'"{host}"' for host in hosts)
+    text = _CONFIG.format(name=name, host=listen, port=port, hosts=listed)
+    if at_rest:
+        text = text.replace("[at_rest] ", f"[at_rest]\n{at_rest}\n#", 1)
+    replace_file(home.config_path, text.encode())
+    try:
+        config = home.load()
+    except CoordinatorConfigInvalid:
+        home.config_path.unlink()
+        raise
+    create_private_folder(home.state)
+    vault = Vault(home.keys, config.at_rest, base=home.root)
+    keys = create_keys(home, vault, federation=name, hosts=hosts)
+    audit = AuditLog(home.audit_path, owner=COORDINATOR)
+    audit.append("federation_created", federation=name, authority=keys.fingerprint)
+    return config, keys
+
+
+class Coordinator:
+    """Everything that runs in the process.
+
+    Parameters
+    ----------
+    home : Home
+        The folder.
+
+    Raises
+    ------
+    CoordinatorConfigInvalid, CoordinatorRunning, StoreUnusable, IdentityInvalid, PortTaken
+        It can't start here.
+    """
+
+    def __init__(self, home: Home) -> None:
+        self.home, self.config = home, home.load()
+        self._lock = _hold(home.lock_path)
+        vault = Vault(home.keys, self.config.at_rest, base=home.root)
+        self.keys = load_keys(home, vault, hosts=self.config.listen.hosts)
+        self.audit = AuditLog(home.audit_path, owner=COORDINATOR)
+        self.store = Store(home.store_url(self.config), vault=vault)
+        home.link_database.touch(mode=0o600)
+        self.link = Link(home.link_database)
+        self._alarms: dict[tuple[str, str], float] = {}
+        self._started_at = time.time()
+        self._stopping = threading.Event()
+        self._assemble()
+        self._public = bind_public(self.config.listen.host, self.config.listen.port)
+        self.port = int(self._public.getsockname()[1])
+
+    @property
+    def url(self) -> str:
+        """What sites connect to."""
+        host = self.config.listen.hosts[0]
+        return f"https://{f'[{host}]' if ':' in host else host}:{self.port}"
+
+    def _assemble(self) -> None:
+        federation = self.config.federation.name
+        self.registrar = Registrar(
+            federation=federation,
+            store=self.store,
+            keys=self.keys,
+            link=self.link,
+            audit=self.audit,
+            changed=self._sites_changed,
+        )
+        stage = Stage(
+            store=self.store,
+            runs=Runs(self.store),
+            link=self.link,
+            keys=self.keys,
+            registrar=self.registrar,
+            patience=self.config.link.patience,
+            events=Signal(),
+            alarm=self.alarm,
+        )
+        self.conductor = Conductor(stage, audit=self.audit, changed=self._news)
+        self.routes = SiteRoutes(
+            registrar=self.registrar, conductor=self.conductor, keys=self.keys, audit=self.audit
+        )
+        self.guard = Guard(
+            link=self.link, routes=self.routes.app(), admission=self.registrar, alarm=self.alarm
+        )
+        self.admin = AdminRoutes(self)
+
+    # --- life ---
+
+    def start(self) -> None:
+        """Listen, and go on with every run that was under way."""
+        with self.keys.key_file() as key:
+            tls = tls_context(
+                certificate=self.home.keys / SERVER_CERTIFICATE,
+                key=key,
+                authority=self.home.keys / AUTHORITY_CERTIFICATE,
+            )
+        self._front = Listener(self.guard, bound=self._public, tls=tls)
+        self._back = Listener(self.admin.app(), bound=bind_private(self.home.socket_path), tls=None)
+        self._front.start()
+        self._back.start()
+        self.conductor.start()
+        self.audit.append("coordinator_started")
+        _log.info(
+            "federation %s at %s, authority %s, roster version %d",
+            self.config.federation.name,
+            self.url,
+            self.keys.fingerprint[:16],
+            self.registrar.roster.version,
+        )
+
+    def wait(self) -> None:
+        """Until `stop` is called, from a signal handler or elsewhere."""
+        while not self._stopping.wait(timeout=3600.0):
+            pass
+
+    def stop(self) -> None:
+        """Have `wait` return."""
+        self._stopping.set()
+
+    def close(self) -> None:
+        """Stop listening and leave; runs stay where they are and go on with the next process."""
+        self.conductor.close()
+        self.guard.doorbell.close()
+        self.routes.doorbell.close()
+        self.admin.close()
+        self._front.stop()
+        self._back.stop()
+        self.home.socket_path.unlink(missing_ok=True)
+        self.audit.append("coordinator_stopped")
+        self.store.close()
+        self._lock.close()
+
+    # --- what the parts tell ---
+
+    def status(self) -> dict[str, Any]:
+        """What an operator wants to see first."""
+        sightings = self.link.sightings()
+        enrolled = self.registrar.enrolled
+        online = [
+            n for n, e in enrolled.items() if e.node in sightings and sightings[e.node].online
+        ]
+        return {
+            "federation": self.config.federation.name,
+            "url": self.url,
+            "authority_sha256": self.keys.fingerprint,
+            "federation_key": identity.encode_signing_key(self.keys.signing.public_key()),
+            "certificate_days_left": round(identity.days_left(self.keys.server_certificate), 1),
+            "roster_version": self.registrar.roster.version,
+            "sites": len(enrolled),
+            "online": sorted(online),
+            "up_seconds": round(time.time() - self._started_at, 1),
+        }
+
+    def alarm(self, kind: str, *, site: str, **fields: Any) -> None:
+        """Note what only an attack or a mistake explains; once a minute for each kind and site."""
+        now = time.monotonic()
+        if now - self._alarms.get((kind, site), -_ALARM_SECONDS) < _ALARM_SECONDS:
+            return
+        self._alarms[kind, site] = now
+        _log.warning("alarm: %s by %s %s", kind, site, fields or "")
+        self.audit.append("alarm", what=kind, site=site, **fields)
+
+    def _sites_changed(self) -> None:
+        self._news()
+        self.link.arrived.fire()
+        self.guard.doorbell.ring_all()  # a site that was revoked must not stay connected
+        self.conductor.reconsider()
+
+    def _news(self) -> None:
+        routes = getattr(self, "routes", None)
+        if routes is not None:
+            routes.doorbell.ring_all()
+
+
+def _hold(path: Path) -> Any:
+    """The folder's lock, for as long as the file is open. Raises `CoordinatorRunning`."""
+    create_private_folder(path.parent)
+    file = path.open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as exc:
+        file.close()
+        raise CoordinatorRunning(f"{path} is locked") from exc
+    return file

@@ -1,0 +1,86 @@
+"""Errors of the coordinator: its folder, its process, its sites and its runs."""
+
+from __future__ import annotations
+
+from silotune.errors import EnvironmentFault, RunError
+
+
+class SiteSilent(RunError):
+    """A site was offline for longer than the coordinator waits."""
+
+    code = "ST-620"
+    title = "A site is silent"
+    cause = "The site's daemon has sent no sign of life for longer than link.patience."
+    advice = "Ask the site's team whether its daemon runs: `silotune site status`; then resume."
+
+
+class RunStopped(RunError):
+    """The operator stopped the run."""
+
+    code = "ST-621"
+    title = "The run was stopped"
+    cause = "The coordinator's operator stopped it."
+    advice = "Start a new run; what finished is kept: `silotune coordinator runs show RUN`."
+
+
+class RunUnknown(RunError):
+    """There is no such run, site or request, or it is not in the state that the action needs."""
+
+    code = "ST-622"
+    title = "This can't be done with it now"
+    cause = "There is no run, site or request of that name, or its state does not allow the action."
+    advice = "See `silotune coordinator runs list`, `sites list` and `requests`."
+
+
+class ApprovalsMissing(RunError):
+    """Too many sites rejected the plan."""
+
+    code = "ST-623"
+    title = "Too few sites approve the plan"
+    cause = "All sites decided, and fewer than rounds.min_sites approve; their reasons are listed."
+    advice = "Change what the sites object to and propose the plan again."
+
+
+class CoordinatorConfigInvalid(EnvironmentFault):
+    """coordinator.toml is missing or wrong."""
+
+    code = "ST-720"
+    title = "The coordinator's configuration is not valid"
+    cause = "coordinator.toml is missing, is not TOML, or has an unknown or wrong setting."
+    advice = "Make a federation with `silotune coordinator init DIR`, or correct the keys named."
+
+
+class CoordinatorNotRunning(EnvironmentFault):
+    """No process answers on the admin socket."""
+
+    code = "ST-721"
+    title = "The coordinator is not running"
+    cause = "Nothing answers on the admin socket of this folder."
+    advice = "Start it: `silotune coordinator start DIR`; and give the same folder with --dir."
+
+
+class CoordinatorRunning(EnvironmentFault):
+    """A second process was started on the same folder."""
+
+    code = "ST-722"
+    title = "The coordinator runs already"
+    cause = "Another process holds the lock of this folder."
+    advice = "Use the running one, or stop it first."
+
+
+class StoreUnusable(EnvironmentFault):
+    """The database can't be opened, or was written by a newer version."""
+
+    code = "ST-723"
+    title = "The coordinator's database can't be used"
+    cause = "It is not reachable, not writable, or was written by a newer version of silotune."
+    advice = "Check [store] url in coordinator.toml; never downgrade: restore a backup instead."
+
+
+class PortTaken(EnvironmentFault):
+    """The public port can't be opened."""
+
+    code = "ST-724"
+    title = "The public address can't be used"
+    cause = "Another process listens on it, or this machine does not have the address."
+    advice = "Stop the other process, or change listen.host and listen.port in coordinator.toml."

@@ -1,0 +1,293 @@
+"""The guard in front of everything that listens: who may ask what, before anything else sees it.
+
+An allow-list. Three of our own routes answer without a certificate; every other one, and the eight
+paths of Flower's fleet API that sites need, ask for the certificate of an active site over the TLS
+connection itself. What Flower's own authentication leaves open is closed here: a reply in another
+node's name, objects read or written by id across nodes, a second session of one key, requests of any
+size from anybody. Flower's control and runtime API are refused whoever asks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    DeactivateNodeRequest,
+    PullMessagesRequest,
+    PushMessagesRequest,
+)
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+from flwr.proto.message_pb2 import (
+    ConfirmMessageReceivedRequest,
+    ConfirmMessageReceivedResponse,
+    PullObjectRequest,
+    PullObjectResponse,
+    PushObjectRequest,
+    PushObjectResponse,
+)
+from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
+from google.protobuf.message import DecodeError, Message
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import Response
+
+from silotune.federation import wire
+from silotune.federation.errors import BodyInvalid, FederationError, IdentityInvalid
+from silotune.server import superlink_app as paths
+from silotune.server.doorbell import Doorbell
+from silotune.server.superlink import Link, object_ids
+
+_log = logging.getLogger(__name__)
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+PEER = "silotune.peer"
+"""Key of the scope under which the TLS layer puts the client's certificate (DER)."""
+
+CALLER = "silotune.caller"
+"""Key of the scope under which our own routes find the `Caller`."""
+
+_REQUESTS: Mapping[str, Any] = {
+    paths.ACTIVATE: ActivateNodeRequest,
+    paths.DEACTIVATE: DeactivateNodeRequest,
+    paths.HEARTBEAT: SendNodeHeartbeatRequest,
+    paths.PULL: PullMessagesRequest,
+    paths.PUSH: PushMessagesRequest,
+    paths.PULL_OBJECT: PullObjectRequest,
+    paths.PUSH_OBJECT: PushObjectRequest,
+    paths.CONFIRM: ConfirmMessageReceivedRequest,
+}
+_SMALL, _LIST, _OBJECT = 16 << 10, 1 << 20, 6 << 20  # Flower cuts objects at 5 MB
+_LIMITS = {paths.PUSH: _LIST, paths.PUSH_OBJECT: _OBJECT}
+_BODY_SECONDS = 60.0
+_MOST_OBJECTS = 256  # some 1.3 GB at most
+
+
+@dataclass(frozen=True, kw_only=True)
+class Caller:
+    """The site at the other end of a connection."""
+
+    site: str
+    node: int
+    node_key: str
+
+
+class Admission(Protocol):
+    """Who belongs to the federation at this moment."""
+
+    def caller(self, certificate: bytes) -> Caller | None:
+        """The active site that a certificate (DER) speaks for; None for anybody else."""
+        ...
+
+
+class _Nothing(Exception):
+    """A request about something that is not the caller's: answered as if it did not exist.
+
+    It need not be an attack: a message may have been withdrawn while a site was fetching it.
+    """
+
+    def __init__(self, answer: Message) -> None:
+        super().__init__()
+        self.answer = answer
+
+
+class _Refused(Exception):
+    """A request that the guard answers itself."""
+
+    def __init__(self, status: int, error: FederationError) -> None:
+        super().__init__(error.detail)
+        self.status, self.error = status, error
+
+
+class Guard:
+    """ASGI application: Flower's fleet API and our own routes, guarded.
+
+    Parameters
+    ----------
+    link : Link
+        Has Flower's app, and knows what is addressed to whom.
+    routes : ASGI application
+        Our own routes, under `wire.PREFIX`.
+    admission : Admission
+        Who may come in.
+    alarm : callable
+        ``alarm(kind, site=…)``: called for what only an attack or a mistake explains.
+    """
+
+    def __init__(
+        self, *, link: Link, routes: App, admission: Admission, alarm: Callable[..., None]
+    ) -> None:
+        self._link, self._routes, self._admission = link, routes, admission
+        self._alarm = alarm
+        self._sessions: dict[int, str] = {}
+        self._announced: dict[int, frozenset[str]] = {}
+        self.doorbell = Doorbell()
+        link.on_push(self.doorbell.ring)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection event of ASGI."""
+        if scope["type"] == "lifespan":
+            await self._link.app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        try:
+            await self._serve(scope, receive, send)
+        except _Nothing as nothing:
+            content = nothing.answer.SerializeToString()
+            await Response(content, media_type=PROTOBUF_MEDIA_TYPE)(scope, receive, send)
+        except _Refused as refused:
+            _log.info("refused %s: %s", scope["path"], refused.error.detail)
+            body = wire.Failure(code=refused.error.code, detail=refused.error.detail)
+            response = Response(
+                body.model_dump_json(), refused.status, media_type="application/json"
+            )
+            await response(scope, receive, send)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope["path"]
+        if path in wire.OPEN_PATHS:
+            body = await _read(receive, limit=wire.MOST_BYTES)
+            await self._routes(scope, _replay(body, receive), send)
+            return
+        fleet = path in _REQUESTS
+        if not fleet and path not in wire.SITE_PATHS:
+            raise _Refused(404, FederationError("there is no such path here"))
+        caller = self._caller(scope)
+        body = await _read(receive, limit=_LIMITS.get(path, _SMALL) if fleet else wire.MOST_BYTES)
+        if not fleet:
+            scope[CALLER] = caller
+            await self._routes(scope, _replay(body, receive), send)
+            return
+        if scope["method"] != "POST":
+            raise _Refused(405, BodyInvalid("the fleet API takes POST only"))
+        await self._judge(path, _parse(path, body), caller, _session(scope))
+        if path == paths.PULL and not await self._hold(caller, receive):
+            return
+        await self._link.app(scope, _replay(body, receive), send)
+        if path in {paths.PUSH, paths.PUSH_OBJECT}:
+            self._link.arrived.fire()
+
+    def _caller(self, scope: Scope) -> Caller:
+        certificate = scope.get(PEER)
+        if not certificate:
+            raise _Refused(401, IdentityInvalid("this needs a site's certificate"))
+        caller = self._admission.caller(certificate)
+        if caller is None:
+            raise _Refused(403, IdentityInvalid("the certificate is not of an active site"))
+        return caller
+
+    async def _hold(self, caller: Caller, receive: Receive) -> bool:
+        async def ready() -> bool:
+            return await run_in_threadpool(self._link.has_work, caller.node)
+
+        # A client that left must not claim a message: it would never arrive anywhere.
+        return await self.doorbell.wait(caller.node, ready=ready, receive=receive)
+
+    # --- Flower's fleet API ---
+
+    async def _judge(self, path: str, request: Any, caller: Caller, session: str) -> None:
+        """Raise `_Refused` unless this site may ask this."""
+        if path == paths.ACTIVATE:
+            if request.public_key != caller.node_key.encode():
+                raise self._forged(caller, "a node key that is not the certificate's")
+            self._sessions[caller.node] = session
+            return
+        node = request.node_id if path == paths.DEACTIVATE else request.node.node_id
+        if node != caller.node:
+            raise self._forged(caller, "the node id of another site")
+        if self._sessions.setdefault(caller.node, session) != session:
+            self._alarm("second_session", site=caller.site)
+            raise _Refused(
+                409, IdentityInvalid("a newer process of this site took over; stop one of the two")
+            )
+        if path == paths.PUSH:
+            self._judge_reply(request, caller)
+        elif path == paths.PUSH_OBJECT:
+            await self._judge_write(request, caller)
+        elif path in {paths.PULL_OBJECT, paths.CONFIRM}:
+            await self._judge_read(path, request, caller)
+
+    def _judge_reply(self, request: Any, caller: Caller) -> None:
+        if len(request.messages_list) != 1 or len(request.message_object_trees) != 1:
+            raise _Refused(400, BodyInvalid("one reply at a time"))
+        if request.messages_list[0].metadata.src_node_id != caller.node:
+            raise self._forged(caller, "a reply in another site's name")
+        announced = object_ids(request.message_object_trees[0])
+        if len(announced) > _MOST_OBJECTS:
+            raise _Refused(413, BodyInvalid("the reply has too many objects"))
+        self._announced[caller.node] = announced
+
+    async def _judge_write(self, request: Any, caller: Caller) -> None:
+        if request.object_id in self._announced.get(caller.node, frozenset()):
+            return
+        # This process may be younger than the upload.
+        known = await run_in_threadpool(self._link.announced_by, caller.node)
+        if request.object_id not in known:
+            raise _Nothing(PushObjectResponse(stored=False))
+        self._announced[caller.node] = known
+
+    async def _judge_read(self, path: str, request: Any, caller: Caller) -> None:
+        own = await run_in_threadpool(self._link.addressed_to, caller.node)
+        if path == paths.CONFIRM:
+            if request.message_object_id not in own:
+                raise _Nothing(ConfirmMessageReceivedResponse())
+        elif not any(request.object_id in objects for objects in own.values()):
+            raise _Nothing(PullObjectResponse(object_found=False, object_available=False))
+
+    def _forged(self, caller: Caller, what: str) -> _Refused:
+        self._alarm("forged_request", site=caller.site, detail=what)
+        return _Refused(403, IdentityInvalid(f"{caller.site} sent {what}"))
+
+
+def _session(scope: Scope) -> str:
+    wanted = wire.SESSION_HEADER.encode()
+    return next((v.decode("latin-1") for k, v in scope["headers"] if k == wanted), "")
+
+
+def _parse(path: str, body: bytes) -> Any:
+    try:
+        return _REQUESTS[path].FromString(body)
+    except DecodeError as exc:
+        raise _Refused(400, BodyInvalid("not the message that this path takes")) from exc
+
+
+async def _read(receive: Receive, *, limit: int) -> bytes:
+    """The whole body, if it comes in time and is not too large."""
+    parts, size = [], 0
+    try:
+        async with asyncio.timeout(_BODY_SECONDS):
+            while True:
+                event = await receive()
+                if event["type"] == "http.disconnect":
+                    raise _Refused(400, BodyInvalid("the request was cut off"))
+                parts.append(event.get("body", b""))
+                size += len(parts[-1])
+                if size > limit:
+                    raise _Refused(413, BodyInvalid(f"the request has more than {limit} bytes"))
+                if not event.get("more_body", False):
+                    return b"".join(parts)
+    except TimeoutError as exc:
+        raise _Refused(408, BodyInvalid("the request came too slowly")) from exc
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives the body once more, and then whatever comes."""
+    given = False
+
+    async def replay() -> MutableMapping[str, Any]:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay

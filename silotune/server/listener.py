@@ -1,0 +1,171 @@
+"""Listening: TLS 1.3 with optional client certificates, and bounds on who may just hold a socket.
+
+uvicorn serves; what it lacks is added here: the client's certificate in the ASGI scope, a limit on
+connections that show none (in number and in time), and on connections of one certificate.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+import socket
+import ssl
+import threading
+import time
+from collections import Counter
+from collections.abc import MutableMapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from silotune.server.errors import PortTaken
+from silotune.server.guard import PEER, App
+
+_HANDSHAKE_SECONDS = 10.0
+_START_SECONDS = 30.0
+_SHUTDOWN_SECONDS = 3
+
+MOST_ANONYMOUS, ANONYMOUS_SECONDS = 64, 20.0
+"""Connections without a certificate: how many at a time, and how long each may last."""
+
+MOST_PER_CERTIFICATE = 24
+"""Connections with one and the same certificate."""
+
+
+def tls_context(*, certificate: Path, key: Path, authority: Path) -> ssl.SSLContext:
+    """TLS 1.3 only; a client's certificate is not needed, but one that is shown must be valid."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=str(authority))
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.load_cert_chain(str(certificate), str(key))
+    context.verify_mode = ssl.CERT_OPTIONAL
+    context.verify_flags |= ssl.VERIFY_X509_STRICT
+    return context
+
+
+class Loop(asyncio.SelectorEventLoop):
+    """An event loop that gives a TLS handshake ten seconds, not asyncio's sixty."""
+
+    async def create_server(self, *arguments: Any, **settings: Any) -> Any:
+        """As asyncio's, with the shorter time limit."""
+        if settings.get("ssl"):
+            settings["ssl_handshake_timeout"] = _HANDSHAKE_SECONDS
+        return await super().create_server(*arguments, **settings)
+
+
+class PeerProtocol(HttpToolsProtocol):
+    """uvicorn's HTTP/1.1, with the client's certificate (DER) in the scope, and bounds."""
+
+    _open: ClassVar[Counter[bytes]] = Counter()
+    _peer: bytes = b""
+    _counted = False
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Note who it is; drop it if there are too many of its kind."""
+        super().connection_made(transport)
+        tls = transport.get_extra_info("ssl_object")
+        self._peer = (tls.getpeercert(binary_form=True) or b"") if tls else b""
+        limit = MOST_PER_CERTIFICATE if self._peer else MOST_ANONYMOUS
+        if self._open[self._peer] >= limit:
+            transport.abort()
+            return
+        self._open[self._peer] += 1
+        self._counted = True
+        if not self._peer:
+            self.loop.call_later(ANONYMOUS_SECONDS, transport.abort)
+        self.app = functools.partial(_with_peer, self.app, self._peer)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Uncount it."""
+        super().connection_lost(exc)
+        if self._counted:
+            self._counted = False
+            self._open[self._peer] -= 1
+            if not self._open[self._peer]:
+                del self._open[self._peer]
+
+
+async def _with_peer(
+    app: App, peer: bytes, scope: MutableMapping[str, Any], receive: Any, send: Any
+) -> None:
+    scope[PEER] = peer
+    await app(scope, receive, send)
+
+
+class Listener:
+    """An ASGI application served from a thread of its own.
+
+    Parameters
+    ----------
+    app : ASGI application
+        What to serve.
+    bound : socket
+        Bound already, so that a taken address is known before anything starts.
+    tls : ssl.SSLContext or None
+        None for a Unix socket.
+    """
+
+    def __init__(self, app: App, *, bound: socket.socket, tls: ssl.SSLContext | None) -> None:
+        config = uvicorn.Config(
+            app,
+            http=PeerProtocol,
+            loop=f"{__name__}:Loop",
+            ws="none",
+            lifespan="on" if tls else "off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
+        )
+        config.load()
+        config.ssl = tls
+        self._bound = bound
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(
+            target=self._server.run, kwargs={"sockets": [bound]}, daemon=True, name="listener"
+        )
+
+    def start(self) -> None:
+        """Serve. Raises `PortTaken` if the server does not come up."""
+        self._thread.start()
+        ends = time.monotonic() + _START_SECONDS
+        while not self._server.started:
+            if not self._thread.is_alive() or time.monotonic() > ends:
+                raise PortTaken("the server did not start; its log says why")
+            time.sleep(0.01)
+
+    def stop(self) -> None:
+        """Finish what is being answered, and end."""
+        self._server.should_exit = True
+        self._thread.join(timeout=_SHUTDOWN_SECONDS + 5.0)
+        self._bound.close()
+
+
+def bind_public(host: str, port: int) -> socket.socket:
+    """A TCP socket. Raises `PortTaken`."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+    except OSError as exc:
+        bound.close()
+        raise PortTaken(f"{host}:{port}: {exc.strerror or exc}") from exc
+    return bound
+
+
+def bind_private(path: Path) -> socket.socket:
+    """A Unix socket of mode 0600 at `path`; the one of an earlier process is replaced."""
+    path.unlink(missing_ok=True)
+    bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    before = os.umask(0o177)  # the mode is right from the first instant
+    try:
+        bound.bind(str(path))
+    except OSError as exc:
+        bound.close()
+        raise PortTaken(f"{path}: {exc.strerror or exc}") from exc
+    finally:
+        os.umask(before)
+    return bound

@@ -1,0 +1,1 @@
+"""Migrations of the coordinator's store (Alembic), oldest first in ``versions``."""

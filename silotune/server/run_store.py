@@ -1,0 +1,265 @@
+"""Runs in the store: plans, decisions, and the durable history that a `RoundLoop` writes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sqlalchemy import Connection, RowMapping, delete, func, insert, select, update
+
+from silotune.federation.wire import Decision, RunState
+from silotune.plan import Plan, SignedPlan
+from silotune.server.arrays import Arrays, packed, unpacked
+from silotune.server.errors import RunUnknown
+from silotune.server.store import Store
+from silotune.server.tables import ADAPTERS, CHECKPOINTS, DECISIONS, EVENTS, RUNS
+
+_KEPT_ADAPTERS = 3  # rounds whose adapter is kept as bytes; of the others its hash
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """Something that happened in a run, in the order of `id`."""
+
+    id: int
+    run: str
+    time: float
+    event: str
+    fields: dict[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Flat, as in the ``events.jsonl`` of a simulation."""
+        return {"id": self.id, "time": self.time, "event": self.event, **self.fields}
+
+
+class Runs:
+    """All runs of a store."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def propose(self, plan: Plan, signed: SignedPlan, *, run: str, quorum: int) -> None:
+        """Add a run that waits for the sites."""
+        row = {
+            "run": run,
+            "plan": signed.model_dump_json(),
+            "plan_sha256": plan.sha256,
+            "plan_name": plan.plan.name,
+            "rounds": plan.rounds.number,
+            "quorum": quorum,
+            "state": "proposed",
+            "round": 0,
+            "proposed_at": time.time(),
+        }
+        with self._store.transaction() as connection:
+            connection.execute(insert(RUNS).values(row))
+
+    def get(self, run: str) -> RowMapping:
+        """A run's row. Raises `RunUnknown`."""
+        with self._store.transaction() as connection:
+            found = connection.execute(select(RUNS).where(RUNS.c.run == run)).mappings().first()
+        if found is None:
+            raise RunUnknown(f"there is no run {run!r}")
+        return found
+
+    def plan_of(self, run: str) -> Plan:
+        """The plan of a run."""
+        return Plan.from_canonical(self.signed_plan(run).plan)
+
+    def signed_plan(self, run: str) -> SignedPlan:
+        """The plan of a run, with its signature."""
+        return SignedPlan.model_validate_json(self.get(run)["plan"])
+
+    def newest(self, limit: int = 200) -> list[RowMapping]:
+        """Rows of the newest runs, newest first."""
+        query = select(RUNS).order_by(RUNS.c.proposed_at.desc()).limit(limit)
+        with self._store.transaction() as connection:
+            return list(connection.execute(query).mappings())
+
+    def in_state(self, *states: RunState) -> list[str]:
+        """Names of runs in one of these states, oldest first."""
+        query = select(RUNS.c.run).where(RUNS.c.state.in_(states)).order_by(RUNS.c.proposed_at)
+        with self._store.transaction() as connection:
+            return list(connection.execute(query).scalars())
+
+    def change(self, run: str, **values: Any) -> None:
+        """Set columns of a run: its state, round, error code and so on."""
+        with self._store.transaction() as connection:
+            connection.execute(update(RUNS).where(RUNS.c.run == run).values(values))
+
+    # --- decisions ---
+
+    def decide(self, decision: Decision) -> bool:
+        """Keep a site's word; a later one replaces an earlier. True if it changed something."""
+        with self._store.transaction() as connection:
+            same = (DECISIONS.c.run == decision.run) & (DECISIONS.c.site == decision.site)
+            before = connection.execute(select(DECISIONS.c.body).where(same)).scalar()
+            body = decision.model_dump_json()
+            if before == body:
+                return False
+            connection.execute(delete(DECISIONS).where(same))
+            row = {
+                "run": decision.run,
+                "site": decision.site,
+                "verdict": decision.verdict,
+                "reason": decision.reason,
+                "decided_at": float(decision.decided_at),
+                "body": body,
+            }
+            connection.execute(insert(DECISIONS).values(row))
+        return True
+
+    def decisions(self, run: str) -> dict[str, RowMapping]:
+        """What the sites said to a run, by site."""
+        query = select(DECISIONS).where(DECISIONS.c.run == run).order_by(DECISIONS.c.site)
+        with self._store.transaction() as connection:
+            return {row["site"]: row for row in connection.execute(query).mappings()}
+
+    def approved(self, run: str) -> list[str]:
+        """Sites that approve, sorted."""
+        rows = self.decisions(run).values()
+        return [row["site"] for row in rows if row["verdict"] == "approved"]
+
+    # --- events and adapters ---
+
+    def events(self, run: str, *, after: int = 0, limit: int = 1000) -> list[Event]:
+        """Events of a run behind an id, oldest first."""
+        query = (
+            select(EVENTS)
+            .where(EVENTS.c.run == run, EVENTS.c.id > after)
+            .order_by(EVENTS.c.id)
+            .limit(limit)
+        )
+        with self._store.transaction() as connection:
+            rows = list(connection.execute(query).mappings())
+        return [Event(**{**row, "fields": json.loads(row["fields"])}) for row in rows]
+
+    def newest_adapter(self, run: str) -> tuple[int, str, Arrays] | None:
+        """Round, SHA-256 and named arrays of the newest adapter; None before the first round."""
+        query = (
+            select(ADAPTERS)
+            .where(ADAPTERS.c.run == run, ADAPTERS.c.content.is_not(None))
+            .order_by(ADAPTERS.c.round.desc())
+            .limit(1)
+        )
+        with self._store.transaction() as connection:
+            row = connection.execute(query).mappings().first()
+        if row is None:
+            return None
+        content = self._store.vault.unseal(row["content"], name=_seal_name(run, "adapter"))
+        return row["round"], row["sha256"], unpacked(content)[0]
+
+
+class RunRecord:
+    """The `RunStore` of one run: what `silotune.server.rounds.RoundLoop` writes to.
+
+    Parameters
+    ----------
+    store : Store
+        Where.
+    run : str
+        The run's name.
+    on_event : callable
+        Called, without arguments, after an event is committed.
+    on_checkpoint : callable
+        Called with the round after its state is committed: from here on, replies may be forgotten.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        run: str,
+        *,
+        on_event: Callable[[], None],
+        on_checkpoint: Callable[[int], None],
+    ) -> None:
+        self._store, self._run = store, run
+        self._on_event, self._on_checkpoint = on_event, on_checkpoint
+        self._adapter: tuple[int, bytes] | None = None
+
+    def append_event(self, kind: Any, **fields: Any) -> Mapping[str, Any]:
+        """Record what happened; on return it is on the disk."""
+        now = time.time()
+        with self._store.transaction() as connection:
+            number = add_event(connection, self._run, str(kind), fields, now)
+        self._on_event()
+        return {"id": number, "time": now, "event": kind, **fields}
+
+    def save_adapter(self, number: int, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Keep an adapter; it is written together with the checkpoint of its round."""
+        self._adapter = (number, packed(arrays, {"round": number}))
+
+    def save_checkpoint(self, arrays: Mapping[str, NDArray[Any]], state: Mapping[str, Any]) -> None:
+        """Replace the state to resume from, and add the round's adapter, in one transaction."""
+        number = int(state["round"])
+        sealed = self._store.vault.seal(
+            packed(arrays, _jsonable(state)), name=_seal_name(self._run, "checkpoint")
+        )
+        with self._store.transaction() as connection:
+            connection.execute(delete(CHECKPOINTS).where(CHECKPOINTS.c.run == self._run))
+            row = {"run": self._run, "round": number, "content": sealed}
+            connection.execute(insert(CHECKPOINTS).values(row))
+            if self._adapter is not None:
+                self._write_adapter(connection, *self._adapter)
+            connection.execute(update(RUNS).where(RUNS.c.run == self._run).values(round=number))
+        self._adapter = None
+        self._on_checkpoint(number)
+
+    def load_checkpoint(self) -> tuple[Arrays, dict[str, Any]] | None:
+        """The last saved state, if any."""
+        query = select(CHECKPOINTS.c.content).where(CHECKPOINTS.c.run == self._run)
+        with self._store.transaction() as connection:
+            sealed = connection.execute(query).scalar()
+        if sealed is None:
+            return None
+        name = _seal_name(self._run, "checkpoint")
+        return unpacked(self._store.vault.unseal(sealed, name=name))
+
+    def _write_adapter(self, connection: Connection, number: int, content: bytes) -> None:
+        mine = ADAPTERS.c.run == self._run
+        connection.execute(delete(ADAPTERS).where(mine, ADAPTERS.c.round >= number))
+        old = update(ADAPTERS).where(mine, ADAPTERS.c.round <= number - _KEPT_ADAPTERS)
+        connection.execute(old.values(content=None))
+        row = {
+            "run": self._run,
+            "round": number,
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "bytes": len(content),
+            "content": self._store.vault.seal(content, name=_seal_name(self._run, "adapter")),
+        }
+        connection.execute(insert(ADAPTERS).values(row))
+
+
+def add_event(
+    connection: Connection, run: str, kind: str, fields: Mapping[str, Any], now: float
+) -> int:
+    """Write an event within a transaction; its id."""
+    text = json.dumps(_jsonable(fields), separators=(",", ":"), allow_nan=False)
+    row = {"run": run, "time": now, "event": kind, "fields": text}
+    connection.execute(insert(EVENTS).values(row))
+    newest = select(func.max(EVENTS.c.id)).where(EVENTS.c.run == run)
+    return int(connection.execute(newest).scalar_one())
+
+
+def _seal_name(run: str, what: str) -> str:
+    return f"{run}/{what}"
+
+
+def _jsonable(value: Any) -> Any:
+    """Plain JSON data: NumPy to Python, NaN and infinity to null."""
+    if isinstance(value, Mapping):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(item) for item in value]
+    if isinstance(value, np.ndarray | np.generic):
+        return _jsonable(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value

@@ -1,0 +1,123 @@
+"""Tables of the coordinator's store. Every change of them is a migration in ``migrations/``."""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+)
+
+METADATA = MetaData()
+
+_Serial = BigInteger().with_variant(Integer, "sqlite")  # SQLite counts only INTEGER keys up
+
+INVITES = Table(
+    "invites",
+    METADATA,
+    Column("digest", String(64), primary_key=True),  # of the secret, which is not kept
+    Column("site", String(63), nullable=False),
+    Column("expires", BigInteger, nullable=False),
+    Column("rotates", Integer, nullable=False),  # 1: new keys for a member
+    Column("used_at", Float),
+)
+
+ENROLMENTS = Table(
+    "enrolments",
+    METADATA,
+    Column("id", String(32), primary_key=True),
+    Column("site", String(63), nullable=False),
+    Column("request", Text, nullable=False),
+    Column("signing_key", String(44), nullable=False),
+    Column("node_key", Text, nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("requested_at", Float, nullable=False),
+    Column("decided_at", Float),
+)
+
+MEMBERS = Table(
+    "members",
+    METADATA,
+    Column("site", String(63), primary_key=True),
+    Column("signing_key", String(44), nullable=False),
+    Column("node_key", Text, nullable=False),
+    Column("certificate", Text, nullable=False),
+    Column("status", String(16), nullable=False),
+    Column("since", Float, nullable=False),
+)
+
+ROSTERS = Table(
+    "rosters",
+    METADATA,
+    Column("version", Integer, primary_key=True, autoincrement=False),
+    Column("roster", Text, nullable=False),
+    Column("signature", String(88), nullable=False),
+)
+
+RUNS = Table(
+    "runs",
+    METADATA,
+    Column("run", String(96), primary_key=True),
+    Column("plan", Text, nullable=False),  # the signed plan, as JSON
+    Column("plan_sha256", String(64), nullable=False),
+    Column("plan_name", String(63), nullable=False),
+    Column("rounds", Integer, nullable=False),
+    Column("quorum", Integer, nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("round", Integer, nullable=False),
+    Column("link_run", String(20)),  # Flower's number of it
+    Column("code", String(6)),
+    Column("detail", Text),
+    Column("proposed_at", Float, nullable=False),
+    Column("started_at", Float),
+    Column("finished_at", Float),
+)
+
+DECISIONS = Table(
+    "decisions",
+    METADATA,
+    Column("run", String(96), ForeignKey("runs.run"), primary_key=True),
+    Column("site", String(63), primary_key=True),
+    Column("verdict", String(16), nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("decided_at", Float, nullable=False),
+    Column("body", Text, nullable=False),  # the signed decision, as the site sent it
+)
+
+EVENTS = Table(
+    "events",
+    METADATA,
+    Column("id", _Serial, primary_key=True, autoincrement=True),
+    Column("run", String(96), ForeignKey("runs.run"), nullable=False),
+    Column("time", Float, nullable=False),
+    Column("event", String(40), nullable=False),
+    Column("fields", Text, nullable=False),
+    Index("events_by_run", "run", "id"),
+)
+
+ADAPTERS = Table(
+    "adapters",
+    METADATA,
+    Column("run", String(96), ForeignKey("runs.run"), primary_key=True),
+    Column("round", Integer, primary_key=True, autoincrement=False),
+    Column("sha256", String(64), nullable=False),  # of the file before it was sealed
+    Column("bytes", BigInteger, nullable=False),
+    Column("content", LargeBinary),  # sealed; only of the newest rounds
+)
+
+CHECKPOINTS = Table(
+    "checkpoints",
+    METADATA,
+    Column("run", String(96), ForeignKey("runs.run"), primary_key=True),
+    Column("round", Integer, nullable=False),
+    Column("content", LargeBinary, nullable=False),  # sealed
+)
