@@ -15,6 +15,7 @@ from silotune.commands import (
     coordinator,
     demo,
     errors_page,
+    events_page,
     ledger,
     partition,
     plan,
@@ -42,6 +43,7 @@ app.command("predict")(predict.predict)
 app.add_typer(ledger.app, name="ledger")
 app.add_typer(certificate.app, name="certificate")
 app.command("errors")(errors_page.errors)
+app.command("events")(events_page.events)
 
 
 def _version(wanted: bool) -> None:

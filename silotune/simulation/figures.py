@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from silotune.simulation.live_epsilon import LiveEpsilon
+from silotune.privacy.live_epsilon import LiveEpsilon
 from silotune.simulation.run_record import Fault, Method, RunRecord, Scores
 
 Curves = Mapping[str, Sequence[tuple[int, float]]]

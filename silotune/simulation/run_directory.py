@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from silotune.errors import RunDirectoryInvalid
+from silotune.events.schema import parse
 
 EventKind = Literal[
     "run_started",
@@ -195,10 +196,17 @@ class RunDirectory:
     # --- events and facts ---
 
     def append_event(self, kind: EventKind, **fields: Any) -> dict[str, Any]:
-        """Append to ``events.jsonl`` and return the event as written: time, event, fields."""
+        """Append to ``events.jsonl`` and return the event as written: time, event, fields.
+
+        Raises
+        ------
+        EventMalformed
+            The fields are not those of the kind (`silotune.events.schema`); nothing is written.
+        """
         event = jsonable({"time": time.time(), "event": kind, **fields})
-        self.events.append(event)
         assert isinstance(event, dict)
+        parse(event)  # nothing is written that readers of the schema could not read
+        self.events.append(event)
         return event
 
     def write_json(self, name: str, value: Any) -> Path:

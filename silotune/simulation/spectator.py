@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from silotune.models.tasks import get_task
 from silotune.plan import Plan
+from silotune.privacy.live_epsilon import LiveEpsilon
 from silotune.simulation.grid import Receipt
-from silotune.simulation.live_epsilon import LiveEpsilon
 from silotune.simulation.run_directory import RunDirectory
 from silotune.strategies.base import Vector
 

@@ -90,11 +90,11 @@ def test_a_broken_line_in_the_middle_is_an_error_and_not_silence(run):
 def test_events_of_many_threads_never_mix(run):
     def write(worker):
         for number in range(50):
-            run.append_event("site_replied", site="s" * 200, worker=worker, number=number)
+            run.append_event("site_replied", site="s" * 200, worker=worker, round=number)
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(write, range(8)))
-    seen = {(event["worker"], event["number"]) for event in run.events}
+    seen = {(event["worker"], event["round"]) for event in run.events}
     assert seen == {(worker, number) for worker in range(8) for number in range(50)}
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from silotune.privacy.accounting import epsilon, step_event
-from silotune.simulation.live_epsilon import LiveEpsilon
+from silotune.privacy.live_epsilon import LiveEpsilon
 
 DELTA, ROUNDS, STEPS = 1e-5, 40, 2
 

@@ -1,0 +1,229 @@
+"""Where runs are read from: a coordinator's store, or the run directories of simulations.
+
+Pages, streams and metrics know only `Source`; so a simulation opens in the very pages that show a
+federation.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from silotune.errors import RunDirectoryInvalid
+from silotune.events.errors import FileNotOffered, RunNotFound
+from silotune.events.view import RunView
+
+Row = dict[str, Any]
+"""An event as flat JSON data, with its ``id``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """What is known of a run without reading its events.
+
+    `state` is ``proposed``, ``running``, ``paused``, ``finished``, ``stopped`` or ``failed``; times
+    are Unix times; `plan` is the plan as plain data.
+    """
+
+    run: str
+    name: str
+    purpose: str
+    state: str
+    round: int
+    rounds: int
+    proposed_at: float | None
+    plan_sha256: str = ""
+    plan: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def budget(self) -> float | None:
+        """The plan's epsilon; None without differential privacy."""
+        section = self.plan.get("privacy") or {}
+        return section.get("epsilon") if section.get("mode", "none") != "none" else None
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A file that may be downloaded."""
+
+    name: str
+    title: str
+
+
+class Source(Protocol):
+    """Runs and their events, for readers. Safe for threads."""
+
+    def runs(self) -> list[RunFacts]:
+        """Every run, newest first."""
+        ...
+
+    def facts(self, run: str) -> RunFacts:
+        """One run. Raises `RunNotFound`."""
+        ...
+
+    def events(self, run: str, *, after: int = 0, limit: int = 100_000) -> list[Row]:
+        """Events behind an id, oldest first; ids only grow. Raises `RunNotFound`."""
+        ...
+
+    def files(self, run: str) -> Sequence[Offer]:
+        """What can be downloaded of a run now."""
+        ...
+
+    def read(self, run: str, name: str) -> bytes:
+        """The content of an offered file. Raises `FileNotOffered`."""
+        ...
+
+
+class Views:
+    """Runs folded from a source and kept up to date: each event is read and folded once.
+
+    Parameters
+    ----------
+    source : Source
+        Where from.
+    most : int
+        Runs whose fold is kept; the one that was asked for longest ago goes first.
+    """
+
+    def __init__(self, source: Source, *, most: int = 32) -> None:
+        self._source, self._most = source, most
+        self._views: dict[str, RunView] = {}
+        self._lock = threading.RLock()
+
+    @property
+    def lock(self) -> threading.RLock:
+        """Held while a view is read, so that nobody folds into it meanwhile."""
+        return self._lock
+
+    def get(self, run: str) -> RunView:
+        """The run up to its newest event; read it under `lock`. Raises `RunNotFound`."""
+        with self._lock:
+            view = self._views.pop(run, None) or RunView(run)
+            view.extend(self._source.events(run, after=view.last_id))
+            self._views[run] = view
+            while len(self._views) > self._most:
+                del self._views[next(iter(self._views))]
+            return view
+
+
+class RunDirectories:
+    """The run directories of simulations, as a source: one, or a folder that holds several.
+
+    An event's id is the number of its line.
+
+    Raises
+    ------
+    RunDirectoryInvalid
+        Neither a run directory nor a folder with one in it.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root.resolve()
+        self._single = (root / "resolved.json").is_file()
+        if not self._single and not self._found():
+            raise RunDirectoryInvalid(f"{root} is no run directory and has none in it")
+
+    def runs(self) -> list[RunFacts]:
+        """Every run, newest first."""
+        found = [self.facts(name) for name in self._found()]
+        return sorted(found, key=lambda f: (f.proposed_at or 0.0, f.run), reverse=True)
+
+    def facts(self, run: str) -> RunFacts:
+        """One run. Raises `RunNotFound`."""
+        folder = self._folder(run)
+        try:
+            resolved = json.loads((folder / "resolved.json").read_bytes())
+        except (OSError, ValueError) as exc:
+            raise RunDirectoryInvalid(f"{folder}: resolved.json can't be read") from exc
+        plan = resolved.get("plan") or {}
+        about = plan.get("plan") or {}
+        state, number = self._progress(folder)
+        return RunFacts(
+            run=run,
+            name=str(about.get("name") or run),
+            purpose=str(about.get("purpose") or ""),
+            state=state,
+            round=number,
+            rounds=int((plan.get("rounds") or {}).get("number") or 0),
+            proposed_at=(folder / "plan.toml").stat().st_mtime,
+            plan_sha256=str(resolved.get("plan_sha256") or ""),
+            plan=plan,
+        )
+
+    def events(self, run: str, *, after: int = 0, limit: int = 100_000) -> list[Row]:
+        """Events behind a line number, oldest first. Raises `RunNotFound`."""
+        path = self._folder(run) / "events.jsonl"
+        try:
+            lines = path.read_bytes().split(b"\n")[:-1]
+        except FileNotFoundError:
+            return []
+        found = []
+        for number, line in enumerate(lines[after : after + limit], start=after + 1):
+            try:
+                found.append({"id": number, **json.loads(line)})
+            except (ValueError, TypeError) as exc:
+                raise RunDirectoryInvalid(f"{path}, line {number}: not a JSON object") from exc
+        return found
+
+    def files(self, run: str) -> list[Offer]:
+        """What can be downloaded now: the adapter, the report, plan, privacy and results."""
+        folder = self._folder(run)
+        offers = [Offer(name, title) for name, title in _FILES if (folder / name).is_file()]
+        if newest := self._adapter(folder):
+            offers.insert(0, Offer("adapter.safetensors", f"Adapter, {newest.stem}"))
+        return offers
+
+    def read(self, run: str, name: str) -> bytes:
+        """The content of an offered file. Raises `FileNotOffered`."""
+        folder = self._folder(run)
+        path = self._adapter(folder) if name == "adapter.safetensors" else None
+        if any(name == offered for offered, _ in _FILES):
+            path = folder / name
+        if path is None or not path.is_file():
+            raise FileNotOffered(f"{run} has no {name[:80]!r} to download")
+        return path.read_bytes()
+
+    def _found(self) -> list[str]:
+        if self._single:
+            return [self._root.name]
+        return [path.parent.name for path in self._root.glob("*/resolved.json")]
+
+    def _folder(self, run: str) -> Path:
+        # Only names that the listing has: what comes in a URL is never joined to a path.
+        if run not in self._found():
+            raise RunNotFound(f"there is no run {run[:100]!r} in {self._root}")
+        return self._root if self._single else self._root / run
+
+    @staticmethod
+    def _adapter(folder: Path) -> Path | None:
+        return max((folder / "adapters").glob("round-*.safetensors"), default=None)
+
+    @staticmethod
+    def _progress(folder: Path) -> tuple[str, int]:
+        """State and last finished round, from the end of the events."""
+        try:
+            with (folder / "events.jsonl").open("rb") as file:
+                file.seek(max(0, file.seek(0, 2) - 200_000))
+                tail = file.read()
+        except FileNotFoundError:
+            return "proposed", 0
+        state, number = "running", 0
+        for line in tail.split(b"\n")[:-1]:
+            if b'"event":"run_finished"' in line:
+                state = "finished"
+            elif b'"event":"round_finished"' in line:
+                number = int(json.loads(line).get("round") or 0)
+        return state, number
+
+
+_FILES = (
+    ("report.html", "Report"),
+    ("plan.toml", "Plan"),
+    ("privacy.json", "Privacy statement"),
+    ("results.json", "Results"),
+    ("events.jsonl", "Events"),
+)
