@@ -1,56 +1,19 @@
-"""Whole simulations: the same adapter whatever the engine, the workers or the interruptions."""
+"""Whole simulations: what they leave, what they time, what they say of privacy."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
 
 import numpy as np
-import psutil
 import pytest
 from peft import PeftModel
 from safetensors.numpy import load_file
 from transformers import AutoModel
 
 from silotune.privacy import certificate
-from silotune.privacy.ledger import Ledger
-from silotune.simulation.run import Settings, resume, simulate
-from tests.federation import PRIVATE, SITES, write_federation
-
-
-def final(directory):
-    arrays = load_file(directory.adapter_of_round(5))
-    return {name: array.tobytes() for name, array in arrays.items()}
-
-
-def play(federation, name, *, listener=lambda event: None, settings=None, **overrides):
-    return simulate(
-        federation.plan_path,
-        runs=federation.folder / name,
-        settings=settings or Settings(workers=2),
-        listener=listener,
-        overrides={**PRIVATE, **overrides},
-    )
-
-
-@pytest.fixture(scope="module")
-def federation(tmp_path_factory, bert_folder):
-    return write_federation(tmp_path_factory.mktemp("federation"), bert_folder)
-
-
-@pytest.fixture(scope="module")
-def whole(federation):
-    """One uninterrupted seeded run with two workers and baselines."""
-    before, seen = set(psutil.Process().children(recursive=True)), []
-    directory = play(
-        federation, "whole", listener=seen.append, settings=Settings(workers=2, baselines=True)
-    )
-    left = set(psutil.Process().children(recursive=True)) - before
-    # Python's own resource tracker stays until this process ends, once any pool was used.
-    assert not [p for p in left if "resource_tracker" not in " ".join(p.cmdline())]
-    return directory, seen
+from tests.federation import SITES, write_federation
+from tests.whole_run import final, play
 
 
 def test_a_run_leaves_everything_that_is_promised(whole):
@@ -62,50 +25,6 @@ def test_a_run_leaves_everything_that_is_promised(whole):
     assert len(directory.metrics.read()) == 5
     resolved = directory.read_json("resolved.json")
     assert resolved["plan_sha256"] and resolved["versions"]["flwr"] == "1.41.0"
-
-
-def test_one_worker_gives_the_same_adapter_as_two_bit_for_bit(federation, whole):
-    assert final(play(federation, "one", settings=Settings(workers=1))) == final(whole[0])
-
-
-def test_flowers_ray_engine_gives_the_same_adapter_bit_for_bit(federation, whole):
-    directory = play(federation, "ray", settings=Settings(engine="ray", workers=1))
-    assert final(directory) == final(whole[0])
-    assert directory.read_json("privacy.json")["sites"].keys() == set(SITES)
-
-
-def test_a_run_killed_in_a_round_is_resumed_to_the_same_adapter(federation, whole):
-    code = (
-        "import sys, time; from pathlib import Path\n"
-        "from silotune.simulation.run import Settings, simulate\n"
-        "from tests.federation import PRIVATE\n"
-        "slow = lambda e: print(e['event'], e.get('round'), flush=True)\n"
-        "simulate(Path(sys.argv[1]), runs=Path(sys.argv[2]), settings=Settings(workers=2),"
-        " listener=slow, overrides=PRIVATE)\n"
-    )
-    runs = federation.folder / "killed"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, str(federation.plan_path), str(runs)],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    for line in process.stdout:
-        if line.split() == ["site_replied", "4"]:
-            os.kill(process.pid, signal.SIGKILL)
-            break
-    process.wait()
-    process.stdout.close()
-    (path,) = runs.iterdir()
-    directory = resume(path, settings=Settings(workers=1), listener=lambda event: None)
-    assert final(directory) == final(whole[0])
-    (again,) = [e for e in directory.events if e["event"] == "run_resumed"]
-    assert again["from_round"] == 3
-    # Sites that had answered before the kill answered from their outbox: one charge a round.
-    for site in SITES:
-        ledger = Ledger(directory.site(site) / "ledger.sqlite", create=False)
-        assert len(ledger.events("notes")) == 5
-        ledger.verify()
-        ledger.close()
 
 
 def test_training_and_everything_else_are_timed_apart(whole):

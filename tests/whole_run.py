@@ -1,0 +1,41 @@
+"""One whole simulation that several test modules look at, and what they compare it with."""
+
+import psutil
+import pytest
+from safetensors.numpy import load_file
+
+from silotune.simulation.run import Settings, simulate
+from tests.federation import PRIVATE, write_federation
+
+
+def final(directory):
+    arrays = load_file(directory.adapter_of_round(5))
+    return {name: array.tobytes() for name, array in arrays.items()}
+
+
+def play(federation, name, *, listener=lambda event: None, settings=None, **overrides):
+    return simulate(
+        federation.plan_path,
+        runs=federation.folder / name,
+        settings=settings or Settings(workers=2),
+        listener=listener,
+        overrides={**PRIVATE, **overrides},
+    )
+
+
+@pytest.fixture(scope="session")
+def federation(tmp_path_factory, bert_folder):
+    return write_federation(tmp_path_factory.mktemp("federation"), bert_folder)
+
+
+@pytest.fixture(scope="session")
+def whole(federation):
+    """One uninterrupted seeded run with two workers and baselines."""
+    before, seen = set(psutil.Process().children(recursive=True)), []
+    directory = play(
+        federation, "whole", listener=seen.append, settings=Settings(workers=2, baselines=True)
+    )
+    left = set(psutil.Process().children(recursive=True)) - before
+    # Python's own resource tracker stays until this process ends, once any pool was used.
+    assert not [p for p in left if "resource_tracker" not in " ".join(p.cmdline())]
+    return directory, seen
