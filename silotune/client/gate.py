@@ -109,6 +109,8 @@ class Gate:
         Folder for stored replies, in the site's state.
     vault : Vault or None
         Seals the stored replies.
+    to_disk : bool
+        Force stored replies to the disk; False in simulations only.
 
     Raises
     ------
@@ -125,6 +127,7 @@ class Gate:
         run: str,
         outbox: Path,
         vault: Vault | None = None,
+        to_disk: bool = True,
     ) -> None:
         if plan.private != (ledger is not None):
             raise PrivacyError("a private plan needs a ledger, and no other plan may have one")
@@ -132,7 +135,7 @@ class Gate:
         self._dataset = dataset
         self._plan_sha256 = plan.sha256
         self._run = run
-        self._outbox = Outbox(outbox, run=run, vault=vault)
+        self._outbox = Outbox(outbox, run=run, vault=vault, to_disk=to_disk)
 
     def recall(self, key: ReleaseKey) -> RecordDict | None:
         """The reply that was released under `key` before, or None if there was none.

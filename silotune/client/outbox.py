@@ -29,10 +29,14 @@ class Outbox:
         The run that writes. Files of other runs are removed when they are a month old.
     vault : Vault or None
         Seals the files; without one they are written as they are.
+    to_disk : bool
+        Force files to the disk; False in simulations only.
     """
 
-    def __init__(self, folder: Path, *, run: str, vault: Vault | None = None) -> None:
-        self._folder, self._vault = folder, vault
+    def __init__(
+        self, folder: Path, *, run: str, vault: Vault | None = None, to_disk: bool = True
+    ) -> None:
+        self._folder, self._vault, self._to_disk = folder, vault, to_disk
         # The id comes from the coordinator: its digest is a safe file name, it may not be.
         self._prefix = hashlib.sha256(run.encode()).hexdigest()[:16]
         create_private_folder(folder)
@@ -42,7 +46,8 @@ class Outbox:
         """Write a reply to the disk; returns its SHA-256, in hex."""
         digest = hashlib.sha256(payload).hexdigest()
         path = self._path(key, digest)
-        replace_file(path, self._vault.seal(payload, name=path.name) if self._vault else payload)
+        content = self._vault.seal(payload, name=path.name) if self._vault else payload
+        replace_file(path, content, to_disk=self._to_disk)
         return digest
 
     def load(self, key: ReleaseKey, digest: str) -> bytes | None:

@@ -152,6 +152,9 @@ class SiteRun:
         The process's model.
     keys : Keys, optional
         What to seal and sign with; by default `Keys.beside` the state.
+    to_disk : bool
+        Force ledger and outbox to the disk before anything leaves. False is for simulations, whose
+        sites release nothing to anybody: a run then survives any kill, but not a power cut.
 
     Attributes
     ----------
@@ -168,8 +171,9 @@ class SiteRun:
         run: str,
         warm: WarmModel,
         keys: Keys | None = None,
+        to_disk: bool = True,
     ) -> None:
-        self.site, self.plan, self.run = site, plan, run
+        self.site, self.plan, self.run, self._to_disk = site, plan, run, to_disk
         self._keys = keys or Keys.beside(state)
         self._state, self._warm = state, warm
         self.dataset: DatasetConfig = site.dataset(plan.data.dataset)
@@ -286,7 +290,9 @@ class SiteRun:
     @cached_property
     def ledger(self) -> Ledger | None:
         """The site's ledger; None for a plan without privacy."""
-        return Ledger(self._state / "ledger.sqlite") if self.plan.private else None
+        if not self.plan.private:
+            return None
+        return Ledger(self._state / "ledger.sqlite", to_disk=self._to_disk)
 
     @cached_property
     def gate(self) -> Gate:
@@ -298,6 +304,7 @@ class SiteRun:
             run=self.run,
             outbox=self._state / "outbox",
             vault=self._keys.vault,
+            to_disk=self._to_disk,
         )
 
     @cached_property

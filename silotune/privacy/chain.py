@@ -87,6 +87,9 @@ class Chain:
         rows appended here or by another process.
     create : bool
         Start an empty chain if there is none.
+    to_disk : bool
+        Force every row to the disk before going on. False is for the sites of a simulation, which
+        release nothing to anybody: rows then survive the end of any process, not a power cut.
 
     Raises
     ------
@@ -102,8 +105,15 @@ class Chain:
     and there is no second file (WAL) without which the table is old.
     """
 
-    def __init__(self, path: Path, *, observe: Callable[[Row], None], create: bool = True) -> None:
-        self.path = path
+    def __init__(
+        self,
+        path: Path,
+        *,
+        observe: Callable[[Row], None],
+        create: bool = True,
+        to_disk: bool = True,
+    ) -> None:
+        self.path, self._to_disk = path, to_disk
         self._head_path = path.with_name(path.name + ".head")
         self._witness_path = path.with_name(path.name + ".witness")
         self._observe = observe
@@ -118,7 +128,7 @@ class Chain:
         try:
             with _storage_errors(path):
                 self._db.execute("PRAGMA journal_mode = TRUNCATE")
-                self._db.execute("PRAGMA synchronous = FULL")
+                self._db.execute(f"PRAGMA synchronous = {'FULL' if to_disk else 'OFF'}")
                 self._create_schema()
             self.verify()
         except BaseException:
@@ -281,7 +291,7 @@ class Chain:
             return
         newest = self._newest
         if newest is not None and head == Head(newest.seq - 1, newest.previous):
-            replace_file(self._head_path, _head_bytes(newest.head))
+            replace_file(self._head_path, _head_bytes(newest.head), to_disk=self._to_disk)
             return
         raise LedgerDamaged(
             f"{self.path} ends at row {self._tail.seq} but its head file says row {head.seq}: "

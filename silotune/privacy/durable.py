@@ -43,16 +43,18 @@ def create_private_folder(folder: Path) -> None:
         sync_directory(path.parent)
 
 
-def replace_file(path: Path, content: bytes, *, mode: int = 0o600) -> None:
+def replace_file(path: Path, content: bytes, *, mode: int = 0o600, to_disk: bool = True) -> None:
     """Put `content` at `path`: after a crash it holds the old bytes or the new, never a mixture.
 
     The temporary file has a fixed name, so that crashes leave no litter: callers see to it that a
-    path has one writer at a time.
+    path has one writer at a time. Without `to_disk` that holds for the end of any process, but not
+    for a power cut.
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    _write(temporary, content, os.O_TRUNC, mode)
+    _write(temporary, content, os.O_TRUNC, mode, to_disk=to_disk)
     temporary.replace(path)
-    sync_directory(path.parent)
+    if to_disk:
+        sync_directory(path.parent)
 
 
 def create_file(path: Path, content: bytes, *, mode: int = 0o600) -> bool:
@@ -75,9 +77,10 @@ def create_file(path: Path, content: bytes, *, mode: int = 0o600) -> bool:
     return True
 
 
-def _write(path: Path, content: bytes, flag: int, mode: int) -> None:
+def _write(path: Path, content: bytes, flag: int, mode: int, *, to_disk: bool = True) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | flag, mode)
     with os.fdopen(descriptor, "wb") as file:
         file.write(content)
         file.flush()
-        os.fsync(file.fileno())
+        if to_disk:
+            os.fsync(file.fileno())

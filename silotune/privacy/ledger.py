@@ -63,6 +63,8 @@ class Ledger:
         The SQLite file; see `silotune.privacy.chain.Chain` for the files beside it.
     create : bool
         Start an empty ledger if there is none.
+    to_disk : bool
+        See `silotune.privacy.chain.Chain`; False in simulations only.
 
     Attributes
     ----------
@@ -77,11 +79,11 @@ class Ledger:
         Other accounts of the machine may read or write it.
     """
 
-    def __init__(self, path: Path, *, create: bool = True) -> None:
+    def __init__(self, path: Path, *, create: bool = True, to_disk: bool = True) -> None:
         self.path = path
         self._runs: dict[tuple[str, str], RunAccount] = {}
         self._payloads: dict[ReleaseKey, tuple[str, str]] = {}  # dataset, SHA-256
-        self._chain = Chain(path, observe=self._observe, create=create)
+        self._chain = Chain(path, observe=self._observe, create=create, to_disk=to_disk)
 
     def close(self) -> None:
         """Close the file; the object can't be used afterwards."""

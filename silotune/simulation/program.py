@@ -66,6 +66,7 @@ class SimulatedSites:
                 plan=self._plan,
                 run=self._run,
                 warm=self._warm,
+                to_disk=False,
             )
         return self._runs[index]
 
