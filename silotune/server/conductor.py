@@ -85,6 +85,12 @@ class Conductor:
             signed = SignedPlan.sign(plan, self._stage.keys.signing)
             self.runs.propose(plan, signed, run=run, quorum=quorum or active)
             self._audit.append("run_proposed", run=run, plan_sha256=plan.sha256)
+            self._stage.record(run).append_event(
+                "run_proposed",
+                plan_sha256=plan.sha256,
+                rounds=plan.rounds.number,
+                sites=sorted(self._registrar.enrolled),
+            )
             self._announce()
         return run
 
@@ -94,6 +100,7 @@ class Conductor:
             self._require(run, "running")
             self.runs.change(run, state="paused")
             self._audit.append("run_paused", run=run)
+            self._stage.record(run).append_event("run_paused", round=self.runs.get(run)["round"])
             self._announce()
 
     def resume(self, run: str) -> None:
@@ -209,7 +216,9 @@ class Conductor:
         if len(approved) >= row["quorum"] or (not undecided and enough):
             self.runs.change(run, state="running", started_at=time.time())
             self._audit.append("run_started", run=run, sites=list(approved))
-            self._stage.record(run).append_event("run_started", run=run, sites=list(approved))
+            self._stage.record(run).append_event(
+                "run_started", sites=list(approved), rounds=row["rounds"]
+            )
             self._perform(run)
             self._announce()
         elif not undecided:

@@ -84,3 +84,21 @@ class PortTaken(EnvironmentFault):
     title = "The public address can't be used"
     cause = "Another process listens on it, or this machine does not have the address."
     advice = "Stop the other process, or change listen.host and listen.port in coordinator.toml."
+
+
+class SignInNeeded(RunError):
+    """Nobody who is known asks."""
+
+    code = "ST-624"
+    title = "Nobody who is known here"
+    cause = "No certificate or password was given, or it is wrong, expired, revoked or of another place."
+    advice = "Sign in again, or have a certificate issued: `silotune coordinator people add NAME`."
+
+
+class NotPermitted(RunError):
+    """A viewer tries to act."""
+
+    code = "ST-625"
+    title = "This role may not do that"
+    cause = "Viewers may look at everything and change nothing."
+    advice = "Ask an operator; `silotune coordinator people list` says who is one."

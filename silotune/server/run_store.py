@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sqlalchemy import Connection, RowMapping, delete, func, insert, select, update
 
+from silotune.events.schema import parse
 from silotune.federation.wire import Decision, RunState
 from silotune.plan import Plan, SignedPlan
 from silotune.server.arrays import Arrays, packed, unpacked
@@ -21,6 +22,7 @@ from silotune.server.errors import RunUnknown
 from silotune.server.store import Store
 from silotune.server.tables import ADAPTERS, CHECKPOINTS, DECISIONS, EVENTS, RUNS
 
+_EVENT_LOCK = 0x51107E  # any number, the same in every process
 _KEPT_ADAPTERS = 3  # rounds whose adapter is kept as bytes; of the others its hash
 
 
@@ -197,7 +199,11 @@ class RunRecord:
         self._adapter = (number, packed(arrays, {"round": number}))
 
     def save_checkpoint(self, arrays: Mapping[str, NDArray[Any]], state: Mapping[str, Any]) -> None:
-        """Replace the state to resume from, and add the round's adapter, in one transaction."""
+        """Replace the state to resume from, and add the round's adapter, in one transaction.
+
+        The event `round_saved` is of that transaction too: who reads it knows that the round can't
+        be lost any more, and nobody reads of a round that could.
+        """
         number = int(state["round"])
         sealed = self._store.vault.seal(
             packed(arrays, _jsonable(state)), name=_seal_name(self._run, "checkpoint")
@@ -207,9 +213,11 @@ class RunRecord:
             row = {"run": self._run, "round": number, "content": sealed}
             connection.execute(insert(CHECKPOINTS).values(row))
             if self._adapter is not None:
-                self._write_adapter(connection, *self._adapter)
+                saved = self._write_adapter(connection, *self._adapter)
+                add_event(connection, self._run, "round_saved", saved, time.time())
             connection.execute(update(RUNS).where(RUNS.c.run == self._run).values(round=number))
         self._adapter = None
+        self._on_event()
         self._on_checkpoint(number)
 
     def load_checkpoint(self) -> tuple[Arrays, dict[str, Any]] | None:
@@ -222,25 +230,43 @@ class RunRecord:
         name = _seal_name(self._run, "checkpoint")
         return unpacked(self._store.vault.unseal(sealed, name=name))
 
-    def _write_adapter(self, connection: Connection, number: int, content: bytes) -> None:
+    def _write_adapter(
+        self, connection: Connection, number: int, content: bytes
+    ) -> Mapping[str, Any]:
+        """Write an adapter; its round, hash and size."""
         mine = ADAPTERS.c.run == self._run
         connection.execute(delete(ADAPTERS).where(mine, ADAPTERS.c.round >= number))
         old = update(ADAPTERS).where(mine, ADAPTERS.c.round <= number - _KEPT_ADAPTERS)
         connection.execute(old.values(content=None))
-        row = {
-            "run": self._run,
+        saved = {
             "round": number,
             "sha256": hashlib.sha256(content).hexdigest(),
             "bytes": len(content),
+        }
+        row = {
+            **saved,
+            "run": self._run,
             "content": self._store.vault.seal(content, name=_seal_name(self._run, "adapter")),
         }
         connection.execute(insert(ADAPTERS).values(row))
+        return saved
 
 
 def add_event(
     connection: Connection, run: str, kind: str, fields: Mapping[str, Any], now: float
 ) -> int:
-    """Write an event within a transaction; its id."""
+    """Write an event within a transaction; its id.
+
+    Raises
+    ------
+    EventMalformed
+        The fields are not those of the kind (`silotune.events.schema`).
+    """
+    parse({"time": now, "event": kind, **_jsonable(fields)})
+    if connection.dialect.name == "postgresql":
+        # Ids are drawn before a transaction commits: without this, a reader could see number 8,
+        # go on behind it, and never see the 7 that was committed later. SQLite has one writer.
+        connection.execute(func.pg_advisory_xact_lock(_EVENT_LOCK).select())
     text = json.dumps(_jsonable(fields), separators=(",", ":"), allow_nan=False)
     row = {"run": run, "time": now, "event": kind, "fields": text}
     connection.execute(insert(EVENTS).values(row))

@@ -121,3 +121,32 @@ CHECKPOINTS = Table(
     Column("round", Integer, nullable=False),
     Column("content", LargeBinary, nullable=False),  # sealed
 )
+
+ADMINS = Table(
+    "admins",
+    METADATA,
+    Column("name", String(63), primary_key=True),
+    Column("role", String(16), nullable=False),
+    Column("certificate", String(64), nullable=False),  # SHA-256 of the one that counts
+    Column("status", String(16), nullable=False),
+    Column("since", Float, nullable=False),
+)
+
+ACTIONS = Table(
+    "actions",
+    METADATA,
+    Column("id", _Serial, primary_key=True, autoincrement=True),
+    Column("time", Float, nullable=False),
+    Column("who", String(63), nullable=False),
+    Column("role", String(16), nullable=False),
+    Column("action", String(40), nullable=False),
+    Column("target", String(96), nullable=False),
+    Column("outcome", String(16), nullable=False),  # "done", or the code of the refusal
+)
+
+CURSORS = Table(
+    "cursors",
+    METADATA,
+    Column("reader", String(63), primary_key=True),  # who goes on from here after a restart
+    Column("event", BigInteger, nullable=False),
+)

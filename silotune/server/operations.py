@@ -1,0 +1,179 @@
+"""What people may ask of a running coordinator: the one door behind gRPC and the dashboard.
+
+Everybody who is known may look. Whoever acts must be an operator, and every attempt, allowed or not, is
+written to the audit log and to the store with the name of who did it, before the answer goes out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from silotune.errors import SilotuneError
+from silotune.federation.audit_log import AuditLog
+from silotune.federation.identity import six_words
+from silotune.plan import Plan
+from silotune.server.conductor import Conductor
+from silotune.server.enrolment import Registrar
+from silotune.server.people import Actions, Person
+from silotune.server.run_source import StoredRuns
+from silotune.server.store import Store
+from silotune.server.superlink import Link
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteRow:
+    """A site of the federation; `last_seen` is the Unix time until which its heartbeats were good."""
+
+    site: str
+    status: str
+    online: bool
+    last_seen: float | None
+    words: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestRow:
+    """A request to be enrolled: ``waiting``, ``approved`` or ``refused``."""
+
+    request: str
+    site: str
+    state: str
+    reason: str
+    requested_at: float
+    words: str
+
+
+class Operations:
+    """Questions and actions, each in somebody's name.
+
+    Parameters
+    ----------
+    store, conductor, registrar, link, audit
+        The coordinator's parts.
+    """
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        conductor: Conductor,
+        registrar: Registrar,
+        link: Link,
+        audit: AuditLog,
+    ) -> None:
+        self.source, self.actions = StoredRuns(store), Actions(store)
+        self.conductor = conductor
+        self._registrar, self._link, self._audit = registrar, link, audit
+
+    @property
+    def federation(self) -> str:
+        """Its name."""
+        return self._registrar.federation
+
+    # --- questions ---
+
+    def sites(self) -> list[SiteRow]:
+        """Every site that is or was in the roster."""
+        sightings, enrolled = self._link.sightings(), self._registrar.enrolled
+        found = []
+        for member in self._registrar.roster.members:
+            active = enrolled.get(member.name)
+            seen = sightings.get(active.node) if active else None
+            found.append(
+                SiteRow(
+                    site=member.name,
+                    status=member.status,
+                    online=bool(seen and seen.online),
+                    last_seen=seen.until if seen and seen.until else None,
+                    words=member.words,
+                )
+            )
+        return found
+
+    def requests(self) -> list[RequestRow]:
+        """Requests to be enrolled, newest first."""
+        return [
+            RequestRow(
+                request=row["id"],
+                site=row["site"],
+                state=row["state"],
+                reason=row["reason"],
+                requested_at=row["requested_at"],
+                words=six_words(
+                    name=row["site"], signing_key=row["signing_key"], node_key=row["node_key"]
+                ),
+            )
+            for row in self._registrar.requests()
+        ]
+
+    # --- actions ---
+
+    def submit(self, person: Person, plan: Plan, *, quorum: int | None = None) -> str:
+        """Propose a plan to the sites; the run's name."""
+        with self._acting(person, "submit", plan.plan.name):
+            return self.conductor.propose(plan, quorum=quorum)
+
+    def pause(self, person: Person, run: str) -> None:
+        """Pause a run after its round."""
+        with self._acting(person, "pause", run):
+            self.conductor.pause(run)
+
+    def resume(self, person: Person, run: str) -> None:
+        """Go on with a run."""
+        with self._acting(person, "resume", run):
+            self.conductor.resume(run)
+
+    def stop(self, person: Person, run: str) -> None:
+        """End a run for good."""
+        with self._acting(person, "stop", run):
+            self.conductor.stop(run)
+
+    def approve(self, person: Person, request: str) -> str:
+        """Let a site in; its name."""
+        with self._acting(person, "approve", request):
+            return self._registrar.approve(request).name
+
+    def refuse(self, person: Person, request: str, *, reason: str) -> str:
+        """Turn a site away; its name."""
+        with self._acting(person, "refuse", request):
+            return self._registrar.refuse(request, reason=reason)
+
+    def revoke(self, person: Person, site: str, *, reason: str) -> None:
+        """Shut a site out for good."""
+        with self._acting(person, "revoke", site):
+            self._registrar.revoke(site, reason=reason)
+
+    def download(self, person: Person, run: str, name: str) -> bytes:
+        """A file of a run; who took it is written down."""
+        with self._noted(person, "download", f"{run}/{name}"):
+            return self.source.read(run, name)
+
+    def signed_in(self, person: Person, *, how: str) -> None:
+        """Note that somebody came in."""
+        self._note(person, "sign_in", how, "done")
+
+    @contextlib.contextmanager
+    def _acting(self, person: Person, action: str, target: str) -> Iterator[None]:
+        with self._noted(person, action, target):
+            person.require_operator()
+            yield
+
+    @contextlib.contextmanager
+    def _noted(self, person: Person, action: str, target: str) -> Iterator[None]:
+        try:
+            yield
+        except SilotuneError as exc:
+            self._note(person, action, target, exc.code)
+            raise
+        except Exception:
+            self._note(person, action, target, SilotuneError.code)
+            raise
+        self._note(person, action, target, "done")
+
+    def _note(self, person: Person, action: str, target: str, outcome: str) -> None:
+        line: dict[str, Any] = {"who": person.name, "role": person.role, "action": action}
+        self._audit.append("operator_action", **line, target=target[:200], outcome=outcome)
+        self.actions.record(person, action, target, outcome=outcome)

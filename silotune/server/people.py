@@ -1,0 +1,138 @@
+"""People of the coordinator's side: who may look, who may act, and what they did."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+from cryptography import x509
+from sqlalchemy import RowMapping, delete, insert, select, update
+
+from silotune.federation import identity
+from silotune.federation.authority import Authority
+from silotune.federation.errors import IdentityInvalid
+from silotune.federation.identity import Subject
+from silotune.server.errors import NotPermitted, RunUnknown, SignInNeeded
+from silotune.server.store import Store
+from silotune.server.tables import ACTIONS, ADMINS
+
+PersonRole = Literal["viewer", "operator"]
+
+ADMIN_DAYS = 90
+"""Validity of a person's certificate."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Person:
+    """Somebody who is known: by a certificate, or by a password at the dashboard."""
+
+    name: str
+    role: PersonRole
+
+    def require_operator(self) -> None:
+        """Raise `NotPermitted` for anybody but an operator."""
+        if self.role != "operator":
+            raise NotPermitted(f"{self.name} is a {self.role}; this needs an operator")
+
+
+class People:
+    """Certificates of people, in the store: one counts for each name, the newest.
+
+    Parameters
+    ----------
+    store : Store
+        Where they are listed.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def issue(
+        self, authority: Authority, request: str, *, name: str, role: PersonRole
+    ) -> x509.Certificate:
+        """A certificate for a person's own key; it replaces the one that the person had.
+
+        Raises
+        ------
+        IdentityInvalid
+            The request is damaged, or in another name.
+        """
+        subject = Subject(name=name, role=role)
+        certificate = authority.issue_client(request, subject=subject, days=ADMIN_DAYS)
+        row = {
+            "name": name,
+            "role": role,
+            "certificate": identity.certificate_fingerprint(certificate),
+            "status": "active",
+            "since": time.time(),
+        }
+        with self._store.transaction() as connection:
+            connection.execute(delete(ADMINS).where(ADMINS.c.name == name))
+            connection.execute(insert(ADMINS).values(row))
+        return certificate
+
+    def revoke(self, name: str) -> None:
+        """Let a certificate count no more, from the next request on. Raises `RunUnknown`."""
+        with self._store.transaction() as connection:
+            active = (ADMINS.c.name == name) & (ADMINS.c.status == "active")
+            if connection.execute(update(ADMINS).where(active).values(status="revoked")).rowcount:
+                return
+        raise RunUnknown(f"nobody called {name[:63]!r} has a certificate")
+
+    def all(self) -> list[RowMapping]:
+        """Everybody who has or had a certificate, by name."""
+        with self._store.transaction() as connection:
+            return list(connection.execute(select(ADMINS).order_by(ADMINS.c.name)).mappings())
+
+    def holder(self, certificate: x509.Certificate, authority: x509.Certificate) -> Person:
+        """Whom a certificate speaks for.
+
+        Raises
+        ------
+        SignInNeeded
+            Not of this federation's authority, expired, revoked, replaced, or not a person's.
+        """
+        try:
+            subject = identity.subject_of(certificate)
+        except IdentityInvalid as exc:
+            raise SignInNeeded("the certificate names no person") from exc
+        if subject.role == "site" or not identity.issued_by(certificate, authority):
+            raise SignInNeeded("the certificate is not a valid one of a person of this federation")
+        fingerprint = identity.certificate_fingerprint(certificate)
+        known = select(ADMINS.c.name).where(
+            ADMINS.c.name == subject.name,
+            ADMINS.c.role == subject.role,
+            ADMINS.c.certificate == fingerprint,
+            ADMINS.c.status == "active",
+        )
+        with self._store.transaction() as connection:
+            if connection.execute(known).first() is None:
+                raise SignInNeeded("the certificate was revoked or replaced")
+        return Person(name=subject.name, role=subject.role)
+
+
+class Actions:
+    """What people did, and were not allowed to do."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def record(self, person: Person, action: str, target: str, *, outcome: str) -> None:
+        """Add one."""
+        row = {
+            "time": time.time(),
+            "who": person.name[:63],
+            "role": person.role,
+            "action": action,
+            "target": target[:96],
+            "outcome": outcome,
+        }
+        with self._store.transaction() as connection:
+            connection.execute(insert(ACTIONS).values(row))
+
+    def newest(self, limit: int = 200) -> list[RowMapping]:
+        """The newest, newest first."""
+        query = select(ACTIONS).order_by(ACTIONS.c.id.desc()).limit(limit)
+        with self._store.transaction() as connection:
+            return list(connection.execute(query).mappings())
