@@ -11,6 +11,7 @@ from rich.console import Console
 
 from silotune import __version__
 from silotune.commands import (
+    audit,
     certificate,
     coordinator,
     demo,
@@ -22,6 +23,7 @@ from silotune.commands import (
     predict,
     report,
     simulate,
+    site,
 )
 from silotune.errors import SilotuneError
 
@@ -40,8 +42,10 @@ app.command("simulate")(simulate.simulate)
 app.add_typer(coordinator.app, name="coordinator")
 app.command("report")(report.report)
 app.command("predict")(predict.predict)
+app.add_typer(site.app, name="site")
 app.add_typer(ledger.app, name="ledger")
 app.add_typer(certificate.app, name="certificate")
+app.add_typer(audit.app, name="audit")
 app.command("errors")(errors_page.errors)
 app.command("events")(events_page.events)
 

@@ -19,6 +19,9 @@ from silotune.plan import Plan
 
 FindRun = Callable[[Context, Plan, str], SiteRun]
 
+MESSAGE_TYPES = frozenset({"query.join", "train", "evaluate"})
+"""Every type of message that a site answers; all else is refused unread."""
+
 
 def build_client_app(find_run: FindRun) -> ClientApp:
     """A ClientApp over the sites that `find_run` knows.
@@ -32,7 +35,10 @@ def build_client_app(find_run: FindRun) -> ClientApp:
 
     def part(message: Message, context: Context) -> SiteRun:
         config = message.content.config_records["config"]
-        return find_run(context, Plan.from_canonical(_text(config, "plan")), _text(config, "run"))
+        plan = Plan.from_canonical(_text(config, "plan"))
+        site = find_run(context, plan, _text(config, "run"))
+        site.admit()
+        return site
 
     @app.query("join")
     def join(message: Message, context: Context) -> Message:

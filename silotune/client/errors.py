@@ -244,6 +244,26 @@ class CoordinatorRefused(RunError):
     advice = "Ask the coordinator's operator; a revoked site has to join again."
 
 
+class SiteCommandFailed(RunError):
+    """The daemon could not do what it was told."""
+
+    code = "ST-648"
+    title = "The site's daemon could not do that"
+    cause = "The daemon answered the command with an error, whose code the message has."
+    advice = "Read the detail; `silotune errors CODE` explains the code that it names."
+
+
+class SessionTaken(RunError):
+    """Another process with this site's keys has connected."""
+
+    code = "ST-649"
+    title = "Another process has taken the site's place"
+    cause = "A process with the same keys connected later; the coordinator serves the newest."
+    advice = (
+        "If it was not you: somebody has the site's keys. Tell the operator to revoke the site."
+    )
+
+
 # --- surroundings, as the doctor finds them ----------------------------------------------------
 
 

@@ -18,7 +18,7 @@ from flwr.app import RecordDict
 from numpy.typing import NDArray
 
 from silotune.client import metrics
-from silotune.client.errors import RankRefused
+from silotune.client.errors import MessageRefused, RankRefused
 from silotune.client.facts import facts_for
 from silotune.client.gate import DpRelease, Field, Gate, Public, Unprotected
 from silotune.client.memory import SealedMemory
@@ -79,10 +79,13 @@ class WarmModel:
     shared : Path or None
         Folder through which the processes of a simulation share frozen features. A deployed site
         has none: what is made of its records stays in memory.
+    device : str
+        What to compute on when `choices` are made here.
     """
 
     choices: Choices | None = None
     shared: Path | None = None
+    device: str = "auto"
     _held: dict[int, TrainableModel] = field(default_factory=dict)
     _outlined: tuple[Plan, Layout] | None = None
     _frozen: dict[str, Frozen] = field(default_factory=dict)
@@ -99,7 +102,7 @@ class WarmModel:
             self._held.clear()
         rank = rank or plan.lora.r
         if rank not in self._held:
-            wish = asdict(self.choices) if self.choices else {}
+            wish = asdict(self.choices) if self.choices else {"device": self.device}
             wish.pop("reason", None)
             loaded = load_model(plan, base=base, rank=rank, **wish)
             self._held[rank] = TrainableModel(plan, loaded)
@@ -121,15 +124,15 @@ class WarmModel:
         if key not in self._frozen:
             if len(self._frozen) >= _MOST_FROZEN:
                 self._frozen.clear()
-            self._frozen[key] = self._find_frozen(key, plan, encoded)
+            self._frozen[key] = self._find_frozen(key, plan, encoded, base=site.model_place(plan))
         return self._frozen[key]
 
-    def _find_frozen(self, key: str, plan: Plan, encoded: Encoded) -> Frozen:
+    def _find_frozen(self, key: str, plan: Plan, encoded: Encoded, *, base: str) -> Frozen:
         name = hashlib.sha256(key.encode()).hexdigest()
         path = self.shared / f"{name}.safetensors" if self.shared else None
         if path is not None and path.exists():
             return Frozen.load(path, encoded)
-        found = compute_frozen(self.for_plan(plan).model, encoded)
+        found = compute_frozen(self.for_plan(plan, base=base).model, encoded)
         if path is not None:
             found.save(path)
         return found
@@ -181,9 +184,21 @@ class SiteRun:
 
     # --- what the coordinator may ask ---
 
+    def admit(self) -> None:
+        """Let the site's policy judge the plan, before anything is loaded or computed for it.
+
+        Called for every message, whatever it asks.
+
+        Raises
+        ------
+        PolicyError
+            Of the first clause that refuses.
+        """
+        if self.site.policy is not None:
+            judge(self.site.policy, self.plan, replace(self._facts, moment=local_time())).require()
+
     def join(self) -> RecordDict:
         """Check that the plan can be served here, reserve its budget, and declare the terms."""
-        self._admit()
         self._require_rank()
         model = self.trainable.model
         self._reserve()
@@ -203,10 +218,10 @@ class SiteRun:
 
     def train(self, adapter: Vector, server_round: int) -> RecordDict:
         """The site's update of a round; a repeated request gets the first answer again."""
+        self._require_round(server_round)
         key = ReleaseKey(self.run, server_round, "update")
         if (again := self.gate.recall(key)) is not None:
             return again
-        self._admit()
         started = time.monotonic()
         update = self.trainer.round(adapter, server_round)
         self.train_seconds[server_round] = time.monotonic() - started
@@ -220,10 +235,13 @@ class SiteRun:
 
     def evaluate(self, adapter: Vector, server_round: int) -> RecordDict:
         """Counts on the validation units, noisy unless the plan is not private."""
+        self._require_round(server_round)
+        every = self.plan.rounds.evaluate_every
+        if not every or server_round % every:
+            raise MessageRefused(f"the plan has no evaluation after round {server_round}")
         key = ReleaseKey(self.run, server_round, "metrics")
         if (again := self.gate.recall(key)) is not None:
             return again
-        self._admit()
         found = {"counts": self._counts(adapter)}
         keeping = self.trainer.keeping
         if keeping.any:
@@ -364,10 +382,9 @@ class SiteRun:
                 f"strategy '{self.plan.aggregation.strategy}' all sites have the plan's"
             )
 
-    def _admit(self) -> None:
-        """Let the site's policy judge the plan, before anything is loaded or computed for it."""
-        if self.site.policy is not None:
-            judge(self.site.policy, self.plan, replace(self._facts, moment=local_time())).require()
+    def _require_round(self, number: int) -> None:
+        if not 1 <= number <= self.plan.rounds.number:
+            raise MessageRefused(f"the plan has no round {number}")
 
     def _reserve(self) -> None:
         """Set the whole run's cost aside in the ledger, within the site's own budget."""
@@ -385,7 +402,9 @@ class SiteRun:
             raise BudgetExceeded(
                 f"the plan's delta is {delta:g}, the site's budget has {limit.delta:g}"
             )
-        budget = Budget(epsilon=limit.epsilon, delta=delta)
+        policy = self.site.policy
+        total = policy.max_total_epsilon if policy and policy.max_total_epsilon else limit.epsilon
+        budget = Budget(epsilon=min(limit.epsilon, total), delta=delta)
         events = run_events(self.plan, self.dataset.declared_units, sigma=self.sigma)
         event = events[0] if len(events) == 1 else ComposedDpEvent(events)
         self.ledger.reserve(

@@ -230,7 +230,7 @@ def load_model(
     """
     folder = locate(base or plan.model.base)
     require_weights(folder, plan.model.sha256)
-    choices = _complete(plan, device=device, attention=attention, dtype=dtype)
+    choices = _complete(plan, base=base, device=device, attention=attention, dtype=dtype)
     config, tokenizer = load_config(folder), load_tokenizer(folder)
     require_length(config, tokenizer, plan)
     task, place = get_task(plan.model.task), torch.device(choices.device)
@@ -263,9 +263,11 @@ def load_model(
     )
 
 
-def _complete(plan: Plan, *, device: str, attention: str | None, dtype: str | None) -> Choices:
+def _complete(
+    plan: Plan, *, base: str | None, device: str, attention: str | None, dtype: str | None
+) -> Choices:
     if attention is None or dtype is None:
-        found = choose(plan, device=device)
+        found = choose(plan, device=device, base=base)
         if attention is None and dtype is None:
             return found
         attention, dtype = attention or found.attention, dtype or found.dtype

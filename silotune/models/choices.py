@@ -57,7 +57,7 @@ class Choices:
         return f"{self.device}, {self.dtype}, {self.attention} attention{why}"
 
 
-def choose(plan: Plan, *, device: str = "auto") -> Choices:
+def choose(plan: Plan, *, device: str = "auto", base: str | None = None) -> Choices:
     """Choose for a plan on this machine; on a CPU for one thread, as workers have.
 
     Parameters
@@ -66,6 +66,8 @@ def choose(plan: Plan, *, device: str = "auto") -> Choices:
         Gives model, ``model.dtype``, ``data.max_length`` and whether there is a seed.
     device : str
         ``auto`` (the first CUDA device, else the CPU), ``cpu``, ``cuda`` or ``cuda:N``.
+    base : str, optional
+        Where the base model is on this machine, if not where ``model.base`` says.
 
     Raises
     ------
@@ -74,7 +76,7 @@ def choose(plan: Plan, *, device: str = "auto") -> Choices:
     ModelNotFound, ModelError
         The base model is not there or not usable.
     """
-    place, config = resolve_device(device), load_config(locate(plan.model.base))
+    place, config = resolve_device(device), load_config(locate(base or plan.model.base))
     with _one_thread(place):
         dtype, dtype_reason = _choose_dtype(plan, config, place)
         attention, attention_reason = _choose_attention(plan, config, place)

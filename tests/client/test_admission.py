@@ -4,12 +4,16 @@ import io
 
 import numpy as np
 import pytest
+from flwr.app import ConfigRecord, RecordDict
+from flwr.app.message import make_message
+from flwr.app.metadata import Metadata
 
 from silotune.client import errors, runtime
+from silotune.client.app import MESSAGE_TYPES, build_client_app
 from silotune.client.facts import total_epsilon
 from silotune.client.runtime import SiteRun, WarmModel
 from silotune.data.site import SiteConfig
-from silotune.errors import ModelNotFound, SilotuneError
+from silotune.errors import BudgetExceeded, ModelNotFound, SilotuneError
 from silotune.models.base import load_model
 from silotune.models.outline import outline
 from silotune.models.weights import weights_sha256
@@ -65,6 +69,12 @@ def run_of(federation, plan=None, *, state="s", run="r", edit=lambda text: text)
     )
 
 
+def ask(plan, kind):
+    config = ConfigRecord({"plan": plan.canonical(), "run": "r", "round": 1})
+    metadata = Metadata(1, "m", 1, 2, "", "", 0.0, 60.0, kind)
+    return make_message(metadata, RecordDict({"config": config}))
+
+
 def adapter_for(site_run):
     return np.zeros(site_run.trainable.model.layout.size, dtype=np.float32)
 
@@ -72,6 +82,7 @@ def adapter_for(site_run):
 def test_an_allowed_plan_runs_on_the_weights_at_the_sites_own_place(federation):
     """The plan says /nowhere; the policy says where the weights with that hash are."""
     part = run_of(federation)
+    part.admit()
     part.join()
     released = part.train(adapter_for(part), 1)
     assert len(released.array_records) == 1
@@ -82,9 +93,10 @@ def test_nothing_is_loaded_charged_or_reserved_for_a_refused_plan(federation, mo
     monkeypatch.setattr(runtime, "load_model", lambda *a, **k: loaded.append(a))
     monkeypatch.setattr(runtime, "load_records", lambda *a, **k: loaded.append(a))
     part = run_of(federation, federation.plan.override({"rounds.number": 11}))
-    for ask in (part.join, lambda: part.train(None, 1), lambda: part.evaluate(None, 1)):
+    app = build_client_app(lambda context, plan, run: part)
+    for kind in sorted(MESSAGE_TYPES):
         with pytest.raises(errors.TooManyRounds):
-            ask()
+            app(message=ask(part.plan, kind), context=None)
     assert loaded == []
     assert part.ledger.rows() == []
 
@@ -94,7 +106,7 @@ def test_a_base_model_that_is_not_listed_is_not_even_looked_for(federation, monk
     monkeypatch.setattr(runtime, "outline", lambda *a, **k: looked.append(a))
     plan = federation.plan.override({"model.sha256": "00" * 32, "model.base": "/etc"})
     with pytest.raises(errors.BaseModelRefused):
-        run_of(federation, plan).join()
+        run_of(federation, plan).admit()
     assert looked == []
 
 
@@ -112,10 +124,12 @@ def test_two_runs_together_may_not_pass_the_total(federation):
     first = run_of(federation, run="one")
     first.join()
     with pytest.raises(errors.EpsilonInTotalRefused):
+        run_of(federation, run="two").admit()
+    with pytest.raises(BudgetExceeded):  # the ledger itself would not have it either
         run_of(federation, run="two").join()
     assert first.ledger.runs()[0].run == "one"
     assert len(first.ledger.runs()) == 1
-    run_of(federation, run="one").join()  # a run's own reservation is not counted twice
+    run_of(federation, run="one").admit()  # a run's own reservation is not counted twice
 
 
 def test_the_total_is_what_the_ledger_will_say(federation):
@@ -129,20 +143,33 @@ def test_the_total_is_what_the_ledger_will_say(federation):
     assert committed < other < 2 * committed
 
 
-def test_hours_are_looked_at_before_every_answer_but_a_repeated_one(federation, monkeypatch):
+def test_hours_hold_for_every_answer(federation, monkeypatch):
     part = run_of(
         federation, edit=lambda text: text.replace("Mon-Sun 00:00-24:00", "Mon 08:00-18:00")
     )
     monday = runtime.local_time().replace(year=2026, month=11, day=23, hour=12)
     monkeypatch.setattr(runtime, "local_time", lambda: monday)
-    part.join()
-    flat = adapter_for(part)
-    first = part.train(flat, 1)
+    part.admit()
     monkeypatch.setattr(runtime, "local_time", lambda: monday.replace(hour=20))
     with pytest.raises(errors.OutsideHours):
-        part.train(flat, 2)
-    again = part.train(flat, 1)
-    assert again["update"]["flat"].data == first["update"]["flat"].data
+        part.admit()
+
+
+@pytest.mark.parametrize(("kind", "number"), [("train", 6), ("evaluate", 6), ("evaluate", 3)])
+def test_no_round_or_evaluation_beyond_the_plan_is_answered(federation, kind, number):
+    """The plan has 5 rounds and evaluates after every second."""
+    part = run_of(federation, federation.plan.override({"privacy.metrics_share": 0.1}))
+    part.join()
+    before = part.ledger.rows()
+    with pytest.raises(errors.MessageRefused, match=str(number)):
+        getattr(part, kind)(adapter_for(part), number)
+    assert part.ledger.rows() == before
+
+
+def test_the_known_message_types_are_those_that_the_app_answers(federation):
+    app = build_client_app(lambda context, plan, run: None)
+    answered = {name.removesuffix(".default") for name in app._registered_funcs}
+    assert answered == MESSAGE_TYPES
 
 
 def test_without_a_policy_a_site_can_only_be_simulated(tmp_path, bert_folder):

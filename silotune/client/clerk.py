@@ -1,0 +1,194 @@
+"""The daemon's paper work: roster, proposals, decisions, certificates, audit heads, closed books.
+
+Everything here can wait while the site trains, and none of it decides what leaves: it keeps what the
+coordinator says, checks it, and sends what the site's people have said.
+"""
+
+from __future__ import annotations
+
+import base64
+import logging
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from silotune.client.approvals import Approvals, Entry
+from silotune.client.coordinator_api import CoordinatorApi, ledger_head
+from silotune.client.enrolled import Enrolment
+from silotune.errors import PolicyError, SilotuneError
+from silotune.federation import wire
+from silotune.federation.audit_line import AuditHead
+from silotune.federation.audit_log import AuditLog
+from silotune.federation.identity import certificate_from_pem, days_left
+from silotune.privacy.entry import Head
+from silotune.privacy.ledger import Ledger
+from silotune.privacy.ledger_view import LEDGER_FILE
+
+logger = logging.getLogger(__name__)
+
+RENEW_DAYS = 30.0
+"""A certificate with fewer days left is renewed."""
+
+_Judge = Callable[[Entry], None]
+
+
+class Clerk:
+    """Keeps one site's books with its coordinator.
+
+    Parameters
+    ----------
+    enrolment, approvals, audit
+        The site's.
+    judge : callable or None
+        Raises a `PolicyError` for a plan that the policy refuses; None where a person approves.
+    settle : callable
+        Closes the books of a run that is over.
+    """
+
+    def __init__(
+        self,
+        *,
+        enrolment: Enrolment,
+        approvals: Approvals,
+        audit: AuditLog,
+        judge: _Judge | None,
+        settle: Callable[[Entry], None],
+    ) -> None:
+        self._enrolment, self._approvals, self._audit = enrolment, approvals, audit
+        self._judge, self._settle = judge, settle
+        self._theirs: AuditHead | None = None
+        self._exchanged = 0
+        self.plans_version = 0
+        self._lock = threading.Lock()
+
+    # --- news ---
+
+    def take_rosters(self, api: CoordinatorApi) -> None:
+        """Follow the roster; every change is written to the audit log."""
+        roster = self._enrolment.roster
+        versions = api.rosters(after=roster.version if roster else 0)
+        changed = self._enrolment.take_rosters(versions)
+        newest = self._enrolment.roster
+        if changed and newest is not None:
+            self._audit.append("roster", version=newest.version, changed=list(changed))
+            logger.info("roster version %d: %s", newest.version, ", ".join(changed))
+
+    def take_plans(self, api: CoordinatorApi) -> None:
+        """Keep what is proposed, approve by itself if the policy says so, close what is over."""
+        reply = api.plans()
+        for proposal in reply.proposals:
+            try:
+                entry = self._approvals.take(proposal, self._enrolment.federation_key)
+            except SilotuneError as exc:
+                self._audit.append("proposal_refused", run=proposal.run, code=exc.code)
+                logger.warning("the proposal of run %s is refused: %s", proposal.run, exc)
+                continue
+            if entry is not None:
+                self._note(entry)
+            self._follow_up(api, self._approvals.find(proposal.run), proposal)
+        self.plans_version = reply.plans
+
+    def _note(self, entry: Entry) -> None:
+        self._audit.append(
+            "proposed", run=entry.run, plan_sha256=entry.plan.sha256, state=entry.proposal.state
+        )
+        logger.info("run %s is %s by the coordinator", entry.run, entry.proposal.state)
+
+    def _follow_up(self, api: CoordinatorApi, entry: Entry, proposal: wire.Proposal) -> None:
+        if entry.over:
+            if entry.decision and not entry.settled:
+                self._settle(entry)
+                self._approvals.settle(entry.run)
+            return
+        if entry.decision is None and self._judge is not None:
+            entry = self._decide_alone(entry)
+        if entry.decision is not None and proposal.decided != entry.decision.verdict:
+            api.decide(entry.decision)
+
+    def _decide_alone(self, entry: Entry) -> Entry:
+        assert self._judge is not None
+        try:
+            self._judge(entry)
+        except PolicyError as exc:
+            self.decide(entry.run, "rejected", reason=exc.code, by="policy")
+        except SilotuneError as exc:
+            self.decide(entry.run, "rejected", reason=exc.code, by="policy")
+            logger.warning("run %s can't be served here: %s", entry.run, exc)
+        else:
+            self.decide(entry.run, "approved", reason="", by="policy")
+        return self._approvals.find(entry.run)
+
+    def decide(self, run: str, verdict: str, *, reason: str, by: str) -> wire.Decision:
+        """Sign and keep the site's word, and write down whose it was."""
+        facts = self._enrolment.facts
+        decision = self._approvals.decide(
+            run,
+            "approved" if verdict == "approved" else "rejected",
+            reason=reason,
+            federation=facts.federation,
+            site=facts.site,
+            key=self._enrolment.keys.signing,
+        )
+        self._audit.append(
+            decision.verdict, run=run, plan_sha256=decision.plan_sha256, reason=reason, by=by
+        )
+        return decision
+
+    # --- certificate ---
+
+    def renew_if_due(self, api: CoordinatorApi) -> bool:
+        """Renew a certificate that ends soon; returns whether it was."""
+        left = days_left(certificate_from_pem(self._enrolment.certificate))
+        if left > RENEW_DAYS:
+            return False
+        self._enrolment.renew(api.renew(self._enrolment))
+        self._audit.append("certificate_renewed", days_left=round(left, 1))
+        logger.info("the certificate was renewed, %.0f days before its end", left)
+        return True
+
+    # --- audit heads ---
+
+    def exchange_heads(self, api: CoordinatorApi) -> None:
+        """Have the heads of audit log and ledger counter-signed, and sign the coordinator's.
+
+        Nothing is sent if nothing was written since the last exchange.
+        """
+        with self._lock:
+            own = self._audit.head
+            if own.seq <= self._exchanged:
+                return
+            ledger = self._ledger()
+            reply = api.exchange_heads(self._offer(own, ledger))
+            key = self._enrolment.federation_key
+            if reply.yours is not None:
+                seen = AuditHead(reply.yours.owner, reply.yours.seq, reply.yours.hash)
+                self._audit.witness(seen, base64.b64decode(reply.yours.signature), key)
+            if reply.ledger_signed is not None and ledger is not None:
+                head = Head(reply.ledger_signed.seq, reply.ledger_signed.hash)
+                ledger.witness(head, base64.b64decode(reply.ledger_signed.signature), key)
+            self._theirs = AuditHead(reply.mine.owner, reply.mine.seq, reply.mine.hash)
+            self._exchanged = self._audit.head.seq
+            if ledger is not None:
+                ledger.close()
+
+    def _offer(self, own: AuditHead, ledger: Ledger | None) -> wire.HeadExchange:
+        yours = None
+        if self._theirs is not None:
+            key = self._enrolment.keys.signing
+            signature = self._theirs.sign(key)
+            self._audit.counter_signed(self._theirs, signature, key.public_key())
+            yours = wire.CounterSignature(
+                owner=self._theirs.owner,
+                seq=self._theirs.seq,
+                hash=self._theirs.hash,
+                signature=base64.b64encode(signature).decode(),
+            )
+        return wire.HeadExchange(
+            mine=wire.LogHead(owner=own.owner, seq=own.seq, hash=own.hash),
+            yours=yours,
+            ledger=None if ledger is None else ledger_head(ledger.head),
+        )
+
+    def _ledger(self) -> Ledger | None:
+        path: Path = self._enrolment.state / LEDGER_FILE
+        return Ledger(path, create=False) if path.exists() else None

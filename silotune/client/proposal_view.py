@@ -1,0 +1,145 @@
+"""A proposed plan as its readers need it: what leaves, what it costs, the verdict, what changed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from silotune.client.approvals import Approvals, Entry, difference
+from silotune.client.facts import facts_for
+from silotune.client.policy import Verdict, judge
+from silotune.client.runtime import local_time
+from silotune.data.site import SiteConfig
+from silotune.errors import SilotuneError
+from silotune.models.layout import Layout
+from silotune.models.outline import outline
+from silotune.plan_words import plan_in_words
+from silotune.privacy.ledger import Ledger
+from silotune.privacy.ledger_view import LEDGER_FILE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spending:
+    """Epsilon of the plan's dataset, at the plan's delta.
+
+    Attributes
+    ----------
+    now : float
+        Spent and reserved by other runs.
+    after : float
+        With the whole of this run.
+    budget : float or None
+        What the dataset may reach; None if site.toml gives it no budget.
+    """
+
+    now: float
+    after: float
+    budget: float | None
+
+    @property
+    def left(self) -> float | None:
+        """What would be left for later runs."""
+        return None if self.budget is None else max(0.0, self.budget - self.after)
+
+
+def judge_proposal(site: SiteConfig, entry: Entry) -> Verdict:
+    """The policy's verdict on a proposal; hours don't count before the training itself.
+
+    Raises
+    ------
+    SilotuneError
+        The plan can't be judged here: unknown dataset, unusable model.
+    """
+    assert site.policy is not None  # the daemon has seen to it
+    ledger = _ledger(site)
+    facts = facts_for(
+        site,
+        entry.plan,
+        run=entry.run,
+        ledger=ledger,
+        layout=layout_at(site, entry.plan.model.sha256, entry),
+        moment=local_time(),
+    )
+    verdict = judge(site.policy, entry.plan, facts)
+    return Verdict(tuple(clause for clause in verdict.clauses if clause.name != "hours"))
+
+
+def layout_at(site: SiteConfig, sha256: str | None, entry: Entry) -> Layout | None:
+    """The adapter's layout, if the policy knows the base model; else nothing is looked at."""
+    if site.policy is None or sha256 not in site.policy.base_models:
+        return None
+    return outline(entry.plan, base=site.model_place(entry.plan))
+
+
+def spending(site: SiteConfig, entry: Entry) -> Spending | None:
+    """What the run would do to the dataset's budget; None for a plan without privacy."""
+    plan = entry.plan
+    if not plan.private or plan.privacy.delta is None:
+        return None
+    from silotune.client.facts import total_epsilon
+    from silotune.privacy.tally import epsilon_of, total
+
+    ledger = _ledger(site)
+    name = plan.data.dataset
+    others = [] if ledger is None else [a for a in ledger.runs(name) if a.run != entry.run]
+    budget = site.dataset(name).budget
+    return Spending(
+        now=epsilon_of(total(a.committed for a in others), delta=plan.privacy.delta),
+        after=total_epsilon(site, plan, run=entry.run, ledger=ledger),
+        budget=None if budget is None else budget.epsilon,
+    )
+
+
+def describe(site: SiteConfig, entry: Entry, approvals: Approvals) -> dict[str, Any]:
+    """Everything about a proposal, as JSON values.
+
+    What can't be worked out here is None or empty, with the reason under ``problem``.
+    """
+    plan, proposal = entry.plan, entry.proposal
+    found: dict[str, Any] = {
+        "run": entry.run,
+        "state": entry.state,
+        "name": plan.plan.name,
+        "plan_sha256": plan.sha256,
+        "proposed_at": proposal.proposed_at,
+        "reason": entry.decision.reason if entry.decision else "",
+        "words": plan_in_words(plan),
+        "leaves": None,
+        "spending": None,
+        "verdict": [],
+        "allowed": False,
+        "problem": "",
+    }
+    try:
+        verdict = judge_proposal(site, entry) if site.policy else Verdict(())
+        found["verdict"] = [
+            {"clause": c.name, "allowed": c.allowed, "reason": c.reason, "code": c.error.code}
+            for c in verdict.clauses
+        ]
+        found["allowed"] = bool(verdict.clauses) and verdict.allowed
+        found["leaves"] = _leaves(layout_at(site, plan.model.sha256, entry))
+        spent = spending(site, entry)
+        found["spending"] = spent and {**vars(spent), "left": spent.left}
+    except SilotuneError as exc:
+        found["problem"] = str(exc)
+    before = approvals.last_approved(but=entry.run)
+    found["compared_with"] = before.run if before else None
+    found["changes"] = [
+        {"key": key, "old": old, "new": new}
+        for key, old, new in (difference(before.plan, plan) if before else [])
+    ]
+    return found
+
+
+def _leaves(layout: Layout | None) -> dict[str, Any] | None:
+    if layout is None:
+        return None
+    return {
+        "bytes": layout.nbytes,
+        "tensors": [{"name": e.name, "shape": list(e.shape)} for e in layout.entries],
+    }
+
+
+def _ledger(site: SiteConfig) -> Ledger | None:
+    path = site.state_folder / LEDGER_FILE
+    return Ledger(path, create=False) if path.exists() else None

@@ -1,0 +1,99 @@
+"""HTTPS to the coordinator: bounded, without redirects, through the proxy that the machine names.
+
+The coordinator is not trusted with this process: a reply has a size limit that holds while it is
+read, compression (and with it decompression bombs) is refused, redirects are not followed, and the
+only server certificates that count are those of the federation's authority.
+"""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Iterator, Mapping
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+import httpx
+
+from silotune.client.errors import MessageRefused
+
+MOST_REPLY = 16 << 20
+"""Bytes of one reply: a chunk of an array has 5 MB."""
+
+CONNECT_SECONDS, READ_SECONDS = 10.0, 45.0
+"""A long poll is held for at most 25 s, so a silent connection is a dead one."""
+
+_NO_HEADERS: Mapping[str, str] = {}
+
+
+def proxy_for(url: str) -> str | None:
+    """The proxy that ``HTTPS_PROXY`` (or ``ALL_PROXY``) names for `url`, unless ``NO_PROXY`` says no."""
+    host = urlsplit(url).hostname or ""
+    proxies = getproxies()
+    if proxy_bypass(host):
+        return None
+    return proxies.get("https") or proxies.get("all")
+
+
+def https_client(
+    url: str,
+    *,
+    tls: ssl.SSLContext,
+    limit: int = MOST_REPLY,
+    headers: Mapping[str, str] = _NO_HEADERS,
+) -> httpx.Client:
+    """A client for the coordinator at `url` and nobody else.
+
+    Parameters
+    ----------
+    url : str
+        ``https://host:port``.
+    tls : ssl.SSLContext
+        Whom to trust, and the site's certificate.
+    limit : int
+        Most bytes of a reply.
+    headers : mapping
+        Sent with every request.
+    """
+    inner = httpx.HTTPTransport(verify=tls, proxy=proxy_for(url), retries=0)
+    return httpx.Client(
+        transport=_Bounded(inner, limit),
+        timeout=httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS),
+        headers={"accept-encoding": "identity", **headers},
+        follow_redirects=False,
+        trust_env=False,
+    )
+
+
+class _Bounded(httpx.BaseTransport):
+    """Refuses replies that are compressed or too large, while they come."""
+
+    def __init__(self, inner: httpx.BaseTransport, limit: int) -> None:
+        self._inner, self._limit = inner, limit
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        response = self._inner.handle_request(request)
+        if response.headers.get("content-encoding", "identity") != "identity":
+            response.close()
+            raise MessageRefused("the reply is compressed, which this site never asks for")
+        assert isinstance(response.stream, httpx.SyncByteStream)
+        response.stream = _Counted(response.stream, self._limit)
+        return response
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+class _Counted(httpx.SyncByteStream):
+    def __init__(self, inner: httpx.SyncByteStream, limit: int) -> None:
+        self._inner, self._limit = inner, limit
+
+    def __iter__(self) -> Iterator[bytes]:
+        total = 0
+        for part in self._inner:
+            total += len(part)
+            if total > self._limit:
+                raise MessageRefused(f"a reply has more than {self._limit} bytes")
+            yield part
+
+    def close(self) -> None:
+        self._inner.close()

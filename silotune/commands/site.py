@@ -1,0 +1,262 @@
+"""``silotune site``: join a federation, run the daemon, judge plans, look after it."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from silotune.client.admin_socket import ask
+from silotune.client.errors import RunUnknown
+from silotune.commands import site_views
+from silotune.data.site import SiteConfig
+from silotune.logs import Format, configure
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="""Run this organisation's part of a federation.
+
+    In order: write site.toml (examples/site.toml explains every key), `join` with the code that the
+    coordinator's operator sent, `doctor` to see that everything is in place, `start` the daemon. Plans
+    that the coordinator proposes then show up in `plans`, where you approve or reject them.
+
+    The daemon only connects outward; the other commands talk to it over a private Unix socket.
+    """,
+)
+
+ConfigPath = Annotated[
+    Path, typer.Option("--config", "-c", help="The site's site.toml.", show_default=True)
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+_CONFIG = Path("site.toml")
+
+
+@app.command()
+def join(
+    code: Annotated[str, typer.Argument(help="The invitation, as the operator sent it.")],
+    config: ConfigPath = _CONFIG,
+    wait: Annotated[
+        float, typer.Option(help="Seconds to wait for the operator's approval.")
+    ] = 86400.0,
+    as_json: AsJson = False,
+) -> None:
+    """Join a federation with an invitation.
+
+    Makes the site's keys here (they never leave this machine), checks that the coordinator is the one
+    that invited, and asks to be let in. Six words appear: read them to the coordinator's operator,
+    over the telephone say, who must see the same six. Interrupted, it goes on with the same code.
+    """
+    from silotune.client.joining import Joining
+
+    console = Console(stderr=as_json)
+    joining = Joining(SiteConfig.load(config), code)
+    joining.ask()
+    console.print(f"This site's six words are   [bold]{joining.words}[/]")
+    console.print("Read them to the coordinator's operator. Waiting for the approval.")
+    enrolment = joining.wait(seconds=wait)
+    if enrolment is None:
+        console.print("Not approved yet. Run the same command again to go on waiting.")
+        raise typer.Exit(1)
+    facts = enrolment.facts
+    if as_json:
+        typer.echo(facts.model_dump_json())
+        return
+    console.print(f"{facts.site} is now in federation [bold]{facts.federation}[/].")
+    console.print("Next: silotune site doctor, then silotune site start.")
+
+
+@app.command()
+def doctor(config: ConfigPath = _CONFIG, as_json: AsJson = False) -> None:
+    """Check everything a site needs; exit 70 if something is wrong.
+
+    Looks at policy, keys, enrolment, name service, port, proxy, TLS, certificate, clock, disk, device,
+    base models, datasets, ledger and audit log. Each trouble has a code and a remedy.
+    """
+    from silotune.client.doctor import Doctor
+
+    findings = Doctor(SiteConfig.load(config)).examine()
+    failed = [finding for finding in findings if finding.state == "failed"]
+    if as_json:
+        rows = [vars(finding) for finding in findings]
+        typer.echo(json.dumps({"healthy": not failed, "findings": rows}, indent=2))
+    else:
+        site_views.print_findings(findings, Console())
+    if failed:
+        raise typer.Exit(70)
+
+
+@app.command()
+def start(
+    config: ConfigPath = _CONFIG,
+    log_format: Annotated[
+        Format, typer.Option(help="text for people, json for machines.")
+    ] = "text",
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+    grace: Annotated[
+        float, typer.Option(help="Seconds that a step may go on after SIGTERM.")
+    ] = 30.0,
+) -> None:
+    """Run the daemon until SIGTERM.
+
+    It connects to the coordinator (through HTTPS_PROXY if that is set), works on approved plans one
+    message at a time, and reconnects for ever; `status` says what it waits for. SIGTERM lets the step
+    in progress finish; what is abandoned has released nothing.
+    """
+    from silotune.client.daemon import Daemon
+    from silotune.client.limits import apply_limits
+
+    configure(style=log_format, level=log_level)
+    site = SiteConfig.load(config)
+    apply_limits(site.resources)
+    Daemon(site, grace=grace).run()
+
+
+@app.command()
+def status(config: ConfigPath = _CONFIG, as_json: AsJson = False) -> None:
+    """Ask the running daemon how it is: its connection, its work, what it waits for."""
+    found = ask(SiteConfig.load(config).state_folder, "status")
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    site_views.print_status(found, Console())
+
+
+@app.command()
+def pause(config: ConfigPath = _CONFIG, as_json: AsJson = False) -> None:
+    """Answer no more requests, from the next one on, until `resume`; a restart doesn't end it."""
+    found = ask(SiteConfig.load(config).state_folder, "pause")
+    finishing = f" {found['work']} is still being finished." if found["work"] else ""
+    _say(found, f"Paused.{finishing}", as_json)
+
+
+@app.command()
+def resume(config: ConfigPath = _CONFIG, as_json: AsJson = False) -> None:
+    """Take part again after `pause`."""
+    found = ask(SiteConfig.load(config).state_folder, "resume")
+    _say(found, "The site takes part again.", as_json)
+
+
+@app.command()
+def leave(
+    config: ConfigPath = _CONFIG,
+    yes: Annotated[bool, typer.Option("--yes", help="Don't ask.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Leave the federation for good: the certificate is revoked, keys are removed, the daemon ends.
+
+    The privacy ledger and the audit log stay: what was spent remains spent.
+    """
+    site = SiteConfig.load(config)
+    if not yes:
+        typer.confirm(f"Shall {site.name} leave the federation for good?", abort=True)
+    found = ask(site.state_folder, "leave")
+    _say(found, f"{site.name} has left {found['left']}. Ledger and audit log were kept.", as_json)
+
+
+@app.command()
+def plans(
+    run: Annotated[str, typer.Argument(help="A run, or the start of a plan's hash.")] = "",
+    config: ConfigPath = _CONFIG,
+    every: Annotated[bool, typer.Option("--all", help="Also runs that are over.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what the coordinator proposes, and what it would mean for this site.
+
+    For each plan: its purpose, what leaves the site, the privacy in words, epsilon now and after it,
+    the policy's verdict clause by clause, and the difference from the plan that was approved last.
+    """
+    from silotune.client.approvals import Approvals
+    from silotune.client.proposal_view import describe
+
+    site = SiteConfig.load(config)
+    approvals = Approvals(site.state_folder)
+    entries = [
+        entry
+        for entry in approvals.entries()
+        if (every or run or not entry.over)
+        and (not run or entry.run == run or entry.plan.sha256.startswith(run))
+    ]
+    described = [describe(site, entry, approvals) for entry in entries]
+    if as_json:
+        typer.echo(json.dumps({"plans": described}, indent=2))
+        return
+    console = Console()
+    if not described:
+        console.print("Nothing is proposed." if not run else f"No proposal fits {escape(run)}.")
+    for found in described:
+        site_views.print_proposal(found, console)
+
+
+@app.command()
+def approve(
+    plan: Annotated[str, typer.Argument(help="The plan's hash (12 digits do), or the run.")],
+    config: ConfigPath = _CONFIG,
+    as_json: AsJson = False,
+) -> None:
+    """Approve a proposed plan: the site signs the plan's hash, and takes part.
+
+    A plan that the policy refuses can't be approved: change the policy first. An approval is for one
+    run of exactly this plan; if the plan changes, it has to be approved again.
+    """
+    from silotune.client.proposal_view import judge_proposal
+
+    site, run = _proposed(config, plan)
+    approvals_entry = _entry(site, run)
+    if site.policy is not None:
+        judge_proposal(site, approvals_entry).require()
+    _decide(site, run, "approved", "", as_json)
+
+
+@app.command()
+def reject(
+    plan: Annotated[str, typer.Argument(help="The plan's hash (12 digits do), or the run.")],
+    reason: Annotated[str, typer.Option(help="Told to the coordinator's operator.")],
+    config: ConfigPath = _CONFIG,
+    as_json: AsJson = False,
+) -> None:
+    """Reject a proposed plan, or one that was approved before; the reason is sent."""
+    site, run = _proposed(config, plan)
+    _decide(site, run, "rejected", reason, as_json)
+
+
+def _proposed(config: Path, wanted: str) -> tuple[SiteConfig, str]:
+    """The site and the one open run that a hash or name means."""
+    from silotune.client.approvals import Approvals
+
+    site = SiteConfig.load(config)
+    runs = [
+        entry.run
+        for entry in Approvals(site.state_folder).entries()
+        if not entry.over
+        and (entry.run == wanted or (len(wanted) >= 8 and entry.plan.sha256.startswith(wanted)))
+    ]
+    if len(runs) != 1:
+        listed = f": {', '.join(runs)}; name the run" if runs else ""
+        raise RunUnknown(
+            f"{len(runs)} open proposals fit {wanted!r}{listed}",
+            remedy="`silotune site plans` lists what is proposed.",
+        )
+    return site, runs[0]
+
+
+def _entry(site: SiteConfig, run: str) -> Any:
+    from silotune.client.approvals import Approvals
+
+    return Approvals(site.state_folder).find(run)
+
+
+def _decide(
+    site: SiteConfig, run: str, verdict: Literal["approved", "rejected"], reason: str, as_json: bool
+) -> None:
+    found = ask(site.state_folder, "decide", run=run, verdict=verdict, reason=reason)
+    told = "" if found["sent"] else " The coordinator will be told as soon as it can be reached."
+    _say(found, f"Run {run} is {verdict}.{told}", as_json)
+
+
+def _say(found: dict[str, Any], sentence: str, as_json: bool) -> None:
+    typer.echo(json.dumps({**found, "time": int(time.time())}) if as_json else sentence)
