@@ -21,7 +21,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from silotune.client.runtime import SiteRun, WarmModel
+from silotune.client.runtime import SiteRun
+from silotune.client.warm import WarmModel
 from silotune.data.demo import write_hospitals
 from silotune.data.site import load_sites
 from silotune.models.choices import choose

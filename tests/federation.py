@@ -5,7 +5,8 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from silotune.client.runtime import SiteRun, WarmModel
+from silotune.client.runtime import SiteRun
+from silotune.client.warm import WarmModel
 from silotune.data.site import SiteConfig, load_sites
 from silotune.models.choices import Choices
 from silotune.plan import Plan

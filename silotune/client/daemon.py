@@ -23,9 +23,9 @@ from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
+from silotune.client.admin_socket import ControlSocket, Request
 from silotune.client.approvals import Approvals, Entry
 from silotune.client.clerk import Clerk
-from silotune.client.admin_socket import ControlSocket, Request
 from silotune.client.coordinator_api import CoordinatorApi, closing_api
 from silotune.client.enrolled import Enrolment
 from silotune.client.errors import (

@@ -40,7 +40,8 @@ from silotune.plan import Plan
 if TYPE_CHECKING:
     from flwr.clientapp import ClientApp
 
-    from silotune.client.runtime import SiteRun, WarmModel
+    from silotune.client.runtime import SiteRun
+    from silotune.client.warm import WarmModel
     from silotune.data.site import SiteConfig
 
 logger = logging.getLogger(__name__)
@@ -49,12 +50,11 @@ _MOST_PLAN = 1 << 20
 
 
 @dataclass(frozen=True)
-class Verified:
-    """A message that the federation signed for this site, about a run that the site approved."""
+class Opened:
+    """A message that the federation signed for this site, without its envelope."""
 
     address: Address
     content: RecordDict
-    entry: Entry
     seal: str
 
 
@@ -104,18 +104,20 @@ class Runner:
         str
             ``"ST-…"``, or empty.
         """
-        code, verified = "", None
+        code, opened = "", None
         try:
-            verified = self._verify(message)
+            opened = self._open(message)
+            plan = _require_form(opened)
+            entry = self._approvals.require_approved(opened.address.run, plan.sha256)
             if self._paused():
                 raise SitePaused
-            content = self._work(message, verified)
+            content = self._work(message, opened, entry)
         except Exception as exc:
-            code = self._refused(exc, message, verified)
+            code = self._refused(exc, message, opened)
             content = refusal(code)
-        if verified is None:
+        if opened is None:
             return None, code
-        address = verified.address.reply(to=verified.seal)
+        address = opened.address.reply(to=opened.seal)
         if not code:
             self._audit.append("answered", run=address.run, round=address.round, type=address.kind)
         return seal(content, address=address, key=self._enrolment.keys.signing), code
@@ -136,7 +138,7 @@ class Runner:
 
     # --- steps ---
 
-    def _verify(self, message: Message) -> Verified:
+    def _open(self, message: Message) -> Opened:
         from silotune.client.app import MESSAGE_TYPES
 
         claimed = address_of(message.content)
@@ -152,18 +154,16 @@ class Runner:
             receiver=self._site.name,
         )
         content = unseal(message.content, address=expected, key=self._enrolment.federation_key)
-        plan = _require_form(content, expected)
-        entry = self._approvals.require_approved(expected.run, plan.sha256)
-        return Verified(expected, content, entry, seal_id(message.content))
+        return Opened(expected, content, seal_id(message.content))
 
-    def _work(self, message: Message, verified: Verified) -> RecordDict:
+    def _work(self, message: Message, opened: Opened, entry: Entry) -> RecordDict:
         from silotune.client.app import build_client_app
 
         if self._app is None:
             self._app = build_client_app(lambda context, plan, run: self._find(plan, run))
-        bare = Message(verified.content, reply_to=message)  # a copy with the message's own ids
+        bare = Message(opened.content, reply_to=message)  # a copy with the message's own ids
         bare.metadata.__dict__.update(message.metadata.__dict__)
-        context = self._contexts.setdefault(verified.entry.run, self._context(message))
+        context = self._contexts.setdefault(entry.run, self._context(message))
         return self._app(message=bare, context=context).content
 
     def _find(self, plan: Plan, run: str) -> SiteRun:
@@ -171,7 +171,8 @@ class Runner:
 
     def _site_run(self, entry: Entry) -> SiteRun:
         """The site's part in a run; one at a time is kept with its records."""
-        from silotune.client.runtime import Keys, SiteRun, WarmModel
+        from silotune.client.runtime import Keys, SiteRun
+        from silotune.client.warm import WarmModel
 
         held = self._part
         if held is not None and (held.run, held.plan) == (entry.run, entry.plan):
@@ -197,13 +198,13 @@ class Runner:
             run_config={},
         )
 
-    def _refused(self, exc: Exception, message: Message, verified: Verified | None) -> str:
+    def _refused(self, exc: Exception, message: Message, opened: Opened | None) -> str:
         """Log and audit an error; only its code goes on."""
         from silotune.client.gate import refusal as code_of
 
         code = code_of(exc)
         detail = exc.detail if isinstance(exc, SilotuneError) else type(exc).__name__
-        place = verified.address if verified else None
+        place = opened.address if opened else None
         try:
             self._audit.append(
                 "refused",
@@ -218,7 +219,7 @@ class Runner:
         return code
 
 
-def _require_form(content: RecordDict, address: Address) -> Plan:
+def _require_form(opened: Opened) -> Plan:
     """The plan of a message whose records are those of the protocol.
 
     Raises
@@ -226,7 +227,7 @@ def _require_form(content: RecordDict, address: Address) -> Plan:
     MessageRefused
         A record or field is missing, of another type, or contradicts the envelope.
     """
-    config = content.config_records.get("config")
+    config = opened.content.config_records.get("config")
     if not isinstance(config, ConfigRecord):
         raise MessageRefused("the message has no configuration")
     plan, run, number = config.get("plan"), config.get("run"), config.get("round", 0)
@@ -234,7 +235,7 @@ def _require_form(content: RecordDict, address: Address) -> Plan:
         raise MessageRefused("the message names no plan or no run")
     if not isinstance(number, int) or isinstance(number, bool):
         raise MessageRefused("the message's round is no number")
-    if (run, number) != (address.run, address.round):
+    if (run, number) != (opened.address.run, opened.address.round):
         raise MessageRefused("the message contradicts its own envelope")
     try:
         return Plan.from_canonical(plan)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +24,7 @@ from silotune.client.memory import SealedMemory
 from silotune.client.policy import Facts, judge
 from silotune.client.terms import metric_sigma, run_events, sigma_for
 from silotune.client.trainer import SiteData, TrainableModel, Trainer, Vector
+from silotune.client.warm import WarmModel
 from silotune.data.reader import load_records
 from silotune.data.records import Records
 from silotune.data.site import DatasetConfig, Role, SiteConfig
@@ -32,11 +32,6 @@ from silotune.data.splits import Split
 from silotune.errors import BudgetExceeded
 from silotune.federation.sealed import Vault
 from silotune.models.adapter import write_adapter
-from silotune.models.base import load_model
-from silotune.models.choices import Choices
-from silotune.models.features import Frozen, compute_frozen
-from silotune.models.layout import Layout
-from silotune.models.outline import outline
 from silotune.models.task import Encoded
 from silotune.models.weights import locate, weights_sha256
 from silotune.plan import Plan
@@ -46,8 +41,6 @@ from silotune.privacy.ledger import Budget, Ledger, ReleaseKey
 from silotune.privacy.noise import NoiseSource, SecureNoise, SeededNoise, derive_seed
 from silotune.privacy.signing import load_or_create
 from silotune.strategies import method_of
-
-_MOST_FROZEN = 16  # sites whose frozen features are kept at a time
 
 
 def local_time() -> datetime:
@@ -66,76 +59,6 @@ class Keys:
     def beside(cls, state: Path) -> Keys:
         """Keys that lie in the state itself, made on first use: those of a simulated site."""
         return cls(Vault(state), load_or_create(state / "signing.key"))
-
-
-@dataclass
-class WarmModel:
-    """The base model of this process, loaded for one plan at a time and shared by its sites.
-
-    Attributes
-    ----------
-    choices : Choices or None
-        What to compute with; chosen here if None.
-    shared : Path or None
-        Folder through which the processes of a simulation share frozen features. A deployed site
-        has none: what is made of its records stays in memory.
-    device : str
-        What to compute on when `choices` are made here.
-    """
-
-    choices: Choices | None = None
-    shared: Path | None = None
-    device: str = "auto"
-    _held: dict[int, TrainableModel] = field(default_factory=dict)
-    _outlined: tuple[Plan, Layout] | None = None
-    _frozen: dict[str, Frozen] = field(default_factory=dict)
-
-    def for_plan(
-        self, plan: Plan, *, base: str | None = None, rank: int | None = None
-    ) -> TrainableModel:
-        """The model ready to train under `plan`, loaded if another plan had it before.
-
-        `base` is where the base model is on this machine, if not where the plan says; `rank` that of
-        the adapter, if not the plan's.
-        """
-        if any(held.plan != plan for held in self._held.values()):
-            self._held.clear()
-        rank = rank or plan.lora.r
-        if rank not in self._held:
-            wish = asdict(self.choices) if self.choices else {"device": self.device}
-            wish.pop("reason", None)
-            loaded = load_model(plan, base=base, rank=rank, **wish)
-            self._held[rank] = TrainableModel(plan, loaded)
-        return self._held[rank]
-
-    def layout(self, plan: Plan, *, base: str) -> Layout:
-        """The adapter's layout, without loading a model for it."""
-        held = self._held.get(plan.lora.r)
-        if held is not None and held.plan == plan:
-            return held.model.layout
-        if self._outlined is None or self._outlined[0] != plan:
-            self._outlined = plan, outline(plan, base=base)
-        return self._outlined[1]
-
-    def frozen(self, site: SiteConfig, plan: Plan, encoded: Encoded) -> Frozen:
-        """What the base model makes of a site's records: the same for all plans of one model."""
-        lora = (plan.lora.last_layers, plan.lora.target_modules)
-        key = f"{site.folder} {plan.model!r} {plan.data!r} {lora}"
-        if key not in self._frozen:
-            if len(self._frozen) >= _MOST_FROZEN:
-                self._frozen.clear()
-            self._frozen[key] = self._find_frozen(key, plan, encoded, base=site.model_place(plan))
-        return self._frozen[key]
-
-    def _find_frozen(self, key: str, plan: Plan, encoded: Encoded, *, base: str) -> Frozen:
-        name = hashlib.sha256(key.encode()).hexdigest()
-        path = self.shared / f"{name}.safetensors" if self.shared else None
-        if path is not None and path.exists():
-            return Frozen.load(path, encoded)
-        found = compute_frozen(self.for_plan(plan, base=base).model, encoded)
-        if path is not None:
-            found.save(path)
-        return found
 
 
 class SiteRun:

@@ -21,9 +21,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from silotune.client.runtime import SiteRun, WarmModel
+from silotune.client.runtime import SiteRun
 from silotune.client.terms import sigma_for
 from silotune.client.trainer import SiteData, Trainer, Vector
+from silotune.client.warm import WarmModel
 from silotune.data.site import SiteConfig
 from silotune.data.splits import Split
 from silotune.models.choices import Choices

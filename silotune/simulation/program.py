@@ -16,8 +16,9 @@ from flwr.app import Context
 from numpy.typing import NDArray
 
 from silotune.client.app import build_client_app
-from silotune.client.runtime import SiteRun, WarmModel
+from silotune.client.runtime import SiteRun
 from silotune.client.trainer import Vector
+from silotune.client.warm import WarmModel
 from silotune.data.site import SiteConfig
 from silotune.data.splits import Split
 from silotune.errors import RunError

@@ -181,7 +181,9 @@ class CoordinatorDouble:
             self._bell.wait_for(
                 lambda: known != (self.roster.version, self.plans_version), timeout=_LONG_POLL
             )
-        return wire.NewsReply(roster=self.roster.version, plans=self.plans_version).model_dump_json()
+        return wire.NewsReply(
+            roster=self.roster.version, plans=self.plans_version
+        ).model_dump_json()
 
     def _route_roster(self, query, body):
         after = int(query["after"][0])

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+ROOT = Path(__file__).parents[2]
 WATCHED = Path(__file__).with_name("watched_site.py")
 
 
@@ -17,7 +18,9 @@ class SiteProcess:
     def __init__(self, folder: Path, *, limits: str = "", **environment):
         self.folder = folder
         self.config = folder / "site.toml"
-        self.environment = {**os.environ, **environment, "OMP_NUM_THREADS": "1"}
+        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+        own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+        self.environment = {**os.environ, **own, **environment}
         self.events = folder / "events.jsonl"
         self.limits = limits
         self.process = None
@@ -25,7 +28,12 @@ class SiteProcess:
     def cli(self, *words, check=True, timeout=120):
         command = [sys.executable, "-c", "from silotune.cli import main; main()", *words]
         found = subprocess.run(
-            command, capture_output=True, text=True, timeout=timeout, env=self.environment
+            command,
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env=self.environment,
         )
         assert not check or found.returncode == 0, found.stdout + found.stderr
         return found
@@ -52,7 +60,7 @@ class SiteProcess:
         return self.wait_until(lambda s: s["link"] == "online", seconds=seconds)
 
     def wait_until(self, wanted, *, seconds=60.0):
-        from silotune.client.control import ask
+        from silotune.client.admin_socket import ask
         from silotune.client.errors import DaemonAbsent
 
         ends, found = time.monotonic() + seconds, None

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from silotune.client.runtime import WarmModel
 from silotune.client.terms import sigma_for
+from silotune.client.warm import WarmModel
 from silotune.models.features import compute_frozen
 from silotune.simulation.baselines import (
     _pooled,
