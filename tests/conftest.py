@@ -7,4 +7,10 @@ os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+from hypothesis import settings
+
+# Other work may share the machine: no claim here is about the time of one example.
+settings.register_profile("silotune", deadline=None)
+settings.load_profile("silotune")
+
 pytest_plugins = ["tests.small_models", "tests.whole_run"]

@@ -99,7 +99,7 @@ max_length = 24
 [rounds]
 number = 5
 min_sites = 2
-deadline = 120.0
+deadline = 600.0
 evaluate_every = 2
 [optimizer.site]
 head_rounds = 2

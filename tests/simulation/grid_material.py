@@ -32,7 +32,7 @@ def reasons(replies):
     return [reply.error.reason for reply in replies]
 
 
-def pull_all(some_grid, ids, *, deaths=(), timeout=30.0):
+def pull_all(some_grid, ids, *, deaths=(), timeout=120.0):
     ends, missing, replies = time.monotonic() + timeout, set(ids), []
     while missing and time.monotonic() < ends:
         try:

@@ -34,7 +34,7 @@ def two_workers():
 
 
 def test_each_site_answers_in_its_own_name(two_workers):
-    replies = by_node(two_workers.send_and_receive(messages([1, 2, 3, 4]), timeout=30))
+    replies = by_node(two_workers.send_and_receive(messages([1, 2, 3, 4]), timeout=120))
     assert sorted(replies) == two_workers.get_node_ids() == [1, 2, 3, 4]
     for node, reply in replies.items():
         update = reply.content["update"]["flat"].numpy()
@@ -44,7 +44,7 @@ def test_each_site_answers_in_its_own_name(two_workers):
 def test_sites_stay_with_the_worker_they_were_given_by_weight(two_workers):
     played = []
     for _ in range(2):
-        replies = by_node(two_workers.send_and_receive(messages([1, 2, 3, 4]), timeout=30))
+        replies = by_node(two_workers.send_and_receive(messages([1, 2, 3, 4]), timeout=120))
         played.append({n: r.content["released"]["pid"] for n, r in replies.items()})
     assert played[0] == played[1]
     pids = played[0]
@@ -53,7 +53,7 @@ def test_sites_stay_with_the_worker_they_were_given_by_weight(two_workers):
 
 
 def test_a_site_finds_itself_and_the_runs_settings_in_its_context(two_workers):
-    reply = two_workers.send_and_receive(messages([3], kind="query.who"), timeout=30)[0]
+    reply = two_workers.send_and_receive(messages([3], kind="query.who"), timeout=120)[0]
     assert dict(reply.content["who"]) == {
         "run": 11,
         "node": 3,
@@ -139,7 +139,7 @@ def test_a_message_is_not_sent_again_before_it_is_answered(two_workers):
 
 
 def test_what_a_site_prints_does_not_disturb_the_messages(two_workers):
-    assert two_workers.send_and_receive(messages([1], do="print"), timeout=30)[0].has_content()
+    assert two_workers.send_and_receive(messages([1], do="print"), timeout=120)[0].has_content()
 
 
 # --- the same code without processes ---
@@ -211,7 +211,7 @@ def test_what_all_sites_get_is_sent_to_a_worker_once_and_dropped_after_the_round
     )
     with grid(2) as some:
         for _ in range(2):
-            some.send_and_receive(messages([1, 2, 3, 4], values=np.zeros(1000)), timeout=30)
+            some.send_and_receive(messages([1, 2, 3, 4], values=np.zeros(1000)), timeout=120)
     kinds = [frame.kind for frame in frames]
     assert kinds.count("message") == 8
     large = [blob for frame in frames for blob in frame.blobs if len(blob) > 4000]
@@ -266,7 +266,7 @@ def test_a_message_type_without_a_function_becomes_an_error():
 
 def test_the_traceback_is_in_the_workers_log_which_only_its_owner_can_read(tmp_path):
     with grid(1, log_folder=tmp_path / "logs") as some:
-        assert reasons(some.send_and_receive(messages([1], do="text"), timeout=30)) == ["ST-000"]
+        assert reasons(some.send_and_receive(messages([1], do="text"), timeout=120)) == ["ST-000"]
     log = tmp_path / "logs" / "worker-0.log"
     assert "ValueError: patient 4711" in log.read_text()
     assert stat.S_IMODE(log.stat().st_mode) == 0o600

@@ -83,7 +83,7 @@ def test_sites_say_the_same_on_ray_as_on_worker_grid():
     ]
     assert dict(os.environ) == environment
     remaining = [p for p in psutil.Process().children(recursive=True) if p.pid not in before]
-    _, alive = psutil.wait_procs(remaining, timeout=10)
+    _, alive = psutil.wait_procs(remaining, timeout=90)
     assert not alive
 
 
