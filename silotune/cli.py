@@ -11,6 +11,7 @@ from rich.console import Console
 
 from silotune import __version__
 from silotune.commands import (
+    admin,
     audit,
     certificate,
     coordinator,
@@ -46,6 +47,7 @@ app.add_typer(site.app, name="site")
 app.add_typer(ledger.app, name="ledger")
 app.add_typer(certificate.app, name="certificate")
 app.add_typer(audit.app, name="audit")
+app.add_typer(admin.app, name="admin")
 app.command("errors")(errors_page.errors)
 app.command("events")(events_page.events)
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from silotune.commands import coordinator_runs
+from silotune.commands import coordinator_people, coordinator_runs
 
 if TYPE_CHECKING:
     from silotune.server.admin_client import AdminClient
@@ -47,6 +47,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 _HERE = Path()
 
 coordinator_runs.register(app)
+app.add_typer(coordinator_people.app, name="people")
 
 
 @app.command()

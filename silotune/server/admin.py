@@ -20,6 +20,7 @@ from silotune.server.arrays import packed
 from silotune.server.doorbell import HOLD_SECONDS
 from silotune.server.enrolment import INVITE_SECONDS
 from silotune.server.errors import RunUnknown
+from silotune.server.people_routes import PeopleRoutes
 
 if TYPE_CHECKING:
     from silotune.server.coordinator import Coordinator
@@ -71,6 +72,7 @@ class AdminRoutes:
 
     def app(self) -> Starlette:
         """An ASGI application for a socket that nobody else can open."""
+        people = PeopleRoutes(self._coordinator)
         table: list[tuple[str, str, Callable[[Request], Awaitable[Response]]]] = [
             ("GET", "/status", _plain(self._coordinator.status)),
             ("POST", "/invites", self._invite),
@@ -86,6 +88,9 @@ class AdminRoutes:
             ("GET", "/runs/{name}/plan", self._plan),
             ("GET", "/runs/{name}/adapter", self._adapter),
             ("POST", "/runs/{name}/{action:str}", self._act),
+            ("GET", "/people", _plain(people.all)),
+            ("POST", "/people", people.issue),
+            ("POST", "/people/{name}/revoke", people.revoke),
         ]
         return Starlette(
             routes=[Route(path, _safe(handler), methods=[m]) for m, path, handler in table]

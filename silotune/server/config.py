@@ -48,6 +48,49 @@ class LinkSection(Section):
     """Seconds that a site may be offline before the round goes on without it."""
 
 
+class AdminSection(Section):
+    """``[admin]``: the gRPC API for `silotune admin`; without a port there is none."""
+
+    host: str = Field("127.0.0.1", min_length=1)
+    port: Port | None = None
+
+
+class DashboardSection(Section):
+    """``[dashboard]``: the web pages; without a port there are none."""
+
+    host: str = Field("127.0.0.1", min_length=1)
+    port: Port | None = None
+    hosts: tuple[str, ...] = ()
+    """Names under which browsers may ask for it, besides those in the certificate."""
+
+    metrics_token_file: Path | None = None
+    """File with the token that Prometheus has to show; without it, it needs a certificate."""
+
+
+class AlertsSection(Section):
+    """``[alerts]``: who is told what; nothing is sent unless a receiver is named."""
+
+    webhooks: tuple[str, ...] = ()
+    webhook_secret_file: Path | None = None
+    """File with the key of the HMAC-SHA256 that each request carries."""
+
+    smtp_host: str = ""
+    smtp_port: Port = 587
+    smtp_starttls: bool = True
+    smtp_user: str = ""
+    smtp_password_file: Path | None = None
+    mail_from: str = ""
+    mail_to: tuple[str, ...] = ()
+    stuck_seconds: Annotated[float, Field(gt=0.0)] = 3600.0
+    """A running run without an event for so long is stuck."""
+
+    silent_seconds: Annotated[float, Field(gt=0.0)] = 300.0
+    """A site without a heartbeat for so long is silent."""
+
+    anomaly: Annotated[float, Field(gt=0.0)] = 5.0
+    """An anomaly score above this is told."""
+
+
 class LoggingSection(Section):
     """``[logging]``: to standard error."""
 
@@ -63,6 +106,9 @@ class CoordinatorConfig(Section):
     store: StoreSection = StoreSection()
     link: LinkSection = LinkSection()
     at_rest: AtRest = AtRest()
+    admin: AdminSection = AdminSection()
+    dashboard: DashboardSection = DashboardSection()
+    alerts: AlertsSection = AlertsSection()
     logging: LoggingSection = LoggingSection()
 
 

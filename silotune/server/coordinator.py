@@ -30,6 +30,7 @@ from silotune.server.keys import (
     load_keys,
 )
 from silotune.server.listener import Listener, bind_private, bind_public, tls_context
+from silotune.server.monitoring import Monitoring
 from silotune.server.performance import Stage
 from silotune.server.routes import SiteRoutes
 from silotune.server.run_store import Runs
@@ -56,6 +57,17 @@ hosts = [{hosts}]              # names and addresses in the certificate; the fir
 
 [link]
 # patience = 120.0             # seconds that a site may be offline before a round goes on without it
+
+[admin]                        # the gRPC API for `silotune admin`, with certificates of people
+# host = "127.0.0.1"
+# port = 8444                  # no port: no API
+
+[dashboard]                    # the web pages
+# host = "127.0.0.1"
+# port = 8445                  # no port: no pages
+
+[alerts]                       # webhooks and e-mail; docs/monitoring.md lists every key
+# webhooks = ["https://hooks.example.org/silotune"]
 
 [at_rest]                      # what opens the sealed keys, adapters and checkpoints: one of
 # key_file = "/etc/silotune/coordinator.key"   # default: keys/vault.key here, on the same disk
@@ -150,6 +162,11 @@ class Coordinator:
         host = self.config.listen.hosts[0]
         return f"https://{f'[{host}]' if ':' in host else host}:{self.port}"
 
+    @property
+    def control_address(self) -> str:
+        """``host:port`` of the admin API; empty if there is none."""
+        return self.monitoring.control_address
+
     def _assemble(self) -> None:
         federation = self.config.federation.name
         self.registrar = Registrar(
@@ -178,6 +195,7 @@ class Coordinator:
             link=self.link, routes=self.routes.app(), admission=self.registrar, alarm=self.alarm
         )
         self.admin = AdminRoutes(self)
+        self.monitoring = Monitoring(self)
 
     # --- life ---
 
@@ -193,6 +211,7 @@ class Coordinator:
         self._back = Listener(self.admin.app(), bound=bind_private(self.home.socket_path), tls=None)
         self._front.start()
         self._back.start()
+        self.monitoring.start()
         self.conductor.start()
         self.audit.append("coordinator_started")
         _log.info(
@@ -215,6 +234,7 @@ class Coordinator:
     def close(self) -> None:
         """Stop listening and leave; runs stay where they are and go on with the next process."""
         self.conductor.close()
+        self.monitoring.stop()
         self.guard.doorbell.close()
         self.routes.doorbell.close()
         self.admin.close()

@@ -102,3 +102,16 @@ class NotPermitted(RunError):
     title = "This role may not do that"
     cause = "Viewers may look at everything and change nothing."
     advice = "Ask an operator; `silotune coordinator people list` says who is one."
+
+
+class AdminUnreachable(EnvironmentFault):
+    """The admin API does not answer, or TLS fails."""
+
+    code = "ST-725"
+    title = "The admin API can't be reached"
+    cause = (
+        "Nothing answers at its address, or TLS refuses the certificate on one of the two sides."
+    )
+    advice = (
+        "Check [admin] in coordinator.toml, and that the certificate is not expired or revoked."
+    )

@@ -7,6 +7,7 @@ written to the audit log and to the store with the name of who did it, before th
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -111,10 +112,10 @@ class Operations:
 
     # --- actions ---
 
-    def submit(self, person: Person, plan: Plan, *, quorum: int | None = None) -> str:
-        """Propose a plan to the sites; the run's name."""
-        with self._acting(person, "submit", plan.plan.name):
-            return self.conductor.propose(plan, quorum=quorum)
+    def submit(self, person: Person, plan: str, *, quorum: int | None = None) -> str:
+        """Propose a plan, given as its canonical JSON, to the sites; the run's name."""
+        with self._acting(person, "submit", hashlib.sha256(plan.encode()).hexdigest()):
+            return self.conductor.propose(Plan.from_canonical(plan), quorum=quorum)
 
     def pause(self, person: Person, run: str) -> None:
         """Pause a run after its round."""

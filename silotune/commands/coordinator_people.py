@@ -1,0 +1,104 @@
+"""`silotune coordinator people`: certificates for those who look at the federation, or run it."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="""Give people certificates for the admin API and the dashboard; take them back.
+
+    A viewer may look at everything and change nothing; an operator may also propose, pause and stop
+    runs, and let sites in or out.
+    """,
+)
+
+Folder = Annotated[
+    Path,
+    typer.Option(
+        "--dir", envvar="SILOTUNE_COORDINATOR", help="The coordinator's folder.", show_default="."
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+_HERE = Path()
+
+
+@app.command()
+def add(
+    name: Annotated[str, typer.Argument(help="The person's name: a-z, 0-9, - and _.")],
+    role: Annotated[str, typer.Option(help="viewer or operator.")],
+    out: Annotated[Path, typer.Option(help="Folder for the credentials; made if need be.")],
+    folder: Folder = _HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Make a key and a certificate of 90 days; an earlier certificate of that name ends.
+
+    The folder holds the private key: give it to the person over a safe way, and to nobody else.
+    """
+    from silotune.federation import identity
+    from silotune.server.admin_client import AdminClient
+    from silotune.server.config import Home
+    from silotune.server.control_client import Address, save_credentials
+
+    if role not in {"viewer", "operator"}:
+        raise typer.BadParameter("is viewer or operator", param_hint="--role")
+    key = identity.new_node_key()
+    request = identity.make_request(name, key)
+    found = AdminClient(Home(folder)).post("/people", name=name, role=role, request=request)
+    save_credentials(
+        out,
+        address=Address(address=found["address"], server_name=found["server_name"]),
+        key=identity.private_pem(key),
+        certificate=found["certificate"],
+        authority=found["authority"],
+    )
+    if as_json:
+        typer.echo(json.dumps({"name": name, "role": role, "credentials": str(out)}))
+        return
+    typer.echo(f"{name} is {'an' if role == 'operator' else 'a'} {role}; credentials are in {out}.")
+    if found["address"]:
+        typer.echo(f"Try: silotune admin --credentials {out} runs")
+    else:
+        typer.echo("The admin API is off: set port under [admin] in coordinator.toml and restart.")
+
+
+@app.command("list")
+def list_people(folder: Folder = _HERE, as_json: AsJson = False) -> None:
+    """Show who has or had a certificate."""
+    from silotune.server.admin_client import AdminClient
+    from silotune.server.config import Home
+
+    rows = AdminClient(Home(folder)).get("/people")
+    if as_json:
+        typer.echo(json.dumps(rows))
+        return
+    table = Table()
+    for column in ("name", "role", "status", "since", "certificate"):
+        table.add_column(column)
+    for row in rows:
+        since = f"{datetime.fromtimestamp(row['since'], UTC):%Y-%m-%d %H:%M} UTC"
+        table.add_row(
+            *(escape(row[k]) for k in ("name", "role", "status")), since, row["certificate"][:16]
+        )
+    Console().print(table)
+
+
+@app.command()
+def revoke(
+    name: Annotated[str, typer.Argument(help="Whose certificate ends.")],
+    folder: Folder = _HERE,
+) -> None:
+    """Let a person's certificate count no more, from the next request on."""
+    from silotune.server.admin_client import AdminClient
+    from silotune.server.config import Home
+
+    AdminClient(Home(folder)).post(f"/people/{name}/revoke")
+    typer.echo(f"{name}'s certificate is revoked.")

@@ -1,0 +1,62 @@
+"""What people look at beside a running coordinator: the admin API, the pages, the alerts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from silotune.server.operations import Operations
+from silotune.server.people import People
+
+if TYPE_CHECKING:
+    from silotune.server.control import ControlServer
+    from silotune.server.coordinator import Coordinator
+
+
+class Monitoring:
+    """Starts and stops whatever the configuration asks for.
+
+    Parameters
+    ----------
+    coordinator : Coordinator
+        Whose.
+    """
+
+    def __init__(self, coordinator: Coordinator) -> None:
+        self._coordinator = coordinator
+        self.people = People(coordinator.store)
+        self.operations = Operations(
+            store=coordinator.store,
+            conductor=coordinator.conductor,
+            registrar=coordinator.registrar,
+            link=coordinator.link,
+            audit=coordinator.audit,
+        )
+        self._control: ControlServer | None = None
+
+    @property
+    def control_address(self) -> str:
+        """``host:port`` of the admin API; empty if there is none."""
+        if self._control is None:
+            return ""
+        host = self._coordinator.config.admin.host
+        return f"{f'[{host}]' if ':' in host else host}:{self._control.port}"
+
+    def start(self) -> None:
+        """Serve. Raises `PortTaken`."""
+        config = self._coordinator.config
+        if config.admin.port is not None:
+            from silotune.server.control import ControlServer
+
+            self._control = ControlServer(
+                operations=self.operations,
+                people=self.people,
+                keys=self._coordinator.keys,
+                host=config.admin.host,
+                port=config.admin.port,
+            )
+            self._control.start()
+
+    def stop(self) -> None:
+        """Serve no longer."""
+        if self._control is not None:
+            self._control.stop()
