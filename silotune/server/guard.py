@@ -128,6 +128,8 @@ class Guard:
         self._alarm = alarm
         self._sessions: dict[int, str] = {}
         self._announced: dict[int, frozenset[str]] = {}
+        self._roots: dict[int, str] = {}
+        self._readable: dict[int, frozenset[str]] = {}
         self.doorbell = Doorbell()
         link.on_push(self.doorbell.ring)
 
@@ -169,12 +171,15 @@ class Guard:
             return
         if scope["method"] != "POST":
             raise _Refused(405, BodyInvalid("the fleet API takes POST only"))
-        await self._judge(path, _parse(path, body), caller, _session(scope))
+        request = _parse(path, body)
+        await self._judge(path, request, caller, _session(scope))
         if path == paths.PULL and not await self._hold(caller, receive):
             return
         await self._link.app(scope, _replay(body, receive), send)
-        if path in {paths.PUSH, paths.PUSH_OBJECT}:
-            self._link.arrived.fire()
+        if path == paths.PUSH_OBJECT and request.object_id == self._roots.get(
+            caller.node, request.object_id
+        ):
+            self._link.arrived.fire()  # the root comes last: the reply is complete
 
     def _caller(self, scope: Scope) -> Caller:
         certificate = scope.get(PEER)
@@ -225,6 +230,7 @@ class Guard:
         if len(announced) > _MOST_OBJECTS:
             raise _Refused(413, BodyInvalid("the reply has too many objects"))
         self._announced[caller.node] = announced
+        self._roots[caller.node] = request.message_object_trees[0].object_id
 
     async def _judge_write(self, request: Any, caller: Caller) -> None:
         if request.object_id in self._announced.get(caller.node, frozenset()):
@@ -236,11 +242,15 @@ class Guard:
         self._announced[caller.node] = known
 
     async def _judge_read(self, path: str, request: Any, caller: Caller) -> None:
+        confirms = path == paths.CONFIRM
+        asked = request.message_object_id if confirms else request.object_id
+        if not confirms and asked in self._readable.get(caller.node, frozenset()):
+            return
         own = await run_in_threadpool(self._link.addressed_to, caller.node)
-        if path == paths.CONFIRM:
-            if request.message_object_id not in own:
-                raise _Nothing(ConfirmMessageReceivedResponse())
-        elif not any(request.object_id in objects for objects in own.values()):
+        self._readable[caller.node] = frozenset().union(*own.values())
+        if confirms and asked not in own:
+            raise _Nothing(ConfirmMessageReceivedResponse())
+        if not confirms and asked not in self._readable[caller.node]:
             raise _Nothing(PullObjectResponse(object_found=False, object_available=False))
 
     def _forged(self, caller: Caller, what: str) -> _Refused:

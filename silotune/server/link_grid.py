@@ -114,6 +114,7 @@ class LinkGrid(Grid):
         self._stop = threading.Event()
         self._began, self._began_wall = time.monotonic(), time.time()
         self._seen = link.arrived.count
+        self._looked = self._began
         link.requeue_unconfirmed(link_run)
         link.on_activation(self._on_activation)
 
@@ -213,7 +214,9 @@ class LinkGrid(Grid):
         for current, node, message in self._link.replies(self._link_run, wanted):
             original = wanted[current]
             found.append(self._opened(original, asked.pop(original), node, message))
-        found += [self._silent(original, p) for original, p in self._given_up(asked)]
+        if asked and time.monotonic() - self._looked >= _LONGEST_WAIT:
+            self._looked = time.monotonic()
+            found += [self._silent(original, p) for original, p in self._given_up(asked)]
         return found
 
     def send_and_receive(

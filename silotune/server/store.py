@@ -68,7 +68,7 @@ class Store:
 
 def migrate(connection: Connection) -> None:
     """Bring the tables to this version; nothing happens if they are."""
-    config = Config()
+    config = Config(attributes={"connection": connection})
     config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
     config.attributes["connection"] = connection
     command.upgrade(config, "head")

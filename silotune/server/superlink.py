@@ -266,11 +266,16 @@ class Link:
         A node works on one instruction at a time and confirms it before it works. One that asks for
         the next without having confirmed never got it (the response was lost): it gets it again.
         """
-        self._state.query(
-            "UPDATE message_ins SET delivered_at='' WHERE dst_node_id=:n AND delivered_at!='' "
+        lost = self._state.query(
+            "SELECT message_id FROM message_ins WHERE dst_node_id=:n AND delivered_at!='' "
             "AND message_id IN (SELECT object_id FROM objects)",
             {"n": uint64_to_int64(node)},
         )
+        for row in lost:
+            self._state.query(
+                "UPDATE message_ins SET delivered_at='' WHERE message_id=:m",
+                {"m": row["message_id"]},
+            )
         found = self._state.query(
             "SELECT 1 AS x FROM message_ins WHERE dst_node_id=:n AND delivered_at='' "
             "AND created_at + ttl > :now LIMIT 1",

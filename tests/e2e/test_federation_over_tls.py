@@ -1,0 +1,28 @@
+"""The whole product: enrolled, approved and run by the real commands, equal to the simulation."""
+
+from tests.e2e.harness import same
+
+
+def test_a_deployed_run_gives_the_simulations_adapter_bit_for_bit(federation, tmp_path):
+    made = federation(rounds__number=4).up()
+    run = made.propose()
+    row = made.coordinator.wait_over(run)
+    assert row["state"] == "finished", row
+    deployed = made.coordinator.adapter(run, tmp_path / "adapter")
+    assert same(deployed, made.simulated())
+    assert made.charges(run) == {name: [1, 2, 3, 4] for name in made.sites}
+
+
+def test_a_coordinator_killed_in_a_round_goes_on_by_itself_and_nothing_is_done_twice(
+    federation, tmp_path
+):
+    made = federation(rounds__number=6).up()
+    run = made.propose()
+    made.coordinator.wait_round(run, 3)
+    made.coordinator.kill()
+    made.coordinator.up()
+    row = made.coordinator.wait_over(run)
+    assert row["state"] == "finished", row
+    assert made.coordinator.events(run, "run_resumed")
+    assert same(made.coordinator.adapter(run, tmp_path / "adapter"), made.simulated())
+    assert made.charges(run) == {name: [1, 2, 3, 4, 5, 6] for name in made.sites}

@@ -1,0 +1,110 @@
+"""A coordinator in this process, and sites with scripted work."""
+
+import socket
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+
+from silotune.models.layout import Entry, Layout
+from silotune.plan import Plan
+from silotune.server.config import Home
+from silotune.server.coordinator import Coordinator, create
+from tests.server.fleet_site import FleetSite
+
+LAYOUT = Layout(
+    (
+        Entry("base_model.model.layer.0.lora_A.weight", (2, 6), "adapter"),
+        Entry("base_model.model.layer.0.lora_B.weight", (6, 2), "adapter"),
+        Entry("head.weight", (2, 6), "head"),
+        Entry("head.bias", (2,), "head"),
+    )
+)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def small_plan(**settings):
+    raw = {
+        "plan": {"name": "t", "purpose": "t", "seed": 1},
+        "model": {"base": "x", "task": "text_classification", "labels": ["a", "b"]},
+        "data": {"dataset": "d"},
+        "rounds": {"number": 3, "min_sites": 2, "deadline": 30.0},
+        "privacy": {"mode": "none", "rate": 0.1},
+    }
+    return Plan.from_mapping(raw).override(settings)
+
+
+def scripted(name, *, size=LAYOUT.size):
+    """Work of a site: joins, and trains to noise that depends on its name and the round."""
+
+    def work(address, content):
+        if address.kind == "query.join":
+            released = {"site": name, "declared_units": 100, "layout": LAYOUT.to_json()}
+            return RecordDict({"released": ConfigRecord(released)})
+        rng = np.random.default_rng([address.round, sum(name.encode())])
+        flat = rng.normal(size=size).astype(np.float32)
+        update = ArrayRecord({"flat": Array(flat)})
+        return RecordDict({"update": update, "released": MetricRecord({})})
+
+    return work
+
+
+class Town:
+    """A coordinator that can be restarted, and its sites."""
+
+    def __init__(self, folder):
+        self.home = Home(folder / "coordinator")
+        create(self.home, name="demo", hosts=["127.0.0.1"], listen="127.0.0.1", port=free_port())
+        text = self.home.config_path.read_text().replace("# patience = 120.0", "patience = 3.0  #")
+        self.home.config_path.write_text(text)
+        self.sites = []
+        self.start()
+
+    def start(self):
+        self.coordinator = Coordinator(self.home)
+        self.coordinator.start()
+        return self.coordinator
+
+    def restart(self):
+        self.coordinator.close()
+        return self.start()
+
+    def invited(self, name):
+        """A site that has a code and nothing else."""
+        code = self.coordinator.registrar.invite(name, url=self.coordinator.url)
+        site = FleetSite(name, code)
+        self.sites.append(site)
+        return site
+
+    def enrolled(self, name):
+        """A site with its certificate."""
+        site = self.invited(name)
+        assert site.ask().status_code == 200
+        self.coordinator.registrar.approve(site.enrolment)
+        assert site.collect().state == "approved"
+        return site
+
+    def serving(self, *names):
+        """Sites that answer like `scripted`."""
+        return [self.enrolled(name).activate().serve(scripted(name)) for name in names]
+
+    def audit(self, kind):
+        """Lines of the coordinator's audit log of one kind."""
+        return [line.fields for line in self.coordinator.audit.lines() if line.kind == kind]
+
+    def close(self):
+        self.coordinator.close()
+        for site in self.sites:
+            site.close()
+
+
+@pytest.fixture
+def town(tmp_path):
+    made = Town(tmp_path)
+    yield made
+    made.close()

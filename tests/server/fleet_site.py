@@ -1,0 +1,285 @@
+"""A site for tests: real TLS, real enrolment and fleet protocol, and whatever work the test wants."""
+
+import base64
+import os
+import secrets
+import ssl
+import tempfile
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import httpx
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from flwr.app import Message, RecordDict
+from flwr.app.message import remove_content_from_message
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto import fleet_pb2, heartbeat_pb2, message_pb2, node_pb2
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_tree,
+    iterate_object_tree,
+    no_object_id_recompute,
+)
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
+from silotune.federation import identity, wire
+from silotune.federation.envelope import address_of, seal, seal_id, unseal
+from silotune.federation.invite import Invite
+
+
+class FleetSite:
+    """One site. `join` with a code, then `activate`, then `serve` or single calls."""
+
+    def __init__(self, name, code):
+        self.name, self.invite = name, Invite.decode(code)
+        self.signing, self.node_key = Ed25519PrivateKey.generate(), identity.new_node_key()
+        self.certificate = self.federation_key = None
+        self.session = secrets.token_hex(16)
+        self.node, self.seen = None, []
+        self._stop, self._thread, self._closers = threading.Event(), None, []
+
+    # --- our own routes ---
+
+    def context(self, *, certificate=True):
+        """TLS as a site has it."""
+        context = ssl.create_default_context(cadata=self.authority)
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        if certificate:
+            with tempfile.NamedTemporaryFile() as file:
+                file.write(self.certificate.encode() + identity.private_pem(self.node_key))
+                file.flush()
+                context.load_cert_chain(file.name)
+        return context
+
+    def http(self, *, certificate=True):
+        client = httpx.Client(
+            base_url=self.invite.url,
+            verify=self.context(certificate=certificate),
+            timeout=40,
+            trust_env=False,
+        )
+        self._closers.append(client.close)
+        return client
+
+    def fetch_authority(self):
+        with httpx.Client(verify=False, trust_env=False) as client:
+            reply = wire.AuthorityReply.model_validate(
+                client.get(self.invite.url + wire.AUTHORITY).json()
+            )
+        certificate = identity.certificate_from_pem(reply.certificate)
+        assert self.invite.expects(identity.certificate_fingerprint(certificate))
+        self.authority, self.federation = reply.certificate, reply.federation
+
+    def enrol_request(self, **changes):
+        fields = {
+            "secret": self.invite.secret,
+            "federation": self.federation,
+            "name": self.name,
+            "request": identity.make_request(self.name, self.node_key),
+            "signing_key": identity.encode_signing_key(self.signing.public_key()),
+            "sent_at": int(time.time()),
+        }
+        return wire.EnrolRequest.make(self.signing, **{**fields, **changes})
+
+    def ask(self, **changes):
+        """Send the enrolment request; returns the HTTP response."""
+        self.fetch_authority()
+        with self.http(certificate=False) as client:
+            response = client.post(
+                wire.ENROL, content=self.enrol_request(**changes).model_dump_json()
+            )
+        if response.is_success:
+            self.enrolment = response.json()["enrolment"]
+        return response
+
+    def collect(self):
+        """Ask how the request stands, and keep the certificate if there is one."""
+        query = wire.EnrolmentQuery.make(
+            self.signing, enrolment=self.enrolment, sent_at=int(time.time())
+        )
+        with self.http(certificate=False) as client:
+            reply = client.post(wire.ENROLMENT, content=query.model_dump_json()).json()
+        found = wire.EnrolmentReply.model_validate_json(__import__("json").dumps(reply))
+        if found.state == "approved":
+            self.certificate = found.certificate
+            self.federation_key = identity.decode_signing_key(found.federation_key)
+        return found
+
+    def decide(self, run, plan_sha256, verdict="approved", **changes):
+        fields = {
+            "federation": self.federation,
+            "site": self.name,
+            "run": run,
+            "plan_sha256": plan_sha256,
+            "verdict": verdict,
+            "decided_at": int(time.time()),
+        }
+        decision = wire.Decision.make(self.signing, **{**fields, **changes})
+        with self.http() as client:
+            return client.post(wire.DECISION, content=decision.model_dump_json())
+
+    # --- Flower's fleet protocol ---
+
+    def fleet(self, *, session=None, key=None):
+        key = key or self.node_key
+        client = FleetHttpClient(
+            self.invite.url,
+            interceptors=[
+                RuntimeVersionHttpInterceptor(component_name="SuperNode"),
+                NodeAuthHttpInterceptor(key, key.public_key()),
+            ],
+            verify=self.context(),
+            timeout=40.0,
+        )
+        client._client.headers[wire.SESSION_HEADER] = session or self.session
+        self._closers.append(client.close)
+        return client
+
+    def activate(self, *, session=None):
+        self.client = self.fleet(session=session)
+        public = identity.public_pem(self.node_key.public_key()).encode()
+        request = fleet_pb2.ActivateNodeRequest(public_key=public, heartbeat_interval=10.0)
+        self.node = node_pb2.Node(node_id=self.client.ActivateNode(request).node_id)
+        return self
+
+    def pull(self):
+        """The next message's outline and object tree; None if there is none."""
+        reply = self.client.PullMessages(fleet_pb2.PullMessagesRequest(node=self.node))
+        if not reply.messages_list:
+            return None
+        return message_from_proto(reply.messages_list[0]), reply.message_object_trees[0]
+
+    def read_object(self, run_id, object_id):
+        request = message_pb2.PullObjectRequest(node=self.node, run_id=run_id, object_id=object_id)
+        return self.client.PullObject(request)
+
+    def confirm(self, run_id, message_id):
+        self.client.ConfirmMessageReceived(
+            message_pb2.ConfirmMessageReceivedRequest(
+                node=self.node, run_id=run_id, message_object_id=message_id
+            )
+        )
+
+    def get(self, outline, tree):
+        """The whole message, confirmed."""
+        run_id = outline.metadata.run_id
+        contents = {
+            part.object_id: self.read_object(run_id, part.object_id).object_content
+            for part in iterate_object_tree(tree)
+        }
+        message = inflate_object_from_contents(tree.object_id, contents)
+        message.metadata.__dict__["_message_id"] = outline.metadata.message_id
+        self.confirm(run_id, outline.metadata.message_id)
+        return message
+
+    def reply_to(self, message, content, **changes):
+        """A sealed reply, as the protocol wants it; `changes` are of its address."""
+        address = address_of(message.content).reply(to=seal_id(message.content))
+        address = type(address)(**{**vars(address), **changes})
+        return Message(seal(content, address=address, key=self.signing), reply_to=message)
+
+    def send(self, reply):
+        """Push a reply; the ids the coordinator asked for."""
+        with no_object_id_recompute():
+            reply.metadata.__dict__["_message_id"] = reply.object_id
+            tree, objects = get_object_tree(reply), get_all_nested_objects(reply)
+            answer = self.client.PushMessages(
+                fleet_pb2.PushMessagesRequest(
+                    node=self.node,
+                    messages_list=[message_to_proto(remove_content_from_message(reply))],
+                    message_object_trees=[tree],
+                    clientapp_runtime_list=[0.0],
+                )
+            )
+            wanted = set(answer.objects_to_push)
+            for part in dict.fromkeys(p.object_id for p in iterate_object_tree(tree)):
+                if part in wanted:
+                    self.client.PushObject(
+                        message_pb2.PushObjectRequest(
+                            node=self.node,
+                            run_id=reply.metadata.run_id,
+                            object_id=part,
+                            object_content=objects[part].deflate(),
+                            session_id=answer.session_id,
+                        )
+                    )
+        return wanted
+
+    def step(self, work):
+        """Pull one message, if any, and answer it with what `work(address, content)` returns."""
+        delivery = self.pull()
+        if delivery is None:
+            return None
+        message = self.get(*delivery)
+        address = address_of(message.content)
+        content = unseal(message.content, address=address, key=self.federation_key)
+        self.seen.append((address.run, address.round, address.kind))
+        answer = work(address, content)
+        if answer is not None:
+            self.send(self.reply_to(message, answer))
+        return address
+
+    # --- a whole daemon ---
+
+    def serve(self, work):
+        """Answer messages from a thread, through interruptions, until `close`."""
+
+        def beat():
+            while not self._stop.wait(5.0):
+                with suppress(httpx.HTTPError):
+                    self.client.SendNodeHeartbeat(
+                        heartbeat_pb2.SendNodeHeartbeatRequest(
+                            node=self.node, heartbeat_interval=10.0
+                        )
+                    )
+
+        def loop():
+            while not self._stop.is_set():
+                try:
+                    self.step(work)
+                except httpx.HTTPStatusError as exc:
+                    if (
+                        exc.response.status_code in {401, 403, 409}
+                        and b"ST-" in exc.response.content
+                    ):
+                        return
+                except httpx.HTTPError:
+                    self._stop.wait(0.2)
+
+        self._thread = threading.Thread(target=loop, daemon=True, name=f"site {self.name}")
+        self._thread.start()
+        threading.Thread(target=beat, daemon=True).start()
+        return self
+
+    def close(self):
+        self._stop.set()
+        for closer in self._closers:
+            closer()
+        if self._thread is not None:
+            self._thread.join(timeout=30.0)
+
+
+def approve_all(coordinator, run, sites):
+    """Have the sites approve a run."""
+    digest = coordinator.conductor.runs.get(run)["plan_sha256"]
+    for site in sites:
+        assert site.decide(run, digest).status_code == 200
+
+
+def wait_for(condition, *, seconds=20.0, what="it"):
+    """Until `condition()` is true; its value."""
+    ends = time.monotonic() + seconds
+    while time.monotonic() < ends:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.02)
+    raise AssertionError(f"{what} did not happen within {seconds} s")
+
+
+__all__ = ["FleetSite", "RecordDict", "approve_all", "base64", "os", "Path", "wait_for"]
