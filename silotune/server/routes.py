@@ -141,7 +141,7 @@ class SiteRoutes:
     def _sign_ledger(self, site: str, head: wire.LedgerHead) -> wire.LedgerSignature:
         """Sign how far a site's ledger goes, and keep that: a ledger rolled back is found out."""
         signature = Head(head.seq, head.hash).sign(self._keys.signing)
-        self._audit.append("ledger_signed", site=site, seq=head.seq, hash=head.hash)
+        self._audit.append("ledger_signed", site=site, ledger_seq=head.seq, ledger_hash=head.hash)
         return wire.LedgerSignature(seq=head.seq, hash=head.hash, signature=_text(signature))
 
 

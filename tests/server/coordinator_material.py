@@ -60,7 +60,7 @@ class Town:
     def __init__(self, folder):
         self.home = Home(folder / "coordinator")
         create(self.home, name="demo", hosts=["127.0.0.1"], listen="127.0.0.1", port=free_port())
-        text = self.home.config_path.read_text().replace("# patience = 120.0", "patience = 3.0  #")
+        text = self.home.config_path.read_text().replace("# patience = 120.0", "patience = 60.0  #")
         self.home.config_path.write_text(text)
         self.sites = []
         self.start()

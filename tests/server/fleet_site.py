@@ -1,18 +1,16 @@
 """A site for tests: real TLS, real enrolment and fleet protocol, and whatever work the test wants."""
 
-import base64
-import os
+import json
 import secrets
 import ssl
 import tempfile
 import threading
 import time
 from contextlib import suppress
-from pathlib import Path
 
 import httpx
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from flwr.app import Message, RecordDict
+from flwr.app import Message
 from flwr.app.message import remove_content_from_message
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto import fleet_pb2, heartbeat_pb2, message_pb2, node_pb2
@@ -40,7 +38,7 @@ class FleetSite:
         self.signing, self.node_key = Ed25519PrivateKey.generate(), identity.new_node_key()
         self.certificate = self.federation_key = None
         self.session = secrets.token_hex(16)
-        self.node, self.seen = None, []
+        self.node, self.seen, self.silent = None, [], False
         self._stop, self._thread, self._closers = threading.Event(), None, []
 
     # --- our own routes ---
@@ -104,7 +102,7 @@ class FleetSite:
         )
         with self.http(certificate=False) as client:
             reply = client.post(wire.ENROLMENT, content=query.model_dump_json()).json()
-        found = wire.EnrolmentReply.model_validate_json(__import__("json").dumps(reply))
+        found = wire.EnrolmentReply.model_validate_json(json.dumps(reply))
         if found.state == "approved":
             self.certificate = found.certificate
             self.federation_key = identity.decode_signing_key(found.federation_key)
@@ -145,7 +143,15 @@ class FleetSite:
         public = identity.public_pem(self.node_key.public_key()).encode()
         request = fleet_pb2.ActivateNodeRequest(public_key=public, heartbeat_interval=10.0)
         self.node = node_pb2.Node(node_id=self.client.ActivateNode(request).node_id)
+        threading.Thread(target=self._beat, args=(self.client,), daemon=True).start()
         return self
+
+    def _beat(self, client):
+        while not self._stop.wait(5.0) and not self.silent:
+            with suppress(httpx.HTTPError, RuntimeError):
+                client.SendNodeHeartbeat(
+                    heartbeat_pb2.SendNodeHeartbeatRequest(node=self.node, heartbeat_interval=10.0)
+                )
 
     def pull(self):
         """The next message's outline and object tree; None if there is none."""
@@ -229,15 +235,6 @@ class FleetSite:
     def serve(self, work):
         """Answer messages from a thread, through interruptions, until `close`."""
 
-        def beat():
-            while not self._stop.wait(5.0):
-                with suppress(httpx.HTTPError):
-                    self.client.SendNodeHeartbeat(
-                        heartbeat_pb2.SendNodeHeartbeatRequest(
-                            node=self.node, heartbeat_interval=10.0
-                        )
-                    )
-
         def loop():
             while not self._stop.is_set():
                 try:
@@ -253,7 +250,6 @@ class FleetSite:
 
         self._thread = threading.Thread(target=loop, daemon=True, name=f"site {self.name}")
         self._thread.start()
-        threading.Thread(target=beat, daemon=True).start()
         return self
 
     def close(self):
@@ -271,7 +267,7 @@ def approve_all(coordinator, run, sites):
         assert site.decide(run, digest).status_code == 200
 
 
-def wait_for(condition, *, seconds=20.0, what="it"):
+def wait_for(condition, *, seconds=90.0, what="it"):
     """Until `condition()` is true; its value."""
     ends = time.monotonic() + seconds
     while time.monotonic() < ends:
@@ -280,6 +276,3 @@ def wait_for(condition, *, seconds=20.0, what="it"):
             return value
         time.sleep(0.02)
     raise AssertionError(f"{what} did not happen within {seconds} s")
-
-
-__all__ = ["FleetSite", "RecordDict", "approve_all", "base64", "os", "Path", "wait_for"]

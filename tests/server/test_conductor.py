@@ -42,7 +42,7 @@ def expected_adapter(plan, names):
     strategy.cohort = {each.node: each for each in terms}
     adapter = initial_adapter(LAYOUT, plan)
     for number in range(1, plan.rounds.number + 1):
-        strategy.begin(number)
+        strategy.begin(number, adapter)
         for each in terms:
             rng = np.random.default_rng([number, sum(each.site.encode())])
             strategy.fold(each, rng.normal(size=LAYOUT.size).astype(np.float32))
@@ -227,11 +227,15 @@ def test_a_message_whose_delivery_was_lost_is_delivered_again(town):
 
 
 def test_a_site_that_is_silent_too_long_is_left_out_with_its_code(town):
+    text = town.home.config_path.read_text()
+    town.home.config_path.write_text(text.replace("patience = 60.0", "patience = 0.5"))
+    town.restart()
     alpha, beta = town.serving("alpha", "beta")
     gamma = town.enrolled("gamma").activate()
     run = town.coordinator.conductor.propose(small_plan())
     approve_all(town.coordinator, run, [alpha, beta, gamma])
     wait_for(lambda: gamma.step(scripted("gamma")), what="the join message")
+    gamma.silent = True
     town.coordinator.link._state.deactivate_node(gamma.node.node_id)
     assert finished(town, run) == "finished"
     failed = events(town, run, "site_failed")
