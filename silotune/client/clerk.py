@@ -10,11 +10,13 @@ import base64
 import logging
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from silotune.client.approvals import Approvals, Entry
 from silotune.client.coordinator_api import CoordinatorApi, ledger_head
 from silotune.client.enrolled import Enrolment
+from silotune.client.errors import RunUnknown
 from silotune.errors import PolicyError, SilotuneError
 from silotune.federation import wire
 from silotune.federation.audit_line import AuditHead
@@ -85,7 +87,8 @@ class Clerk:
                 continue
             if entry is not None:
                 self._note(entry)
-            self._follow_up(api, self._approvals.find(proposal.run), proposal)
+            with suppress(RunUnknown):  # dropped, for more is offered than a site keeps
+                self._follow_up(api, self._approvals.find(proposal.run), proposal)
         self.plans_version = reply.plans
 
     def _note(self, entry: Entry) -> None:

@@ -152,7 +152,7 @@ class Fleet:
         headers = {SESSION_HEADER: session}
         self._client._client = https_client(url, tls=tls, headers=headers)
         self._node: Node | None = None
-        self._stop = threading.Event()
+        self._stop, self._closing = threading.Event(), threading.Lock()
         self._beating: threading.Thread | None = None
 
     @property
@@ -275,7 +275,10 @@ class Fleet:
 
     def close(self, *, goodbye: bool = True) -> None:
         """Stop the heartbeats, say goodbye if asked to and if the coordinator listens, and close."""
-        self._stop.set()
+        with self._closing:
+            if self._stop.is_set():
+                return
+            self._stop.set()
         if self._node is not None and goodbye:
             try:
                 self._client.DeactivateNode(DeactivateNodeRequest(node_id=self._node.node_id))

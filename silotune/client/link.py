@@ -165,8 +165,7 @@ class Link:
                 logger.info("online at %s", self._enrolment.facts.url)
             yield fleet
         finally:
-            if not self.stop.is_set():  # then `end` closes it
-                fleet.close(goodbye=False)
+            fleet.close(goodbye=self.stop.is_set())
 
     def _pull(self, fleet: Fleet) -> None:
         pause = _IDLE_POLL

@@ -128,7 +128,7 @@ class CoordinatorDouble:
         if callable(content):
             content(handler)
             return
-        handler.send_response(status)
+        (handler.send_response_only if "date" in headers else handler.send_response)(status)
         for name, value in {"content-length": len(content), **headers}.items():
             handler.send_header(name, str(value))
         handler.end_headers()

@@ -20,7 +20,7 @@ tasks = ["text_classification"]
 target_modules = ["auto"]
 strategies = ["fedavg"]
 max_rounds = 10
-max_upload_mb = 1.0
+max_upload_mb = 0.2
 hours = ["Mon-Sun 00:00-24:00"]
 [policy.base_models]
 "{sha256}" = "{base}"

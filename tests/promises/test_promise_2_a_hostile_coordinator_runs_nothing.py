@@ -1,0 +1,345 @@
+"""Promise 2: a site runs only its own code. Here the coordinator is hostile, keys and all.
+
+It holds the federation's signing key, the authority and the connection, and tries what it can. The
+interpreter itself is watched: which files are opened, what is unpickled, which processes start.
+"""
+
+import io
+import json
+import pickle
+import sys
+import threading
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.proto.message_pb2 import ObjectTree
+from flwr.supercore.inflatable.inflatable_object import get_object_id
+
+from silotune.federation.envelope import refusal_code
+from tests.client.coordinator_double import CoordinatorDouble
+from tests.client.site_rig import Rig
+
+_WATCHED = {
+    "open", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork",
+    "pickle.find_class", "os.listdir", "os.scandir", "shutil.copyfile",
+}  # fmt: skip
+_events: list[tuple[str, str]] = []
+_watching = threading.Event()
+
+
+def _hook(event, args):
+    if event in _WATCHED and _watching.is_set():
+        _events.append((event, str(args[0]) if args else ""))
+
+
+sys.addaudithook(_hook)
+
+
+class Bomb:
+    """Unpickling it would leave a file behind."""
+
+    def __init__(self, place):
+        self.place = str(place)
+
+    def __reduce__(self):
+        return (open, (self.place, "w"))
+
+
+@pytest.fixture(scope="module")
+def rig(tmp_path_factory, bert_folder):
+    folder = tmp_path_factory.mktemp("hostile")
+    double = CoordinatorDouble(folder / "coordinator")
+    with double, Rig(folder / "sites", bert_folder, double) as rig:
+        rig.approve("r1")
+        rig.marker = folder / "PWNED"
+        # An honest round first: libraries, model and records are loaded by now.
+        assert refusal_code(rig.ask("query.join")) is None
+        assert refusal_code(rig.ask("train", 1)) is None
+        yield rig
+
+
+def header(shape):
+    """A NumPy header alone."""
+    text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({shape},), }}".ljust(117) + "\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
+
+
+def signed(rig, kind="train", number=2, **options):
+    return rig.sealed(kind, number, **options)[1]
+
+
+def numpy_pickle(rig):
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([Bomb(rig.marker)], dtype=object), allow_pickle=True)
+    return Array("object", (1,), "numpy.ndarray", buffer.getvalue())
+
+
+def swapped(rig, content):
+    """Change a signed message behind its signature."""
+    forged = RecordDict(dict(content))
+    forged["arrays"] = ArrayRecord({"flat": Array(np.ones(3, dtype=np.float32))})
+    return forged
+
+
+def other(rig, **settings):
+    return rig.plan.override({k.replace("__", "."): v for k, v in settings.items()})
+
+
+STRANGER = Ed25519PrivateKey.generate()
+
+# name -> (rig -> (content, message type, expected code))
+HOSTILE = {
+    "unsigned": lambda r: (
+        r.double.content("r1", r.plan, server_round=2, **r.records()), "train", "ST-804"),
+    "signed by a stranger": lambda r: (signed(r, key=STRANGER), "train", "ST-804"),
+    "changed after signing": lambda r: (swapped(r, signed(r)), "train", "ST-804"),
+    "for another site": lambda r: (signed(r, address={"receiver": "beta"}), "train", "ST-804"),
+    "from a site": lambda r: (signed(r, address={"sender": "beta"}), "train", "ST-804"),
+    "of another federation": lambda r: (signed(r, address={"federation": "x"}), "train", "ST-804"),
+    "signed as another type": lambda r: (signed(r, "evaluate"), "train", "ST-804"),
+    "replayed into another round": lambda r: (signed(r, address={"round": 3}), "train", "ST-641"),
+    "unknown type": lambda r: (signed(r, "train.shell"), "train.shell", "ST-641"),
+    "unknown run": lambda r: (signed(r, run="nobody-proposed-it"), "train", "ST-642"),
+    "run that is a path": lambda r: (signed(r, run="../../../../etc/passwd"), "train", "ST-642"),
+    "run with a null byte": lambda r: (signed(r, run="r1\0x"), "train", "ST-642"),
+    "changed plan": lambda r: (signed(r, plan=other(r, privacy__epsilon=7.9)), "train", "ST-516"),
+    "plan with no noise": lambda r: (
+        signed(r, plan=other(r, privacy__mode="none", privacy__epsilon=None, privacy__delta=None,
+                             privacy__clip=None)), "train", "ST-516"),
+    "plan that reads /etc": lambda r: (signed(r, plan=other(r, model__base="/etc")), "train", "ST-516"),
+    "plan that is Python": lambda r: (
+        r.double.sealed(
+            RecordDict({"config": ConfigRecord({
+                "plan": f"__import__('os').system('touch {r.marker}')", "run": "r1", "round": 2})}),
+            address=r.double.address("r1", "train", 2)), "train", "ST-641"),
+    "pickled array": lambda r: (
+        signed(r, arrays=ArrayRecord({"flat": numpy_pickle(r)})), "train", "ST-000"),
+    "pickle as configuration": lambda r: (
+        signed(r, code=ConfigRecord({"x": pickle.dumps(Bomb(r.marker))}), number=1), "train", ""),
+    "array of another length": lambda r: (
+        signed(r, arrays=ArrayRecord({"flat": Array(np.zeros(7, np.float32))})), "train", "ST-305"),
+    "array of NaN": lambda r: (
+        signed(r, arrays=ArrayRecord({"flat": Array(
+            np.full_like(r.records()["arrays"]["flat"].numpy(), np.nan))})), "train", "ST-404"),
+    "array that lies of its shape": lambda r: (
+        signed(r, arrays=ArrayRecord({"flat": Array(
+            "float32", (10**12,), "numpy.ndarray", header(10**12))})), "train", "ST-000"),
+    "no arrays": lambda r: (signed(r, arrays=MetricRecord({"x": 1.0})), "train", "ST-000"),
+    "round beyond the plan": lambda r: (signed(r, number=6), "train", "ST-641"),
+    "round below zero": lambda r: (signed(r, number=-1), "train", "ST-102"),
+    "evaluation that the plan lacks": lambda r: (signed(r, "evaluate", 3), "evaluate", "ST-641"),
+    "no configuration": lambda r: (
+        r.double.sealed(RecordDict(r.records()), address=r.double.address("r1", "train", 2)),
+        "train", "ST-641"),
+    "plan of a megabyte": lambda r: (
+        r.double.sealed(
+            RecordDict({"config": ConfigRecord({"plan": "x" * (2 << 20), "run": "r1", "round": 2})}),
+            address=r.double.address("r1", "train", 2)), "train", "ST-641"),
+    "too large": lambda r: (
+        signed(r, arrays=ArrayRecord({"flat": Array(np.zeros(2_000_000, np.float32))})),
+        "train", "ST-641"),
+}  # fmt: skip
+
+
+def said(reply):
+    return reply.error.reason if reply.has_error() else refusal_code(reply.content)
+
+
+def require_untouched(rig, before, marker):
+    assert rig.ledger_rows() == before
+    assert not marker.exists()
+    foreign = [e for e in _events if e[0] != "open" and e[0] not in {"os.listdir", "os.scandir"}]
+    assert foreign == []
+    allowed = (str(rig.state.parent), str(rig.base), sys.prefix, sys.base_prefix, "/proc/self/",
+               str(Path(__file__).parents[2]), "/etc/localtime", "/usr/share/zoneinfo")  # fmt: skip
+    opened = {place for event, place in _events if event == "open" and place.startswith("/")}
+    assert [place for place in opened if not place.startswith(allowed)] == []
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_message_does_nothing(rig, name):
+    content, kind, code = HOSTILE[name](rig)
+    before = rig.ledger_rows()
+    _events.clear()
+    _watching.set()
+    try:
+        reply = rig.double.exchange(content, kind)
+    finally:
+        _watching.clear()
+    assert (said(reply) or "") == code
+    require_untouched(rig, before, rig.marker)
+    if reply.has_content() and code:
+        assert set(reply.content) == {"refusal", "envelope"}
+        assert set(reply.content["refusal"]) == {"code"}
+
+
+def grow(proto, tree, objects):
+    """An array that names its one chunk a million times: five terabytes from five megabytes."""
+    for key, content in list(objects.items()):
+        if content.startswith(b"Array "):
+            head, _, body = content.partition(b"\0")
+            told = json.loads(body)
+            told["arraychunk_ids"] = [0] * 1_000_000
+            body = json.dumps(told).encode()
+            kind, children, _ = head.decode().split(" ")
+            objects = rehashed(
+                objects, key, f"{kind} {children} {len(body)}".encode() + b"\0" + body
+            )
+            break
+    return retold(proto, tree, objects)
+
+
+def rehashed(objects, key, content):
+    """Exchange an object's content, and its id wherever it is named."""
+    new, result = get_object_id(content), dict(objects)
+    del result[key]
+    result[new] = content
+    for parent, text in list(result.items()):
+        if key.encode() in text:
+            result = rehashed(result, parent, text.replace(key.encode(), new.encode()))
+            break
+    return result
+
+
+def retold(proto, tree, objects):
+    """A tree that lists all the objects there are, under the one that nobody names."""
+    named = b"".join(objects.values())
+    root = next(key for key in objects if key.encode() not in named)
+    flat = ObjectTree(
+        object_id=root, children=[ObjectTree(object_id=k) for k in objects if k != root]
+    )
+    proto.metadata.message_id = root
+    return proto, flat, objects
+
+
+def deep(proto, tree, objects):
+    for _ in range(60):
+        tree = ObjectTree(object_id="ab" * 32, children=[tree])
+    return proto, tree, objects
+
+
+def wide(proto, tree, objects):
+    tree.children.extend([ObjectTree(object_id="ab" * 32)] * 10_000)
+    return proto, tree, objects
+
+
+def false_bytes(proto, tree, objects):
+    return proto, tree, {key: content + b" " for key, content in objects.items()}
+
+
+def unknown_class(proto, tree, objects):
+    content = b"os.system  4\0true"
+    key = get_object_id(content)
+    proto.metadata.message_id = key
+    return proto, ObjectTree(object_id=key), {key: content}
+
+
+def pickled_object(proto, tree, objects):
+    content = pickle.dumps(Bomb("/tmp/never"))
+    key = get_object_id(content)
+    proto.metadata.message_id = key
+    return proto, ObjectTree(object_id=key), {key: content}
+
+
+def path_as_id(proto, tree, objects):
+    return proto, ObjectTree(object_id="../../../etc/passwd"), {"../../../etc/passwd": b"x  1\0y"}
+
+
+def other_type(proto, tree, objects):
+    proto.metadata.message_type = "evaluate"
+    return proto, tree, objects
+
+
+def missing(proto, tree, objects):
+    return proto, tree, {}
+
+
+@pytest.mark.parametrize(
+    ("tamper", "because"),
+    [
+        (grow, "the arrays of the message have more than"),
+        (deep, "too many objects"),
+        (wide, "too many objects"),
+        (false_bytes, "not the one that was announced"),
+        (unknown_class, "an unknown kind"),
+        (pickled_object, "don't make up a message"),
+        (path_as_id, "not the one that was announced"),
+        (other_type, "another type than announced"),
+        (missing, "is not there"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_what_is_no_message_is_refused_before_it_is_built(rig, tamper, because):
+    before = rig.ledger_rows()
+    _events.clear()
+    _watching.set()
+    try:
+        reply = rig.double.exchange(signed(rig), "train", tamper=tamper)
+    finally:
+        _watching.clear()
+    assert reply.error.reason == "ST-641"
+    assert because in rig.refusals()[-1]["detail"]
+    require_untouched(rig, before, rig.marker)
+
+
+def test_the_watch_would_have_seen_it(tmp_path):
+    _events.clear()
+    _watching.set()
+    try:
+        pickle.loads(pickle.dumps(Bomb(tmp_path / "left behind"))).close()
+    finally:
+        _watching.clear()
+    assert ("open", str(tmp_path / "left behind")) in _events
+    assert any(event == "pickle.find_class" for event, _ in _events)
+
+
+def html(path, body):
+    return (200, b"<html>", {}) if path.endswith("pull-messages") else None
+
+
+def endless(path, body):
+    def write(handler):
+        handler.send_response(200)
+        handler.send_header("transfer-encoding", "chunked")
+        handler.end_headers()
+        for _ in range(400):
+            handler.wfile.write(b"20000\r\n" + b"\0" * 0x20000 + b"\r\n")
+
+    return (200, write, {}) if path.endswith("pull-messages") else None
+
+
+def compressed(path, body):
+    bomb = zlib.compress(b"\0" * 50_000_000)
+    return (200, bomb, {"content-encoding": "deflate"}) if path.endswith("pull-messages") else None
+
+
+def redirected(path, body):
+    if path.endswith("pull-messages"):
+        return 307, b"", {"location": "http://169.254.169.254/latest/meta-data"}
+    return None
+
+
+def server_error(path, body):
+    return (500, b"no", {}) if path.endswith("pull-messages") else None
+
+
+@pytest.mark.parametrize(
+    "hook", [html, endless, compressed, redirected, server_error], ids=lambda hook: hook.__name__
+)
+def test_answers_that_are_none_make_the_site_wait_and_nothing_else(rig, hook):
+    before = rig.ledger_rows()
+    rig.double.hook = hook
+    try:
+        deadline = 200
+        while rig.link.status.link != "waiting" and deadline:
+            threading.Event().wait(0.1)
+            deadline -= 1
+        assert rig.link.status.link == "waiting"
+    finally:
+        rig.double.hook = None
+    assert refusal_code(rig.ask("train", 1)) is None  # and then goes on as if nothing had been
+    assert rig.ledger_rows() == before
