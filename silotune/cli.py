@@ -15,6 +15,7 @@ from silotune.commands import (
     audit,
     certificate,
     coordinator,
+    dashboard,
     demo,
     errors_page,
     events_page,
@@ -42,6 +43,7 @@ app.add_typer(plan.app, name="plan")
 app.command("simulate")(simulate.simulate)
 app.add_typer(coordinator.app, name="coordinator")
 app.command("report")(report.report)
+app.command("dashboard")(dashboard.dashboard)
 app.command("predict")(predict.predict)
 app.add_typer(site.app, name="site")
 app.add_typer(ledger.app, name="ledger")

@@ -102,3 +102,34 @@ def revoke(
 
     AdminClient(Home(folder)).post(f"/people/{name}/revoke")
     typer.echo(f"{name}'s certificate is revoked.")
+
+
+@app.command()
+def password(
+    name: Annotated[str, typer.Argument(help="The person's name: a-z, 0-9, - and _.")],
+    role: Annotated[str, typer.Option(help="viewer or operator.")],
+    folder: Folder = _HERE,
+) -> None:
+    """Let a person sign in at the dashboard with a password, which is asked for twice.
+
+    Only its scrypt hash is kept. From a pipe, the first line is the password.
+    """
+    import sys
+    from typing import cast
+
+    from silotune.dashboard.accounts import Accounts
+    from silotune.federation.person import PersonRole
+    from silotune.server.config import Home
+    from silotune.server.dashboard import ACCOUNTS_FILE
+
+    if role not in {"viewer", "operator"}:
+        raise typer.BadParameter("is viewer or operator", param_hint="--role")
+    if sys.stdin.isatty():
+        given = typer.prompt("Password", hide_input=True, confirmation_prompt=True)
+    else:
+        given = sys.stdin.readline().rstrip("\n")
+    home = Home(folder)
+    home.load()
+    accounts = Accounts(home.state / ACCOUNTS_FILE)
+    accounts.add(name, cast("PersonRole", role), given)
+    typer.echo(f"{name} may sign in as {role}.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from silotune.errors import PrivacyError, SilotuneError
+from silotune.errors import PrivacyError, RunError, SilotuneError
 
 
 class VaultLocked(PrivacyError):
@@ -89,3 +89,21 @@ class BodyInvalid(FederationError):
     title = "A request or reply has the wrong form"
     cause = "A field is missing, unknown, of the wrong type, or too large."
     advice = "The two sides probably run different versions of silotune; align them."
+
+
+class SignInNeeded(RunError):
+    """Nobody who is known asks."""
+
+    code = "ST-624"
+    title = "Nobody who is known here"
+    cause = "No certificate or password was given, or it is wrong, expired, revoked or of another place."
+    advice = "Sign in again, or have a certificate issued: `silotune coordinator people add NAME`."
+
+
+class NotPermitted(RunError):
+    """A viewer tries to act."""
+
+    code = "ST-625"
+    title = "This role may not do that"
+    cause = "Viewers may look at everything and change nothing."
+    advice = "Ask an operator; `silotune coordinator people list` says who is one."

@@ -23,12 +23,13 @@ from silotune.events.errors import FileNotOffered, RunNotFound
 from silotune.events.feed import Feed
 from silotune.events.source import Row, RunFacts, Views
 from silotune.federation import identity
-from silotune.federation.errors import IdentityInvalid
+from silotune.federation.errors import IdentityInvalid, NotPermitted, SignInNeeded
+from silotune.federation.person import Person
 from silotune.server.control_proto import SERVICE, compiled
-from silotune.server.errors import NotPermitted, PortTaken, SignInNeeded
+from silotune.server.errors import PortTaken
 from silotune.server.keys import Keys
 from silotune.server.operations import Operations
-from silotune.server.people import People, Person
+from silotune.server.people import People
 
 _log = logging.getLogger(__name__)
 

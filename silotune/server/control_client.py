@@ -13,10 +13,11 @@ from google.protobuf.json_format import MessageToDict
 from pydantic import ValidationError
 
 from silotune.errors import SilotuneError, catalogue
+from silotune.federation.errors import SignInNeeded
 from silotune.plan import Section
 from silotune.privacy.durable import create_private_folder, replace_file, require_private
 from silotune.server.control_proto import compiled
-from silotune.server.errors import AdminUnreachable, SignInNeeded
+from silotune.server.errors import AdminUnreachable
 
 _SECONDS = 30.0
 _LONGEST_WAIT = 15.0

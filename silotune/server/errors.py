@@ -86,24 +86,6 @@ class PortTaken(EnvironmentFault):
     advice = "Stop the other process, or change listen.host and listen.port in coordinator.toml."
 
 
-class SignInNeeded(RunError):
-    """Nobody who is known asks."""
-
-    code = "ST-624"
-    title = "Nobody who is known here"
-    cause = "No certificate or password was given, or it is wrong, expired, revoked or of another place."
-    advice = "Sign in again, or have a certificate issued: `silotune coordinator people add NAME`."
-
-
-class NotPermitted(RunError):
-    """A viewer tries to act."""
-
-    code = "ST-625"
-    title = "This role may not do that"
-    cause = "Viewers may look at everything and change nothing."
-    advice = "Ask an operator; `silotune coordinator people list` says who is one."
-
-
 class AdminUnreachable(EnvironmentFault):
     """The admin API does not answer, or TLS fails."""
 

@@ -58,6 +58,7 @@ class Loop(asyncio.SelectorEventLoop):
 class PeerProtocol(HttpToolsProtocol):
     """uvicorn's HTTP/1.1, with the client's certificate (DER) in the scope, and bounds."""
 
+    anonymous_seconds: ClassVar[float | None] = ANONYMOUS_SECONDS
     _open: ClassVar[Counter[bytes]] = Counter()
     _peer: bytes = b""
     _counted = False
@@ -73,8 +74,8 @@ class PeerProtocol(HttpToolsProtocol):
             return
         self._open[self._peer] += 1
         self._counted = True
-        if not self._peer:
-            self.loop.call_later(ANONYMOUS_SECONDS, transport.abort)
+        if not self._peer and self.anonymous_seconds is not None:
+            self.loop.call_later(self.anonymous_seconds, transport.abort)
         self.app = functools.partial(_with_peer, self.app, self._peer)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -85,6 +86,13 @@ class PeerProtocol(HttpToolsProtocol):
             self._open[self._peer] -= 1
             if not self._open[self._peer]:
                 del self._open[self._peer]
+
+
+class BrowserProtocol(PeerProtocol):
+    """For pages: a browser without a certificate may stay and listen for news."""
+
+    anonymous_seconds: ClassVar[float | None] = None
+    _open: ClassVar[Counter[bytes]] = Counter()
 
 
 async def _with_peer(
@@ -105,12 +113,21 @@ class Listener:
         Bound already, so that a taken address is known before anything starts.
     tls : ssl.SSLContext or None
         None for a Unix socket.
+    protocol : type of PeerProtocol
+        Bounds on connections.
     """
 
-    def __init__(self, app: App, *, bound: socket.socket, tls: ssl.SSLContext | None) -> None:
+    def __init__(
+        self,
+        app: App,
+        *,
+        bound: socket.socket,
+        tls: ssl.SSLContext | None,
+        protocol: type[PeerProtocol] = PeerProtocol,
+    ) -> None:
         config = uvicorn.Config(
             app,
-            http=PeerProtocol,
+            http=protocol,
             loop=f"{__name__}:Loop",
             ws="none",
             lifespan="on" if tls else "off",

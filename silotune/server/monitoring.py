@@ -10,6 +10,7 @@ from silotune.server.people import People
 if TYPE_CHECKING:
     from silotune.server.control import ControlServer
     from silotune.server.coordinator import Coordinator
+    from silotune.server.listener import Listener
 
 
 class Monitoring:
@@ -32,6 +33,7 @@ class Monitoring:
             audit=coordinator.audit,
         )
         self._control: ControlServer | None = None
+        self._pages: Listener | None = None
 
     @property
     def control_address(self) -> str:
@@ -55,8 +57,15 @@ class Monitoring:
                 port=config.admin.port,
             )
             self._control.start()
+        if config.dashboard.port is not None:
+            from silotune.server.dashboard import make_dashboard
+
+            self._pages = make_dashboard(self._coordinator, self, port=config.dashboard.port)
+            self._pages.start()
 
     def stop(self) -> None:
         """Serve no longer."""
+        if self._pages is not None:
+            self._pages.stop()
         if self._control is not None:
             self._control.stop()

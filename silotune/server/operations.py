@@ -15,10 +15,11 @@ from typing import Any
 from silotune.errors import SilotuneError
 from silotune.federation.audit_log import AuditLog
 from silotune.federation.identity import six_words
+from silotune.federation.person import Person
 from silotune.plan import Plan
 from silotune.server.conductor import Conductor
 from silotune.server.enrolment import Registrar
-from silotune.server.people import Actions, Person
+from silotune.server.people import Actions
 from silotune.server.run_source import StoredRuns
 from silotune.server.store import Store
 from silotune.server.superlink import Link
@@ -75,6 +76,10 @@ class Operations:
         return self._registrar.federation
 
     # --- questions ---
+
+    def done(self) -> list[dict[str, Any]]:
+        """What people did, newest first."""
+        return [dict(row) for row in self.actions.newest()]
 
     def sites(self) -> list[SiteRow]:
         """Every site that is or was in the roster."""

@@ -3,37 +3,21 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
-from typing import Literal
 
 from cryptography import x509
 from sqlalchemy import RowMapping, delete, insert, select, update
 
 from silotune.federation import identity
 from silotune.federation.authority import Authority
-from silotune.federation.errors import IdentityInvalid
+from silotune.federation.errors import IdentityInvalid, SignInNeeded
 from silotune.federation.identity import Subject
-from silotune.server.errors import NotPermitted, RunUnknown, SignInNeeded
+from silotune.federation.person import Person, PersonRole
+from silotune.server.errors import RunUnknown
 from silotune.server.store import Store
 from silotune.server.tables import ACTIONS, ADMINS
 
-PersonRole = Literal["viewer", "operator"]
-
 ADMIN_DAYS = 90
 """Validity of a person's certificate."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Person:
-    """Somebody who is known: by a certificate, or by a password at the dashboard."""
-
-    name: str
-    role: PersonRole
-
-    def require_operator(self) -> None:
-        """Raise `NotPermitted` for anybody but an operator."""
-        if self.role != "operator":
-            raise NotPermitted(f"{self.name} is a {self.role}; this needs an operator")
 
 
 class People:

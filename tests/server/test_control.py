@@ -11,9 +11,10 @@ import pytest
 
 from silotune.errors import SilotuneError
 from silotune.federation.authority import Authority
+from silotune.federation.errors import NotPermitted, SignInNeeded
 from silotune.server.control_client import ControlClient
 from silotune.server.control_proto import compiled
-from silotune.server.errors import AdminUnreachable, NotPermitted, SignInNeeded
+from silotune.server.errors import AdminUnreachable
 from tests.server.monitored import office, plan_of, tell_round  # noqa: F401 - a fixture
 
 SITES = ["east", "north", "west"]

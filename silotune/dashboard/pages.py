@@ -1,0 +1,345 @@
+"""The pages and their routes, over any source of runs and, for a coordinator, its desk."""
+
+from __future__ import annotations
+
+import hmac
+import json
+import mimetypes
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+from urllib.parse import quote
+
+from fastapi import FastAPI
+from jinja2 import Environment, StrictUndefined
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import (
+    HTMLResponse,
+    JSONResponse,
+    RedirectResponse,
+    Response,
+    StreamingResponse,
+)
+from starlette.types import ASGIApp
+
+from silotune import __version__
+from silotune.dashboard import run_page as words
+from silotune.dashboard.desk import Desk
+from silotune.dashboard.doorman import FORM, SESSION, Door, Doorman, Scope
+from silotune.dashboard.errors import PageUnknown
+from silotune.dashboard.run_page import RunPage, run_page
+from silotune.dashboard.sessions import Session
+from silotune.dashboard.sign_in import SignIn
+from silotune.dashboard.spending import Spending
+from silotune.errors import SilotuneError
+from silotune.events.errors import FileNotOffered, RunNotFound
+from silotune.events.feed import Feed
+from silotune.events.source import Source, Views
+
+_STATIC = ("dashboard.css", "dashboard.js", "icon.svg")
+_MOST_COMPARED = 4
+_SECTIONS = ("head", "lanes", "charts", "sites", "troubles")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Content:
+    """What the pages show.
+
+    Attributes
+    ----------
+    title : str
+        The federation's name, or that of a folder of simulations.
+    source : Source
+        Runs.
+    desk : Desk or None
+        A running coordinator's; None for simulations.
+    metrics : callable or None
+        Prometheus's text.
+    metrics_token : str
+        What Prometheus has to show; empty: it needs a session, as everybody.
+    """
+
+    title: str
+    source: Source
+    desk: Desk | None = None
+    metrics: Callable[[], bytes] | None = None
+    metrics_token: str = ""
+
+
+class Templates:
+    """The package's own templates; every value is escaped."""
+
+    def __init__(self) -> None:
+        # Files of this package, and autoescape is on for every value they print.
+        self._environment = Environment(
+            autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        )
+        self._environment.filters |= {"ago": words.ago, "clock": words.clock}
+        self._environment.filters["path"] = lambda text: quote(str(text), safe="")
+        folder = files("silotune.dashboard") / "templates"
+        sources = {
+            f.name: f.read_text("utf-8") for f in folder.iterdir() if f.name.endswith("html")
+        }
+        self._environment.loader = _Sources(sources)
+
+    def render(self, template: str, **values: Any) -> str:
+        """A page as text."""
+        return self._environment.get_template(template).render(version=__version__, **values)
+
+
+def _Sources(sources: dict[str, str]) -> Any:  # noqa: N802 - it is jinja's class
+    from jinja2 import DictLoader
+
+    return DictLoader(sources)
+
+
+def build(content: Content, door: Door) -> ASGIApp:
+    """The whole application, with the doorman in front."""
+    templates = Templates()
+    pages = Pages(content, door, templates)
+    app = FastAPI(title="silotune dashboard", docs_url=None, redoc_url=None, openapi_url=None)
+    pages.add_to(app)
+    SignIn(door, templates, title=content.title, desk=content.desk).add_to(app)
+    app.state.pages = pages
+
+    def failure(scope: Scope, error: SilotuneError, status: int) -> Response:
+        return pages.failure(scope.get(SESSION), error, status)
+
+    async def told(request: Request, error: Exception) -> Response:
+        assert isinstance(error, SilotuneError)
+        status = 404 if isinstance(error, RunNotFound | FileNotOffered | PageUnknown) else 409
+        return failure(dict(request.scope), error, status)
+
+    app.add_exception_handler(SilotuneError, told)
+    return Doorman(app, door=door, failure=failure)
+
+
+class Pages:
+    """Handlers of the pages about runs, sites and people."""
+
+    def __init__(self, content: Content, door: Door, templates: Templates) -> None:
+        self._content, self._door, self._templates = content, door, templates
+        self._source, self._desk = content.source, content.desk
+        self._views, self._spending = Views(content.source), Spending()
+        self._feed: Feed | None = None
+
+    def add_to(self, app: FastAPI) -> None:
+        """Register every route."""
+        get: dict[str, Any] = {"methods": ["GET"], "response_class": HTMLResponse}
+        app.add_api_route("/", self.overview, **get)
+        app.add_api_route("/runs/{run}", self.run, **get)
+        app.add_api_route("/runs/{run}/live", self.live, methods=["GET"])
+        app.add_api_route("/runs/{run}/stream", self.stream, methods=["GET"])
+        app.add_api_route("/runs/{run}/files/{name}", self.file, methods=["GET"])
+        app.add_api_route("/compare", self.compare, **get)
+        app.add_api_route("/static/{name}", self.static, methods=["GET"])
+        app.add_api_route("/metrics", self.metrics, methods=["GET"])
+        if self._desk is not None:
+            app.add_api_route("/sites", self.sites, **get)
+            app.add_api_route("/actions", self.actions, **get)
+            post: dict[str, Any] = {"methods": ["POST"], "openapi_extra": FORM_BODY}
+            app.add_api_route("/runs/{run}/{action}", self.act, **post)
+            app.add_api_route("/enrolments/{number}/{action}", self.decide, **post)
+            app.add_api_route("/sites/{site}/revoke", self.revoke, **post)
+
+    # --- pages ---
+
+    def overview(self, request: Request) -> Response:
+        """Every run, and who is there."""
+        desk = self._desk
+        sites = desk.sites() if desk else []
+        waiting = [r for r in desk.requests() if r.state == "waiting"] if desk else []
+        return self._page(
+            request,
+            "overview.html",
+            runs=self._source.runs(),
+            sites=[site for site in sites if site.status == "active"],
+            waiting=waiting,
+        )
+
+    def run(self, request: Request, run: str) -> Response:
+        """One run."""
+        page = self._run_page(run)
+        return self._page(
+            request,
+            "run.html",
+            page=page,
+            sections=self._sections(page),
+            plan=words.plan_rows(page.facts),
+            files=self._source.files(run),
+        )
+
+    def live(self, run: str) -> Response:
+        """The parts of the run page that change, as HTML."""
+        page = self._run_page(run)
+        return JSONResponse(
+            {"id": page.last_id, "state": page.state, "sections": self._sections(page)}
+        )
+
+    async def stream(self, request: Request, run: str, after: int = 0) -> Response:
+        """Server-sent events: each event of the run as it comes, as in ``events.jsonl``."""
+        last = request.headers.get("last-event-id", "")
+        after = int(last) if last.isdecimal() and len(last) < 19 else max(0, after)
+        await run_in_threadpool(self._source.facts, run)
+        self._feed = self._feed or Feed(self._source)
+        messages = self._messages(self._feed, request, run, min(after, 2**62))
+        return StreamingResponse(messages, media_type="text/event-stream")
+
+    async def _messages(
+        self, feed: Feed, request: Request, run: str, after: int
+    ) -> AsyncIterator[str]:
+        cookie = request.cookies.get(self._door.cookie, "")
+        batches = feed.follow(run, after=after, keep_alive=15.0)
+        try:
+            async for batch in batches:
+                if self._door.sessions.find(cookie, touch=False) is None:
+                    return
+                lines = (f"id: {row['id']}\ndata: {json.dumps(row)}\n\n" for row in batch)
+                yield "".join(lines) or ": still here\n\n"
+            yield "event: over\ndata: {}\n\n"
+        finally:
+            await batches.aclose()
+
+    def file(self, request: Request, run: str, name: str) -> Response:
+        """A file to keep; never shown in the page's own origin."""
+        person = self._session(request).person
+        if self._desk is not None:
+            content = self._desk.download(person, run, name)
+        else:
+            content = self._source.read(run, name)
+        kind = mimetypes.guess_type(name)[0] or "application/octet-stream"
+        headers = {"content-disposition": f'attachment; filename="{quote(run)}-{quote(name)}"'}
+        return Response(content, media_type=kind, headers=headers)
+
+    def compare(self, request: Request) -> Response:
+        """Several runs side by side."""
+        chosen = list(dict.fromkeys(request.query_params.getlist("run")))[:_MOST_COMPARED]
+        pages = [self._run_page(run) for run in chosen]
+        with self._views.lock:
+            views = {run: self._views.get(run) for run in chosen}
+            compared = words.compared(pages, views)
+        return self._page(
+            request, "compare.html", runs=self._source.runs(), chosen=chosen, **compared
+        )
+
+    def sites(self, request: Request) -> Response:
+        """Sites, and requests to be enrolled."""
+        assert self._desk is not None
+        return self._page(
+            request, "sites.html", sites=self._desk.sites(), requests=self._desk.requests()
+        )
+
+    def actions(self, request: Request) -> Response:
+        """What people did."""
+        assert self._desk is not None
+        return self._page(request, "actions.html", actions=self._desk.done())
+
+    def static(self, name: str) -> Response:
+        """Our own style sheet and script."""
+        if name not in _STATIC:
+            raise PageUnknown(f"{name[:80]!r}")
+        return Response(_asset(name), media_type=mimetypes.guess_type(name)[0])
+
+    def metrics(self, request: Request) -> Response:
+        """Figures for Prometheus."""
+        token, given = self._content.metrics_token, request.headers.get("authorization", "")
+        known = bool(token) and hmac.compare_digest(given.encode(), f"Bearer {token}".encode())
+        if not known and request.scope[SESSION] is None:
+            return Response("a token or a session is needed\n", 401)
+        if self._content.metrics is None:
+            raise PageUnknown("there are no metrics here")
+        return Response(self._content.metrics(), media_type="text/plain; version=0.0.4")
+
+    # --- actions ---
+
+    def act(self, request: Request, run: str, action: str) -> Response:
+        """Pause, resume or stop a run."""
+        assert self._desk is not None
+        known = {"pause": self._desk.pause, "resume": self._desk.resume, "stop": self._desk.stop}
+        if action not in known:
+            raise PageUnknown(f"{action[:40]!r} is nothing that can be done with a run")
+        known[action](self._session(request).person, run)
+        return RedirectResponse(f"/runs/{quote(run, safe='')}", 303)
+
+    def decide(self, request: Request, number: str, action: str) -> Response:
+        """Approve or refuse a request to be enrolled."""
+        assert self._desk is not None
+        person = self._session(request).person
+        if action == "approve":
+            self._desk.approve(person, number)
+        elif action == "refuse":
+            reason = request.scope[FORM].get("reason", "")[:500]
+            self._desk.refuse(person, number, reason=reason)
+        else:
+            raise PageUnknown(f"{action[:40]!r} is nothing that can be done with a request")
+        return RedirectResponse("/sites", 303)
+
+    def revoke(self, request: Request, site: str) -> Response:
+        """Shut a site out."""
+        assert self._desk is not None
+        reason = request.scope[FORM].get("reason", "")[:500]
+        self._desk.revoke(self._session(request).person, site, reason=reason)
+        return RedirectResponse("/sites", 303)
+
+    # --- parts ---
+
+    def failure(self, session: Session | None, error: SilotuneError, status: int) -> Response:
+        """A page that tells an error with its cause and remedy."""
+        return HTMLResponse(
+            self._templates.render(
+                "error.html",
+                error=error,
+                title=self._content.title,
+                session=session,
+                desk=self._desk is not None,
+            ),
+            status,
+        )
+
+    def _run_page(self, run: str) -> RunPage:
+        facts = self._source.facts(run)
+        with self._views.lock:
+            view = self._views.get(run)
+            return run_page(facts, view, self._spending.curves(facts, view))
+
+    def _sections(self, page: RunPage) -> dict[str, str]:
+        return {name: self._templates.render(f"part_{name}.html", page=page) for name in _SECTIONS}
+
+    def _session(self, request: Request) -> Session:
+        session = request.scope[SESSION]
+        assert isinstance(session, Session)  # the doorman lets nobody else through
+        return session
+
+    def _page(self, request: Request, template: str, **values: Any) -> Response:
+        session = self._session(request)
+        return HTMLResponse(
+            self._templates.render(
+                template,
+                title=self._content.title,
+                session=session,
+                desk=self._desk is not None,
+                **values,
+            )
+        )
+
+
+FORM_BODY: dict[str, Any] = {
+    "requestBody": {
+        "content": {
+            "application/x-www-form-urlencoded": {
+                "schema": {
+                    "type": "object",
+                    "properties": {"token": {"type": "string"}, "reason": {"type": "string"}},
+                }
+            }
+        }
+    }
+}
+
+
+@cache
+def _asset(name: str) -> bytes:
+    return (files("silotune.dashboard") / "static" / name).read_bytes()

@@ -1,0 +1,294 @@
+"""What the run page and the comparison show: a run's view turned into words, rows and pictures."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import lru_cache
+from typing import Any
+
+from silotune.dashboard.charts import Chart, Lane, lanes, line_chart, stacked_bars
+from silotune.dashboard.spending import Curve, left
+from silotune.errors import PlanInvalid, SilotuneError, catalogue
+from silotune.events.source import RunFacts
+from silotune.events.view import RunView, Trouble
+from silotune.plan import Plan
+from silotune.plan_words import plan_in_words
+
+PHASES = (
+    *("invited", "approved", "training", "masked", "unmasked", "done"),
+    *("late", "dropped", "failed"),
+)
+"""Phases in the order of the legend."""
+
+_METRICS = (("macro_f1", "macro-F1"), ("accuracy", "accuracy"), ("loss", "loss"))
+_DASH = "\N{EN DASH}"
+
+
+@dataclass(frozen=True)
+class SiteLine:
+    """A site's row in the run's table."""
+
+    name: str
+    state: str
+    code: str
+    replied: int
+    failed: int
+    epsilon: str
+    left: str
+    share: float | None
+    heard: str
+
+
+@dataclass(frozen=True)
+class TroubleLine:
+    """A kind of trouble at one site: the error, and what to do."""
+
+    site: str
+    code: str
+    title: str
+    cause: str
+    remedy: str
+    when: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class RunPage:
+    """Everything that the run page places and that changes while it is open."""
+
+    facts: RunFacts
+    state: str
+    done: int
+    planned: int
+    running: str
+    score: str
+    metric: str
+    epsilon: str
+    traffic: str
+    late: tuple[str, ...]
+    lanes: list[Lane]
+    phases: tuple[str, ...]
+    charts: tuple[Chart, ...]
+    sites: list[SiteLine]
+    troubles: list[TroubleLine]
+    last_id: int
+
+
+def run_page(facts: RunFacts, view: RunView, curves: Mapping[str, Curve]) -> RunPage:
+    """The page's content; call it under the view's lock."""
+    planned = facts.rounds or view.planned
+    spent = {site: curve[-1][1] for site, curve in curves.items()}
+    used = {cell.phase for found in view.rounds.values() for cell in found.cells.values()}
+    current = view.current
+    score, metric = _score(view)
+    return RunPage(
+        facts=facts,
+        # A run directory does not say that its process died; a store says what was decided.
+        state=facts.state,
+        done=view.done,
+        planned=planned,
+        running=_running(view),
+        score=score,
+        metric=metric,
+        epsilon=f"{max(spent.values()):.2f}" if spent else _DASH,
+        traffic=octets(sum(r.bytes_up + r.bytes_down for r in view.rounds.values())),
+        late=tuple(n for n, c in current.cells.items() if c.phase == "late") if current else (),
+        lanes=lanes(view, planned=planned),
+        phases=tuple(phase for phase in PHASES if phase in used),
+        charts=_charts(facts, view, curves, planned),
+        sites=_sites(facts, view, spent),
+        troubles=trouble_lines(view.troubles),
+        last_id=view.last_id,
+    )
+
+
+def plan_rows(facts: RunFacts) -> list[tuple[str, str]]:
+    """The plan in words; nothing if it is of a version that can't be read."""
+    try:
+        return plan_in_words(Plan.from_canonical(json.dumps(facts.plan)))
+    except PlanInvalid:
+        return []
+
+
+def learning_curves(view: RunView) -> dict[str, list[tuple[int, float]]]:
+    """Curves of the metric that decides, by what was looked at."""
+    found = {}
+    kinds = dict.fromkeys((e.view, e.split) for e in view.evaluations)
+    for key, title in _METRICS:
+        for look, split in kinds:
+            curve = view.curve(key, view=look, split=split)
+            if curve:
+                words = "simulator's look" if look == "simulator" else "released by the sites"
+                found[f"{title}, {split or 'held-out'}, {words}"] = curve
+        if found:
+            break
+    return found
+
+
+def trouble_lines(troubles: Sequence[Trouble]) -> list[TroubleLine]:
+    """Troubles of one site and code together, newest first, explained by the catalogue."""
+    grouped: dict[tuple[str, str], list[Trouble]] = {}
+    for trouble in troubles:
+        grouped.setdefault((trouble.site, trouble.code), []).append(trouble)
+    known, found = _catalogue(), []
+    for (site, code), group in grouped.items():
+        error = known.get(code)
+        numbers = [t.round for t in group if t.round is not None]
+        found.append(
+            TroubleLine(
+                site=site,
+                code=code or "no code",
+                title=error.title if error else "An error without a known code",
+                cause=error.cause if error else "The site may run another version of silotune.",
+                remedy=error.advice if error else "Ask the site's team for its log.",
+                when=_rounds(numbers) if numbers else "refused to join",
+                detail=next((t.detail for t in reversed(group) if t.detail), "")[:300],
+            )
+        )
+    return sorted(found, key=lambda line: line.site)
+
+
+def clock(seconds: float | None) -> str:
+    """A time for people."""
+    return (
+        _DASH
+        if seconds is None
+        else f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S} UTC"
+    )
+
+
+def ago(seconds: float | None) -> str:
+    """How long ago, roughly."""
+    if seconds is None:
+        return "never"
+    gone = max(0.0, time.time() - seconds)
+    for size, word in ((86400.0, "d"), (3600.0, "h"), (60.0, "min")):
+        if gone >= size:
+            return f"{gone / size:.0f} {word} ago"
+    return f"{gone:.0f} s ago"
+
+
+def octets(number: float) -> str:
+    """Bytes for a reader."""
+    for divisor, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if number >= divisor:
+            return f"{number / divisor:.1f} {unit}"
+    return f"{number:.0f} B"
+
+
+@lru_cache(maxsize=1)
+def _catalogue() -> dict[str, type[SilotuneError]]:
+    return {error.code: error for error in catalogue()}
+
+
+def _rounds(numbers: list[int]) -> str:
+    shown = ", ".join(map(str, numbers[:8])) + (", \N{HORIZONTAL ELLIPSIS}" * (len(numbers) > 8))
+    return f"in round {shown}" if len(numbers) == 1 else f"in {len(numbers)} rounds: {shown}"
+
+
+def _running(view: RunView) -> str:
+    """What goes on, in a few words."""
+    current = view.current
+    if current is None or current.done:
+        return ""
+    waiting = sum(
+        cell.phase in {"training", "invited", "masked"} for cell in current.cells.values()
+    )
+    sites = "site" if waiting == 1 else "sites"
+    return f"round {current.number}: waiting for {waiting} of {len(current.cells)} {sites}"
+
+
+def _score(view: RunView) -> tuple[str, str]:
+    """The newest score, and of which metric it is."""
+    curves = learning_curves(view)
+    title, curve = next(iter(curves.items()), ("", []))
+    return (f"{curve[-1][1]:.3f}", title.split(",")[0]) if curve else (_DASH, "")
+
+
+def _sites(facts: RunFacts, view: RunView, spent: Mapping[str, float]) -> list[SiteLine]:
+    remains = left(facts.budget, spent)
+    return [
+        SiteLine(
+            name=site.name,
+            state=site.state,
+            code=site.code,
+            replied=site.replied,
+            failed=site.failed,
+            epsilon=f"{spent[site.name]:.2f}" if site.name in spent else _DASH,
+            left=f"{remains[site.name]:.2f}" if site.name in remains else _DASH,
+            share=(
+                min(1.0, spent[site.name] / facts.budget)
+                if facts.budget and site.name in spent
+                else None
+            ),
+            heard=ago(site.heard),
+        )
+        for site in view.sites.values()
+    ]
+
+
+def _charts(
+    facts: RunFacts, view: RunView, curves: Mapping[str, Curve], planned: int
+) -> tuple[Chart, ...]:
+    last = max(planned, view.done, 1)
+    rounds = view.finished_rounds
+    budget = ("the plan's budget", facts.budget) if facts.budget else None
+    aggregate = [(r.number, r.aggregate_seconds or 0.0) for r in rounds]
+    waited = [(r.number, r.wait_seconds or 0.0) for r in rounds]
+    drawn = (
+        line_chart("Learning curve", learning_curves(view), last=last),
+        line_chart(
+            "\N{GREEK SMALL LETTER EPSILON} spent by each site",
+            curves,
+            last=last,
+            limit=budget,
+            from_zero=True,
+        ),
+        stacked_bars(
+            "Seconds a round", {"waiting for sites": waited, "aggregating": aggregate}, last=last
+        ),
+        stacked_bars(
+            "Bytes a round",
+            {
+                "to the sites": [(r.number, float(r.bytes_down)) for r in rounds],
+                "from the sites": [(r.number, float(r.bytes_up)) for r in rounds],
+            },
+            last=last,
+        ),
+    )
+    return tuple(chart for chart in drawn if chart is not None)
+
+
+def compared(pages: Sequence[RunPage], views: Mapping[str, RunView]) -> dict[str, Any]:
+    """Several runs side by side: figures, settings that differ, curves in one picture."""
+    flat = [_flat(page.facts.plan) for page in pages]
+    keys = sorted({key for plan in flat for key in plan})
+    differing = [
+        (key, [str(plan.get(key, _DASH)) for plan in flat])
+        for key in keys
+        if len({json.dumps(plan.get(key), sort_keys=True) for plan in flat}) > 1
+    ]
+    series = {}
+    for page in pages:
+        for curve in list(learning_curves(views[page.facts.run]).values())[:1]:
+            series[page.facts.run] = curve
+    last = max([page.planned for page in pages], default=1)
+    return {
+        "pages": pages,
+        "differing": differing,
+        "chart": line_chart("Learning curves", series, last=last),
+    }
+
+
+def _flat(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in tables.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
+    return found
