@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from silotune.plan_sections import Clip
+from silotune.plan_secure import secure_conflicts
 from silotune.plan_strategies import strategy_conflicts
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ def conflicts(plan: Plan) -> list[str]:
         *_privacy_conflicts(plan),
         *_step_conflicts(plan),
         *strategy_conflicts(plan),
+        *secure_conflicts(plan),
     ]
 
 

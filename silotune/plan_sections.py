@@ -136,6 +136,9 @@ class PrivacySection(Section):
     max_records_per_unit: Annotated[int, Field(ge=1)] = 1
     metrics_share: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     max_physical_batch: Annotated[int, Field(ge=1)] = 128
+    noise: Literal["local", "shared"] = Field(
+        "local", description="Who adds the noise: each site all of it, or each its share."
+    )
 
 
 StrategyName = Literal[
@@ -174,6 +177,18 @@ class AggregationSection(Section):
     )
     selected: Annotated[int, Field(ge=1)] | None = Field(
         None, description="multi_krum: how many updates are averaged."
+    )
+    secure: bool = Field(False, description="The coordinator sees sums over sites, no update.")
+    cohort: Annotated[int, Field(ge=3, le=4096)] | None = Field(
+        None, description="Sites in a secure round, at most: what the sum must have room for."
+    )
+    threshold: Annotated[int, Field(ge=2)] | None = Field(
+        None,
+        description="Sites that a secure round needs; more than two thirds of it when absent.",
+    )
+    encoding: Literal["uint32", "uint16"] = "uint32"
+    update_bound: Positive | None = Field(
+        None, description="Largest absolute value of a number in an update; more is cut off."
     )
     bound: Positive | None = Field(
         None,

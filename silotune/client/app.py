@@ -16,6 +16,8 @@ from silotune.client.runtime import SiteRun
 from silotune.client.trainer import Vector
 from silotune.errors import PlanInvalid
 from silotune.plan import Plan
+from silotune.privacy.secagg.errors import MessageMalformed
+from silotune.privacy.secagg.messages import unpack_named, unpack_names
 
 FindRun = Callable[[Context, Plan, str], SiteRun]
 
@@ -54,7 +56,59 @@ def build_client_app(find_run: FindRun) -> ClientApp:
         reply = part(message, context).evaluate(_adapter(message.content), _round(message.content))
         return Message(reply, reply_to=message)
 
+    _add_secure(app, part)
     return app
+
+
+def _add_secure(app: ClientApp, part: Callable[[Message, Context], SiteRun]) -> None:
+    """The phases of secure aggregation."""
+
+    @app.train("keys")
+    def keys(message: Message, context: Context) -> Message:
+        site = part(message, context)
+        return Message(site.secure.keys(_round(message.content)), reply_to=message)
+
+    @app.train("share")
+    def share(message: Message, context: Context) -> Message:
+        site, cohort = part(message, context), _blob(message.content, "cohort")
+        return Message(site.secure.share(_round(message.content), cohort), reply_to=message)
+
+    @app.train("masked")
+    def masked(message: Message, context: Context) -> Message:
+        site, content = part(message, context), message.content
+        reply = site.train_masked(
+            _adapter(content),
+            _round(content),
+            present=unpack_names(_blob(content, "present")),
+            sealed=unpack_named(_blob(content, "sealed")),
+        )
+        return Message(reply, reply_to=message)
+
+    @app.train("check")
+    def check(message: Message, context: Context) -> Message:
+        survivors = unpack_names(_blob(message.content, "survivors"))
+        reply = part(message, context).secure.check(_round(message.content), survivors)
+        return Message(reply, reply_to=message)
+
+    @app.train("open")
+    def opened(message: Message, context: Context) -> Message:
+        content = message.content
+        reply = part(message, context).secure.opened(
+            _round(content),
+            survivors=unpack_names(_blob(content, "survivors")),
+            signatures=unpack_named(_blob(content, "signatures")),
+            next_cohort=_blob(content, "cohort"),
+        )
+        return Message(reply, reply_to=message)
+
+
+def _blob(content: RecordDict, key: str) -> bytes:
+    """A byte string of the message's ``secure`` record."""
+    record = content.config_records.get("secure")
+    value = record.get(key) if record is not None else None
+    if not isinstance(value, bytes):
+        raise MessageMalformed(f"the message has no bytes {key!r}")
+    return value
 
 
 def _text(config: object, key: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
@@ -22,8 +23,9 @@ from silotune.client.facts import facts_for
 from silotune.client.gate import DpRelease, Field, Gate, Public, Unprotected
 from silotune.client.memory import SealedMemory
 from silotune.client.policy import Facts, judge
+from silotune.client.secure import RoundMemory, SecurePart, member_of
 from silotune.client.terms import metric_sigma, run_events, sigma_for
-from silotune.client.trainer import SiteData, TrainableModel, Trainer, Vector
+from silotune.client.trainer import RoundUpdate, SiteData, TrainableModel, Trainer, Vector
 from silotune.client.warm import WarmModel
 from silotune.data.reader import load_records
 from silotune.data.records import Records
@@ -81,6 +83,8 @@ class SiteRun:
     to_disk : bool
         Force ledger and outbox to the disk before anything leaves. False is for simulations, whose
         sites release nothing to anybody: a run then survives any kill, but not a power cut.
+    roster : mapping of site to bytes, optional
+        Raw Ed25519 public keys of all enrolled sites, which secure aggregation needs.
 
     Attributes
     ----------
@@ -98,8 +102,10 @@ class SiteRun:
         warm: WarmModel,
         keys: Keys | None = None,
         to_disk: bool = True,
+        roster: Mapping[str, bytes] | None = None,
     ) -> None:
         self.site, self.plan, self.run, self._to_disk = site, plan, run, to_disk
+        self._roster = roster
         self._keys = keys or Keys.beside(state)
         self._state, self._warm = state, warm
         self.dataset: DatasetConfig = site.dataset(plan.data.dataset)
@@ -124,6 +130,8 @@ class SiteRun:
         """Check that the plan can be served here, reserve its budget, and declare the terms."""
         self._require_rank()
         model = self.trainable.model
+        if self.plan.aggregation.secure:
+            self.secure.require_fine_enough(self.trainable, sigma=self.sigma)
         self._reserve()
         declared = self.dataset.declared_units
         fields: dict[str, Field] = {
@@ -154,6 +162,27 @@ class SiteRun:
             key,
             fields={"update": DpRelease(update.flat, "steps")},
             mechanisms={"steps": update.event},
+        )
+
+    def train_masked(
+        self,
+        adapter: Vector,
+        server_round: int,
+        *,
+        present: Sequence[str],
+        sealed: Mapping[str, bytes],
+    ) -> RecordDict:
+        """The site's update of a secure round, masked: see `SecurePart.masked`."""
+
+        def train() -> RoundUpdate:
+            started = time.monotonic()
+            update = self.trainer.round(adapter, server_round)
+            self.train_seconds[server_round] = time.monotonic() - started
+            return update
+
+        noise = self._noise("ring", server_round)
+        return self.secure.masked(
+            server_round, present=present, sealed=sealed, train=train, noise=noise
         )
 
     def evaluate(self, adapter: Vector, server_round: int) -> RecordDict:
@@ -246,6 +275,25 @@ class SiteRun:
             outbox=self._state / "outbox",
             vault=self._keys.vault,
             to_disk=self._to_disk,
+        )
+
+    @cached_property
+    def secure(self) -> SecurePart:
+        """The site's part in secure rounds. Raises `SignerUnknown` if it is not enrolled."""
+        member = member_of(
+            self.plan,
+            run=self.run,
+            site=self.site.name,
+            declared_units=self.dataset.declared_units,
+            identity=self._keys.signing,
+            roster=self._roster,
+        )
+        return SecurePart(
+            self.plan,
+            member=member,
+            layout=self.trainable.model.layout,
+            gate=self.gate,
+            memory=RoundMemory(self._state / "rounds", run=self.run, sealer=self._keys.vault),
         )
 
     @cached_property

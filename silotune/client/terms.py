@@ -5,7 +5,13 @@ from __future__ import annotations
 from dp_accounting import DpEvent
 
 from silotune.plan import Plan
-from silotune.privacy.accounting import calibrate, gaussian_event, step_event
+from silotune.privacy.accounting import (
+    calibrate,
+    gaussian_event,
+    shared_step_event,
+    step_event,
+)
+from silotune.strategies.secure import shared_noise
 
 
 def metric_releases(plan: Plan) -> int:
@@ -47,8 +53,22 @@ def sigma_for(plan: Plan, declared_units: int) -> float:
 
 def run_events(plan: Plan, declared_units: int, *, sigma: float) -> list[DpEvent]:
     """Every event of a whole run at a site, which its ledger reserves."""
-    steps = step_event(rate=plan.rate_for(declared_units), sigma=sigma, steps=plan.steps)
+    steps = training_event(plan, declared_units, sigma=sigma, steps=plan.steps)
     return [steps, *_metric_events(plan)]
+
+
+def training_event(plan: Plan, declared_units: int, *, sigma: float, steps: int) -> DpEvent:
+    """What some training steps at a site cost: the central mechanism, if the noise is shared."""
+    rate, shared = plan.rate_for(declared_units), shared_noise(plan)
+    if shared is None:
+        return step_event(rate=rate, sigma=sigma, steps=steps)
+    return shared_step_event(
+        rate=rate,
+        sigma=sigma,
+        steps=steps,
+        sharers=shared.sharers,
+        tolerated=shared.tolerated,
+    )
 
 
 def _metric_events(plan: Plan) -> list[DpEvent]:

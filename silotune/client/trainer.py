@@ -6,8 +6,9 @@ its adapter. Head-only rounds run on features that are computed once and kept in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, cast
 
@@ -21,6 +22,7 @@ from silotune.client.control import Control
 from silotune.client.keeping import Keeping
 from silotune.client.memory import Memory, ProcessMemory
 from silotune.client.sampling import MicroBatch, UnitSampler
+from silotune.client.terms import training_event
 from silotune.errors import SelfCheckFailed
 from silotune.models.adapter import write_adapter
 from silotune.models.base import LoadedModel
@@ -28,12 +30,12 @@ from silotune.models.features import Frozen, compute_frozen
 from silotune.models.layout import Layout, Part
 from silotune.models.task import Encoded
 from silotune.plan import Clip, Plan
-from silotune.privacy.accounting import step_event
 from silotune.privacy.clipping import Attached, attach
 from silotune.privacy.engine import ClipGroup, DpSgd, PlainSgd
 from silotune.privacy.noise import NoiseSource, SecureNoise, SeededNoise, derive_seed
 from silotune.strategies import method_of
 from silotune.strategies.schedule import Group, Phase, learning_rate, phase_of
+from silotune.strategies.secure import shared_noise
 
 Vector = NDArray[np.float32]
 Engine = DpSgd | PlainSgd
@@ -76,10 +78,14 @@ class RoundUpdate:
         The update of the trained groups, in the order of the layout.
     event : DpEvent or None
         What the update costs; None without privacy.
+    missing_noise : mapping of part to float
+        Standard deviation of this site's share of the noise, where it is shared: `flat`, in float64
+        then, is without it.
     """
 
-    flat: Vector
+    flat: Vector | NDArray[np.float64]
     event: DpEvent | None
+    missing_noise: Mapping[Part, float] = field(default_factory=dict)
 
 
 class TrainableModel:
@@ -108,13 +114,24 @@ class TrainableModel:
         """Parameters of some parts, in the order of the layout."""
         return tuple(p for p in self.model.parameters() if self.part_of(p) in parts)
 
-    def engine(self, parts: Collection[Part], *, sigma: float, noise: NoiseSource) -> Engine:
+    def engine(self, parts: Collection[Part], *, sigma: float, noise: NoiseSource | None) -> Engine:
         """A fresh engine for the steps of one round, which trains these parts and no others."""
         for parameter in self.model.parameters():
             parameter.requires_grad_(self.part_of(parameter) in parts)
         if not self.plan.private:
             return PlainSgd(self.attached, self.parameters(parts))
         return DpSgd(self.attached, self._groups(parts), sigma=sigma, noise=noise)
+
+    def shares(self, parts: Collection[Part], *, sigma: float) -> dict[Part, float]:
+        """Standard deviation of one site's share of the noise, by part; empty if it is not shared."""
+        shared = shared_noise(self.plan)
+        if shared is None:
+            return {}
+        return {
+            self.part_of(parameter): group.noise_std(sigma / math.sqrt(shared.sharers))
+            for group in self._groups(parts)
+            for parameter in group.parameters
+        }
 
     def _groups(self, parts: Collection[Part]) -> list[ClipGroup]:
         clip = self.plan.privacy.clip
@@ -207,9 +224,10 @@ class Trainer:
         own = self.keeping.personal(adapter, before=server_round)
         write_adapter(self._model, own)
         noise = self._stream(server_round)
-        engine = self._shared.engine(
-            method.trained(self._plan, server_round), sigma=self._sigma, noise=noise
-        )
+        trained = method.trained(self._plan, server_round)
+        if shares := self._shared.shares(trained, sigma=self._sigma):
+            return self._clean(trained, shares, server_round, noise)
+        engine = self._shared.engine(trained, sigma=self._sigma, noise=noise)
         if self._plan.sends_sums:
             sums, records = self._step(engine, phase_of(self._plan, server_round), noise)
             flat = _flatten(sums)
@@ -223,12 +241,26 @@ class Trainer:
         )
         return RoundUpdate(flat=sent, event=self._event())
 
+    def _clean(
+        self,
+        trained: Collection[Part],
+        shares: Mapping[Part, float],
+        server_round: int,
+        noise: NoiseSource,
+    ) -> RoundUpdate:
+        """Clipped sums whose noise comes later, in the integers of secure aggregation."""
+        engine = self._shared.engine(trained, sigma=self._sigma, noise=None)
+        sums, records = self._step(engine, phase_of(self._plan, server_round), noise)
+        self.records_used += records
+        flat = torch.cat([part.detach().reshape(-1).double().cpu() for part in sums]).numpy()
+        return RoundUpdate(flat=flat, event=self._event(), missing_noise=shares)
+
     def _event(self) -> DpEvent | None:
         """What a round costs."""
         if not self._plan.private:
             return None
-        rate = self._plan.rate_for(self._data.declared_units)
-        return step_event(rate=rate, sigma=self._sigma, steps=self._plan.rounds.local_steps)
+        steps, units = self._plan.rounds.local_steps, self._data.declared_units
+        return training_event(self._plan, units, sigma=self._sigma, steps=steps)
 
     def _stream(self, server_round: int) -> NoiseSource:
         """Randomness of a round: the OS's, or the plan's seed for this site and round."""

@@ -70,6 +70,7 @@ def verify(
         "mechanisms": "\n".join(
             f"{m.times} x Gaussian, sigma {m.sigma:.4f}, rate {m.rate:.4g}" for m in body.mechanisms
         ),
+        "epsilon against": "\n".join(f"{e.to}: {e.epsilon:.4f}" for e in body.exposures),
         "clipping": ", ".join(f"{name} {norm:g}" for name, norm in body.clips.items()),
         "noise": body.noise,
         "accountant": f"{body.accountant} {body.accountant_version}",

@@ -23,7 +23,14 @@ from scipy.special import ndtri
 
 from silotune.errors import CalibrationImpossible
 from silotune.privacy import loss
-from silotune.privacy.events import from_json, gaussian_event, step_event, to_json, uses_of
+from silotune.privacy.events import (
+    from_json,
+    gaussian_event,
+    shared_step_event,
+    step_event,
+    to_json,
+    uses_of,
+)
 from silotune.privacy.loss import Sampled
 
 __all__ = [
@@ -33,6 +40,7 @@ __all__ = [
     "epsilon_curve",
     "from_json",
     "gaussian_event",
+    "shared_step_event",
     "step_event",
     "to_json",
 ]
@@ -46,7 +54,7 @@ _ORDERS = (2, 2.5, 3, 3.5, 4, 4.5, 5, 5.5, *range(6, 65), 96, 128, 192, 256, 512
 Mechanisms = tuple[Sampled, ...]
 
 
-def epsilon(events: Iterable[DpEvent], *, delta: float) -> float:
+def epsilon(events: Iterable[DpEvent], *, delta: float, colluding: int = 0) -> float:
     """Epsilon of the adaptive composition of events: a certified upper bound.
 
     What the grid of losses adds is below 1e-4 of it, mostly far below. Neither order nor grouping
@@ -59,6 +67,8 @@ def epsilon(events: Iterable[DpEvent], *, delta: float) -> float:
         What was released; nothing costs 0.
     delta : float
         In (0, 1).
+    colluding : int
+        Sites that collude with the coordinator: what noise that sites share is worth then.
 
     Raises
     ------
@@ -66,7 +76,7 @@ def epsilon(events: Iterable[DpEvent], *, delta: float) -> float:
         An event that can't be accounted for.
     """
     _require_delta(delta)
-    return _epsilon(_mechanisms(uses_of(events)), delta)
+    return _epsilon(_mechanisms(uses_of(events, colluding=colluding)), delta)
 
 
 def epsilon_curve(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +22,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from silotune import __version__
 from silotune.errors import CertificateInvalid
 from silotune.plan import Clip, Plan
+from silotune.privacy import exposure
 from silotune.privacy.durable import replace_file
+from silotune.privacy.events import SharedGaussianDpEvent
 from silotune.privacy.ledger import Ledger
 from silotune.privacy.signing import fingerprint
 from silotune.privacy.tally import epsilon_of, total
@@ -65,6 +67,42 @@ class Mechanism(_Part):
     sigma: Positive
 
 
+class Exposure(_Part):
+    """What the run is worth to somebody.
+
+    Attributes
+    ----------
+    to : str
+        To whom.
+    colluding : int
+        Sites that collude with the coordinator; -1 for all other sites.
+    epsilon : float
+        At the certificate's delta.
+    """
+
+    to: str
+    colluding: Annotated[int, Field(ge=exposure.ALL_OTHERS)]
+    epsilon: Annotated[float, Field(ge=0.0)]
+
+
+class Aggregation(_Part):
+    """Secure aggregation over sites whose noise is of one scale.
+
+    Attributes
+    ----------
+    threshold : int
+        Sites in every sum, at least.
+    tolerated : int
+        Sites that may collude with the coordinator without opening single updates.
+    shared_noise : bool
+        Whether the noise of the mechanisms is the sum of the sites' shares.
+    """
+
+    threshold: Annotated[int, Field(ge=2)]
+    tolerated: Annotated[int, Field(ge=0)]
+    shared_noise: bool
+
+
 class CertificateBody(_Part):
     """Everything that is signed."""
 
@@ -79,6 +117,8 @@ class CertificateBody(_Part):
     epsilon: Annotated[float, Field(ge=0.0)]
     delta: Positive
     mechanisms: tuple[Mechanism, ...]
+    aggregation: Aggregation | None
+    exposures: tuple[Exposure, ...]
     clips: dict[str, Positive]
     noise: str
     accountant: str
@@ -165,6 +205,8 @@ def issue(
         epsilon=epsilon,
         delta=plan.privacy.delta,
         mechanisms=tuple(_mechanism(leaf, times) for leaf, times in sorted(tally.items())),
+        aggregation=_aggregation(exposure.sums_of(plan)),
+        exposures=_exposures(tally, plan.privacy.delta, exposure.sums_of(plan)),
         clips=_clips(plan.privacy.clip),
         noise=_NOISE[secure_noise],
         accountant=_ACCOUNTANT,
@@ -204,12 +246,15 @@ def verify(path: Path, *, key_sha256: str | None = None) -> Verified:
         described = [_mechanism(part.event, part.times) for part in body.mechanisms]
         events = total({part.event: part.times} for part in body.mechanisms)
         epsilon = epsilon_of(events, delta=body.delta)
+        exposed = _exposures(events, body.delta, _sums(body.aggregation))
     except CertificateInvalid:
         raise
     except Exception as exc:
         raise CertificateInvalid(f"{path}: an event in it can't be accounted for") from exc
     if not math.isclose(epsilon, body.epsilon, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE):
         problems.append(f"it says epsilon = {body.epsilon:.6g}, its events give {epsilon:.6g}")
+    if not _alike(exposed, body.exposures):
+        problems.append("what it says of collusion is not what its events give")
     if tuple(described) != body.mechanisms:
         problems.append("a rate or sigma is not the one of its event")
     expected = _statement(
@@ -270,9 +315,38 @@ def _mechanism(leaf: str, times: int) -> Mechanism:
     event, rate = accounting.from_json(leaf), 1.0
     if isinstance(event, PoissonSampledDpEvent):
         event, rate = event.event, event.sampling_probability
-    if not isinstance(event, GaussianDpEvent):
+    if not isinstance(event, GaussianDpEvent | SharedGaussianDpEvent):
         raise CertificateInvalid("an event is not a Gaussian mechanism, sampled or not")
     return Mechanism(event=leaf, times=times, rate=rate, sigma=event.noise_multiplier)
+
+
+def _aggregation(sums: exposure.Sums | None) -> Aggregation | None:
+    if sums is None:
+        return None
+    return Aggregation(threshold=sums.threshold, tolerated=sums.tolerated, shared_noise=sums.shared)
+
+
+def _sums(body: Aggregation | None) -> exposure.Sums | None:
+    if body is None:
+        return None
+    return exposure.Sums(body.threshold, body.tolerated, body.shared_noise)
+
+
+def _exposures(
+    tally: Mapping[str, int], delta: float, sums: exposure.Sums | None
+) -> tuple[Exposure, ...]:
+    return tuple(
+        Exposure(to=exposure.in_words(colluding, sums=sums), colluding=colluding, epsilon=epsilon)
+        for colluding, epsilon in exposure.exposures(tally, delta=delta, sums=sums)
+    )
+
+
+def _alike(one: Sequence[Exposure], other: Sequence[Exposure]) -> bool:
+    """Equal but for the accountant's last digits."""
+    return [(e.to, e.colluding) for e in one] == [(e.to, e.colluding) for e in other] and all(
+        math.isclose(a.epsilon, b.epsilon, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE)
+        for a, b in zip(one, other, strict=True)
+    )
 
 
 def _statement(*, private: bool, unit: str, epsilon: float, delta: float) -> str:

@@ -82,7 +82,12 @@ class _UnitClipper(DPOptimizer):  # type: ignore[misc]
     """Opacus' step with clipping per unit and group, and noise from a `NoiseSource`."""
 
     def __init__(
-        self, groups: Sequence[ClipGroup], *, sigma: float, noise: NoiseSource, thorough: bool
+        self,
+        groups: Sequence[ClipGroup],
+        *,
+        sigma: float,
+        noise: NoiseSource | None,
+        thorough: bool,
     ) -> None:
         parameters = [p for group in groups for p in group.parameters]
         super().__init__(
@@ -140,7 +145,9 @@ class _UnitClipper(DPOptimizer):  # type: ignore[misc]
                 raise SelfCheckFailed(f"a clipped norm of the {group.name} is above its bound")
 
     def add_noise(self) -> None:
-        """Set ``p.grad`` to the noisy sum, and check what was added."""
+        """Set ``p.grad`` to the noisy sum, and check what was added; leave it without a source."""
+        if self.noise is None:
+            return
         for group in self.groups:
             std = group.noise_std(self.noise_multiplier)
             holders = [cast(Any, parameter) for parameter in group.parameters]
@@ -177,7 +184,9 @@ class DpSgd:
         alone, e.g. the adapter while only the head is trained.
     sigma : float
         Noise multiplier, above 0.
-    noise : NoiseSource
+    noise : NoiseSource or None
+        None if `release` is to give clipped sums without noise, which must not leave before
+        `silotune.privacy.shared_noise` has added some.
 
     Attributes
     ----------
@@ -197,7 +206,7 @@ class DpSgd:
         groups: Sequence[ClipGroup],
         *,
         sigma: float,
-        noise: NoiseSource,
+        noise: NoiseSource | None,
     ) -> None:
         if not attached.private:
             raise ValueError("DpSgd needs attach(..., private=True)")
@@ -259,7 +268,8 @@ class DpSgd:
         Returns
         -------
         list[Tensor]
-            Float32, shapes and order of `parameters`.
+            Float32, shapes and order of `parameters`; float64 and without noise if the engine has no
+            source of it.
 
         Raises
         ------
@@ -274,7 +284,9 @@ class DpSgd:
             cast(Any, parameter).grad_sample = parameter.new_zeros((0, *parameter.shape))
         clipper.signal_skip_step(do_skip=False)
         clipper.pre_step()
-        sums = [cast(Tensor, p.grad) for p in self.parameters]
+        name = "summed_grad" if clipper.noise is None else "grad"
+        sums = [cast(Tensor, getattr(p, name)) for p in self.parameters]
+        require_finite(sums, "the gradient sum")
         clipper.zero_grad(set_to_none=True)
         self._failed = False
         return sums

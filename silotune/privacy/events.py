@@ -7,8 +7,10 @@ what it cost, so that a cost can be recomputed by anybody and with any accountan
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from dp_accounting import (
@@ -22,10 +24,40 @@ from dp_accounting import (
 
 from silotune.errors import EventInvalid
 
+
+@dataclass(frozen=True)
+class SharedGaussianDpEvent(DpEvent):  # type: ignore[misc]
+    """Gaussian noise that several sites added to one sum, each a share of it.
+
+    Under secure aggregation only the sum is seen, and the sum's noise is what counts. To somebody who
+    colludes with c of the sites, and so knows their shares, it is a Gaussian with less noise.
+
+    Attributes
+    ----------
+    noise_multiplier : float
+        Of the noise that `sharers` honest shares sum to.
+    sharers : int
+        Each site's share has ``1 / sharers`` of that variance.
+    tolerated : int
+        Sites that may collude with the coordinator without breaking the aggregation. If more do,
+        nothing but a site's own share counts.
+    """
+
+    noise_multiplier: float
+    sharers: int
+    tolerated: int
+
+    def seen_with(self, colluding: int) -> GaussianDpEvent:
+        """The mechanism, to somebody who colludes with so many other sites."""
+        honest = self.sharers - colluding if colluding <= self.tolerated else 1
+        return GaussianDpEvent(self.noise_multiplier * math.sqrt(max(honest, 1) / self.sharers))
+
+
 _SIGMA_RANGE = (1e-3, 1e9)
 _RATE_RANGE = (1e-9, 1.0)
 _MAX_USES = 10**9
 _MAX_TEXT = 1 << 20
+_MAX_SHARERS = 10_000
 
 
 def step_event(*, rate: float, sigma: float, steps: int) -> DpEvent:
@@ -46,6 +78,22 @@ def step_event(*, rate: float, sigma: float, steps: int) -> DpEvent:
         A number is out of its range.
     """
     once = PoissonSampledDpEvent(float(rate), GaussianDpEvent(float(sigma)))
+    return _checked(SelfComposedDpEvent(once, steps))
+
+
+def shared_step_event(
+    *, rate: float, sigma: float, steps: int, sharers: int, tolerated: int
+) -> DpEvent:
+    """Like `step_event`, for noise that the sites share: see `SharedGaussianDpEvent`.
+
+    Raises
+    ------
+    EventInvalid
+        A number is out of its range.
+    """
+    once = PoissonSampledDpEvent(
+        float(rate), SharedGaussianDpEvent(float(sigma), sharers, tolerated)
+    )
     return _checked(SelfComposedDpEvent(once, steps))
 
 
@@ -85,8 +133,15 @@ def from_json(text: str) -> DpEvent:
     return event
 
 
-def uses_of(events: Iterable[DpEvent]) -> Counter[tuple[float, float]]:
+def uses_of(events: Iterable[DpEvent], *, colluding: int = 0) -> Counter[tuple[float, float]]:
     """How often each (rate, sigma) is used in all events; a rate of 1 means no sampling.
+
+    Parameters
+    ----------
+    events : iterable of DpEvent
+        What was released.
+    colluding : int
+        Other sites that collude with the coordinator: shared noise counts without theirs.
 
     Raises
     ------
@@ -95,7 +150,7 @@ def uses_of(events: Iterable[DpEvent]) -> Counter[tuple[float, float]]:
     """
     found: Counter[tuple[float, float]] = Counter()
     for event in events:
-        _count(_plain(event), 1, found)
+        _count(_plain(event), 1, found, colluding)
     if any(uses > _MAX_USES for uses in found.values()):
         raise EventInvalid(f"a mechanism used more than {_MAX_USES} times")
     return found
@@ -114,9 +169,11 @@ def _plain(event: DpEvent) -> dict[str, Any]:
     if kind is GaussianDpEvent:
         sigma = _number(event.noise_multiplier, *_SIGMA_RANGE, "noise multiplier")
         return {"kind": "Gaussian", "noise_multiplier": sigma}
+    if kind is SharedGaussianDpEvent:
+        return _plain_shared(event)
     if kind is PoissonSampledDpEvent:
         rate = _number(event.sampling_probability, *_RATE_RANGE, "sampling probability")
-        if type(event.event) is not GaussianDpEvent:
+        if type(event.event) not in {GaussianDpEvent, SharedGaussianDpEvent}:
             raise EventInvalid("only a Gaussian can be run on a Poisson sample")
         return {
             "kind": "PoissonSampled",
@@ -132,6 +189,21 @@ def _plain(event: DpEvent) -> dict[str, Any]:
     raise EventInvalid(f"{kind.__name__} is not an event that silotune accounts for")
 
 
+def _plain_shared(event: SharedGaussianDpEvent) -> dict[str, Any]:
+    sharers, tolerated = event.sharers, event.tolerated
+    if type(sharers) is not int or not 1 <= sharers <= _MAX_SHARERS:
+        raise EventInvalid(f"noise is shared by 1 to {_MAX_SHARERS} sites")
+    if type(tolerated) is not int or not 0 <= tolerated < sharers:
+        raise EventInvalid("fewer sites may collude than share the noise")
+    sigma = _number(event.noise_multiplier, *_SIGMA_RANGE, "noise multiplier")
+    return {
+        "kind": "SharedGaussian",
+        "noise_multiplier": sigma,
+        "sharers": sharers,
+        "tolerated": tolerated,
+    }
+
+
 def _number(value: object, least: float, most: float, name: str) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value <= most:
         raise EventInvalid(f"the {name} of an event must be a number from {least:g} to {most:g}")
@@ -144,6 +216,13 @@ def _event(plain: object) -> DpEvent:
             return NoOpDpEvent()
         case {"kind": "Gaussian", "noise_multiplier": sigma}:
             return GaussianDpEvent(sigma)
+        case {
+            "kind": "SharedGaussian",
+            "noise_multiplier": sigma,
+            "sharers": sharers,
+            "tolerated": tolerated,
+        }:
+            return SharedGaussianDpEvent(sigma, sharers, tolerated)
         case {"kind": "PoissonSampled", "sampling_probability": rate, "event": inner}:
             return PoissonSampledDpEvent(rate, _event(inner))
         case {"kind": "SelfComposed", "count": count, "event": inner}:
@@ -153,15 +232,23 @@ def _event(plain: object) -> DpEvent:
     raise EventInvalid("an event of unknown kind, or with other fields than its kind has")
 
 
-def _count(plain: Mapping[str, Any], uses: int, found: Counter[tuple[float, float]]) -> None:
+def _count(
+    plain: Mapping[str, Any], uses: int, found: Counter[tuple[float, float]], colluding: int
+) -> None:
     match plain["kind"]:
-        case "Gaussian":
-            found[1.0, plain["noise_multiplier"]] += uses
+        case "Gaussian" | "SharedGaussian":
+            found[1.0, _sigma(plain, colluding)] += uses
         case "PoissonSampled":
-            sigma = plain["event"]["noise_multiplier"]
-            found[plain["sampling_probability"], sigma] += uses
+            found[plain["sampling_probability"], _sigma(plain["event"], colluding)] += uses
         case "SelfComposed":
-            _count(plain["event"], uses * plain["count"], found)
+            _count(plain["event"], uses * plain["count"], found, colluding)
         case "Composed":
             for part in plain["events"]:
-                _count(part, uses, found)
+                _count(part, uses, found, colluding)
+
+
+def _sigma(plain: Mapping[str, Any], colluding: int) -> float:
+    """Noise multiplier of a Gaussian, shared or not, to the coordinator and so many sites."""
+    if plain["kind"] == "Gaussian":
+        return float(plain["noise_multiplier"])
+    return float(_event(plain).seen_with(colluding).noise_multiplier)

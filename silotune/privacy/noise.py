@@ -59,8 +59,11 @@ _SPACING = 1 << 32
 # Added to 2**32 K + U1 + U2 + U3 to make the mean zero (to within half a grid point).
 _CENTRE = -(_COLUMNS // 2) * _SPACING - 3 * (_SPACING - 1) // 2
 _STD_RANGE = (1e-30, 1e30)
-_INFLATION = 1.0 + 2.0**-20
-_GRID_PER_STD = _INFLATION / (_COARSE_STD * _SPACING)
+INFLATION = 1.0 + 2.0**-20
+_GRID_PER_STD = INFLATION / (_COARSE_STD * _SPACING)
+
+DRAW_STD = _COARSE_STD * _SPACING  # of the integers that are drawn; they are below DRAW_LIMIT
+DRAW_LIMIT = (_COLUMNS // 2 + 3) * _SPACING
 
 _BLOCK = 1 << 14  # draws: all scratch arrays together stay in the second-level cache
 _HIGH_HALF = 1 if sys.byteorder == "little" else 0
@@ -84,6 +87,9 @@ class NoiseSource(Protocol):
 
     def normal(self, shape: Sequence[int], std: float) -> Tensor:
         """Independent N(0, std**2) numbers, float32. To protect a value use `add`."""
+
+    def draws(self, n: int) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
+        """Blocks of the integers behind `add`, with where they start; see `DRAW_STD`."""
 
     def uniform(self, n: int) -> npt.NDArray[np.float64]:
         """Independent uniform numbers in [0, 1), multiples of 2**-53."""
@@ -160,7 +166,7 @@ class _KeyedNoise:
         values = sums.detach().cpu().contiguous().view(-1).numpy()
         noisy = np.empty(values.size, dtype=np.float32)
         pair = np.empty((2, min(values.size, _BLOCK)), dtype=np.float64)
-        for start, draws in self._draws(values.size):
+        for start, draws in self.draws(values.size):
             here = slice(start, start + draws.size)
             exact, noise = pair[:, : draws.size]
             np.copyto(exact, values[here])
@@ -200,8 +206,8 @@ class _KeyedNoise:
             stream.update_into(zeros, buffer)
             yield np.frombuffer(buffer, dtype=np.uint64, count=words)
 
-    def _draws(self, n: int) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
-        """Yield (start, draws in grid units) until n; the array is overwritten by the next."""
+    def draws(self, n: int) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
+        """Yield (start, integers of standard deviation `DRAW_STD`) until n; overwritten by the next."""
         size = min(n, _BLOCK)
         lookup, third = _Lookup(size), np.empty(size, dtype=np.uint64)
         for number, words in enumerate(self._keystream(2 * size, -(-n // _BLOCK))):

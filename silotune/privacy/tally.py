@@ -65,8 +65,11 @@ def fits(part: Mapping[str, int], whole: Mapping[str, int]) -> bool:
     return all(n <= whole.get(leaf, 0) for leaf, n in part.items())
 
 
-def epsilon_of(tally: Mapping[str, int], *, delta: float) -> float:
-    """Tight upper bound on epsilon at `delta` for everything in the tally; 0 for an empty one."""
+def epsilon_of(tally: Mapping[str, int], *, delta: float, colluding: int = 0) -> float:
+    """Tight upper bound on epsilon at `delta` for everything in the tally; 0 for an empty one.
+
+    With `colluding` sites on the coordinator's side, noise that sites share counts without theirs.
+    """
     from dp_accounting import SelfComposedDpEvent
 
     from silotune.privacy import accounting
@@ -76,4 +79,4 @@ def epsilon_of(tally: Mapping[str, int], *, delta: float) -> float:
         for leaf, n in sorted(tally.items())
         if n
     ]
-    return float(accounting.epsilon(events, delta=delta)) if events else 0.0
+    return float(accounting.epsilon(events, delta=delta, colluding=colluding)) if events else 0.0

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
@@ -20,9 +20,14 @@ from silotune.errors import QuorumLost, RunDirectoryInvalid, SiteFailed, UpdateR
 from silotune.models.layout import Layout, initial_adapter
 from silotune.plan import Plan
 from silotune.server.exchange import exchange
+from silotune.server.secure_rounds import SecureRounds
 from silotune.strategies import method_of, strategy_for
 from silotune.strategies.base import AdapterStrategy, Terms, Vector, as_arrays, update_of
+from silotune.strategies.linear import LinearStrategy
 from silotune.strategies.schedule import phase_of
+from silotune.strategies.secure import encoding_for
+
+_MOST_VOID = 3
 
 
 class RunStore(Protocol):
@@ -76,6 +81,8 @@ class RoundLoop:
         self._plan, self._run, self._grid, self._store = plan, run, grid, store
         self._observer = observer
         self._text = plan.canonical()
+        self._secure: SecureRounds | None = None
+        self._void = 0  # secure rounds in a row that came to nothing
 
     def execute(self) -> Vector:
         """Run to the end and return the final adapter.
@@ -164,16 +171,12 @@ class RoundLoop:
         config = ConfigRecord({"plan": self._text, "run": self._run, "round": number})
         arrays = as_arrays(adapter)
         strategy.begin(number, adapter)
-        sizes, codes = list[int](), list[str]()
-        messages = list(strategy.configure_train(number, arrays, config, self._grid))
-        clock.lap("aggregate")
-        for node, reply in exchange(self._grid, messages, deadline=self._plan.rounds.deadline):
-            clock.lap("wait")
-            found = self._fold(number, strategy, node, reply)
-            (codes if isinstance(found, str) else sizes).append(found)  # type: ignore[arg-type]
-            clock.lap("aggregate")
+        if self._plan.aggregation.secure:
+            facts = self._collect_securely(number, strategy, arrays)
+        else:
+            messages = list(strategy.configure_train(number, arrays, config, self._grid))
+            facts = self._collect(number, strategy, messages, clock)
         clock.lap("wait")
-        self._require_quorum(len(sizes), len(strategy.cohort), codes)
         updated = strategy.finish(adapter, server_round=number)
         self._save(number, updated, strategy, layout)
         clock.lap("aggregate")
@@ -183,14 +186,53 @@ class RoundLoop:
             seconds=clock.total,
             wait_seconds=clock.laps["wait"],
             aggregate_seconds=clock.laps["aggregate"],
-            bytes_up=sum(sizes),
-            bytes_down=sum(_bytes_of(message) for message in messages),
             update_norm=float(np.linalg.norm(updated - adapter)),
+            **facts,
         )
         self._evaluate(number, as_arrays(updated), config, strategy)
         if self._observer:
             self._observer.after_round(number, updated, seconds=clock.total)
         return updated
+
+    def _collect(
+        self, number: int, strategy: AdapterStrategy, messages: list[Message], clock: _Clock
+    ) -> dict[str, Any]:
+        """Fold the sites' updates as they come; what the messages came to."""
+        sizes, codes = list[int](), list[str]()
+        clock.lap("aggregate")
+        for node, reply in exchange(self._grid, messages, deadline=self._plan.rounds.deadline):
+            clock.lap("wait")
+            found = self._fold(number, strategy, node, reply)
+            (codes if isinstance(found, str) else sizes).append(found)  # type: ignore[arg-type]
+            clock.lap("aggregate")
+        self._require_quorum(len(sizes), len(strategy.cohort), codes)
+        return {"bytes_up": sum(sizes), "bytes_down": sum(_bytes_of(m) for m in messages)}
+
+    def _collect_securely(
+        self, number: int, strategy: AdapterStrategy, arrays: ArrayRecord
+    ) -> dict[str, Any]:
+        """Fold the one sum over the sites that secure aggregation gives; none if the round is void."""
+        assert isinstance(strategy, LinearStrategy)  # validated with the plan
+        if self._secure is None:
+            self._secure = SecureRounds(
+                plan=self._plan,
+                run=self._run,
+                grid=self._grid,
+                log=self._store,
+                cohort=strategy.cohort,
+            )
+        encoding = encoding_for(self._plan, layout=strategy.layout, server_round=number)
+        found = self._secure.round(number, arrays, encoding=encoding)
+        facts = {"bytes_up": found.bytes_up, "bytes_down": found.bytes_down}
+        facts |= {"exchanges": found.exchanges, "saturated": found.saturated}
+        if found.total is not None:
+            strategy.fold_sum(found.total, mass=found.mass)
+            self._void = 0
+            return facts
+        self._void += 1
+        if self._void >= _MOST_VOID:
+            self._require_quorum(0, len(strategy.cohort), list(found.codes))
+        return {**facts, "void": True}
 
     def _fold(self, number: int, strategy: AdapterStrategy, node: int, reply: Message) -> str | int:
         """Add one reply to the sum; its size in bytes, or the error's code if it could not be."""

@@ -27,6 +27,7 @@ from silotune.client.trainer import SiteData, Trainer, Vector
 from silotune.client.warm import WarmModel
 from silotune.data.site import SiteConfig
 from silotune.data.splits import Split
+from silotune.errors import PrivacyError
 from silotune.models.choices import Choices
 from silotune.models.features import Frozen
 from silotune.models.layout import initial_adapter
@@ -98,6 +99,13 @@ def head_only(plan: Plan) -> Plan:
     return plan.override({"optimizer.site.head_rounds": plan.rounds.number})
 
 
+def in_the_clear(plan: Plan) -> Plan:
+    """The same plan without secure aggregation: nothing is sent here, and each adds its own noise."""
+    keys = ("secure", "cohort", "threshold", "encoding", "update_bound")
+    settings: dict[str, Any] = dict.fromkeys(f"aggregation.{key}" for key in keys)
+    return plan.override({**settings, "privacy.noise": None})
+
+
 def jobs_for(
     plan: Plan,
     sites: Sequence[SiteConfig],
@@ -107,6 +115,7 @@ def jobs_for(
 ) -> list[Job]:
     """The comparisons of a plan, longest first."""
     paths = tuple(str(site.folder / "site.toml") for site in sites)
+    plan = in_the_clear(plan)
     alone = plan.override({"rounds.min_sites": 1})
 
     def job(key: str, title: str, of: Plan, kind: Kind, site: str | None = None) -> Job:
@@ -248,6 +257,9 @@ def federate(plan: Plan, trainers: Sequence[tuple[Terms, Trainer]]) -> tuple[Vec
     for number in range(1, plan.rounds.number + 1):
         strategy.begin(number, adapter)
         for terms, trainer in trainers:
-            strategy.fold(terms, trainer.round(adapter, number).flat)
+            update = trainer.round(adapter, number)
+            if update.missing_noise:
+                raise PrivacyError("noise can be shared only in a sum under secure aggregation")
+            strategy.fold(terms, np.asarray(update.flat, dtype=np.float32))
         adapter = strategy.finish(adapter, server_round=number)
     return adapter, sum(trainer.records_used for _, trainer in trainers)

@@ -66,6 +66,7 @@ def _site_privacy(plan: Plan, body: Mapping[str, Any]) -> dict[str, Any]:
         "sigma": sigma,
         "rate": rate,
         "steps": plan.steps,
+        "exposures": body["exposures"],
         "epsilon_by_round": [[number, value] for number, value in curve],
     }
 

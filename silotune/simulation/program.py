@@ -26,6 +26,7 @@ from silotune.models.adapter import save_adapter, write_adapter
 from silotune.models.batching import batches
 from silotune.models.choices import Choices
 from silotune.plan import Plan
+from silotune.privacy.signing import load_or_create
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -39,8 +40,8 @@ class SimulatedSites:
     ----------
     payload : mapping
         ``plan`` (canonical JSON), ``run``, ``sites`` (paths of site.toml files in node order),
-        ``states`` (their state folders), ``choices`` (`silotune.models.choices.Choices`) and
-        ``shared`` (a folder for what processes share).
+        ``states`` (their state folders), ``choices`` (`silotune.models.choices.Choices`),
+        ``shared`` (a folder for what processes share) and ``roster`` (public keys, in hex, by site).
     """
 
     def __init__(self, payload: Mapping[str, Any]) -> None:
@@ -49,6 +50,7 @@ class SimulatedSites:
         self._configs = [Path(path) for path in payload["sites"]]
         self._states = [Path(path) for path in payload["states"]]
         self._warm = WarmModel(Choices(**payload["choices"]), shared=Path(payload["shared"]))
+        self._roster = {name: bytes.fromhex(key) for name, key in payload["roster"].items()}
         self._runs: dict[int, SiteRun] = {}
         self._warm.for_plan(self._plan)
         self.client_app = build_client_app(self._find)
@@ -68,6 +70,7 @@ class SimulatedSites:
                 run=self._run,
                 warm=self._warm,
                 to_disk=False,
+                roster=self._roster,
             )
         return self._runs[index]
 
@@ -139,7 +142,7 @@ def payload_for(
     choices: Choices,
     shared: Path,
 ) -> dict[str, Any]:
-    """What `build` takes, as JSON values."""
+    """What `build` takes, as JSON values. The simulator enrols the sites: it makes their keys."""
     return {
         "plan": plan.canonical(),
         "run": run,
@@ -147,4 +150,12 @@ def payload_for(
         "states": [str(state) for state in states],
         "choices": asdict(choices),
         "shared": str(shared),
+        "roster": enrol(sites, states) if plan.aggregation.secure else {},
     }
+
+
+def enrol(sites: list[SiteConfig], states: list[Path]) -> dict[str, str]:
+    """Identity keys in the sites' state folders; the public ones, in hex, by site."""
+    keys = [load_or_create(state / "signing.key") for state in states]
+    publics = [key.public_key().public_bytes_raw().hex() for key in keys]
+    return dict(zip((site.name for site in sites), publics, strict=True))

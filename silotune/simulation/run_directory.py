@@ -34,6 +34,7 @@ EventKind = Literal[
     "round_started",
     "site_replied",
     "site_failed",
+    "round_void",
     "round_finished",
     "evaluated",
     "run_finished",

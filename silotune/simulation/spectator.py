@@ -59,7 +59,7 @@ class LoggedStore:
 
     def on_receipt(self, receipt: Receipt) -> None:
         """Note how long a site's app took, which the server never learns."""
-        if receipt.message_type == "train":
+        if receipt.message_type in {"train", "train.masked"}:
             self._seconds[receipt.group_id][receipt.site] = receipt.seconds
 
     def append_event(self, kind: Any, **fields: Any) -> Mapping[str, Any]:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from silotune.errors import UpdateRejected
 from silotune.strategies.base import AdapterStrategy, Terms, Vector, Weight
 from silotune.strategies.reproducible_sum import ReproducibleSum
+from silotune.strategies.weights import weight_in
 
 # Grids of the exact sum: gradient sums grow with the batch, weighted mean changes stay small.
 _SUM_EXPONENT, _CHANGE_EXPONENT = -26, -36
@@ -30,13 +31,8 @@ class LinearStrategy(AdapterStrategy):
 
     def weight(self, terms: Terms) -> Weight:
         """Factor of a site's update in the sum, and what the site adds to the divisor."""
-        equal = self.plan.aggregation.weights == "equal"
-        if self.plan.sends_sums:
-            batch = self.plan.expected_batch(terms.declared_units)
-            return Weight(factor=1.0 / batch, mass=1.0) if equal else Weight(factor=1.0, mass=batch)
         largest = max((t.declared_units for t in self.cohort.values()), default=1)
-        share = 1.0 if equal else terms.declared_units / largest
-        return Weight(factor=share, mass=share)
+        return weight_in(self.plan, declared_units=terms.declared_units, largest=largest)
 
     def begin(self, server_round: int, adapter: Vector) -> None:
         """Start the sum of a round."""

@@ -71,9 +71,9 @@ class CoordinatorRound:
         self._advertised[site] = given
 
     @property
-    def advertised(self) -> int:
+    def advertised(self) -> frozenset[str]:
         """Sites that sent keys."""
-        return len(self._advertised)
+        return frozenset(self._advertised)
 
     @cached_property
     def cohort(self) -> Cohort:

@@ -16,8 +16,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from silotune.errors import CalibrationImpossible
 from silotune.privacy.noise import NoiseSource
 from silotune.privacy.secagg.masks import Ring
+from silotune.privacy.shared_noise import add_and_round, largest_noise
 
 RingName = Literal["uint32", "uint16"]
 
@@ -119,6 +121,54 @@ class Encoding:
             at += span.size
         ring[-1] = min(saturated, self.largest)
         return ring, saturated
+
+    def encode_with_noise(
+        self, update: NDArray[Any], stds: Sequence[float], noise: NoiseSource
+    ) -> tuple[Ring, int]:
+        """Add this site's share of the noise to an update and round both at once.
+
+        What passes the bound is set to it *before* the noise, which moves a neighbouring update no
+        further away; the noise itself is bounded, and the sum has room for it. So the last element,
+        which no noise covers, stays 0, and `saturated` is for the site's own log only.
+
+        Parameters
+        ----------
+        update : float array
+            Clipped sums without noise.
+        stds : sequence of float
+            Standard deviation of the share, a span.
+
+        Raises
+        ------
+        CalibrationImpossible
+            The ring is too coarse for this noise, or too small.
+        """
+        ring, at, saturated = self.zeros(), 0, 0
+        for span, std in zip(self.spans, stds, strict=True):
+            step, here = self.step(span), slice(at, at + span.size)
+            limit = self._limit(span, std)
+            scaled = np.divide(update[here], step, dtype=np.float64)
+            saturated += int((np.abs(scaled) > limit).sum())
+            np.clip(scaled, -limit, limit, out=scaled)
+            ring[here] = add_and_round(scaled, std=std / step, noise=noise).astype(self.dtype)
+            at += span.size
+        return ring, saturated
+
+    def require_room(self, stds: Sequence[float]) -> None:
+        """Raise `CalibrationImpossible` if noise of these standard deviations does not fit."""
+        for span, std in zip(self.spans, stds, strict=True):
+            self._limit(span, std)
+
+    def _limit(self, span: Span, std: float) -> int:
+        """Largest number, in steps, that noise may be added to."""
+        step = self.step(span)
+        limit = min(math.floor(span.bound / step), self.largest - largest_noise(std / step))
+        if limit * step < std:
+            raise CalibrationImpossible(
+                f"the ring {self.ring} has no room for {self.cohort} sites and their noise",
+                remedy="Use aggregation.encoding = 'uint32'.",
+            )
+        return limit
 
     def decode(self, total: Ring) -> tuple[NDArray[np.float64], int]:
         """The sum of updates behind a sum of encoded ones, and how many numbers were saturated.

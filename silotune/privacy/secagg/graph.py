@@ -70,6 +70,11 @@ def quorum_for(sites: int, threshold: int | None) -> int:
     return 2 * sites // 3 + 1 if threshold is None else threshold
 
 
+def tolerated_collusion(threshold: int, cohort: int) -> int:
+    """Sites that may collude with the coordinator without two disjoint quorums with them in both."""
+    return min(2 * threshold - cohort - 1, threshold - 1)
+
+
 @lru_cache(maxsize=64)
 def topology(sites: int, *, threshold: int | None = None) -> Topology:
     """The graph's sizes for a cohort.

@@ -189,6 +189,11 @@ class Cohort:
         return digest(b"cohort", *(member.to_bytes() for member in self.members))
 
     @property
+    def keys(self) -> frozenset[bytes]:
+        """All public keys of the members."""
+        return frozenset(k for m in self.members for k in (m.mask_public, m.share_public))
+
+    @property
     def names(self) -> list[str]:
         """The members' names, sorted."""
         return [member.site for member in self.members]
@@ -216,12 +221,11 @@ class Cohort:
         ------
         SignerUnknown, KeyReused
         """
-        keys = [k for m in self.members for k in (m.mask_public, m.share_public)]
         for member in self.members:
             if member.context != context:
                 raise SignerUnknown(f"{member.site} signed for another plan, run or round")
             member.require_signed(roster)
-        if len(set(keys)) != len(keys) or not seen.isdisjoint(keys):
+        if len(self.keys) != 2 * len(self) or self.keys & seen:
             raise KeyReused("a public key was used twice")
 
 

@@ -1,0 +1,315 @@
+"""A site's part in the secure rounds of a run: the protocol's state machine between disk and gate.
+
+The update is encoded, masked, charged and stored before a byte of it leaves, as any other; whether the
+round comes to a sum or is void makes no difference to the ledger. The state of a round is on the disk,
+encrypted, before each answer. A site that is restarted goes on from there, except in the moment between
+masking and charging: then it drops out, and masks nothing again in that round.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from flwr.app import RecordDict
+
+from silotune.client.gate import DpRelease, Field, Gate, Public, Unprotected
+from silotune.client.memory import Sealer
+from silotune.models.layout import Layout, Span
+from silotune.plan import Plan
+from silotune.privacy.ledger import ReleaseKey
+from silotune.privacy.noise import NoiseSource
+from silotune.privacy.secagg.encoding import Encoding
+from silotune.privacy.secagg.errors import RoundUsed, SignerUnknown
+from silotune.privacy.secagg.keys import digest
+from silotune.privacy.secagg.masks import Ring
+from silotune.privacy.secagg.messages import pack_named
+from silotune.privacy.secagg.site import Member, SiteRound, Stage
+from silotune.strategies import method_of
+from silotune.strategies.secure import encoding_for
+from silotune.strategies.weights import weight_in
+
+if TYPE_CHECKING:
+    from silotune.client.trainer import RoundUpdate, TrainableModel
+
+_log = logging.getLogger(__name__)
+
+_PROTOCOL = "protocol: secure aggregation"
+
+
+def member_of(
+    plan: Plan,
+    *,
+    run: str,
+    site: str,
+    declared_units: int,
+    identity: Ed25519PrivateKey,
+    roster: Mapping[str, bytes] | None,
+) -> Member:
+    """The site as a member of the run's cohorts.
+
+    Raises
+    ------
+    SignerUnknown
+        There is no roster, or it has another key for this site.
+    """
+    if not roster or roster.get(site) != identity.public_key().public_bytes_raw():
+        raise SignerUnknown("this site is not enrolled with the identity key it has")
+    cohort = plan.aggregation.cohort
+    assert cohort is not None  # validated with the plan
+    return Member(
+        site=site,
+        identity=identity,
+        roster=roster,
+        plan_sha256=plan.sha256,
+        run=run,
+        declared_units=declared_units,
+        threshold=plan.aggregation.threshold,
+        largest_cohort=cohort,
+    )
+
+
+class RoundMemory:
+    """States of rounds on the disk, sealed; they hold keys and shares.
+
+    Parameters
+    ----------
+    folder : Path
+        In the site's state.
+    run : str
+        The run's id.
+    sealer : Sealer
+        Writes and reads the files.
+    """
+
+    def __init__(self, folder: Path, *, run: str, sealer: Sealer) -> None:
+        # The id comes from the coordinator: its digest is a safe file name, it may not be.
+        self._stem = hashlib.sha256(run.encode()).hexdigest()[:16]
+        self._folder, self._sealer = folder, sealer
+
+    def save(self, number: int, state: bytes) -> None:
+        """Keep a round, durably."""
+        self._sealer.write(self._path(number), state)
+
+    def load(self, number: int) -> bytes | None:
+        """A round's state, if there is one."""
+        path = self._path(number)
+        return self._sealer.read(path) if path.exists() else None
+
+    def prune(self, *, below: int) -> None:
+        """Remove older rounds: keys that are gone can't be taken."""
+        for path in self._folder.glob(f"{self._stem}-*.sealed"):
+            if int(path.stem.rpartition("-")[2]) < below:
+                path.unlink(missing_ok=True)
+
+    def _path(self, number: int) -> Path:
+        return self._folder / f"{self._stem}-{number:08d}.sealed"
+
+
+class SecurePart:
+    """Answers the messages of secure rounds at one site.
+
+    Parameters
+    ----------
+    plan : Plan
+        The run's plan, with ``aggregation.secure``.
+    member : Member
+        This site.
+    layout : Layout
+        Of the adapter.
+    gate : Gate
+        The only door out.
+    memory : RoundMemory
+        Keeps rounds over a restart.
+    threads : int
+        For masking.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        member: Member,
+        layout: Layout,
+        gate: Gate,
+        memory: RoundMemory,
+        threads: int = 1,
+    ) -> None:
+        self._plan, self._member, self._layout, self._gate = plan, member, layout, gate
+        self._memory = memory
+        self._rounds: dict[int, SiteRound] = {}
+        self._threads, self._method = threads, method_of(plan)
+
+    def require_fine_enough(self, trainable: TrainableModel, *, sigma: float) -> None:
+        """Check before the first round that the ring can carry this site's share of the noise.
+
+        Raises
+        ------
+        CalibrationImpossible
+            It is too coarse, or too small.
+        """
+        for number in (1, self._plan.rounds.number):
+            encoding = self._encoding(number)
+            stds = trainable.shares(self._method.trained(self._plan, number), sigma=sigma)
+            if stds:
+                encoding.require_room([stds[span.part] for span in self._spans(number)])
+
+    # --- what the coordinator may ask ---
+
+    def keys(self, number: int) -> RecordDict:
+        """Public keys of this site for a round."""
+        return self._answer(number, "keys", {"keys": self._advertised(number)})
+
+    def share(self, number: int, cohort: bytes) -> RecordDict:
+        """The secrets of a round, shared among the cohort."""
+        return self._answer(number, "shares", {"shares": self._shared(number, cohort)})
+
+    def masked(
+        self,
+        number: int,
+        *,
+        present: Sequence[str],
+        sealed: Mapping[str, bytes],
+        train: Callable[[], RoundUpdate],
+        noise: NoiseSource,
+    ) -> RecordDict:
+        """The masked update of a round, and keys for the next round.
+
+        Parameters
+        ----------
+        present : sequence of str
+            Members that shared their secrets.
+        sealed : mapping of site to bytes
+            What they sealed for this site.
+        train : callable
+            Gives the round's update; called once all else is in order.
+        noise : NoiseSource
+            For rounding, and for this site's share of the noise.
+
+        Raises
+        ------
+        SecureAggregationError
+            A refusal: nothing was trained, charged or sent.
+        """
+        key = ReleaseKey(self._member.run, number, "update")
+        part = self._part(number)
+        asked = digest(part.cohort.digest, *(name.encode() for name in sorted(present)))
+        if (again := self._gate.recall(key)) is not None:
+            if again.config_records["released"]["request"] != asked:
+                raise RoundUsed("this site masked its update of the round for another cohort")
+            return again
+        vector = self._encoding(number).zeros()
+        part.mask(vector, present=present, sealed=sealed, threads=self._threads)
+        update = train()
+        vector += self._encoded(part, update, noise)
+        self._keep(part)
+        fields: dict[str, Field] = {"request": Public(asked, _PROTOCOL)}
+        if number < self._plan.rounds.number:
+            fields["keys"] = self._advertised(number + 1)
+        if update.event is None:
+            fields["update"] = Unprotected(vector)
+            return self._gate.release(key, fields=fields)
+        fields["update"] = DpRelease(vector, "steps")
+        return self._gate.release(key, fields=fields, mechanisms={"steps": update.event})
+
+    def check(self, number: int, survivors: Sequence[str]) -> RecordDict:
+        """Sign the survivors of a round, once."""
+        part = self._part(number)
+        signature = part.sign(survivors)
+        self._keep(part)
+        return self._answer(number, "check", {"signature": Public(signature, _PROTOCOL)})
+
+    def opened(
+        self,
+        number: int,
+        *,
+        survivors: Sequence[str],
+        signatures: Mapping[str, bytes],
+        next_cohort: bytes,
+    ) -> RecordDict:
+        """Shares that take the masks off the sum; and this site's secrets of the next round, shared."""
+        part = self._part(number)
+        shares = pack_named(part.open(survivors, signatures))
+        self._keep(part)
+        fields: dict[str, Field] = {"opened": Public(shares, _PROTOCOL)}
+        if next_cohort:
+            fields["shares"] = self._shared(number + 1, next_cohort)
+        return self._answer(number, "open", fields)
+
+    # --- inside ---
+
+    def _answer(self, number: int, release: str, fields: Mapping[str, Field]) -> RecordDict:
+        return self._gate.release(ReleaseKey(self._member.run, number, release), fields=fields)
+
+    def _encoding(self, number: int) -> Encoding:
+        return encoding_for(self._plan, layout=self._layout, server_round=number)
+
+    def _spans(self, number: int) -> tuple[Span, ...]:
+        """Where the parts that are sent lie, in the order of the encoding's own spans."""
+        return self._layout.spans(self._method.sent(self._plan, number))
+
+    def _part(self, number: int) -> SiteRound:
+        """The round's state, from memory or from the disk."""
+        if number not in self._rounds:
+            dumped = self._memory.load(number)
+            if dumped is None:
+                raise RoundUsed(f"this site has no keys for round {number}; it was not in it")
+            self._rounds[number] = SiteRound.restore(self._member, dumped)
+        return self._rounds[number]
+
+    def _keep(self, part: SiteRound) -> None:
+        self._rounds[part.number] = part
+        self._memory.save(part.number, part.dump())
+
+    def _advertised(self, number: int) -> Public:
+        """Keys of a round: those that are out, or fresh ones if a cohort with them came to nothing."""
+        key = ReleaseKey(self._member.run, number, "update")
+        try:
+            part = self._part(number)
+            fresh = part.stage is Stage.SHARED
+        except RoundUsed:
+            part, fresh = None, True
+        if (part and part.stage > Stage.SHARED) or self._gate.recall(key) is not None:
+            raise RoundUsed(f"this site's update of round {number} is out")
+        if part is None or fresh:
+            part = SiteRound.begin(self._member, number)
+            self._keep(part)
+        self._forget(number)
+        return Public(part.advertisement().to_bytes(), _PROTOCOL)
+
+    def _shared(self, number: int, cohort: bytes) -> Public:
+        before = self._rounds.get(number - 1)
+        seen = before.cohort.keys if before and before.stage > Stage.ADVERTISED else frozenset()
+        part = self._part(number)
+        sealed = part.share(cohort, seen=seen)
+        self._keep(part)
+        return Public(pack_named(sealed), _PROTOCOL)
+
+    def _forget(self, number: int) -> None:
+        """Only a round and the one before it are ever asked about."""
+        self._memory.prune(below=number - 1)
+        self._rounds = {n: part for n, part in self._rounds.items() if n >= number - 1}
+
+    def _encoded(self, part: SiteRound, update: RoundUpdate, noise: NoiseSource) -> Ring:
+        """The update times its weight, with this site's share of the noise if it is shared."""
+        members = part.cohort.members
+        weight = weight_in(
+            self._plan,
+            declared_units=self._member.declared_units,
+            largest=max(member.declared_units for member in members),
+        )
+        values = np.multiply(update.flat, weight.factor, dtype=np.float64)
+        encoding = self._encoding(part.number)
+        if update.missing_noise:
+            stds = [update.missing_noise[span.part] for span in self._spans(part.number)]
+            ring, cut = encoding.encode_with_noise(values, stds, noise)
+        else:
+            ring, cut = encoding.encode(values, noise)
+        if cut:
+            _log.warning("round %d: %d numbers of the update passed its bound", part.number, cut)
+        return ring

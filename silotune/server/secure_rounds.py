@@ -1,0 +1,381 @@
+"""Secure rounds at the coordinator: two exchanges each, three if a site drops out between them.
+
+Keys and shared secrets of round r + 1 ride on the messages of round r. Sites that were not in round r,
+because they are new or came back, are asked for theirs at the same time. Only before the first round,
+and when too few sites are left in the next, two exchanges more are needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+from numpy.typing import NDArray
+
+from silotune.errors import SilotuneError
+from silotune.plan import Plan
+from silotune.privacy.secagg.coordinator import CoordinatorRound
+from silotune.privacy.secagg.encoding import Encoding
+from silotune.privacy.secagg.errors import MessageMalformed, SecureAggregationError
+from silotune.privacy.secagg.messages import pack_named, pack_names, unpack_named
+from silotune.server.exchange import exchange
+from silotune.strategies.base import Terms
+from silotune.strategies.weights import weight_in
+
+
+class EventLog(Protocol):
+    """Where what happens is written down."""
+
+    def append_event(self, kind: Any, **fields: Any) -> Mapping[str, Any]:
+        """Record what happened."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class SecureSum:
+    """What a secure round came to.
+
+    Attributes
+    ----------
+    survivors : tuple of str
+        Sites whose updates are in the sum; empty if the round is void.
+    total : float64 array or None
+        Sum of the survivors' weighted updates; None if the round is void.
+    mass : float
+        Divisor that belongs to it.
+    saturated : int
+        Numbers that sites had to set to the bound, as far as they may say.
+    exchanges : int
+        Times that the coordinator waited for the sites.
+    bytes_up, bytes_down : int
+        Content of the messages, without Flower's framing.
+    codes : tuple of str
+        Of the sites that failed.
+    """
+
+    survivors: tuple[str, ...] = ()
+    total: NDArray[np.float64] | None = None
+    mass: float = 0.0
+    saturated: int = 0
+    exchanges: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    codes: tuple[str, ...] = ()
+
+
+@dataclass
+class _Account:
+    """What a round has cost so far."""
+
+    number: int
+    exchanges: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    codes: list[str] = field(default_factory=list)
+
+
+class SecureRounds:
+    """The secure rounds of one run.
+
+    Parameters
+    ----------
+    plan : Plan
+        The run's plan.
+    run : str
+        The run's name.
+    grid : Grid
+        The way to the sites.
+    log : EventLog
+        Gets ``site_replied`` and ``site_failed``, with the phase.
+    cohort : mapping of node to Terms
+        Sites that joined the run.
+    threads : int
+        For removing masks.
+    """
+
+    def __init__(
+        self,
+        *,
+        plan: Plan,
+        run: str,
+        grid: Grid,
+        log: EventLog,
+        cohort: Mapping[int, Terms],
+        threads: int = 1,
+    ) -> None:
+        self._plan, self._run, self._grid, self._log = plan, run, grid, log
+        self._text, self._threads = plan.canonical(), threads
+        self._nodes = {terms.site: node for node, terms in cohort.items()}
+        self._sites = {node: terms.site for node, terms in cohort.items()}
+        self._ready: dict[int, CoordinatorRound] = {}
+
+    def round(self, number: int, arrays: ArrayRecord, *, encoding: Encoding) -> SecureSum:
+        """Run one round; void if too few sites come through.
+
+        Parameters
+        ----------
+        number : int
+            From 1.
+        arrays : ArrayRecord
+            The global adapter.
+        encoding : Encoding
+            Of this round's updates.
+        """
+        account = _Account(number)
+        current = self._ready.pop(number, None) or self._set_up(number, account)
+        following = None if number == self._plan.rounds.number else self._new_round()
+        opened = False
+        try:
+            current.require_quorum(current.present)
+            self._collect(arrays, current, following, encoding, account)
+            current.require_quorum(current.survivors)
+            self._agree(number, current, account)
+            opened = True
+            self._open(number, current, following, account)
+            total = current.unmask(threads=self._threads)
+        except SecureAggregationError as exc:
+            if following is not None and not opened:
+                self._share(number + 1, following, account)
+            self._log.append_event("round_void", round=number, code=exc.code, detail=exc.detail)
+            return self._summary(account)
+        finally:
+            self._keep(number + 1, following)
+        values, saturated = encoding.decode(total)
+        return self._summary(account, current, values, saturated)
+
+    # --- phases ---
+
+    def _new_round(self) -> CoordinatorRound:
+        aggregation = self._plan.aggregation
+        assert aggregation.cohort is not None  # validated with the plan
+        return CoordinatorRound(threshold=aggregation.threshold, largest_cohort=aggregation.cohort)
+
+    def _set_up(self, number: int, account: _Account) -> CoordinatorRound:
+        """Keys and secrets in two exchanges of their own."""
+        fresh = self._new_round()
+        messages = [self._message("keys", number, site) for site in self._nodes]
+        for site, reply in self._exchange("keys", messages, account):
+            with self._noting("keys", site, account):
+                fresh.advertise(site, _blob(reply, "keys"))
+        self._share(number, fresh, account)
+        return fresh
+
+    def _share(self, number: int, fresh: CoordinatorRound, account: _Account) -> None:
+        """Have the sites that sent keys share their secrets."""
+        messages = list(self._share_messages(number, fresh, set(fresh.advertised)))
+        for site, reply in self._exchange("share", messages, account):
+            with self._noting("share", site, account):
+                fresh.add_shares(site, unpack_named(_blob(reply, "shares")))
+
+    def _share_messages(
+        self, number: int, fresh: CoordinatorRound, sites: set[str]
+    ) -> Iterator[Message]:
+        if not self._possible(fresh):
+            return
+        content = {"cohort": fresh.cohort.to_bytes()}
+        for site in sorted(sites):
+            yield self._message("share", number, site, content)
+
+    @staticmethod
+    def _possible(fresh: CoordinatorRound) -> bool:
+        """Whether a round can be had with the sites that sent keys."""
+        try:
+            return fresh.topology.quorum <= len(fresh.advertised)
+        except SecureAggregationError:
+            return False
+
+    def _collect(
+        self,
+        arrays: ArrayRecord,
+        current: CoordinatorRound,
+        following: CoordinatorRound | None,
+        encoding: Encoding,
+        account: _Account,
+    ) -> None:
+        """Masked updates of this round, and keys for the next from everybody."""
+        number = account.number
+        like, present = encoding.zeros(), pack_names(current.present)
+        messages = [
+            self._message(
+                "masked",
+                number,
+                site,
+                {"present": present, "sealed": pack_named(current.sealed_for(site))},
+                arrays,
+            )
+            for site in sorted(current.present)
+        ]
+        if following is not None:
+            others = self._nodes.keys() - current.present
+            messages += [self._message("keys", number + 1, site) for site in sorted(others)]
+        for site, reply in self._exchange("masked", messages, account):
+            with self._noting("masked", site, account):
+                if site in current.present:
+                    vector = reply.array_records["update"]["flat"].numpy()
+                    current.add_masked(site, vector, like=like)
+                    self._log.append_event(
+                        "site_replied", round=number, site=site, bytes=vector.nbytes
+                    )
+                if following is not None:
+                    following.advertise(site, _blob(reply, "keys"))
+
+    def _agree(self, number: int, current: CoordinatorRound, account: _Account) -> None:
+        """Have the survivors sign who survived, if not everybody did."""
+        if not current.agreement_needed:
+            return
+        content = {"survivors": pack_names(current.survivors)}
+        messages = [
+            self._message("check", number, site, content) for site in sorted(current.survivors)
+        ]
+        for site, reply in self._exchange("check", messages, account):
+            with self._noting("check", site, account):
+                current.add_signature(site, _blob(reply, "signature"))
+        current.require_quorum(set(current.signatures))
+
+    def _open(
+        self,
+        number: int,
+        current: CoordinatorRound,
+        following: CoordinatorRound | None,
+        account: _Account,
+    ) -> None:
+        """Shares of the masks from the survivors, and of the next round's secrets from everybody."""
+        possible = following is not None and self._possible(following)
+        content = {
+            "survivors": pack_names(current.survivors),
+            "signatures": pack_named(current.signatures),
+        }
+        messages = []
+        for site in sorted(current.survivors):
+            joins = possible and following is not None and site in following.advertised
+            cohort = following.cohort.to_bytes() if joins and following is not None else b""
+            messages.append(self._message("open", number, site, {**content, "cohort": cohort}))
+        if following is not None:
+            others = set(following.advertised) - current.survivors
+            messages += self._share_messages(number + 1, following, others)
+        for site, reply in self._exchange("open", messages, account):
+            with self._noting("open", site, account):
+                if site in current.survivors:
+                    current.add_opening(site, unpack_named(_blob(reply, "opened")))
+                if possible and following is not None and site in following.advertised:
+                    following.add_shares(site, unpack_named(_blob(reply, "shares")))
+
+    def _keep(self, number: int, following: CoordinatorRound | None) -> None:
+        """Start the next round from what rode along, if that is enough for a quorum."""
+        if following is None or not self._possible(following):
+            return
+        if len(following.present) >= following.topology.quorum:
+            self._ready[number] = following
+
+    # --- messages ---
+
+    def _message(
+        self,
+        phase: str,
+        number: int,
+        site: str,
+        secure: Mapping[str, bytes] | None = None,
+        arrays: ArrayRecord | None = None,
+    ) -> Message:
+        config = ConfigRecord({"plan": self._text, "run": self._run, "round": number})
+        content = RecordDict({"config": config, "secure": ConfigRecord({**(secure or {})})})
+        if arrays is not None:
+            content["arrays"] = arrays
+        return Message(
+            content,
+            dst_node_id=self._nodes[site],
+            message_type=f"train.{phase}",
+            group_id=str(number),
+        )
+
+    def _exchange(
+        self, phase: str, messages: Iterable[Message], account: _Account
+    ) -> Iterator[tuple[str, RecordDict]]:
+        """Send messages; yield the sites' replies, and note those that failed."""
+        outgoing = list(messages)
+        if not outgoing:
+            return
+        account.exchanges += 1
+        account.bytes_down += sum(_bytes_of(message.content) for message in outgoing)
+        deadline = self._plan.rounds.deadline
+        for node, reply in exchange(self._grid, outgoing, deadline=deadline):
+            site = self._sites[node]
+            if reply.has_error():
+                self._failed(phase, site, str(reply.error.reason), account)
+                continue
+            account.bytes_up += _bytes_of(reply.content)
+            yield site, reply.content
+
+    @contextmanager
+    def _noting(self, phase: str, site: str, account: _Account) -> Iterator[None]:
+        """Turn what is wrong with one site's reply into an event; the others' go on."""
+        try:
+            yield
+        except SilotuneError as exc:
+            self._failed(phase, site, exc.code, account, exc.detail)
+        except (KeyError, TypeError, ValueError):
+            detail = "a record is missing in the reply, or of another type"
+            self._failed(phase, site, MessageMalformed.code, account, detail)
+
+    def _failed(
+        self, phase: str, site: str, code: str, account: _Account, detail: str = ""
+    ) -> None:
+        account.codes.append(code)
+        more = {"detail": detail} if detail else {}
+        self._log.append_event(
+            "site_failed", round=account.number, site=site, code=code, phase=phase, **more
+        )
+
+    def _summary(
+        self,
+        account: _Account,
+        current: CoordinatorRound | None = None,
+        total: NDArray[np.float64] | None = None,
+        saturated: int = 0,
+    ) -> SecureSum:
+        survivors = tuple(sorted(current.survivors)) if current is not None else ()
+        return SecureSum(
+            survivors=survivors,
+            total=total,
+            mass=self._mass(current) if current is not None else 0.0,
+            saturated=saturated,
+            exchanges=account.exchanges,
+            bytes_up=account.bytes_up,
+            bytes_down=account.bytes_down,
+            codes=tuple(account.codes),
+        )
+
+    def _mass(self, current: CoordinatorRound) -> float:
+        """The divisor, from what the members signed."""
+        members = current.cohort.members
+        largest = max(member.declared_units for member in members)
+        return sum(
+            weight_in(self._plan, declared_units=member.declared_units, largest=largest).mass
+            for member in members
+            if member.site in current.survivors
+        )
+
+
+def _blob(content: RecordDict, key: str) -> bytes:
+    """A byte string of a site's released values."""
+    value = content.config_records["released"][key]
+    if not isinstance(value, bytes):
+        raise MessageMalformed(f"{key!r} is not bytes")
+    return value
+
+
+def _bytes_of(content: RecordDict) -> int:
+    """Size of what the records hold."""
+    arrays = sum(
+        len(array.data) for record in content.array_records.values() for array in record.values()
+    )
+    return arrays + sum(
+        len(value) if isinstance(value, bytes | str) else 8
+        for record in content.config_records.values()
+        for value in record.values()
+    )
