@@ -108,9 +108,15 @@ def _privacy(plan: Plan) -> str:
     seeded = (
         " The noise is seeded, so the run is not private." if plan.plan.seed is not None else ""
     )
+    shared = (
+        f" Each site adds 1/{plan.aggregation.threshold} of the noise's variance: the sum over so many "
+        "honest sites has the noise of pooled training."
+        if privacy.noise == "shared"
+        else ""
+    )
     return (
         f"At most epsilon {privacy.epsilon:g} at delta {delta} for each {privacy.unit}; "
-        f"gradients clipped to {norms}; each step samples {sampled}.{metrics}{seeded}"
+        f"gradients clipped to {norms}; each step samples {sampled}.{shared}{metrics}{seeded}"
     )
 
 
@@ -119,4 +125,15 @@ def _aggregation(plan: Plan) -> str:
         "declared": "weighted by the sizes that the sites declare",
         "equal": "every site weighing the same",
     }
-    return f"{plan.aggregation.strategy}, {weights[plan.aggregation.weights]}."
+    found = f"{plan.aggregation.strategy}, {weights[plan.aggregation.weights]}."
+    return found + _secure(plan) if plan.aggregation.secure else found
+
+
+def _secure(plan: Plan) -> str:
+    aggregation = plan.aggregation
+    needed = aggregation.threshold or "more than two thirds"
+    return (
+        f" Under secure aggregation, in {aggregation.encoding}: the coordinator sees the sum over at "
+        f"most {aggregation.cohort} sites and no update; a round that fewer than {needed} of them come "
+        "through is void."
+    )

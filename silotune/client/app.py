@@ -16,7 +16,7 @@ from silotune.client.runtime import SiteRun
 from silotune.client.trainer import Vector
 from silotune.errors import PlanInvalid
 from silotune.plan import Plan
-from silotune.privacy.secagg.errors import MessageMalformed
+from silotune.privacy.errors import MessageMalformed
 from silotune.privacy.secagg.messages import unpack_named, unpack_names
 
 FindRun = Callable[[Context, Plan, str], SiteRun]

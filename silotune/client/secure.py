@@ -22,10 +22,10 @@ from silotune.client.gate import DpRelease, Field, Gate, Public, Unprotected
 from silotune.client.memory import Sealer
 from silotune.models.layout import Layout, Span
 from silotune.plan import Plan
+from silotune.privacy.errors import RoundUsed, SignerUnknown
 from silotune.privacy.ledger import ReleaseKey
 from silotune.privacy.noise import NoiseSource
 from silotune.privacy.secagg.encoding import Encoding
-from silotune.privacy.secagg.errors import RoundUsed, SignerUnknown
 from silotune.privacy.secagg.keys import digest
 from silotune.privacy.secagg.masks import Ring
 from silotune.privacy.secagg.messages import pack_named

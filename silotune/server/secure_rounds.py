@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from silotune.errors import SilotuneError
 from silotune.plan import Plan
+from silotune.privacy.errors import MessageMalformed, SecureAggregationError
 from silotune.privacy.secagg.coordinator import CoordinatorRound
 from silotune.privacy.secagg.encoding import Encoding
-from silotune.privacy.secagg.errors import MessageMalformed, SecureAggregationError
 from silotune.privacy.secagg.messages import pack_named, pack_names, unpack_named
 from silotune.server.exchange import exchange
 from silotune.strategies.base import Terms

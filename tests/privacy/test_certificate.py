@@ -172,6 +172,8 @@ def change_every_field():
         "epsilon": 0.5,
         "delta": 1e-9,
         "mechanisms": [],
+        "aggregation": {"threshold": 3, "tolerated": 0, "shared_noise": False},
+        "exposures": [],
         "clips": {},
         "noise": "plenty",
         "accountant": "mine",
@@ -210,6 +212,7 @@ SIGNED_LIES = {
     "a lower rate": (rate, "rate or sigma"),
     "fewer events": (fewer_times, "its events give"),
     "seeded noise as private": (lambda body: body.update(noise="seeded"), "statement"),
+    "less exposure": (lambda body: body["exposures"][0].update(epsilon=0.1), "collusion"),
     "another unit": (lambda body: body.update(unit="nobody"), "adjacency"),
     "a field more": (lambda body: body.update(extra=1), "extra"),
     "an event of another kind": (

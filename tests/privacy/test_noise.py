@@ -161,7 +161,7 @@ def test_the_keystream_is_aes_256_in_counter_mode_and_starts_with_the_next_key()
 
 @given(st.floats(-1e4, 1e4, width=32), st.integers(0, 1000))
 def test_noise_is_added_to_the_rounded_sum_without_error(value, seed):
-    (_, drawn), *_ = SeededNoise(seed)._draws(1)
+    (_, drawn), *_ = SeededNoise(seed).draws(1)
     steps = round(Fraction(value) / Fraction(GRID))
     exact = (steps + int(drawn[0])) * Fraction(GRID)
     released = SeededNoise(seed).add(torch.tensor([value]), 1.0)
@@ -180,7 +180,7 @@ def test_bits_of_a_sum_below_the_grid_never_reach_the_output(seed, steps, part):
 
 def test_every_grid_point_is_reachable_from_every_other():
     # Low halves of draws are uniform, so no value is a multiple of anything coarser than the grid.
-    (_, drawn), *_ = SeededNoise(5)._draws(4096)
+    (_, drawn), *_ = SeededNoise(5).draws(4096)
     for bits in (1, 8, 16):
         counts = np.bincount((drawn & ((1 << bits) - 1)) >> max(0, bits - 3), minlength=8)
         counts = counts[counts > 0]
@@ -191,7 +191,7 @@ def test_every_grid_point_is_reachable_from_every_other():
 def test_rounding_is_paid_for_by_the_inflation_of_the_noise():
     # sigma sqrt(D) grid <= (inflation - 1) clip, in units of the noise's standard deviation
     sigma, size = 2000.0, 10**6
-    assert sigma * math.sqrt(size) * GRID < noise._INFLATION - 1
+    assert sigma * math.sqrt(size) * GRID < noise.INFLATION - 1
 
 
 # --- use ----------------------------------------------------------------------------------------

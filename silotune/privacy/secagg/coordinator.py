@@ -14,7 +14,7 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from numpy.typing import NDArray
 
-from silotune.privacy.secagg.errors import (
+from silotune.privacy.errors import (
     CohortTooSmall,
     MessageMalformed,
     ShareInvalid,

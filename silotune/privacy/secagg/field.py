@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-from silotune.privacy.secagg.errors import MessageMalformed
+from silotune.privacy.errors import MessageMalformed
 
 PRIME = 2**256 + 297
 SECRET_BYTES = 32

@@ -26,7 +26,7 @@ from functools import lru_cache
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-from silotune.privacy.secagg.errors import CohortTooSmall
+from silotune.privacy.errors import CohortTooSmall
 
 COMPLETE_UP_TO = 500
 COLLUDING_SHARE = 0.2

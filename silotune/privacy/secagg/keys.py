@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from silotune.privacy.secagg.errors import MessageMalformed, TranscriptMismatch
+from silotune.privacy.errors import MessageMalformed, TranscriptMismatch
 from silotune.privacy.secagg.masks import Mask
 
 PUBLIC_BYTES = 32

@@ -10,7 +10,7 @@ from functools import cached_property
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from silotune.privacy.secagg.errors import KeyReused, MessageMalformed, SignerUnknown
+from silotune.privacy.errors import KeyReused, MessageMalformed, SignerUnknown
 from silotune.privacy.secagg.keys import PUBLIC_BYTES, digest
 
 SIGNATURE_BYTES = 64

@@ -22,7 +22,7 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from silotune.privacy.secagg.errors import (
+from silotune.privacy.errors import (
     CohortTooSmall,
     MessageMalformed,
     RoundUsed,
