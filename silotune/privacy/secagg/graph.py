@@ -19,6 +19,7 @@ fifth of the sites and may drop all that the threshold lets it drop:
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -110,16 +111,15 @@ def _sizes(sites: int, circles: int, quorum: int) -> Topology | None:
     """Shares and retained neighbours that give the stated levels with so many circles, if any do."""
     degree, colluding = 2 * circles, math.floor(COLLUDING_SHARE * sites)
     union = math.log2(sites)
-    shares = next(
-        (
-            t
-            for t in range(1, degree)
-            if _log2_tail(colluding / (sites - 1), degree, t) + union <= -SECURITY_BITS
-        ),
-        None,
+    share = colluding / (sites - 1)
+    # The tail falls with the number: the first that is rare enough is found by bisection.
+    shares = bisect_left(
+        range(degree),
+        True,
+        key=lambda t: _log2_tail(share, degree, t) + union <= -SECURITY_BITS,
     )
     group = _largest_cut_off(sites, circles, quorum, colluding)
-    if shares is None or group is None:
+    if shares == degree or group is None:
         return None
     # A survivor keeps `retained` neighbours, of which fewer than `shares` collude: so a group of honest
     # survivors without an edge to the others has more than retained - shares members.
