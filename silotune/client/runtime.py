@@ -293,7 +293,12 @@ class SiteRun:
             member=member,
             layout=self.trainable.model.layout,
             gate=self.gate,
-            memory=RoundMemory(self._state / "rounds", run=self.run, sealer=self._keys.vault),
+            memory=RoundMemory(
+                self._state / "rounds",
+                run=self.run,
+                vault=self._keys.vault,
+                to_disk=self._to_disk,
+            ),
         )
 
     @cached_property

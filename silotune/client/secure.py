@@ -19,9 +19,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import RecordDict
 
 from silotune.client.gate import DpRelease, Field, Gate, Public, Unprotected
-from silotune.client.memory import Sealer
+from silotune.federation.sealed import Vault
 from silotune.models.layout import Layout, Span
 from silotune.plan import Plan
+from silotune.privacy.durable import create_private_folder, replace_file
 from silotune.privacy.errors import RoundUsed, SignerUnknown
 from silotune.privacy.ledger import ReleaseKey
 from silotune.privacy.noise import NoiseSource
@@ -83,23 +84,27 @@ class RoundMemory:
         In the site's state.
     run : str
         The run's id.
-    sealer : Sealer
-        Writes and reads the files.
+    vault : Vault
+        Seals and opens the files.
+    to_disk : bool
+        As for the ledger: False is for simulations.
     """
 
-    def __init__(self, folder: Path, *, run: str, sealer: Sealer) -> None:
+    def __init__(self, folder: Path, *, run: str, vault: Vault, to_disk: bool = True) -> None:
         # The id comes from the coordinator: its digest is a safe file name, it may not be.
         self._stem = hashlib.sha256(run.encode()).hexdigest()[:16]
-        self._folder, self._sealer = folder, sealer
+        self._folder, self._vault, self._to_disk = folder, vault, to_disk
+        create_private_folder(folder)
 
     def save(self, number: int, state: bytes) -> None:
         """Keep a round, durably."""
-        self._sealer.write(self._path(number), state)
+        path = self._path(number)
+        replace_file(path, self._vault.seal(state, name=path.name), to_disk=self._to_disk)
 
     def load(self, number: int) -> bytes | None:
         """A round's state, if there is one."""
         path = self._path(number)
-        return self._sealer.read(path) if path.exists() else None
+        return self._vault.read(path) if path.exists() else None
 
     def prune(self, *, below: int) -> None:
         """Remove older rounds: keys that are gone can't be taken."""
