@@ -46,11 +46,18 @@ class Federation:
         ]
 
 
-def write_federation(folder: Path, base: Path, *, patients: bool = False, **settings) -> Federation:
+def write_federation(
+    folder: Path,
+    base: Path,
+    *,
+    patients: bool = False,
+    names: tuple[str, ...] = SITES,
+    **settings,
+) -> Federation:
     """Make one; `settings` are dotted plan keys with ``__`` for the dot."""
     rng = random.Random(5)
     words = {"no": ["cough", "sprain", "fever", "cut"], "yes": ["asthma", "gout", "copd", "lupus"]}
-    for number, name in enumerate(SITES):
+    for number, name in enumerate(names):
         place = folder / name
         place.mkdir(parents=True)
         rows = []

@@ -231,7 +231,8 @@ class RoundLoop:
             return facts
         self._void += 1
         if self._void >= _MOST_VOID:
-            self._require_quorum(0, len(strategy.cohort), list(found.codes))
+            listed = ", ".join(sorted(set(found.codes)))
+            raise QuorumLost(f"{_MOST_VOID} secure rounds in a row came to nothing ({listed})")
         return {**facts, "void": True}
 
     def _fold(self, number: int, strategy: AdapterStrategy, node: int, reply: Message) -> str | int:
