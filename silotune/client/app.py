@@ -13,6 +13,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from silotune.client.runtime import SiteRun
+from silotune.client.secure import SecurePart
 from silotune.client.trainer import Vector
 from silotune.errors import PlanInvalid
 from silotune.plan import Plan
@@ -21,7 +22,10 @@ from silotune.privacy.secagg.messages import unpack_named, unpack_names
 
 FindRun = Callable[[Context, Plan, str], SiteRun]
 
-MESSAGE_TYPES = frozenset({"query.join", "train", "evaluate"})
+SECURE_TYPES = frozenset({"train.keys", "train.share", "train.masked", "train.check", "train.open"})
+"""Those of secure aggregation."""
+
+MESSAGE_TYPES = frozenset({"query.join", "train", "evaluate"}) | SECURE_TYPES
 """Every type of message that a site answers; all else is refused unread."""
 
 
@@ -63,15 +67,19 @@ def build_client_app(find_run: FindRun) -> ClientApp:
 def _add_secure(app: ClientApp, part: Callable[[Message, Context], SiteRun]) -> None:
     """The phases of secure aggregation."""
 
+    def secure(message: Message, context: Context) -> tuple[SecurePart, int]:
+        number = _round(message.content)
+        return part(message, context).in_secure(number), number
+
     @app.train("keys")
     def keys(message: Message, context: Context) -> Message:
-        site = part(message, context)
-        return Message(site.secure.keys(_round(message.content)), reply_to=message)
+        site, number = secure(message, context)
+        return Message(site.keys(number), reply_to=message)
 
     @app.train("share")
     def share(message: Message, context: Context) -> Message:
-        site, cohort = part(message, context), _blob(message.content, "cohort")
-        return Message(site.secure.share(_round(message.content), cohort), reply_to=message)
+        site, number = secure(message, context)
+        return Message(site.share(number, _blob(message.content, "cohort")), reply_to=message)
 
     @app.train("masked")
     def masked(message: Message, context: Context) -> Message:
@@ -86,18 +94,18 @@ def _add_secure(app: ClientApp, part: Callable[[Message, Context], SiteRun]) -> 
 
     @app.train("check")
     def check(message: Message, context: Context) -> Message:
+        site, number = secure(message, context)
         survivors = unpack_names(_blob(message.content, "survivors"))
-        reply = part(message, context).secure.check(_round(message.content), survivors)
-        return Message(reply, reply_to=message)
+        return Message(site.check(number, survivors), reply_to=message)
 
     @app.train("open")
     def opened(message: Message, context: Context) -> Message:
-        content = message.content
-        reply = part(message, context).secure.opened(
-            _round(content),
-            survivors=unpack_names(_blob(content, "survivors")),
-            signatures=unpack_named(_blob(content, "signatures")),
-            next_cohort=_blob(content, "cohort"),
+        site, number = secure(message, context)
+        reply = site.opened(
+            number,
+            survivors=unpack_names(_blob(message.content, "survivors")),
+            signatures=unpack_named(_blob(message.content, "signatures")),
+            next_cohort=_blob(message.content, "cohort"),
         )
         return Message(reply, reply_to=message)
 

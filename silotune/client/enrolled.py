@@ -6,6 +6,7 @@ all, and read back with suspicion: a certificate must fit its key, and a roster 
 
 from __future__ import annotations
 
+import base64
 import json
 import ssl
 import tempfile
@@ -187,6 +188,13 @@ class Enrolment:
     def certificate(self) -> str:
         """The site's own certificate, PEM."""
         return (self.state / _CERTIFICATE).read_text()
+
+    @property
+    def signers(self) -> dict[str, bytes]:
+        """Raw Ed25519 public keys of the active members, by name, from the newest roster."""
+        roster = self.roster
+        members = roster.active if roster is not None else {}
+        return {name: base64.b64decode(member.signing_key) for name, member in members.items()}
 
     @property
     def roster(self) -> Roster | None:

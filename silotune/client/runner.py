@@ -186,6 +186,7 @@ class Runner:
             run=entry.run,
             warm=self._warm,
             keys=Keys(self._vault, self._enrolment.keys.signing),
+            roster=self._enrolment.signers,
         )
         return self._part
 

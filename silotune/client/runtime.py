@@ -149,13 +149,11 @@ class SiteRun:
 
     def train(self, adapter: Vector, server_round: int) -> RecordDict:
         """The site's update of a round; a repeated request gets the first answer again."""
-        self._require_round(server_round)
+        self._require_round(server_round, secure=False)
         key = ReleaseKey(self.run, server_round, "update")
         if (again := self.gate.recall(key)) is not None:
             return again
-        started = time.monotonic()
-        update = self.trainer.round(adapter, server_round)
-        self.train_seconds[server_round] = time.monotonic() - started
+        update = self._trained(adapter, server_round)
         if update.event is None:
             return self.gate.release(key, fields={"update": Unprotected(update.flat)})
         return self.gate.release(
@@ -165,25 +163,27 @@ class SiteRun:
         )
 
     def train_masked(
-        self,
-        adapter: Vector,
-        server_round: int,
-        *,
-        present: Sequence[str],
-        sealed: Mapping[str, bytes],
+        self, adapter: Vector, number: int, *, present: Sequence[str], sealed: Mapping[str, bytes]
     ) -> RecordDict:
         """The site's update of a secure round, masked: see `SecurePart.masked`."""
-
-        def train() -> RoundUpdate:
-            started = time.monotonic()
-            update = self.trainer.round(adapter, server_round)
-            self.train_seconds[server_round] = time.monotonic() - started
-            return update
-
-        noise = self._noise("ring", server_round)
-        return self.secure.masked(
-            server_round, present=present, sealed=sealed, train=train, noise=noise
+        return self.in_secure(number).masked(
+            number,
+            present=present,
+            sealed=sealed,
+            train=lambda: self._trained(adapter, number),
+            noise=self._noise("ring", number),
         )
+
+    def in_secure(self, server_round: int) -> SecurePart:
+        """The site's part in a secure round. Raises `MessageRefused` if the plan has no such round."""
+        self._require_round(server_round, secure=True)
+        return self.secure
+
+    def _trained(self, adapter: Vector, server_round: int) -> RoundUpdate:
+        started = time.monotonic()
+        update = self.trainer.round(adapter, server_round)
+        self.train_seconds[server_round] = time.monotonic() - started
+        return update
 
     def evaluate(self, adapter: Vector, server_round: int) -> RecordDict:
         """Counts on the validation units, noisy unless the plan is not private."""
@@ -358,7 +358,9 @@ class SiteRun:
                 f"strategy '{self.plan.aggregation.strategy}' all sites have the plan's"
             )
 
-    def _require_round(self, number: int) -> None:
+    def _require_round(self, number: int, *, secure: bool | None = None) -> None:
+        if secure is not None and secure != self.plan.aggregation.secure:
+            raise MessageRefused("the plan's updates are sent " + ("bare" if secure else "masked"))
         if not 1 <= number <= self.plan.rounds.number:
             raise MessageRefused(f"the plan has no round {number}")
 
