@@ -20,6 +20,7 @@ from silotune.errors import SilotuneError
 from silotune.models.weights import weights_sha256
 from silotune.server.admin_client import AdminClient
 from silotune.server.config import Home
+from silotune.simulation.run import Settings, simulate
 from tests.federation import SITES, write_federation
 
 ROOT = Path(__file__).parents[2]
@@ -308,16 +309,16 @@ class Federation:
         return self.coordinator.cli("run", self.plan_path)["run"]
 
     def simulated(self):
-        """Named arrays of the same plan's final adapter, by `silotune simulate`."""
+        """Named arrays of the same plan's final adapter, as `silotune simulate` does it."""
         copy = self.folder / "simulated"
         shutil.copytree(
             self.folder / "sites", copy, ignore=shutil.ignore_patterns("state", "*.log")
         )
-        words = [copy / "plan.toml", "--runs", copy / "runs", "--workers", 1, "--json"]
-        found = json.loads(cli("simulate", *words).stdout.splitlines()[-1])
-        number = self.plan.rounds.number
-        path = Path(found["run_directory"]) / "adapters" / f"round-{number:04d}.safetensors"
-        return load_file(path)
+        settings = Settings(workers=1, device="cpu")
+        run = simulate(
+            copy / "plan.toml", runs=copy / "runs", settings=settings, listener=lambda event: None
+        )
+        return run.load_adapter(self.plan.rounds.number)
 
     def charges(self, run):
         """How often each site charged each round of a run to its ledger."""
