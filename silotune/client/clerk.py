@@ -21,6 +21,7 @@ from silotune.errors import PolicyError, SilotuneError
 from silotune.federation import wire
 from silotune.federation.audit_line import AuditHead
 from silotune.federation.audit_log import AuditLog
+from silotune.federation.errors import FederationError
 from silotune.federation.identity import certificate_from_pem, days_left
 from silotune.privacy.entry import Head
 from silotune.privacy.ledger import Ledger
@@ -106,7 +107,10 @@ class Clerk:
         if entry.decision is None and self._judge is not None:
             entry = self._decide_alone(entry)
         if entry.decision is not None and proposal.decided != entry.decision.verdict:
-            api.decide(entry.decision)
+            try:
+                api.decide(entry.decision)
+            except FederationError as exc:  # this one is not wanted; others may be
+                logger.warning("the decision on run %s was not taken: %s", entry.run, exc)
 
     def _decide_alone(self, entry: Entry) -> Entry:
         assert self._judge is not None

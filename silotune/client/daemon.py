@@ -48,6 +48,7 @@ logger = logging.getLogger(__name__)
 PAUSED, CERTIFICATES = "paused", "certificates"
 
 _CLERK_SECONDS = 60.0
+_LEAST_NEWS = 0.2
 
 
 class Daemon:
@@ -157,7 +158,10 @@ class Daemon:
     def _follow_news(self, api: CoordinatorApi) -> None:
         roster = self._enrolment.roster
         known = roster.version if roster else 0
+        asked = time.monotonic()
         news = api.news(roster=known, plans=self._clerk.plans_version)
+        if time.monotonic() - asked < _LEAST_NEWS:  # neither held nor quiet: don't run in circles
+            self._stop.wait(_LEAST_NEWS)
         if news.roster != known:
             self._clerk.take_rosters(api)
         if news.plans != self._clerk.plans_version:

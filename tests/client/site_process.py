@@ -23,7 +23,7 @@ class SiteProcess:
         self.environment = {**os.environ, **own, **environment}
         self.events = folder / "events.jsonl"
         self.limits = limits
-        self.process = None
+        self.process, self.starts = None, 0
 
     def cli(self, *words, check=True, timeout=120):
         command = [sys.executable, "-c", "from silotune.cli import main; main()", *words]
@@ -45,7 +45,8 @@ class SiteProcess:
         return self.site("join", code, "--wait", "30")
 
     def start(self, *words):
-        self.log = (self.folder / "daemon.log").open("ab")
+        self.starts += 1
+        self.log = (self.folder / f"daemon-{self.starts}.log").open("ab")
         command = [sys.executable, str(WATCHED), str(self.events), self.limits]
         command += ["site", "start", "--config", str(self.config), *words]
         self.process = subprocess.Popen(
@@ -89,7 +90,7 @@ class SiteProcess:
             self.process.wait(30)
 
     def output(self):
-        return (self.folder / "daemon.log").read_text(errors="replace")[-6000:]
+        return (self.folder / f"daemon-{self.starts}.log").read_text(errors="replace")[-6000:]
 
     def rss_mb(self):
         import psutil

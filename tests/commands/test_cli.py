@@ -26,6 +26,8 @@ def invoke(*words):
         "report",
         "predict",
         "ledger",
+        "site",
+        "audit",
         "certificate",
         "errors",
     ],

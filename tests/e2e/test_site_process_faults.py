@@ -1,0 +1,252 @@
+"""A site's daemon as a real process: killed, stopped, starved of disk; against a test's coordinator."""
+
+import time
+
+import numpy as np
+import psutil
+import pytest
+from flwr.app import Array, ArrayRecord
+
+from silotune.federation.audit_log import AuditLog
+from silotune.federation.envelope import refusal_code, seal_id, unseal
+from silotune.federation.identity import decode_signing_key
+from silotune.models.outline import outline
+from silotune.privacy.ledger import Ledger
+from tests.client.coordinator_double import CoordinatorDouble
+from tests.client.site_material import write_site_folder
+from tests.client.site_process import SiteProcess
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
+SECONDS = 180.0
+
+
+class Scene:
+    """One site and its coordinator, and the protocol between them in shorthand."""
+
+    def __init__(self, double, process, plan, base):
+        self.double, self.process, self.plan, self.base = double, process, plan, base
+
+    def approve(self, run, plan=None):
+        self.double.propose(run, plan or self.plan)
+        self.process.wait_until(lambda s: s["proposed"] >= 1, seconds=SECONDS)
+        self.process.site("approve", run)
+
+    def request(self, kind, number=0, *, run):
+        plan = self.plan
+        records = {}
+        if number:
+            flat = np.zeros(outline(plan, base=str(self.base)).size, dtype=np.float32)
+            records = {"arrays": ArrayRecord({"flat": Array(flat)})}
+        content = self.double.content(run, plan, server_round=number, **records)
+        address = self.double.address(run, kind, number)
+        return address, self.double.sealed(content, address=address)
+
+    def send(self, kind, number=0, *, run):
+        address, sealed = self.request(kind, number, run=run)
+        self.double.send(self.double.message(sealed, kind))
+        return address, sealed
+
+    def ask(self, kind, number=0, *, run):
+        before = len(self.double.replies)
+        address, sealed = self.send(kind, number, run=run)
+        reply = self.double.wait_for_replies(before + 1, seconds=SECONDS)[-1]
+        key = decode_signing_key(self.double.member.signing_key)
+        return unseal(reply.content, address=address.reply(to=seal_id(sealed)), key=key)
+
+    def charges(self, run):
+        path = self.process.folder / "state" / "ledger.sqlite"
+        if not path.exists():
+            return []
+        ledger = Ledger(path, create=False)
+        rows = [r for r in ledger.rows() if r.entry.kind == "charge" and r.entry.run == run]
+        ledger.verify()
+        ledger.close()
+        return rows
+
+    def audit(self):
+        log = AuditLog(self.process.folder / "state" / "audit.jsonl")
+        log.verify()
+        return [{"kind": line.kind, **line.fields} for line in log.lines()]
+
+    def wait_for(self, wanted, what):
+        ends = time.monotonic() + SECONDS
+        while not wanted():
+            assert time.monotonic() < ends, f"{what}\n{self.process.output()}"
+            time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory, bert_folder):
+    folder = tmp_path_factory.mktemp("faults")
+    # Many steps a round, so that there is time to interfere; no budget clause binds here.
+    settings = {
+        "rounds__local_steps": 60, "optimizer__site__head_rounds": 0, "privacy__epsilon": 1.0,
+        "rounds__number": 5,
+    }  # fmt: skip
+    made = write_site_folder(folder / "sites", bert_folder, **settings)
+    with CoordinatorDouble(folder / "coordinator") as double:
+        process = SiteProcess(made.folder)
+        process.join(double.invitation())
+        yield Scene(double, process, made.plan, bert_folder)
+        process.stop()
+
+
+@pytest.fixture
+def running(scene):
+    scene.double.hook = None
+    scene.process.limits = ""
+    scene.process.start().wait_until(lambda s: s["link"] == "online", seconds=SECONDS)
+    yield scene
+    scene.double.hook = None
+    scene.process.stop()
+
+
+def test_an_idle_site_is_small_and_listens_to_nobody(running):
+    running.wait_for(
+        lambda: any("torch" in str(m.path) for m in psutil.Process(running.process.process.pid)
+                    .memory_maps()), "torch is not loaded")  # fmt: skip
+    time.sleep(2)
+    used = running.process.rss_mb()
+    print(f"idle site with torch loaded: {used:.0f} MB")
+    assert used < 450
+    mine = psutil.Process(running.process.process.pid)
+    kinds = {c.status for c in mine.net_connections(kind="inet")}
+    assert psutil.CONN_LISTEN not in kinds
+    assert psutil.CONN_ESTABLISHED in kinds
+
+
+def test_the_cli_shows_a_plan_pauses_resumes_and_stops(running):
+    running.double.propose("shown", running.plan)
+    running.process.wait_until(lambda s: s["proposed"] == 1, seconds=SECONDS)
+    shown = running.process.site("plans").stdout
+    for part in ("Purpose", "What leaves", "Epsilon", "max_total_epsilon", "pass", "approve"):
+        assert part in shown
+    print(shown)
+    running.process.site("reject", running.plan.sha256[:12], "--reason", "not now")
+    assert [(d.verdict, d.reason) for d in running.double.decisions][-1] == ("rejected", "not now")
+    assert refusal_code(running.ask("query.join", run="shown")) == "ST-517"
+    running.process.site("pause")
+    assert running.process.status()["paused"] is True
+    running.process.site("resume")
+    assert running.process.terminate(SECONDS) == 0
+    assert running.audit()[-1] == {"kind": "stopped", "abandoned": ""}
+
+
+def test_killed_while_idle_it_is_back_at_once(running):
+    before = len(running.double.activations)
+    running.process.kill()
+    started = time.monotonic()
+    running.process.start()
+    running.wait_for(lambda: len(running.double.activations) > before, "not activated")
+    wall = time.monotonic() - started
+    times = psutil.Process(running.process.process.pid).cpu_times()
+    print(f"back after {wall:.1f} s, {times.user + times.system:.1f} s of processor time")
+    # Processor time: a shared machine may give the process a tenth of a core.
+    assert times.user + times.system < 5.0
+
+
+def test_killed_while_training_nothing_is_charged_and_the_round_is_done_once(running):
+    running.approve("trained")
+    assert refusal_code(running.ask("query.join", run="trained")) is None
+    running.send("train", 1, run="trained")
+    running.process.wait_until(lambda s: s["work"] == "train", seconds=SECONDS)
+    replies = len(running.double.replies)
+    running.process.kill()
+    assert len(running.double.replies) == replies
+    assert running.charges("trained") == []
+    running.process.start().wait_until(lambda s: s["link"] == "online", seconds=SECONDS)
+    assert refusal_code(running.ask("train", 1, run="trained")) is None
+    assert len(running.charges("trained")) == 1
+
+
+def test_killed_while_releasing_the_answer_is_the_same_and_charged_once(running):
+    running.approve("released")
+    assert refusal_code(running.ask("query.join", run="released")) is None
+    reached = []
+
+    def hold(path, body):
+        if path.endswith("push-messages"):
+            reached.append(path)
+            time.sleep(5)
+            return 500, b"", {}
+        return None
+
+    running.double.hook = hold
+    running.send("train", 1, run="released")
+    running.wait_for(lambda: reached, "no release")
+    running.process.kill()
+    charged = running.charges("released")
+    assert len(charged) == 1
+    running.double.hook = None
+    running.process.start().wait_until(lambda s: s["link"] == "online", seconds=SECONDS)
+    first = running.ask("train", 1, run="released")
+    second = running.ask("train", 1, run="released")
+    assert first["update"]["flat"].data == second["update"]["flat"].data
+    assert running.charges("released") == charged
+
+
+def test_sigterm_lets_a_step_finish_or_abandons_it_whole(running):
+    running.approve("stopped")
+    assert refusal_code(running.ask("query.join", run="stopped")) is None
+    replies = len(running.double.replies)
+    running.send("train", 1, run="stopped")
+    running.process.wait_until(lambda s: s["work"] == "train", seconds=SECONDS)
+    running.process.process.terminate()
+    assert running.process.process.wait(SECONDS) == 0
+    done = len(running.double.replies) - replies
+    assert done == len(running.charges("stopped"))  # both, or neither
+    assert running.audit()[-1]["abandoned"] == ("" if done else "train")
+    running.process.start("--grace", "0").wait_until(
+        lambda s: s["link"] == "online", seconds=SECONDS
+    )
+    running.send("train", 2, run="stopped")
+    running.process.wait_until(lambda s: s["work"] == "train", seconds=SECONDS)
+    running.process.process.terminate()
+    assert running.process.process.wait(SECONDS) == 0
+    assert [row for row in running.charges("stopped") if row.entry.round == 2] == []
+    assert running.audit()[-1]["abandoned"] == "train"
+
+
+def test_a_full_disk_refuses_and_releases_nothing(running):
+    running.approve("full")
+    assert refusal_code(running.ask("query.join", run="full")) is None
+    running.process.terminate(SECONDS)
+    # No file may grow beyond what a stored answer needs: that is what the charge comes after.
+    running.process.limits = "fsize=2000"
+    log = running.process.folder / "state" / "audit.jsonl"
+    assert log.stat().st_size > 2000  # so the log can't grow either: nothing is answered unlogged
+    assert running.process.start().process.wait(SECONDS) == 70
+    assert "ST-700" in running.process.output()
+    running.process.limits = f"fsize={log.stat().st_size + 1500}"
+    running.process.start().wait_until(lambda s: s["link"] == "online", seconds=SECONDS)
+    running.send("train", 1, run="full")
+    running.wait_for(lambda: running.process.status()["link"] == "waiting"
+                     or running.process.status()["refused"], "no trouble")  # fmt: skip
+    assert running.process.process.poll() is None
+    replies = len(running.double.replies)
+    charged = running.charges("full")
+    running.process.terminate(SECONDS)
+    running.process.limits = ""
+    running.process.start().wait_until(lambda s: s["link"] == "online", seconds=SECONDS)
+    assert refusal_code(running.ask("train", 1, run="full")) is None
+    assert len(running.charges("full")) == 1
+    assert len(charged) <= 1
+    assert len(running.double.replies) == replies + 1
+
+
+def test_two_daemons_on_one_state_are_one_too_many(running):
+    found = running.process.site("start", check=False)
+    assert found.returncode == 60
+    assert "ST-644" in found.stderr
+
+
+def test_leaving_revokes_and_keeps_the_books(running):
+    running.process.site("leave", "--yes")
+    assert running.process.process.wait(SECONDS) == 0
+    assert [goodbye.name for goodbye in running.double.left] == ["alpha"]
+    state = running.process.folder / "state"
+    assert (state / "ledger.sqlite").exists()
+    assert (state / "audit.jsonl").exists()
+    assert not list(state.glob("*.key.sealed"))
+    assert running.process.site("start", check=False).returncode == 60
