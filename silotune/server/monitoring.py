@@ -8,6 +8,7 @@ from silotune.server.operations import Operations
 from silotune.server.people import People
 
 if TYPE_CHECKING:
+    from silotune.server.alerts import Alerting
     from silotune.server.control import ControlServer
     from silotune.server.coordinator import Coordinator
     from silotune.server.listener import Listener
@@ -34,6 +35,7 @@ class Monitoring:
         )
         self._control: ControlServer | None = None
         self._pages: Listener | None = None
+        self._alerting: Alerting | None = None
 
     @property
     def control_address(self) -> str:
@@ -63,8 +65,23 @@ class Monitoring:
             self._pages = make_dashboard(self._coordinator, self, port=config.dashboard.port)
             self._pages.start()
 
+        self._start_alerts()
+
+    def _start_alerts(self) -> None:
+        from silotune.server.alert_sinks import sinks_of
+        from silotune.server.alerts import Alerting, Rules
+
+        coordinator, source = self._coordinator, self.operations.source
+        sinks = sinks_of(coordinator.config.alerts, base=coordinator.home.root)
+        if sinks:
+            rules = Rules(source, self.operations.sites, coordinator.config.alerts)
+            self._alerting = Alerting(rules, sinks, store=coordinator.store, source=source)
+            self._alerting.start()
+
     def stop(self) -> None:
         """Serve no longer."""
+        if self._alerting is not None:
+            self._alerting.stop()
         if self._pages is not None:
             self._pages.stop()
         if self._control is not None:

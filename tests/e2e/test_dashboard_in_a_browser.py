@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from playwright.sync_api import sync_playwright
+
 from tests.e2e.harness import CLI, environment, free_port, wait_for
 
 pytestmark = pytest.mark.slow

@@ -1,0 +1,264 @@
+"""Alerts: what somebody should know without looking, sent once each to webhooks and by e-mail.
+
+Rules look at the same events and views as the pages. What was told is remembered by where in the events
+it came from: after a restart nothing is told again, and nothing that happened meanwhile is left out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sqlalchemy import delete, insert, select
+
+from silotune.dashboard.spending import Spending, left
+from silotune.errors import catalogue
+from silotune.events import schema
+from silotune.events.feed import OVER
+from silotune.events.source import RunFacts, Source, Views
+from silotune.server.config import AlertsSection
+from silotune.server.operations import SiteRow
+from silotune.server.store import Store
+from silotune.server.tables import CURSORS
+
+_log = logging.getLogger(__name__)
+
+Kind = Literal[
+    "run_finished",
+    "run_failed",
+    "run_stuck",
+    "site_silent",
+    "site_refused",
+    "budget_low",
+    "anomaly_high",
+]
+
+_LOW = 0.1  # of the plan's epsilon
+_LOOK_SECONDS = 5.0
+_READER = "alerts"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alert:
+    """Something to tell.
+
+    Attributes
+    ----------
+    key : str
+        The same for the same thing: it is told once.
+    kind : str
+        Which rule.
+    text : str
+        One sentence for people, with the remedy where there is one.
+    time : float
+        Unix time.
+    run, site : str
+        What it is about; empty where it is about neither.
+    event : mapping or None
+        The event behind it (docs/events.md), if it is one.
+    """
+
+    key: str
+    kind: Kind
+    text: str
+    time: float
+    run: str = ""
+    site: str = ""
+    event: Mapping[str, Any] | None = None
+
+
+Sink = Callable[[Alert], None]
+
+
+class Rules:
+    """Alerts from events and views; pure, but for reading.
+
+    Parameters
+    ----------
+    source : Source
+        Runs.
+    sites : callable
+        The sites as they are now.
+    config : AlertsSection
+        Thresholds.
+    """
+
+    def __init__(
+        self, source: Source, sites: Callable[[], Sequence[SiteRow]], config: AlertsSection
+    ) -> None:
+        self._source, self._sites, self._config = source, sites, config
+        self._views, self._spending = Views(source), Spending()
+
+    def of_events(self, run: str, rows: Sequence[Mapping[str, Any]]) -> Iterator[Alert]:
+        """What these events of a run call for."""
+        for row in rows:
+            event = schema.parse(row)
+            match event:
+                case schema.RunFinished():
+                    yield self._of(event, run, "run_finished", f"Run {run} is finished.")
+                case schema.RunFailed():
+                    words = f"Run {run} failed: {_explained(event.code)}"
+                    yield self._of(event, run, "run_failed", words)
+                case schema.SiteRefused():
+                    words = f"{event.site} refused run {run}: {_explained(event.code)}"
+                    yield self._of(event, run, "site_refused", words, site=event.site)
+                case schema.PlanRejected():
+                    words = f"{event.site} rejected the plan of run {run}: {event.reason or 'no reason'}"
+                    yield self._of(event, run, "site_refused", words, site=event.site)
+                case schema.SiteReplied() if (event.anomaly or 0.0) > self._config.anomaly:
+                    words = (
+                        f"The update of {event.site} in round {event.round} of run {run} is far from "
+                        f"the others (score {event.anomaly:.1f}). Look at it before you go on."
+                    )
+                    yield self._of(event, run, "anomaly_high", words, site=event.site)
+
+    def of_states(self, now: float) -> Iterator[Alert]:
+        """What has lasted too long, or is nearly used up."""
+        for facts in self._source.runs():
+            if facts.state not in OVER:
+                yield from self._of_run(facts, now)
+        for site in self._sites():
+            seen = site.last_seen
+            if site.status != "active" or site.online or not seen:
+                continue
+            if now - seen > self._config.silent_seconds:
+                yield Alert(
+                    key=f"silent {site.site} {seen:.0f}",
+                    kind="site_silent",
+                    text=f"{site.site} has sent no sign of life for {(now - seen) / 60:.0f} minutes. "
+                    "Ask its team whether the daemon runs: `silotune site status`.",
+                    time=now,
+                    site=site.site,
+                )
+
+    def _of_run(self, facts: RunFacts, now: float) -> Iterator[Alert]:
+        with self._views.lock:
+            view = self._views.get(facts.run)
+            last, number = view.last_time, view.last_id
+            remains = left(facts.budget, self._spending.spent(facts, view))
+        stuck = last is not None and now - last > self._config.stuck_seconds
+        if facts.state == "running" and stuck and last is not None:
+            yield Alert(
+                key=f"stuck {facts.run} {number}",
+                kind="run_stuck",
+                text=f"Nothing has happened in run {facts.run} for {(now - last) / 60:.0f} minutes. "
+                "See which sites it waits for.",
+                time=now,
+                run=facts.run,
+            )
+        for site, value in remains.items():
+            if facts.budget and value < _LOW * facts.budget:
+                yield Alert(
+                    key=f"budget {facts.run} {site}",
+                    kind="budget_low",
+                    text=f"{site} has less than a tenth of the epsilon of run {facts.run} left: "
+                    f"{value:.2f} of {facts.budget:g}.",
+                    time=now,
+                    run=facts.run,
+                    site=site,
+                )
+
+    @staticmethod
+    def _of(event: schema.Event, run: str, kind: Kind, text: str, *, site: str = "") -> Alert:
+        return Alert(
+            key=f"event {event.id}",
+            kind=kind,
+            text=text,
+            time=event.time,
+            run=run,
+            site=site,
+            event=event.as_dict(),
+        )
+
+
+class Alerting:
+    """Looks every few seconds and tells every sink, in a thread of its own.
+
+    Parameters
+    ----------
+    rules : Rules
+        What is worth telling.
+    sinks : sequence of callables
+        Each is told; one that fails is logged and tried again at the next look.
+    store : Store
+        Remembers how far the events were told.
+    source : Source
+        Runs.
+    """
+
+    def __init__(
+        self, rules: Rules, sinks: Sequence[Sink], *, store: Store, source: Source
+    ) -> None:
+        self._rules, self._sinks, self._store, self._source = rules, sinks, store, source
+        self._told: set[str] = set()
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._main, daemon=True, name="alerts")
+
+    def start(self) -> None:
+        """Begin to look."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End."""
+        self._ending.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=15.0)
+
+    def look(self) -> None:
+        """One look at everything: events in their order, and then what lasts."""
+        for facts in self._source.runs():
+            cursor = self._cursor(facts.run)
+            rows = self._source.events(facts.run, after=cursor)
+            for alert in self._rules.of_events(facts.run, rows):
+                if not self._tell(alert):
+                    return  # in order: what comes behind it waits too
+                self._move(facts.run, int((alert.event or {})["id"]))
+            if rows:
+                self._move(facts.run, int(rows[-1]["id"]))
+        for alert in self._rules.of_states(time.time()):
+            if alert.key not in self._told and self._tell(alert):
+                self._told.add(alert.key)
+
+    def _main(self) -> None:
+        while not self._ending.wait(_LOOK_SECONDS):
+            try:
+                self.look()
+            except Exception:
+                _log.exception("alerts could not be worked out")
+
+    def _tell(self, alert: Alert) -> bool:
+        good = True
+        for sink in self._sinks:
+            try:
+                sink(alert)
+            except Exception as exc:
+                _log.warning("alert %s was not delivered: %s", alert.kind, type(exc).__name__)
+                good = False
+        return good
+
+    def _cursor(self, run: str) -> int:
+        query = select(CURSORS.c.event).where(CURSORS.c.reader == _reader(run))
+        with self._store.transaction() as connection:
+            return int(connection.execute(query).scalar() or 0)
+
+    def _move(self, run: str, event: int) -> None:
+        row = {"reader": _reader(run), "event": event}
+        with self._store.transaction() as connection:
+            connection.execute(delete(CURSORS).where(CURSORS.c.reader == row["reader"]))
+            connection.execute(insert(CURSORS).values(row))
+
+
+def _reader(run: str) -> str:
+    """A cursor's name, within its column's 63 characters."""
+    return f"{_READER} {hashlib.sha256(run.encode()).hexdigest()[:48]}"
+
+
+def _explained(code: str) -> str:
+    """A code with its title and what to do."""
+    error = next((found for found in catalogue() if found.code == code), None)
+    return f"{code} {error.title}. {error.advice}" if error else code
