@@ -173,3 +173,41 @@ def test_the_expected_batch_is_a_function_of_declared_numbers():
     by_batch = make(**{"privacy.rate": None, "privacy.batch": 30})
     assert by_batch.rate_for(1000) == pytest.approx(30 / 700)
     assert by_batch.rate_for(10) == 1.0
+
+
+SECURE = {"aggregation__secure": True, "aggregation__cohort": 7, "aggregation__threshold": 5}
+SHARED = {**SECURE, "privacy__noise": "shared"}
+
+
+def test_a_plan_for_secure_aggregation_with_shared_noise_is_accepted():
+    plan = make(**{key.replace("__", "."): value for key, value in SHARED.items()})
+    assert plan.aggregation.secure
+    assert plan.privacy.noise == "shared"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"privacy__noise": "shared"}, "needs aggregation.secure = true"),
+        ({"aggregation__cohort": 5}, "no meaning without aggregation.secure"),
+        ({"aggregation__encoding": "uint16"}, "no meaning without aggregation.secure"),
+        ({**SECURE, "aggregation__cohort": None}, "aggregation.cohort: needed"),
+        ({**SECURE, "aggregation__threshold": 3}, "more than half of aggregation.cohort"),
+        ({**SECURE, "aggregation__threshold": 8}, "more than half of aggregation.cohort"),
+        ({**SECURE, "rounds__min_sites": 6}, "threshold: less than rounds.min_sites"),
+        ({**SECURE, "rounds__min_sites": 8}, "cohort: less than rounds.min_sites"),
+        ({**SECURE, "aggregation__strategy": "median"}, "'median' can't work with secure"),
+        ({**SHARED, "rounds__local_steps": 2}, "needs rounds.local_steps = 1"),
+        ({**SHARED, "privacy__rate": None, "privacy__batch": 32}, "needs privacy.rate"),
+        ({**SHARED, "aggregation__weights": "equal"}, "weights = 'declared'"),
+        ({**SHARED, "aggregation__threshold": None}, "threshold: needed"),
+        ({**SHARED, "aggregation__strategy": "fedsa"}, "sends all that it trains"),
+        (
+            {**SECURE, "privacy__mode": "none", "privacy__epsilon": None, "privacy__delta": None}
+            | {"privacy__clip": None},
+            "update_bound: needed",
+        ),
+    ],
+)
+def test_what_secure_aggregation_can_not_serve_is_refused_with_the_reason(changes, reason):
+    assert reason in refused(**changes)
