@@ -236,7 +236,7 @@ def main() -> None:
         numbers |= masks(parameters, peers=9, repeats=repeats)
     print("secret sharing (two secrets a site; threshold two thirds)")
     for sites in (10, 50) if options.quick else (10, 50, 100):
-        numbers |= sharing(sites, repeats=1 if sites > 10 else 3)
+        numbers |= sharing(sites, repeats=1 if sites > 10 else 9)
     print("key agreement")
     numbers |= agreement(repeats=5)
     print("whole rounds in one process")

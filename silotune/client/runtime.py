@@ -24,7 +24,7 @@ from silotune.client.gate import DpRelease, Field, Gate, Public, Unprotected
 from silotune.client.memory import SealedMemory
 from silotune.client.policy import Facts, judge
 from silotune.client.secure import RoundMemory, SecurePart, member_of
-from silotune.client.terms import metric_sigma, run_events, sigma_for
+from silotune.client.terms import metric_sigma, require_uncolluding, run_events, sigma_for
 from silotune.client.trainer import RoundUpdate, SiteData, TrainableModel, Trainer, Vector
 from silotune.client.warm import WarmModel
 from silotune.data.reader import load_records
@@ -385,6 +385,10 @@ class SiteRun:
         budget = Budget(epsilon=min(limit.epsilon, total), delta=delta)
         events = run_events(self.plan, self.dataset.declared_units, sigma=self.sigma)
         event = events[0] if len(events) == 1 else ComposedDpEvent(events)
+        others = [
+            a.committed for a in self.ledger.runs(self.plan.data.dataset) if a.run != self.run
+        ]
+        require_uncolluding([event, *others], limit=limit.colluding_epsilon, delta=delta)
         self.ledger.reserve(
             self.plan.data.dataset, self.run, self.plan.sha256, event, budget=budget
         )

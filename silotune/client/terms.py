@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+
 from dp_accounting import DpEvent
 
+from silotune.errors import BudgetExceeded
 from silotune.plan import Plan
 from silotune.privacy.accounting import (
     calibrate,
@@ -11,7 +15,10 @@ from silotune.privacy.accounting import (
     shared_step_event,
     step_event,
 )
+from silotune.privacy.tally import Tally, epsilon_of, tally_of, total
 from silotune.strategies.secure import shared_noise
+
+_ALL_OTHERS = 1 << 30  # more than share any noise
 
 
 def metric_releases(plan: Plan) -> int:
@@ -55,6 +62,34 @@ def run_events(plan: Plan, declared_units: int, *, sigma: float) -> list[DpEvent
     """Every event of a whole run at a site, which its ledger reserves."""
     steps = training_event(plan, declared_units, sigma=sigma, steps=plan.steps)
     return [steps, *_metric_events(plan)]
+
+
+def require_uncolluding(
+    charged: Sequence[DpEvent | Tally], *, limit: float | None, delta: float
+) -> None:
+    """Refuse what a site's own noise alone would not protect well enough.
+
+    Parameters
+    ----------
+    charged : sequence of DpEvent or Tally
+        What is asked, and what other runs charged or may charge.
+    limit : float or None
+        Largest epsilon to a coordinator that all other sites collude with; None for no limit.
+
+    Raises
+    ------
+    BudgetExceeded
+    """
+    if limit is None:
+        return
+    tallies = [part if isinstance(part, Counter) else tally_of(part) for part in charged]
+    reached = epsilon_of(total(tallies), delta=delta, colluding=_ALL_OTHERS)
+    if reached > limit:
+        raise BudgetExceeded(
+            f"to a coordinator that all other sites collude with, epsilon would be {reached:.4f}; "
+            f"budget.colluding_epsilon is {limit:.4f}",
+            remedy="Use privacy.noise = 'local', or a smaller aggregation.threshold or epsilon.",
+        )
 
 
 def training_event(plan: Plan, declared_units: int, *, sigma: float, steps: int) -> DpEvent:

@@ -53,6 +53,9 @@ class BudgetConfig(Section):
 
     epsilon: Positive
     delta: Annotated[float, Field(gt=0.0, lt=0.01)]
+    colluding_epsilon: Positive | None = Field(
+        None, description="What it may reach if the coordinator colludes with all other sites."
+    )
 
 
 class DatasetConfig(Section):

@@ -54,10 +54,12 @@ def split(secret: bytes, *, threshold: int, points: Sequence[int], key: bytes) -
 
 
 def _evaluate(coefficients: Sequence[int], constant: int, x: int) -> int:
-    """Horner's rule; a point is small, so reducing once a few steps would gain nothing."""
+    """Horner's rule; a point is small, so numbers may grow for a few steps before they are reduced."""
     value = 0
-    for coefficient in coefficients:
-        value = (value * x + coefficient) % PRIME
+    for step, coefficient in enumerate(coefficients):
+        value = value * x + coefficient
+        if step & 15 == 15:
+            value %= PRIME
     return (value * x + constant) % PRIME
 
 
