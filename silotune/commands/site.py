@@ -159,6 +159,31 @@ def leave(
 
 
 @app.command()
+def dashboard(
+    config: ConfigPath = _CONFIG,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port on this machine; 0 takes a free one.")
+    ] = 0,
+    decide: Annotated[
+        bool, typer.Option("--decide", help="Let whoever has the link approve and reject plans.")
+    ] = False,
+) -> None:
+    """Show in a browser what runs here, what has left, the budget, plans and the audit log.
+
+    Serves this machine alone (127.0.0.1) until Ctrl-C, read-only unless --decide is given, and lets in
+    only who has the printed link.
+    """
+    from functools import partial
+
+    from silotune.client.dashboard import build
+    from silotune.dashboard.serve import serve_here
+
+    application = partial(build, SiteConfig.load(config))
+    role: Literal["viewer", "operator"] = "operator" if decide else "viewer"
+    serve_here(application, port=port, role=role, said=lambda url: typer.echo(f"Open {url}"))
+
+
+@app.command()
 def plans(
     run: Annotated[str, typer.Argument(help="A run, or the start of a plan's hash.")] = "",
     config: ConfigPath = _CONFIG,

@@ -237,7 +237,8 @@ class Pages:
         assert self._desk is not None
         return self._page(request, "actions.html", actions=self._desk.done())
 
-    def static(self, name: str) -> Response:
+    @staticmethod
+    def static(name: str) -> Response:
         """Our own style sheet and script."""
         if name not in _STATIC:
             raise PageUnknown(f"{name[:80]!r}")
