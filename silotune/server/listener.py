@@ -25,6 +25,7 @@ from silotune.server.errors import PortTaken
 from silotune.server.guard import PEER, App
 
 _HANDSHAKE_SECONDS = 10.0
+_LAST_SECONDS = 5.0
 _START_SECONDS = 30.0
 _SHUTDOWN_SECONDS = 3
 
@@ -67,16 +68,23 @@ class PeerProtocol(HttpToolsProtocol):
         """Note who it is; drop it if there are too many of its kind."""
         super().connection_made(transport)
         tls = transport.get_extra_info("ssl_object")
-        self._peer = (tls.getpeercert(binary_form=True) or b"") if tls else b""
+        if tls is None:
+            return  # the admin socket: who may open it is the operator
+        self._peer = tls.getpeercert(binary_form=True) or b""
         limit = MOST_PER_CERTIFICATE if self._peer else MOST_ANONYMOUS
         if self._open[self._peer] >= limit:
             transport.abort()
             return
         self._open[self._peer] += 1
         self._counted = True
-        if not self._peer and self.anonymous_seconds is not None:
-            self.loop.call_later(self.anonymous_seconds, transport.abort)
+        if not self._peer:
+            self.loop.call_later(ANONYMOUS_SECONDS, self._time_is_over, transport)
         self.app = functools.partial(_with_peer, self.app, self._peer)
+
+    def _time_is_over(self, transport: asyncio.Transport) -> None:
+        """Answer what is being answered, if that is soon, and close."""
+        self.shutdown()
+        self.loop.call_later(_LAST_SECONDS, transport.abort)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Uncount it."""

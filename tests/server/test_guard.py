@@ -173,6 +173,17 @@ def test_connections_without_a_certificate_are_few_and_short(open_town, member, 
         assert client.get(wire.AUTHORITY).status_code == 200
 
 
+def test_the_operators_own_connection_may_be_held_for_long(open_town, monkeypatch):
+    monkeypatch.setattr(listener, "ANONYMOUS_SECONDS", 0.2)
+    monkeypatch.setattr(listener, "MOST_ANONYMOUS", 0)
+    with socket.socket(socket.AF_UNIX) as held:
+        held.connect(str(open_town.home.socket_path))
+        time.sleep(0.6)
+        held.sendall(b"GET /status HTTP/1.1\r\nHost: x\r\n\r\n")
+        held.settimeout(20.0)
+        assert held.recv(64).startswith(b"HTTP/1.1 200")
+
+
 def test_a_reply_in_another_sites_name_is_refused_and_raises_an_alarm(town, pair):
     alpha, beta = pair
     outline, tree = wait_for(alpha.pull)
