@@ -109,11 +109,7 @@ def test_a_federation_is_run_from_the_browser(federation, chromium):
     olga.go(f"/runs/{run}")
     olga.page.evaluate("window.mark = 'not loaded again'")
     first = rounds_done(olga.page)
-    olga.page.wait_for_function(
-        "from => Number(document.querySelector('[data-part=head] progress').value) >= from + 3",
-        arg=first,
-        timeout=60_000,
-    )
+    wait_for(lambda: rounds_done(olga.page) >= first + 3, what="three more rounds")
     assert olga.page.evaluate("window.mark") == "not loaded again"
 
     vera = Person(chromium, url, "vera")
