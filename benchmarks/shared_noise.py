@@ -38,7 +38,7 @@ def shared(threshold: int) -> dict:
     }
 
 
-def simulated(plan_path: Path, plan: Plan, folder: Path, *, threshold: int) -> float:
+def simulated(plan_path: Path, plan: Plan, folder: Path, *, threshold: int, workers: int) -> float:
     """Macro-F1 of a whole simulation under shared noise."""
     overrides = {
         **shared(threshold),
@@ -50,7 +50,7 @@ def simulated(plan_path: Path, plan: Plan, folder: Path, *, threshold: int) -> f
     directory = simulate(
         plan_path,
         runs=folder,
-        settings=Settings(workers=2),
+        settings=Settings(workers=workers),
         listener=lambda event: None,
         overrides=overrides,
     )
@@ -58,7 +58,9 @@ def simulated(plan_path: Path, plan: Plan, folder: Path, *, threshold: int) -> f
     return float(method["test"]["macro_f1"])
 
 
-def compared(plan: Plan, sites: list, kinds: dict[str, str], shared_folder: Path) -> dict:
+def compared(
+    plan: Plan, sites: list, kinds: dict[str, str], shared_folder: Path, *, workers: int
+) -> dict:
     """Macro-F1 of the comparison models."""
     jobs = [
         Job(
@@ -74,7 +76,7 @@ def compared(plan: Plan, sites: list, kinds: dict[str, str], shared_folder: Path
     ]
     return {
         outcome.job.key: metrics_of(plan, sum(outcome.counts.values()))["macro_f1"]
-        for outcome in run_jobs(jobs, workers=2)
+        for outcome in run_jobs(jobs, workers=workers)
     }
 
 
@@ -82,7 +84,7 @@ def measure(options: argparse.Namespace) -> dict[str, list[float]]:
     found: dict[str, list[float]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        rows = 400 if options.quick else None
+        rows = 400 if options.quick else options.rows
         demo = write_hospitals(folder / "demo", split=options.split, rows_per_site=rows)
         sites = list(load_sites(folder / "demo"))
         (folder / "scratch").mkdir()
@@ -94,12 +96,13 @@ def measure(options: argparse.Namespace) -> dict[str, list[float]]:
                 if options.quick:
                     plan = plan.override({"rounds.number": 6, "optimizer.site.head_rounds": 5})
                 kinds = {f"{prefix} pooled": "pooled", f"{prefix} local": "federated"}
-                values = compared(plan, sites, kinds, folder / "scratch")
+                values = compared(plan, sites, kinds, folder / "scratch", workers=options.workers)
                 values[f"{prefix} shared"] = simulated(
                     demo.plan,
                     head_only(plan) if prefix == "head" else plan,
                     folder / f"{prefix}-{seed}",
                     threshold=options.threshold,
+                    workers=options.workers,
                 )
                 for row, value in values.items():
                     found[row].append(value)
@@ -114,11 +117,13 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="last line is one JSON object")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--split", default="code", choices=["code", "category"])
+    parser.add_argument("--rows", type=int, default=None, help="records a site; all by default")
+    parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--models", nargs="+", default=["head", "lora"], choices=["head", "lora"])
     parser.add_argument("--threshold", type=int, default=5, help="honest survivors, of seven sites")
     options = parser.parse_args()
     if options.quick:
-        options.seeds, options.models = 1, ["head"]
+        options.seeds, options.models, options.workers = 1, ["head"], 1
     torch.set_num_threads(1)
     found, numbers = measure(options), {}
     print(f"\ntest macro-F1, epsilon 8, split by {options.split}, {options.seeds} seeds: mean (sd)")

@@ -191,6 +191,7 @@ class SiteFailed(Event):
     round: int
     code: str = ""
     detail: str = ""
+    phase: str = Field("", description="Where in a secure round: keys, share, masked, check, open.")
 
 
 # --- rounds ---
@@ -227,10 +228,14 @@ class RoundFinished(Event):
     bytes_down: int = Field(0, description="Bytes sent to the sites.")
     update_norm: Number = None
     epsilon: dict[str, Number] = Field({}, description="Spent so far, by site, where permitted.")
+    exchanges: int | None = Field(None, description="Waits for the sites, of a secure round.")
+    saturated: int | None = Field(
+        None, description="Numbers that the sites of a secure round set to their bound, summed."
+    )
 
 
 class RoundVoid(Event):
-    """A round came to nothing and is done again."""
+    """A round came to nothing: the adapter stays, and the next round goes on."""
 
     event: Literal["round_void"]
     round: int

@@ -7,6 +7,7 @@ and when too few sites are left in the next, two exchanges more are needed.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -158,7 +159,10 @@ class SecureRounds:
     def _set_up(self, number: int, account: _Account) -> CoordinatorRound:
         """Keys and secrets in two exchanges of their own."""
         fresh = self._new_round()
-        messages = [self._message("keys", number, site) for site in self._nodes]
+        # A message of its own: a link that knows an equal one would give the answer of that time,
+        # and with it keys that the site has replaced since.
+        attempt = {"attempt": os.urandom(8)}
+        messages = [self._message("keys", number, site, attempt) for site in self._nodes]
         for site, reply in self._exchange("keys", messages, account):
             with self._noting("keys", site, account):
                 fresh.advertise(site, _blob(reply, "keys"))
