@@ -141,12 +141,11 @@ class Link:
             logger.info("stopping: %s may take %.0f s to finish", self.status.work, grace)
         while self.status.work and time.monotonic() < ends:
             time.sleep(0.05)
-        abandoned = self.status.work
         if self._fleet is not None:
             closing = threading.Thread(target=self._fleet.close, daemon=True)
             closing.start()
             closing.join(_GOODBYE_SECONDS)
-        return abandoned
+        return self.status.work
 
     # --- parts ---
 

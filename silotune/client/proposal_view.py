@@ -29,7 +29,7 @@ class Spending:
     after : float
         With the whole of this run.
     budget : float or None
-        What the dataset may reach; None if site.toml gives it no budget.
+        What the dataset may reach, by its budget and by the policy; None if site.toml gives none.
     """
 
     now: float
@@ -82,11 +82,13 @@ def spending(site: SiteConfig, entry: Entry) -> Spending | None:
     ledger = _ledger(site)
     name = plan.data.dataset
     others = [] if ledger is None else [a for a in ledger.runs(name) if a.run != entry.run]
-    budget = site.dataset(name).budget
+    budget, policy = site.dataset(name).budget, site.policy
+    limits = [budget.epsilon] if budget else []
+    limits += [policy.max_total_epsilon] if policy and policy.max_total_epsilon else []
     return Spending(
         now=epsilon_of(total(a.committed for a in others), delta=plan.privacy.delta),
         after=total_epsilon(site, plan, run=entry.run, ledger=ledger),
-        budget=None if budget is None else budget.epsilon,
+        budget=min(limits, default=None),
     )
 
 
@@ -102,6 +104,7 @@ def describe(site: SiteConfig, entry: Entry, approvals: Approvals) -> dict[str, 
         "name": plan.plan.name,
         "plan_sha256": plan.sha256,
         "proposed_at": proposal.proposed_at,
+        "signed_by": proposal.plan.key,
         "reason": entry.decision.reason if entry.decision else "",
         "words": plan_in_words(plan),
         "leaves": None,

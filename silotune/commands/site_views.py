@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -59,6 +60,12 @@ def print_proposal(found: Mapping[str, Any], console: Console) -> None:
     """One proposal, from what it is to what it changes."""
     console.print(f"\n[bold]{escape(found['run'])}[/]  {found['state']}", highlight=False)
     console.print(f"  Plan {found['name']}, SHA-256 {found['plan_sha256']}", highlight=False)
+    when = datetime.fromtimestamp(found["proposed_at"]).astimezone()
+    console.print(
+        f"  Proposed {when:%Y-%m-%d %H:%M} by the coordinator, signed with the federation's key "
+        f"{found['signed_by'][:12]}…",
+        highlight=False,
+    )
     if found["reason"]:
         console.print(f"  Reason: {escape(found['reason'])}", highlight=False)
     for heading, sentence in found["words"]:

@@ -197,6 +197,7 @@ def test_sigterm_lets_a_step_finish_or_abandons_it_whole(running):
     done = len(running.double.replies) - replies
     assert done == len(running.charges("stopped"))  # both, or neither
     assert running.audit()[-1]["abandoned"] == ("" if done else "train")
+    replies = len(running.double.replies)
     running.process.start("--grace", "0").wait_until(
         lambda s: s["link"] == "online", seconds=SECONDS
     )
@@ -204,8 +205,12 @@ def test_sigterm_lets_a_step_finish_or_abandons_it_whole(running):
     running.process.wait_until(lambda s: s["work"] == "train", seconds=SECONDS)
     running.process.process.terminate()
     assert running.process.process.wait(SECONDS) == 0
-    assert [row for row in running.charges("stopped") if row.entry.round == 2] == []
-    assert running.audit()[-1]["abandoned"] == "train"
+    assert running.audit()[-1] == {"kind": "stopped", "abandoned": "train"}
+    assert len(running.double.replies) == replies
+    # Charged or not when it ended: asked again, it is answered, and charged once.
+    running.process.start().wait_until(lambda s: s["link"] == "online", seconds=SECONDS)
+    assert refusal_code(running.ask("train", 2, run="stopped")) is None
+    assert [row.entry.round for row in running.charges("stopped")].count(2) == 1
 
 
 def test_a_full_disk_refuses_and_releases_nothing(running):
