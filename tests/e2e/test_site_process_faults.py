@@ -213,33 +213,6 @@ def test_sigterm_lets_a_step_finish_or_abandons_it_whole(running):
     assert [row.entry.round for row in running.charges("stopped")].count(2) == 1
 
 
-def test_a_full_disk_refuses_and_releases_nothing(running):
-    running.approve("full")
-    assert refusal_code(running.ask("query.join", run="full")) is None
-    running.process.terminate(SECONDS)
-    # No file may grow beyond what a stored answer needs: that is what the charge comes after.
-    running.process.limits = "fsize=2000"
-    log = running.process.folder / "state" / "audit.jsonl"
-    assert log.stat().st_size > 2000  # so the log can't grow either: nothing is answered unlogged
-    assert running.process.start().process.wait(SECONDS) == 70
-    assert "ST-700" in running.process.output()
-    running.process.limits = f"fsize={log.stat().st_size + 1500}"
-    running.process.start().wait_until(lambda s: s["link"] == "online", seconds=SECONDS)
-    running.send("train", 1, run="full")
-    running.wait_for(lambda: running.process.status()["link"] == "waiting"
-                     or running.process.status()["refused"], "no trouble")  # fmt: skip
-    assert running.process.process.poll() is None
-    replies = len(running.double.replies)
-    charged = running.charges("full")
-    running.process.terminate(SECONDS)
-    running.process.limits = ""
-    running.process.start().wait_until(lambda s: s["link"] == "online", seconds=SECONDS)
-    assert refusal_code(running.ask("train", 1, run="full")) is None
-    assert len(running.charges("full")) == 1
-    assert len(charged) <= 1
-    assert len(running.double.replies) == replies + 1
-
-
 def test_two_daemons_on_one_state_are_one_too_many(running):
     found = running.process.site("start", check=False)
     assert found.returncode == 60
