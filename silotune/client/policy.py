@@ -201,7 +201,7 @@ def _delta(policy: PolicyConfig, plan: Plan, facts: Facts) -> Clause:
 
 
 def _secure(policy: PolicyConfig, plan: Plan, facts: Facts) -> Clause:
-    secure = bool(getattr(plan.aggregation, "secure", False))
+    secure = plan.aggregation.secure
     reason = "the coordinator sees " + ("only sums" if secure else "this site's update alone")
     if not secure and not policy.require_secure_aggregation:
         reason += ", and may"
