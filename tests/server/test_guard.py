@@ -148,13 +148,13 @@ def test_bodies_are_bounded_whoever_sends_them(open_town, member):
 
 def test_connections_without_a_certificate_are_few_and_short(open_town, member, monkeypatch):
     monkeypatch.setattr(listener, "MOST_ANONYMOUS", 3)
-    monkeypatch.setattr(listener, "ANONYMOUS_SECONDS", 0.5)
+    monkeypatch.setattr(listener, "ANONYMOUS_SECONDS", 8.0)
     context = member.context(certificate=False)
     address = ("127.0.0.1", open_town.coordinator.port)
 
     def connect():
         made = context.wrap_socket(socket.create_connection(address), server_hostname="127.0.0.1")
-        made.settimeout(10.0)
+        made.settimeout(40.0)
         return made
 
     def closed(made):
@@ -163,14 +163,21 @@ def test_connections_without_a_certificate_are_few_and_short(open_town, member, 
         except (ConnectionError, ssl.SSLError):
             return True
 
-    held = [connect() for _ in range(3)]
     started = time.monotonic()
+    held = [connect() for _ in range(3)]
     assert closed(connect())  # the fourth is dropped at once
-    assert time.monotonic() - started < 0.4
+    dropped = time.monotonic() - started
     assert all(closed(each) for each in held)  # and the others when their time is over
-    assert time.monotonic() - started > 0.3
+    assert dropped < 8.0 <= time.monotonic() - started + 0.1
     with member.http(certificate=False) as client:
-        assert client.get(wire.AUTHORITY).status_code == 200
+
+        def answered():
+            try:
+                return client.get(wire.AUTHORITY).status_code == 200
+            except httpx.TransportError:
+                return False
+
+        assert wait_for(answered)
 
 
 def test_the_operators_own_connection_may_be_held_for_long(open_town, monkeypatch):
