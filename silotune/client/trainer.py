@@ -103,7 +103,9 @@ class TrainableModel:
         self.plan, self.model = plan, model
         self.attached: Attached = attach(model.module, private=plan.private, dtype=model.dtype)
         self._parts = {
-            id(model.module.trained[entry.name]): entry.part for entry in model.layout.entries
+            id(model.module.trained[entry.name]): entry.part
+            for entry in model.layout.entries
+            if entry.name in model.module.trained
         }
 
     def part_of(self, parameter: nn.Parameter) -> Part:
@@ -371,11 +373,8 @@ class Trainer:
                 self._still[key] -= 1
         stuck = [key for key, patience in self._still.items() if patience <= 0]
         if stuck:
-            names = [
-                entry.name
-                for entry in self._model.layout.entries
-                if id(self._model.module.trained[entry.name]) in stuck
-            ]
+            trained = self._model.module.trained
+            names = [name for name, parameter in trained.items() if id(parameter) in stuck]
             raise SelfCheckFailed(
                 f"{len(names)} trainable tensors never had a gradient: {names[0]}"
             )

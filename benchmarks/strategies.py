@@ -1,0 +1,344 @@
+"""Aggregation strategies side by side on the hospitals demo: macro-F1, bytes, server seconds.
+
+A grid of small trainings: every strategy, without privacy and at eps 8 and 2 per record, with one local
+step a round and with four, on the seven hospitals as they are (non-IID) and on the same records dealt
+at random (IID), three seeds. The head-only probe under the same settings and the base rate (always the
+most frequent class) stand beside them. A strategy that a setting refuses, or under which it is another
+strategy, is not run there. Small means: 600 records a hospital, LoRA on the last layer, its input kept
+in memory; scores of the demo at full size are in benchmarks/utility.py.
+
+    python benchmarks/strategies.py [--quick] [--json] [--results grid.json] [--workers 2]
+
+Results are written as they come, seeds in the outer loop; a grid that was cut goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from silotune.client.runtime import SiteRun, WarmModel
+from silotune.data.demo import write_hospitals
+from silotune.data.site import BudgetConfig, SiteConfig, load_sites
+from silotune.data.splits import Split
+from silotune.models.choices import Choices, choose
+from silotune.models.layout import initial_adapter
+from silotune.plan import Plan
+from silotune.simulation.partition import Iid, partition_file
+from silotune.simulation.program import score
+from silotune.simulation.spectator import metrics_of
+from silotune.strategies import strategy_for
+from silotune.strategies.base import Terms
+
+HEAD_ROUNDS, ROUNDS = 20, 36
+COMMON = {
+    "rounds.number": ROUNDS,
+    "rounds.min_sites": 7,
+    "optimizer.site.head_rounds": HEAD_ROUNDS,
+    "optimizer.site.adapter_lr": 2e-3,
+    "lora.last_layers": 1,
+    "data.test_share": 0.3,
+    "data.validation_share": 0.0,
+    "rounds.evaluate_every": 0,
+    "privacy.rate": 0.06,
+}
+WITHOUT_PRIVACY = {
+    "privacy.mode": "none",
+    "privacy.epsilon": None,
+    "privacy.delta": None,
+    "privacy.clip": None,
+}
+LOCAL_ADAM = {"rounds.local_steps": 4, "optimizer.server.name": "none"}
+# Adam's step is about the learning rate whatever the gradient; SGD's is not.
+LOCAL_SGD = {
+    **LOCAL_ADAM,
+    "optimizer.site.local": "sgd",
+    "optimizer.site.head_lr": 1.0,
+    "optimizer.site.adapter_lr": 0.1,
+}
+VOTE = {"aggregation.weights": "equal"}
+LIARS = {**VOTE, "aggregation.byzantine": 2}
+
+PROBE = {"optimizer.site.head_rounds": ROUNDS}
+METHODS: dict[str, dict[str, object]] = {
+    "probe": PROBE,
+    **{name: {"aggregation.strategy": name} for name in ("fedavg", "ffa", "rolora", "fedsvd", "fedsa")},
+}
+WRAPPERS: dict[str, dict[str, object]] = {
+    f"fedavg + {name}": {"optimizer.server.name": name} for name in ("sgd", "yogi", "adagrad")
+}
+ROBUST: dict[str, dict[str, object]] = {
+    "median": {"aggregation.strategy": "median", **VOTE},
+    "trimmed_mean": {"aggregation.strategy": "trimmed_mean", **VOTE, "aggregation.trim": 0.3},
+    "krum": {"aggregation.strategy": "krum", **LIARS},
+    "multi_krum": {"aggregation.strategy": "multi_krum", **LIARS, "aggregation.selected": 5},
+    "geometric_median": {"aggregation.strategy": "geometric_median", **VOTE},
+    "bulyan (1 liar)": {"aggregation.strategy": "bulyan", **VOTE, "aggregation.byzantine": 1},
+    "norm_bound": {"aggregation.strategy": "norm_bound", "aggregation.bound": 0.5},
+}
+SEVERAL: dict[str, dict[str, object]] = {
+    **{name: {"aggregation.strategy": name} for name in ("fedex", "flora", "flexlora")},
+    "fedavg + prox": {"optimizer.site.prox": 0.1},
+    "fedavg (local sgd)": LOCAL_SGD,
+    "scaffold": {**LOCAL_SGD, "aggregation.strategy": "scaffold"},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training of the grid."""
+
+    method: str
+    epsilon: float | None
+    steps: int
+    split: str
+    seed: int
+
+    @property
+    def key(self) -> str:
+        return "|".join(str(value) for value in asdict(self).values())
+
+    def plan(self, base: Plan) -> Plan:
+        settings: dict[str, object] = {**COMMON, "plan.seed": self.seed}
+        settings |= LOCAL_ADAM if self.steps > 1 else {}
+        settings |= WITHOUT_PRIVACY if self.epsilon is None else {"privacy.epsilon": self.epsilon}
+        settings |= {**METHODS, **WRAPPERS, **ROBUST, **SEVERAL}[self.method]
+        return base.override(settings)
+
+
+def grid(*, quick: bool) -> Iterator[Case]:
+    """All cases, seeds in the outer loop."""
+    if quick:
+        for method in ("probe", "fedavg", "ffa", "fedsvd"):
+            yield Case(method, 8.0, 1, "hospitals", 1)
+        yield Case("fedex", None, 4, "hospitals", 1)
+        yield Case("median", None, 1, "iid", 1)
+        return
+    for seed in (1, 2, 3):
+        for split in ("hospitals", "iid"):
+            for epsilon in (8.0, None, 2.0):
+                for method in METHODS:
+                    yield Case(method, epsilon, 1, split, seed)
+                for method in [*METHODS, *SEVERAL]:
+                    yield Case(method, epsilon, 4, split, seed)
+        for epsilon in (None, 8.0):
+            for method in [*ROBUST, *WRAPPERS]:
+                yield Case(method, epsilon, 1, "hospitals", seed)
+
+
+# --- data ---
+
+
+def prepare(folder: Path, *, rows: int) -> None:
+    """The hospitals, and the same records dealt at random to as many sites."""
+    demo = write_hospitals(folder / "hospitals", rows_per_site=rows)
+    sites = load_sites(folder / "hospitals")
+    lines: list[list[str]] = []
+    for site in sites:
+        with (site.folder / "records.csv").open(newline="", encoding="utf-8") as file:
+            header, *own = csv.reader(file)
+        lines += own
+    whole = folder / "whole.csv"
+    with whole.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([header, *lines])
+    offered = sites[0].dataset("diagnoses")
+    partition_file(
+        whole,
+        folder / "iid",
+        partitioner=Iid(len(sites)),
+        columns=offered.columns.by_role(),
+        budget=BudgetConfig(epsilon=100.0, delta=1e-4),
+        dataset="diagnoses",
+    )
+    (folder / "plan.toml").write_text(demo.plan.read_text("utf-8"), "utf-8")
+
+
+# --- a training ---
+
+
+@lru_cache(maxsize=1)
+def warm_model(choices: str, folder: str) -> WarmModel:
+    return WarmModel(Choices(**json.loads(choices)), shared=Path(folder) / "shared")
+
+
+@lru_cache(maxsize=None)
+def material(folder: str, base: str) -> dict[str, object]:
+    """Records and tokens by site, read once a process: no strategy changes them."""
+    del folder, base
+    return {}
+
+
+def parts_of(case: Case, plan: Plan, folder: Path, warm: WarmModel, state: Path) -> list[SiteRun]:
+    kept, parts = material(str(folder), case.split), []
+    for number, site in enumerate(load_sites(folder / case.split)):
+        # A site's own budget is not what is measured here.
+        offered = site.dataset("diagnoses").model_copy(
+            update={"budget": BudgetConfig(epsilon=100.0, delta=1e-4)}
+        )
+        roomy = site.model_copy(update={"datasets": {"diagnoses": offered}})
+        part = SiteRun(roomy, state=state / str(number), plan=plan, run="grid", warm=warm)
+        if site.name not in kept:
+            kept[site.name] = part.records, part.encoded
+        part.records, part.encoded = kept[site.name]  # type: ignore[misc,assignment]
+        parts.append(part)
+    return parts
+
+
+def run(job: tuple[Case, str, str]) -> tuple[Case, dict[str, float]]:
+    case, folder, choices = job
+    started, cpu = time.monotonic(), time.process_time()
+    plan = case.plan(Plan.load(Path(folder) / "plan.toml"))
+    with tempfile.TemporaryDirectory() as state:
+        parts = parts_of(case, plan, Path(folder), warm_model(choices, folder), Path(state))
+        found = train(plan, parts)
+    found |= {"seconds": time.monotonic() - started, "cpu_seconds": time.process_time() - cpu}
+    return case, found
+
+
+def train(plan: Plan, parts: list[SiteRun]) -> dict[str, float]:
+    """Train, score on everybody's test records, and count what would have travelled."""
+    layout = parts[0].trainer.layout
+    terms = [
+        Terms(node=n, site=part.site.name, declared_units=part.dataset.declared_units)
+        for n, part in enumerate(parts)
+    ]
+    strategy = strategy_for(plan, layout=layout)
+    strategy.cohort = {one.node: one for one in terms}
+    adapter, up, down, server = initial_adapter(layout, plan), 0, 0, 0.0
+    for number in range(1, plan.rounds.number + 1):
+        server -= time.perf_counter()
+        strategy.begin(number, adapter)
+        server += time.perf_counter()
+        for one, part in zip(terms, parts, strict=True):
+            update = part.trainer.round(adapter, number).flat
+            up, down = up + update.nbytes, down + adapter.nbytes
+            server -= time.perf_counter()
+            strategy.fold(one, update)
+            server += time.perf_counter()
+        server -= time.perf_counter()
+        adapter = strategy.finish(adapter, server_round=number)
+        server += time.perf_counter()
+    found = {"f1": macro_f1(plan, parts, [adapter] * len(parts))}
+    keeping = [part.trainer.keeping for part in parts]
+    if keeping[0].any:
+        own = [one.personal(adapter, before=plan.rounds.number + 1) for one in keeping]
+        found["f1_personal"] = macro_f1(plan, parts, own)
+    rounds = plan.rounds.number * len(parts)
+    found |= {"up": up / rounds, "down": down / rounds}
+    return found | {"server_ms": 1000 * server / plan.rounds.number}
+
+
+def macro_f1(plan: Plan, parts: list[SiteRun], adapters: list[np.ndarray]) -> float:
+    frozen = plan.optimizer.site.head_rounds >= plan.rounds.number
+    counts = [
+        score(part, adapter, split=Split.TEST, frozen=frozen)
+        for part, adapter in zip(parts, adapters, strict=True)
+    ]
+    return metrics_of(plan, sum(counts))["macro_f1"]
+
+
+def base_rate(folder: Path, split: str) -> float:
+    """Macro-F1 of always saying the most frequent class of the test records."""
+    plan = Plan.load(folder / "plan.toml").override({**COMMON, "rounds.min_sites": 1})
+    with tempfile.TemporaryDirectory() as state:
+        tally: dict[str, int] = defaultdict(int)
+        for site in load_sites(folder / split):
+            part = SiteRun(site, state=Path(state), plan=plan, run="r", warm=WarmModel())
+            for row in held_out(part, site):
+                tally[row] += 1
+    most = max(tally.values())
+    share = most / sum(tally.values())
+    return (2 * share / (1 + share)) / len(tally)
+
+
+def held_out(part: SiteRun, site: SiteConfig) -> list[str]:
+    from silotune.data.reader import load_records
+
+    records = load_records(site, part.plan, roles=frozenset({"text", "label"}))
+    return [records.examples[row]["label"] for row in records.rows(Split.TEST)]
+
+
+# --- the whole ---
+
+
+def calm() -> None:
+    torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def measure(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, float]]:
+    """Results by case key; those in the results file are not run again."""
+    path = Path(options.results) if options.results else None
+    found: dict[str, dict[str, float]] = json.loads(path.read_text()) if path and path.exists() else {}
+    prepare(folder, rows=150 if options.quick else 600)
+    base = Plan.load(folder / "plan.toml")
+    choices = json.dumps(asdict(choose(base)), sort_keys=True)
+    for split in ("hospitals", "iid"):
+        found[f"base rate|{split}"] = {"f1": base_rate(folder, split)}
+    cases = [case for case in grid(quick=options.quick) if case.key not in found]
+    jobs = [(case, str(folder), choices) for case in cases]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.workers, mp_context=context, initializer=calm) as pool:
+        pending = [pool.submit(run, job) for job in jobs]
+        for done in as_completed(pending):
+            case, values = done.result()
+            found[case.key] = values
+            shown = {name: round(value, 4) for name, value in values.items()}
+            print(case.key, shown, flush=True)
+            if path:
+                part = path.with_suffix(".part")
+                part.write_text(json.dumps(found, indent=1, sort_keys=True))
+                part.replace(path)
+    return found
+
+
+def summary(found: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Mean and standard deviation over the seeds, by method, epsilon, steps and split."""
+    scores: dict[str, list[float]] = defaultdict(list)
+    for key, values in found.items():
+        name = key.rpartition("|")[0] if not key.startswith("base rate") else key
+        scores[name].append(values["f1"])
+        if "f1_personal" in values:
+            scores[f"{name}|personal"].append(values["f1_personal"])
+    numbers = {}
+    for name, values in scores.items():
+        numbers[name] = round(statistics.fmean(values), 4)
+        numbers[f"{name}|sd"] = round(statistics.stdev(values), 4) if len(values) > 1 else 0.0
+    return numbers
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="six trainings on 150 records a site")
+    parser.add_argument("--json", action="store_true", help="last line is one JSON object")
+    parser.add_argument("--results", help="JSON file that grows with the grid, and is resumed from")
+    parser.add_argument("--workers", type=int, default=2)
+    options = parser.parse_args()
+    calm()
+    with tempfile.TemporaryDirectory() as folder:
+        numbers = summary(measure(options, Path(folder)))
+    for name, value in sorted(numbers.items()):
+        if not name.endswith("|sd"):
+            print(f"{name:44s} {value:.3f} ({numbers[f'{name}|sd']:.3f})")
+    if options.json:
+        print(json.dumps(numbers))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
