@@ -27,7 +27,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -78,7 +78,10 @@ LIARS = {**VOTE, "aggregation.byzantine": 2}
 PROBE = {"optimizer.site.head_rounds": ROUNDS}
 METHODS: dict[str, dict[str, object]] = {
     "probe": PROBE,
-    **{name: {"aggregation.strategy": name} for name in ("fedavg", "ffa", "rolora", "fedsvd", "fedsa")},
+    **{
+        name: {"aggregation.strategy": name}
+        for name in ("fedavg", "ffa", "rolora", "fedsvd", "fedsa")
+    },
 }
 WRAPPERS: dict[str, dict[str, object]] = {
     f"fedavg + {name}": {"optimizer.server.name": name} for name in ("sgd", "yogi", "adagrad")
@@ -177,7 +180,7 @@ def warm_model(choices: str, folder: str) -> WarmModel:
     return WarmModel(Choices(**json.loads(choices)), shared=Path(folder) / "shared")
 
 
-@lru_cache(maxsize=None)
+@cache
 def material(folder: str, base: str) -> dict[str, object]:
     """Records and tokens by site, read once a process: no strategy changes them."""
     del folder, base
@@ -285,7 +288,9 @@ def calm() -> None:
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, float]]:
     """Results by case key; those in the results file are not run again."""
     path = Path(options.results) if options.results else None
-    found: dict[str, dict[str, float]] = json.loads(path.read_text()) if path and path.exists() else {}
+    found: dict[str, dict[str, float]] = (
+        json.loads(path.read_text()) if path and path.exists() else {}
+    )
     prepare(folder, rows=150 if options.quick else 600)
     base = Plan.load(folder / "plan.toml")
     choices = json.dumps(asdict(choose(base)), sort_keys=True)

@@ -147,8 +147,28 @@ class Plan(Section):
 
     @property
     def private(self) -> bool:
-        """Whether training is under differential privacy."""
-        return self.privacy.mode != "none"
+        """Whether what a site sends is differentially private, and so charged to its ledger."""
+        site = self.privacy.site
+        return self.per_unit or (site is not None and site.noise == "site")
+
+    @property
+    def per_unit(self) -> bool:
+        """Whether training steps clip and hide single privacy units."""
+        return self.privacy.mode == "record"
+
+    @property
+    def trusts_coordinator(self) -> bool:
+        """Whether it is the coordinator that adds the noise, to updates it sees without."""
+        return self.privacy.site is not None and not self.private
+
+    @property
+    def releases_a_round(self) -> int:
+        """Noisy releases that a site's update of a round is composed of."""
+        return self.rounds.local_steps if self.per_unit else 1
+
+    def release_rate(self, declared_units: int) -> float:
+        """Poisson sampling rate of each of these: 1 where a whole site is what is hidden."""
+        return self.rate_for(declared_units) if self.per_unit else 1.0
 
     @property
     def sends_sums(self) -> bool:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from silotune.plan_sections import Clip
 from silotune.plan_secure import secure_conflicts
-from silotune.plan_strategies import strategy_conflicts
+from silotune.plan_strategies import site_privacy_conflicts, strategy_conflicts
 
 if TYPE_CHECKING:
     from silotune.plan import Plan
@@ -16,6 +16,7 @@ def conflicts(plan: Plan) -> list[str]:
     """Every impossible combination of a plan: the key's path and the reason."""
     return [
         *_model_conflicts(plan),
+        *site_privacy_conflicts(plan),
         *_privacy_conflicts(plan),
         *_step_conflicts(plan),
         *strategy_conflicts(plan),
@@ -43,9 +44,9 @@ def _privacy_conflicts(plan: Plan) -> list[str]:
     privacy, found = plan.privacy, []
     protected = {"epsilon": privacy.epsilon, "delta": privacy.delta, "clip": privacy.clip}
     for key, value in protected.items():
-        if plan.private and value is None:
+        if privacy.mode != "none" and value is None:
             found.append(f"privacy.{key}: needed when privacy.mode is '{privacy.mode}'")
-        if not plan.private and value is not None:
+        if privacy.mode == "none" and value is not None:
             found.append(f"privacy.{key}: has no meaning when privacy.mode is 'none'; remove it")
     if (privacy.rate is None) == (privacy.batch is None):
         found.append("privacy.rate: give exactly one of privacy.rate and privacy.batch")

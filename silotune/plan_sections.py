@@ -123,14 +123,28 @@ class Clip(Section):
     )
 
 
+class SitePrivacySection(Section):
+    """``[privacy.site]``: client-level privacy, for ``mode = "site"``."""
+
+    noise: Literal["coordinator", "site"] = Field(
+        "coordinator",
+        description="Who adds it: the coordinator, once, and is trusted; or each site, to its own.",
+    )
+    quantile: Share | None = Field(
+        None, description="Adaptive clipping: the norm follows this quantile of the sites' norms."
+    )
+    clip_lr: Positive = Field(0.2, description="How fast the norm follows.")
+
+
 class PrivacySection(Section):
     """``[privacy]``: whose data is protected and how well."""
 
-    mode: Literal["record", "none"]
+    mode: Literal["record", "site", "none"]
     unit: Name = Field("record", description="'record', or what one value of the unit column is.")
     epsilon: Positive | None = None
     delta: Annotated[float, Field(gt=0.0, lt=0.01)] | None = None
     clip: Positive | Clip | None = None
+    site: SitePrivacySection | None = None
     rate: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     batch: Annotated[int, Field(ge=1)] | None = Field(None, description="Expected units a step.")
     max_records_per_unit: Annotated[int, Field(ge=1)] = 1

@@ -126,3 +126,51 @@ def _local_head(plan: Plan) -> list[str]:
             "site; use 'shared'"
         )
     return found
+
+
+def site_privacy_conflicts(plan: Plan) -> list[str]:
+    """What client-level privacy needs, and what it can't go with."""
+    privacy, aggregation = plan.privacy, plan.aggregation
+    if privacy.mode != "site":
+        return (
+            []
+            if privacy.site is None
+            else ["privacy.site: only when privacy.mode is 'site'; remove it"]
+        )
+    found = []
+    if privacy.site is None:
+        found.append("privacy.site: needed when privacy.mode is 'site': say who adds the noise")
+    elif privacy.site.quantile is not None and privacy.site.noise == "site":
+        found.append(
+            "privacy.site.quantile: needs noise = 'coordinator'; each site's own count would need as "
+            "much noise as its update, and say nothing"
+        )
+    if not isinstance(privacy.clip, float | None):
+        found.append("privacy.clip: give one number when privacy.mode is 'site'")
+    if plan.sends_sums:
+        found.append(
+            "rounds.local_steps: at least 2 when privacy.mode is 'site', where whole changes of a site "
+            "are clipped"
+        )
+    if aggregation.weights != "equal":
+        found.append(
+            "aggregation.weights: must be 'equal' when privacy.mode is 'site': a weight would scale "
+            "what one site can do"
+        )
+    if aggregation.secure:
+        found.append(
+            "aggregation.secure: not with privacy.mode 'site': the noise on a sum of whole numbers is "
+            "that of clipped gradients, not of clipped changes"
+        )
+    if reason := _NOT_BY_SITE.get(aggregation.strategy, NOT_LINEAR.get(aggregation.strategy)):
+        found.append(
+            f"aggregation.strategy: '{aggregation.strategy}' does not go with privacy.mode 'site', "
+            f"which hides one site in a plain mean: {reason}"
+        )
+    return found
+
+
+_NOT_BY_SITE: Mapping[str, str] = {
+    "scaffold": "the sites' control variates are of changes before clipping, and would not add up",
+    "norm_bound": "privacy.clip bounds the norms already; use 'fedavg'",
+}

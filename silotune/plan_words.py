@@ -83,8 +83,29 @@ def _optimizers(plan: Plan) -> str:
     )
 
 
+def _site_privacy(plan: Plan) -> str:
+    privacy = plan.privacy
+    assert privacy.site is not None and privacy.epsilon is not None and privacy.delta is not None
+    who = (
+        "The coordinator adds the noise and sees the sites' updates without it: it must be trusted."
+        if plan.trusts_coordinator
+        else "Each site adds noise to its own update, so nobody need be trusted."
+    )
+    follows = privacy.site.quantile is not None
+    norm = f"starting at {privacy.clip:g} and adapting" if follows else f"{privacy.clip:g}"
+    seeded = (
+        " The noise is seeded, so the run is not private." if plan.plan.seed is not None else ""
+    )
+    return (
+        f"At most epsilon {privacy.epsilon:g} at delta {privacy.delta:g} for all records of a site "
+        f"together; whole updates clipped to norm {norm}. {who}{seeded}"
+    )
+
+
 def _privacy(plan: Plan) -> str:
     privacy = plan.privacy
+    if privacy.mode == "site":
+        return _site_privacy(plan)
     if not plan.private:
         return "None: updates are sent as they are. Use it only with records that may be public."
     assert privacy.epsilon is not None  # a validated private plan has both

@@ -79,7 +79,11 @@ def test_a_key_in_the_wrong_section_is_refused_with_its_real_place():
         ("rounds__number", "ten", "rounds.number: expected a valid integer, got 'ten'"),
         ("rounds__number", True, "rounds.number: expected a valid integer, got True"),
         ("rounds__number", 0, "rounds.number: expected greater than or equal to 1, got 0"),
-        ("privacy__mode", "total", "privacy.mode: expected 'record' or 'none', got 'total'"),
+        (
+            "privacy__mode",
+            "total",
+            "privacy.mode: expected 'record', 'site' or 'none', got 'total'",
+        ),
         ("lora__dropout", 1.5, "lora.dropout: expected less than 1, got 1.5"),
         ("privacy__clip", {"heed": 1, "adapter": 1}, "did you mean 'head'?"),
     ],

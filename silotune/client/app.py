@@ -6,6 +6,7 @@ raised here crosses the wire as a stable code only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -52,7 +53,10 @@ def build_client_app(find_run: FindRun) -> ClientApp:
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        reply = part(message, context).train(_adapter(message.content), _round(message.content))
+        content = message.content
+        reply = part(message, context).train(
+            _adapter(content), _round(content), clip=_clip(content)
+        )
         return Message(reply, reply_to=message)
 
     @app.evaluate()
@@ -130,6 +134,16 @@ def _round(content: RecordDict) -> int:
     value = content.config_records["config"].get("round")
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise PlanInvalid("the message has no round number")
+    return value
+
+
+def _clip(content: RecordDict) -> float | None:
+    """The norm of a round under adaptive clipping, which the coordinator names."""
+    value = content.config_records["config"].get("clip")
+    if value is None:
+        return None
+    if not isinstance(value, float) or not math.isfinite(value) or value <= 0.0:
+        raise PlanInvalid("the message's clipping norm is not a positive number")
     return value
 
 

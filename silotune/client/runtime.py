@@ -138,7 +138,7 @@ class SiteRun:
             "site": Public(self.site.name, "site.toml: name"),
             "declared_units": Public(declared, "site.toml: declared_units"),
             "layout": Public(model.layout.to_json(), "plan: model and lora"),
-            "rate": Public(self.plan.rate_for(declared), "plan: privacy.rate or privacy.batch"),
+            "rate": Public(self.plan.release_rate(declared), "plan: privacy.rate or privacy.batch"),
         }
         if self.rank != self.plan.lora.r:
             fields["rank"] = Public(self.rank, "site.toml: resources.max_rank")
@@ -147,13 +147,13 @@ class SiteRun:
         self.trainer.prepare()
         return self.gate.release(ReleaseKey(self.run, 0, "join"), fields=fields)
 
-    def train(self, adapter: Vector, server_round: int) -> RecordDict:
+    def train(self, adapter: Vector, server_round: int, *, clip: float | None = None) -> RecordDict:
         """The site's update of a round; a repeated request gets the first answer again."""
         self._require_round(server_round, secure=False)
         key = ReleaseKey(self.run, server_round, "update")
         if (again := self.gate.recall(key)) is not None:
             return again
-        update = self._trained(adapter, server_round)
+        update = self._trained(adapter, server_round, clip=clip)
         if update.event is None:
             return self.gate.release(key, fields={"update": Unprotected(update.flat)})
         return self.gate.release(
@@ -179,9 +179,11 @@ class SiteRun:
         self._require_round(server_round, secure=True)
         return self.secure
 
-    def _trained(self, adapter: Vector, server_round: int) -> RoundUpdate:
+    def _trained(
+        self, adapter: Vector, server_round: int, *, clip: float | None = None
+    ) -> RoundUpdate:
         started = time.monotonic()
-        update = self.trainer.round(adapter, server_round)
+        update = self.trainer.round(adapter, server_round, clip=clip)
         self.train_seconds[server_round] = time.monotonic() - started
         return update
 

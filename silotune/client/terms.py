@@ -52,15 +52,16 @@ def sigma_for(plan: Plan, declared_units: int) -> float:
     return calibrate(
         epsilon=privacy.epsilon,
         delta=privacy.delta,
-        rate=plan.rate_for(declared_units),
-        steps=plan.steps,
+        rate=plan.release_rate(declared_units),
+        steps=plan.rounds.number * plan.releases_a_round,
         extra=tuple(_metric_events(plan)),
     )
 
 
 def run_events(plan: Plan, declared_units: int, *, sigma: float) -> list[DpEvent]:
     """Every event of a whole run at a site, which its ledger reserves."""
-    steps = training_event(plan, declared_units, sigma=sigma, steps=plan.steps)
+    releases = plan.rounds.number * plan.releases_a_round
+    steps = training_event(plan, declared_units, sigma=sigma, steps=releases)
     return [steps, *_metric_events(plan)]
 
 
@@ -94,7 +95,7 @@ def require_uncolluding(
 
 def training_event(plan: Plan, declared_units: int, *, sigma: float, steps: int) -> DpEvent:
     """What some training steps at a site cost: the central mechanism, if the noise is shared."""
-    rate, shared = plan.rate_for(declared_units), shared_noise(plan)
+    rate, shared = plan.release_rate(declared_units), shared_noise(plan)
     if shared is None:
         return step_event(rate=rate, sigma=sigma, steps=steps)
     return shared_step_event(

@@ -36,6 +36,7 @@ from silotune.privacy.noise import NoiseSource, SecureNoise, SeededNoise, derive
 from silotune.strategies import method_of
 from silotune.strategies.schedule import Group, Phase, learning_rate, phase_of
 from silotune.strategies.secure import shared_noise
+from silotune.strategies.site_privacy import marked, shortened
 
 Vector = NDArray[np.float32]
 Engine = DpSgd | PlainSgd
@@ -101,7 +102,7 @@ class TrainableModel:
 
     def __init__(self, plan: Plan, model: LoadedModel) -> None:
         self.plan, self.model = plan, model
-        self.attached: Attached = attach(model.module, private=plan.private, dtype=model.dtype)
+        self.attached: Attached = attach(model.module, private=plan.per_unit, dtype=model.dtype)
         self._parts = {
             id(model.module.trained[entry.name]): entry.part
             for entry in model.layout.entries
@@ -120,7 +121,7 @@ class TrainableModel:
         """A fresh engine for the steps of one round, which trains these parts and no others."""
         for parameter in self.model.parameters():
             parameter.requires_grad_(self.part_of(parameter) in parts)
-        if not self.plan.private:
+        if not self.plan.per_unit:
             return PlainSgd(self.attached, self.parameters(parts))
         return DpSgd(self.attached, self._groups(parts), sigma=sigma, noise=noise)
 
@@ -207,7 +208,9 @@ class Trainer:
         """The layout of adapters and updates."""
         return self._model.layout
 
-    def round(self, adapter: Vector, server_round: int) -> RoundUpdate:
+    def round(
+        self, adapter: Vector, server_round: int, *, clip: float | None = None
+    ) -> RoundUpdate:
         """Run the local steps of a round (from 1) from the global adapter.
 
         Parameters
@@ -216,6 +219,8 @@ class Trainer:
             The global adapter.
         server_round : int
             Number of the round.
+        clip : float, optional
+            Norm of this round under adaptive clipping.
 
         Raises
         ------
@@ -241,7 +246,7 @@ class Trainer:
             self.keeping.leave(own, flat, server_round),
             declared_units=self._data.declared_units,
         )
-        return RoundUpdate(flat=sent, event=self._event())
+        return RoundUpdate(flat=self._hidden(sent, noise, clip), event=self._event())
 
     def _clean(
         self,
@@ -261,8 +266,24 @@ class Trainer:
         """What a round costs."""
         if not self._plan.private:
             return None
-        steps, units = self._plan.rounds.local_steps, self._data.declared_units
+        steps, units = self._plan.releases_a_round, self._data.declared_units
         return training_event(self._plan, units, sigma=self._sigma, steps=steps)
+
+    def _hidden(self, update: Vector, noise: NoiseSource, clip: float | None) -> Vector:
+        """What leaves of an update where it is the whole site that is hidden."""
+        site = self._plan.privacy.site
+        if site is None:
+            return update
+        bound = clip or self._plan.privacy.clip
+        assert isinstance(bound, float)  # validated with the plan
+        if site.quantile is not None:
+            return marked(update, bound)
+        short = shortened(update, bound)
+        if site.noise == "coordinator":
+            return short
+        # Whatever the records say, the shortened change is at most two bounds away.
+        noisy = noise.add(torch.from_numpy(short), 2.0 * bound * self._sigma)
+        return np.asarray(noisy.numpy(), dtype=np.float32)
 
     def _stream(self, server_round: int) -> NoiseSource:
         """Randomness of a round: the OS's, or the plan's seed for this site and round."""

@@ -114,7 +114,7 @@ def _site_facts(plan: Plan, units: int) -> dict[str, Any]:
 
     facts: dict[str, Any] = {
         "declared_units": units,
-        "rate": plan.rate_for(units),
+        "rate": plan.release_rate(units),
         "expected_batch": plan.expected_batch(units),
         "sigma": None,
         "epsilon": None,

@@ -136,11 +136,17 @@ A LoRA adapter for `{plan.model.base}`, trained across several sites that kept t
 
 def _privacy(plan: Plan) -> str:
     privacy = plan.privacy
-    if not plan.private:
+    if plan.trusts_coordinator and plan.plan.seed is None:
+        return (
+            f"Trained under client-level differential privacy, ε = {privacy.epsilon:g} at "
+            f"δ = {privacy.delta:g} for all records of a site together; the coordinator added the noise."
+        )
+    if not plan.private and not plan.trusts_coordinator:
         return "Trained without differential privacy."
     if plan.plan.seed is not None:
         return "Not private: the noise of this run came from a seed."
+    unit = f"each {privacy.unit}" if plan.per_unit else "all records of a site together"
     return (
         f"Trained under differential privacy; the plan allows each site ε = {privacy.epsilon:g} at "
-        f"δ = {privacy.delta:g} for each {privacy.unit}. What was spent is in the sites' certificates."
+        f"δ = {privacy.delta:g} for {unit}. What was spent is in the sites' certificates."
     )

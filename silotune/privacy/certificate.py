@@ -38,6 +38,8 @@ _NOISE = {
 # The accountant discretises and transforms: other machines may differ in the last digits only.
 _TOLERANCE = 1e-6
 
+_WHOLE_SITE = "whole site"  # with a space: no dataset's unit can be called that
+
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Positive = Annotated[float, Field(gt=0.0)]
 
@@ -192,16 +194,17 @@ def issue(
         raise CertificateInvalid(f"the ledger has no charge of run {run!r} under this plan")
     head = ledger.head
     epsilon = epsilon_of(tally, delta=plan.privacy.delta)
+    unit = plan.privacy.unit if plan.per_unit else _WHOLE_SITE
     body = CertificateBody(
         statement=_statement(
-            private=secure_noise, unit=plan.privacy.unit, epsilon=epsilon, delta=plan.privacy.delta
+            private=secure_noise, unit=unit, epsilon=epsilon, delta=plan.privacy.delta
         ),
         private=secure_noise,
         site=site,
         run=run,
         dataset=dataset,
-        unit=plan.privacy.unit,
-        adjacency=_adjacency(plan.privacy.unit),
+        unit=unit,
+        adjacency=_adjacency(unit),
         epsilon=epsilon,
         delta=plan.privacy.delta,
         mechanisms=tuple(_mechanism(leaf, times) for leaf, times in sorted(tally.items())),
@@ -353,10 +356,16 @@ def _statement(*, private: bool, unit: str, epsilon: float, delta: float) -> str
     if not private:
         return "seeded: not private"
     shown = math.ceil(epsilon * 1e4) / 1e4  # never below what is true
+    if unit == _WHOLE_SITE:
+        return (
+            f"({shown:.4f}, {delta:g})-differential privacy for all records of this site together"
+        )
     return f"({shown:.4f}, {delta:g})-differential privacy for every {unit} of this dataset"
 
 
 def _adjacency(unit: str) -> str:
+    if unit == _WHOLE_SITE:
+        return "replace the records of this site by any others, all of them at once"
     if unit == "record":
         return "add or remove one record at this site"
     return f"add or remove one {unit}, with all its records, at this site"

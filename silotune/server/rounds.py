@@ -169,6 +169,8 @@ class RoundLoop:
             cohort=[terms.site for terms in strategy.cohort.values()],
         )
         config = ConfigRecord({"plan": self._text, "run": self._run, "round": number})
+        for name, value in strategy.settings().items():
+            config[name] = value
         arrays = as_arrays(adapter)
         strategy.begin(number, adapter)
         if self._plan.aggregation.secure:

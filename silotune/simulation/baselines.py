@@ -257,7 +257,7 @@ def federate(plan: Plan, trainers: Sequence[tuple[Terms, Trainer]]) -> tuple[Vec
     for number in range(1, plan.rounds.number + 1):
         strategy.begin(number, adapter)
         for terms, trainer in trainers:
-            update = trainer.round(adapter, number)
+            update = trainer.round(adapter, number, clip=strategy.settings().get("clip"))
             if update.missing_noise:
                 raise PrivacyError("noise can be shared only in a sum under secure aggregation")
             strategy.fold(terms, np.asarray(update.flat, dtype=np.float32))

@@ -44,10 +44,18 @@ def write_privacy(
 
 
 def _statement(plan: Plan) -> str:
-    if not plan.private:
+    if plan.trusts_coordinator and plan.plan.seed is None:
+        return (
+            f"client-level differential privacy, epsilon = {plan.privacy.epsilon:g} for the records of "
+            "each site together, against everybody but the coordinator: it sees the sites' updates "
+            "and adds the noise"
+        )
+    if not plan.private and not plan.trusts_coordinator:
         return "no differential privacy: updates reveal records"
     if plan.plan.seed is not None:
         return "seeded: not private"
+    if not plan.per_unit:
+        return "client-level differential privacy: the records of each site together are protected"
     return (
         f"each {plan.privacy.unit} is protected at its own site; a person with records at two "
         "sites is protected by the sum of both sites' epsilons"
@@ -55,9 +63,10 @@ def _statement(plan: Plan) -> str:
 
 
 def _site_privacy(plan: Plan, body: Mapping[str, Any]) -> dict[str, Any]:
-    steps = next(m for m in body["mechanisms"] if m["times"] == plan.steps)
+    releases = plan.rounds.number * plan.releases_a_round
+    steps = next(m for m in body["mechanisms"] if m["times"] == releases)
     rate, sigma = float(steps["rate"]), float(steps["sigma"])
-    per_round = step_event(rate=rate, sigma=sigma, steps=plan.rounds.local_steps)
+    per_round = step_event(rate=rate, sigma=sigma, steps=plan.releases_a_round)
     curve = epsilon_curve(
         per_round, rounds=plan.rounds.number, points=_CURVE_POINTS, delta=float(body["delta"])
     )
@@ -65,7 +74,7 @@ def _site_privacy(plan: Plan, body: Mapping[str, Any]) -> dict[str, Any]:
         "epsilon": body["epsilon"],
         "sigma": sigma,
         "rate": rate,
-        "steps": plan.steps,
+        "steps": releases,
         "exposures": body["exposures"],
         "epsilon_by_round": [[number, value] for number, value in curve],
     }

@@ -50,7 +50,7 @@ class LoggedStore:
         self._live = LiveEpsilon(
             delta=plan.privacy.delta or 0.0,
             rounds=plan.rounds.number,
-            local_steps=plan.rounds.local_steps,
+            local_steps=plan.releases_a_round,
         )
         self._seconds: dict[str, dict[str, float]] = defaultdict(dict)
         self.save_adapter = directory.save_adapter

@@ -143,6 +143,10 @@ class AdapterStrategy(Strategy):
     def finish(self, adapter: Vector, *, server_round: int) -> Vector:
         """The next global adapter, from the sum of the round; `adapter` itself without replies."""
 
+    def settings(self) -> dict[str, float]:
+        """Numbers that sites need beside plan and adapter in the coming round."""
+        return {}
+
     def state(self) -> dict[str, NDArray[Any]]:
         """Arrays that `restore` takes back: all that a resumed run needs beside the adapter."""
         return self.optimizer.state()

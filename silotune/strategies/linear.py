@@ -5,14 +5,18 @@ These work under secure aggregation: what the coordinator needs is the sum, howe
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from silotune.errors import UpdateRejected
+from silotune.models.layout import Layout
+from silotune.plan import Plan
 from silotune.strategies.base import AdapterStrategy, Terms, Vector, Weight
 from silotune.strategies.reproducible_sum import ReproducibleSum
+from silotune.strategies.site_privacy import SitePrivacy
 from silotune.strategies.weights import weight_in
 
 # Grids of the exact sum: gradient sums grow with the batch, weighted mean changes stay small.
@@ -28,6 +32,21 @@ class LinearStrategy(AdapterStrategy):
     """
 
     linear: ClassVar[bool] = True
+
+    def __init__(self, plan: Plan, *, layout: Layout) -> None:
+        super().__init__(plan, layout=layout)
+        self.privacy = SitePrivacy(plan) if plan.trusts_coordinator else None
+
+    def update_size(self, server_round: int) -> int:
+        """Length of a site's update, with its mark under adaptive clipping."""
+        site = self.plan.privacy.site
+        return super().update_size(server_round) + (site is not None and site.quantile is not None)
+
+    def settings(self) -> dict[str, float]:
+        """The clipping norm of the round, where it adapts."""
+        site = self.plan.privacy.site
+        adapts = site is not None and site.quantile is not None
+        return {"clip": self.privacy.clip} if adapts and self.privacy else {}
 
     def weight(self, terms: Terms) -> Weight:
         """Factor of a site's update in the sum, and what the site adds to the divisor."""
@@ -75,7 +94,21 @@ class LinearStrategy(AdapterStrategy):
         """Apply the mean to the global adapter."""
         if not self._mass:
             return adapter.copy()
-        return self.apply(adapter, self._sum.value(self._mass), server_round=server_round)
+        mean = self._sum.mean(self._mass)
+        if self.privacy is not None:
+            total = self._sum.mean(1.0)
+            mean = self.privacy.release(total, sites=len(self.cohort), server_round=server_round)
+        return self.apply(adapter, mean.astype(np.float32), server_round=server_round)
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """Arrays that `restore` takes back."""
+        return super().state() | ({} if self.privacy is None else self.privacy.state())
+
+    def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Go on from a saved `state`."""
+        super().restore(state)
+        if self.privacy is not None:
+            self.privacy.restore(state)
 
     def apply(self, adapter: Vector, mean: Vector, *, server_round: int) -> Vector:
         """The next global adapter, from the mean: here the server optimizer's step."""

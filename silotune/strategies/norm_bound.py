@@ -20,11 +20,10 @@ With one local step the bound is on the mean gradient: the sum over the expected
 
 from __future__ import annotations
 
-import numpy as np
-
 from silotune.plan import Plan
 from silotune.strategies.base import Terms, Vector
 from silotune.strategies.linear import LinearStrategy
+from silotune.strategies.site_privacy import shortened
 
 
 class NormBound(LinearStrategy):
@@ -41,11 +40,3 @@ class NormBound(LinearStrategy):
         """Shorten again what should be short already, and add it."""
         bounded = self.outgoing(self.plan, update, declared_units=terms.declared_units)
         super().fold(terms, bounded)
-
-
-def shortened(update: Vector, bound: float) -> Vector:
-    """The vector scaled to the bound if it is longer (and left alone if it is not finite)."""
-    norm = float(np.linalg.norm(update.astype(np.float64)))
-    if not norm > bound or not np.isfinite(norm):
-        return update
-    return update * np.float32(bound / norm * (1.0 - 2.0**-19))

@@ -22,7 +22,7 @@ from silotune.strategies.base import AdapterStrategy, Terms, Vector, as_arrays
 from silotune.strategies.factors import Pair, pairs
 from silotune.strategies.reproducible_sum import ReproducibleSum
 
-_EXPONENT = -36  # of the grid of the exact sum; it holds numbers up to 16
+_EXPONENT = -31  # of the grids of the exact sums; they hold numbers up to 512
 
 Product = NDArray[np.float64]
 

@@ -1,0 +1,126 @@
+"""Client-level differential privacy: what a whole site's records can do to the shared adapter.
+
+McMahan, Ramage, Talwar and Zhang, "Learning Differentially Private Recurrent Language Models" (ICLR
+2018): each site shortens its change to a norm C, and Gaussian noise of standard deviation ``sigma C``
+goes onto the sum, which is divided by the size of the cohort that joined. Andrew, Thakkar, McMahan and
+Ramaswamy, "Differentially Private Learning with Adaptive Clipping" (NeurIPS 2021): C follows a quantile
+of the sites' norms, of which each round releases a noisy count.
+
+Here the coordinator adds the noise, and is trusted with the sites' updates. Neighbouring runs differ in
+one site's update, which is replaced by zero; who takes part is public.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from silotune.plan import Plan
+from silotune.privacy.accounting import calibrate
+from silotune.privacy.noise import NoiseSource, SecureNoise, SeededNoise, derive_seed
+
+Vector = NDArray[np.float32]
+
+_COUNT_SHARE = 1 / 20  # noise of the count over the cohort, where that is enough: Andrew et al.
+
+
+class SitePrivacy:
+    """The coordinator's half of a plan whose ``privacy.mode`` is "site".
+
+    Parameters
+    ----------
+    plan : Plan
+        With ``privacy.site.noise = "coordinator"``.
+
+    Attributes
+    ----------
+    clip : float
+        The norm of the coming round.
+    sigma : float
+        Noise multiplier of a round as a whole; the plan's epsilon is that of `rounds` such releases.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        privacy = plan.privacy
+        assert isinstance(privacy.clip, float)  # validated with the plan, like the next ones
+        assert (
+            privacy.epsilon is not None and privacy.delta is not None and privacy.site is not None
+        )
+        self._plan, self._settings = plan, privacy.site
+        self.clip = privacy.clip
+        self.sigma = calibrate(
+            epsilon=privacy.epsilon, delta=privacy.delta, rate=1.0, steps=plan.rounds.number
+        )
+
+    def multipliers(self, sites: int) -> tuple[float, float]:
+        """Noise of the sum, over C, and of the count of short updates, over one site.
+
+        Together they cost what one release of `sigma` costs: ``z^-2 + (2 b)^-2 = sigma^-2``, the count
+        being taken of ±1/2. Without adaptive clipping there is no count.
+        """
+        if self._settings.quantile is None:
+            return self.sigma, 0.0
+        count = max(sites * _COUNT_SHARE, self.sigma)
+        return (self.sigma**-2 - (2 * count) ** -2) ** -0.5, count
+
+    def release(
+        self, total: NDArray[np.float64], *, sites: int, server_round: int
+    ) -> NDArray[np.float64]:
+        """The noisy mean of the sites' changes; then `clip` is that of the next round.
+
+        Parameters
+        ----------
+        total : float64 array
+            Sum of the shortened changes; under adaptive clipping with the sum of the marks at its end.
+        sites : int
+            Of the cohort, whether they answered or not.
+        server_round : int
+            From 1.
+        """
+        noise, (spread, count) = self._stream(server_round), self.multipliers(sites)
+        changes = total if self._settings.quantile is None else total[:-1]
+        mean = _noisy(changes, spread * self.clip, noise) / sites
+        if self._settings.quantile is not None:
+            short = float(_noisy(total[-1:], count, noise)[0]) / sites + 0.5
+            pull = self._settings.clip_lr * (short - self._settings.quantile)
+            self.clip *= math.exp(-pull)
+        return mean
+
+    def _stream(self, server_round: int) -> NoiseSource:
+        seed = self._plan.plan.seed
+        if seed is None:
+            return SecureNoise()
+        return SeededNoise(derive_seed(seed, "site privacy", server_round))
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """Arrays that `restore` takes back."""
+        return {"clip": np.array([self.clip])}
+
+    def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Go on from a saved `state`."""
+        self.clip = float(state["clip"][0])
+
+
+def shortened(update: Vector, bound: float) -> Vector:
+    """The vector scaled to the bound if it is longer (and left alone if it is not finite)."""
+    norm = float(np.linalg.norm(update.astype(np.float64)))
+    if not norm > bound or not np.isfinite(norm):
+        return update
+    return update * np.float32(bound / norm * (1.0 - 2.0**-19))
+
+
+def marked(update: Vector, bound: float) -> Vector:
+    """The shortened update, and behind it +1/2 if it was short already, else -1/2."""
+    short = float(np.linalg.norm(update.astype(np.float64))) <= bound
+    mark = np.array([0.5 if short else -0.5], dtype=np.float32)
+    return np.concatenate([shortened(update, bound), mark])
+
+
+def _noisy(values: NDArray[np.float64], std: float, noise: NoiseSource) -> NDArray[np.float64]:
+    clean = torch.from_numpy(values.astype(np.float32))
+    return np.asarray(noise.add(clean, std).numpy(), dtype=np.float64)
