@@ -83,7 +83,12 @@ class SimulatedSites:
             case "score":
                 split = Split[str(request["split"]).upper()]
                 frozen = bool(request["frozen"])
-                return {}, {"counts": score(site, arrays["flat"], split=split, frozen=frozen)}
+                found = {"counts": score(site, arrays["flat"], split=split, frozen=frozen)}
+                keeping = site.trainer.keeping
+                if keeping.any:
+                    own = keeping.personal(arrays["flat"], before=int(request["round"]) + 1)
+                    found["personal"] = score(site, own, split=split, frozen=frozen)
+                return {}, found
             case "finish":
                 body = site.finish()
                 return {

@@ -90,11 +90,17 @@ class View:
     def __init__(self, inspect: Inspect) -> None:
         self._inspect = inspect
 
-    def score(self, adapter: Vector, *, split: str, frozen: bool) -> dict[str, Counts]:
-        """Counts of an adapter on each site's own records of a split."""
-        request = {"op": "score", "split": split, "frozen": frozen}
+    def score(
+        self, adapter: Vector, *, split: str, frozen: bool, server_round: int
+    ) -> dict[str, dict[str, Counts]]:
+        """Counts on each site's own records of a split, by site, of one or two models.
+
+        ``counts`` are those of the adapter itself; where the strategy keeps parts at the sites,
+        ``personal`` are those of the adapter with the site's own parts as of a round.
+        """
+        request = {"op": "score", "split": split, "frozen": frozen, "round": server_round}
         found = self._inspect(request, {"flat": adapter})
-        return {site: arrays["counts"] for site, (_, arrays) in found.items()}
+        return {site: arrays for site, (_, arrays) in found.items()}
 
     def finish(self) -> dict[str, dict[str, Any]]:
         """Settle every site's ledger and collect certificates and timings."""
@@ -152,23 +158,26 @@ class Spectator:
 
     def _look(self, server_round: int, adapter: Vector, *, split: str) -> dict[str, float]:
         frozen = server_round <= self._plan.optimizer.site.head_rounds
-        counts = self._view.score(adapter, split=split, frozen=frozen)
+        found = self._view.score(adapter, split=split, frozen=frozen, server_round=server_round)
+        counts = {site: arrays["counts"] for site, arrays in found.items()}
         if split == "test":
             self.final_counts = counts
-        pooled = metrics_of(self._plan, sum(counts.values()))
+        shown = self._shown(counts)
+        own = {site: arrays["personal"] for site, arrays in found.items() if "personal" in arrays}
+        if own:
+            shown["personal"] = self._shown(own)
+        self._store.append_event(
+            "evaluated", round=server_round, view="simulator", split=split, **shown
+        )
+        return dict(shown["pooled"])
+
+    def _shown(self, counts: Mapping[str, Counts]) -> dict[str, Any]:
+        """Metrics over all sites' records, and of each site."""
         sites = {
             site: {**metrics_of(self._plan, each), "n": size_of(self._plan, each)}
             for site, each in counts.items()
         }
-        self._store.append_event(
-            "evaluated",
-            round=server_round,
-            view="simulator",
-            split=split,
-            pooled=pooled,
-            sites=sites,
-        )
-        return pooled
+        return {"pooled": metrics_of(self._plan, sum(counts.values())), "sites": sites}
 
 
 def metrics_of(plan: Plan, counts: Any) -> dict[str, float]:

@@ -221,18 +221,28 @@ class AdapterStrategy(Strategy):
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
-        """The task's metrics from the sum of the released counts."""
+        """The task's metrics from the sums of the released counts.
+
+        Where sites keep parts of their own, metrics of the personal adapters have the prefix
+        ``personal_`` and stand beside those of the shared one.
+        """
         del server_round
-        total: NDArray[np.float64] | None = None
+        totals: dict[str, NDArray[np.float64]] = {}
         for reply in replies:
-            if reply.has_content():
-                counts = reply.content.array_records["counts"]["flat"].numpy()
-                if np.isfinite(counts).all() and (total is None or counts.shape == total.shape):
-                    total = counts if total is None else total + counts
-        if total is None:
-            return None
-        found = metrics_of(self.plan.model.task, total)
-        return MetricRecord({k: v for k, v in found.items() if np.isfinite(v)})
+            for name, prefix in (("counts", ""), ("personal", "personal_")):
+                if not reply.has_content() or name not in reply.content.array_records:
+                    continue
+                counts = reply.content.array_records[name]["flat"].numpy()
+                known = totals.get(prefix)
+                if np.isfinite(counts).all() and (known is None or counts.shape == known.shape):
+                    totals[prefix] = counts if known is None else known + counts
+        metrics = {
+            f"{prefix}{name}": value
+            for prefix, total in totals.items()
+            for name, value in metrics_of(self.plan.model.task, total).items()
+            if np.isfinite(value)
+        }
+        return MetricRecord(metrics) if metrics else None
 
     def summary(self) -> None:
         """Nothing to log: the plan says it all."""

@@ -1,0 +1,57 @@
+"""What a site remembers: sealed, by round, and enough of it to repeat the last one."""
+
+import numpy as np
+import pytest
+
+from silotune.client.memory import ProcessMemory, SealedMemory
+from silotune.federation.sealed import Vault
+
+SECRET = np.arange(1000, 1064, dtype=np.float32)
+
+
+@pytest.fixture(params=["process", "sealed"])
+def memory(request, tmp_path):
+    if request.param == "process":
+        return ProcessMemory()
+    return SealedMemory(tmp_path / "memory", run="run", sealer=Vault(tmp_path / "state"))
+
+
+def test_the_newest_round_before_one_is_recalled(memory):
+    assert memory.recall(before=1) is None
+    for number in (1, 2, 3):
+        memory.keep(number, {"kept": SECRET + number, "count": np.array([number])})
+    for before, want in ((3, 2), (4, 3), (9, 3)):
+        found, arrays = memory.recall(before=before)
+        assert found == want
+        assert arrays["kept"].tobytes() == (SECRET + want).tobytes()
+        assert arrays["count"].tolist() == [want]
+    assert memory.recall(before=2) is None  # older than anybody can ask for again
+
+
+def test_a_round_that_is_done_again_replaces_what_it_kept(memory):
+    memory.keep(1, {"kept": SECRET})
+    memory.keep(1, {"kept": SECRET + 5})
+    assert memory.recall(before=2)[1]["kept"][0] == SECRET[0] + 5
+
+
+def test_what_is_kept_is_not_the_callers_array(memory):
+    array = SECRET.copy()
+    memory.keep(1, {"kept": array})
+    array[:] = 0
+    assert memory.recall(before=2)[1]["kept"][3] == SECRET[3]
+
+
+def test_files_are_sealed_private_and_found_again_by_another_process(tmp_path):
+    vault = Vault(tmp_path / "state")
+    SealedMemory(tmp_path / "memory", run="run", sealer=vault).keep(7, {"kept": SECRET})
+    (path,) = (tmp_path / "memory").iterdir()
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert SECRET[:4].tobytes() not in path.read_bytes()
+    again = SealedMemory(tmp_path / "memory", run="run", sealer=Vault(tmp_path / "state"))
+    assert again.recall(before=8)[1]["kept"].tobytes() == SECRET.tobytes()
+
+
+def test_runs_do_not_see_each_others_memory(tmp_path):
+    vault = Vault(tmp_path / "state")
+    SealedMemory(tmp_path / "m", run="one", sealer=vault).keep(1, {"kept": SECRET})
+    assert SealedMemory(tmp_path / "m", run="../two", sealer=vault).recall(before=9) is None
