@@ -242,7 +242,7 @@ class AdapterStrategy(Strategy):
             for name, value in metrics_of(self.plan.model.task, total).items()
             if np.isfinite(value)
         }
-        return MetricRecord(metrics) if metrics else None
+        return MetricRecord({**metrics}) if metrics else None
 
     def summary(self) -> None:
         """Nothing to log: the plan says it all."""

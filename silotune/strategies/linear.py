@@ -94,11 +94,17 @@ class LinearStrategy(AdapterStrategy):
         """Apply the mean to the global adapter."""
         if not self._mass:
             return adapter.copy()
-        mean = self._sum.mean(self._mass)
-        if self.privacy is not None:
-            total = self._sum.mean(1.0)
-            mean = self.privacy.release(total, sites=len(self.cohort), server_round=server_round)
-        return self.apply(adapter, mean.astype(np.float32), server_round=server_round)
+        mean = self._mean(server_round)
+        # Twice an adapter of memory, which the steps to come may use.
+        self._sum = ReproducibleSum(0, exponent=0)
+        return self.apply(adapter, mean, server_round=server_round)
+
+    def _mean(self, server_round: int) -> Vector:
+        if self.privacy is None:
+            return self._sum.value(self._mass)
+        total, sites = self._sum.mean(1.0), len(self.cohort)
+        noisy = self.privacy.release(total, sites=sites, server_round=server_round)
+        return noisy.astype(np.float32)
 
     def state(self) -> dict[str, NDArray[Any]]:
         """Arrays that `restore` takes back."""

@@ -13,6 +13,8 @@ from silotune.models.adapter import load_adapter
 from silotune.models.base import load_model
 from silotune.models.layout import Layout
 from silotune.plan import Plan
+from silotune.simulation import run
+from silotune.simulation.grid import WorkerGrid
 from silotune.simulation.run import Settings, resume, simulate
 from tests.federation import PRIVATE, write_federation
 
@@ -21,6 +23,12 @@ SEVERAL = {"rounds.local_steps": 2, "optimizer.server.name": "none"}
 
 class Stopped(Exception):
     pass
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch):
+    """The very same messages, without a second process: these tests are about what is in them."""
+    monkeypatch.setattr(run, "WorkerGrid", lambda *a, **k: WorkerGrid(*a, **{**k, "workers": 0}))
 
 
 def play(federation, name, *, stop_after=None, private=False, **overrides):

@@ -37,7 +37,7 @@ def test_every_order_gives_the_same_bits(rows, random):
 @given(VECTORS)
 def test_it_differs_from_the_exact_sum_by_half_a_grid_step_a_term(rows):
     exact = [sum(Fraction(float(x)) for x in column) for column in rows.T]
-    got = total(rows, np.ones(len(rows)))._total
+    got = total(rows, np.ones(len(rows))).mean(1.0)
     for have, want in zip(got, exact, strict=True):
         assert abs(Fraction(float(have)) - want) <= len(rows) * Fraction(1, 2**27)
 
@@ -58,6 +58,18 @@ def test_what_the_grid_cannot_hold_is_refused_and_changes_nothing(bad):
     assert running.value(1.0).tolist() == [1, 1, 1]
 
 
+@pytest.mark.parametrize("place", [0, 20_000, 69_999])
+def test_a_number_that_is_refused_late_leaves_no_trace_of_those_before_it(place):
+    rows = np.random.default_rng(0).normal(size=(2, 70_000)).astype(np.float32)
+    running = total(rows, [1.0, 0.5])
+    before = running.value(1.0).tobytes()
+    bad = rows[0].copy()
+    bad[place] = np.nan
+    with pytest.raises(ValueError, match="NaN"):
+        running.add(bad, 0.7)
+    assert running.value(1.0).tobytes() == before
+
+
 def test_another_length_is_refused():
     with pytest.raises(ValueError, match="expected 3 numbers, got 2"):
         ReproducibleSum(3, exponent=-26).add(np.ones(2, np.float32))
@@ -66,3 +78,14 @@ def test_another_length_is_refused():
 def test_long_vectors_are_summed_whole_across_blocks():
     rows = np.random.default_rng(0).normal(size=(3, 100_001)).astype(np.float32)
     np.testing.assert_allclose(total(rows, [1, 2, 3]).value(1.0), rows.T @ [1, 2, 3], atol=1e-6)
+
+
+def test_sums_from_elsewhere_are_added_on_the_same_grid():
+    rows = np.random.default_rng(0).normal(size=(5, 1000)).astype(np.float32)
+    weights = [0.3, 1.0, 0.9, 0.1, 0.5]
+    ours = total(rows, weights)
+    others = total(rows[:2], weights[:2])
+    others.add_total(np.float64(rows[2:]).T @ weights[2:])
+    np.testing.assert_allclose(others.mean(1.0), ours.mean(1.0), rtol=0, atol=3 * 2.0**-26)
+    with pytest.raises(ValueError, match="NaN"):
+        others.add_total(np.full(1000, np.nan))
