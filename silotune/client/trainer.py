@@ -36,7 +36,7 @@ from silotune.privacy.noise import NoiseSource, SecureNoise, SeededNoise, derive
 from silotune.strategies import method_of
 from silotune.strategies.schedule import Group, Phase, learning_rate, phase_of
 from silotune.strategies.secure import shared_noise
-from silotune.strategies.site_privacy import marked, shortened
+from silotune.strategies.site_privacy import hidden
 
 Vector = NDArray[np.float32]
 Engine = DpSgd | PlainSgd
@@ -246,7 +246,10 @@ class Trainer:
             self.keeping.leave(own, flat, server_round),
             declared_units=self._data.declared_units,
         )
-        return RoundUpdate(flat=self._hidden(sent, noise, clip), event=self._event())
+        return RoundUpdate(
+            flat=hidden(self._plan, sent, clip=clip, sigma=self._sigma, noise=noise),
+            event=self._event(),
+        )
 
     def _clean(
         self,
@@ -268,22 +271,6 @@ class Trainer:
             return None
         steps, units = self._plan.releases_a_round, self._data.declared_units
         return training_event(self._plan, units, sigma=self._sigma, steps=steps)
-
-    def _hidden(self, update: Vector, noise: NoiseSource, clip: float | None) -> Vector:
-        """What leaves of an update where it is the whole site that is hidden."""
-        site = self._plan.privacy.site
-        if site is None:
-            return update
-        bound = clip or self._plan.privacy.clip
-        assert isinstance(bound, float)  # validated with the plan
-        if site.quantile is not None:
-            return marked(update, bound)
-        short = shortened(update, bound)
-        if site.noise == "coordinator":
-            return short
-        # Whatever the records say, the shortened change is at most two bounds away.
-        noisy = noise.add(torch.from_numpy(short), 2.0 * bound * self._sigma)
-        return np.asarray(noisy.numpy(), dtype=np.float32)
 
     def _stream(self, server_round: int) -> NoiseSource:
         """Randomness of a round: the OS's, or the plan's seed for this site and round."""

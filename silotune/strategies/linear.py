@@ -50,12 +50,12 @@ class LinearStrategy(AdapterStrategy):
 
     def weight(self, terms: Terms) -> Weight:
         """Factor of a site's update in the sum, and what the site adds to the divisor."""
-        largest = max((t.declared_units for t in self.cohort.values()), default=1)
-        return weight_in(self.plan, declared_units=terms.declared_units, largest=largest)
+        return weight_in(self.plan, declared_units=terms.declared_units, largest=self._largest)
 
     def begin(self, server_round: int, adapter: Vector) -> None:
         """Start the sum of a round."""
         del adapter
+        self._largest = max((t.declared_units for t in self.cohort.values()), default=1)
         exponent = _SUM_EXPONENT if self.plan.sends_sums else _CHANGE_EXPONENT
         self._sum = ReproducibleSum(self.update_size(server_round), exponent=exponent)
         self._mass = 0.0

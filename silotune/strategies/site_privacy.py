@@ -106,6 +106,37 @@ class SitePrivacy:
         self.clip = float(state["clip"][0])
 
 
+def hidden(
+    plan: Plan, update: Vector, *, clip: float | None, sigma: float, noise: NoiseSource
+) -> Vector:
+    """What leaves a site of its update; all of it unless ``privacy.mode`` is "site".
+
+    Parameters
+    ----------
+    update : float32 array
+        The site's change.
+    clip : float or None
+        The norm that the coordinator named; the plan's if None.
+    sigma : float
+        Noise multiplier, where the site adds the noise.
+    noise : NoiseSource
+        Where it comes from.
+    """
+    site = plan.privacy.site
+    if site is None:
+        return update
+    bound = clip or plan.privacy.clip
+    assert isinstance(bound, float)  # validated with the plan
+    if site.quantile is not None:
+        return marked(update, bound)
+    short = shortened(update, bound)
+    if site.noise == "coordinator":
+        return short
+    # Whatever the records say, the shortened change is at most two bounds away.
+    noisy = noise.add(torch.from_numpy(short), 2.0 * bound * sigma)
+    return np.asarray(noisy.numpy(), dtype=np.float32)
+
+
 def shortened(update: Vector, bound: float) -> Vector:
     """The vector scaled to the bound if it is longer (and left alone if it is not finite)."""
     norm = float(np.linalg.norm(update.astype(np.float64)))

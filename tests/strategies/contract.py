@@ -222,7 +222,7 @@ class Streaming(StrategyContract):
     """For all but those that hold every update: memory is flat in the cohort."""
 
     def test_memory_does_not_grow_from_10_to_1000_replies(self):
-        layout = self.layout(inputs=100, outputs=80, layers=12)
+        layout = self.layout(inputs=100, outputs=80, layers=6)
         (update,) = self.updates(1, layout=layout)
         update *= np.float32(0.1)
         start = self.start(layout)
