@@ -241,15 +241,11 @@ class Trainer:
         else:
             flat, records = self._walk(engine, noise, adapter, server_round)
         self.records_used += records
-        sent = method.outgoing(
-            self._plan,
-            self.keeping.leave(own, flat, server_round),
-            declared_units=self._data.declared_units,
-        )
-        return RoundUpdate(
-            flat=hidden(self._plan, sent, clip=clip, sigma=self._sigma, noise=noise),
-            event=self._event(),
-        )
+        sent = self.keeping.leave(own, flat, server_round)
+        units = self._data.declared_units
+        sent = method.outgoing(self._plan, sent, declared_units=units)
+        sent = hidden(self._plan, sent, clip=clip, sigma=self._sigma, noise=noise)
+        return RoundUpdate(flat=sent, event=self._event())
 
     def _clean(
         self,
