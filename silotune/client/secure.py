@@ -29,8 +29,9 @@ from silotune.privacy.noise import NoiseSource
 from silotune.privacy.secagg.encoding import Encoding
 from silotune.privacy.secagg.keys import digest
 from silotune.privacy.secagg.masks import Ring
+from silotune.privacy.secagg.member import Member
 from silotune.privacy.secagg.messages import pack_named
-from silotune.privacy.secagg.site import Member, SiteRound, Stage
+from silotune.privacy.secagg.site import SiteRound, Stage
 from silotune.strategies import method_of
 from silotune.strategies.secure import encoding_for
 from silotune.strategies.weights import weight_in

@@ -6,7 +6,8 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from silotune.privacy.secagg.coordinator import CoordinatorRound
-from silotune.privacy.secagg.site import Member, SiteRound
+from silotune.privacy.secagg.member import Member
+from silotune.privacy.secagg.site import SiteRound
 
 # Made once: fresh identities for every example would be most of a test's time.
 _IDENTITIES = [Ed25519PrivateKey.generate() for _ in range(12)]
