@@ -24,8 +24,13 @@ demo: $(READY)
 	$(BIN)/silotune demo hospitals ./hospitals --force
 	$(BIN)/silotune simulate ./hospitals/plan.toml --baselines
 
+# Two processes, one a core: what talks to real processes, and everything else.
+PROCESSES := tests/client tests/e2e tests/promises tests/server
+
 test: lint
-	$(BIN)/python -m pytest --durations=10
+	@log=$$(mktemp); $(BIN)/python -m pytest --durations=10 $(PROCESSES) > $$log 2>&1 & other=$$!; \
+	$(BIN)/python -m pytest --durations=10 $(PROCESSES:%=--ignore=%); status=$$?; \
+	wait $$other || status=1; cat $$log; rm -f $$log; exit $$status
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow

@@ -59,7 +59,7 @@ def site(tmp_path, monkeypatch):
     monkeypatch.setattr(
         accounting,
         "epsilon",
-        lambda events, *, delta: float(sum(sum(tally_of(e).values()) for e in events)),
+        lambda events, **terms: float(sum(sum(tally_of(e).values()) for e in events)),
     )
     return Site(tmp_path)
 

@@ -9,7 +9,7 @@ from silotune.explain import key_paths
 from silotune.plan import Plan
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-_TABLE = re.compile(r"\[([\w.]+)\]$")
+_TABLE = re.compile(r"(?:# )?\[([\w.]+)\]$")
 _SETTING = re.compile(r"(?:# )?([a-z_0-9]+) = (.+)$")
 _PROSE = re.compile(r"# [A-Z\"]")
 
@@ -49,7 +49,7 @@ def test_the_examples_are_valid_and_fit_each_other():
 def test_settings_that_are_commented_out_are_valid_toml():
     for name in ("plan.toml", "site.toml"):
         for key, value in mentioned(EXAMPLES / name).items():
-            assert value.startswith("[") or tomllib.loads(f"key = {value}"), key
+            assert value.lstrip("# ").startswith("[") or tomllib.loads(f"key = {value}"), key
 
 
 def test_every_key_is_explained_where_it_first_occurs():

@@ -1,8 +1,11 @@
 """The whole product: enrolled, approved and run by the real commands, equal to the simulation."""
 
+import pytest
+
 from tests.e2e.harness import same
 
 
+@pytest.mark.slow
 def test_a_deployed_run_gives_the_simulations_adapter_bit_for_bit(federation, tmp_path):
     made = federation(rounds__number=3).up()
     run = made.propose()
@@ -15,6 +18,7 @@ def test_a_deployed_run_gives_the_simulations_adapter_bit_for_bit(federation, tm
     assert made.charges(run) == {name: [1, 2, 3] for name in made.sites}
 
 
+@pytest.mark.slow
 def test_a_coordinator_killed_in_a_round_goes_on_by_itself_and_nothing_is_done_twice(
     federation, tmp_path
 ):

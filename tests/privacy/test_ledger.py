@@ -41,8 +41,9 @@ def payload(i):
     return f"{i:064x}"
 
 
-def one_each(events, *, delta):
+def one_each(events, *, delta, colluding=0):
     """A price list for tests of logic: every mechanism costs 1, and costs add up."""
+    del delta, colluding
     return float(sum(sum(tally_of(event).values()) for event in events))
 
 
@@ -154,7 +155,7 @@ def test_a_budget_may_be_used_to_its_last_bit(ledger):
 
 
 def test_an_epsilon_that_is_not_a_number_is_refused(ledger, monkeypatch):
-    monkeypatch.setattr(accounting, "epsilon", lambda events, *, delta: float("nan"))
+    monkeypatch.setattr(accounting, "epsilon", lambda events, **terms: float("nan"))
     with pytest.raises(BudgetExceeded):
         ledger.reserve("notes", "run", PLAN, times(1), budget=WIDE)
     assert ledger.rows() == []
@@ -416,7 +417,7 @@ def test_a_verdict_is_void_when_something_was_reserved_meanwhile(ledger, monkeyp
     budget, other = Budget(3.0, DELTA), Ledger(ledger.path)
     calls = []
 
-    def slow(events, *, delta):
+    def slow(events, *, delta, **terms):
         calls.append(1)
         if len(calls) == 1:
             other.reserve("notes", "quick", PLAN, times(2), budget=budget)

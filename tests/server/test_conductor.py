@@ -118,6 +118,7 @@ def test_plans_for_more_sites_than_there_are_are_not_proposed(town):
         town.coordinator.conductor.propose(small_plan())
 
 
+@pytest.mark.slow
 def test_a_paused_run_stops_between_rounds_and_goes_on_to_the_same_adapter(town):
     sites = town.serving("alpha", "beta")
     plan = small_plan(**{"rounds.number": 4})

@@ -187,7 +187,8 @@ def test_an_update_is_masked_once_also_by_a_restarted_site():
 @pytest.fixture
 def sparse(monkeypatch):
     """A small cohort on a sparse graph: the sizes that 1,000 sites would have are for the slow test."""
-    sizes = graph.Topology(sites=12, circles=3, shares=3, retained=3, quorum=8)
+    # Nine circles: that a site has fewer than five neighbours has a probability below 1e-5.
+    sizes = graph.Topology(sites=12, circles=9, shares=3, retained=3, quorum=8)
     for module in ("site", "coordinator"):
         monkeypatch.setattr(
             f"silotune.privacy.secagg.{module}.topology", lambda n, threshold=None: sizes
@@ -213,7 +214,7 @@ def test_a_survivor_that_would_be_cut_off_is_not_opened(sparse):
     name = world.names[0]
     near = world.coordinator._near(name)
     gone = sorted(near)[: len(near) - 2]
-    sizes = graph.Topology(12, 3, 3, 3, 4)
+    sizes = graph.Topology(12, 9, 3, 3, 4)
     import silotune.privacy.secagg.site as site
 
     site.topology = lambda n, threshold=None: sizes  # undone by the fixture's monkeypatch
