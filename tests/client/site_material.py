@@ -11,7 +11,7 @@ POLICY = """
 [policy]
 approval = "{approval}"
 max_epsilon = 8.0
-max_total_epsilon = 8.5
+max_total_epsilon = 8.25
 max_delta = 1e-3
 allow_seeded_noise = true
 require_secure_aggregation = false

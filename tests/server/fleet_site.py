@@ -172,14 +172,12 @@ class FleetSite:
         )
 
     def get(self, outline, tree):
-        """The whole message, confirmed; None if it was withdrawn meanwhile."""
+        """The whole message, confirmed."""
         run_id = outline.metadata.run_id
         contents = {
             part.object_id: self.read_object(run_id, part.object_id).object_content
             for part in iterate_object_tree(tree)
         }
-        if not all(contents.values()):
-            return None
         message = inflate_object_from_contents(tree.object_id, contents)
         message.metadata.__dict__["_message_id"] = outline.metadata.message_id
         self.confirm(run_id, outline.metadata.message_id)
@@ -224,8 +222,6 @@ class FleetSite:
         if delivery is None:
             return None
         message = self.get(*delivery)
-        if message is None:
-            return None
         address = address_of(message.content)
         content = unseal(message.content, address=address, key=self.federation_key)
         self.seen.append((address.run, address.round, address.kind))

@@ -118,9 +118,8 @@ def test_plans_for_more_sites_than_there_are_are_not_proposed(town):
         town.coordinator.conductor.propose(small_plan())
 
 
-@pytest.mark.slow
 def test_a_paused_run_stops_between_rounds_and_goes_on_to_the_same_adapter(town):
-    sites = town.serving("alpha", "beta")
+    sites = [town.enrolled(name).activate() for name in ("alpha", "beta")]
     plan = small_plan(**{"rounds.number": 4})
     conductor = town.coordinator.conductor
     run = conductor.propose(plan)
@@ -138,9 +137,7 @@ def test_a_paused_run_stops_between_rounds_and_goes_on_to_the_same_adapter(town)
         return work
 
     for site in sites:
-        site.close()
-        site._stop.clear()
-        site.activate().serve(pause_in_round_two(site.name))
+        site.serve(pause_in_round_two(site.name))
     approve_all(town.coordinator, run, sites)
     wait_for(lambda: conductor.runs.get(run)["round"] == 2, what="round 2")
     assert state_of(town, run) == "paused"
