@@ -89,15 +89,6 @@ class DataError(SilotuneError):
     advice = "Check the dataset's entry in site.toml and the file it names."
 
 
-class SiteConfigInvalid(DataError):
-    """site.toml is wrong."""
-
-    code = "ST-201"
-    title = "The site configuration is not valid"
-    cause = "site.toml is missing, is not TOML, or has an unknown or wrong setting."
-    advice = "Correct the keys that the message lists; examples/site.toml explains each."
-
-
 class DatasetUnknown(DataError):
     """The plan names a dataset that the site doesn't offer."""
 
@@ -134,15 +125,6 @@ class RecordInvalid(DataError):
     advice = "Correct or remove the rows that the message counts."
 
 
-class UnitTooLarge(DataError):
-    """A privacy unit has more records than the site's configuration allows."""
-
-    code = "ST-206"
-    title = "A privacy unit has too many records"
-    cause = "One patient or customer has more records than max_records_per_unit of the dataset."
-    advice = "Raise the bound in site.toml, or check that the unit column is the right one."
-
-
 class TooFewRecords(DataError):
     """Not enough units to train on."""
 
@@ -150,15 +132,6 @@ class TooFewRecords(DataError):
     title = "The dataset is too small"
     cause = "A split has no records, or the expected batch is larger than the declared units."
     advice = "Lower the plan's batch or rate, or offer more records."
-
-
-class UnitMismatch(DataError):
-    """The plan protects another unit than the one the site offers its dataset under."""
-
-    code = "ST-208"
-    title = "The plan's privacy unit is not the site's"
-    cause = "privacy.unit of the plan differs from the unit of the dataset in site.toml."
-    advice = "Set privacy.unit to the site's unit; its budget and declared_units count that one."
 
 
 class FolderOccupied(DataError):

@@ -12,12 +12,13 @@ from collections.abc import Collection, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from silotune.data.errors import UnitMismatch, UnitTooLarge
 from silotune.data.faults import Faults, rows_in_words
 from silotune.data.records import Records
 from silotune.data.site import DatasetConfig, SiteConfig
 from silotune.data.sources import Table, read_dataset
 from silotune.data.splits import Split, assign
-from silotune.errors import ColumnMissing, TooFewRecords, UnitMismatch, UnitTooLarge
+from silotune.errors import ColumnMissing, TooFewRecords
 from silotune.plan import Plan
 
 

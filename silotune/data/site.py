@@ -18,8 +18,9 @@ from urllib.parse import quote
 
 from pydantic import Field, PrivateAttr, SecretStr, ValidationError, model_validator
 
+from silotune.data.errors import SiteConfigInvalid
 from silotune.data.site_terms import PolicyConfig, ResourcesConfig
-from silotune.errors import DatasetUnknown, SiteConfigInvalid
+from silotune.errors import DatasetUnknown
 from silotune.explain import explain
 from silotune.federation.sealed import AtRest
 from silotune.plan import Name, Plan, Positive, Section

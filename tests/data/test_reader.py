@@ -9,17 +9,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from silotune.data.errors import UnitMismatch, UnitTooLarge
 from silotune.data.reader import load_records
 from silotune.data.site import SiteConfig
 from silotune.data.splits import Split, assign
-from silotune.errors import (
-    ColumnMissing,
-    DatasetUnknown,
-    RecordInvalid,
-    TooFewRecords,
-    UnitMismatch,
-    UnitTooLarge,
-)
+from silotune.errors import ColumnMissing, DatasetUnknown, RecordInvalid, TooFewRecords
 from silotune.plan import Plan
 
 ROLES = {"text", "label"}

@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 from pydantic import SecretStr, ValidationError
 
+from silotune.data.errors import SiteConfigInvalid
 from silotune.data.site import SiteConfig, expand_url, load_sites
-from silotune.errors import DatasetUnknown, SiteConfigInvalid
+from silotune.errors import DatasetUnknown
 
 GOOD = """
 name = "north"
