@@ -243,3 +243,14 @@ class SignedPlan(Section):
 def schema() -> dict[str, Any]:
     """JSON schema of a plan."""
     return Plan.model_json_schema()
+
+
+def dotted(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A plan's tables as one: values by dotted key, as `Plan.override` takes them."""
+    found: dict[str, Any] = {}
+    for key, value in tables.items():
+        if isinstance(value, Mapping):
+            found |= dotted(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
+    return found

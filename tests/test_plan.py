@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from silotune.errors import PlanInvalid, PlanSignatureInvalid, PlanUnreadable
-from silotune.plan import Plan, SignedPlan, schema
+from silotune.plan import Plan, SignedPlan, dotted, schema
 
 TOML = """
 [plan]
@@ -215,3 +215,10 @@ def test_a_plan_for_secure_aggregation_with_shared_noise_is_accepted():
 )
 def test_what_secure_aggregation_can_not_serve_is_refused_with_the_reason(changes, reason):
     assert reason in refused(**changes)
+
+
+def test_dotted_keys_are_those_that_an_override_takes():
+    plan = make()
+    tables = plan.model_dump(mode="json", exclude_none=True)
+    assert dotted(tables)["privacy.mode"] == plan.privacy.mode
+    assert plan.override(dotted(tables)) == plan

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +21,7 @@ from silotune.client.errors import ApprovalMissing, PlanRejected, RunUnknown
 from silotune.errors import PlanSignatureInvalid
 from silotune.federation.errors import SealBroken
 from silotune.federation.wire import Decision, Proposal
-from silotune.plan import Plan
+from silotune.plan import Plan, dotted
 from silotune.privacy.durable import create_private_folder, replace_file, require_private
 
 PLANS = "plans"
@@ -234,19 +233,9 @@ class Approvals:
 
 def difference(old: Plan, new: Plan) -> list[tuple[str, Any, Any]]:
     """Settings that differ: ``(key, old value, new value)``, by dotted key."""
-    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    before, after = dotted(old.model_dump(mode="json")), dotted(new.model_dump(mode="json"))
     return [
         (key, before.get(key), after.get(key))
         for key in sorted(before | after)
         if before.get(key) != after.get(key)
     ]
-
-
-def _flat(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in tables.items():
-        if isinstance(value, dict):
-            found |= _flat(value, f"{prefix}{key}.")
-        else:
-            found[prefix + key] = value
-    return found

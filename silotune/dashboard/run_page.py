@@ -15,7 +15,7 @@ from silotune.dashboard.spending import Curve, left
 from silotune.errors import PlanInvalid, SilotuneError, catalogue
 from silotune.events.source import RunFacts
 from silotune.events.view import RunView, Trouble
-from silotune.plan import Plan
+from silotune.plan import Plan, dotted
 from silotune.plan_words import plan_in_words
 
 PHASES = (
@@ -265,7 +265,7 @@ def _charts(
 
 def compared(pages: Sequence[RunPage], views: Mapping[str, RunView]) -> dict[str, Any]:
     """Several runs side by side: figures, settings that differ, curves in one picture."""
-    flat = [_flat(page.facts.plan) for page in pages]
+    flat = [dotted(page.facts.plan) for page in pages]
     keys = sorted({key for plan in flat for key in plan})
     differing = [
         (key, [str(plan.get(key, _DASH)) for plan in flat])
@@ -282,13 +282,3 @@ def compared(pages: Sequence[RunPage], views: Mapping[str, RunView]) -> dict[str
         "differing": differing,
         "chart": line_chart("Learning curves", series, last=last),
     }
-
-
-def _flat(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in tables.items():
-        if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{key}.")
-        else:
-            found[prefix + key] = value
-    return found
