@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,9 +13,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from silotune.commands import coordinator_people, coordinator_runs
+from silotune.commands.coordinator_folder import HERE, AsJson, Folder, client_of, moment
 
 if TYPE_CHECKING:
-    from silotune.server.admin_client import AdminClient
+    pass
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -37,14 +37,6 @@ sites = typer.Typer(
 )
 app.add_typer(sites, name="sites")
 
-Folder = Annotated[
-    Path,
-    typer.Option(
-        "--dir", envvar="SILOTUNE_COORDINATOR", help="The coordinator's folder.", show_default="."
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-_HERE = Path()
 
 coordinator_runs.register(app)
 app.add_typer(coordinator_people.app, name="people")
@@ -102,7 +94,7 @@ def init(  # noqa: PLR0917 - one a command-line option
 def start(
     folder: Annotated[
         Path, typer.Argument(envvar="SILOTUNE_COORDINATOR", help="The coordinator's folder.")
-    ] = _HERE,
+    ] = HERE,
 ) -> None:
     """Run the coordinator until it gets SIGTERM or Ctrl-C.
 
@@ -130,9 +122,9 @@ def start(
 
 
 @app.command()
-def status(folder: Folder = _HERE, as_json: AsJson = False) -> None:
+def status(folder: Folder = HERE, as_json: AsJson = False) -> None:
     """Show the federation, its fingerprints and who is online."""
-    found = _client(folder).get("/status")
+    found = client_of(folder).get("/status")
     if as_json:
         typer.echo(json.dumps(found))
         return
@@ -149,7 +141,7 @@ def status(folder: Folder = _HERE, as_json: AsJson = False) -> None:
 def invite(
     site: Annotated[str, typer.Argument(help="The site's name in the federation, for ever.")],
     days: Annotated[float, typer.Option(min=0.001, help="How long the code is valid.")] = 7.0,
-    folder: Folder = _HERE,
+    folder: Folder = HERE,
     as_json: AsJson = False,
 ) -> None:
     """Print a one-time code with which a site can ask to be let in.
@@ -157,34 +149,34 @@ def invite(
     Send it to the site's team by a channel you trust. It holds the coordinator's address, the
     fingerprint of its authority and a secret. It lets nobody in: you still approve the request.
     """
-    _print_code(_client(folder).post("/invites", site=site, lifetime=days * 86400), as_json)
+    _print_code(client_of(folder).post("/invites", site=site, lifetime=days * 86400), as_json)
 
 
 @app.command()
-def requests(folder: Folder = _HERE, as_json: AsJson = False) -> None:
+def requests(folder: Folder = HERE, as_json: AsJson = False) -> None:
     """List requests to be let in, with the six words to compare by telephone."""
-    found = _client(folder).get("/requests")
+    found = client_of(folder).get("/requests")
     if as_json:
         typer.echo(json.dumps(found))
         return
     if not found:
         typer.echo("No site has asked yet. `silotune coordinator invite SITE` makes a code.")
         return
-    rows = [{**row, "requested": _when(row["requested_at"])} for row in found]
+    rows = [{**row, "requested": moment(row["requested_at"])} for row in found]
     _show(rows, "site", "state", "words", "requested", "request", "reason")
 
 
 @app.command()
 def approve(
     request: Annotated[str, typer.Argument(help="The request's id, or the site's name.")],
-    folder: Folder = _HERE,
+    folder: Folder = HERE,
     as_json: AsJson = False,
 ) -> None:
     """Let a site in, after its team has read you the same six words.
 
     It gets a certificate for 90 days, which it renews by itself, and every site sees the new roster.
     """
-    found = _client(folder).post(f"/requests/{request}/approve")
+    found = client_of(folder).post(f"/requests/{request}/approve")
     typer.echo(json.dumps(found) if as_json else f"{found['site']} is in: {found['words']}")
 
 
@@ -192,18 +184,18 @@ def approve(
 def refuse(
     request: Annotated[str, typer.Argument(help="The request's id, or the site's name.")],
     reason: Annotated[str, typer.Option(help="What the site is told.")] = "",
-    folder: Folder = _HERE,
+    folder: Folder = HERE,
     as_json: AsJson = False,
 ) -> None:
     """Turn a request away; the site needs a new code to ask again."""
-    found = _client(folder).post(f"/requests/{request}/refuse", reason=reason)
+    found = client_of(folder).post(f"/requests/{request}/refuse", reason=reason)
     typer.echo(json.dumps(found) if as_json else f"The request of {found['site']} is refused.")
 
 
 @sites.command("list")
-def list_sites(folder: Folder = _HERE, as_json: AsJson = False) -> None:
+def list_sites(folder: Folder = HERE, as_json: AsJson = False) -> None:
     """List the sites, who is online, and their six words."""
-    found = _client(folder).get("/sites")
+    found = client_of(folder).get("/sites")
     if as_json:
         typer.echo(json.dumps(found))
         return
@@ -214,7 +206,7 @@ def list_sites(folder: Folder = _HERE, as_json: AsJson = False) -> None:
         {
             **row,
             "online": "yes" if row["online"] else "no",
-            "last seen": _when(row["last_seen"]) if row["last_seen"] else "never",
+            "last seen": moment(row["last_seen"]) if row["last_seen"] else "never",
         }
         for row in found
     ]
@@ -225,14 +217,14 @@ def list_sites(folder: Folder = _HERE, as_json: AsJson = False) -> None:
 def revoke(
     site: Annotated[str, typer.Argument(help="The site's name.")],
     reason: Annotated[str, typer.Option(help="For the audit log.")] = "",
-    folder: Folder = _HERE,
+    folder: Folder = HERE,
     as_json: AsJson = False,
 ) -> None:
     """Shut a site out, now and for good: its certificate and keys count no more.
 
     Rounds that wait for it go on without it. To let it in again, invite it anew: it makes new keys.
     """
-    found = _client(folder).post(f"/sites/{site}/revoke", reason=reason)
+    found = client_of(folder).post(f"/sites/{site}/revoke", reason=reason)
     typer.echo(json.dumps(found) if as_json else f"{site} is revoked.")
 
 
@@ -240,7 +232,7 @@ def revoke(
 def rotate(
     site: Annotated[str, typer.Argument(help="The site's name.")],
     days: Annotated[float, typer.Option(min=0.001, help="How long the code is valid.")] = 7.0,
-    folder: Folder = _HERE,
+    folder: Folder = HERE,
     as_json: AsJson = False,
 ) -> None:
     """Print a code with which an active site gets new keys.
@@ -248,14 +240,7 @@ def rotate(
     Its old keys work until you approve the request; then only the new ones do.
     """
     asked = {"site": site, "lifetime": days * 86400, "rotate": True}
-    _print_code(_client(folder).post("/invites", **asked), as_json)
-
-
-def _client(folder: Path) -> AdminClient:
-    from silotune.server.admin_client import AdminClient
-    from silotune.server.config import Home
-
-    return AdminClient(Home(folder))
+    _print_code(client_of(folder).post("/invites", **asked), as_json)
 
 
 def _print_code(found: dict[str, Any], as_json: bool) -> None:
@@ -264,14 +249,10 @@ def _print_code(found: dict[str, Any], as_json: bool) -> None:
         return
     typer.echo(found["code"])
     typer.echo(
-        f"For {found['site']}, once, until {_when(found['expires'])}. "
+        f"For {found['site']}, once, until {moment(found['expires'])}. "
         "Its team runs: silotune site join CODE",
         err=True,
     )
-
-
-def _when(seconds: float) -> str:
-    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M} UTC"
 
 
 def _show(rows: list[dict[str, Any]], *columns: str) -> None:

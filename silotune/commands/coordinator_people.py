@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +10,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from silotune.commands.coordinator_folder import HERE, AsJson, Folder, client_of, moment
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -21,22 +22,13 @@ app = typer.Typer(
     """,
 )
 
-Folder = Annotated[
-    Path,
-    typer.Option(
-        "--dir", envvar="SILOTUNE_COORDINATOR", help="The coordinator's folder.", show_default="."
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-_HERE = Path()
-
 
 @app.command()
 def add(
     name: Annotated[str, typer.Argument(help="The person's name: a-z, 0-9, - and _.")],
     role: Annotated[str, typer.Option(help="viewer or operator.")],
     out: Annotated[Path, typer.Option(help="Folder for the credentials; made if need be.")],
-    folder: Folder = _HERE,
+    folder: Folder = HERE,
     as_json: AsJson = False,
 ) -> None:
     """Make a key and a certificate of 90 days; an earlier certificate of that name ends.
@@ -44,15 +36,13 @@ def add(
     The folder holds the private key: give it to the person over a safe way, and to nobody else.
     """
     from silotune.federation import identity
-    from silotune.server.admin_client import AdminClient
-    from silotune.server.config import Home
     from silotune.server.control_client import Address, save_credentials
 
     if role not in {"viewer", "operator"}:
         raise typer.BadParameter("is viewer or operator", param_hint="--role")
     key = identity.new_node_key()
     request = identity.make_request(name, key)
-    found = AdminClient(Home(folder)).post("/people", name=name, role=role, request=request)
+    found = client_of(folder).post("/people", name=name, role=role, request=request)
     save_credentials(
         out,
         address=Address(address=found["address"], server_name=found["server_name"]),
@@ -71,12 +61,9 @@ def add(
 
 
 @app.command("list")
-def list_people(folder: Folder = _HERE, as_json: AsJson = False) -> None:
+def list_people(folder: Folder = HERE, as_json: AsJson = False) -> None:
     """Show who has or had a certificate."""
-    from silotune.server.admin_client import AdminClient
-    from silotune.server.config import Home
-
-    rows = AdminClient(Home(folder)).get("/people")
+    rows = client_of(folder).get("/people")
     if as_json:
         typer.echo(json.dumps(rows))
         return
@@ -84,7 +71,7 @@ def list_people(folder: Folder = _HERE, as_json: AsJson = False) -> None:
     for column in ("name", "role", "status", "since", "certificate"):
         table.add_column(column)
     for row in rows:
-        since = f"{datetime.fromtimestamp(row['since'], UTC):%Y-%m-%d %H:%M} UTC"
+        since = moment(row["since"])
         table.add_row(
             *(escape(row[k]) for k in ("name", "role", "status")), since, row["certificate"][:16]
         )
@@ -94,13 +81,10 @@ def list_people(folder: Folder = _HERE, as_json: AsJson = False) -> None:
 @app.command()
 def revoke(
     name: Annotated[str, typer.Argument(help="Whose certificate ends.")],
-    folder: Folder = _HERE,
+    folder: Folder = HERE,
 ) -> None:
     """Let a person's certificate count no more, from the next request on."""
-    from silotune.server.admin_client import AdminClient
-    from silotune.server.config import Home
-
-    AdminClient(Home(folder)).post(f"/people/{name}/revoke")
+    client_of(folder).post(f"/people/{name}/revoke")
     typer.echo(f"{name}'s certificate is revoked.")
 
 
@@ -108,7 +92,7 @@ def revoke(
 def password(
     name: Annotated[str, typer.Argument(help="The person's name: a-z, 0-9, - and _.")],
     role: Annotated[str, typer.Option(help="viewer or operator.")],
-    folder: Folder = _HERE,
+    folder: Folder = HERE,
 ) -> None:
     """Let a person sign in at the dashboard with a password, which is asked for twice.
 

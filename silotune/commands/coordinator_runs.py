@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from silotune.commands.coordinator_folder import HERE, AsJson, Folder, client_of, moment
+from silotune.events.wording import in_a_line
 from silotune.plan import Plan
 
 if TYPE_CHECKING:
@@ -19,15 +20,7 @@ if TYPE_CHECKING:
 
 runs = typer.Typer(no_args_is_help=True, help="Look at runs; pause, resume or stop one.")
 
-Folder = Annotated[
-    Path,
-    typer.Option(
-        "--dir", envvar="SILOTUNE_COORDINATOR", help="The coordinator's folder.", show_default="."
-    ),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Run = Annotated[str, typer.Argument(help="The run's name, as `run` printed it.")]
-_HERE = Path()
 _FAILED = 60  # the exit code of a run that could not go on
 
 
@@ -50,7 +43,7 @@ def propose(
     watch: Annotated[
         bool, typer.Option("--watch", help="Stay, and show what happens until it is over.")
     ] = False,
-    folder: Folder = _HERE,
+    folder: Folder = HERE,
     as_json: AsJson = False,
 ) -> None:
     """Sign a plan, propose it to the sites, and run it when enough of them approve.
@@ -59,7 +52,7 @@ def propose(
     each site approves; a changed plan is another plan.
     """
     checked = Plan.load(plan)
-    client = _client(folder)
+    client = client_of(folder)
     found = client.post("/runs", plan=checked.canonical(), quorum=quorum)
     if as_json:
         typer.echo(json.dumps(found))
@@ -74,9 +67,9 @@ def propose(
 
 
 @runs.command("list")
-def list_runs(folder: Folder = _HERE, as_json: AsJson = False) -> None:
+def list_runs(folder: Folder = HERE, as_json: AsJson = False) -> None:
     """List runs, newest first."""
-    found = _client(folder).get("/runs")
+    found = client_of(folder).get("/runs")
     if as_json:
         typer.echo(json.dumps(found))
         return
@@ -91,16 +84,16 @@ def list_runs(folder: Folder = _HERE, as_json: AsJson = False) -> None:
             escape(row["run"]),
             _state(row),
             f"{row['round']} of {row['rounds']}",
-            _when(row["proposed_at"]),
+            moment(row["proposed_at"]),
             row["plan_sha256"][:12],
         )
     Console().print(table)
 
 
 @runs.command()
-def show(run: Run, folder: Folder = _HERE, as_json: AsJson = False) -> None:
+def show(run: Run, folder: Folder = HERE, as_json: AsJson = False) -> None:
     """Show a run: its state, and what each site said to the plan."""
-    found = _client(folder).get(f"/runs/{run}")
+    found = client_of(folder).get(f"/runs/{run}")
     if as_json:
         typer.echo(json.dumps(found))
         return
@@ -119,21 +112,21 @@ def watch(
     after: Annotated[
         int, typer.Option(min=0, help="Only events behind this id: to go on watching.")
     ] = 0,
-    folder: Folder = _HERE,
+    folder: Folder = HERE,
     as_json: AsJson = False,
 ) -> None:
     """Show what happens in a run, line by line, until it is over; exit 60 if it failed."""
-    _follow(_client(folder), run, as_json=as_json, after=after)
+    _follow(client_of(folder), run, as_json=as_json, after=after)
 
 
 @runs.command()
-def pause(run: Run, folder: Folder = _HERE, as_json: AsJson = False) -> None:
+def pause(run: Run, folder: Folder = HERE, as_json: AsJson = False) -> None:
     """Pause a run after the round that is under way."""
     _act(run, "pause", folder, as_json)
 
 
 @runs.command()
-def resume(run: Run, folder: Folder = _HERE, as_json: AsJson = False) -> None:
+def resume(run: Run, folder: Folder = HERE, as_json: AsJson = False) -> None:
     """Go on with a paused or failed run, from its last finished round.
 
     Nobody works twice: what sites sent in the unfinished round is still here.
@@ -142,7 +135,7 @@ def resume(run: Run, folder: Folder = _HERE, as_json: AsJson = False) -> None:
 
 
 @runs.command()
-def stop(run: Run, folder: Folder = _HERE, as_json: AsJson = False) -> None:
+def stop(run: Run, folder: Folder = HERE, as_json: AsJson = False) -> None:
     """End a run for good. Its last finished adapter is kept."""
     _act(run, "stop", folder, as_json)
 
@@ -155,7 +148,7 @@ def adapter(
         bool,
         typer.Option(help="Also in PEFT's own format, which needs the base model on this machine."),
     ] = True,
-    folder: Folder = _HERE,
+    folder: Folder = HERE,
     as_json: AsJson = False,
 ) -> None:
     """Write a run's newest adapter: after its last finished round, or the final one."""
@@ -163,7 +156,7 @@ def adapter(
 
     from silotune.privacy.durable import replace_file
 
-    client = _client(folder)
+    client = client_of(folder)
     content, headers = client.download(f"/runs/{run}/adapter")
     number, digest = int(headers["silotune-round"]), hashlib.sha256(content).hexdigest()
     out.mkdir(parents=True, exist_ok=True)
@@ -190,7 +183,7 @@ def _write_peft(content: bytes, plan: dict[str, Any], out: Path) -> None:
 
 def _follow(client: AdminClient, run: str, *, as_json: bool, after: int = 0) -> None:
     for event in client.watch(run, after=after):
-        typer.echo(json.dumps(event) if as_json else _line(event))
+        typer.echo(json.dumps(event) if as_json else in_a_line(event))
     state = client.get(f"/runs/{run}")
     if not as_json:
         typer.echo(f"{run}: {_state(state)}")
@@ -198,38 +191,10 @@ def _follow(client: AdminClient, run: str, *, as_json: bool, after: int = 0) -> 
         raise typer.Exit(_FAILED)
 
 
-def _line(event: dict[str, Any]) -> str:
-    shown = {
-        k: v for k, v in event.items() if k not in {"id", "time", "event"} and v not in ("", None)
-    }
-    fields = "  ".join(f"{key}={_short(value)}" for key, value in shown.items())
-    when = f"{datetime.fromtimestamp(event['time'], UTC):%H:%M:%S}"
-    return f"{when}  {event['event']:<15} {fields}"
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, list):
-        return ",".join(str(item) for item in value)
-    return str(value)
-
-
 def _act(run: str, action: str, folder: Path, as_json: bool) -> None:
-    found = _client(folder).post(f"/runs/{run}/{action}")
+    found = client_of(folder).post(f"/runs/{run}/{action}")
     typer.echo(json.dumps(found) if as_json else f"{run}: {_state(found)}")
 
 
 def _state(row: dict[str, Any]) -> str:
     return f"{row['state']} ({row['code']})" if row["code"] else str(row["state"])
-
-
-def _when(seconds: float) -> str:
-    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M} UTC"
-
-
-def _client(folder: Path) -> AdminClient:
-    from silotune.server.admin_client import AdminClient
-    from silotune.server.config import Home
-
-    return AdminClient(Home(folder))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from typing import Any
 
 import typer
@@ -15,11 +14,11 @@ from rich.table import Table
 from rich.text import Text
 
 from silotune.events.view import RunView
+from silotune.events.wording import in_a_line
 from silotune.server.control_client import ControlClient
 
 _STYLES = {"training": "cyan", "masked": "blue", "done": "green", "late": "yellow"}
 _TROUBLE = {"failed": "red", "refused": "red", "rejected": "red", "silent": "red"}
-_HIDDEN = {"id", "time", "event", "run"}
 _MOST_SITES = 40
 
 
@@ -49,13 +48,7 @@ def watch_lines(
 
 def line(event: dict[str, Any]) -> str:
     """An event in one line."""
-    fields = "  ".join(
-        f"{key}={_short(value)}"
-        for key, value in event.items()
-        if key not in _HIDDEN and value not in ("", None)
-    )
-    when = f"{datetime.fromtimestamp(event['time'], UTC):%H:%M:%S}"
-    return f"{event['id']:>6} {when}  {event['event']:<15} {fields}"
+    return f"{event['id']:>6} {in_a_line(event, hidden=('run',))}"
 
 
 def picture(view: RunView, *, note: str, now: float) -> RenderableType:
@@ -80,11 +73,3 @@ def picture(view: RunView, *, note: str, now: float) -> RenderableType:
 
 def _ago(now: float, then: float | None) -> str:
     return "" if then is None else f"last event {max(0, round(now - then))} s ago"
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, list):
-        return ",".join(str(item) for item in value)
-    return str(value)
