@@ -170,7 +170,8 @@ def test_a_worker_that_dies_of_an_inspection_is_noticed():
 # --- the simulator dies ---
 
 _SCRIPT = """
-    import sys, time
+    import signal, sys, time
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background job
     sys.path.insert(0, {here!r})
     from silotune.simulation.grid import SiteSlot, WorkerGrid
     from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
