@@ -245,8 +245,14 @@ class FleetSite:
                         and b"ST-" in exc.response.content
                     ):
                         return
+                    # Another refusal can be of an interruption, as a late reply's are: asked again.
+                    self._stop.wait(0.2)
                 except httpx.HTTPError:
                     self._stop.wait(0.2)
+                except RuntimeError:
+                    # The client was closed under a request: how `close` ends a long one.
+                    if not self._stop.is_set():
+                        raise
 
         self._thread = threading.Thread(target=loop, daemon=True, name=f"site {self.name}")
         self._thread.start()

@@ -207,17 +207,16 @@ def test_a_sparse_graph_gives_the_same_sum(sparse, dropped):
     assert world.coordinator.agreement_needed  # on a sparse graph, always
 
 
-def test_a_survivor_that_would_be_cut_off_is_not_opened(sparse):
+def test_a_survivor_that_would_be_cut_off_is_not_opened(sparse, monkeypatch):
     world = World(12)
     world.advertise()
     world.share()
     name = world.names[0]
     near = world.coordinator._near(name)
     gone = sorted(near)[: len(near) - 2]
-    sizes = graph.Topology(12, 9, 3, 3, 4)
-    import silotune.privacy.secagg.site as site
-
-    site.topology = lambda n, threshold=None: sizes  # undone by the fixture's monkeypatch
+    # Two neighbours are left, one too few. The quorum is met even if the graph came out complete.
+    sizes = graph.Topology(12, 9, shares=3, retained=3, quorum=3)
+    monkeypatch.setattr("silotune.privacy.secagg.site.topology", lambda n, threshold=None: sizes)
     survivors = [n for n in world.names if n not in gone]
     for other in survivors:
         world.sites[other].mask(
