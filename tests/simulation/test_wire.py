@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.app.error import Error
+from flwr.app.message.arraychunk import ArrayChunk
 from flwr.supercore.inflatable import inflatable_object
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
@@ -47,6 +48,18 @@ def contents_of(packed):
 
 def test_this_is_the_contract_with_the_pinned_flower():
     assert flwr.__version__ == "1.41.0"
+
+
+@pytest.mark.parametrize("size", [0, 1, 1000, FLOWER_CHUNK // 4, FLOWER_CHUNK // 2])
+def test_a_chunk_is_cut_and_read_back_as_flower_does(size):
+    values = np.random.default_rng(size).normal(size=size).astype(np.float32)
+    packed = wire.pack(instruction(sample(values)))
+    chunks = {key: part for key, part in packed.objects.items() if isinstance(part, ArrayChunk)}
+    assert len(chunks) == 1 + size * 4 // FLOWER_CHUNK
+    for key, chunk in chunks.items():
+        assert packed.deflate(key) == chunk.deflate()
+    found = wire.unpack(packed.root, contents_of(packed)).content["arrays"]["flat"]
+    assert found.numpy().tobytes() == values.tobytes()
 
 
 def test_ids_and_objects_are_those_of_flowers_own_tree():
