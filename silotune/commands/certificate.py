@@ -57,11 +57,19 @@ def verify(
         }
         typer.echo(json.dumps(shown, indent=2))
         return
-    body = verified.body
     console = Console()
-    console.print(f"[bold]Valid.[/] {escape(body.statement)}.")
+    console.print(f"[bold]Valid.[/] {escape(verified.body.statement)}.")
     table = Table(show_header=False)
-    rows = {
+    for name, value in _rows(verified).items():
+        table.add_row(name, escape(value))
+    console.print(table)
+    if key is None:
+        console.print("Compare the key's fingerprint with the one the site tells you.")
+
+
+def _rows(verified: certificate.Verified) -> dict[str, str]:
+    body = verified.body
+    return {
         "site": body.site,
         "run": body.run,
         "dataset": body.dataset,
@@ -80,8 +88,3 @@ def verify(
         "signed": f"{body.time} by silotune {body.code_version}",
         "key": verified.key_sha256,
     }
-    for name, value in rows.items():
-        table.add_row(name, escape(value))
-    console.print(table)
-    if key is None:
-        console.print("Compare the key's fingerprint with the one the site tells you.")

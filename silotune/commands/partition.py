@@ -69,11 +69,9 @@ def partition(  # noqa: PLR0917 - one a command-line option
         unit=unit,
         seed=seed,
     )
-    console = Console()
     for part in parts:
-        console.print(
-            f"{part.folder}: {part.records:,} records of {part.units:,} units", highlight=False
-        )
+        shown = f"{part.folder}: {part.records:,} records of {part.units:,} units"
+        Console().print(shown, highlight=False)
 
 
 def _columns(given: list[str]) -> dict[Role, str]:

@@ -52,37 +52,45 @@ def simulate(  # noqa: PLR0917 - one a command-line option
     is done, privacy and ledgers included; only the network is missing. The run directory keeps the
     adapter, the sites' ledgers and certificates, and a report.
     """
-    from silotune.simulation.progress import Progress
-    from silotune.simulation.report import write_report
-    from silotune.simulation.run import Settings
-    from silotune.simulation.run import resume as go_on
-    from silotune.simulation.run import simulate as run
-    from silotune.simulation.summary import print_summary, summary
-
-    console = Console(stderr=as_json)
     if engine not in {"processes", "ray"}:
         raise typer.BadParameter("use 'processes' or 'ray'", param_hint="--engine")
     if (plan is None) == (resume is None):
         raise typer.BadParameter("give a plan, or --resume with a run directory")
-    settings = Settings(
-        engine=engine,  # type: ignore[arg-type]
-        workers=workers,
-        baselines=baselines,
-        address=address,
-        device=device,
-    )
+    settings = {"engine": engine, "workers": workers, "address": address, "device": device}
+    settings |= {"baselines": baselines}
+    _run(plan, resume, runs=runs, sites=sites, settings=settings, sets=overrides, as_json=as_json)
+
+
+def _run(
+    plan: Path | None,
+    resumed: Path | None,
+    *,
+    sites: Path | None,
+    runs: Path,
+    settings: dict[str, Any],
+    sets: list[str] | None,
+    as_json: bool,
+) -> None:
+    """Run or go on, with progress, and say where everything is."""
+    from silotune.simulation.progress import Progress
+    from silotune.simulation.report import write_report
+    from silotune.simulation.run import Settings, resume, simulate
+    from silotune.simulation.summary import print_summary, summary
+
+    console = Console(stderr=as_json)
+    chosen = Settings(**settings)
     with Progress(console) as progress:
-        if resume is not None:
-            directory = go_on(resume, settings=settings, listener=progress)
+        if plan is None:
+            assert resumed is not None
+            directory = resume(resumed, settings=chosen, listener=progress)
         else:
-            assert plan is not None
-            directory = run(
+            directory = simulate(
                 plan,
                 runs=runs,
-                settings=settings,
+                settings=chosen,
                 listener=progress,
                 sites_folder=sites,
-                overrides=_parsed(overrides or []),
+                overrides=_parsed(sets or []),
             )
     page = write_report(directory.root)
     if as_json:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
+from transformers import PretrainedConfig, PreTrainedModel
 
 from silotune.models.adapter import layout_of
 from silotune.models.choices import Choices, choose, resolve_device
@@ -231,21 +232,17 @@ def load_model(
     folder = locate(base or plan.model.base)
     require_weights(folder, plan.model.sha256)
     choices = _complete(plan, base=base, device=device, attention=attention, dtype=dtype)
+    return _assembled(plan, folder, choices, rank=rank)
+
+
+def _assembled(plan: Plan, folder: Path, choices: Choices, *, rank: int | None) -> LoadedModel:
     config, tokenizer = load_config(folder), load_tokenizer(folder)
     require_length(config, tokenizer, plan)
     task, place = get_task(plan.model.task), torch.device(choices.device)
     with fixed_rng(), quiet():
         bare = load_base(folder, config, plan=plan, attention=choices.attention)
         size = sum(parameter.numel() for parameter in bare.parameters())
-        hidden = int(config.get_text_config().hidden_size)
-        head = nn.Linear(hidden, len(plan.model.labels)) if task.has_head else None
-        module = TaskModel(
-            wrap(bare, plan, rank=rank),
-            head,
-            pooling=plan.model.pooling,
-            feature_scale=plan.model.feature_scale,
-            corrected=plan.corrects_weights,
-        )
+        module = _with_adapter(bare, config, plan, task=task, rank=rank)
     module.to(place).train()
     _centre(module, tokenizer, task, plan, place)
     layout = layout_of(module)
@@ -260,6 +257,20 @@ def load_model(
         description=f"{_shown(folder, plan)} ({config.model_type}), {size / 1e6:.1f} M parameters, "
         f"{layout.size:,} trained; {choices}",
         plan=plan,
+    )
+
+
+def _with_adapter(
+    bare: PreTrainedModel, config: PretrainedConfig, plan: Plan, *, task: Task, rank: int | None
+) -> TaskModel:
+    hidden = int(config.get_text_config().hidden_size)
+    head = nn.Linear(hidden, len(plan.model.labels)) if task.has_head else None
+    return TaskModel(
+        wrap(bare, plan, rank=rank),
+        head,
+        pooling=plan.model.pooling,
+        feature_scale=plan.model.feature_scale,
+        corrected=plan.corrects_weights,
     )
 
 

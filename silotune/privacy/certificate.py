@@ -184,34 +184,12 @@ def issue(
     """
     if plan.privacy.delta is None:
         raise CertificateInvalid("a plan without privacy has no certificate")
-    charged = [
-        account
-        for account in ledger.runs(dataset)
-        if account.run == run and account.plan_sha256 == plan.sha256
-    ]
-    tally = total(account.charged for account in charged)
-    if not tally:
-        raise CertificateInvalid(f"the ledger has no charge of run {run!r} under this plan")
-    head = ledger.head
-    epsilon = epsilon_of(tally, delta=plan.privacy.delta)
-    unit = plan.privacy.unit if plan.per_unit else _WHOLE_SITE
+    tally, head = _charged(ledger, dataset, run=run, plan=plan), ledger.head
     body = CertificateBody(
-        statement=_statement(
-            private=secure_noise, unit=unit, epsilon=epsilon, delta=plan.privacy.delta
-        ),
-        private=secure_noise,
+        **_guarantee(tally, plan, plan.privacy.delta, private=secure_noise),
         site=site,
         run=run,
         dataset=dataset,
-        unit=unit,
-        adjacency=_adjacency(unit),
-        epsilon=epsilon,
-        delta=plan.privacy.delta,
-        mechanisms=tuple(_mechanism(leaf, times) for leaf, times in sorted(tally.items())),
-        aggregation=_aggregation(exposure.sums_of(plan)),
-        exposures=_exposures(tally, plan.privacy.delta, exposure.sums_of(plan)),
-        clips=_clips(plan.privacy.clip),
-        noise=_NOISE[secure_noise],
         accountant=_ACCOUNTANT,
         accountant_version=__version__,
         code_version=__version__,
@@ -223,6 +201,39 @@ def issue(
     )
     _write(path, body, key)
     return body
+
+
+def _charged(ledger: Ledger, dataset: str, *, run: str, plan: Plan) -> Mapping[str, int]:
+    tally = total(
+        account.charged
+        for account in ledger.runs(dataset)
+        if (account.run, account.plan_sha256) == (run, plan.sha256)
+    )
+    if not tally:
+        raise CertificateInvalid(f"the ledger has no charge of run {run!r} under this plan")
+    return tally
+
+
+def _guarantee(
+    tally: Mapping[str, int], plan: Plan, delta: float, *, private: bool
+) -> dict[str, Any]:
+    """The fields that state what is guaranteed, to whom and against whom, and by what."""
+    sums = exposure.sums_of(plan)
+    epsilon = epsilon_of(tally, delta=delta)
+    unit = plan.privacy.unit if plan.per_unit else _WHOLE_SITE
+    return {
+        "statement": _statement(private=private, unit=unit, epsilon=epsilon, delta=delta),
+        "private": private,
+        "unit": unit,
+        "adjacency": _adjacency(unit),
+        "epsilon": epsilon,
+        "delta": delta,
+        "mechanisms": tuple(_mechanism(leaf, times) for leaf, times in sorted(tally.items())),
+        "aggregation": _aggregation(sums),
+        "exposures": _exposures(tally, delta, sums),
+        "clips": _clips(plan.privacy.clip),
+        "noise": _NOISE[private],
+    }
 
 
 def verify(path: Path, *, key_sha256: str | None = None) -> Verified:

@@ -13,6 +13,7 @@ def upgrade() -> None:
     """Create every table."""
     _sites()
     _runs()
+    _parts_of_runs()
 
 
 def _sites() -> None:
@@ -71,6 +72,9 @@ def _runs() -> None:
         sa.Column("started_at", sa.Float),
         sa.Column("finished_at", sa.Float),
     )
+
+
+def _parts_of_runs() -> None:
     run = sa.String(96)
     op.create_table(
         "decisions",
