@@ -6,6 +6,7 @@ data, counted so that positive is better.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -130,6 +131,21 @@ class Summary:
     def method(self, key: str) -> MethodRow | None:
         """The row of this method, if it was run."""
         return next((row for row in self.methods if row.key == key), None)
+
+    def margin(self, held_out: int | None = None) -> float | None:
+        """Two binomial standard errors of the federated accuracy; None if there is none.
+
+        Parameters
+        ----------
+        held_out : int, optional
+            Records scored; those of all sites by default.
+        """
+        federated = self.method("federated")
+        n = held_out or sum(row.n or 0 for row in self.by_site)
+        if federated is None or not n or not 0 < federated.test.get("accuracy", 0) < 1:
+            return None
+        accuracy = federated.test["accuracy"]
+        return 2 * math.sqrt(accuracy * (1 - accuracy) / n)
 
 
 def summarise(record: RunRecord) -> Summary:

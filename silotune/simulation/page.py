@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -175,18 +174,14 @@ def worse_sites(found: Summary) -> list[str]:
 
 def chance(found: Summary) -> str:
     """How large a difference may be luck: two binomial standard errors of an accuracy."""
-    federated = found.method("federated")
-    sizes = [row.n for row in found.by_site if row.n]
-    if federated is None or not sizes or not 0 < federated.test.get("accuracy", 0) < 1:
+    smallest_site = min((row.n for row in found.by_site if row.n), default=None)
+    all_of_them, smallest = found.margin(), found.margin(smallest_site)
+    if smallest_site is None or all_of_them is None:
         return "This is one run; small differences may be chance."
-    accuracy = federated.test["accuracy"]
-    all_of_them, smallest = (
-        2 * math.sqrt(accuracy * (1 - accuracy) / n) for n in (sum(sizes), min(sizes))
-    )
     return (
         "This is one run, and small differences may be chance: two standard errors of an accuracy "
         f"are {all_of_them:.3f} on all held-out data and {smallest:.3f} on the smallest site's "
-        f"{min(sizes):,} texts, and more where held-out texts resemble each other."
+        f"{smallest_site:,} texts, and more where held-out texts resemble each other."
     )
 
 

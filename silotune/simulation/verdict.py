@@ -94,7 +94,11 @@ def probe_verdict(found: Summary) -> list[str]:
             f"LoRA did not beat the head-only probe, which reaches {value} {under} "
             f"({signed(gain)} for LoRA): here the adapter does not pay for itself."
         ]
-    return [f"LoRA beats the head-only probe, which reaches {value} {under}, by {gain:.3f}."]
+    margin = found.margin()
+    caveat = ", which may be chance" if margin is not None and gain < margin else ""
+    return [
+        f"LoRA beats the head-only probe, which reaches {value} {under}, by {gain:.3f}{caveat}."
+    ]
 
 
 def _sites(found: Summary) -> list[str]:

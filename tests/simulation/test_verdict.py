@@ -46,6 +46,10 @@ def test_better_and_worse_are_said_of_the_right_side(found, federated, own, prob
     assert against in text
     assert ("LoRA beats the head-only probe" in text) == (federated > probe)
     assert ("LoRA did not beat the head-only probe" in text) == (federated <= probe)
+    # Two binomial standard errors, by the formula of any textbook.
+    n, accuracy = sum(row.n for row in found.by_site), found.method("federated").test["accuracy"]
+    luck = 2 * (accuracy * (1 - accuracy) / n) ** 0.5
+    assert ("which may be chance" in text) == (0 < federated - probe < luck)
 
 
 def test_no_site_that_loses_is_said_only_when_none_does(found):
