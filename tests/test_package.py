@@ -16,3 +16,12 @@ def test_importing_the_package_turns_telemetry_off_and_loads_no_model_library():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=clean
     )
     assert found.stdout.split() == ["0", "1", "False"]
+
+
+def test_the_command_line_starts_without_the_heavy_libraries():
+    heavy = (
+        "{'torch', 'transformers', 'flwr', 'scipy', 'dp_accounting', 'numpy', 'grpc', 'sqlalchemy'}"
+    )
+    code = f"import sys, silotune.cli; print(sorted({heavy} & set(sys.modules)))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"

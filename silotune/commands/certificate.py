@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from silotune.privacy import certificate
+if TYPE_CHECKING:
+    from silotune.privacy.certificate import Verified
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -46,6 +47,8 @@ def verify(
     Without --key this shows that nothing was changed after signing, not who signed: compare the
     fingerprint with the one the site tells you.
     """
+    from silotune.privacy import certificate  # not needed to start any other command
+
     verified = certificate.verify(path, key_sha256=key)
     if as_json:
         shown = {
@@ -67,7 +70,7 @@ def verify(
         console.print("Compare the key's fingerprint with the one the site tells you.")
 
 
-def _rows(verified: certificate.Verified) -> dict[str, str]:
+def _rows(verified: Verified) -> dict[str, str]:
     body = verified.body
     return {
         "site": body.site,
