@@ -3,6 +3,9 @@
 Reddi et al., "Adaptive Federated Optimization" (ICLR 2021): the aggregate is a gradient. With one
 local step it is one; with several, the negative mean change of the sites stands in for it. FedAvgM
 (Hsu et al., 2019) is "sgd". All are post-processing of releases.
+
+Second moments start at zero, and first ones are divided by what they still lack of their weight, in all
+three adaptive rules; the paper starts the second at tau squared and leaves the first as it is.
 """
 
 from __future__ import annotations

@@ -89,6 +89,47 @@ def test_several_steps_send_the_change_of_the_sites_own_optimizer(tmp_path, bert
     assert all(np.abs(v).max() > 0 for k, v in moved.items() if "lora_B" in k)
 
 
+def test_fedprox_descends_the_loss_with_its_proximal_term(tmp_path, bert_folder):
+    federation = write_federation(
+        tmp_path,
+        bert_folder,
+        rounds__local_steps=3,
+        optimizer__server__name="none",
+        optimizer__site={
+            "local": "sgd", "prox": 0.8, "adapter_lr": 0.4, "head_lr": 0.5, "schedule": "constant",
+            "warmup_share": 0.0, "head_rounds": 0,
+        },
+    )  # fmt: skip
+    plan, run = federation.plan, federation.runs()[0]
+    start = initial_adapter(run.trainer.layout, plan)
+    ours = run.trainer.round(start, 1).flat
+
+    # Li et al. (MLSys 2020), literally: torch differentiates loss + prox / 2 |w - w_0|^2.
+    from silotune.models.adapter import read_adapter
+    from silotune.models.base import load_model
+
+    model = load_model(plan, device="cpu", attention="eager", dtype="float32")
+    write_adapter(model, start)
+    groups = [(model.parameters("adapter"), 0.4), (model.parameters("head"), 0.5)]
+    rule = torch.optim.SGD([{"params": list(p), "lr": rate} for p, rate in groups])
+    parameters = [p for group, _ in groups for p in group]
+    origin = [p.detach().clone() for p in parameters]
+    noise = SeededNoise(derive_seed(plan.plan.seed, "train", run.site.name, 1))
+    for _ in range(3):
+        rows = [row for b in run.trainer._sampler.draw(plan.privacy.rate, noise) for row in b.rows]
+        inputs = model.task.collate(run.encoded, rows, model.device)
+        loss = model.task.losses(model.module, inputs).sum()
+        loss = loss / plan.expected_batch(run.dataset.declared_units)
+        pull = sum(((p - o) ** 2).sum() for p, o in zip(parameters, origin, strict=True))
+        rule.zero_grad()
+        (loss + 0.8 / 2 * pull).backward()
+        rule.step()
+    theirs = read_adapter(model) - start
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+    free = federation.runs(plan.override({"optimizer.site.prox": 0.0}), state="free")[0]
+    assert np.abs(ours - free.trainer.round(start, 1).flat).max() > 1e-3
+
+
 def test_a_seeded_round_is_repeatable_and_depends_on_the_round(tmp_path, bert_folder):
     plan = write_federation(
         tmp_path, bert_folder, **{k.replace(".", "__"): v for k, v in PRIVATE.items()}

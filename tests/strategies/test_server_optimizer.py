@@ -1,8 +1,11 @@
-"""The server's optimizers are torch's, applied to groups that count their own steps."""
+"""The server's optimizers are torch's and Flower's, applied to groups that count their own steps."""
 
 import numpy as np
 import pytest
 import torch
+from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedYogi
+from flwr.supercore.task_identity import TaskIdentity
 
 from silotune.models.layout import Span
 from silotune.strategies.schedule import factor, learning_rate, phase_of
@@ -55,6 +58,49 @@ def test_it_steps_as_torch_does(name):
         parameter.grad = torch.from_numpy(each["B"])
         rule.step()
     np.testing.assert_allclose(ours[:5], parameter.detach().numpy(), rtol=2e-5)
+
+
+def flowers_step(strategy, change, number):
+    """What Flower's strategy makes of an adapter of zeros and one site's change of it."""
+    TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1
+    request = Message(RecordDict(), dst_node_id=1, message_type="train")
+    counted = MetricRecord({"num-examples": 1})
+    content = RecordDict({"arrays": ArrayRecord({"x": Array(change)}), "metrics": counted})
+    strategy.current_arrays = {"x": np.zeros_like(change)}
+    reply = Message(content, reply_to=request)
+    return strategy.aggregate_train(number, [reply])[0]["x"].numpy()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "second"),
+    [
+        # What Adam's and Yogi's second moment is divided by after so many steps; a sum needs nothing.
+        ("yogi", FedYogi, lambda count: 1 - 0.9**count),
+        ("adagrad", FedAdagrad, lambda count: 1.0),
+        ("adam", FedAdam, None),
+    ],
+)
+def test_it_steps_as_flowers_strategy_of_reddi_et_al_does(name, kind, second):
+    """Flower corrects Adam's start alone, and counts its rounds from 0; ours corrects all three."""
+    plan = plan_with(
+        **{
+            "rounds.local_steps": 2,
+            "optimizer.server": {
+                "name": name, "lr": 0.3, "momentum": 0.8, "beta2": 0.9, "epsilon": 1e-12,
+            },
+        }
+    )  # fmt: skip
+    flower = kind(eta=0.3, tau=1e-12)
+    flower.beta_1, flower.beta_2 = 0.8, 0.9  # Flower's Adagrad takes no argument for them
+    ours, before = ServerOptimizer(plan, size=8), np.zeros(8, np.float32)
+    for count, each in enumerate(gradients(8), start=1):
+        after = step(ours, before, each, count)
+        change = -np.concatenate([each["B"], each["head"]])
+        want = flowers_step(flower, change, count - 1)
+        if second:
+            want = want * np.sqrt(second(count)) / (1 - 0.8**count)
+        np.testing.assert_allclose(after - before, want, rtol=1e-3, atol=1e-6)
+        before = after
 
 
 def test_a_group_that_starts_late_starts_fresh():
