@@ -25,7 +25,7 @@ from silotune.strategies.base import Terms
 
 RANK = 8
 LINEAR = ("fedavg", "ffa", "rolora", "fedsvd", "fedsa", "norm_bound")
-OPTIONS = {"norm_bound": {"aggregation.bound": 1.0}}
+OPTIONS = {"norm_bound": {"bound": 1.0}}
 
 
 def plan_for(name: str, steps: int) -> Plan:
@@ -36,9 +36,9 @@ def plan_for(name: str, steps: int) -> Plan:
         "data": {"dataset": "d"},
         "rounds": {"number": 10, "local_steps": steps},
         "privacy": {"mode": "none", "rate": 0.1},
-        "aggregation": {"strategy": name},
+        "aggregation": {"strategy": name, **OPTIONS.get(name, {})},
     }
-    return Plan.from_mapping(raw).override(OPTIONS.get(name, {}))
+    return Plan.from_mapping(raw)
 
 
 def layout_for(plan: Plan, parameters: int) -> Layout:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 Values = NDArray[np.float32] | NDArray[np.float64]
 
-_BLOCK = 1 << 14  # elements: what is worked on stays in a core's second-level cache
+_BLOCK = 1 << 15  # elements: what is worked on stays in a core's second-level cache
 
 
 class ReproducibleSum:

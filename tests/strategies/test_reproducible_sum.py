@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from silotune.strategies import reproducible_sum
 from silotune.strategies.reproducible_sum import ReproducibleSum
 
 VECTORS = hnp.arrays(
@@ -32,6 +33,23 @@ def test_every_order_gives_the_same_bits(rows, random):
     one = total(rows, weights).value(7.0)
     other = total(rows[order], [weights[i] for i in order]).value(7.0)
     assert one.tobytes() == other.tobytes()
+
+
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(0, 2**32 - 1), st.booleans())
+def test_no_bit_depends_on_where_blocks_end(size, block, seed, weighted):
+    rng = np.random.default_rng(seed)
+    rows = rng.normal(size=(3, size), scale=100.0 ** rng.integers(-3, 2, size)).astype(np.float32)
+    weights = rng.uniform(0, 3, 3) if weighted else np.ones(3)
+    whole = total(rows, weights).mean(7.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reproducible_sum, "_BLOCK", block)
+        cut = total(rows, weights)
+        assert cut.mean(7.0).tobytes() == whole.tobytes()
+        bad = rows[0].copy()
+        bad[seed % size] = np.inf
+        with pytest.raises(ValueError, match="infinite"):
+            cut.add(bad, 0.5)
+        assert cut.mean(7.0).tobytes() == whole.tobytes()
 
 
 @given(VECTORS)
