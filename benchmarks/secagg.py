@@ -14,7 +14,8 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import flwr
 import numpy as np
@@ -157,70 +158,93 @@ def agreement(*, repeats: int) -> Numbers:
     return {"agreement.ours_over_flower": found["ours"] / found["flower"]}
 
 
-def whole_round(sites: int, parameters: int, *, dropped: int) -> Numbers:
-    """CPU of one site and of the coordinator, and bytes of a site, over a whole round."""
-    names = [f"site-{i:04d}" for i in range(sites)]
+def members(names: list[str]) -> dict[str, SiteRound]:
+    """The sites of a first round, all in one roster."""
     keys = {name: Ed25519PrivateKey.generate() for name in names}
     roster = {name: key.public_key().public_bytes_raw() for name, key in keys.items()}
-    rounds = {
-        name: SiteRound.begin(
-            Member(
-                site=name,
-                identity=keys[name],
-                roster=roster,
-                plan_sha256="00" * 32,
-                run="r",
-                declared_units=100,
-            ),
-            1,
+    found = {}
+    for name, key in keys.items():
+        member = Member(
+            site=name,
+            identity=key,
+            roster=roster,
+            plan_sha256="00" * 32,
+            run="r",
+            declared_units=100,
         )
-        for name in names
-    }
-    coordinator, watched = CoordinatorRound(), rounds[names[0]]
-    sent, own, started = 0, 0.0, time.process_time()
+        found[name] = SiteRound.begin(member, 1)
+    return found
+
+
+class Watch:
+    """CPU seconds of one site, of the many that this process plays."""
+
+    def __init__(self, site: str) -> None:
+        self.site, self.seconds, self.sent = site, 0.0, 0
+
+    @contextmanager
+    def on(self, site: str) -> Iterator[None]:
+        """Count what the body takes, if it is the watched site's."""
+        began = time.process_time()
+        yield
+        if site == self.site:
+            self.seconds += time.process_time() - began
+
+
+def perform(
+    names: list[str], parameters: int, *, dropped: int, watch: Watch
+) -> tuple[CoordinatorRound, int]:
+    """A round up to the sum; the coordinator, and the cohort's size in bytes."""
+    rounds, coordinator = members(names), CoordinatorRound()
     for name, part in rounds.items():
         coordinator.advertise(name, part.advertisement().to_bytes())
     cohort = coordinator.cohort.to_bytes()
     for name, part in rounds.items():
-        began = time.process_time()
-        sealed = part.share(cohort)
-        if part is watched:
-            own += time.process_time() - began
-            sent += sum(len(message) for message in sealed.values()) + len(cohort) // sites
+        with watch.on(name):
+            sealed = part.share(cohort)
+        if name == watch.site:
+            watch.sent += sum(len(message) for message in sealed.values())
         coordinator.add_shares(name, sealed)
-    for name, part in list(rounds.items())[: sites - dropped]:
-        vector, began = np.zeros(parameters, np.uint32), time.process_time()
-        part.mask(vector, present=names, sealed=coordinator.sealed_for(name))
-        if part is watched:
-            own += time.process_time() - began
+    for name in names[: len(names) - dropped]:
+        vector = np.zeros(parameters, np.uint32)
+        with watch.on(name):
+            rounds[name].mask(vector, present=names, sealed=coordinator.sealed_for(name))
         coordinator.add_masked(name, vector, like=vector)
     survivors = sorted(coordinator.survivors)
     if coordinator.agreement_needed:
         for name in survivors:
             coordinator.add_signature(name, rounds[name].sign(survivors))
     for name in survivors:
-        began = time.process_time()
-        opened = rounds[name].open(survivors, coordinator.signatures)
-        if rounds[name] is watched:
-            own += time.process_time() - began
-            sent += sum(len(share) for share in opened.values())
+        with watch.on(name):
+            opened = rounds[name].open(survivors, coordinator.signatures)
+        if name == watch.site:
+            watch.sent += sum(len(share) for share in opened.values())
         coordinator.add_opening(name, opened)
+    return coordinator, len(cohort)
+
+
+def whole_round(sites: int, parameters: int, *, dropped: int) -> Numbers:
+    """CPU of one site and of the coordinator, and bytes of a site, over a whole round."""
+    names = [f"site-{i:04d}" for i in range(sites)]
+    watch, started = Watch(names[0]), time.process_time()
+    coordinator, cohort = perform(names, parameters, dropped=dropped, watch=watch)
     began = time.process_time()
     assert not coordinator.unmask().any()
     unmasking, total = time.process_time() - began, time.process_time() - started
     peers = topology(sites).sites - 1
     # A site sends 4 bytes a parameter, two sealed shares a peer (66 and a tag of 16), one share a
     # member (33), and its keys.
-    theory = 4 * parameters + 82 * peers + 33 * sites + len(cohort) // sites
-    measured = 4 * parameters + sent
+    own = cohort // sites
+    theory = 4 * parameters + 82 * peers + 33 * sites + own
+    measured = 4 * parameters + watch.sent + own
     print(
-        f"  {sites:>4} sites, {parameters:>9,} parameters, {dropped} dropped: {own:.3f} s a site, "
-        f"{unmasking:.3f} s to unmask, {total:.1f} s all together; {measured:,} bytes up a site "
-        f"({measured / (4 * parameters):.4f} of the bare update, theory {theory:,})"
+        f"  {sites:>4} sites, {parameters:>9,} parameters, {dropped} dropped: {watch.seconds:.3f} s "
+        f"a site, {unmasking:.3f} s to unmask, {total:.1f} s all together; {measured:,} bytes up a "
+        f"site ({measured / (4 * parameters):.4f} of the bare update, theory {theory:,})"
     )
     case = f"round_{sites}_{parameters}_{dropped}"
     return {
-        f"{case}.site_seconds": own,
+        f"{case}.site_seconds": watch.seconds,
         f"{case}.unmask_seconds": unmasking,
         f"{case}.bytes_over_theory": measured / theory,
     }
