@@ -5,6 +5,7 @@ import time
 import tracemalloc
 
 import numpy as np
+import pytest
 
 from silotune.models.layout import Entry, Layout
 from silotune.strategies import strategy_for
@@ -22,8 +23,8 @@ LAYOUT = Layout(
 )
 
 
-def ready(sites):
-    strategy = strategy_for(plan_with(), layout=LAYOUT)
+def ready(sites, **changes):
+    strategy = strategy_for(plan_with(**changes), layout=LAYOUT)
     terms = cohort(sites)
     strategy.cohort = {t.node: t for t in terms}
     rng = np.random.default_rng(0)
@@ -31,8 +32,13 @@ def ready(sites):
     return strategy, terms, updates
 
 
-def test_a_round_takes_less_than_four_adapters_of_memory():
-    strategy, terms, updates = ready(8)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"aggregation": {"strategy": "norm_bound", "bound": 1e-3}}],
+    ids=["fedavg", "norm_bound"],
+)
+def test_a_round_takes_less_than_four_adapters_of_memory(changes):
+    strategy, terms, updates = ready(8, **changes)
     adapter = np.zeros(LAYOUT.size, np.float32)
     tracemalloc.start()
     strategy.begin(1, adapter)
