@@ -141,9 +141,16 @@ def costs(found: Results) -> list[str]:
 
 def draw(found: Results) -> None:
     scores = cells(found, "f1")
-    panels = [(split, steps) for split in SPLITS for steps in ("1", "4")]
-    figure, axes = plt.subplots(2, 2, figsize=(11, 8), sharex=True, layout="constrained")
-    for axis, (split, steps) in zip(axes.flat, panels, strict=True):
+    done = {(key[3], key[2]) for key in scores}
+    panels = [panel for panel in product(SPLITS, ("1", "4")) if panel in done]
+    down, across = -(-len(panels) // 2), min(2, len(panels))
+    size = (2 + 4.5 * across, 4.0 * down)
+    figure, axes = plt.subplots(
+        down, across, figsize=size, sharex=True, squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis, (split, steps) in zip(axes.flat, panels, strict=False):
         mine = {k: v for k, v in scores.items() if k[3] == split and k[2] == steps}
         methods = ordered(key[0] for key in mine)[::-1]
         for (epsilon, label), colour, shift in zip(
