@@ -19,6 +19,7 @@ from silotune.commands import (
     demo,
     errors_page,
     events_page,
+    export,
     ledger,
     partition,
     plan,
@@ -43,6 +44,7 @@ app.add_typer(plan.app, name="plan")
 app.command("simulate")(simulate.simulate)
 app.add_typer(coordinator.app, name="coordinator")
 app.command("report")(report.report)
+app.command("export")(export.export)
 app.command("dashboard")(dashboard.dashboard)
 app.command("predict")(predict.predict)
 app.add_typer(site.app, name="site")

@@ -7,7 +7,7 @@ raised here crosses the wire as a stable code only.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from flwr.app import Context, Message, RecordDict
@@ -17,6 +17,7 @@ from silotune.client.runtime import SiteRun
 from silotune.client.secure import SecurePart
 from silotune.client.trainer import Vector
 from silotune.errors import PlanInvalid
+from silotune.events import tracing
 from silotune.plan import Plan
 from silotune.privacy.errors import MessageMalformed
 from silotune.privacy.secagg.messages import unpack_named, unpack_names
@@ -38,7 +39,7 @@ def build_client_app(find_run: FindRun) -> ClientApp:
     find_run : callable
         ``(context, plan, run) -> SiteRun``: which site this is, and its part in the run.
     """
-    app = ClientApp()
+    app = ClientApp(mods=[_traced])
 
     def part(message: Message, context: Context) -> SiteRun:
         config = message.content.config_records["config"]
@@ -66,6 +67,20 @@ def build_client_app(find_run: FindRun) -> ClientApp:
 
     _add_secure(app, part)
     return app
+
+
+def _traced(message: Message, context: Context, call_next: Callable[..., Message]) -> Message:
+    """A span around the answer to a message, within the coordinator's exchange, if traces are on."""
+    config: Mapping[str, object] = message.content.config_records.get("config") or {}
+    parent, run = config.get(tracing.TRACEPARENT), config.get("run")
+    number = config.get("round")
+    with tracing.span(
+        message.metadata.message_type,
+        run=run if isinstance(run, str) else "",
+        round=number if isinstance(number, int) else 0,
+        parent=parent if isinstance(parent, str) else None,
+    ):
+        return call_next(message, context)
 
 
 def _add_secure(app: ClientApp, part: Callable[[Message, Context], SiteRun]) -> None:

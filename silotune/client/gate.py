@@ -34,6 +34,7 @@ from silotune.errors import (
     SilotuneError,
     ValueUnaccounted,
 )
+from silotune.events import tracing
 from silotune.federation.sealed import Vault
 from silotune.plan import Plan
 from silotune.privacy.ledger import Ledger, ReleaseKey
@@ -196,13 +197,14 @@ class Gate:
             From the ledger. Nothing was released.
         """
         self._require_own(key)
-        # From here on only these bytes exist, whatever happens to the caller's arrays.
-        payload = self._account_for(fields, mechanisms).to_bytes()
-        if mechanisms and self._ledger is not None:
-            self._charge(self._ledger, key, payload, mechanisms)
-        elif any(isinstance(given, Unprotected) for given in fields.values()):
-            self._keep(key, payload)
-        return Reply.from_bytes(payload).records()
+        with tracing.span("release", run=key.run, round=key.round):
+            # From here on only these bytes exist, whatever happens to the caller's arrays.
+            payload = self._account_for(fields, mechanisms).to_bytes()
+            if mechanisms and self._ledger is not None:
+                self._charge(self._ledger, key, payload, mechanisms)
+            elif any(isinstance(given, Unprotected) for given in fields.values()):
+                self._keep(key, payload)
+            return Reply.from_bytes(payload).records()
 
     def _charge(
         self,

@@ -106,7 +106,9 @@ def stop(run: Run, credentials: Credentials = _HERE, as_json: AsJson = False) ->
 
 @app.command()
 def watch(
-    run: Run,
+    run: Annotated[
+        str, typer.Argument(help="The run's name; none: the federation's own events, for ever.")
+    ] = "",
     after: Annotated[int, typer.Option(min=0, help="Only events behind this id.")] = 0,
     credentials: Credentials = _HERE,
     as_json: AsJson = False,
@@ -123,10 +125,12 @@ def watch(
     if as_json:
         for event in client.watch(run, after=after, waiting=waiting):
             typer.echo(json.dumps(event))
-    elif console.is_terminal:
+    elif run and console.is_terminal:
         watch_live(client, run, console=console)  # a picture needs every event
     else:
         watch_lines(client, run, after=after, waiting=waiting)
+    if not run:
+        return
     request = client.messages.RunRef(run=run)
     if client.call("GetRun", request)["state"] == "failed":
         raise typer.Exit(_FAILED)

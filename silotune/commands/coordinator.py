@@ -104,12 +104,14 @@ def start(
 
     os.umask(0o077)
     from silotune import logs
+    from silotune.events import tracing
     from silotune.server.config import Home
     from silotune.server.coordinator import Coordinator
 
     home = Home(folder)
     config = home.load()
     logs.configure(style=config.logging.format, level=config.logging.level)
+    tracing.configure("silotune-coordinator")
     coordinator = Coordinator(home)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: coordinator.stop())
@@ -119,6 +121,7 @@ def start(
         coordinator.wait()
     finally:
         coordinator.close()
+        tracing.stop()
 
 
 @app.command()

@@ -109,11 +109,16 @@ def start(
     """
     from silotune.client.daemon import Daemon
     from silotune.client.limits import apply_limits
+    from silotune.events import tracing
 
     configure(style=log_format, level=log_level)
     site = SiteConfig.load(config)
     apply_limits(site.resources)
-    Daemon(site, grace=grace).run()
+    tracing.configure("silotune-site")
+    try:
+        Daemon(site, grace=grace).run()
+    finally:
+        tracing.stop()
 
 
 @app.command()

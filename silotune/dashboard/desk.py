@@ -51,6 +51,10 @@ class Desk(Protocol):
         """Requests to be enrolled, newest first."""
         ...
 
+    def alarms(self) -> Sequence[Mapping[str, Any]]:
+        """Events of kind ``alarm``, newest first."""
+        ...
+
     def done(self) -> Sequence[Mapping[str, Any]]:
         """What people did, newest first."""
         ...

@@ -77,6 +77,8 @@ class Door:
         ``holder(certificate)``: the person of a client certificate, or raises `SignInNeeded`.
     link : Link or None
         The secret of a link that the command printed.
+    refused : callable or None
+        ``refused(person, path)``: told of a person who tried what their role does not allow.
     sessions : Sessions
         Who is in.
     """
@@ -86,6 +88,7 @@ class Door:
     accounts: Accounts | None = None
     holder: Callable[[x509.Certificate], Person] | None = None
     link: Link | None = None
+    refused: Callable[[Person, str], None] | None = None
     sessions: Sessions = field(default_factory=Sessions)
 
     @property
@@ -154,7 +157,7 @@ class Doorman:
                 await PlainTextResponse("The form is too large.", 413)(scope, receive, send)
                 return
             scope[FORM] = _form(body)
-            self._judge_form(scope, headers, session, path)
+            await run_in_threadpool(self._judge_form, scope, headers, session, path)
         await self._app(scope, receive, send)
 
     def _session(self, scope: Scope, headers: Mapping[str, str]) -> Session | None:
@@ -187,7 +190,12 @@ class Doorman:
         if not hmac.compare_digest(given.encode(), session.token.encode()):
             raise RequestForged("the form's token is missing or old")
         if path not in {"/signout", "/signin"}:
-            session.person.require_operator()
+            try:
+                session.person.require_operator()
+            except NotPermitted:
+                if self._door.refused is not None:
+                    self._door.refused(session.person, path)
+                raise
 
     def _with_headers(self, send: Send) -> Send:
         extra = [(name.encode(), value.encode()) for name, value in HEADERS.items()]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hmac
 import json
 import mimetypes
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib.resources import files
 from typing import Any
 from urllib.parse import quote
@@ -36,11 +37,12 @@ from silotune.dashboard.sign_in import SignIn
 from silotune.dashboard.spending import Spending
 from silotune.errors import SilotuneError
 from silotune.events.errors import FileNotOffered, RunNotFound
-from silotune.events.feed import Feed
+from silotune.events.feed import Batch, Feed
 from silotune.events.source import Source, Views
 
 _STATIC = ("dashboard.css", "dashboard.js", "icon.svg")
 _MOST_COMPARED = 4
+_RECENT_SECONDS = 24 * 3600.0
 _SECTIONS = ("head", "lanes", "charts", "sites", "troubles")
 
 
@@ -151,6 +153,8 @@ class Pages:
         """Every run, and who is there."""
         desk = self._desk
         sites = desk.sites() if desk else []
+        recent = time.time() - _RECENT_SECONDS
+        alarms = [row for row in desk.alarms() if row["time"] > recent] if desk else []
         waiting = [r for r in desk.requests() if r.state == "waiting"] if desk else []
         return self._page(
             request,
@@ -158,6 +162,7 @@ class Pages:
             runs=self._source.runs(),
             sites=[site for site in sites if site.status == "active"],
             waiting=waiting,
+            alarms=alarms,
         )
 
     def run(self, request: Request, run: str) -> Response:
@@ -197,8 +202,7 @@ class Pages:
             async for batch in batches:
                 if self._door.sessions.find(cookie, touch=False) is None:
                     return
-                lines = (f"id: {row['id']}\ndata: {json.dumps(row)}\n\n" for row in batch)
-                yield "".join(lines) or ": still here\n\n"
+                yield _as_messages(batch)
             yield "event: over\ndata: {}\n\n"
         finally:
             await batches.aclose()
@@ -235,7 +239,8 @@ class Pages:
     def actions(self, request: Request) -> Response:
         """What people did."""
         assert self._desk is not None
-        return self._page(request, "actions.html", actions=self._desk.done())
+        done, alarms = self._desk.done(), self._desk.alarms()
+        return self._page(request, "actions.html", actions=done, alarms=alarms)
 
     @staticmethod
     def static(name: str) -> Response:
@@ -339,6 +344,13 @@ FORM_BODY: dict[str, Any] = {
         }
     }
 }
+
+
+@lru_cache(maxsize=64)
+def _as_messages(batch: Batch) -> str:
+    """Server-sent events of a batch, made once for all who watch; a comment if there are none."""
+    lines = (f"id: {row['id']}\ndata: {json.dumps(row)}\n\n" for row in batch.rows)
+    return "".join(lines) or ": still here\n\n"
 
 
 @cache

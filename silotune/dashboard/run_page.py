@@ -14,12 +14,12 @@ from silotune.dashboard.charts import Chart, Lane, lanes, line_chart, stacked_ba
 from silotune.dashboard.spending import Curve, left
 from silotune.errors import PlanInvalid, SilotuneError, catalogue
 from silotune.events.source import RunFacts
-from silotune.events.view import RunView, Trouble
+from silotune.events.view import OPEN_PHASES, RunView, Trouble
 from silotune.plan import Plan, dotted
 from silotune.plan_words import plan_in_words
 
 PHASES = (
-    *("invited", "approved", "training", "masked", "unmasked", "done"),
+    *("training", "masked", "unmasked", "done"),
     *("late", "dropped", "failed"),
 )
 """Phases in the order of the legend."""
@@ -195,9 +195,7 @@ def _running(view: RunView) -> str:
     current = view.current
     if current is None or current.done:
         return ""
-    waiting = sum(
-        cell.phase in {"training", "invited", "masked"} for cell in current.cells.values()
-    )
+    waiting = sum(cell.phase in OPEN_PHASES for cell in current.cells.values())
     sites = "site" if waiting == 1 else "sites"
     return f"round {current.number}: waiting for {waiting} of {len(current.cells)} {sites}"
 

@@ -21,9 +21,16 @@ Key = tuple[float, float, float, int, int]
 
 
 class Spending:
-    """Epsilon for pages and metrics, remembered by kind of site."""
+    """Epsilon for pages and metrics, remembered by kind of site.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    background : bool
+        Compute in a thread, and leave out what is not known yet; else wait for it.
+    """
+
+    def __init__(self, *, background: bool = True) -> None:
+        self._background = background
         self._curves: dict[Key, Curve] = {}
         self._wanted: set[Key] = set()
         self._lock = threading.Lock()
@@ -65,6 +72,8 @@ class Spending:
             return None
         steps = int((facts.plan.get("rounds") or {}).get("local_steps") or 1)
         key = (*mechanism, float(delta), facts.rounds, steps)
+        if not self._background and key not in self._curves:
+            self._compute(key)
         with self._lock:
             if key in self._curves:
                 return self._curves[key]

@@ -1,8 +1,8 @@
-"""Errors of events and of where they are read from."""
+"""Errors of events, of where they are read from, and of where they are sent."""
 
 from __future__ import annotations
 
-from silotune.errors import RunError
+from silotune.errors import EnvironmentFault, RunError
 
 
 class EventMalformed(RunError):
@@ -32,3 +32,14 @@ class FileNotOffered(RunError):
     title = "The run does not offer this file"
     cause = "The file is not there yet, or is not one that may be downloaded."
     advice = "Choose one from the run's page; adapters come with the first finished round."
+
+
+class ExtraMissing(EnvironmentFault):
+    """An optional package that the user asked for is not installed."""
+
+    code = "ST-701"
+    title = "An optional part of silotune is not installed"
+    cause = (
+        "Some connections to other tools need packages that silotune does not install by itself."
+    )
+    advice = "Install the extra that the message names into the environment that silotune runs in."

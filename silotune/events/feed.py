@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from silotune.events.source import Row, Source
+from silotune.events.source import Row, RunFacts
 
 OVER = frozenset({"finished", "stopped", "failed"})
 """States after which nothing more happens in a run."""
@@ -15,12 +16,37 @@ _LOOK_SECONDS = 0.25
 _KEPT = 2000  # events that late watchers need not read for themselves
 
 
+class Readable(Protocol):
+    """Where the events of something that goes on are read: any `silotune.events.source.Source`."""
+
+    def facts(self, run: str) -> RunFacts:
+        """Its state."""
+        ...
+
+    def events(self, run: str, *, after: int = 0) -> list[Row]:
+        """Events behind an id, oldest first."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Events that came together, and the run's state then; the same object for every watcher.
+
+    So whoever turns it into bytes can do that once: it is hashed by what it is, not by what it holds.
+    """
+
+    rows: tuple[Row, ...] = ()
+    state: str = ""
+
+
 @dataclass
 class _Tail:
     """The newest events of a run; `rows` has every event behind `base`."""
 
     base: int
     rows: list[Row] = field(default_factory=list)
+    state: str = ""
+    batches: dict[int, Batch] = field(default_factory=dict)
     over: bool = False
     watchers: int = 0
     news: asyncio.Event = field(default_factory=asyncio.Event)
@@ -31,7 +57,15 @@ class _Tail:
     def newest(self) -> int:
         return int(self.rows[-1]["id"]) if self.rows else self.base
 
+    def behind(self, after: int) -> Batch:
+        """Events behind an id; until there are more, the same object for the same id."""
+        if after not in self.batches:
+            rows = tuple(row for row in self.rows if row["id"] > after)
+            self.batches[after] = Batch(rows, self.state)
+        return self.batches[after]
+
     def wake(self) -> None:
+        self.batches.clear()
         self.news.set()
         self.news = asyncio.Event()
 
@@ -44,17 +78,17 @@ class Feed:
 
     Parameters
     ----------
-    source : Source
+    source : Readable
         Where events are read, in a thread of their own.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Readable) -> None:
         self._source = source
         self._tails: dict[str, _Tail] = {}
 
     async def follow(
         self, run: str, *, after: int = 0, keep_alive: float = 15.0
-    ) -> AsyncGenerator[list[Row], None]:
+    ) -> AsyncGenerator[Batch, None]:
         """Batches of events behind an id, until the run is over.
 
         An empty batch comes when nothing happened for `keep_alive` seconds.
@@ -73,18 +107,19 @@ class Feed:
             while True:
                 news = tail.news
                 if after < tail.base:
-                    batch = await asyncio.to_thread(self._source.events, run, after=after)
+                    older = await asyncio.to_thread(self._source.events, run, after=after)
+                    batch = Batch(tuple(older), tail.state)
                 else:
-                    batch = [row for row in tail.rows if row["id"] > after]
-                if batch:
-                    after = int(batch[-1]["id"])
+                    batch = tail.behind(after)
+                if batch.rows:
+                    after = int(batch.rows[-1]["id"])
                     yield batch
                 elif tail.error is not None:
                     raise tail.error
                 elif tail.over:
                     return
                 elif not await _set_within(news, keep_alive):
-                    yield []
+                    yield Batch()
         finally:
             tail.watchers -= 1
             if not tail.watchers:
@@ -102,6 +137,7 @@ class Feed:
                 if len(tail.rows) > 2 * _KEPT:
                     tail.base = int(tail.rows[-_KEPT - 1]["id"])
                     del tail.rows[:-_KEPT]
+                tail.state = facts.state
                 tail.over = was_over and not found
                 was_over = facts.state in OVER
                 if found or tail.over:

@@ -29,8 +29,8 @@ SCHEMA_VERSION = 1
 Number = float | None
 """A figure; null where it was not finite or is not known."""
 
-Phase = Literal["invited", "approved", "training", "masked", "unmasked", "done", "late", "dropped"]
-"""Where a site is in a round; a refusal and a failure are events of their own, with a code."""
+Phase = Literal["masked", "unmasked"]
+"""Where a site is in a secure round: its masked update is there; it helped to remove the masks."""
 
 
 class Event(BaseModel):
@@ -162,7 +162,7 @@ class SiteRefused(Event):
 
 
 class SitePhase(Event):
-    """A site came to another phase of a round."""
+    """A site came to another phase of a secure round."""
 
     event: Literal["site_phase"]
     site: str

@@ -13,8 +13,10 @@ from typing import Any
 from silotune.events import schema
 from silotune.events.schema import Event, parse
 
-OPEN_PHASES = frozenset({"invited", "approved", "training", "masked"})
+OPEN_PHASES = frozenset({"training", "masked"})
 """Phases in which a site may still answer."""
+
+_MASKED = frozenset({"masked", "unmasked"})
 
 
 @dataclass(slots=True)
@@ -233,7 +235,11 @@ class RunView:
             site.state, site.code = "training", ""
 
     def _site_phase(self, event: schema.SitePhase) -> None:
-        self._cell(event, event.phase)
+        before = (
+            self.rounds[event.round].cells.get(event.site) if event.round in self.rounds else None
+        )
+        kept = (before.seconds, before.anomaly) if before else (None, None)
+        self._cell(event, event.phase, seconds=kept[0], anomaly=kept[1])
 
     def _site_replied(self, event: schema.SiteReplied) -> None:
         seconds = event.train_seconds
@@ -270,9 +276,11 @@ class RunView:
         found.void = event.code or "void"
 
     def _close(self, found: RoundView) -> None:
-        """Whoever was still awaited when the round ended was late."""
+        """Whoever was still awaited when the round ended was late; masked updates are in the sum."""
         for name, cell in found.cells.items():
-            if cell.phase in OPEN_PHASES:
+            if cell.phase in _MASKED:
+                cell.phase = self.sites[name].state = "dropped" if found.void else "done"
+            elif cell.phase in OPEN_PHASES:
                 cell.phase = "late"
                 self.sites[name].state = "late"
                 self.sites[name].failed += 1

@@ -19,7 +19,7 @@ from sqlalchemy import delete, insert, select
 from silotune.dashboard.spending import Spending, left
 from silotune.errors import catalogue
 from silotune.events import schema
-from silotune.events.feed import OVER
+from silotune.events.feed import OVER, Readable
 from silotune.events.source import RunFacts, Source, Views
 from silotune.server.config import AlertsSection
 from silotune.server.operations import SiteRow
@@ -36,6 +36,8 @@ Kind = Literal[
     "site_refused",
     "budget_low",
     "anomaly_high",
+    "alarm",
+    "enrolment_waits",
 ]
 
 _LOW = 0.1  # of the plan's epsilon
@@ -110,6 +112,16 @@ class Rules:
                 case schema.PlanRejected():
                     words = f"{event.site} rejected the plan of run {run}: {event.reason or 'no reason'}"
                     yield self._of(event, run, "site_refused", words, site=event.site)
+                case schema.Alarm():
+                    words = f"Alarm: {event.kind} by {event.site or 'nobody known'}. {event.detail}"
+                    more = " Only an attack or a mistake explains it: see the audit log."
+                    yield self._of(event, run, "alarm", words.rstrip() + more, site=event.site)
+                case schema.EnrolmentRequested():
+                    words = (
+                        f"{event.site} asks to be enrolled. Compare the six words with its team: "
+                        f"{event.words}."
+                    )
+                    yield self._of(event, run, "enrolment_waits", words, site=event.site)
                 case schema.SiteReplied() if (event.anomaly or 0.0) > self._config.anomaly:
                     words = (
                         f"The update of {event.site} in round {event.round} of run {run} is far from "
@@ -189,12 +201,15 @@ class Alerting:
         Remembers how far the events were told.
     source : Source
         Runs.
+    log : Readable
+        The federation's own events.
     """
 
     def __init__(
-        self, rules: Rules, sinks: Sequence[Sink], *, store: Store, source: Source
+        self, rules: Rules, sinks: Sequence[Sink], *, store: Store, source: Source, log: Readable
     ) -> None:
-        self._rules, self._sinks, self._store, self._source = rules, sinks, store, source
+        self._rules, self._sinks, self._store = rules, sinks, store
+        self._source, self._log = source, log
         self._told: set[str] = set()
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._main, daemon=True, name="alerts")
@@ -211,18 +226,25 @@ class Alerting:
 
     def look(self) -> None:
         """One look at everything: events in their order, and then what lasts."""
+        if not self._look_at("", self._log):
+            return
         for facts in self._source.runs():
-            cursor = self._cursor(facts.run)
-            rows = self._source.events(facts.run, after=cursor)
-            for alert in self._rules.of_events(facts.run, rows):
-                if not self._tell(alert):
-                    return  # in order: what comes behind it waits too
-                self._move(facts.run, int((alert.event or {})["id"]))
-            if rows:
-                self._move(facts.run, int(rows[-1]["id"]))
+            if not self._look_at(facts.run, self._source):
+                return
         for alert in self._rules.of_states(time.time()):
             if alert.key not in self._told and self._tell(alert):
                 self._told.add(alert.key)
+
+    def _look_at(self, run: str, source: Readable) -> bool:
+        """Tell of new events in their order; False if one could not be told: what is behind waits."""
+        rows = source.events(run, after=self._cursor(run))
+        for alert in self._rules.of_events(run, rows):
+            if not self._tell(alert):
+                return False
+            self._move(run, int((alert.event or {})["id"]))
+        if rows:
+            self._move(run, int(rows[-1]["id"]))
+        return True
 
     def _main(self) -> None:
         while not self._ending.wait(_LOOK_SECONDS):

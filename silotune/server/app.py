@@ -5,6 +5,7 @@ from __future__ import annotations
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from silotune.events import tracing
 from silotune.plan import Plan
 from silotune.server.rounds import Observer, RoundLoop, RunStore
 
@@ -30,6 +31,7 @@ def build_server_app(
     @app.main()
     def main(grid: Grid, context: Context) -> None:
         del context  # its run config repeats what is given here
-        RoundLoop(plan=plan, run=run, grid=grid, store=store, observer=observer).execute()
+        with tracing.span("run", run=run, begins=True):
+            RoundLoop(plan=plan, run=run, grid=grid, store=store, observer=observer).execute()
 
     return app

@@ -127,6 +127,15 @@ class Conductor:
         if performance is None:
             self._stage.drop_link_run(run)
 
+    def running_with(self, site: str) -> list[Callable[..., object]]:
+        """Where to tell something about a site: one function for each running run that it is in."""
+        running = self.runs.in_state("running")
+        return [
+            self._stage.record(run).append_event
+            for run in running
+            if site in self.runs.approved(run)
+        ]
+
     # --- sites ---
 
     def plans_for(self, site: str) -> PlansReply:

@@ -20,7 +20,7 @@ from grpc_reflection.v1alpha import reflection
 
 from silotune.errors import PlanError, SilotuneError
 from silotune.events.errors import FileNotOffered, RunNotFound
-from silotune.events.feed import Feed
+from silotune.events.feed import Batch, Feed
 from silotune.events.source import Row, RunFacts, Views
 from silotune.federation import identity
 from silotune.federation.errors import IdentityInvalid, NotPermitted, SignInNeeded
@@ -36,6 +36,7 @@ _log = logging.getLogger(__name__)
 _PIECE = 1 << 20
 _RECHECK_SECONDS = 30.0
 _START_SECONDS = 30.0
+_SHARED = 64
 _STATUS: tuple[tuple[type[SilotuneError], grpc.StatusCode], ...] = (
     (SignInNeeded, grpc.StatusCode.UNAUTHENTICATED),
     (NotPermitted, grpc.StatusCode.PERMISSION_DENIED),
@@ -175,6 +176,9 @@ class _Methods:
         self._operations, self._person_of = operations, person_of
         self._source = operations.source
         self._feed, self._views = Feed(operations.source), Views(operations.source)
+        self._federation = Feed(operations.log)
+        # Every watcher gets the same message; it is made once.
+        self._reply = functools.lru_cache(maxsize=_SHARED)(self._reply_of)
         self._messages: Any = compiled()[0]
         return self
 
@@ -215,7 +219,8 @@ class _Methods:
         """Stream batches; a certificate that was revoked meanwhile ends it."""
         await _told(asyncio.to_thread(self._person_of, context), context)
         checked = time.monotonic()
-        batches = self._feed.follow(request.run, after=request.after)
+        feed = self._feed if request.run else self._federation
+        batches = feed.follow(request.run, after=request.after)
         try:
             while True:
                 batch = await _told(anext(batches, None), context)
@@ -224,8 +229,7 @@ class _Methods:
                 if time.monotonic() - checked > _RECHECK_SECONDS:
                     await _told(asyncio.to_thread(self._person_of, context), context)
                     checked = time.monotonic()
-                state = self._source.facts(request.run).state if batch else ""
-                yield self._messages.WatchReply(events=map(self._event, batch), state=state)
+                yield self._reply(batch)
         finally:
             await batches.aclose()
 
@@ -301,6 +305,9 @@ class _Methods:
                 for site in self._views.get(run).sites.values()
             ]
         return self._run(facts, sites=sites, files=files)
+
+    def _reply_of(self, batch: Batch) -> Any:
+        return self._messages.WatchReply(events=map(self._event, batch.rows), state=batch.state)
 
     def _event(self, row: Row) -> Any:
         text = json.dumps(row, separators=(",", ":"))

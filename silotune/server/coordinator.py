@@ -21,6 +21,7 @@ from silotune.server.conductor import Conductor
 from silotune.server.config import CoordinatorConfig, Home
 from silotune.server.enrolment import Registrar
 from silotune.server.errors import CoordinatorConfigInvalid, CoordinatorRunning
+from silotune.server.federation_log import FederationLog
 from silotune.server.guard import Guard
 from silotune.server.keys import (
     AUTHORITY_CERTIFICATE,
@@ -149,6 +150,8 @@ class Coordinator:
         self.store = Store(home.store_url(self.config), vault=vault)
         home.link_database.touch(mode=0o600)
         self.link = Link(home.link_database)
+        self.signal = Signal()
+        self.log = FederationLog(self.store, on_event=self.signal.fire)
         self._alarms: dict[tuple[str, str], float] = {}
         self._started_at = time.time()
         self._stopping = threading.Event()
@@ -184,7 +187,7 @@ class Coordinator:
             keys=self.keys,
             registrar=self.registrar,
             patience=self.config.link.patience,
-            events=Signal(),
+            events=self.signal,
             alarm=self.alarm,
         )
         self.conductor = Conductor(stage, audit=self.audit, changed=self._news)
@@ -274,6 +277,7 @@ class Coordinator:
         self._alarms[kind, site] = now
         _log.warning("alarm: %s by %s %s", kind, site, fields or "")
         self.audit.append("alarm", what=kind, site=site, **fields)
+        self.log.append("alarm", kind=kind, site=site, detail=str(fields.get("detail", "")))
 
     def _sites_changed(self) -> None:
         self._news()

@@ -47,6 +47,7 @@ def make_dashboard(coordinator: Coordinator, monitoring: Monitoring, *, port: in
         tls=tls is not None,
         accounts=Accounts(coordinator.home.state / ACCOUNTS_FILE),
         holder=functools.partial(_holder, coordinator, monitoring) if tls else None,
+        refused=monitoring.operations.refused,
     )
     content = Content(
         title=coordinator.config.federation.name,

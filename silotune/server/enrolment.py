@@ -28,6 +28,7 @@ from silotune.federation.wire import (
     RenewRequest,
 )
 from silotune.server.errors import RunUnknown
+from silotune.server.event_writer import add_events, event_row
 from silotune.server.guard import Caller
 from silotune.server.keys import Keys
 from silotune.server.store import Store
@@ -165,6 +166,8 @@ class Registrar:
         node_key = identity.public_pem(identity.read_request(asked.request, name=asked.name))
         if not asked.verified(identity.decode_signing_key(asked.signing_key)):
             raise IdentityInvalid("the request is not signed with the signing key it offers")
+        named = {"name": asked.name, "signing_key": asked.signing_key, "node_key": node_key}
+        words = identity.six_words(**named)
         text = f"{digest}\0{asked.signing_key}\0{node_key}"
         number = hashlib.sha256(text.encode()).hexdigest()[:32]
         with self._lock, self._store.transaction() as connection:
@@ -189,10 +192,9 @@ class Registrar:
                     "requested_at": time.time(),
                 }
                 connection.execute(insert(ENROLMENTS).values(row))
+                told = {"site": asked.name, "words": words}
+                add_events(connection, [event_row(None, "enrolment_requested", told, time.time())])
                 self._audit.append("enrolment_requested", site=asked.name, enrolment=number)
-        words = identity.six_words(
-            name=asked.name, signing_key=asked.signing_key, node_key=node_key
-        )
         return EnrolReply(enrolment=number, words=words)
 
     def enrolment(self, asked: EnrolmentQuery) -> EnrolmentReply:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
-from flwr.app import Message
+from flwr.app import ConfigRecord, Message
 from flwr.serverapp import Grid
+
+from silotune.events import tracing
 
 _POLL_SECONDS = 0.05
 
@@ -31,6 +34,13 @@ def exchange(
     not carry that site's id as its source.
     """
     outgoing = list(messages)
+    with _traced(outgoing):
+        yield from _exchanged(grid, outgoing, deadline)
+
+
+def _exchanged(
+    grid: Grid, outgoing: list[Message], deadline: float
+) -> Iterator[tuple[int, Message]]:
     ends = time.monotonic() + deadline
     sent = grid.push_messages(outgoing)
     pending = {
@@ -45,3 +55,21 @@ def exchange(
             yield pending.pop(reply.metadata.reply_to_message_id), reply
         if not replies:
             wait(_POLL_SECONDS)
+
+
+@contextmanager
+def _traced(outgoing: list[Message]) -> Iterator[None]:
+    """One span around it all, and its ``traceparent`` in every message, while traces are on."""
+    if not outgoing:
+        yield
+        return
+    first = outgoing[0]
+    config = first.content.config_records["config"]
+    run, number = str(config["run"]), int(config.get("round", 0))  # type: ignore[arg-type]
+    with tracing.exchange(first.metadata.message_type, run=run, round=number) as header:
+        if header:
+            for message in outgoing:
+                settings = message.content.config_records["config"]
+                # A record of its own: the grid may keep the one of an earlier exchange.
+                message.content["config"] = ConfigRecord({**settings, tracing.TRACEPARENT: header})
+        yield

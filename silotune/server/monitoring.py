@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from silotune.server.heartbeats import Heartbeats
 from silotune.server.operations import Operations
 from silotune.server.people import People
 
@@ -32,6 +33,13 @@ class Monitoring:
             registrar=coordinator.registrar,
             link=coordinator.link,
             audit=coordinator.audit,
+            log=coordinator.log,
+        )
+        self._heartbeats = Heartbeats(
+            self.operations.sites,
+            log=coordinator.log,
+            runs_of=coordinator.conductor.running_with,
+            silent_seconds=coordinator.config.alerts.silent_seconds,
         )
         self._control: ControlServer | None = None
         self._pages: Listener | None = None
@@ -64,7 +72,7 @@ class Monitoring:
 
             self._pages = make_dashboard(self._coordinator, self, port=config.dashboard.port)
             self._pages.start()
-
+        self._heartbeats.start()
         self._start_alerts()
 
     def _start_alerts(self) -> None:
@@ -75,13 +83,16 @@ class Monitoring:
         sinks = sinks_of(coordinator.config.alerts, base=coordinator.home.root)
         if sinks:
             rules = Rules(source, self.operations.sites, coordinator.config.alerts)
-            self._alerting = Alerting(rules, sinks, store=coordinator.store, source=source)
+            self._alerting = Alerting(
+                rules, sinks, store=coordinator.store, source=source, log=coordinator.log
+            )
             self._alerting.start()
 
     def stop(self) -> None:
         """Serve no longer."""
         if self._alerting is not None:
             self._alerting.stop()
+        self._heartbeats.stop()
         if self._pages is not None:
             self._pages.stop()
         if self._control is not None:

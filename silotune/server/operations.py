@@ -13,12 +13,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from silotune.errors import SilotuneError
+from silotune.events.source import Row
 from silotune.federation.audit_log import AuditLog
+from silotune.federation.errors import NotPermitted
 from silotune.federation.identity import six_words
 from silotune.federation.person import Person
 from silotune.plan import Plan
 from silotune.server.conductor import Conductor
 from silotune.server.enrolment import Registrar
+from silotune.server.federation_log import FederationLog
 from silotune.server.people import Actions
 from silotune.server.run_source import StoredRuns
 from silotune.server.store import Store
@@ -53,7 +56,7 @@ class Operations:
 
     Parameters
     ----------
-    store, conductor, registrar, link, audit
+    store, conductor, registrar, link, audit, log
         The coordinator's parts.
     """
 
@@ -65,8 +68,10 @@ class Operations:
         registrar: Registrar,
         link: Link,
         audit: AuditLog,
+        log: FederationLog,
     ) -> None:
         self.source, self.actions = StoredRuns(store), Actions(store)
+        self.log = log
         self.conductor = conductor
         self._registrar, self._link, self._audit = registrar, link, audit
 
@@ -80,6 +85,10 @@ class Operations:
     def done(self) -> list[dict[str, Any]]:
         """What people did, newest first."""
         return [dict(row) for row in self.actions.newest()]
+
+    def alarms(self) -> list[Row]:
+        """What only an attack or a mistake explains, newest first: events of kind ``alarm``."""
+        return self.log.newest("alarm")
 
     def sites(self) -> list[SiteRow]:
         """Every site that is or was in the roster."""
@@ -156,6 +165,11 @@ class Operations:
         """A file of a run; who took it is written down."""
         with self._noted(person, "download", f"{run}/{name}"):
             return self.source.read(run, name)
+
+    def refused(self, person: Person, path: str) -> None:
+        """Note what a page's form asked for that the person's role does not allow."""
+        _, _, target, action = (*path.split("/", 3), "", "", "")[:4]
+        self._note(person, action[:40], target, NotPermitted.code)
 
     def signed_in(self, person: Person, *, how: str) -> None:
         """Note that somebody came in."""

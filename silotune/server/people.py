@@ -13,8 +13,9 @@ from silotune.federation.errors import IdentityInvalid, SignInNeeded
 from silotune.federation.identity import Subject
 from silotune.federation.person import Person, PersonRole
 from silotune.server.errors import RunUnknown
+from silotune.server.event_writer import add_events, event_row
 from silotune.server.store import Store
-from silotune.server.tables import ACTIONS, ADMINS
+from silotune.server.tables import ACTIONS, ADMINS, RUNS
 
 ADMIN_DAYS = 90
 """Validity of a person's certificate."""
@@ -103,7 +104,7 @@ class Actions:
         self._store = store
 
     def record(self, person: Person, action: str, target: str, *, outcome: str) -> None:
-        """Add one."""
+        """Add one, and tell it: in the run that it is about, else in the federation's own log."""
         row = {
             "time": time.time(),
             "who": person.name[:63],
@@ -112,8 +113,13 @@ class Actions:
             "target": target[:96],
             "outcome": outcome,
         }
+        told = {key: row[key] for key in ("who", "role", "action", "target", "outcome")}
         with self._store.transaction() as connection:
             connection.execute(insert(ACTIONS).values(row))
+            known = select(RUNS.c.run).where(RUNS.c.run == target[:96])
+            run = connection.execute(known).scalar()
+            now = time.time()
+            add_events(connection, [event_row(run, "operator_action", told, now)])
 
     def newest(self, limit: int = 200) -> list[RowMapping]:
         """The newest, newest first."""

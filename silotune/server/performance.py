@@ -50,13 +50,10 @@ class Stage:
     events: Signal
     alarm: Callable[..., None]
 
-    def record(self, run: str, on_checkpoint: Callable[[int], None] | None = None) -> RunRecord:
-        """The store of one run."""
+    def record(self, run: str) -> RunRecord:
+        """The store of one run, for a line now and then."""
         return RunRecord(
-            self.store,
-            run,
-            on_event=self.events.fire,
-            on_checkpoint=on_checkpoint or (lambda number: None),
+            self.store, run, on_event=self.events.fire, on_checkpoint=lambda number: None
         )
 
     def link_run(self, run: str) -> LinkRun:
@@ -140,14 +137,23 @@ class Performance(threading.Thread):
             self._grid = grid
             if self._leaving.is_set():
                 grid.stop()
-        record = self._stage.record(self._run, on_checkpoint=grid.settle)
+        record = RunRecord(
+            self._stage.store,
+            self._run,
+            on_event=self._stage.events.fire,
+            on_checkpoint=grid.settle,
+            gathers=True,
+        )
         saved = record.load_checkpoint()
         if saved is not None:
             # The process before may have died between the checkpoint and forgetting its messages.
             grid.settle(int(saved[1]["round"]))
         app = build_server_app(plan=plan, run=self._run, store=record, observer=self)
         context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config={})
-        app(grid=grid, context=context)
+        try:
+            app(grid=grid, context=context)
+        finally:
+            record.close()
 
     def _make_grid(self, plan: Plan) -> LinkGrid:
         stage = self._stage

@@ -17,6 +17,7 @@ from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
 from silotune.errors import QuorumLost, RunDirectoryInvalid, SiteFailed, UpdateRejected
+from silotune.events import tracing
 from silotune.models.layout import Layout, initial_adapter
 from silotune.plan import Plan
 from silotune.server.exchange import exchange
@@ -100,7 +101,8 @@ class RoundLoop:
         strategy.cohort = {terms.node: terms for terms in cohort}
         adapter, done = self._resume(strategy, layout)
         for number in range(done + 1, self._plan.rounds.number + 1):
-            adapter = self._round(number, adapter, strategy, layout)
+            with tracing.span("round", run=self._run, round=number):
+                adapter = self._round(number, adapter, strategy, layout)
         self._store.append_event(
             "run_finished", rounds=self._plan.rounds.number, seconds=time.monotonic() - started
         )

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import Connection, RowMapping, delete, func, insert, select, update
+from sqlalchemy import Connection, RowMapping, delete, insert, select, update
 
-from silotune.events.schema import parse
 from silotune.federation.wire import Decision, RunState
 from silotune.plan import Plan, SignedPlan
 from silotune.server.arrays import Arrays, packed, unpacked
 from silotune.server.errors import RunUnknown
+from silotune.server.event_writer import EventWriter, add_events, event_row, jsonable
 from silotune.server.store import Store
 from silotune.server.tables import ADAPTERS, CHECKPOINTS, DECISIONS, EVENTS, RUNS
 
-_EVENT_LOCK = 0x51107E  # any number, the same in every process
 _KEPT_ADAPTERS = 3  # rounds whose adapter is kept as bytes; of the others its hash
 
 
@@ -172,6 +169,8 @@ class RunRecord:
         Called, without arguments, after an event is committed.
     on_checkpoint : callable
         Called with the round after its state is committed: from here on, replies may be forgotten.
+    gathers : bool
+        See `EventWriter`.
     """
 
     def __init__(
@@ -181,18 +180,20 @@ class RunRecord:
         *,
         on_event: Callable[[], None],
         on_checkpoint: Callable[[int], None],
+        gathers: bool = False,
     ) -> None:
-        self._store, self._run = store, run
-        self._on_event, self._on_checkpoint = on_event, on_checkpoint
+        self._store, self._run, self._on_checkpoint = store, run, on_checkpoint
+        self._writer = EventWriter(store, run, on_event=on_event, gathers=gathers)
         self._adapter: tuple[int, bytes] | None = None
 
     def append_event(self, kind: Any, **fields: Any) -> Mapping[str, Any]:
-        """Record what happened; on return it is on the disk."""
-        now = time.time()
-        with self._store.transaction() as connection:
-            number = add_event(connection, self._run, str(kind), fields, now)
-        self._on_event()
-        return {"id": number, "time": now, "event": kind, **fields}
+        """Record what happened (`EventWriter.append`)."""
+        row = self._writer.append(str(kind), fields)
+        return {"time": row["time"], "event": kind, **fields}
+
+    def close(self) -> None:
+        """Write what waits; a record that gathers has to be closed."""
+        self._writer.close()
 
     def save_adapter(self, number: int, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Keep an adapter; it is written together with the checkpoint of its round."""
@@ -206,18 +207,17 @@ class RunRecord:
         """
         number = int(state["round"])
         sealed = self._store.vault.seal(
-            packed(arrays, _jsonable(state)), name=_seal_name(self._run, "checkpoint")
+            packed(arrays, jsonable(state)), name=_seal_name(self._run, "checkpoint")
         )
-        with self._store.transaction() as connection:
+        with self._writer.transaction() as connection:
             connection.execute(delete(CHECKPOINTS).where(CHECKPOINTS.c.run == self._run))
             row = {"run": self._run, "round": number, "content": sealed}
             connection.execute(insert(CHECKPOINTS).values(row))
             if self._adapter is not None:
                 saved = self._write_adapter(connection, *self._adapter)
-                add_event(connection, self._run, "round_saved", saved, time.time())
+                add_events(connection, [event_row(self._run, "round_saved", saved, time.time())])
             connection.execute(update(RUNS).where(RUNS.c.run == self._run).values(round=number))
         self._adapter = None
-        self._on_event()
         self._on_checkpoint(number)
 
     def load_checkpoint(self) -> tuple[Arrays, dict[str, Any]] | None:
@@ -252,40 +252,5 @@ class RunRecord:
         return saved
 
 
-def add_event(
-    connection: Connection, run: str, kind: str, fields: Mapping[str, Any], now: float
-) -> int:
-    """Write an event within a transaction; its id.
-
-    Raises
-    ------
-    EventMalformed
-        The fields are not those of the kind (`silotune.events.schema`).
-    """
-    parse({"time": now, "event": kind, **_jsonable(fields)})
-    if connection.dialect.name == "postgresql":
-        # Ids are drawn before a transaction commits: without this, a reader could see number 8,
-        # go on behind it, and never see the 7 that was committed later. SQLite has one writer.
-        connection.execute(func.pg_advisory_xact_lock(_EVENT_LOCK).select())
-    text = json.dumps(_jsonable(fields), separators=(",", ":"), allow_nan=False)
-    row = {"run": run, "time": now, "event": kind, "fields": text}
-    connection.execute(insert(EVENTS).values(row))
-    newest = select(func.max(EVENTS.c.id)).where(EVENTS.c.run == run)
-    return int(connection.execute(newest).scalar_one())
-
-
 def _seal_name(run: str, what: str) -> str:
     return f"{run}/{what}"
-
-
-def _jsonable(value: Any) -> Any:
-    """Plain JSON data: NumPy to Python, NaN and infinity to null."""
-    if isinstance(value, Mapping):
-        return {str(key): _jsonable(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_jsonable(item) for item in value]
-    if isinstance(value, np.ndarray | np.generic):
-        return _jsonable(value.tolist())
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value

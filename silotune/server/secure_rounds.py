@@ -92,7 +92,7 @@ class SecureRounds:
     grid : Grid
         The way to the sites.
     log : EventLog
-        Gets ``site_replied`` and ``site_failed``, with the phase.
+        Gets ``site_replied``, ``site_phase`` and ``site_failed``, with the phase.
     cohort : mapping of node to Terms
         Sites that joined the run.
     threads : int
@@ -225,6 +225,7 @@ class SecureRounds:
                     self._log.append_event(
                         "site_replied", round=number, site=site, bytes=vector.nbytes
                     )
+                    self._log.append_event("site_phase", round=number, site=site, phase="masked")
                 if following is not None:
                     following.advertise(site, _blob(reply, "keys"))
 
@@ -266,6 +267,7 @@ class SecureRounds:
             with self._noting("open", site, account):
                 if site in current.survivors:
                     current.add_opening(site, unpack_named(_blob(reply, "opened")))
+                    self._log.append_event("site_phase", round=number, site=site, phase="unmasked")
                 if possible and following is not None and site in following.advertised:
                     following.add_shares(site, unpack_named(_blob(reply, "shares")))
 

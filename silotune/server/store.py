@@ -66,12 +66,12 @@ class Store:
         self._engine.dispose()
 
 
-def migrate(connection: Connection) -> None:
-    """Bring the tables to this version; nothing happens if they are."""
+def migrate(connection: Connection, *, to: str = "head") -> None:
+    """Bring the tables to a version, by default this one's; nothing happens if they are."""
     config = Config(attributes={"connection": connection})
     config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
     config.attributes["connection"] = connection
-    command.upgrade(config, "head")
+    command.upgrade(config, to)
 
 
 def _make_durable(connection: Any, _record: Any) -> None:

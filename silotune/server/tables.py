@@ -97,7 +97,7 @@ EVENTS = Table(
     "events",
     METADATA,
     Column("id", _Serial, primary_key=True, autoincrement=True),
-    Column("run", String(96), ForeignKey("runs.run"), nullable=False),
+    Column("run", String(96), ForeignKey("runs.run")),  # none: of the federation itself
     Column("time", Float, nullable=False),
     Column("event", String(40), nullable=False),
     Column("fields", Text, nullable=False),

@@ -33,6 +33,7 @@ EventKind = Literal[
     "site_refused",
     "round_started",
     "site_replied",
+    "site_phase",
     "site_failed",
     "round_void",
     "round_finished",

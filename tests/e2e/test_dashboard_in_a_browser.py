@@ -1,14 +1,16 @@
 """The coordinator's pages in a real browser, over a federation of real processes."""
 
+import json
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import sync_playwright
 
-from tests.e2e.harness import CLI, environment, free_port, wait_for
+from tests.e2e.harness import CLI, SiteProcess, as_toml, environment, free_port, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -80,19 +82,40 @@ def picture(chromium, url, name, path, *, act=None):
             person.page.screenshot(path=folder / f"{name}-{scheme}-{kind}.png", full_page=True)
             wide = person.page.evaluate("document.documentElement.scrollWidth")
             assert wide <= width, f"{name} is {wide} wide on a {kind}"
-            assert not person.problems
+            expected = "404" if name == "error" else "nothing"
+            assert [told for told in person.problems if expected not in told] == []
             person.page.context.close()
 
 
-def test_a_federation_is_run_from_the_browser(federation, chromium):
-    made = federation(rounds__number=400, rounds__evaluate_every=0)
-    url = with_dashboard(made)
-    made.coordinator.up()
-    joins = {n: s.joining(made.coordinator.invite(n)) for n, s in made.sites.items()}
-    wait_for(made._all_ask, what="three requests")
-    picture(chromium, url, "enrolments", "/sites")
+def let_longer_runs_in(made):
+    """The sites of this test allow more rounds than those of the others."""
+    for site in made.sites.values():
+        site.config.write_text(
+            site.config.read_text().replace("max_rounds = 50", "max_rounds = 400")
+        )
 
-    olga = Person(chromium, url, "olga")
+
+def a_stranger(made):
+    """A fourth site that asks to be let in, and waits."""
+    folder = made.folder / "sites" / "alpha"
+    shutil.copytree(folder, folder.with_name("delta"), ignore=shutil.ignore_patterns("state"))
+    stranger = SiteProcess(folder.with_name("delta"))
+    stranger.config.write_text(stranger.config.read_text().replace('"alpha"', '"delta"'))
+    return stranger.joining(made.coordinator.invite("delta"))
+
+
+def attempt(person, path):
+    """What becomes of a form that the page does not even offer; the status of the answer."""
+    return person.page.evaluate(
+        """path => fetch(path, {method: "POST", redirect: "manual",
+             body: new URLSearchParams({token: document.querySelector("[name=token]").value})})
+           .then(answer => answer.status)""",
+        path,
+    )
+
+
+def approved_in_the_browser(made, olga, joins):
+    """Approve every request that waits; each site's people saw the words that the page shows."""
     olga.go("/sites")
     words = [text.strip() for text in olga.page.locator(".words").all_inner_texts()]
     for _ in joins:
@@ -104,6 +127,22 @@ def test_a_federation_is_run_from_the_browser(federation, chromium):
         site.start()
     made.wait_online()
 
+
+def test_a_federation_is_run_from_the_browser(federation, chromium):
+    made = federation(rounds__number=400, rounds__evaluate_every=1, privacy__metrics_share=0.1)
+    url = with_dashboard(made)
+    let_longer_runs_in(made)
+    made.coordinator.up()
+    joins = {n: s.joining(made.coordinator.invite(n)) for n, s in made.sites.items()}
+    wait_for(made._all_ask, what="three requests")
+    olga, vera = Person(chromium, url, "olga"), Person(chromium, url, "vera")
+    waiting = made.coordinator.admin.get("/requests")
+    vera.go("/sites")
+    assert vera.page.locator("text=approve").count() == 0
+    assert attempt(vera, f"/enrolments/{waiting[0]['request']}/approve") == 403
+    assert made.coordinator.admin.get("/requests") == waiting
+    approved_in_the_browser(made, olga, joins)
+
     run = made.propose()
     made.coordinator.wait_round(run, 1, kind="round_finished")
     olga.go(f"/runs/{run}")
@@ -112,16 +151,9 @@ def test_a_federation_is_run_from_the_browser(federation, chromium):
     wait_for(lambda: rounds_done(olga.page) >= first + 3, what="three more rounds")
     assert olga.page.evaluate("window.mark") == "not loaded again"
 
-    vera = Person(chromium, url, "vera")
     vera.go(f"/runs/{run}")
     assert vera.page.locator("text=Stop for good").count() == 0
-    status = vera.page.evaluate(
-        """run => fetch(`/runs/${run}/stop`, {method: "POST", redirect: "manual",
-             body: new URLSearchParams({token: document.querySelector("[name=token]").value})})
-           .then(answer => answer.status)""",
-        run,
-    )
-    assert status == 403
+    assert attempt(vera, f"/runs/{run}/stop") == 403
     assert made.coordinator.state(run)["state"] == "running"
 
     picture(chromium, url, "run", f"/runs/{run}")
@@ -131,19 +163,36 @@ def test_a_federation_is_run_from_the_browser(federation, chromium):
     wait_for(lambda: made.coordinator.state(run)["state"] == "stopped", what="the stop")
     olga.page.wait_for_selector("[data-part=head] .tile.s-stopped")
     assert olga.problems == []
+    the_other_pages(made, chromium, url, olga, run)
 
+
+def the_other_pages(made, chromium, url, olga, run):
+    """Pictures of them, with a second run to compare with and a site that waits."""
+    again = as_toml(json.loads(made.plan.override({"rounds.number": 6}).canonical()))
+    made.plan_path.write_text(again)
+    second = made.propose()
+    assert made.coordinator.wait_over(second)["state"] == "finished"
+    stranger = a_stranger(made)
+    wait_for(lambda: len(made.coordinator.admin.get("/requests")) == 4, what="a fourth request")
     for name, path in (
         ("overview", "/"),
         ("sites", "/sites"),
         ("actions", "/actions"),
-        ("compare", f"/compare?run={run}"),
+        ("compare", f"/compare?run={run}&run={second}"),
+        ("error", "/runs/none-of-ours"),
         ("signin", "/?signin"),
     ):
         picture(chromium, url, name, path)
+    olga.go("/sites")
+    olga.page.click("text=Refuse >> nth=0")
+    olga.page.wait_for_load_state()
+    assert "delta: refused" in olga.page.inner_text("main")
+    assert stranger.wait(timeout=120) != 0
     olga.go("/actions")
     text = olga.page.inner_text("main")
     assert re.search(r"olga\s+operator\s+stop", text)
-    assert "vera" in text
+    assert re.search(r"vera\s+viewer\s+stop", text)
+    assert re.search(r"vera\s+viewer\s+approve", text)
 
 
 def rounds_done(page):

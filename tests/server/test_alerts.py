@@ -16,6 +16,7 @@ from silotune.federation.sealed import AtRest, Vault
 from silotune.server.alert_sinks import SIGNATURE, Mail, Webhook
 from silotune.server.alerts import Alert, Alerting, Rules
 from silotune.server.config import AlertsSection
+from silotune.server.federation_log import FederationLog
 from silotune.server.operations import SiteRow
 from silotune.server.store import Store
 
@@ -58,7 +59,8 @@ def source():
 
 def alerting(source, store, *sinks, sites=(), **config):
     rules = Rules(source, lambda: sites, AlertsSection(**config))
-    return Alerting(rules, sinks, store=store, source=source)
+    log = FederationLog(store, on_event=lambda: None)
+    return Alerting(rules, sinks, store=store, source=source, log=log)
 
 
 def kinds(alerts):
@@ -141,6 +143,20 @@ def test_a_silent_site_and_a_small_budget_are_told(source, store):
     told = []
     alerting(source, store, told.append, sites=[gone, fresh, left]).look()
     assert sorted(kinds(told)) == [("budget_low", "a"), ("site_silent", "a")]
+
+
+def test_an_alarm_and_a_request_to_be_enrolled_are_told(source, store):
+    log = FederationLog(store, on_event=lambda: None)
+    log.append("enrolment_requested", site="west", words="one two three four five six")
+    log.append("operator_action", who="olga", role="operator", action="sign_in")
+    log.append("alarm", kind="reply_not_trusted", site="east", detail="the signature is wrong")
+    told = []
+    watching = alerting(source, store, told.append)
+    watching.look()
+    watching.look()
+    assert kinds(told) == [("enrolment_waits", "west"), ("alarm", "east")]
+    assert "one two three four five six" in told[0].text
+    assert "the signature is wrong" in told[1].text
 
 
 ALERT = Alert(key="k", kind="run_finished", text="Run r is finished.", time=1.0, run="r")

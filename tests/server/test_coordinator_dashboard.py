@@ -53,6 +53,9 @@ def test_a_viewer_can_not_act_and_without_a_token_nobody_can(office, pages):  # 
     assert office.coordinator.conductor.runs.get("demo-1")["state"] == "running"
     page = vera.get("/runs/demo-1", headers=HTML).text
     assert "Stop for good" not in page
+    tried = [row for row in office.coordinator.monitoring.operations.done() if row["who"] == "vera"]
+    refused = {(row["action"], row["target"]) for row in tried if row["outcome"] == "ST-625"}
+    assert refused == {tuple(reversed(path.split("/")[2:])) for path in posts()}
 
 
 def test_an_operator_acts_and_is_named_in_the_actions(office, pages):  # noqa: F811
@@ -85,6 +88,16 @@ def test_names_and_reasons_from_outside_are_only_text(office, pages):  # noqa: F
     for name in (evil, "run-c' OR '1'='1", "run-c%00", "%27"):
         assert olga.get(httpx.URL(pages).join(f"/runs/{name.replace('/', '')}")).status_code == 404
     assert office.coordinator.conductor.runs.get("run-c")["state"] == "running"
+
+
+def test_alarms_are_on_the_overview_and_told_as_text(office, pages):  # noqa: F811
+    office.coordinator.alarm("forged_request", site="north", detail="<script>alert(1)</script>")
+    vera = signed_in(pages, "vera")
+    assert "1 alarm in the last day" in vera.get("/", headers=HTML).text
+    text = vera.get("/actions", headers=HTML).text
+    assert "forged_request" in text
+    assert "&lt;script&gt;alert(1)" in text
+    assert "<script>alert" not in text
 
 
 def test_metrics_parse_and_agree_with_the_store(office, pages):  # noqa: F811

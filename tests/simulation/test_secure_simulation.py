@@ -11,6 +11,7 @@ from silotune.client.runtime import SiteRun
 from silotune.client.warm import WarmModel
 from silotune.data.site import load_sites
 from silotune.errors import QuorumLost
+from silotune.events.view import RunView
 from silotune.models.layout import initial_adapter
 from silotune.privacy import certificate
 from silotune.privacy.ledger import Ledger
@@ -70,6 +71,20 @@ class Play:
 
     def events(self, kind):
         return [event for event in self.directory.events if event["event"] == kind]
+
+    def phases(self, phase):
+        """Sites that came to a phase, by round."""
+        found = {}
+        for event in self.events("site_phase"):
+            if event["phase"] == phase:
+                found.setdefault(event["round"], set()).add(event["site"])
+        return found
+
+    def cells(self, number):
+        """Where each site came to in a round, as the pages show it."""
+        view = RunView("run")
+        view.extend(self.directory.events)
+        return {site: cell.phase for site, cell in view.rounds[number].cells.items()}
 
     def replied(self):
         """Sites whose update is in the sum, by round."""
@@ -140,6 +155,9 @@ def test_a_round_takes_two_exchanges_and_the_first_two_more(federation):
     played = Play(federation, "calm", **{"rounds.number": 4})
     assert [event["exchanges"] for event in played.events("round_finished")] == [4, 2, 2, 2]
     assert not played.events("site_failed")
+    everybody = {number: set(FIVE) for number in (1, 2, 3, 4)}
+    assert played.phases("masked") == played.phases("unmasked") == everybody
+    assert played.cells(4) == dict.fromkeys(FIVE, "done")
 
 
 def test_a_dropout_costs_one_exchange_and_the_site_is_back_a_round_later(federation):
@@ -147,6 +165,7 @@ def test_a_dropout_costs_one_exchange_and_the_site_is_back_a_round_later(federat
     assert [event["exchanges"] for event in played.events("round_finished")] == [4, 3, 2, 2]
     present = played.replied()
     assert [("beta" in present[n]) for n in (1, 2, 3, 4)] == [True, False, False, True]
+    assert played.cells(2) == {**dict.fromkeys(FIVE, "done"), "beta": "failed"}
 
 
 def test_a_void_round_opens_nothing_keeps_its_charge_and_the_next_goes_on(federation):
@@ -157,6 +176,8 @@ def test_a_void_round_opens_nothing_keeps_its_charge_and_the_next_goes_on(federa
     first, second, third, _ = (played.directory.load_adapter(n) for n in (1, 2, 3, 4))
     assert all((first[name] == second[name]).all() for name in first)
     assert any((third[name] != second[name]).any() for name in first)
+    failed = dict.fromkeys(("alpha", "beta", "gamma"), "failed")
+    assert played.cells(2) == {**failed, "delta": "dropped", "epsilon": "dropped"}
     charged = {}
     for state in played.states:
         ledger = Ledger(state / "ledger.sqlite", create=False)

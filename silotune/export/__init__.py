@@ -1,0 +1,1 @@
+"""Curves of runs, written for other tools: TensorBoard and MLflow."""
