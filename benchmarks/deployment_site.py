@@ -3,6 +3,7 @@
 Run by `deployment.py`, one process a site: ``deployment_site.py FOLDER CODE VALUES``.
 """
 
+import os
 import sys
 import threading
 import time
@@ -22,6 +23,7 @@ from silotune.federation.envelope import address_of, seal, seal_id, unseal
 from silotune.models.layout import Entry, Layout
 
 _MOST_BYTES = 1 << 30
+PAUSE = float(os.environ.get("SILOTUNE_BENCHMARK_PAUSE", "0"))  # as if it trained
 
 
 def approve_all(enrolment, stop):
@@ -78,6 +80,7 @@ def main(folder, code, values):
             message = getattr(message, "message", message)
             address = address_of(message.content)
             content = unseal(message.content, address=address, key=enrolment.federation_key)
+            time.sleep(PAUSE)
             reply = seal(
                 answer(content, site.name, layout),
                 address=address.reply(to=seal_id(message.content)),

@@ -12,32 +12,63 @@ class SiteFacts(Protocol):
     """A site of the federation."""
 
     @property
-    def site(self) -> str: ...  # noqa: D102
+    def site(self) -> str:
+        """Its name."""
+        ...
+
     @property
-    def status(self) -> str: ...  # noqa: D102
+    def status(self) -> str:
+        """``active`` or ``revoked``."""
+        ...
+
     @property
-    def online(self) -> bool: ...  # noqa: D102
+    def online(self) -> bool:
+        """Whether its heartbeats are current."""
+        ...
+
     @property
-    def last_seen(self) -> float | None: ...  # noqa: D102
+    def last_seen(self) -> float | None:
+        """Unix time until which they were."""
+        ...
+
     @property
-    def words(self) -> str: ...  # noqa: D102
+    def words(self) -> str:
+        """Its identity in six words."""
+        ...
 
 
 class RequestFacts(Protocol):
     """A request to be enrolled."""
 
     @property
-    def request(self) -> str: ...  # noqa: D102
+    def request(self) -> str:
+        """Its id."""
+        ...
+
     @property
-    def site(self) -> str: ...  # noqa: D102
+    def site(self) -> str:
+        """The name it asks for."""
+        ...
+
     @property
-    def state(self) -> str: ...  # noqa: D102
+    def state(self) -> str:
+        """``waiting``, ``approved`` or ``refused``."""
+        ...
+
     @property
-    def reason(self) -> str: ...  # noqa: D102
+    def reason(self) -> str:
+        """Why it was refused."""
+        ...
+
     @property
-    def requested_at(self) -> float: ...  # noqa: D102
+    def requested_at(self) -> float:
+        """Unix time."""
+        ...
+
     @property
-    def words(self) -> str: ...  # noqa: D102
+    def words(self) -> str:
+        """The six words to compare."""
+        ...
 
 
 class Desk(Protocol):

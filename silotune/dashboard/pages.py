@@ -221,7 +221,7 @@ class Pages:
     def compare(self, request: Request) -> Response:
         """Several runs side by side."""
         chosen = list(dict.fromkeys(request.query_params.getlist("run")))[:_MOST_COMPARED]
-        pages = [self._run_page(run) for run in chosen]
+        pages = [self._run_page(run, wait=True) for run in chosen]  # it does not follow the runs
         with self._views.lock:
             views = {run: self._views.get(run) for run in chosen}
             compared = words.compared(pages, views)
@@ -305,11 +305,11 @@ class Pages:
             status,
         )
 
-    def _run_page(self, run: str) -> RunPage:
+    def _run_page(self, run: str, *, wait: bool = False) -> RunPage:
         facts = self._source.facts(run)
         with self._views.lock:
             view = self._views.get(run)
-            return run_page(facts, view, self._spending.curves(facts, view))
+            return run_page(facts, view, self._spending.curves(facts, view, wait=wait))
 
     def _sections(self, page: RunPage) -> dict[str, str]:
         return {name: self._templates.render(f"part_{name}.html", page=page) for name in _SECTIONS}

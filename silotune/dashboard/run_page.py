@@ -25,6 +25,9 @@ PHASES = (
 """Phases in the order of the legend."""
 
 _METRICS = (("macro_f1", "macro-F1"), ("accuracy", "accuracy"), ("loss", "loss"))
+UNLIKE = 5.0
+"""Anomaly score above which a site is named on the page."""
+
 _DASH = "\N{EN DASH}"
 
 
@@ -70,6 +73,7 @@ class RunPage:
     epsilon: str
     traffic: str
     late: tuple[str, ...]
+    unlike: tuple[str, ...]
     lanes: list[Lane]
     phases: tuple[str, ...]
     charts: tuple[Chart, ...]
@@ -97,6 +101,7 @@ def run_page(facts: RunFacts, view: RunView, curves: Mapping[str, Curve]) -> Run
         epsilon=f"{max(spent.values()):.2f}" if spent else _DASH,
         traffic=octets(sum(r.bytes_up + r.bytes_down for r in view.rounds.values())),
         late=tuple(n for n, c in current.cells.items() if c.phase == "late") if current else (),
+        unlike=_unlike(view),
         lanes=lanes(view, planned=planned),
         phases=tuple(phase for phase in PHASES if phase in used),
         charts=_charts(facts, view, curves, planned),
@@ -200,6 +205,16 @@ def _running(view: RunView) -> str:
     return f"round {current.number}: waiting for {waiting} of {len(current.cells)} {sites}"
 
 
+def _unlike(view: RunView) -> tuple[str, ...]:
+    """Sites whose update of the newest finished round was unlike the others', with their scores."""
+    cells = view.finished_rounds[-1].cells if view.finished_rounds else {}
+    return tuple(
+        f"{name} ({cell.anomaly:.1f})"
+        for name, cell in cells.items()
+        if cell.anomaly is not None and cell.anomaly > UNLIKE
+    )
+
+
 def _score(view: RunView) -> tuple[str, str]:
     """The newest score, and of which metric it is."""
     curves = learning_curves(view)
@@ -274,7 +289,7 @@ def compared(pages: Sequence[RunPage], views: Mapping[str, RunView]) -> dict[str
     for page in pages:
         for curve in list(learning_curves(views[page.facts.run]).values())[:1]:
             series[page.facts.run] = curve
-    last = max([page.planned for page in pages], default=1)
+    last = max([page.done for page in pages], default=1)
     return {
         "pages": pages,
         "differing": differing,

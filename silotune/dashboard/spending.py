@@ -21,22 +21,18 @@ Key = tuple[float, float, float, int, int]
 
 
 class Spending:
-    """Epsilon for pages and metrics, remembered by kind of site.
+    """Epsilon for pages and metrics, remembered by kind of site."""
 
-    Parameters
-    ----------
-    background : bool
-        Compute in a thread, and leave out what is not known yet; else wait for it.
-    """
-
-    def __init__(self, *, background: bool = True) -> None:
-        self._background = background
+    def __init__(self) -> None:
         self._curves: dict[Key, Curve] = {}
         self._wanted: set[Key] = set()
         self._lock = threading.Lock()
 
-    def curves(self, facts: RunFacts, view: RunView) -> dict[str, Curve]:
-        """Pairs of a round and what is spent after it, by site; call it under the view's lock."""
+    def curves(self, facts: RunFacts, view: RunView, *, wait: bool = False) -> dict[str, Curve]:
+        """Pairs of a round and what is spent after it, by site; call it under the view's lock.
+
+        What is not known yet is left out and worked out in a thread, unless you `wait`.
+        """
         if view.epsilon:
             told: dict[str, Curve] = {}
             for number, spent in view.epsilon:
@@ -45,7 +41,7 @@ class Spending:
             return told
         found: dict[str, Curve] = {}
         for name, site in view.sites.items():
-            curve = self._curve(facts, site.mechanism) if site.mechanism else None
+            curve = self._curve(facts, site.mechanism, wait=wait) if site.mechanism else None
             if curve:
                 found[name] = self._counted(name, view, curve)
         return {name: points for name, points in found.items() if points}
@@ -66,13 +62,15 @@ class Spending:
                 points.append((found.number, curve[place][1]))
         return points
 
-    def _curve(self, facts: RunFacts, mechanism: tuple[float, float]) -> Curve | None:
+    def _curve(
+        self, facts: RunFacts, mechanism: tuple[float, float], *, wait: bool
+    ) -> Curve | None:
         delta = (facts.plan.get("privacy") or {}).get("delta")
         if not delta or not facts.rounds:
             return None
         steps = int((facts.plan.get("rounds") or {}).get("local_steps") or 1)
         key = (*mechanism, float(delta), facts.rounds, steps)
-        if not self._background and key not in self._curves:
+        if wait and key not in self._curves:
             self._compute(key)
         with self._lock:
             if key in self._curves:

@@ -178,9 +178,6 @@ class SiteReplied(Event):
     round: int
     bytes: int | None = None
     train_seconds: Number = Field(None, description="Known to simulations only.")
-    anomaly: Number = Field(
-        None, description="How far the update is from the others, where updates are visible."
-    )
 
 
 class SiteFailed(Event):
@@ -228,6 +225,9 @@ class RoundFinished(Event):
     bytes_down: int = Field(0, description="Bytes sent to the sites.")
     update_norm: Number = None
     epsilon: dict[str, Number] = Field({}, description="Spent so far, by site, where permitted.")
+    anomaly: dict[str, Number] = Field(
+        {}, description="How unlike the others each site's update is, where updates are visible."
+    )
     exchanges: int | None = Field(None, description="Waits for the sites, of a secure round.")
     saturated: int | None = Field(
         None, description="Numbers that the sites of a secure round set to their bound, summed."

@@ -238,14 +238,13 @@ class RunView:
         before = (
             self.rounds[event.round].cells.get(event.site) if event.round in self.rounds else None
         )
-        kept = (before.seconds, before.anomaly) if before else (None, None)
-        self._cell(event, event.phase, seconds=kept[0], anomaly=kept[1])
+        self._cell(event, event.phase, seconds=before.seconds if before else None)
 
     def _site_replied(self, event: schema.SiteReplied) -> None:
         seconds = event.train_seconds
         if seconds is None and event.round in self.rounds:
             seconds = event.time - self.rounds[event.round].started
-        self._cell(event, "done", seconds=seconds, anomaly=event.anomaly)
+        self._cell(event, "done", seconds=seconds)
         self.sites[event.site].replied += 1
 
     def _site_failed(self, event: schema.SiteFailed) -> None:
@@ -265,6 +264,9 @@ class RunView:
         found.aggregate_seconds = event.aggregate_seconds
         found.bytes_up, found.bytes_down = event.bytes_up, event.bytes_down
         self._close(found)
+        for name, score in event.anomaly.items():
+            if name in found.cells:
+                found.cells[name].anomaly = score
         spent = {site: value for site, value in event.epsilon.items() if value is not None}
         if spent:
             self.epsilon.append((event.round, spent))

@@ -110,7 +110,7 @@ def collect(facts: RunFacts, rows: Sequence[Row]) -> RunCurves:
                 number = int(getattr(event, "round", 0))
                 found.setdefault(name, {})[number] = Point(number, event.time, float(value))
     times = {p.round: p.time for p in found.get("round/bytes_up", {}).values()}
-    for site, spent in Spending(background=False).curves(facts, view).items():
+    for site, spent in Spending().curves(facts, view, wait=True).items():
         found[f"epsilon/{site}"] = {n: Point(n, times[n], v) for n, v in spent if n in times}
     return RunCurves(
         facts=facts,

@@ -122,12 +122,17 @@ class Rules:
                         f"{event.words}."
                     )
                     yield self._of(event, run, "enrolment_waits", words, site=event.site)
-                case schema.SiteReplied() if (event.anomaly or 0.0) > self._config.anomaly:
-                    words = (
-                        f"The update of {event.site} in round {event.round} of run {run} is far from "
-                        f"the others (score {event.anomaly:.1f}). Look at it before you go on."
-                    )
-                    yield self._of(event, run, "anomaly_high", words, site=event.site)
+                case schema.RoundFinished():
+                    yield from self._anomalies(event, run)
+
+    def _anomalies(self, event: schema.RoundFinished, run: str) -> Iterator[Alert]:
+        for site, score in event.anomaly.items():
+            if (score or 0.0) > self._config.anomaly:
+                words = (
+                    f"The update of {site} in round {event.round} of run {run} is unlike the others "
+                    f"in size (score {score:.1f}). Look at it before you go on."
+                )
+                yield self._of(event, run, "anomaly_high", words, site=site)
 
     def of_states(self, now: float) -> Iterator[Alert]:
         """What has lasted too long, or is nearly used up."""

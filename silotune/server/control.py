@@ -186,32 +186,38 @@ class _Methods:
 
     @_answers
     def ListRuns(self, person: Person, request: Any) -> Any:  # noqa: N802 - the .proto's name
+        """Every run, newest first."""
         del person, request
         rows = [self._run(facts) for facts in self._source.runs()]
         return self._messages.ListRunsReply(runs=rows)
 
     @_answers
     def GetRun(self, person: Person, request: Any) -> Any:  # noqa: N802
+        """One run, with its sites and files."""
         del person
         return self._shown(request.run)
 
     @_answers
     def SubmitRun(self, person: Person, request: Any) -> Any:  # noqa: N802
+        """Propose a plan; refused for viewers, as each action below."""
         quorum = request.quorum if request.HasField("quorum") else None
         return self._shown(self._operations.submit(person, request.plan, quorum=quorum))
 
     @_answers
     def PauseRun(self, person: Person, request: Any) -> Any:  # noqa: N802
+        """Hold a run after its round."""
         self._operations.pause(person, request.run)
         return self._shown(request.run)
 
     @_answers
     def ResumeRun(self, person: Person, request: Any) -> Any:  # noqa: N802
+        """Go on with a run."""
         self._operations.resume(person, request.run)
         return self._shown(request.run)
 
     @_answers
     def StopRun(self, person: Person, request: Any) -> Any:  # noqa: N802
+        """End a run for good."""
         self._operations.stop(person, request.run)
         return self._shown(request.run)
 
@@ -237,27 +243,32 @@ class _Methods:
 
     @_answers
     def ListSites(self, person: Person, request: Any) -> Any:  # noqa: N802
+        """Every site that is or was a member."""
         del person, request
         rows = [self._messages.Site(**asdict(row)) for row in self._operations.sites()]
         return self._messages.ListSitesReply(sites=rows)
 
     @_answers
     def RevokeSite(self, person: Person, request: Any) -> Any:  # noqa: N802
+        """Shut a site out."""
         self._operations.revoke(person, request.site, reason=request.reason[:500])
         return self._messages.Done(target=request.site)
 
     @_answers
     def ListEnrolments(self, person: Person, request: Any) -> Any:  # noqa: N802
+        """Requests to be enrolled."""
         del person, request
         rows = [self._messages.Enrolment(**asdict(row)) for row in self._operations.requests()]
         return self._messages.ListEnrolmentsReply(enrolments=rows)
 
     @_answers
     def ApproveEnrolment(self, person: Person, request: Any) -> Any:  # noqa: N802
+        """Let a site in."""
         return self._messages.Done(target=self._operations.approve(person, request.request))
 
     @_answers
     def RefuseEnrolment(self, person: Person, request: Any) -> Any:  # noqa: N802
+        """Turn a site away."""
         reason = request.reason[:500]
         site = self._operations.refuse(person, request.request, reason=reason)
         return self._messages.Done(target=site)
@@ -276,6 +287,7 @@ class _Methods:
 
     @_answers
     def ListActions(self, person: Person, request: Any) -> Any:  # noqa: N802
+        """What people did."""
         del person, request
         rows = [self._messages.Action(**row) for row in self._operations.actions.newest()]
         return self._messages.ListActionsReply(actions=rows)

@@ -148,12 +148,12 @@ class Operations:
 
     def approve(self, person: Person, request: str) -> str:
         """Let a site in; its name."""
-        with self._acting(person, "approve", request):
+        with self._acting(person, "approve", self._named(request)):
             return self._registrar.approve(request).name
 
     def refuse(self, person: Person, request: str, *, reason: str) -> str:
         """Turn a site away; its name."""
-        with self._acting(person, "refuse", request):
+        with self._acting(person, "refuse", self._named(request)):
             return self._registrar.refuse(request, reason=reason)
 
     def revoke(self, person: Person, site: str, *, reason: str) -> None:
@@ -174,6 +174,11 @@ class Operations:
     def signed_in(self, person: Person, *, how: str) -> None:
         """Note that somebody came in."""
         self._note(person, "sign_in", how, "done")
+
+    def _named(self, request: str) -> str:
+        """A request with the name of its site, if there is such a request."""
+        found = (row["site"] for row in self._registrar.requests() if row["id"] == request)
+        return " ".join([*found, request])
 
     @contextlib.contextmanager
     def _acting(self, person: Person, action: str, target: str) -> Iterator[None]:

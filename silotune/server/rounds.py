@@ -20,6 +20,7 @@ from silotune.errors import QuorumLost, RunDirectoryInvalid, SiteFailed, UpdateR
 from silotune.events import tracing
 from silotune.models.layout import Layout, initial_adapter
 from silotune.plan import Plan
+from silotune.server.anomaly import scores
 from silotune.server.exchange import exchange
 from silotune.server.secure_rounds import SecureRounds
 from silotune.strategies import method_of, strategy_for
@@ -83,6 +84,7 @@ class RoundLoop:
         self._observer = observer
         self._text = plan.canonical()
         self._secure: SecureRounds | None = None
+        self._norms: dict[str, float] = {}  # of this round's updates, by site
         self._void = 0  # secure rounds in a row that came to nothing
 
     def execute(self) -> Vector:
@@ -203,6 +205,7 @@ class RoundLoop:
     ) -> dict[str, Any]:
         """Fold the sites' updates as they come; what the messages came to."""
         sizes, codes = list[int](), list[str]()
+        self._norms.clear()
         clock.lap("aggregate")
         for node, reply in exchange(self._grid, messages, deadline=self._plan.rounds.deadline):
             clock.lap("wait")
@@ -210,7 +213,12 @@ class RoundLoop:
             (codes if isinstance(found, str) else sizes).append(found)  # type: ignore[arg-type]
             clock.lap("aggregate")
         self._require_quorum(len(sizes), len(strategy.cohort), codes)
-        return {"bytes_up": sum(sizes), "bytes_down": sum(_bytes_of(m) for m in messages)}
+        facts: dict[str, Any] = {
+            "bytes_up": sum(sizes),
+            "bytes_down": sum(_bytes_of(m) for m in messages),
+        }
+        unlike = scores(self._norms)
+        return {**facts, "anomaly": unlike} if unlike else facts
 
     def _collect_securely(
         self, number: int, strategy: AdapterStrategy, arrays: ArrayRecord
@@ -254,6 +262,7 @@ class RoundLoop:
                 "site_failed", round=number, site=terms.site, code=exc.code, detail=exc.detail
             )
             return exc.code
+        self._norms[terms.site] = float(np.linalg.norm(update))
         self._store.append_event("site_replied", round=number, site=terms.site, bytes=update.nbytes)
         return int(update.nbytes)
 

@@ -53,6 +53,16 @@ def test_the_page_follows_a_run_that_goes_on(tmp_path):
     assert after["id"] == before["id"] + 1
 
 
+def test_a_site_whose_update_is_unlike_the_others_is_named(tmp_path):
+    root = Synthetic(stop_after=5, faults=False).write(tmp_path)
+    client = browser(of(RunDirectories(root)))
+    told = {"Orthopaedics": 9.4, "Eye & ENT": 1.0, "Neuro & mental": None}
+    RunDirectory.open(root).append_event("round_started", round=6, cohort=list(told))
+    RunDirectory.open(root).append_event("round_finished", round=6, anomaly=told)
+    head = client.get(f"/runs/{root.name}/live").json()["sections"]["head"]
+    assert "Unlike the others in size, in the newest round: Orthopaedics (9.4)" in head
+
+
 def test_the_stream_goes_on_behind_the_last_event_that_was_seen(client, run_dir):
     events = RunDirectory.open(run_dir).events.read()
     last = len(events) - 3

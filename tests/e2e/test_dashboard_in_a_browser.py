@@ -156,21 +156,23 @@ def test_a_federation_is_run_from_the_browser(federation, chromium):
     assert attempt(vera, f"/runs/{run}/stop") == 403
     assert made.coordinator.state(run)["state"] == "running"
 
-    picture(chromium, url, "run", f"/runs/{run}")
     olga.page.on("dialog", lambda dialog: dialog.accept())
     olga.page.click("text=Stop for good")
     olga.page.wait_for_load_state()
     wait_for(lambda: made.coordinator.state(run)["state"] == "stopped", what="the stop")
     olga.page.wait_for_selector("[data-part=head] .tile.s-stopped")
+    olga.page.wait_for_selector("text=Stop for good", state="hidden")
     assert olga.problems == []
     the_other_pages(made, chromium, url, olga, run)
 
 
 def the_other_pages(made, chromium, url, olga, run):
     """Pictures of them, with a second run to compare with and a site that waits."""
-    again = as_toml(json.loads(made.plan.override({"rounds.number": 6}).canonical()))
-    made.plan_path.write_text(again)
+    changes = {"rounds.number": 24, "optimizer.site.head_lr": 0.05}
+    made.plan_path.write_text(as_toml(json.loads(made.plan.override(changes).canonical())))
     second = made.propose()
+    made.coordinator.wait_round(second, 14, kind="round_finished")
+    picture(chromium, url, "run", f"/runs/{second}")
     assert made.coordinator.wait_over(second)["state"] == "finished"
     stranger = a_stranger(made)
     wait_for(lambda: len(made.coordinator.admin.get("/requests")) == 4, what="a fourth request")
@@ -193,6 +195,7 @@ def the_other_pages(made, chromium, url, olga, run):
     assert re.search(r"olga\s+operator\s+stop", text)
     assert re.search(r"vera\s+viewer\s+stop", text)
     assert re.search(r"vera\s+viewer\s+approve", text)
+    assert re.search(r"olga\s+operator\s+refuse\s+delta", text)
 
 
 def rounds_done(page):

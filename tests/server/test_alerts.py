@@ -71,8 +71,7 @@ def test_each_kind_of_event_that_matters_is_told_with_a_remedy(source, store):
     source.tell("run_started", sites=["a", "b"])
     source.tell("site_refused", site="b", code="ST-401")
     source.tell("plan_rejected", site="c", reason="not now")
-    source.tell("site_replied", site="a", round=1, anomaly=9.5)
-    source.tell("site_replied", site="b", round=1, anomaly=1.0)
+    source.tell("round_finished", round=1, anomaly={"a": 9.5, "b": 1.0, "c": None})
     source.tell("run_failed", code="ST-601")
     told = []
     alerting(source, store, told.append).look()

@@ -65,6 +65,8 @@ def scripted(payload):
         flat = rng.normal(size=size).astype(np.float32)
         if kind == "nan":
             flat[3] = np.nan
+        if kind == "huge":
+            flat *= 1e3
         if kind == "short":
             flat = flat[:-1]
         reply = {"update": ArrayRecord({"flat": Array(flat)}), "released": MetricRecord({})}
@@ -119,6 +121,17 @@ def play(tmp_path):
 
 def events(directory, kind):
     return [event for event in directory.events if event["event"] == kind]
+
+
+def test_an_update_unlike_the_others_gets_a_high_score_and_three_sites_get_none(play):
+    directory, _ = play("five", sites=5, faults={"s3:2": "huge"}, rounds=2)
+    first, second = [event["anomaly"] for event in events(directory, "round_finished")]
+    assert set(first) == {f"s{i}" for i in range(5)}
+    assert max(first.values()) < 5.0
+    assert second["s3"] > 5.0
+    assert max(score for site, score in second.items() if site != "s3") < 5.0
+    few, _ = play("three", rounds=1)
+    assert "anomaly" not in events(few, "round_finished")[0]
 
 
 def test_a_run_keeps_every_round_and_ends_with_its_adapter(play):

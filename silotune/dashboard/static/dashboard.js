@@ -35,6 +35,9 @@ if (live && stream) {
             part.dataset.shown = html;
           }
         }
+        for (const form of document.querySelectorAll("[data-when]")) {
+          form.hidden = !form.dataset.when.split(" ").includes(news.state);
+        }
         document.body.dataset.id = news.id;
       }
     } catch {
