@@ -1,8 +1,9 @@
 """How unlike the others a site's update is, where the coordinator sees updates.
 
 The score is the modified z-score of Iglewicz and Hoaglin (How to Detect and Handle Outliers, 1993) over
-the logarithms of the updates' norms: robust, as it uses medians, and free of scale. It finds what is too large or too small; a lie of ordinary size it can't see, and robust
-strategies (docs/strategies.md) are for that.
+the logarithms of the updates' norms: robust, as it uses medians, and free of scale. It finds what is too
+large or too small; a lie of ordinary size it can't see, and robust strategies (docs/strategies.md) are
+for that.
 """
 
 from __future__ import annotations

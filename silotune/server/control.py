@@ -295,8 +295,7 @@ class _Methods:
     # --- parts ---
 
     def _run(self, facts: RunFacts, **more: Any) -> Any:
-        shown = asdict(facts)
-        del shown["plan"]
+        shown = {key: value for key, value in vars(facts).items() if key != "plan"}
         shown["proposed_at"] = facts.proposed_at or 0.0
         return self._messages.Run(**shown, **more)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from sqlalchemy import RowMapping
@@ -78,8 +80,15 @@ class StoredRuns:
             raise RunNotFound(f"there is no run {run[:100]!r}") from exc
 
 
+@lru_cache(maxsize=256)
+def _plan(signed: str) -> Mapping[str, Any]:
+    """The plan as plain data; a run's never changes, and is asked for many times a second."""
+    found: dict[str, Any] = json.loads(SignedPlan.model_validate_json(signed).plan)
+    return found
+
+
 def _facts(row: RowMapping) -> RunFacts:
-    plan: dict[str, Any] = json.loads(SignedPlan.model_validate_json(row["plan"]).plan)
+    plan = _plan(row["plan"])
     return RunFacts(
         run=row["run"],
         name=row["plan_name"],
