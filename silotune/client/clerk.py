@@ -46,6 +46,8 @@ class Clerk:
         Raises a `PolicyError` for a plan that the policy refuses; None where a person approves.
     settle : callable
         Closes the books of a run that is over.
+    certificate : callable
+        The certificate of such a run, to be handed in; None where the site keeps it to itself.
     """
 
     def __init__(
@@ -56,7 +58,9 @@ class Clerk:
         audit: AuditLog,
         judge: _Judge | None,
         settle: Callable[[Entry], None],
+        certificate: Callable[[Entry], str | None] = lambda entry: None,
     ) -> None:
+        self._certificate = certificate
         self._enrolment, self._approvals, self._audit = enrolment, approvals, audit
         self._judge, self._settle = judge, settle
         self._theirs: AuditHead | None = None
@@ -102,6 +106,7 @@ class Clerk:
         if entry.over:
             if entry.decision and not entry.settled:
                 self._settle(entry)
+                self._hand_in(api, entry)
                 self._approvals.settle(entry.run)
             return
         if entry.decision is None and self._judge is not None:
@@ -111,6 +116,16 @@ class Clerk:
                 api.decide(entry.decision)
             except FederationError as exc:  # this one is not wanted; others may be
                 logger.warning("the decision on run %s was not taken: %s", entry.run, exc)
+
+    def _hand_in(self, api: CoordinatorApi, entry: Entry) -> None:
+        text = self._certificate(entry)
+        if text is None:
+            return
+        self._audit.append("certificate_handed_in", run=entry.run)
+        try:
+            api.hand_in(wire.HandedIn(run=entry.run, certificate=text))
+        except FederationError as exc:  # the site's own copy stays
+            logger.warning("the certificate of run %s was not taken: %s", entry.run, exc)
 
     def _decide_alone(self, entry: Entry) -> Entry:
         assert self._judge is not None

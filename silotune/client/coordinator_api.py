@@ -131,6 +131,10 @@ class CoordinatorApi:
         """Send the site's signed word on a run."""
         self._post(wire.DECISION, decision, wire.Done)
 
+    def hand_in(self, handed: wire.HandedIn) -> None:
+        """Give the coordinator the privacy certificate of a run."""
+        self._post(wire.CERTIFICATE, handed, wire.Done)
+
     def renew(self, enrolment: Enrolment) -> str:
         """Ask for the next certificate; returns it as PEM."""
         facts, keys = enrolment.facts, enrolment.keys

@@ -111,6 +111,7 @@ class Daemon:
             audit=self._audit,
             judge=self._judge if site.policy.approval == "auto" else None,
             settle=self._settle,
+            certificate=self._certificate,
         )
 
     def run(self) -> None:
@@ -210,6 +211,13 @@ class Daemon:
         create_private_folder(folder)
         with self._link.working:
             self._runner.finish(entry, folder / f"{entry.run}.json")
+
+    def _certificate(self, entry: Entry) -> str | None:
+        """What is handed in of a run that is over: nothing unless site.toml says so."""
+        path = self._state / CERTIFICATES / f"{entry.run}.json"
+        if not self._site.share_certificates or not path.is_file():
+            return None
+        return path.read_text(encoding="utf-8")
 
     # --- control ---
 

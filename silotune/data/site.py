@@ -119,6 +119,8 @@ class SiteConfig(Section):
         The site's name in every log and report.
     state_dir : str or None
         Folder of the site's private state (ledger, outbox, certificates); see `state_folder`.
+    share_certificates : bool
+        Hand the privacy certificate of each run to the coordinator when the run is over.
     datasets : dict of str to DatasetConfig
         What the site offers, by the name that a plan asks for.
     policy : PolicyConfig or None
@@ -131,6 +133,7 @@ class SiteConfig(Section):
 
     name: Name
     state_dir: Annotated[str, Field(min_length=1)] | None = None
+    share_certificates: bool = False
     datasets: dict[Name, DatasetConfig] = Field(min_length=1)
     policy: PolicyConfig | None = None
     resources: ResourcesConfig = ResourcesConfig()

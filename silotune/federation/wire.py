@@ -49,6 +49,9 @@ DECISION = f"{PREFIX}/decision"
 AUDIT = f"{PREFIX}/audit"
 """POST `HeadExchange`: `HeadExchange`."""
 
+CERTIFICATE = f"{PREFIX}/certificate"
+"""POST `HandedIn`: `Done`."""
+
 LEAVE = f"{PREFIX}/leave"
 """POST `Leave`: `Done`."""
 
@@ -62,7 +65,7 @@ one key are found out, and neither steals the other's messages.
 OPEN_PATHS = frozenset({AUTHORITY, ENROL, ENROLMENT})
 """What may be asked without a certificate."""
 
-SITE_PATHS = frozenset({RENEW, ROSTER, NEWS, PLANS, DECISION, AUDIT, LEAVE})
+SITE_PATHS = frozenset({RENEW, ROSTER, NEWS, PLANS, DECISION, AUDIT, CERTIFICATE, LEAVE})
 """What an active site may ask, with its certificate."""
 
 MOST_BYTES = 64 * 1024
@@ -256,6 +259,13 @@ class Decision(Signed):
 
 
 # --- audit heads ---
+
+
+class HandedIn(Body):
+    """A site's privacy certificate of a run that is over, where the site hands them in."""
+
+    run: RunName
+    certificate: Annotated[str, Field(max_length=MOST_BYTES // 2)]
 
 
 class LogHead(Body):

@@ -17,6 +17,7 @@ from silotune.federation.sealed import Vault
 from silotune.privacy.durable import create_private_folder, replace_file
 from silotune.server.admin import AdminRoutes
 from silotune.server.arrival import Signal
+from silotune.server.certificates import Certificates
 from silotune.server.conductor import Conductor
 from silotune.server.config import CoordinatorConfig, Home
 from silotune.server.enrolment import Registrar
@@ -192,7 +193,11 @@ class Coordinator:
         )
         self.conductor = Conductor(stage, audit=self.audit, changed=self._news)
         self.routes = SiteRoutes(
-            registrar=self.registrar, conductor=self.conductor, keys=self.keys, audit=self.audit
+            registrar=self.registrar,
+            conductor=self.conductor,
+            keys=self.keys,
+            audit=self.audit,
+            certificates=Certificates(self.store, self.registrar, self.audit),
         )
         self.guard = Guard(
             link=self.link, routes=self.routes.app(), admission=self.registrar, alarm=self.alarm

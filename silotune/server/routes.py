@@ -20,6 +20,7 @@ from silotune.federation.audit_line import AuditHead
 from silotune.federation.audit_log import AuditLog
 from silotune.federation.errors import BodyInvalid, FederationError
 from silotune.privacy.entry import Head
+from silotune.server.certificates import Certificates
 from silotune.server.conductor import Conductor
 from silotune.server.doorbell import Doorbell
 from silotune.server.enrolment import Registrar
@@ -36,13 +37,20 @@ class SiteRoutes:
 
     Parameters
     ----------
-    registrar, conductor, keys, audit
+    registrar, conductor, keys, audit, certificates
         The coordinator's.
     """
 
     def __init__(
-        self, *, registrar: Registrar, conductor: Conductor, keys: Keys, audit: AuditLog
+        self,
+        *,
+        registrar: Registrar,
+        conductor: Conductor,
+        keys: Keys,
+        audit: AuditLog,
+        certificates: Certificates,
     ) -> None:
+        self._certificates = certificates
         self._registrar, self._conductor = registrar, conductor
         self._keys, self._audit = keys, audit
         self.doorbell = Doorbell()
@@ -59,6 +67,7 @@ class SiteRoutes:
             (wire.PLANS, "GET", self._plans),
             (wire.DECISION, "POST", self._decision),
             (wire.AUDIT, "POST", self._exchange_heads),
+            (wire.CERTIFICATE, "POST", self._certificate),
             (wire.LEAVE, "POST", self._leave),
         ]
         return Starlette(
@@ -108,6 +117,11 @@ class SiteRoutes:
     async def _decision(self, request: Request) -> wire.Done:
         decision = wire.parse(wire.Decision, await request.body())
         await run_in_threadpool(self._conductor.decide, _caller(request).site, decision)
+        return wire.Done(status="done")
+
+    async def _certificate(self, request: Request) -> wire.Done:
+        handed = wire.parse(wire.HandedIn, await request.body())
+        await run_in_threadpool(self._certificates.take, _caller(request).site, handed)
         return wire.Done(status="done")
 
     async def _leave(self, request: Request) -> wire.Done:

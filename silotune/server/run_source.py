@@ -54,11 +54,13 @@ class StoredRuns:
         return found
 
     def files(self, run: str) -> list[Offer]:
-        """The newest adapter once there is one, the signed plan, the events."""
+        """The newest adapter once there is one, the signed plan, the events, sites' certificates."""
         row = self._row(run)
         adapter = [Offer("adapter.safetensors", f"Adapter after round {row['round']}")]
         others = [Offer("plan.json", "Signed plan"), Offer("events.jsonl", "Events")]
-        return (adapter if row["round"] else []) + others
+        names = self._runs.certificates(run)
+        signed = [Offer(_certificate_of(s), f"Privacy certificate of {s}") for s in names]
+        return (adapter if row["round"] else []) + others + signed
 
     def read(self, run: str, name: str) -> bytes:
         """The content of an offered file. Raises `FileNotOffered`."""
@@ -67,6 +69,9 @@ class StoredRuns:
             return str(row["plan"]).encode()
         if name == "events.jsonl":
             return "".join(json.dumps(event) + "\n" for event in self.events(run)).encode()
+        for site, content in self._runs.certificates(run).items():
+            if name == _certificate_of(site):
+                return content.encode()
         found = self._runs.newest_adapter(run) if name == "adapter.safetensors" else None
         if found is None:
             raise FileNotOffered(f"{run} has no {name[:80]!r} to download")
@@ -78,6 +83,10 @@ class StoredRuns:
             return self._runs.get(run)
         except RunUnknown as exc:
             raise RunNotFound(f"there is no run {run[:100]!r}") from exc
+
+
+def _certificate_of(site: str) -> str:
+    return f"certificate-{site}.json"
 
 
 @lru_cache(maxsize=256)

@@ -18,7 +18,7 @@ from silotune.server.arrays import Arrays, packed, unpacked
 from silotune.server.errors import RunUnknown
 from silotune.server.event_writer import EventWriter, add_events, event_row, jsonable
 from silotune.server.store import Store
-from silotune.server.tables import ADAPTERS, CHECKPOINTS, DECISIONS, EVENTS, RUNS
+from silotune.server.tables import ADAPTERS, CERTIFICATES, CHECKPOINTS, DECISIONS, EVENTS, RUNS
 
 _KEPT_ADAPTERS = 3  # rounds whose adapter is kept as bytes; of the others its hash
 
@@ -126,7 +126,13 @@ class Runs:
         rows = self.decisions(run).values()
         return [row["site"] for row in rows if row["verdict"] == "approved"]
 
-    # --- events and adapters ---
+    # --- certificates, events and adapters ---
+
+    def certificates(self, run: str) -> dict[str, str]:
+        """Privacy certificates that sites handed in, by site."""
+        query = select(CERTIFICATES).where(CERTIFICATES.c.run == run).order_by(CERTIFICATES.c.site)
+        with self._store.transaction() as connection:
+            return {row["site"]: row["content"] for row in connection.execute(query).mappings()}
 
     def events(self, run: str, *, after: int = 0, limit: int = 1000) -> list[Event]:
         """Events of a run behind an id, oldest first."""

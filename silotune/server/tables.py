@@ -122,6 +122,15 @@ CHECKPOINTS = Table(
     Column("content", LargeBinary, nullable=False),  # sealed
 )
 
+CERTIFICATES = Table(
+    "certificates",
+    METADATA,
+    Column("run", String(96), ForeignKey("runs.run"), primary_key=True),
+    Column("site", String(63), primary_key=True),
+    Column("time", Float, nullable=False),
+    Column("content", Text, nullable=False),  # signed by the site, as it sent it
+)
+
 ADMINS = Table(
     "admins",
     METADATA,

@@ -66,6 +66,7 @@ class CoordinatorDouble:
         self.activations: list[str] = []
         self.heartbeats: list[float] = []
         self.heads: list[wire.HeadExchange] = []
+        self.certificates: list[wire.HandedIn] = []
         self.left: list[wire.Leave] = []
         self.plans_version = 1
         self.hook = None  # (path, request bytes) -> (status, body, headers) or None
@@ -203,6 +204,10 @@ class CoordinatorDouble:
             request.request, subject=Subject(name=request.name, role="site")
         )
         return wire.RenewReply(certificate=chain_pem([certificate])).model_dump_json()
+
+    def _route_certificate(self, query, body):
+        self.certificates.append(wire.HandedIn.model_validate_json(body))
+        return wire.Done(status="done").model_dump_json()
 
     def _route_leave(self, query, body):
         self.left.append(wire.Leave.model_validate_json(body))

@@ -138,6 +138,22 @@ def test_a_run_that_is_over_is_settled_and_certified_once(rig, api):
     assert [row.entry.kind for row in rig.ledger_rows()] == ["reserve", "charge", "settle"]
 
 
+def test_a_certificate_leaves_only_where_the_site_hands_them_in(rig, api):
+    def clerk(certificate):
+        return Clerk(
+            enrolment=rig.enrolment, approvals=rig.approvals, audit=rig.audit, judge=None,
+            settle=lambda entry: None, certificate=certificate,
+        )  # fmt: skip
+
+    for run, handing in (("kept", lambda entry: None), ("given", lambda entry: "signed text")):
+        rig.approve(run)
+        rig.double.propose(run, rig.plan, state="finished")
+        for _ in range(2):
+            clerk(handing).take_plans(api)
+    assert [(c.run, c.certificate) for c in rig.double.certificates] == [("given", "signed text")]
+    assert kinds(rig).count("certificate_handed_in") == 1
+
+
 def test_heads_are_counter_signed_by_both_sides(rig, api):
     rig.approve("r1")
     rig.ask("query.join")
