@@ -24,7 +24,8 @@ import psutil
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.deployment import PLAN, Sites  # noqa: E402
+from deployment import PLAN, Sites  # noqa: E402 - of this folder
+
 from tests.e2e.harness import CLI, CoordinatorProcess, cli, environment, free_port  # noqa: E402
 
 WATCH = """

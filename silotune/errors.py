@@ -6,9 +6,8 @@ page ``docs/errors.md`` is generated from these classes, so a class is the only 
 
 from __future__ import annotations
 
-import pkgutil
 from importlib import import_module
-from importlib.util import find_spec
+from pathlib import Path
 from typing import ClassVar
 
 
@@ -385,10 +384,9 @@ class EnvironmentFault(SilotuneError):
 
 def catalogue() -> list[type[SilotuneError]]:
     """Every error with a code of its own, ordered by code, those of the packages included."""
-    root = import_module("silotune")
-    for package in pkgutil.iter_modules(root.__path__, "silotune."):
-        if package.ispkg and find_spec(f"{package.name}.errors"):
-            import_module(f"{package.name}.errors")
+    for found in sorted(Path(__file__).parent.glob("*/errors.py")):
+        # Found as files: to ask `find_spec` would import every package, and PyTorch with them.
+        import_module(f"silotune.{found.parent.name}.errors")
 
     def below(cls: type[SilotuneError]) -> list[type[SilotuneError]]:
         return [cls, *(leaf for sub in cls.__subclasses__() for leaf in below(sub))]

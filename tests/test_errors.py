@@ -1,6 +1,8 @@
 """The error taxonomy is complete, stable in form and safe to print."""
 
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -41,3 +43,12 @@ def test_a_subclass_without_a_code_of_its_own_is_no_entry():
 
     assert Internal not in errors.catalogue()
     assert errors.WorkerDied in errors.catalogue()
+
+
+def test_the_catalogue_is_read_without_loading_pytorch():
+    code = (
+        "import sys; from silotune.errors import catalogue;"
+        " print(len(catalogue()), 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(len(CLASSES)), "False"]
