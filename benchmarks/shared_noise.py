@@ -4,8 +4,6 @@ All at epsilon 8, on the test records of all seven hospitals. "Shared" is the re
 with secure aggregation in which each site adds its share of the noise. "Pooled" is one trainer with
 everybody's records and central noise, "local" the federation in which each site adds all of its own.
 
-Less noise bears larger steps: --central-lr sets the adapter's learning rate of pooled and shared alone.
-
     python benchmarks/shared_noise.py [--quick] [--json] [--seeds 3] [--split code] [--threshold 5]
 """
 
@@ -31,11 +29,6 @@ from silotune.simulation.run import Settings, simulate
 from silotune.simulation.spectator import metrics_of
 
 
-def central(plan: Plan, rate: float | None) -> Plan:
-    """The plan of the two contenders whose noise is of one mechanism over all records."""
-    return plan if rate is None else plan.override({"optimizer.site.adapter_lr": rate})
-
-
 def shared(threshold: int) -> dict:
     return {
         "aggregation.secure": True,
@@ -53,7 +46,6 @@ def simulated(plan_path: Path, plan: Plan, folder: Path, *, threshold: int, work
         "rounds.evaluate_every": 0,
         "rounds.number": plan.rounds.number,
         "optimizer.site.head_rounds": plan.optimizer.site.head_rounds,
-        "optimizer.site.adapter_lr": plan.optimizer.site.adapter_lr,
     }
     directory = simulate(
         plan_path,
@@ -67,25 +59,23 @@ def simulated(plan_path: Path, plan: Plan, folder: Path, *, threshold: int, work
 
 
 def compared(
-    plans: dict[str, Plan], sites: list, shared_folder: Path, *, workers: int
-) -> dict[str, float]:
-    """Macro-F1 of the comparison models: ``{"head pooled": plan, …}``."""
+    plan: Plan, sites: list, kinds: dict[str, str], shared_folder: Path, *, workers: int
+) -> dict:
+    """Macro-F1 of the comparison models."""
     jobs = [
         Job(
             key=row,
             title=row,
             plan=(head_only(plan) if row.startswith("head") else plan).canonical(),
-            kind="pooled" if row.endswith("pooled") else "federated",
+            kind=kind,
             sites=tuple(str(site.folder / "site.toml") for site in sites),
             choices=asdict(choose(plan)),
             shared=str(shared_folder),
         )
-        for row, plan in plans.items()
+        for row, kind in kinds.items()
     ]
     return {
-        outcome.job.key: metrics_of(plans[outcome.job.key], sum(outcome.counts.values()))[
-            "macro_f1"
-        ]
+        outcome.job.key: metrics_of(plan, sum(outcome.counts.values()))["macro_f1"]
         for outcome in run_jobs(jobs, workers=workers)
     }
 
@@ -105,12 +95,11 @@ def measure(options: argparse.Namespace) -> dict[str, list[float]]:
                 plan = Plan.load(demo.plan).override({"plan.seed": seed})
                 if options.quick:
                     plan = plan.override({"rounds.number": 6, "optimizer.site.head_rounds": 5})
-                one = central(plan, options.central_lr)
-                plans = {f"{prefix} pooled": one, f"{prefix} local": plan}
-                values = compared(plans, sites, folder / "scratch", workers=options.workers)
+                kinds = {f"{prefix} pooled": "pooled", f"{prefix} local": "federated"}
+                values = compared(plan, sites, kinds, folder / "scratch", workers=options.workers)
                 values[f"{prefix} shared"] = simulated(
                     demo.plan,
-                    head_only(one) if prefix == "head" else one,
+                    head_only(plan) if prefix == "head" else plan,
                     folder / f"{prefix}-{seed}",
                     threshold=options.threshold,
                     workers=options.workers,
@@ -131,7 +120,6 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=None, help="records a site; all by default")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--models", nargs="+", default=["head", "lora"], choices=["head", "lora"])
-    parser.add_argument("--central-lr", type=float, default=None, help="the plan's by default")
     parser.add_argument("--threshold", type=int, default=5, help="honest survivors, of seven sites")
     options = parser.parse_args()
     if options.quick:
