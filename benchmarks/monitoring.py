@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from deployment import PLAN, Sites  # noqa: E402 - of this folder
 
-from tests.e2e.harness import CLI, CoordinatorProcess, cli, environment, free_port  # noqa: E402
+from tests.e2e.harness import CLI, CoordinatorProcess, cli, environment, free_port, wait_for  # noqa: E402
 
 WATCH = """
 import sys, threading, time
@@ -107,19 +107,19 @@ def watchers(folder, *, count, rounds, pause):
         process, (plan, turns) = psutil.Process(coordinator.process.pid), (folder / "plan.toml", 6)
         plan.write_text(PLAN.format(rounds=rounds * turns + 10, sites=3))
         run = coordinator.cli("run", plan)["run"]
-        coordinator.wait_round(run, 3, kind="round_finished")
+        _until(coordinator, run, 3)
         found = {False: [], True: []}
         cpu = {False: 0.0, True: 0.0}
         for turn in range(turns):
             watched = bool(turn % 2)
             crowd = _crowd(folder / "vera", run, count, coordinator) if watched else None
-            first = coordinator.events(run, "round_finished")[-1]["round"] + 1
-            coordinator.wait_round(run, first, kind="round_finished")
+            first = _rounds(coordinator, run)[-1]["round"] + 1
+            _until(coordinator, run, first)
             before = process.cpu_times()
-            coordinator.wait_round(run, first + rounds - 2, kind="round_finished")
+            _until(coordinator, run, first + rounds - 2)
             after = process.cpu_times()
             cpu[watched] += after.user + after.system - before.user - before.system
-            rows = coordinator.events(run, "round_finished")
+            rows = _rounds(coordinator, run)
             found[watched] += [
                 r["seconds"] for r in rows if first < r["round"] <= first + rounds - 2
             ]
@@ -138,6 +138,16 @@ def watchers(folder, *, count, rounds, pause):
     finally:
         made.close()
         coordinator.close()
+
+
+def _rounds(coordinator, run):
+    return coordinator.events(run, "round_finished")
+
+
+def _until(coordinator, run, number):
+    """Wait for a round without asking so often that it shows in the figures."""
+    wait_for(lambda: coordinator.state(run)["round"] >= number, every=0.5, what=f"round {number}")
+    time.sleep(0.5)  # its figures are written a moment later
 
 
 def _crowd(credentials, run, count, coordinator):
