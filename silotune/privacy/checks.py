@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING
 
 from silotune.errors import SelfCheckFailed
+
+if TYPE_CHECKING:  # loaded where it is needed: a coordinator checks noise and has no PyTorch
+    from torch import Tensor, nn
 
 # Chance that the check of correct noise fails all the same.
 _FALSE_ALARM = 1e-9
@@ -36,6 +37,8 @@ def require_finite(tensors: Sequence[Tensor], what: str) -> None:
     SelfCheckFailed
         Saying what is not finite.
     """
+    import torch
+
     if not bool(torch.isfinite(torch.cat([tensor.flatten() for tensor in tensors])).all()):
         raise SelfCheckFailed(f"{what} is not finite")
 
@@ -55,6 +58,8 @@ def require_moved(before: tuple[Tensor, ...], named: Mapping[str, nn.Parameter])
     SelfCheckFailed
         Naming the tensors that did not move.
     """
+    import torch
+
     pairs = zip(before, named.items(), strict=True)
     still = [name for old, (name, new) in pairs if torch.equal(old, new.detach())]
     if still:

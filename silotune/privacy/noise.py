@@ -41,13 +41,14 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal, localcontext
 from functools import lru_cache
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
-from torch import Tensor
+
+if TYPE_CHECKING:  # a coordinator has this module and no need of PyTorch, which is 200 MB
+    from torch import Tensor
 
 _INDEX_BITS = 14
 _COLUMNS = 1 << _INDEX_BITS
@@ -132,6 +133,8 @@ class _KeyedNoise:
         ValueError
             ``std`` is out of its range.
         """
+        import torch
+
         return self.add(torch.zeros(tuple(shape), dtype=torch.float32), std)
 
     def add(self, sums: Tensor, std: float) -> Tensor:
@@ -156,6 +159,8 @@ class _KeyedNoise:
         ValueError
             ``std`` is out of its range, or ``sums`` is of another type.
         """
+        import torch
+
         if not (std == 0.0 or _STD_RANGE[0] <= std <= _STD_RANGE[1]):
             raise ValueError(f"the standard deviation of noise is 0 or 1e-30 to 1e30, not {std}")
         if sums.dtype not in {torch.float32, torch.float64}:

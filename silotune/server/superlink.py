@@ -46,7 +46,7 @@ from flwr.supercore.utils import int64_to_uint64, uint64_to_int64
 
 from silotune.errors import EnvironmentFault
 from silotune.server.arrival import Signal
-from silotune.server.superlink_app import superlink_app
+from silotune.server.superlink_app import lighten, superlink_app
 
 ERROR_KIND = 2
 """Flower's number for "the ClientApp failed"; our own code is the error's reason."""
@@ -100,6 +100,7 @@ class Link:
         self.app = superlink_app(database)
         self._state: Any = self.app.state.linkstate_factory.state()
         self._store: Any = self._state.object_store
+        lighten(self._state)
         self.arrived = Signal()
         self._kick: Callable[[int], None] = lambda node: None
         self._listeners: list[Callable[[int, bool], None]] = []

@@ -17,11 +17,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from silotune.plan import Plan
-from silotune.privacy.accounting import calibrate
 from silotune.privacy.noise import NoiseSource, SecureNoise, SeededNoise, derive_seed
 
 Vector = NDArray[np.float32]
@@ -47,6 +45,8 @@ class SitePrivacy:
     """
 
     def __init__(self, plan: Plan) -> None:
+        from silotune.privacy.accounting import calibrate  # SciPy: only where it is needed
+
         privacy = plan.privacy
         assert isinstance(privacy.clip, float)  # validated with the plan, like the next ones
         assert (
@@ -134,8 +134,7 @@ def hidden(
     if site.noise == "coordinator":
         return short
     # Whatever the records say, the shortened change is at most two bounds away.
-    noisy = noise.add(torch.from_numpy(short), 2.0 * bound * sigma)
-    return np.asarray(noisy.numpy(), dtype=np.float32)
+    return _noisy(short, 2.0 * bound * sigma, noise).astype(np.float32)
 
 
 def shortened(update: Vector, bound: float) -> Vector:
@@ -162,6 +161,8 @@ def _length(update: Vector) -> float:
     return math.sqrt(total)
 
 
-def _noisy(values: NDArray[np.float64], std: float, noise: NoiseSource) -> NDArray[np.float64]:
+def _noisy(values: NDArray[Any], std: float, noise: NoiseSource) -> NDArray[np.float64]:
+    import torch  # a coordinator with other plans does without it
+
     clean = torch.from_numpy(values.astype(np.float32))
     return np.asarray(noise.add(clean, std).numpy(), dtype=np.float64)
