@@ -14,7 +14,12 @@ from collections.abc import Callable
 
 from silotune.client.coordinator_api import closing_api
 from silotune.client.enrolled import Enrolment, Federation, SiteKeys, trusting
-from silotune.client.errors import EnrolmentRefused, SiteNotEnrolled
+from silotune.client.errors import (
+    CoordinatorUnavailable,
+    EnrolmentRefused,
+    PortUnreachable,
+    SiteNotEnrolled,
+)
 from silotune.data.site import SiteConfig
 from silotune.errors import EnvironmentFault
 from silotune.federation import wire
@@ -130,21 +135,32 @@ class Joining:
             The operator said no.
         IdentityInvalid, RosterInvalid
             What came does not fit what this site made.
+        PortUnreachable, CoordinatorUnavailable
+            There was no way to the coordinator when the time was over; before, it is tried again.
         """
         pending = json.loads((self._state / _PENDING).read_bytes())
         ends = time.monotonic() + seconds
         with closing_api(self._invite.url, trusting(pending["authority"])) as api:
             while True:
                 waiting()
-                reply = api.enrolment(
-                    wire.EnrolmentQuery.make(
-                        self.keys.signing, enrolment=pending["enrolment"], sent_at=int(time.time())
+                over = time.monotonic() > ends
+                try:
+                    reply = api.enrolment(
+                        wire.EnrolmentQuery.make(
+                            self.keys.signing,
+                            enrolment=pending["enrolment"],
+                            sent_at=int(time.time()),
+                        )
                     )
-                )
-                if reply.state != "waiting":
-                    return self._answered(reply, pending["federation"], pending["authority"])
-                if time.monotonic() > ends:
-                    return None
+                except (PortUnreachable, CoordinatorUnavailable):
+                    # A coordinator keeps connections without a certificate for 20 s; people take longer.
+                    if over:
+                        raise
+                else:
+                    if reply.state != "waiting":
+                        return self._answered(reply, pending["federation"], pending["authority"])
+                    if over:
+                        return None
                 time.sleep(_POLL_SECONDS)
 
     def _answered(self, reply: wire.EnrolmentReply, federation: str, authority: str) -> Enrolment:

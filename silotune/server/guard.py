@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -67,6 +68,7 @@ _REQUESTS: Mapping[str, Any] = {
 _SMALL, _LIST, _OBJECT = 16 << 10, 1 << 20, 6 << 20  # Flower cuts objects at 5 MB
 _LIMITS = {paths.PUSH: _LIST, paths.PUSH_OBJECT: _OBJECT}
 _BODY_SECONDS = 60.0
+_SESSION = re.compile(r"[0-9a-f]{32}")
 _MOST_OBJECTS = 256  # some 1.3 GB at most
 
 
@@ -260,7 +262,10 @@ class Guard:
 
 def _session(scope: Scope) -> str:
     wanted = wire.SESSION_HEADER.encode()
-    return next((v.decode("latin-1") for k, v in scope["headers"] if k == wanted), "")
+    found = next((v.decode("latin-1") for k, v in scope["headers"] if k == wanted), "")
+    if not _SESSION.fullmatch(found):
+        raise _Refused(400, BodyInvalid(f"the header {wire.SESSION_HEADER} names no session"))
+    return found
 
 
 def _parse(path: str, body: bytes) -> Any:

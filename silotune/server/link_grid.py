@@ -86,6 +86,11 @@ class LinkGrid(Grid):
         Seconds that a site may be offline before a round stops waiting for it.
     alarm : callable
         ``alarm(kind, site=…)``: called when a reply is not trusted.
+
+    Attributes
+    ----------
+    asked : frozenset of int
+        The nodes that `get_node_ids` told of last: those of a loop's cohort, or who refused to join.
     """
 
     def __init__(
@@ -107,6 +112,7 @@ class LinkGrid(Grid):
         self._peers = {peer.node: peer for peer in peers}
         self._is_active, self._alarm = is_active, alarm
         self._ttl, self._patience = ttl, patience
+        self.asked: frozenset[int] = frozenset()
         self._pending: dict[str, _Pending] = {}
         self._restarted: set[int] = set()  # nodes that began a session since this grid began
         self._to_repush: set[int] = set()
@@ -171,7 +177,8 @@ class LinkGrid(Grid):
         expected = [node for node, peer in self._peers.items() if self._is_active(peer.site)]
         patience = min(_MOST_SECONDS_TO_GATHER, self._ttl / 2)
         gathered = len(online) == len(expected) or time.monotonic() - self._began > patience
-        return sorted(online) if gathered else []
+        self.asked = frozenset(online) if gathered else frozenset()
+        return sorted(self.asked)
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Seal and send messages, but adopt what an earlier process sent already.

@@ -75,8 +75,15 @@ class Stage:
         return self.link.find_run(int(number)) if number else None
 
 
+class _Newcomer(Exception):
+    """A site that approves is there and in nobody's cohort: the loop begins anew, with it."""
+
+
 class Performance(threading.Thread):
     """The thread of one run.
+
+    A loop fixes its cohort when it begins. A site that approves later, or was away just then, is let
+    in between two rounds: the loop begins again behind the last checkpoint, as after a restart.
 
     Parameters
     ----------
@@ -93,7 +100,7 @@ class Performance(threading.Thread):
     ) -> None:
         super().__init__(daemon=True, name=f"run {run}")
         self._stage, self._run, self._report = stage, run, ended
-        self._leaving = threading.Event()
+        self._leaving, self._rounds = threading.Event(), 0
         self._grid: LinkGrid | None = None
         self._lock = threading.Lock()
 
@@ -109,16 +116,14 @@ class Performance(threading.Thread):
         """Perform, and report how it ended."""
         error: Exception | None = None
         try:
-            self._perform()
+            while self._again():
+                pass
         except Exception as exc:
             error = exc
-        finally:
-            if self._grid is not None:
-                self._grid.close()
         self._report(self._run, error)
 
     def after_round(self, server_round: int, adapter: Vector, *, seconds: float) -> None:
-        """Between rounds: wait here while the run is paused."""
+        """Between rounds: wait here while the run is paused, and let newcomers in."""
         del adapter, seconds
         seen = self._stage.events.count
         while not self._leaving.is_set() and self._state() == "paused":
@@ -126,12 +131,38 @@ class Performance(threading.Thread):
             seen = self._stage.events.wait(since=seen, seconds=_PAUSE_LOOK_SECONDS)
         if self._leaving.is_set():
             raise RunStopped(f"{self._run} was stopped")
+        if server_round < self._rounds and self._newcomers():
+            raise _Newcomer
+
+    def _newcomers(self) -> list[str]:
+        """Sites that approve and are there, and were not when the loop asked who joins."""
+        assert self._grid is not None
+        enrolled = self._stage.registrar.enrolled
+        nodes = {enrolled[s].node: s for s in self._stage.runs.approved(self._run) if s in enrolled}
+        missed = nodes.keys() - self._grid.asked
+        sightings = self._stage.link.sightings() if missed else {}
+        return sorted(nodes[n] for n in missed if n in sightings and sightings[n].online)
+
+    def _again(self) -> bool:
+        """Perform; whether to do it again, because of a newcomer."""
+        try:
+            self._perform()
+        except _Newcomer:
+            _log.info("run %s goes on with %s", self._run, ", ".join(self._newcomers()))
+            return True
+        finally:
+            with self._lock:
+                grid, self._grid = self._grid, None
+            if grid is not None:
+                grid.close()
+        return False
 
     def _state(self) -> str:
         return str(self._stage.runs.get(self._run)["state"])
 
     def _perform(self) -> None:
         plan = self._stage.runs.plan_of(self._run)
+        self._rounds = plan.rounds.number
         grid = self._make_grid(plan)
         with self._lock:
             self._grid = grid

@@ -51,6 +51,10 @@ class RunStore(Protocol):
         """The last saved state, if any."""
         ...
 
+    def was_evaluated(self, number: int) -> bool:
+        """Whether the metrics that the sites released after a round are on record."""
+        ...
+
 
 class Observer(Protocol):
     """Somebody who looks at the global adapter between rounds, such as the simulator."""
@@ -102,6 +106,9 @@ class RoundLoop:
         strategy = strategy_for(self._plan, layout=layout)
         strategy.cohort = {terms.node: terms for terms in cohort}
         adapter, done = self._resume(strategy, layout)
+        if done and not self._store.was_evaluated(done):
+            # The process before may have died between a round's checkpoint and its metrics.
+            self._evaluate(done, as_arrays(adapter), self._config(done, strategy), strategy)
         for number in range(done + 1, self._plan.rounds.number + 1):
             with tracing.span("round", run=self._run, round=number):
                 adapter = self._round(number, adapter, strategy, layout)
@@ -172,9 +179,7 @@ class RoundLoop:
             phase=phase_of(self._plan, number),
             cohort=[terms.site for terms in strategy.cohort.values()],
         )
-        config = ConfigRecord({"plan": self._text, "run": self._run, "round": number})
-        for name, value in strategy.settings().items():
-            config[name] = value
+        config = self._config(number, strategy)
         arrays = as_arrays(adapter)
         strategy.begin(number, adapter)
         if self._plan.aggregation.secure:
@@ -199,6 +204,13 @@ class RoundLoop:
         if self._observer:
             self._observer.after_round(number, updated, seconds=clock.total)
         return updated
+
+    def _config(self, number: int, strategy: AdapterStrategy) -> ConfigRecord:
+        """What a message of a round says beside the arrays."""
+        config = ConfigRecord({"plan": self._text, "run": self._run, "round": number})
+        for name, value in strategy.settings().items():
+            config[name] = value
+        return config
 
     def _collect(
         self, number: int, strategy: AdapterStrategy, messages: list[Message], clock: _Clock

@@ -236,6 +236,15 @@ class RunRecord:
         name = _seal_name(self._run, "checkpoint")
         return unpacked(self._store.vault.unseal(sealed, name=name))
 
+    def was_evaluated(self, number: int) -> bool:
+        """Whether the metrics that the sites released after a round are on record."""
+        query = select(EVENTS.c.fields).where(
+            EVENTS.c.run == self._run, EVENTS.c.event == "evaluated"
+        )
+        with self._store.transaction() as connection:
+            found = [json.loads(text) for text in connection.execute(query).scalars()]
+        return any(fields["round"] == number for fields in found)
+
     def _write_adapter(
         self, connection: Connection, number: int, content: bytes
     ) -> Mapping[str, Any]:

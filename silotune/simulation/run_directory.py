@@ -211,6 +211,11 @@ class RunDirectory:
         self.events.append(event)
         return event
 
+    def was_evaluated(self, number: int) -> bool:
+        """Whether the metrics that the sites released after a round are on record."""
+        wanted = {"event": "evaluated", "round": number, "view": "released"}
+        return any(wanted.items() <= event.items() for event in self.events)
+
     def write_json(self, name: str, value: Any) -> Path:
         """Write ``<name>`` (e.g. ``privacy.json``) so that a crash leaves the old or the new file.
 

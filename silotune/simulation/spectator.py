@@ -56,6 +56,7 @@ class LoggedStore:
         self.save_adapter = directory.save_adapter
         self.save_checkpoint = directory.save_checkpoint
         self.load_checkpoint = directory.load_checkpoint
+        self.was_evaluated = directory.was_evaluated
 
     def on_receipt(self, receipt: Receipt) -> None:
         """Note how long a site's app took, which the server never learns."""

@@ -1,12 +1,18 @@
 """Joining: trust starts from the invitation, keys stay here, and nothing false is believed."""
 
+import socket
 import stat
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from silotune.client.enrolled import Enrolment
-from silotune.client.errors import EnrolmentRefused, ServerUntrusted, SiteNotEnrolled
+from silotune.client.errors import (
+    CoordinatorUnavailable,
+    EnrolmentRefused,
+    ServerUntrusted,
+    SiteNotEnrolled,
+)
 from silotune.client.joining import Joining
 from silotune.data.site import SiteConfig
 from silotune.errors import EnvironmentFault
@@ -174,6 +180,24 @@ def test_waiting_ends_and_is_taken_up_again_with_the_same_keys(site, double):
     later = Joining(site, double.invitation())
     assert later.words == joining.words
     assert later.wait(seconds=5).facts.site == "alpha"
+
+
+def test_a_coordinator_that_is_away_for_a_while_is_asked_again(site, double, monkeypatch):
+    monkeypatch.setattr("silotune.client.joining._POLL_SECONDS", 0.01)
+    joining = Joining(site, double.invitation())
+    joining.ask()
+    double.hook = lambda path, body: (503, b"", {})
+    with pytest.raises(CoordinatorUnavailable):
+        joining.wait(seconds=0)
+
+    def hang_up(handler):
+        handler.close_connection = True
+        handler.connection.shutdown(socket.SHUT_RDWR)
+
+    answers = iter([(0, hang_up, {}), (503, b"", {})])
+    double.hook = lambda path, body: next(answers, None)
+    assert joining.wait(seconds=30).facts.site == "alpha"
+    assert next(answers, None) is None
 
 
 def test_a_site_is_in_one_federation(site, double):

@@ -35,13 +35,14 @@ def final_adapter(town, run):
     return LAYOUT.pack(town.coordinator.conductor.runs.newest_adapter(run)[2])
 
 
-def expected_adapter(plan, names):
-    """What the rounds come to, computed in a plain loop without messages."""
+def expected_adapter(plan, names, *, late=(), since=0):
+    """What the rounds come to, computed in a plain loop without messages; `late` sites come later."""
     strategy = strategy_for(plan, layout=LAYOUT)
-    terms = [Terms(node=i, site=name, declared_units=100) for i, name in enumerate(names, 1)]
-    strategy.cohort = {each.node: each for each in terms}
     adapter = initial_adapter(LAYOUT, plan)
     for number in range(1, plan.rounds.number + 1):
+        there = [*names, *late] if number >= since else names
+        terms = [Terms(node=i, site=name, declared_units=100) for i, name in enumerate(there, 1)]
+        strategy.cohort = {each.node: each for each in terms}
         strategy.begin(number, adapter)
         for each in terms:
             rng = np.random.default_rng([number, sum(each.site.encode())])
@@ -83,6 +84,46 @@ def test_a_quorum_starts_without_the_undecided(town):
     assert finished(town, run) == "finished"
     assert events(town, run, "round_started")[0]["cohort"] == ["alpha", "beta"]
     assert sites[2].seen == []
+
+
+@pytest.mark.parametrize("online", [2, 3])
+def test_a_site_that_approves_in_a_run_takes_part_from_the_next_round_on(town, online):
+    """In round 2 gamma approves, and in that round or the next its daemon is there."""
+    gamma = town.enrolled("gamma")
+
+    def work(address, content):
+        if (address.kind, address.round) == ("train", 2):
+            approve_all(town.coordinator, run, [gamma])
+        if (address.kind, address.round) == ("train", online):
+            gamma.activate().serve(scripted("gamma"))
+        return scripted("alpha")(address, content)
+
+    plan = small_plan(**{"rounds.number": 5})
+    alpha = town.enrolled("alpha").activate()
+    (beta,) = town.serving("beta")
+    run = town.coordinator.conductor.propose(plan, quorum=2)
+    alpha.serve(work)
+    approve_all(town.coordinator, run, [alpha, beta])
+    assert finished(town, run) == "finished"
+    rounds = {1, 2, 3, 4, 5}
+    assert {n for _, n, kind in gamma.seen if kind == "train"} == rounds - set(range(1, online + 1))
+    wanted = expected_adapter(plan, ["alpha", "beta"], late=["gamma"], since=online + 1)
+    assert final_adapter(town, run).tobytes() == wanted.tobytes()
+    for site in (alpha, beta):
+        assert [site.seen.count((run, n, "train")) for n in sorted(rounds)] == [1] * 5
+
+
+def test_a_site_that_refuses_to_join_is_not_asked_again_after_each_round(town):
+    def refuses(address, content):
+        return refusal("ST-501")
+
+    gamma = town.enrolled("gamma").activate().serve(refuses)
+    sites = town.serving("alpha", "beta")
+    run = town.coordinator.conductor.propose(small_plan())
+    approve_all(town.coordinator, run, [*sites, gamma])
+    assert finished(town, run) == "finished"
+    assert gamma.seen == [(run, 0, "query.join")]
+    assert events(town, run, "run_resumed") == []
 
 
 def test_a_run_with_too_many_rejections_fails_and_says_why(town):

@@ -72,6 +72,13 @@ def scripted(payload):
         reply = {"update": ArrayRecord({"flat": Array(flat)}), "released": MetricRecord({})}
         return Message(RecordDict(reply), reply_to=message)
 
+    @Program.client_app.evaluate()
+    def evaluate(message, context):
+        number = int(message.content["config"]["round"])
+        right = float(10 * number + context.node_config["partition-id"])
+        counts = Array(np.array([[right, 1.0], [2.0, right]]))
+        return Message(RecordDict({"counts": ArrayRecord({"flat": counts})}), reply_to=message)
+
     return Program()
 
 
@@ -167,6 +174,32 @@ def test_an_interrupted_run_goes_on_to_the_same_adapter_bit_for_bit(play):
     (resumed,) = events(directory, "run_resumed")
     assert resumed["from_round"] == 2
     assert [e["round"] for e in events(directory, "round_started")] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("instant", "number"), [("round_finished", 2), ("evaluated", 4), ("round_started", 3)]
+)
+def test_metrics_that_a_crash_took_are_asked_again_and_others_are_not(
+    play, monkeypatch, instant, number
+):
+    """The loop dies before it writes an event; the last instant comes after round 2's metrics."""
+    settings = {"rounds.evaluate_every": 2}
+    whole, _ = play("whole", **settings)
+    write = RunDirectory.append_event
+
+    def dying(self, kind, **fields):
+        if (kind, fields.get("round")) == (instant, number):
+            raise KeyboardInterrupt
+        return write(self, kind, **fields)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "append_event", dying)
+        with pytest.raises(KeyboardInterrupt):
+            play("halved", **settings)
+    halved, _ = play("halved", **settings)
+    wanted = [(e["round"], e["pooled"]) for e in events(whole, "evaluated")]
+    assert [number for number, _ in wanted] == [2, 4]
+    assert [(e["round"], e["pooled"]) for e in events(halved, "evaluated")] == wanted
 
 
 def test_a_checkpoint_of_another_plan_is_refused(play):
