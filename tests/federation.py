@@ -1,6 +1,7 @@
-"""A small federation on disk: three sites of synthetic notes, a tiny model and a plan."""
+"""A small federation on disk: three sites of synthetic notes, a tiny model, a plan and policies."""
 
 import csv
+import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from silotune.client.runtime import SiteRun
 from silotune.client.warm import WarmModel
 from silotune.data.site import SiteConfig, load_sites
 from silotune.models.choices import Choices
+from silotune.models.weights import weights_sha256
 from silotune.plan import Plan
 
 CHOICES = Choices(device="cpu", dtype="float32", attention="eager")
@@ -19,6 +21,23 @@ PRIVATE = {
     "privacy.delta": 1e-4,
     "privacy.clip": {"head": 1.0, "adapter": 1.0},
 }
+
+POLICY = {
+    "approval": "manual",
+    "max_epsilon": 8.0,
+    "max_total_epsilon": 9.0,
+    "max_delta": 1e-3,
+    "allow_seeded_noise": True,
+    "require_secure_aggregation": False,
+    "min_cohort": 1,
+    "tasks": ["text_classification"],
+    "target_modules": ["auto"],
+    "strategies": ["fedavg"],
+    "max_rounds": 10,
+    "max_upload_mb": 1.0,
+    "hours": ["Mon-Sun 00:00-24:00"],
+}
+"""Clauses that let a private plan of `write_federation` pass."""
 
 
 @dataclass(frozen=True)
@@ -121,3 +140,19 @@ rate = 0.2
         changes |= {"privacy.unit": "patient", "privacy.max_records_per_unit": 2}
     plan = Plan.load(path).override(changes)
     return Federation(folder, plan, path)
+
+
+def write_policy(config: Path, base: Path, **clauses) -> str:
+    """Add `POLICY`, with other or more `clauses`, to a site.toml; the hash of the one base allowed."""
+    sha256 = weights_sha256(base)
+    lines = [f"{name} = {json.dumps(value)}" for name, value in {**POLICY, **clauses}.items()]
+    tables = [
+        "[policy]",
+        *lines,
+        "[policy.base_models]",
+        f'"{sha256}" = "{base}"',
+        '[resources]\nthreads = 1\ndevice = "cpu"\n',
+    ]
+    config.write_text(config.read_text() + "\n".join(tables))
+    config.chmod(0o600)
+    return sha256

@@ -24,14 +24,19 @@ from silotune.client.gate import DpRelease, Field, Gate, Public, Unprotected
 from silotune.client.memory import SealedMemory
 from silotune.client.policy import Facts, judge
 from silotune.client.secure import RoundMemory, SecurePart, member_of
-from silotune.client.terms import metric_sigma, require_uncolluding, run_events, sigma_for
+from silotune.client.terms import (
+    budget_for,
+    metric_sigma,
+    require_uncolluding,
+    run_events,
+    sigma_for,
+)
 from silotune.client.trainer import RoundUpdate, SiteData, TrainableModel, Trainer, Vector
 from silotune.client.warm import WarmModel
 from silotune.data.reader import load_records
 from silotune.data.records import Records
 from silotune.data.site import DatasetConfig, Role, SiteConfig
 from silotune.data.splits import Split
-from silotune.errors import BudgetExceeded
 from silotune.federation.sealed import Vault
 from silotune.models.adapter import write_adapter
 from silotune.models.task import Encoded
@@ -39,7 +44,7 @@ from silotune.models.weights import locate, weights_sha256
 from silotune.plan import Plan
 from silotune.privacy.accounting import gaussian_event
 from silotune.privacy.certificate import CertificateBody, issue
-from silotune.privacy.ledger import Budget, Ledger, ReleaseKey
+from silotune.privacy.ledger import Ledger, ReleaseKey
 from silotune.privacy.noise import NoiseSource, SecureNoise, SeededNoise, derive_seed
 from silotune.privacy.signing import load_or_create
 from silotune.strategies import method_of
@@ -370,27 +375,13 @@ class SiteRun:
         """Set the whole run's cost aside in the ledger, within the site's own budget."""
         if self.ledger is None:
             return
-        delta = self.plan.privacy.delta
-        assert delta is not None  # validated with the plan
-        limit = self.dataset.budget
-        if limit is None:
-            raise BudgetExceeded(
-                f"site.toml gives dataset {self.plan.data.dataset!r} no budget",
-                remedy="Add [datasets.NAME.budget] with epsilon and delta to site.toml.",
-            )
-        if delta > limit.delta:
-            raise BudgetExceeded(
-                f"the plan's delta is {delta:g}, the site's budget has {limit.delta:g}"
-            )
-        policy = self.site.policy
-        total = policy.max_total_epsilon if policy and policy.max_total_epsilon else limit.epsilon
-        budget = Budget(epsilon=min(limit.epsilon, total), delta=delta)
+        budget = budget_for(self.plan, self.site, self.dataset)
         events = run_events(self.plan, self.dataset.declared_units, sigma=self.sigma)
         event = events[0] if len(events) == 1 else ComposedDpEvent(events)
         others = [
             a.committed for a in self.ledger.runs(self.plan.data.dataset) if a.run != self.run
         ]
-        require_uncolluding([event, *others], limit=limit.colluding_epsilon, delta=delta)
+        require_uncolluding([event, *others], dataset=self.dataset, delta=budget.delta)
         self.ledger.reserve(
             self.plan.data.dataset, self.run, self.plan.sha256, event, budget=budget
         )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from dp_accounting import DpEvent
 
+from silotune.data.site import DatasetConfig, SiteConfig
 from silotune.errors import BudgetExceeded
 from silotune.plan import Plan
 from silotune.privacy.accounting import (
@@ -15,6 +16,7 @@ from silotune.privacy.accounting import (
     shared_step_event,
     step_event,
 )
+from silotune.privacy.ledger import Budget
 from silotune.privacy.tally import Tally, epsilon_of, tally_of, total
 from silotune.strategies.secure import shared_noise
 
@@ -65,8 +67,33 @@ def run_events(plan: Plan, declared_units: int, *, sigma: float) -> list[DpEvent
     return [steps, *_metric_events(plan)]
 
 
+def budget_for(plan: Plan, site: SiteConfig, dataset: DatasetConfig) -> Budget:
+    """What a dataset's ledger may reach with a private plan: the tighter of budget and policy.
+
+    Raises
+    ------
+    BudgetExceeded
+        The dataset has no budget, or one for a smaller delta than the plan's.
+    """
+    delta = plan.privacy.delta
+    assert delta is not None  # validated with the plan
+    limit = dataset.budget
+    if limit is None:
+        raise BudgetExceeded(
+            f"site.toml gives dataset {plan.data.dataset!r} no budget",
+            remedy="Add [datasets.NAME.budget] with epsilon and delta to site.toml.",
+        )
+    if delta > limit.delta:
+        raise BudgetExceeded(
+            f"the plan's delta is {delta:g}, the site's budget has {limit.delta:g}"
+        )
+    policy = site.policy
+    most = policy.max_total_epsilon if policy and policy.max_total_epsilon else limit.epsilon
+    return Budget(epsilon=min(limit.epsilon, most), delta=delta)
+
+
 def require_uncolluding(
-    charged: Sequence[DpEvent | Tally], *, limit: float | None, delta: float
+    charged: Sequence[DpEvent | Tally], *, dataset: DatasetConfig, delta: float
 ) -> None:
     """Refuse what a site's own noise alone would not protect well enough.
 
@@ -74,13 +101,14 @@ def require_uncolluding(
     ----------
     charged : sequence of DpEvent or Tally
         What is asked, and what other runs charged or may charge.
-    limit : float or None
-        Largest epsilon to a coordinator that all other sites collude with; None for no limit.
+    dataset : DatasetConfig
+        Its budget may limit epsilon to a coordinator that all other sites collude with.
 
     Raises
     ------
     BudgetExceeded
     """
+    limit = dataset.budget.colluding_epsilon if dataset.budget else None
     if limit is None:
         return
     tallies = [part if isinstance(part, Counter) else tally_of(part) for part in charged]

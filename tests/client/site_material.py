@@ -5,29 +5,8 @@ from pathlib import Path
 
 from silotune.models.weights import weights_sha256
 from silotune.plan import Plan
-from tests.federation import write_federation
+from tests.federation import write_federation, write_policy
 
-POLICY = """
-[policy]
-approval = "{approval}"
-max_epsilon = 8.0
-max_total_epsilon = 8.25
-max_delta = 1e-3
-allow_seeded_noise = true
-require_secure_aggregation = false
-min_cohort = 1
-tasks = ["text_classification"]
-target_modules = ["auto"]
-strategies = ["fedavg"]
-max_rounds = 10
-max_upload_mb = 0.2
-hours = ["Mon-Sun 00:00-24:00"]
-[policy.base_models]
-"{sha256}" = "{base}"
-[resources]
-threads = 1
-device = "cpu"
-"""
 PRIVATE = {
     "privacy__mode": "record",
     "privacy__epsilon": 4.0,
@@ -44,9 +23,8 @@ class SiteFolder:
 
 def write_site_folder(folder: Path, base: Path, *, approval="manual", **settings) -> SiteFolder:
     """The site "alpha" under `folder`, and a private plan that its policy lets pass."""
-    sha256 = weights_sha256(base)
     wanted = {
-        "model__sha256": sha256,
+        "model__sha256": weights_sha256(base),
         "model__base": "somewhere/else",
         "rounds__min_sites": 1,
         **PRIVATE,
@@ -54,8 +32,7 @@ def write_site_folder(folder: Path, base: Path, *, approval="manual", **settings
     }
     made = write_federation(folder, base, **wanted)
     site = folder / "alpha"
-    config = site / "site.toml"
-    config.write_text(
-        config.read_text() + POLICY.format(approval=approval, sha256=sha256, base=base)
+    write_policy(
+        site / "site.toml", base, approval=approval, max_total_epsilon=8.25, max_upload_mb=0.2
     )
     return SiteFolder(site, made.plan)

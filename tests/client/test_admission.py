@@ -20,26 +20,7 @@ from silotune.models.outline import outline
 from silotune.models.weights import weights_sha256
 from silotune.plan import Plan
 from silotune.privacy.ledger import Ledger
-from tests.federation import CHOICES, PRIVATE, write_federation
-
-POLICY = """
-[policy]
-approval = "manual"
-max_epsilon = 8.0
-max_total_epsilon = 9.0
-max_delta = 1e-3
-allow_seeded_noise = true
-require_secure_aggregation = false
-min_cohort = 2
-tasks = ["text_classification"]
-target_modules = ["auto"]
-strategies = ["fedavg"]
-max_rounds = 10
-max_upload_mb = 1.0
-hours = ["Mon-Sun 00:00-24:00"]
-[policy.base_models]
-"{sha}" = "{base}"
-"""
+from tests.federation import CHOICES, PRIVATE, write_federation, write_policy
 
 
 @pytest.fixture
@@ -49,8 +30,7 @@ def federation(tmp_path, bert_folder):
         tmp_path, bert_folder, model__sha256=sha, model__base="/nowhere", **dotted(PRIVATE)
     )
     for site in made.sites:
-        path = site.folder / "site.toml"
-        path.write_text(path.read_text() + POLICY.format(sha=sha, base=bert_folder))
+        write_policy(site.folder / "site.toml", bert_folder, min_cohort=2)
     return made
 
 

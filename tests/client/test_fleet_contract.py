@@ -1,7 +1,9 @@
 """What the site's line takes for granted of flwr 1.41.0, and what it adds."""
 
+import contextlib
 import http.server
 import itertools
+import socket
 import threading
 import time
 from importlib.metadata import version
@@ -148,6 +150,50 @@ def test_the_proxy_of_the_environment_is_used(rig, monkeypatch):
         assert asked == [rig.double.url.removeprefix("https://")]
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
         assert proxy_for(rig.double.url) is None
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_session_goes_through_a_proxy_that_relays_it(rig, monkeypatch):
+    """CONNECT, and then TLS end to end: the proxy sees nothing but the name and the bytes."""
+    relayed = []
+
+    class Proxy(http.server.BaseHTTPRequestHandler):
+        def do_CONNECT(self):
+            host, _, port = self.path.rpartition(":")
+            with socket.create_connection((host, int(port))) as there:
+                self.send_response(200)
+                self.end_headers()
+                back = threading.Thread(target=copy, args=(there, self.connection), daemon=True)
+                back.start()
+                copy(self.connection, there)
+                back.join()
+
+        def log_message(self, *args):
+            pass
+
+    def copy(source, sink):
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                relayed.append(data)
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Proxy)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{server.server_address[1]}")
+        monkeypatch.setenv("NO_PROXY", "")
+        keys = rig.enrolment.keys
+        fleet = Fleet(rig.double.url, tls=rig.enrolment.tls(), node_key=keys.node, session="6" * 32)
+        fleet.connect()
+        assert fleet.node_id == NODE
+        assert fleet.receive() is None
+        fleet.close()
+        seen = b"".join(relayed)
+        assert len(seen) > 1000
+        assert b"activate-node" not in seen
     finally:
         server.shutdown()
         server.server_close()

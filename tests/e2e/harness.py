@@ -21,32 +21,10 @@ from silotune.models.weights import weights_sha256
 from silotune.server.admin_client import AdminClient
 from silotune.server.config import Home
 from silotune.simulation.run import Settings, simulate
-from tests.federation import SITES, write_federation
+from tests.federation import SITES, write_federation, write_policy
 
 ROOT = Path(__file__).parents[2]
 CLI = [sys.executable, "-c", "from silotune.cli import main; main()"]
-POLICY = """
-[policy]
-approval = "{approval}"
-max_epsilon = 8.0
-max_total_epsilon = 9.0
-max_delta = 1e-3
-allow_seeded_noise = true
-require_privacy = {private}
-require_secure_aggregation = false
-min_cohort = 1
-tasks = ["text_classification"]
-target_modules = ["auto"]
-strategies = ["fedavg"]
-max_rounds = 50
-max_upload_mb = 1.0
-hours = ["Mon-Sun 00:00-24:00"]
-[policy.base_models]
-"{sha256}" = "{base}"
-[resources]
-threads = 1
-device = "cpu"
-"""
 PRIVATE = {
     "privacy__mode": "record",
     "privacy__epsilon": 4.0,
@@ -255,12 +233,8 @@ class Federation:
         self.plan_path = folder / "sites" / "plan.toml"
         self.plan_path.write_text(as_toml(json.loads(made.plan.canonical())))
         for name in SITES:
-            config = folder / "sites" / name / "site.toml"
-            policy = POLICY.format(
-                approval=approval, sha256=sha256, base=base, private=str(private).lower()
-            )
-            config.write_text(config.read_text() + policy)
-            config.chmod(0o600)
+            clauses = {"approval": approval, "max_rounds": 50, "require_privacy": private}
+            write_policy(folder / "sites" / name / "site.toml", base, **clauses)
         self.coordinator = CoordinatorProcess(folder / "coordinator", patience=patience)
         self.sites = {name: SiteProcess(folder / "sites" / name) for name in SITES}
         self.proxied_port = port
