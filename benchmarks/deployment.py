@@ -1,8 +1,9 @@
-"""What a deployment costs without any training: latency of an exchange, idle load, memory.
+"""What a deployment costs without any training: latency, idle load, memory, time to come back.
 
 One coordinator (the real command) and sites as processes of their own, over TLS on loopback. The sites
 of the latency part answer with constants, so that all that is measured is the way there and back: a
-2 MB adapter out and a 2 MB update in, sealed, signed, stored and acknowledged.
+2 MB adapter out and a 2 MB update in, sealed, signed, stored and acknowledged. The last part is the
+real daemon of a site: idle, killed with SIGKILL and started again.
 
     python benchmarks/deployment.py [--quick] [--json]
 """
@@ -23,8 +24,9 @@ import psutil
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.e2e.harness import CoordinatorProcess, environment, wait_for  # noqa: E402
+from tests.e2e.harness import CoordinatorProcess, SiteProcess, environment, wait_for  # noqa: E402
 
+SERVICE = {"MALLOC_ARENA_MAX": "2"}  # as deploy/silotune-coordinator.service has it
 VALUES = 512 * 1024  # of float32: 2 MB
 SITE = """
 name = "{name}"
@@ -104,21 +106,20 @@ def _all(coordinator, count):
 
 def exchange(folder, *, sites, rounds):
     """Seconds of a round without training, and the coordinator's CPU and memory for it."""
-    coordinator = CoordinatorProcess(folder / "exchange").up()
+    coordinator = CoordinatorProcess(folder / "exchange").up(**SERVICE)
     made = Sites(folder, coordinator, sites)
     try:
         process = psutil.Process(coordinator.process.pid)
         plan = folder / "plan.toml"
         plan.write_text(PLAN.format(rounds=rounds, sites=sites))
-        before = process.cpu_times()
+        before = _cpu(process)
         idle = process.memory_info().rss
         run = coordinator.cli("run", plan)["run"]
         row = coordinator.wait_over(run, seconds=900)
         assert row["state"] == "finished", row
-        after = process.cpu_times()
+        cpu = (_cpu(process) - before) / (rounds + 1)
         finished = coordinator.events(run, "round_finished")
         seconds = [event["seconds"] for event in finished]
-        cpu = (after.user + after.system - before.user - before.system) / (rounds + 1)
         return {
             "sites": sites,
             "adapter_mb": VALUES * 4 / 1e6,
@@ -136,19 +137,18 @@ def exchange(folder, *, sites, rounds):
 
 def idle(folder, *, sites, seconds):
     """Part of a core that a coordinator uses whose sites have nothing to do."""
-    coordinator = CoordinatorProcess(folder / "idle").up()
+    coordinator = CoordinatorProcess(folder / "idle").up(**SERVICE)
     made = Sites(folder, coordinator, sites)
     try:
         process = psutil.Process(coordinator.process.pid)
         time.sleep(5.0)
-        before, started = process.cpu_times(), time.monotonic()
+        before, started = _cpu(process), time.monotonic()
         time.sleep(seconds)
-        after, passed = process.cpu_times(), time.monotonic() - started
-        used = after.user + after.system - before.user - before.system
+        passed = time.monotonic() - started
         return {
             "sites": sites,
             "seconds": passed,
-            "percent_of_a_core": 100 * used / passed,
+            "percent_of_a_core": 100 * (_cpu(process) - before) / passed,
             "coordinator_mb": process.memory_info().rss / 1e6,
         }
     finally:
@@ -156,17 +156,57 @@ def idle(folder, *, sites, seconds):
         coordinator.close()
 
 
-def idle_site():
-    """Memory of the site daemon's modules with PyTorch and everything else loaded, and no model."""
-    code = (
-        "import psutil, silotune.client.daemon, silotune.client.runtime, silotune.client.app\n"
-        "import sys; assert 'torch' in sys.modules\n"
-        "import gc; gc.collect(); print(psutil.Process().memory_info().rss)"
-    )
-    found = subprocess.run(
-        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True
-    )
-    return {"mb": int(found.stdout.split()[-1]) / 1e6}
+def daemon(folder, *, seconds):
+    """The real daemon of a site: memory and load while idle, and its way back after kill -9."""
+    coordinator = CoordinatorProcess(folder / "daemon").up(**SERVICE)
+    home = folder / "site"
+    home.mkdir()
+    (home / "site.toml").write_text(SITE.format(name="site") + "[policy]\n")
+    (home / "site.toml").chmod(0o600)
+    site = SiteProcess(home)
+    try:
+        joining = site.joining(coordinator.invite("site"))
+        row = wait_for(lambda: _all(coordinator, 1), what="the request")[0]
+        coordinator.admin.post(f"/requests/{row['request']}/approve")
+        assert joining.wait(timeout=120) == 0
+        site.start()
+        process = psutil.Process(site.process.pid)
+        wait_for(lambda: _ready(site), seconds=180, what="the site online, with PyTorch loaded")
+        time.sleep(3.0)
+        before, started = _cpu(process), time.monotonic()
+        time.sleep(seconds)
+        percent = 100 * (_cpu(process) - before) / (time.monotonic() - started)
+        memory = process.memory_info().rss / 1e6
+        back = [_restarted(site) for _ in range(3)]
+    finally:
+        site.close()
+        coordinator.close()
+    return {
+        "mb": memory,
+        "percent_of_a_core": percent,
+        "restart_seconds_median": statistics.median(wall for wall, _ in back),
+        "restart_cpu_seconds_median": statistics.median(cpu for _, cpu in back),
+    }
+
+
+def _ready(site):
+    assert site.running, site.output
+    loaded = {m.path for m in psutil.Process(site.process.pid).memory_maps()}
+    return "online at" in site.output and any("libtorch" in path for path in loaded)
+
+
+def _restarted(site):
+    """Wall and processor seconds from kill -9 to a site that asks for work again."""
+    site.kill()
+    seen, started = len(site.output), time.monotonic()
+    site.start()
+    wait_for(lambda: "online at" in site.output[seen:], what="the site back", every=0.01)
+    return time.monotonic() - started, _cpu(psutil.Process(site.process.pid))
+
+
+def _cpu(process):
+    times = process.cpu_times()
+    return times.user + times.system
 
 
 def main():
@@ -175,20 +215,20 @@ def main():
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        one, two = Path(name) / "one", Path(name) / "two"
-        one.mkdir()
-        two.mkdir()
+        one, two, three = (Path(name) / part for part in ("one", "two", "three"))
+        for folder in (one, two, three):
+            folder.mkdir()
         found = {
             "exchange": exchange(one, sites=3, rounds=6 if options.quick else 20),
-            "idle_coordinator": idle(two, sites=8, seconds=15 if options.quick else 60),
-            "idle_site": idle_site(),
+            "idle_coordinator": idle(two, sites=8, seconds=5 if options.quick else 60),
+            "site": daemon(three, seconds=5 if options.quick else 30),
             "load_average": os.getloadavg()[0],
             "cores": os.cpu_count(),
         }
     if options.json:
         print(json.dumps(found, indent=2))
         return
-    latency, load, site = found["exchange"], found["idle_coordinator"], found["idle_site"]
+    latency, load, site = found["exchange"], found["idle_coordinator"], found["site"]
     print(f"load average while measuring {found['load_average']:.1f} on {found['cores']} cores")
     print(
         f"exchange, {latency['sites']} sites, {latency['adapter_mb']:.1f} MB each way: "
@@ -204,6 +244,11 @@ def main():
         f"memory: coordinator {latency['coordinator_mb_idle']:.0f} MB idle, "
         f"{latency['coordinator_mb_after']:.0f} MB after the run, target < 300 MB; "
         f"idle site {site['mb']:.0f} MB, target < 450 MB"
+    )
+    print(
+        f"a site killed with SIGKILL is back after {site['restart_seconds_median']:.1f} s "
+        f"({site['restart_cpu_seconds_median']:.1f} s of CPU), target < 5 s; "
+        f"idle it uses {site['percent_of_a_core']:.1f} % of a core"
     )
 
 

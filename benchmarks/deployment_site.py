@@ -4,6 +4,7 @@ Run by `deployment.py`, one process a site: ``deployment_site.py FOLDER CODE VAL
 """
 
 import os
+import secrets
 import sys
 import threading
 import time
@@ -69,7 +70,12 @@ def main(folder, code, values):
     layout = Layout((Entry("x.lora_A.weight", (8, int(values) // 8), "adapter"),))
     stop = threading.Event()
     threading.Thread(target=approve_all, args=(enrolment, stop), daemon=True).start()
-    fleet = Fleet(enrolment.facts.url, tls=enrolment.tls(), node_key=enrolment.keys.node)
+    fleet = Fleet(
+        enrolment.facts.url,
+        tls=enrolment.tls(),
+        node_key=enrolment.keys.node,
+        session=secrets.token_hex(16),
+    )
     fleet.connect()
     while True:
         try:
@@ -77,7 +83,6 @@ def main(folder, code, values):
             if delivery is None:
                 continue
             message = fleet.fetch(delivery, limit=_MOST_BYTES)
-            message = getattr(message, "message", message)
             address = address_of(message.content)
             content = unseal(message.content, address=address, key=enrolment.federation_key)
             time.sleep(PAUSE)

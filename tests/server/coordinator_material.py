@@ -1,9 +1,16 @@
-"""A coordinator in this process, and sites with scripted work."""
+"""A coordinator in this process, and sites with scripted work.
 
+By default the store is a SQLite file. ``SILOTUNE_TEST_POSTGRES=postgresql+psycopg://user@host/postgres``
+makes it a database of a PostgreSQL server instead, a new one for each test.
+"""
+
+import os
+import secrets
 import socket
 
 import numpy as np
 import pytest
+import sqlalchemy
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from silotune.models.layout import Entry, Layout
@@ -26,6 +33,19 @@ def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def store_url(folder):
+    """URL of a store that is new."""
+    server = os.environ.get("SILOTUNE_TEST_POSTGRES")
+    if not server:
+        return f"sqlite:///{folder / 'c.sqlite'}"
+    name = f"silotune_{secrets.token_hex(6)}"
+    engine = sqlalchemy.create_engine(server, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.exec_driver_sql(f"CREATE DATABASE {name}")
+    engine.dispose()
+    return sqlalchemy.make_url(server).set(database=name).render_as_string(hide_password=False)
 
 
 def small_plan(**settings):
@@ -61,6 +81,8 @@ class Town:
         self.home = Home(folder / "coordinator")
         create(self.home, name="demo", hosts=["127.0.0.1"], listen="127.0.0.1", port=free_port())
         text = self.home.config_path.read_text().replace("# patience = 120.0", "patience = 60.0  #")
+        url = store_url(self.home.state)
+        text = text.replace("[store]", f'[store]\nurl = "{url}"')
         self.home.config_path.write_text(text)
         self.sites = []
         self.start()

@@ -15,12 +15,12 @@ from silotune.server.arrays import packed, unpacked
 from silotune.server.errors import RunUnknown, StoreUnusable
 from silotune.server.run_store import RunRecord, Runs
 from silotune.server.store import Store, migrate
-from tests.server.coordinator_material import LAYOUT, small_plan
+from tests.server.coordinator_material import LAYOUT, small_plan, store_url
 
 
 @pytest.fixture
 def store(tmp_path):
-    made = Store(f"sqlite:///{tmp_path / 'c.sqlite'}", vault=Vault(tmp_path / "keys"))
+    made = Store(store_url(tmp_path), vault=Vault(tmp_path / "keys"))
     yield made
     made.close()
 
@@ -42,7 +42,7 @@ def save(record, number):
 
 
 def test_the_migrations_make_exactly_the_tables_of_the_code(tmp_path):
-    with create_engine(f"sqlite:///{tmp_path / 'm.sqlite'}").begin() as connection:
+    with create_engine(store_url(tmp_path)).begin() as connection:
         migrate(connection)
         context = MigrationContext.configure(connection, opts={"compare_type": True})
         assert compare_metadata(context, tables.METADATA) == []
@@ -65,8 +65,9 @@ def test_what_cannot_be_opened_is_said_so(tmp_path, url):
         Store(url, vault=Vault(tmp_path / "keys"))
 
 
-def test_the_file_is_private(tmp_path, store):
-    assert (tmp_path / "c.sqlite").stat().st_mode & 0o077 == 0
+def test_the_file_is_private(tmp_path):
+    Store(f"sqlite:///{tmp_path / 'p.sqlite'}", vault=Vault(tmp_path / "keys")).close()
+    assert (tmp_path / "p.sqlite").stat().st_mode & 0o077 == 0
 
 
 def test_a_checkpoint_comes_back_bit_for_bit_and_replaces_the_one_before(record):
