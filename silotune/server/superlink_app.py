@@ -32,7 +32,11 @@ ACTIVATE, DEACTIVATE, HEARTBEAT, PULL, PUSH, PULL_OBJECT, PUSH_OBJECT, CONFIRM =
 )
 
 
-_NEEDED = (BaseHTTPMiddleware, ProtobufTranslationMiddleware, NodeAuthMiddleware)
+_NEEDED: tuple[Any, ...] = (
+    BaseHTTPMiddleware,
+    ProtobufTranslationMiddleware,
+    NodeAuthMiddleware,
+)
 
 
 def superlink_app(database: Path) -> FastAPI:
