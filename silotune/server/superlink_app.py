@@ -43,7 +43,7 @@ def superlink_app(database: Path) -> FastAPI:
     """The SuperLink's fleet API over a link state in a SQLite file, without any process of Flower's.
 
     Its other APIs are taken out, with the six of nine layers around every request that are there for
-    them: they cost most of a request's time. The first that is kept translates errors.
+    them or for logs: each costs a task and a stream a request. The first that is kept translates errors.
     """
     # The package attribute of that name is a function, so the module is asked for by name.
     lifespan = importlib.import_module("flwr.superlink.cli.flower_superlink").SuperLinkLifespan
