@@ -272,17 +272,17 @@ def test_the_newest_session_of_a_key_is_served_and_the_other_raises_an_alarm(tow
     assert alarms(town, "second_session")[0]["site"] == "alpha"
 
 
-@pytest.mark.parametrize("session", [None, "", "e" * 31, "E" * 32])
-def test_a_request_that_names_no_session_is_refused(town, pair, session):
+def test_a_request_that_names_no_session_is_refused(town, pair):
     """Otherwise two processes that both leave it out would pass for one."""
     alpha, _ = pair
     headers = alpha.client._client.headers
-    headers.pop(wire.SESSION_HEADER)
-    if session is not None:
-        headers[wire.SESSION_HEADER] = session
-    with pytest.raises(httpx.HTTPStatusError) as caught:
-        alpha.client.PullMessages(fleet_pb2.PullMessagesRequest(node=alpha.node))
-    assert caught.value.response.status_code == 400
+    for session in (None, "", "e" * 31, "E" * 32):
+        headers.pop(wire.SESSION_HEADER, None)
+        if session is not None:
+            headers[wire.SESSION_HEADER] = session
+        with pytest.raises(httpx.HTTPStatusError) as caught:
+            alpha.client.PullMessages(fleet_pb2.PullMessagesRequest(node=alpha.node))
+        assert caught.value.response.status_code == 400
     assert alarms(town, "second_session") == []
 
 
