@@ -31,7 +31,7 @@ def test_a_coordinator_starts_without_the_libraries_of_training():
     """PyTorch alone would cost it 200 MB."""
     code = "import sys, silotune.server.coordinator; print(*sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    loaded = {"silotune.server.coordinator", "torch", "transformers", "pandas"} & set(
+    loaded = {"silotune.server.coordinator", "torch", "transformers", "scipy", "pandas"} & set(
         found.stdout.split()
     )
     assert loaded == {"silotune.server.coordinator"}

@@ -11,7 +11,6 @@ from sqlalchemy import delete, insert
 from silotune.errors import CertificateInvalid
 from silotune.federation import identity, wire
 from silotune.federation.audit_log import AuditLog
-from silotune.privacy.certificate import verify
 from silotune.privacy.signing import fingerprint
 from silotune.server.enrolment import Registrar
 from silotune.server.run_store import Runs
@@ -41,6 +40,8 @@ class Certificates:
         RunUnknown
             There is no such run.
         """
+        from silotune.privacy.certificate import verify  # SciPy: 70 MB that few runs need
+
         row = Runs(self._store).get(handed.run)
         key = identity.decode_signing_key(self._registrar.enrolled[site].member.signing_key)
         with tempfile.TemporaryDirectory() as folder:  # what anybody checks one with reads a file
