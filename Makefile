@@ -25,7 +25,7 @@ demo: $(READY)
 	$(BIN)/silotune simulate ./hospitals/plan.toml --baselines
 
 # Two processes, one a core: what talks to real processes, and everything else.
-PROCESSES := tests/client tests/e2e tests/server
+PROCESSES := tests/client tests/commands tests/dashboard tests/e2e tests/events tests/export tests/server
 
 test: lint
 	@log=$$(mktemp); $(BIN)/python -m pytest --durations=10 $(PROCESSES) > $$log 2>&1 & other=$$!; \
