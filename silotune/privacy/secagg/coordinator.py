@@ -86,7 +86,7 @@ class CoordinatorRound:
         return topology(len(self.cohort), threshold=self._threshold)
 
     @cached_property
-    def _graph(self) -> list[tuple[int, ...]]:
+    def _graph(self) -> tuple[tuple[int, ...], ...]:
         return neighbours(len(self.cohort), circles=self.topology.circles, seed=self.cohort.digest)
 
     def add_shares(self, site: str, sealed: Mapping[str, bytes]) -> None:

@@ -170,7 +170,8 @@ def _log2_choose(n: int, k: int) -> float:
     return (math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)) / math.log(2)
 
 
-def neighbours(sites: int, *, circles: int, seed: bytes) -> list[tuple[int, ...]]:
+@lru_cache(maxsize=4)  # a process that plays many sites draws one graph for all of them
+def neighbours(sites: int, *, circles: int, seed: bytes) -> tuple[tuple[int, ...], ...]:
     """The neighbours of every member, by place in the cohort, sorted.
 
     Parameters
@@ -183,13 +184,13 @@ def neighbours(sites: int, *, circles: int, seed: bytes) -> list[tuple[int, ...]
         32 bytes that nobody could choose: a hash over all members' keys.
     """
     if circles == 0:
-        return [tuple(j for j in range(sites) if j != i) for i in range(sites)]
+        return tuple(tuple(j for j in range(sites) if j != i) for i in range(sites))
     found: list[set[int]] = [set() for _ in range(sites)]
     for order in _orders(sites, circles, seed):
         for here, there in zip(order, [*order[1:], order[0]], strict=True):
             found[here].add(there)
             found[there].add(here)
-    return [tuple(sorted(near)) for near in found]
+    return tuple(tuple(sorted(near)) for near in found)
 
 
 def _orders(sites: int, circles: int, seed: bytes) -> Sequence[list[int]]:

@@ -267,7 +267,7 @@ class SiteRound:
         return topology(len(self._cohort), threshold=self._member.threshold)
 
     @cached_property
-    def _graph(self) -> list[tuple[int, ...]]:
+    def _graph(self) -> tuple[tuple[int, ...], ...]:
         return neighbours(
             len(self._cohort), circles=self._topology.circles, seed=self._cohort.digest
         )
