@@ -5,14 +5,12 @@ import re
 
 import numpy as np
 import pytest
-from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from silotune.client.app import build_client_app
 from silotune.models.layout import initial_adapter
-from silotune.strategies.base import as_arrays
 from tests.events.tracing_material import traced
 from tests.federation import PRIVATE, write_federation
+from tests.promises.site_messages import ask
 
 SETTINGS = {
     **{key.replace(".", "__"): value for key, value in PRIVATE.items()},
@@ -27,21 +25,6 @@ TOLD = {"silotune.run", "silotune.round"}
 def federation(tmp_path, bert_folder):
     TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1
     return write_federation(tmp_path, bert_folder, **SETTINGS)
-
-
-def ask(run, kind, number=None, adapter=None, **settings):
-    """Send one message through the ClientApp, as a grid would."""
-    app = build_client_app(lambda context, plan, name: run)
-    config = {"plan": run.plan.canonical(), "run": run.run, **settings}
-    if number is not None:
-        config["round"] = number
-    content = RecordDict({"config": ConfigRecord(config)})
-    if adapter is not None:
-        content["arrays"] = as_arrays(adapter)
-    message = Message(content, dst_node_id=1, message_type=kind)
-    message.metadata.__dict__["_message_id"] = f"{kind}-{number}"
-    context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={})
-    return app(message=message, context=context).content
 
 
 def conversation(run, **settings):
