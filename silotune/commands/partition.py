@@ -69,9 +69,8 @@ def partition(  # noqa: PLR0917 - one a command-line option
         unit=unit,
         seed=seed,
     )
-    for part in parts:
-        shown = f"{part.folder}: {part.records:,} records of {part.units:,} units"
-        Console().print(shown, highlight=False)
+    lines = [f"{part.folder}: {part.records:,} records of {part.units:,} units" for part in parts]
+    Console().print(*lines, sep="\n", highlight=False)
 
 
 def _columns(given: list[str]) -> dict[Role, str]:

@@ -14,7 +14,7 @@ from silotune.dashboard.charts import Chart, Lane, lanes, line_chart, stacked_ba
 from silotune.dashboard.spending import Curve, left
 from silotune.errors import PlanInvalid, SilotuneError, catalogue
 from silotune.events.source import RunFacts
-from silotune.events.view import OPEN_PHASES, RunView, Trouble
+from silotune.events.view import OPEN_PHASES, UNLIKE, RunView, Trouble
 from silotune.plan import Plan, dotted
 from silotune.plan_words import plan_in_words
 
@@ -25,9 +25,6 @@ PHASES = (
 """Phases in the order of the legend."""
 
 _METRICS = (("macro_f1", "macro-F1"), ("accuracy", "accuracy"), ("loss", "loss"))
-UNLIKE = 5.0
-"""Anomaly score above which a site is named on the page."""
-
 _DASH = "\N{EN DASH}"
 
 

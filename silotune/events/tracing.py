@@ -132,7 +132,7 @@ def span(
     from opentelemetry import trace
 
     if begins:
-        _State.ids.trace = _hashed(16, run)
+        _State.ids.next.trace = _hashed(16, run)
     made = tracer.start_span(
         name,
         context=_context(parent, begins=begins),
@@ -159,8 +159,8 @@ def exchange(kind: str, *, run: str, round: int) -> Iterator[str]:
     if tracer is None:
         yield ""
         return
-    _State.ids.trace = _hashed(16, run)
-    _State.ids.span = _hashed(8, run, str(round), kind)
+    _State.ids.next.trace = _hashed(16, run)
+    _State.ids.next.span = _hashed(8, run, str(round), kind)
     made = tracer.start_span(
         f"exchange {kind}",
         attributes=_attributes(run, round),

@@ -16,6 +16,9 @@ from silotune.events.schema import Event, parse
 OPEN_PHASES = frozenset({"training", "masked"})
 """Phases in which a site may still answer."""
 
+UNLIKE = 5.0
+"""Anomaly score above which a site's update is worth a look."""
+
 _MASKED = frozenset({"masked", "unmasked"})
 
 

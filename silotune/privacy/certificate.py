@@ -252,7 +252,16 @@ def verify(path: Path, *, key_sha256: str | None = None) -> Verified:
     CertificateInvalid
         With everything that disagrees.
     """
-    body, key = _read_signed(path)
+    try:
+        content = path.read_bytes()
+    except OSError as exc:
+        raise CertificateInvalid(f"{path}: {exc.strerror}") from exc
+    return verify_content(content, called=str(path), key_sha256=key_sha256)
+
+
+def verify_content(content: bytes, *, called: str, key_sha256: str | None = None) -> Verified:
+    """`verify` for a certificate that is no file; errors call it what you say."""
+    body, key = _read_signed(content, called)
     problems = []
     if key_sha256 is not None and key_sha256.lower() != fingerprint(key):
         problems.append(f"it was signed by another key, {fingerprint(key)}")
@@ -264,7 +273,7 @@ def verify(path: Path, *, key_sha256: str | None = None) -> Verified:
     except CertificateInvalid:
         raise
     except Exception as exc:
-        raise CertificateInvalid(f"{path}: an event in it can't be accounted for") from exc
+        raise CertificateInvalid(f"{called}: an event in it can't be accounted for") from exc
     if not math.isclose(epsilon, body.epsilon, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE):
         problems.append(f"it says epsilon = {body.epsilon:.6g}, its events give {epsilon:.6g}")
     if not _alike(exposed, body.exposures):
@@ -279,7 +288,7 @@ def verify(path: Path, *, key_sha256: str | None = None) -> Verified:
     if body.adjacency != _adjacency(body.unit):
         problems.append("its adjacency is not the one of its unit")
     if problems:
-        raise CertificateInvalid(f"{path}: {'; '.join(problems)}")
+        raise CertificateInvalid(f"{called}: {'; '.join(problems)}")
     return Verified(body=body, epsilon=epsilon, key_sha256=fingerprint(key))
 
 
@@ -294,26 +303,24 @@ def _write(path: Path, body: CertificateBody, key: Ed25519PrivateKey) -> None:
     replace_file(path, json.dumps(document, indent=2).encode() + b"\n", mode=0o644)
 
 
-def _read_signed(path: Path) -> tuple[CertificateBody, Ed25519PublicKey]:
+def _read_signed(signed: bytes, called: str) -> tuple[CertificateBody, Ed25519PublicKey]:
     """The body, once its signature has been checked against the key that comes with it."""
     try:
-        document = json.loads(path.read_bytes())
+        document = json.loads(signed)
         content = document["certificate"]
         raw = base64.b64decode(document["key"], validate=True)
         key = Ed25519PublicKey.from_public_bytes(raw)
         signature = base64.b64decode(document["signature"], validate=True)
-    except OSError as exc:
-        raise CertificateInvalid(f"{path}: {exc.strerror}") from exc
     except (ValueError, KeyError, TypeError) as exc:
-        raise CertificateInvalid(f"{path} is not a signed certificate") from exc
+        raise CertificateInvalid(f"{called} is not a signed certificate") from exc
     try:
         key.verify(signature, _signed_bytes(content))
         return CertificateBody.model_validate_json(json.dumps(content)), key
     except InvalidSignature as exc:
-        raise CertificateInvalid(f"{path}: the signature does not fit what it says") from exc
+        raise CertificateInvalid(f"{called}: the signature does not fit what it says") from exc
     except ValidationError as exc:
         places = ", ".join(".".join(map(str, error["loc"])) for error in exc.errors())
-        raise CertificateInvalid(f"{path}: missing, unknown or wrong: {places}") from exc
+        raise CertificateInvalid(f"{called}: missing, unknown or wrong: {places}") from exc
 
 
 def _signed_bytes(content: Mapping[str, Any]) -> bytes:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,7 +40,6 @@ Kind = Literal[
 ]
 
 _LOW = 0.1  # of the plan's epsilon
-_LOOK_SECONDS = 5.0
 _READER = "alerts"
 
 
@@ -194,7 +192,7 @@ class Rules:
 
 
 class Alerting:
-    """Looks every few seconds and tells every sink, in a thread of its own.
+    """Tells every sink what is new and what lasts, at each `look`.
 
     Parameters
     ----------
@@ -216,18 +214,6 @@ class Alerting:
         self._rules, self._sinks, self._store = rules, sinks, store
         self._source, self._log = source, log
         self._told: set[str] = set()
-        self._ending = threading.Event()
-        self._thread = threading.Thread(target=self._main, daemon=True, name="alerts")
-
-    def start(self) -> None:
-        """Begin to look."""
-        self._thread.start()
-
-    def stop(self) -> None:
-        """End."""
-        self._ending.set()
-        if self._thread.is_alive():
-            self._thread.join(timeout=15.0)
 
     def look(self) -> None:
         """One look at everything: events in their order, and then what lasts."""
@@ -250,13 +236,6 @@ class Alerting:
         if rows:
             self._move(run, int(rows[-1]["id"]))
         return True
-
-    def _main(self) -> None:
-        while not self._ending.wait(_LOOK_SECONDS):
-            try:
-                self.look()
-            except Exception:
-                _log.exception("alerts could not be worked out")
 
     def _tell(self, alert: Alert) -> bool:
         good = True

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
-from pathlib import Path
 
 from sqlalchemy import delete, insert
 
@@ -40,14 +38,13 @@ class Certificates:
         RunUnknown
             There is no such run.
         """
-        from silotune.privacy.certificate import verify  # SciPy: 70 MB that few runs need
+        from silotune.privacy.certificate import verify_content  # SciPy: 70 MB that few runs need
 
         row = Runs(self._store).get(handed.run)
         key = identity.decode_signing_key(self._registrar.enrolled[site].member.signing_key)
-        with tempfile.TemporaryDirectory() as folder:  # what anybody checks one with reads a file
-            path = Path(folder) / "certificate.json"
-            path.write_text(handed.certificate, encoding="utf-8")
-            found = verify(path, key_sha256=fingerprint(key)).body
+        found = verify_content(
+            handed.certificate.encode(), called="the certificate", key_sha256=fingerprint(key)
+        ).body
         if (found.site, found.run, found.plan_sha256) != (site, handed.run, row["plan_sha256"]):
             raise CertificateInvalid("the certificate is of another site, run or plan")
         kept = {"run": handed.run, "site": site, "time": time.time()}

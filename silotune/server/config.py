@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError
 
+from silotune.events.view import UNLIKE
 from silotune.explain import explain
 from silotune.federation.audit_log import AUDIT_FILE
 from silotune.federation.sealed import AtRest
@@ -87,7 +88,7 @@ class AlertsSection(Section):
     silent_seconds: Annotated[float, Field(gt=0.0)] = 300.0
     """A site without a heartbeat for so long is silent."""
 
-    anomaly: Annotated[float, Field(gt=0.0)] = 5.0
+    anomaly: Annotated[float, Field(gt=0.0)] = UNLIKE
     """An anomaly score above this is told."""
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +10,7 @@ from sqlalchemy import select
 
 from silotune.events.source import Row, RunFacts
 from silotune.server.event_writer import add_events, event_row
+from silotune.server.run_store import Event, Runs
 from silotune.server.store import Store
 from silotune.server.tables import EVENTS
 
@@ -30,6 +30,7 @@ class FederationLog:
 
     def __init__(self, store: Store, *, on_event: Callable[[], None]) -> None:
         self._store, self._on_event = store, on_event
+        self._runs = Runs(store)
 
     def append(self, event: str, /, **fields: Any) -> None:
         """Record what happened; on return it is on the disk."""
@@ -46,15 +47,7 @@ class FederationLog:
     def events(self, run: str, *, after: int = 0, limit: int = 100_000) -> list[Row]:
         """Events behind an id, oldest first."""
         del run
-        query = (
-            select(EVENTS)
-            .where(EVENTS.c.run.is_(None), EVENTS.c.id > after)
-            .order_by(EVENTS.c.id)
-            .limit(limit)
-        )
-        with self._store.transaction() as connection:
-            rows = list(connection.execute(query).mappings())
-        return [_flat(row) for row in rows]
+        return [event.as_dict() for event in self._runs.events(None, after=after, limit=limit)]
 
     def newest(self, kind: str, *, limit: int = 50) -> list[Row]:
         """The newest events of a kind, newest first."""
@@ -66,13 +59,4 @@ class FederationLog:
         )
         with self._store.transaction() as connection:
             rows = list(connection.execute(query).mappings())
-        return [_flat(row) for row in rows]
-
-
-def _flat(row: Any) -> Row:
-    return {
-        "id": row["id"],
-        "time": row["time"],
-        "event": row["event"],
-        **json.loads(row["fields"]),
-    }
+        return [Event.of(row).as_dict() for row in rows]

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-import threading
-import time
 from collections.abc import Callable, Iterable, Sequence
 
 from silotune.server.federation_log import FederationLog
 from silotune.server.operations import SiteRow
 
-_log = logging.getLogger(__name__)
-
-_LOOK_SECONDS = 5.0
-
 
 class Heartbeats:
-    """Looks at the sites' heartbeats every few seconds, in a thread of its own.
+    """What became of the sites' heartbeats since the last `look`.
 
     Parameters
     ----------
@@ -41,21 +34,9 @@ class Heartbeats:
         self._sites, self._log, self._runs_of = sites, log, runs_of
         self._limit = silent_seconds
         self._silent = self._told()
-        self._ending = threading.Event()
-        self._thread = threading.Thread(target=self._main, daemon=True, name="heartbeats")
-
-    def start(self) -> None:
-        """Begin to look."""
-        self._thread.start()
-
-    def stop(self) -> None:
-        """End."""
-        self._ending.set()
-        if self._thread.is_alive():
-            self._thread.join(timeout=15.0)
 
     def look(self, now: float) -> None:
-        """One look at everybody."""
+        """One look at everybody, at a Unix time."""
         for site in self._sites():
             name, seen = site.site, site.last_seen
             if site.status != "active":
@@ -83,10 +64,3 @@ class Heartbeats:
         self._log.append(kind, **fields)
         for append in self._runs_of(str(fields["site"])):
             append(kind, **fields)
-
-    def _main(self) -> None:
-        while not self._ending.wait(_LOOK_SECONDS):
-            try:
-                self.look(time.time())
-            except Exception:
-                _log.exception("heartbeats could not be looked at")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 from silotune.server.heartbeats import Heartbeats
+from silotune.server.lookout import Lookout
 from silotune.server.operations import Operations
 from silotune.server.people import People
 
 if TYPE_CHECKING:
-    from silotune.server.alerts import Alerting
     from silotune.server.control import ControlServer
     from silotune.server.coordinator import Coordinator
     from silotune.server.listener import Listener
@@ -35,7 +36,7 @@ class Monitoring:
             audit=coordinator.audit,
             log=coordinator.log,
         )
-        self._heartbeats = Heartbeats(
+        heartbeats = Heartbeats(
             self.operations.sites,
             log=coordinator.log,
             runs_of=coordinator.conductor.running_with,
@@ -43,7 +44,7 @@ class Monitoring:
         )
         self._control: ControlServer | None = None
         self._pages: Listener | None = None
-        self._alerting: Alerting | None = None
+        self._lookouts = [Lookout(lambda: heartbeats.look(time.time()), name="heartbeats")]
 
     @property
     def control_address(self) -> str:
@@ -72,10 +73,11 @@ class Monitoring:
 
             self._pages = make_dashboard(self._coordinator, self, port=config.dashboard.port)
             self._pages.start()
-        self._heartbeats.start()
-        self._start_alerts()
+        self._add_alerts()
+        for lookout in self._lookouts:
+            lookout.start()
 
-    def _start_alerts(self) -> None:
+    def _add_alerts(self) -> None:
         from silotune.server.alert_sinks import sinks_of
         from silotune.server.alerts import Alerting, Rules
 
@@ -83,16 +85,15 @@ class Monitoring:
         sinks = sinks_of(coordinator.config.alerts, base=coordinator.home.root)
         if sinks:
             rules = Rules(source, self.operations.sites, coordinator.config.alerts)
-            self._alerting = Alerting(
+            alerting = Alerting(
                 rules, sinks, store=coordinator.store, source=source, log=coordinator.log
             )
-            self._alerting.start()
+            self._lookouts.append(Lookout(alerting.look, name="alerts"))
 
     def stop(self) -> None:
         """Serve no longer."""
-        if self._alerting is not None:
-            self._alerting.stop()
-        self._heartbeats.stop()
+        for lookout in reversed(self._lookouts):
+            lookout.stop()
         if self._pages is not None:
             self._pages.stop()
         if self._control is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from cryptography import x509
 from sqlalchemy import RowMapping, delete, insert, select, update
@@ -105,7 +106,7 @@ class Actions:
 
     def record(self, person: Person, action: str, target: str, *, outcome: str) -> None:
         """Add one, and tell it: in the run that it is about, else in the federation's own log."""
-        row = {
+        row: dict[str, Any] = {
             "time": time.time(),
             "who": person.name[:63],
             "role": person.role,
@@ -113,13 +114,12 @@ class Actions:
             "target": target[:96],
             "outcome": outcome,
         }
-        told = {key: row[key] for key in ("who", "role", "action", "target", "outcome")}
+        told = {key: value for key, value in row.items() if key != "time"}
         with self._store.transaction() as connection:
             connection.execute(insert(ACTIONS).values(row))
-            known = select(RUNS.c.run).where(RUNS.c.run == target[:96])
+            known = select(RUNS.c.run).where(RUNS.c.run == row["target"])
             run = connection.execute(known).scalar()
-            now = time.time()
-            add_events(connection, [event_row(run, "operator_action", told, now)])
+            add_events(connection, [event_row(run, "operator_action", told, row["time"])])
 
     def newest(self, limit: int = 200) -> list[RowMapping]:
         """The newest, newest first."""

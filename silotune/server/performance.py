@@ -131,8 +131,9 @@ class Performance(threading.Thread):
             seen = self._stage.events.wait(since=seen, seconds=_PAUSE_LOOK_SECONDS)
         if self._leaving.is_set():
             raise RunStopped(f"{self._run} was stopped")
-        if server_round < self._rounds and self._newcomers():
-            raise _Newcomer
+        newcomers = self._newcomers() if server_round < self._rounds else []
+        if newcomers:
+            raise _Newcomer(", ".join(newcomers))
 
     def _newcomers(self) -> list[str]:
         """Sites that approve and are there, and were not when the loop asked who joins."""
@@ -147,8 +148,8 @@ class Performance(threading.Thread):
         """Perform; whether to do it again, because of a newcomer."""
         try:
             self._perform()
-        except _Newcomer:
-            _log.info("run %s goes on with %s", self._run, ", ".join(self._newcomers()))
+        except _Newcomer as sites:
+            _log.info("run %s goes on with %s", self._run, sites)
             return True
         finally:
             with self._lock:

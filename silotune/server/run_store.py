@@ -25,13 +25,18 @@ _KEPT_ADAPTERS = 3  # rounds whose adapter is kept as bytes; of the others its h
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """Something that happened in a run, in the order of `id`."""
+    """Something that happened in a run, or in the federation (no run), in the order of `id`."""
 
     id: int
-    run: str
+    run: str | None
     time: float
     event: str
     fields: dict[str, Any]
+
+    @classmethod
+    def of(cls, row: RowMapping) -> Event:
+        """From a row of the table."""
+        return cls(**{**row, "fields": json.loads(row["fields"])})
 
     def as_dict(self) -> dict[str, Any]:
         """Flat, as in the ``events.jsonl`` of a simulation."""
@@ -134,8 +139,8 @@ class Runs:
         with self._store.transaction() as connection:
             return {row["site"]: row["content"] for row in connection.execute(query).mappings()}
 
-    def events(self, run: str, *, after: int = 0, limit: int = 1000) -> list[Event]:
-        """Events of a run behind an id, oldest first."""
+    def events(self, run: str | None, *, after: int = 0, limit: int = 1000) -> list[Event]:
+        """Events of a run, or of no run, behind an id, oldest first."""
         query = (
             select(EVENTS)
             .where(EVENTS.c.run == run, EVENTS.c.id > after)
@@ -144,7 +149,7 @@ class Runs:
         )
         with self._store.transaction() as connection:
             rows = list(connection.execute(query).mappings())
-        return [Event(**{**row, "fields": json.loads(row["fields"])}) for row in rows]
+        return [Event.of(row) for row in rows]
 
     def newest_adapter(self, run: str) -> tuple[int, str, Arrays] | None:
         """Round, SHA-256 and named arrays of the newest adapter; None before the first round."""

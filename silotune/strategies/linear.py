@@ -39,14 +39,17 @@ class LinearStrategy(AdapterStrategy):
 
     def update_size(self, server_round: int) -> int:
         """Length of a site's update, with its mark under adaptive clipping."""
-        site = self.plan.privacy.site
-        return super().update_size(server_round) + (site is not None and site.quantile is not None)
+        return super().update_size(server_round) + self._adapts
 
     def settings(self) -> dict[str, float]:
         """The clipping norm of the round, where it adapts."""
+        return {"clip": self.privacy.clip} if self._adapts and self.privacy else {}
+
+    @property
+    def _adapts(self) -> bool:
+        """Whether the clipping norm follows the sites' marks."""
         site = self.plan.privacy.site
-        adapts = site is not None and site.quantile is not None
-        return {"clip": self.privacy.clip} if adapts and self.privacy else {}
+        return site is not None and site.quantile is not None
 
     def weight(self, terms: Terms) -> Weight:
         """Factor of a site's update in the sum, and what the site adds to the divisor."""
