@@ -16,7 +16,7 @@ from itertools import product
 from pathlib import Path
 
 import matplotlib
-from strategies import METHODS, ROBUST, SEVERAL, WRAPPERS
+from strategies import METHODS, POISONED, ROBUST, SEVERAL, WRAPPERS
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -111,32 +111,39 @@ def differences(found: Results) -> list[str]:
 
 def poisoned(found: Results) -> list[str]:
     """The robust rules with and without two liars of seven."""
-    scores, seeds = cells(found, "f1"), most_seeds(found)
-    lines = {}
-    for method in ordered(key[0] for key in scores if key[3] == "poisoned"):
-        clean, lied = (scores.get((method, "None", "1", s), {}) for s in ("hospitals", "poisoned"))
-        lost = {seed: lied[seed] - clean[seed] for seed in lied if seed in clean}
-        line = [shown(cell, seeds=seeds) for cell in (clean, lied)]
-        lines[method] = [*line, shown(lost, seeds=seeds, sign="+")]
-    if not lines:
-        return []
-    title = "**Two of the seven hospitals poisoned**: without privacy, one step a round"
-    return [title, "", *rows(lines, ["clean", "poisoned", "difference"])]
+    scores, seeds, made = cells(found, "f1"), most_seeds(found), []
+    for split, title in SPLITS.items():
+        lines = {}
+        for method in ordered(key[0] for key in scores if key[3] == split + POISONED):
+            clean, lied = (
+                scores.get((method, "None", "1", s), {}) for s in (split, split + POISONED)
+            )
+            lost = {seed: lied[seed] - clean[seed] for seed in lied if seed in clean}
+            line = [shown(cell, seeds=seeds) for cell in (clean, lied)]
+            lines[method] = [*line, shown(lost, seeds=seeds, sign="+")]
+        if lines:
+            heads = ["clean", "poisoned", "difference"]
+            made += [
+                f"**Two of the seven poisoned. {title}**, without privacy, one step a round",
+                "",
+            ]
+            made += rows(lines, heads)
+    return made
 
 
 def costs(found: Results) -> list[str]:
     """Bytes of a site and round over the whole run, and the coordinator's time."""
     up, down, server = (cells(found, field) for field in ("up", "down", "server_ms"))
     lines = {}
-    for method in ordered(key[0] for key in up if key[3] != "poisoned"):
-        mine = [key for key in up if key[0] == method and key[3] != "poisoned"]
+    for method in ordered(key[0] for key in up if key[3] in SPLITS):
+        mine = [key for key in up if key[0] == method and key[3] in SPLITS]
         kilo = [statistics.fmean(c[mine[0]].values()) / 1000 for c in (up, down)]
         times = [value for key in mine for value in server[key].values()]
         lines[method] = [f"{kilo[0]:.1f}", f"{kilo[1]:.1f}", f"{statistics.median(times):.1f}"]
     title = (
         "**Costs** of a site in a round (mean over all rounds, those of the head alone included)"
     )
-    return [title, "", *rows(lines, ["kB up", "kB down", "coordinator, ms a round"])]
+    return [title, "", *rows(lines, ["kB up", "kB down", "coordinator, CPU ms a round"])]
 
 
 def draw(found: Results) -> None:
