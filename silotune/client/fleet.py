@@ -13,7 +13,6 @@ context, an own heartbeat interval, retries that never end the process, and the 
 
 from __future__ import annotations
 
-import json
 import logging
 import ssl
 import threading
@@ -24,7 +23,7 @@ from typing import Any, TypeVar
 
 import httpx
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
-from flwr.app import Array, Message
+from flwr.app import Message
 from flwr.app.error import Error
 from flwr.app.message import remove_content_from_message
 from flwr.common.serde import message_from_proto, message_to_proto
@@ -51,7 +50,6 @@ from flwr.supercore.inflatable.inflatable_object import (
     no_object_id_recompute,
 )
 from flwr.supercore.inflatable.inflatable_utils import (
-    inflatable_class_registry,
     inflate_object_from_contents,
 )
 from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
@@ -62,6 +60,7 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from silotune.client.coordinator_api import connection_errors, failure
 from silotune.client.errors import CoordinatorUnavailable, MessageRefused, SessionTaken
 from silotune.client.transport import https_client
+from silotune.federation.envelope import OBJECT_KINDS
 from silotune.federation.wire import SESSION_HEADER
 
 logger = logging.getLogger(__name__)
@@ -211,7 +210,7 @@ class Fleet:
         """
         contents = self._pull(delivery, limit)
         try:
-            _require_plain(contents, limit)
+            _require_plain(contents)
             message = inflate_object_from_contents(delivery.tree.object_id, contents)
         except MessageRefused:
             raise
@@ -362,22 +361,15 @@ def _object_ids(tree: ObjectTree) -> list[str]:
     return list(reversed(found))
 
 
-def _require_plain(contents: dict[str, bytes], limit: int) -> None:
-    """Refuse objects of unknown kinds, and arrays that would grow when they are put together.
+def _require_plain(contents: dict[str, bytes]) -> None:
+    """Refuse objects of kinds that no sealed message has.
 
-    An array names its chunks by number, and may name one a million times.
+    Arrays among them: one names its chunks by number, and may name one a million times.
     """
-    total = 0
     for content in contents.values():
-        kind, children, length = get_object_head_values_from_object_content(content)
-        if kind not in inflatable_class_registry or not 0 <= length <= len(content):
+        kind, _, length = get_object_head_values_from_object_content(content)
+        if kind not in OBJECT_KINDS or not 0 <= length <= len(content):
             raise MessageRefused("an object is of an unknown kind")
-        if kind == Array.__qualname__:
-            body = json.loads(content[len(content) - length :])
-            sizes = [len(contents[child]) for child in children]
-            total += sum(sizes[index] for index in body["arraychunk_ids"])
-        if total > limit:
-            raise MessageRefused(f"the arrays of the message have more than {limit} bytes")
 
 
 def _run_is_over(response: httpx.Response) -> bool:

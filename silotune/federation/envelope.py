@@ -1,29 +1,37 @@
 """The envelope: every payload signed by who sends it, for one receiver, run, round and kind.
 
-Flower authenticates connections, not content. A sealed content is the sender's records and one
-record more, with the address in clear and an Ed25519 signature (RFC 8032) over address and content.
-The address fixes the place in the protocol, and a reply names the very request it answers, so no
-message can be replayed, redirected or exchanged for another. Sealing is deterministic: the same
-content at the same place gives the same bytes again.
+Flower authenticates connections, not content. A sealed content is the sender's records as bytes, and a
+record with the address in clear and an Ed25519 signature (RFC 8032) over address and bytes. Nothing of
+the bytes is read before the signature fits. The address fixes the place in the protocol, and a reply
+names the very request it answers, so no message can be replayed, redirected or exchanged for another.
+Sealing is deterministic: the same content at the same place gives the same bytes again.
+
+Flower moves each part of a content as an object of its own, a request and some ten statements of SQL
+apiece. One run of bytes makes four objects of what were eight, whatever is in it. The bytes are not in
+the record with the address, so that what every site is sent alike is stored once.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import struct
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, RecordDict
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
+from google.protobuf.message import DecodeError
 
 from silotune.federation.errors import EnvelopeInvalid
 
 ENVELOPE = "envelope"
-"""Name of the record that a seal adds."""
+"""Name of the record with the address and the signature; ``bytes.0`` and so on hold the content."""
+
+OBJECT_KINDS = frozenset({"Message", "RecordDict", "ConfigRecord"})
+"""What Flower's objects of a sealed message are; others, such as arrays, only ever lie in the bytes."""
 
 COORDINATOR = "coordinator"
 """The coordinator's name as sender and receiver; no site may have it."""
@@ -31,7 +39,9 @@ COORDINATOR = "coordinator"
 REFUSAL = "refusal"
 """Name of the one record of a reply that is an error: it holds the code, and nothing else."""
 
-_CONTEXT = b"silotune envelope v1\0"
+_CONTEXT = b"silotune envelope v2\0"
+_PIECE = 4 << 20
+_BYTES = "bytes"
 _MOST_TEXT = 256
 
 
@@ -67,7 +77,7 @@ class Address:
 
 
 def seal(content: RecordDict, *, address: Address, key: Ed25519PrivateKey) -> RecordDict:
-    """The content and its envelope; arrays are shared, not copied.
+    """The content as bytes, in pieces of at most 4 MB, and its envelope.
 
     Raises
     ------
@@ -76,9 +86,11 @@ def seal(content: RecordDict, *, address: Address, key: Ed25519PrivateKey) -> Re
     """
     if ENVELOPE in content:
         raise EnvelopeInvalid("the content is sealed already")
-    signature = key.sign(_signed(address, content))
-    sealed = RecordDict(dict(content))
-    sealed[ENVELOPE] = ConfigRecord({**asdict(address), "signature": signature})
+    packed = recorddict_to_proto(_in_order(content)).SerializeToString(deterministic=True)
+    signature = key.sign(_signed(address, packed))
+    sealed = RecordDict({ENVELOPE: ConfigRecord({**asdict(address), "signature": signature})})
+    for number, start in enumerate(range(0, max(len(packed), 1), _PIECE)):
+        sealed[_piece(number)] = ConfigRecord({_BYTES: packed[start : start + _PIECE]})
     return sealed
 
 
@@ -114,12 +126,15 @@ def unseal(content: RecordDict, *, address: Address, key: Ed25519PublicKey) -> R
     wrong = [name for name, value in asdict(address).items() if getattr(claimed, name) != value]
     if wrong:
         raise EnvelopeInvalid(f"the message is for another place: {', '.join(wrong)} differ")
-    bare = RecordDict({name: record for name, record in content.items() if name != ENVELOPE})
+    packed = _packed(content)
     try:
-        key.verify(signature, _signed(claimed, bare))
+        key.verify(signature, _signed(claimed, packed))
     except InvalidSignature as exc:
         raise EnvelopeInvalid(f"the signature of {claimed.sender!r} does not fit") from exc
-    return bare
+    try:
+        return recorddict_from_proto(RecordDictProto.FromString(packed))
+    except (DecodeError, ValueError, TypeError) as exc:
+        raise EnvelopeInvalid("what is signed are no records") from exc
 
 
 def refusal(code: str) -> RecordDict:
@@ -133,66 +148,31 @@ def refusal_code(content: RecordDict) -> str | None:
     return None if record is None else str(record.get("code", ""))[:_MOST_TEXT]
 
 
-def content_digest(content: RecordDict) -> bytes:
-    """SHA-256 over names, types and values of all records, independent of their order.
-
-    Every part is preceded by its kind and length, so that no two contents have the same encoding.
-    """
-    total = hashlib.sha256()
+def _in_order(content: RecordDict) -> RecordDict:
+    """The same content: in what order it was put together is not sealed."""
+    ordered = RecordDict()
     for name in sorted(content):
-        _feed(total, b"record", name.encode())
-        record = content[name]
-        if isinstance(record, ArrayRecord):
-            for key in sorted(record):
-                array = record[key]
-                shape = json.dumps([int(n) for n in array.shape]).encode()
-                _feed(total, b"array", key.encode(), array.dtype.encode(), shape)
-                _feed(total, array.stype.encode(), array.data)
-        elif isinstance(record, ConfigRecord | MetricRecord):
-            _feed(total, b"config" if isinstance(record, ConfigRecord) else b"metric")
-            _feed_values(total, record)
-        else:
-            raise EnvelopeInvalid(f"record {name!r} is of a kind that can't be signed")
-    return total.digest()
+        record: Any = content[name]
+        ordered[name] = type(record)({key: record[key] for key in sorted(record)})
+    return ordered
 
 
-def _feed_values(total: Any, values: Mapping[str, Any]) -> None:
-    for key in sorted(values):
-        value = values[key]
-        _feed(total, b"value", key.encode())
-        if isinstance(value, list):
-            _feed(total, b"list", struct.pack(">Q", len(value)))
-            for item in value:
-                _feed(total, *_scalar(item))
-        else:
-            _feed(total, *_scalar(value))
+def _piece(number: int) -> str:
+    return f"{_BYTES}.{number}"
 
 
-def _scalar(value: object) -> tuple[bytes, bytes]:
-    match value:
-        case bool():
-            return b"bool", bytes([value])
-        case int():
-            return b"int", str(value).encode()
-        case float():
-            return b"float", struct.pack(">d", value)
-        case str():
-            return b"str", value.encode()
-        case bytes():
-            return b"bytes", value
-        case _:
-            raise EnvelopeInvalid(f"a value of type {type(value).__name__} can't be signed")
+def _packed(content: RecordDict) -> bytes:
+    """The signed bytes, if there is nothing else beside the envelope."""
+    names = [_piece(number) for number in range(len(content) - 1)]
+    pieces = [content.config_records.get(name, ConfigRecord()).get(_BYTES) for name in names]
+    if not pieces or not all(isinstance(piece, bytes) for piece in pieces):
+        raise EnvelopeInvalid("the content is not in pieces of bytes")
+    return b"".join(piece for piece in pieces if isinstance(piece, bytes))
 
 
-def _feed(total: Any, *parts: bytes) -> None:
-    for part in parts:
-        total.update(struct.pack(">Q", len(part)))
-        total.update(part)
-
-
-def _signed(address: Address, content: RecordDict) -> bytes:
+def _signed(address: Address, packed: bytes) -> bytes:
     text = json.dumps(asdict(address), sort_keys=True, separators=(",", ":"))
-    return _CONTEXT + text.encode() + b"\0" + content_digest(content)
+    return _CONTEXT + text.encode() + b"\0" + hashlib.sha256(packed).digest()
 
 
 def _parse(content: RecordDict) -> tuple[Address, bytes]:

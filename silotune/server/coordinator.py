@@ -150,7 +150,7 @@ class Coordinator:
         self.audit = AuditLog(home.audit_path, owner=COORDINATOR)
         self.store = Store(home.store_url(self.config), vault=vault)
         home.link_database.touch(mode=0o600)
-        self.link = Link(home.link_database)
+        self.link = Link(home.link_database, vault=vault)
         self.signal = Signal()
         self.log = FederationLog(self.store, on_event=self.signal.fire)
         self._alarms: dict[tuple[str, str], float] = {}

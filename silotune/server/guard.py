@@ -37,6 +37,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from silotune.federation import wire
+from silotune.federation.envelope import OBJECT_KINDS
 from silotune.federation.errors import BodyInvalid, FederationError, IdentityInvalid
 from silotune.server import superlink_app as paths
 from silotune.server.doorbell import Doorbell
@@ -65,11 +66,11 @@ _REQUESTS: Mapping[str, Any] = {
     paths.PUSH_OBJECT: PushObjectRequest,
     paths.CONFIRM: ConfirmMessageReceivedRequest,
 }
-_SMALL, _LIST, _OBJECT = 16 << 10, 1 << 20, 6 << 20  # Flower cuts objects at 5 MB
+_SMALL, _LIST, _OBJECT = 16 << 10, 1 << 20, 5 << 20  # a seal's pieces are of 4 MB
 _LIMITS = {paths.PUSH: _LIST, paths.PUSH_OBJECT: _OBJECT}
 _BODY_SECONDS = 60.0
 _SESSION = re.compile(r"[0-9a-f]{32}")
-_MOST_OBJECTS = 256  # some 1.3 GB at most
+_MOST_OBJECTS = 256  # some 1 GB at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,13 +236,15 @@ class Guard:
         self._roots[caller.node] = request.message_object_trees[0].object_id
 
     async def _judge_write(self, request: Any, caller: Caller) -> None:
-        if request.object_id in self._announced.get(caller.node, frozenset()):
-            return
-        # This process may be younger than the upload.
-        known = await run_in_threadpool(self._link.announced_by, caller.node)
-        if request.object_id not in known:
-            raise _Nothing(PushObjectResponse(stored=False))
-        self._announced[caller.node] = known
+        if request.object_id not in self._announced.get(caller.node, frozenset()):
+            # This process may be younger than the upload.
+            known = await run_in_threadpool(self._link.announced_by, caller.node)
+            if request.object_id not in known:
+                raise _Nothing(PushObjectResponse(stored=False))
+            self._announced[caller.node] = known
+        if request.object_content.partition(b" ")[0].decode("latin-1") not in OBJECT_KINDS:
+            # An array names its chunks, may name one a million times, and would be built here.
+            raise _Refused(400, BodyInvalid("an object of a kind that no sealed message has"))
 
     async def _judge_read(self, path: str, request: Any, caller: Caller) -> None:
         confirms = path == paths.CONFIRM

@@ -47,9 +47,12 @@ class Peer:
     key: Ed25519PublicKey
 
 
-@dataclass(kw_only=True)
+@dataclass
 class _Pending:
-    """An instruction whose reply is awaited; `current` changes when it had to be sent again."""
+    """An instruction whose reply is awaited; `current` changes when it had to be sent again.
+
+    The content is kept as it was before it was sealed: so the sites' share their arrays.
+    """
 
     current: str
     peer: Peer
@@ -192,9 +195,9 @@ class LinkGrid(Grid):
         known = {(i.node, i.kind, i.group): i for i in self._link.instructions(self._link_run)}
         ids = []
         for message in messages:
-            pending = self._sealed(message)
+            pending, sealed = self._sealed(message)
             key = (pending.peer.node, pending.address.kind, pending.group)
-            pending.current = self._adopted(known.get(key)) or self._push(pending)
+            pending.current = self._adopted(known.get(key)) or self._push(pending, sealed)
             if pending.current:
                 with self._lock:
                     self._pending[pending.current] = pending
@@ -262,7 +265,7 @@ class LinkGrid(Grid):
 
     # --- sending ---
 
-    def _sealed(self, message: Message) -> _Pending:
+    def _sealed(self, message: Message) -> tuple[_Pending, RecordDict]:
         peer = self._peers[message.metadata.dst_node_id]
         address = Address(
             federation=self._federation,
@@ -272,10 +275,9 @@ class LinkGrid(Grid):
             sender=COORDINATOR,
             receiver=peer.site,
         )
-        content = seal(message.content, address=address, key=self._key)
-        return _Pending(
-            current="", peer=peer, address=address, content=content, seal=seal_id(content)
-        )
+        sealed = seal(message.content, address=address, key=self._key)
+        pending = _Pending("", peer, address, message.content, seal_id(sealed))
+        return pending, sealed
 
     def _adopted(self, known: Instruction | None) -> str:
         """The id of an earlier process's instruction, if its answer can still come."""
@@ -288,14 +290,14 @@ class LinkGrid(Grid):
         self._link.forget([known.message_id])
         return ""
 
-    def _push(self, pending: _Pending) -> str:
+    def _push(self, pending: _Pending, sealed: RecordDict) -> str:
         return self._link.push(
             self._link_run,
             node=pending.peer.node,
             kind=pending.address.kind,
             group=pending.group,
             ttl=self._ttl,
-            content=pending.content,
+            content=sealed,
         )
 
     def _on_activation(self, node: int, was_online: bool) -> None:
@@ -321,7 +323,8 @@ class LinkGrid(Grid):
             if answered or (old is not None and not old.delivered):
                 continue
             self._link.forget([pending.current])
-            pending.current = self._push(pending)
+            sealed = seal(pending.content, address=pending.address, key=self._key)
+            pending.current = self._push(pending, sealed)
             _log.info(
                 "sent %s of round %d to %s again: its daemon was restarted",
                 pending.address.kind,

@@ -1,10 +1,10 @@
 """Flower's SuperLink inside our own process: its app, its link state, and nothing else of it.
 
-With `silotune.server.superlink_app` the only place of the coordinator that touches what Flower 1.41
-does not promise to keep; a contract test (``tests/server/test_superlink_contract.py``) holds both to
-that version. Flower's process model is left out: no FAB, no ServerApp subprocess, no control or
-runtime API. What is used is the fleet API's request handlers, on the same link state that `Link` reads
-and writes directly.
+With `silotune.server.superlink_app` and `silotune.server.object_files` the only place of the coordinator
+that touches what Flower 1.41 does not promise to keep; a contract test
+(``tests/server/test_superlink_contract.py``) holds them to that version. Flower's process model is left
+out: no FAB, no ServerApp subprocess, no control or runtime API. What is used is the fleet API's request
+handlers, on the same link state that `Link` reads and writes directly.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ from flwr.supercore.utils import int64_to_uint64, uint64_to_int64
 
 from silotune.errors import EnvironmentFault
 from silotune.server.arrival import Signal
+from silotune.server.object_files import ObjectFiles, Seals
 from silotune.server.superlink_app import lighten, superlink_app
 
 ERROR_KIND = 2
@@ -87,6 +88,9 @@ class Link:
     ----------
     database : Path
         The link state. It holds undelivered instructions and unread replies, nothing of lasting value.
+        What they are made of lies in a folder beside it.
+    vault : Vault
+        Seals that folder's files.
 
     Attributes
     ----------
@@ -96,11 +100,11 @@ class Link:
         Fired when a reply may have come or a node was activated.
     """
 
-    def __init__(self, database: Path) -> None:
+    def __init__(self, database: Path, *, vault: Seals) -> None:
         self.app = superlink_app(database)
         self._state: Any = self.app.state.linkstate_factory.state()
-        self._store: Any = self._state.object_store
-        lighten(self._state)
+        self._store = ObjectFiles(database.with_suffix(".objects"), vault)
+        lighten(self._state, self._store)
         self.arrived = Signal()
         self._kick: Callable[[int], None] = lambda node: None
         self._listeners: list[Callable[[int, bool], None]] = []
@@ -219,10 +223,8 @@ class Link:
         with no_object_id_recompute():
             message.metadata.__dict__["_message_id"] = message.object_id
             tree, objects = get_object_tree(message), get_all_nested_objects(message)
-            session = self._state.start_session(run.run_id)
-            for object_id in self._state.preregister_object_tree(tree, session):
-                content_bytes = objects[object_id].deflate()
-                self._state.store_object(run.run_id, session, object_id, content_bytes)
+            for object_id in self._store.preregister(run.run_id, tree):
+                self._store.put(object_id, objects[object_id].deflate())
             stored = self._state.store_message_ins(remove_content_from_message(message))
         if not stored:
             self._store.delete(message.metadata.message_id)
@@ -255,11 +257,18 @@ class Link:
 
         A node confirms by having the message's own object deleted; the site drops duplicates.
         """
-        self._state.query(
-            "UPDATE message_ins SET delivered_at='' WHERE run_id=:r "
-            "AND message_id IN (SELECT object_id FROM objects)",
+        self._hand_out_again(
+            "SELECT message_id FROM message_ins WHERE run_id=:r AND delivered_at!=''",
             {"r": uint64_to_int64(run.run_id)},
         )
+
+    def _hand_out_again(self, query: str, values: dict[str, int]) -> None:
+        for row in self._state.query(query, values):
+            if row["message_id"] in self._store:
+                self._state.query(
+                    "UPDATE message_ins SET delivered_at='' WHERE message_id=:m",
+                    {"m": row["message_id"]},
+                )
 
     def has_work(self, node: int) -> bool:
         """Whether an instruction waits to be pulled by the node.
@@ -267,16 +276,10 @@ class Link:
         A node works on one instruction at a time and confirms it before it works. One that asks for
         the next without having confirmed never got it (the response was lost): it gets it again.
         """
-        lost = self._state.query(
-            "SELECT message_id FROM message_ins WHERE dst_node_id=:n AND delivered_at!='' "
-            "AND message_id IN (SELECT object_id FROM objects)",
+        self._hand_out_again(
+            "SELECT message_id FROM message_ins WHERE dst_node_id=:n AND delivered_at!=''",
             {"n": uint64_to_int64(node)},
         )
-        for row in lost:
-            self._state.query(
-                "UPDATE message_ins SET delivered_at='' WHERE message_id=:m",
-                {"m": row["message_id"]},
-            )
         found = self._state.query(
             "SELECT 1 AS x FROM message_ins WHERE dst_node_id=:n AND delivered_at='' "
             "AND created_at + ttl > :now LIMIT 1",
@@ -298,13 +301,13 @@ class Link:
             instruction, source = row["reply_to_message_id"], int64_to_uint64(row["src_node_id"])
             if instruction not in wanted:
                 continue
-            message = self._inflated(run, row["message_id"])
+            message = self._inflated(row["message_id"])
             if message is not None:
                 yield instruction, source, message
 
-    def _inflated(self, run: LinkRun, message_id: str) -> Message | None:
+    def _inflated(self, message_id: str) -> Message | None:
         """A stored message; None while parts of it are missing."""
-        if not self._state.get_object(run.run_id, message_id):
+        if not self._store.get(message_id):
             return None  # the root comes last, so this is the common case
         try:
             tree = self._store.get_object_tree(message_id)
@@ -312,7 +315,7 @@ class Link:
             return None
         contents: dict[str, bytes] = {}
         for part in iterate_object_tree(tree):
-            content = self._state.get_object(run.run_id, part.object_id)
+            content = self._store.get(part.object_id)
             if not content:
                 return None
             contents[part.object_id] = content

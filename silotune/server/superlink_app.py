@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
+from flwr.supercore.object_store import ObjectStore
 from flwr.supercore.protobuf.translation import ProtobufTranslationMiddleware
 from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
@@ -54,18 +55,19 @@ def superlink_app(database: Path) -> FastAPI:
     return app
 
 
-def lighten(state: Any) -> None:
+def lighten(state: Any, objects: ObjectStore) -> None:
     """Leave out of a link state what Flower does at every request and nobody here needs.
 
-    It looks twice for processes whose token has expired (`Link.new_run` gives no tokens), and adds
-    up bytes for a bill: four writing statements a request. And it lets each of a dozen connections
-    keep 64 MB of pages, for objects that are read once.
+    Parts of messages go to `objects` instead of tables. Flower looks twice for processes whose token has
+    expired (`Link.new_run` gives no tokens), and adds up bytes for a bill: four writing statements a
+    request. And it lets each of a dozen connections keep 64 MB of pages, for rows that are read once.
     """
     state._cleanup_expired_task_tokens = lambda: None
     state.store_traffic = lambda run_id, *, bytes_sent, bytes_recv: None
-    for engine in {state._engine, state.object_store._engine}:
-        event.listen(engine, "connect", _keep_little)
-        engine.dispose()
+    state.object_store._engine.dispose()
+    state._object_store = objects
+    event.listen(state._engine, "connect", _keep_little)
+    state._engine.dispose()
 
 
 def _keep_little(connection: Any, _record: Any) -> None:

@@ -14,7 +14,7 @@ from silotune.client.link import Link
 from silotune.client.runner import Runner
 from silotune.data.site import SiteConfig
 from silotune.federation.audit_log import AUDIT_FILE, AuditLog
-from silotune.federation.envelope import seal_id, unseal
+from silotune.federation.envelope import address_of, seal_id, unseal
 from silotune.federation.identity import decode_signing_key
 from silotune.federation.sealed import Vault
 from silotune.models.outline import outline
@@ -104,8 +104,12 @@ class Rig:
         """One honest request; the verified content of its answer."""
         place, content = self.sealed(kind, number, **options)
         reply = self.double.exchange(content, kind)
+        return self.opened(reply, place.reply(to=seal_id(content)))
+
+    def opened(self, reply, address=None):
+        """What the site signed; at the address that it claims, unless another is expected."""
         key = decode_signing_key(self.double.member.signing_key)
-        return unseal(reply.content, address=place.reply(to=seal_id(content)), key=key)
+        return unseal(reply.content, address=address or address_of(reply.content), key=key)
 
     def ledger_rows(self):
         path = self.state / "ledger.sqlite"

@@ -5,7 +5,9 @@ import ssl
 import time
 
 import httpx
+import numpy as np
 import pytest
+from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.proto import fleet_pb2, heartbeat_pb2, message_pb2, node_pb2
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 
@@ -224,6 +226,16 @@ def test_objects_can_be_read_and_confirmed_only_by_whom_they_are_addressed_to(to
     beta.confirm(run_id, tree.object_id)  # must change nothing
     assert all(alpha.read_object(run_id, object_id).object_found for object_id in ids)
     assert alpha.get(outline, tree).has_content()
+
+
+def test_an_array_that_is_not_under_a_seal_is_refused_before_it_is_stored(town, pair):
+    """Flower would put it together of as many chunks as it names, before any signature is looked at."""
+    alpha, _ = pair
+    message = alpha.get(*wait_for(alpha.pull))
+    bare = RecordDict({"update": ArrayRecord({"flat": Array(np.zeros(3, np.float32))})})
+    with pytest.raises(httpx.HTTPStatusError) as caught:
+        alpha.send(Message(bare, reply_to=message))
+    assert caught.value.response.status_code == 400
 
 
 def test_an_object_that_belongs_to_no_reply_of_the_site_is_not_stored(town, pair):

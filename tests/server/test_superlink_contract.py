@@ -11,13 +11,15 @@ from flwr.superlink.config_loader import SuperLinkLifespanConfig
 from sqlalchemy import event
 
 from silotune.federation import identity
+from silotune.federation.sealed import Vault
 from silotune.server.superlink import Link
 from silotune.server.superlink_app import superlink_app
 
 
 @pytest.fixture(scope="module")
 def link(tmp_path_factory):
-    return Link(tmp_path_factory.mktemp("link") / "link.sqlite")
+    folder = tmp_path_factory.mktemp("link")
+    return Link(folder / "link.sqlite", vault=Vault(folder / "keys"))
 
 
 @pytest.fixture
@@ -40,7 +42,8 @@ def push(link, run, to, *, number=1):
 
 def counts(link):
     tables = ("message_ins", "message_res", "objects")
-    return [link._state.query(f"SELECT COUNT(*) AS n FROM {t}")[0]["n"] for t in tables]
+    rows = [link._state.query(f"SELECT COUNT(*) AS n FROM {t}")[0]["n"] for t in tables]
+    return [*rows, len(link._store)]
 
 
 def test_flower_is_the_version_that_this_was_written_for():
@@ -89,7 +92,6 @@ def test_the_tables_that_are_read_directly_have_the_columns(link):
     for table, columns in {
         "message_ins": "message_id, dst_node_id, message_type, group_id, delivered_at, created_at, ttl",
         "message_res": "message_id, reply_to_message_id, src_node_id, run_id",
-        "objects": "object_id",
         "task": "task_id, token, active_until",
     }.items():
         link._state.query(f"SELECT {columns} FROM {table}")
@@ -113,7 +115,7 @@ def test_an_instruction_waits_is_handed_out_and_forgotten_without_a_trace(link, 
     (known,) = link.instructions(run)
     assert (known.node, known.kind, known.group, known.delivered) == (to, "train", "1.x", True)
     link.forget([message_id])
-    assert counts(link) == [0, 0, 0]
+    assert counts(link) == [0, 0, 0, 0]
 
 
 def test_an_unconfirmed_instruction_is_handed_out_again(link, run):
