@@ -22,6 +22,10 @@ MOST_REPLY = 16 << 20
 CONNECT_SECONDS, READ_SECONDS = 10.0, 45.0
 """A long poll is held for at most 25 s, so a silent connection is a dead one."""
 
+KEPT_SECONDS = 30.0
+"""A connection without a request is kept so long: longer than between two heartbeats, so that there is
+no handshake for each, and shorter than the coordinator keeps it, so that no request meets its end."""
+
 _NO_HEADERS: Mapping[str, str] = {}
 
 
@@ -54,7 +58,8 @@ def https_client(
     headers : mapping
         Sent with every request.
     """
-    inner = httpx.HTTPTransport(verify=tls, proxy=proxy_for(url), retries=0)
+    kept = httpx.Limits(keepalive_expiry=KEPT_SECONDS)
+    inner = httpx.HTTPTransport(verify=tls, proxy=proxy_for(url), retries=0, limits=kept)
     return httpx.Client(
         transport=_Bounded(inner, limit),
         timeout=httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS),

@@ -28,6 +28,7 @@ _HANDSHAKE_SECONDS = 10.0
 _LAST_SECONDS = 5.0
 _START_SECONDS = 30.0
 _SHUTDOWN_SECONDS = 3
+_KEPT_SECONDS = 45  # longer than a site keeps a silent connection
 
 MOST_ANONYMOUS, ANONYMOUS_SECONDS = 64, 20.0
 """Connections without a certificate: how many at a time, and how long each may last."""
@@ -142,6 +143,7 @@ class Listener:
             log_config=None,
             access_log=False,
             server_header=False,
+            timeout_keep_alive=_KEPT_SECONDS,
             timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
         )
         config.load()

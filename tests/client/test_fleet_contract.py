@@ -10,6 +10,7 @@ from importlib.metadata import version
 
 import pytest
 from flwr.proto.fleet_pb2 import PullMessagesResponse
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.supercore.inflatable.inflatable_utils import inflatable_class_registry
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
@@ -19,10 +20,11 @@ from silotune.client.errors import (
     CoordinatorUnavailable,
     SessionTaken,
 )
-from silotune.client.fleet import Fleet, RunGone
-from silotune.client.transport import https_client, proxy_for
+from silotune.client.fleet import HEARTBEAT_SECONDS, Fleet, RunGone
+from silotune.client.transport import KEPT_SECONDS, https_client, proxy_for
 from silotune.federation.envelope import refusal_code
 from silotune.federation.wire import SESSION_HEADER
+from silotune.server import listener
 from tests.client.coordinator_double import NODE, CoordinatorDouble
 from tests.client.site_rig import Rig
 
@@ -153,6 +155,28 @@ def test_the_proxy_of_the_environment_is_used(rig, monkeypatch):
     finally:
         server.shutdown()
         server.server_close()
+
+
+def test_a_silent_connection_outlives_the_pause_between_heartbeats_but_not_the_servers_patience():
+    """Else each heartbeat costs a handshake, or now and then meets a connection that is being closed."""
+    assert (
+        HEARTBEAT_SECONDS < KEPT_SECONDS < listener._KEPT_SECONDS < 60.0
+    )  # proxies cut at a minute
+
+
+def test_requests_share_a_connection(rig, fleet):
+    made = []
+    get_request = rig.double.server.get_request
+    rig.double.server.get_request = lambda: made.append(1) or get_request()
+    try:
+        fleet.connect()
+        for _ in range(3):
+            fleet._client.SendNodeHeartbeat(
+                SendNodeHeartbeatRequest(node=fleet._node, heartbeat_interval=10.0)
+            )
+        assert len(made) == 1
+    finally:
+        rig.double.server.get_request = get_request
 
 
 def test_a_session_goes_through_a_proxy_that_relays_it(rig, monkeypatch):
