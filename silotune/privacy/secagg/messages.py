@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -175,6 +175,7 @@ class Cohort:
         object.__setattr__(self, "places", {name: i for i, name in enumerate(names)})
 
     @classmethod
+    @lru_cache(maxsize=2)  # looked at twice a round, and by every site that one process plays
     def from_bytes(cls, blob: bytes) -> Cohort:
         """Read what `to_bytes` wrote. Raises `MessageMalformed`."""
         return cls(tuple(Advertisement.from_bytes(part) for part in unpack(blob)))
@@ -237,9 +238,14 @@ def require_signature(
     if known is None:
         raise SignerUnknown(f"no site {site!r} is enrolled")
     try:
-        Ed25519PublicKey.from_public_bytes(known).verify(signature, message)
+        _verify(known, signature, message)
     except (InvalidSignature, ValueError) as exc:
         raise SignerUnknown(f"this is not signed by {site}") from exc
+
+
+@lru_cache(maxsize=1 << 12)  # what fits once fits for every site that one process plays
+def _verify(key: bytes, signature: bytes, message: bytes) -> None:
+    Ed25519PublicKey.from_public_bytes(key).verify(signature, message)
 
 
 def signed(advertisement: Advertisement, identity: Ed25519PrivateKey) -> Advertisement:

@@ -347,8 +347,10 @@ class SiteRound:
 
     def _require_neighbours(self, survivors: set[str]) -> None:
         """In a sparse graph nobody may be cut off from the other survivors."""
+        places, least = self._cohort.places, self._topology.retained
+        alive = {places[name] for name in survivors}
         for name in survivors:
-            if len(self._near(name) & survivors) < self._topology.retained:
+            if len(alive.intersection(self._graph[places[name]])) < least:
                 raise TooFewSurvivors(f"{name} has too few neighbours left")
 
     def _require_agreement(
