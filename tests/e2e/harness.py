@@ -218,25 +218,34 @@ class SiteProcess(Daemon):
 
 
 class Federation:
-    """A coordinator and three enrolled sites on disk; `up` starts them all."""
+    """A coordinator and enrolled sites on disk; `up` starts them all."""
 
     def __init__(
-        self, folder, base, *, approval="auto", private=True, port=None, patience=120.0, **settings
+        self,
+        folder,
+        base,
+        *,
+        names=SITES,
+        approval="auto",
+        private=True,
+        port=None,
+        patience=120.0,
+        **settings,
     ):
         self.folder = folder
         sha256 = weights_sha256(base)
         chosen = {"model__sha256": sha256, "rounds__min_sites": 3, **settings}
         if private:
             chosen = {**PRIVATE, **chosen}
-        made = write_federation(folder / "sites", base, **chosen)
+        made = write_federation(folder / "sites", base, names=names, **chosen)
         self.plan = made.plan
         self.plan_path = folder / "sites" / "plan.toml"
         self.plan_path.write_text(as_toml(json.loads(made.plan.canonical())))
-        for name in SITES:
+        for name in names:
             clauses = {"approval": approval, "max_rounds": 50, "require_privacy": private}
             write_policy(folder / "sites" / name / "site.toml", base, **clauses)
         self.coordinator = CoordinatorProcess(folder / "coordinator", patience=patience)
-        self.sites = {name: SiteProcess(folder / "sites" / name) for name in SITES}
+        self.sites = {name: SiteProcess(folder / "sites" / name) for name in names}
         self.proxied_port = port
 
     def up(self):
@@ -254,7 +263,7 @@ class Federation:
             name: site.joining(self.coordinator.invite(name, port=self.proxied_port))
             for name, site in self.sites.items()
         }
-        waiting = wait_for(self._all_ask, what="three requests")
+        waiting = wait_for(self._all_ask, what="all requests")
         for row in waiting:
             self.coordinator.admin.post(f"/requests/{row['request']}/approve")
         for name, process in joins.items():

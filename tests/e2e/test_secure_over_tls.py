@@ -1,8 +1,18 @@
 """Secure aggregation between real processes over TLS, equal to the simulation."""
 
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
 import pytest
 
-from tests.e2e.harness import same
+from silotune.client.warm import WarmModel
+from silotune.data.site import load_sites
+from silotune.models.layout import initial_adapter
+from tests.e2e.harness import same, wait_for
+from tests.federation import CHOICES
+from tests.simulation.plain_rounds import PHASES, plainly, random_faults
 
 
 @pytest.mark.slow
@@ -29,3 +39,92 @@ def test_a_deployed_secure_run_with_shared_noise_gives_the_simulations_adapter(
     # The masks differ from run to run and cancel to the last bit.
     assert same(deployed, made.simulated())
     assert made.charges(run) == {name: [1, 2, 3] for name in made.sites}
+
+
+FIVE = ("alpha", "beta", "delta", "epsilon", "gamma")
+
+
+class Unsteady:
+    """Starts sites that drop out as they are told, and starts those that died again once given up."""
+
+    def __init__(self, made, faults):
+        self._made, self._seen = made, 0
+        self._faults = {name: [] for name in made.sites}
+        for turn, fault in enumerate(faults):
+            name, number, phase = fault.split()
+            # A third of them die; it takes the coordinator some 25 s to give a silent site up.
+            how = "dies" if turn % 3 == 1 else "refuses"
+            self._faults[name].append([int(number), phase, how])
+        self.deaths = 0
+
+    def start(self, name):
+        site = self._made.sites[name]
+        script = Path(__file__).with_name("failing_site.py")
+        words = ["site", "start", "--config", site.config, "--log-level", "debug"]
+        faults = json.dumps(self._faults[name])
+        site.start(command=[sys.executable, str(script), faults, *map(str, words)])
+
+    def revive(self, run):
+        """Whoever died and was given up since: without the faults of the rounds so far."""
+        events = self._made.coordinator.events(run, "site_failed")
+        for event in events[self._seen :]:
+            name = event["site"]
+            if not self._made.sites[name].running:
+                left = [f for f in self._faults[name] if f[0] > event["round"]]
+                self._faults[name] = left
+                self.deaths += 1
+                self.start(name)
+        self._seen = len(events)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_ten_rounds_of_five_sites_that_drop_out_and_die_equal_the_plain_run(federation, tmp_path):
+    """Every phase loses sites, by a refusal or by SIGKILL; void rounds apart, no update is lost."""
+    made = federation(
+        names=FIVE,
+        patience=1.0,
+        rounds__number=10,
+        rounds__evaluate_every=0,
+        aggregation__secure=True,
+        aggregation__cohort=5,
+        aggregation__threshold=3,
+    )
+    faults = random_faults(FIVE, 10, seed=3)
+    assert {fault.split()[2] for fault in faults} == set(PHASES)
+    unsteady = Unsteady(made, faults)
+    made.coordinator.up()
+    made.enrol()
+    for name in FIVE:
+        unsteady.start(name)
+    made.wait_online()
+    run = made.propose()
+
+    def over():
+        unsteady.revive(run)
+        row = made.coordinator.state(run)
+        return row if row["state"] in {"finished", "failed", "stopped"} else None
+
+    row = wait_for(over, seconds=800.0, what="the end of the run", every=0.3)
+    assert row["state"] == "finished", row
+    assert unsteady.deaths >= 3
+    void = {event["round"] for event in made.coordinator.events(run, "round_void")}
+    present = {event["round"]: set() for event in made.coordinator.events(run, "round_finished")}
+    for event in made.coordinator.events(run, "site_replied"):
+        if event["round"] not in void:
+            present[event["round"]].add(event["site"])
+    assert len(present) == 10
+    assert sum(len(sites) < 5 for sites in present.values()) >= 3
+    deployed = made.coordinator.adapter(run, tmp_path / "adapter")
+    for name, charged in made.charges(run).items():
+        assert len(charged) == len(set(charged))
+        assert {number for number, sites in present.items() if name in sites} <= set(charged)
+    for site in made.sites.values():
+        site.terminate()
+    sites = load_sites(made.folder / "sites")
+    plain = plainly(sites, made.plan, present, tmp_path / "plain")
+    layout = WarmModel(CHOICES).for_plan(made.plan, base=str(made.plan.model.base)).model.layout
+    names = sorted(deployed)
+    start, plain = layout.unpack(initial_adapter(layout, made.plan)), layout.unpack(plain)
+    moved = max(np.abs(plain[name] - start[name]).max() for name in names)
+    assert all(np.abs(deployed[name] - plain[name]).max() < 2e-4 * moved for name in names)

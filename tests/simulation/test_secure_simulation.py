@@ -1,15 +1,12 @@
 """Secure rounds through the simulation's grid: real sites, real training, dropouts in every phase."""
 
 import json
-import random
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from silotune.client.runtime import SiteRun
 from silotune.client.warm import WarmModel
-from silotune.data.site import load_sites
 from silotune.errors import QuorumLost
 from silotune.events.view import RunView
 from silotune.models.layout import initial_adapter
@@ -20,8 +17,8 @@ from silotune.simulation.grid import SiteSlot, WorkerGrid
 from silotune.simulation.program import payload_for
 from silotune.simulation.run_directory import RunDirectory
 from silotune.strategies import strategy_for
-from silotune.strategies.base import Terms
 from tests.federation import CHOICES, PRIVATE, write_federation
+from tests.simulation.plain_rounds import plainly, random_faults
 
 SECURE = {
     "aggregation.secure": True,
@@ -30,7 +27,6 @@ SECURE = {
     "rounds.min_sites": 3,
     "rounds.evaluate_every": 0,
 }
-PHASES = ("keys", "share", "masked", "check", "open")
 FIVE = ("alpha", "beta", "delta", "epsilon", "gamma")
 
 
@@ -96,48 +92,13 @@ class Play:
         return found
 
 
-def plainly(federation, plan, present, folder):
-    """The same rounds without messages or masks: the updates of those who were there, folded."""
-    warm = WarmModel(CHOICES)
-    runs = {
-        site.name: SiteRun(site, state=folder / site.name, plan=plan, run="plain", warm=warm)
-        for site in load_sites(federation.folder)
-    }
-    layout = next(iter(runs.values())).trainable.model.layout
-    strategy = strategy_for(plan, layout=layout)
-    terms = {
-        name: Terms(node=i, site=name, declared_units=run.dataset.declared_units)
-        for i, (name, run) in enumerate(runs.items())
-    }
-    strategy.cohort = {term.node: term for term in terms.values()}
-    adapter = initial_adapter(layout, plan)
-    for number in range(1, plan.rounds.number + 1):
-        strategy.begin(number, adapter)
-        for name in sorted(present[number]):
-            update = runs[name].trainer.round(adapter, number)
-            strategy.fold(terms[name], update.flat)
-        adapter = strategy.finish(adapter, server_round=number)
-    return adapter
-
-
-def random_faults(rounds, *, seed):
-    """One or two sites a round, gone from some phase on; every phase several times."""
-    rng = random.Random(seed)
-    found = []
-    for number in range(1, rounds + 1):
-        phases = [PHASES[number % len(PHASES)], rng.choice(PHASES)]
-        sites = rng.sample(FIVE, 2 if number % 5 == 0 else 1)
-        found += [f"{site} {number} {phase}" for site, phase in zip(sites, phases, strict=False)]
-    return found
-
-
 def test_ten_rounds_with_dropouts_in_every_phase_equal_the_plain_run(federation, tmp_path):
-    faults = random_faults(10, seed=3)
+    faults = random_faults(FIVE, 10, seed=3)
     played = Play(federation, "dropouts", faults=faults, **{"rounds.number": 10})
     present = played.replied()
     assert len(present) == 10
     assert any(len(sites) < 5 for sites in present.values())
-    plain = plainly(federation, played.plan, present, tmp_path)
+    plain = plainly(federation.sites, played.plan, present, tmp_path)
     # The sum is rounded to steps of 2**-15 clip norms or so; Adam carries that on for ten rounds.
     start = initial_adapter(
         strategy_for(played.plan, layout=_layout(federation, played.plan)).layout, played.plan

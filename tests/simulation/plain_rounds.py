@@ -1,0 +1,47 @@
+"""What secure rounds with dropouts are compared with: the same rounds without messages or masks."""
+
+import random
+
+from silotune.client.runtime import SiteRun
+from silotune.client.warm import WarmModel
+from silotune.models.layout import initial_adapter
+from silotune.strategies import strategy_for
+from silotune.strategies.base import Terms
+from tests.federation import CHOICES
+
+PHASES = ("keys", "share", "masked", "check", "open")
+
+
+def plainly(sites, plan, present, folder):
+    """The same rounds without messages or masks: the updates of those who were there, folded."""
+    warm = WarmModel(CHOICES)
+    runs = {
+        site.name: SiteRun(site, state=folder / site.name, plan=plan, run="plain", warm=warm)
+        for site in sites
+    }
+    layout = next(iter(runs.values())).trainable.model.layout
+    strategy = strategy_for(plan, layout=layout)
+    terms = {
+        name: Terms(node=i, site=name, declared_units=run.dataset.declared_units)
+        for i, (name, run) in enumerate(runs.items())
+    }
+    strategy.cohort = {term.node: term for term in terms.values()}
+    adapter = initial_adapter(layout, plan)
+    for number in range(1, plan.rounds.number + 1):
+        strategy.begin(number, adapter)
+        for name in sorted(present[number]):
+            update = runs[name].trainer.round(adapter, number)
+            strategy.fold(terms[name], update.flat)
+        adapter = strategy.finish(adapter, server_round=number)
+    return adapter
+
+
+def random_faults(names, rounds, *, seed):
+    """One or two sites a round, gone from some phase on; every phase several times."""
+    rng = random.Random(seed)
+    found = []
+    for number in range(1, rounds + 1):
+        phases = [PHASES[number % len(PHASES)], rng.choice(PHASES)]
+        sites = rng.sample(names, 2 if number % 5 == 0 else 1)
+        found += [f"{site} {number} {phase}" for site, phase in zip(sites, phases, strict=False)]
+    return found
