@@ -1,15 +1,20 @@
 """Faults around the coordinator, with real processes: what happens is stated, nothing is lost."""
 
+import json
 import sys
 import time
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from silotune.federation import identity
 from silotune.federation.authority import Authority
+from silotune.federation.envelope import address_of, seal, unseal
 from silotune.federation.sealed import Vault
 from tests.e2e.cable import Cable
-from tests.e2e.harness import cli, same, wait_for
+from tests.e2e.harness import CoordinatorProcess, as_toml, cli, same, wait_for
+from tests.server.coordinator_material import scripted, small_plan
+from tests.server.fleet_site import FleetSite
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -172,3 +177,53 @@ def test_a_taken_port_or_folder_is_said_so(federation):
     assert taken.returncode == 70
     assert "ST-724" in taken.stderr
     assert made.coordinator.admin.get("/status")["federation"] == "demo"
+
+
+class Dishonest(FleetSite):
+    """Sends its answer of round 1 again in round 2, and in round 3 one under somebody else's key."""
+
+    def send(self, reply):
+        address = address_of(reply.content)
+        if address.kind == "train":
+            if address.round == 1:
+                self.kept = reply.content
+            elif address.round == 2:
+                reply.content = self.kept
+            elif address.round == 3:
+                forged = unseal(reply.content, address=address, key=self.signing.public_key())
+                reply.content = seal(forged, address=address, key=Ed25519PrivateKey.generate())
+        return super().send(reply)
+
+
+def test_a_replayed_and_a_forged_reply_count_for_nothing_and_raise_alarms(tmp_path):
+    coordinator = CoordinatorProcess(tmp_path / "coordinator").up()
+    sites = []
+    try:
+        for name, kind in (("alpha", FleetSite), ("beta", FleetSite), ("gamma", Dishonest)):
+            site = kind(name, coordinator.invite(name))
+            sites.append(site)
+            assert site.ask().status_code == 200
+            coordinator.admin.post(f"/requests/{site.enrolment}/approve")
+            assert site.collect().state == "approved"
+            site.activate().serve(scripted(name))
+        path = tmp_path / "plan.toml"
+        path.write_text(as_toml(json.loads(small_plan(**{"rounds.number": 4}).canonical())))
+        run = coordinator.cli("run", path)["run"]
+        digest = coordinator.state(run)["plan_sha256"]
+        assert all(site.decide(run, digest).status_code == 200 for site in sites)
+        assert coordinator.wait_over(run)["state"] == "finished"
+        failed = [
+            (e["round"], e["site"], e["code"]) for e in coordinator.events(run, "site_failed")
+        ]
+        assert failed == [(2, "gamma", "ST-804"), (3, "gamma", "ST-804")]
+        replied = {(e["round"], e["site"]) for e in coordinator.events(run, "site_replied")}
+        honest = {(number, name) for number in range(1, 5) for name in ("alpha", "beta")}
+        assert replied == honest | {(1, "gamma"), (4, "gamma")}
+        alarms = [
+            line for line in coordinator.audit("alarm") if line["what"] == "reply_not_trusted"
+        ]
+        assert [line["site"] for line in alarms][:1] == ["gamma"]
+    finally:
+        for site in sites:
+            site.close()
+        coordinator.close()

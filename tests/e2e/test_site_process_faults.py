@@ -5,7 +5,7 @@ import time
 import numpy as np
 import psutil
 import pytest
-from flwr.app import Array, ArrayRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from silotune.federation.audit_log import AuditLog
 from silotune.federation.envelope import refusal_code, seal_id, unseal
@@ -227,3 +227,24 @@ def test_leaving_revokes_and_keeps_the_books(running):
     assert "left" in [line["kind"] for line in running.audit()]
     assert not list(state.glob("*.key.sealed"))
     assert running.process.site("start", check=False).returncode == 60
+
+
+def test_a_replayed_message_changes_nothing_and_a_tampered_one_is_refused(running):
+    running.approve("replayed")
+    assert refusal_code(running.ask("query.join", run="replayed")) is None
+    _, sealed = running.request("train", 1, run="replayed")
+    answers = [running.double.exchange(sealed, "train", seconds=SECONDS) for _ in range(3)]
+    contents = [seal_id(answer.content) for answer in answers]
+    assert contents[0] == contents[1] == contents[2]
+    charged = running.charges("replayed")
+    assert len(charged) == 1
+    _, later = running.request("train", 2, run="replayed")
+    mixed = {**later, "bytes.0": sealed["bytes.0"]}  # round 1 under round 2's envelope
+    packed = later["bytes.0"]["bytes"]
+    flipped = {**later, "bytes.0": ConfigRecord({"bytes": packed[:-1] + bytes([packed[-1] ^ 1])})}
+    for content in (mixed, flipped):
+        answer = running.double.exchange(RecordDict(content), "train", seconds=SECONDS)
+        assert answer.error.reason == "ST-804"
+    assert running.charges("replayed") == charged
+    refused = [line for line in running.audit() if line["kind"] == "refused"]
+    assert [line["code"] for line in refused[-2:]] == ["ST-804", "ST-804"]
