@@ -63,15 +63,20 @@ rate = 0.1
 class Sites:
     """No-op sites as processes."""
 
-    def __init__(self, folder, coordinator, count):
-        self.processes = []
-        names = [f"site{number}" for number in range(count)]
-        for name in names:
+    def __init__(self, folder, coordinator):
+        self._folder, self._coordinator, self.processes = folder, coordinator, []
+
+    def add(self, count):
+        """Enrol and start so many more, and wait until all are online."""
+        folder, coordinator, total = self._folder, self._coordinator, len(self.processes) + count
+        for number in range(len(self.processes), total):
+            name = f"site{number}"
             home = folder / name
             home.mkdir()
             (home / "site.toml").write_text(SITE.format(name=name))
             (home / "site.toml").chmod(0o600)
-            words = [ROOT / "benchmarks" / "deployment_site.py", home, coordinator.invite(name)]
+            code = coordinator.admin.post("/invites", site=name)["code"]
+            words = [ROOT / "benchmarks" / "deployment_site.py", home, code]
             log = (folder / f"{name}.log").open("wb")
             self.processes.append(
                 subprocess.Popen(
@@ -87,7 +92,7 @@ class Sites:
         for row in rows:
             coordinator.admin.post(f"/requests/{row['request']}/approve")
         wait_for(
-            lambda: sum(r["online"] for r in coordinator.admin.get("/sites")) == count,
+            lambda: sum(r["online"] for r in coordinator.admin.get("/sites")) == total,
             seconds=300,
             what="all sites online",
             every=0.5,
@@ -104,61 +109,47 @@ def _all(coordinator, count):
     return rows if len(rows) == count else None
 
 
-def exchange(folder, *, sites, rounds):
+def exchange(folder, coordinator, *, sites, rounds):
     """Seconds of a round without training, and the coordinator's CPU and memory for it."""
-    coordinator = CoordinatorProcess(folder / "exchange").up(**SERVICE)
-    made = Sites(folder, coordinator, sites)
-    try:
-        process = psutil.Process(coordinator.process.pid)
-        plan = folder / "plan.toml"
-        plan.write_text(PLAN.format(rounds=rounds, sites=sites))
-        before = _cpu(process)
-        idle = process.memory_info().rss
-        run = coordinator.cli("run", plan)["run"]
-        row = coordinator.wait_over(run, seconds=900)
-        assert row["state"] == "finished", row
-        cpu = (_cpu(process) - before) / (rounds + 1)
-        finished = coordinator.events(run, "round_finished")
-        seconds = [event["seconds"] for event in finished]
-        return {
-            "sites": sites,
-            "adapter_mb": VALUES * 4 / 1e6,
-            "seconds_median": statistics.median(seconds),
-            "seconds_min": min(seconds),
-            "seconds_max": max(seconds),
-            "coordinator_cpu_seconds_per_exchange": cpu,
-            "coordinator_mb_idle": idle / 1e6,
-            "coordinator_mb_after": process.memory_info().rss / 1e6,
-        }
-    finally:
-        made.close()
-        coordinator.close()
+    process = psutil.Process(coordinator.process.pid)
+    plan = folder / "plan.toml"
+    plan.write_text(PLAN.format(rounds=rounds, sites=sites))
+    before = _cpu(process)
+    idle = process.memory_info().rss
+    run = coordinator.cli("run", plan)["run"]
+    row = coordinator.wait_over(run, seconds=900)
+    assert row["state"] == "finished", row
+    cpu = (_cpu(process) - before) / (rounds + 1)
+    finished = coordinator.events(run, "round_finished")
+    seconds = [event["seconds"] for event in finished]
+    return {
+        "sites": sites,
+        "adapter_mb": VALUES * 4 / 1e6,
+        "seconds_median": statistics.median(seconds),
+        "seconds_min": min(seconds),
+        "seconds_max": max(seconds),
+        "coordinator_cpu_seconds_per_exchange": cpu,
+        "coordinator_mb_idle": idle / 1e6,
+        "coordinator_mb_after": process.memory_info().rss / 1e6,
+    }
 
 
-def idle(folder, *, sites, seconds):
+def idle(coordinator, *, sites, seconds):
     """Part of a core that a coordinator uses whose sites have nothing to do."""
-    coordinator = CoordinatorProcess(folder / "idle").up(**SERVICE)
-    made = Sites(folder, coordinator, sites)
-    try:
-        process = psutil.Process(coordinator.process.pid)
-        time.sleep(5.0)
-        before, started = _cpu(process), time.monotonic()
-        time.sleep(seconds)
-        passed = time.monotonic() - started
-        return {
-            "sites": sites,
-            "seconds": passed,
-            "percent_of_a_core": 100 * (_cpu(process) - before) / passed,
-            "coordinator_mb": process.memory_info().rss / 1e6,
-        }
-    finally:
-        made.close()
-        coordinator.close()
+    process = psutil.Process(coordinator.process.pid)
+    time.sleep(5.0)
+    before, started = _cpu(process), time.monotonic()
+    time.sleep(seconds)
+    passed = time.monotonic() - started
+    return {
+        "sites": sites,
+        "seconds": passed,
+        "percent_of_a_core": 100 * (_cpu(process) - before) / passed,
+    }
 
 
-def daemon(folder, *, seconds):
+def daemon(folder, coordinator, *, seconds, restarts):
     """The real daemon of a site: memory and load while idle, and its way back after kill -9."""
-    coordinator = CoordinatorProcess(folder / "daemon").up(**SERVICE)
     home = folder / "site"
     home.mkdir()
     (home / "site.toml").write_text(SITE.format(name="site") + "[policy]\n")
@@ -177,10 +168,9 @@ def daemon(folder, *, seconds):
         time.sleep(seconds)
         percent = 100 * (_cpu(process) - before) / (time.monotonic() - started)
         memory = process.memory_info().rss / 1e6
-        back = [_restarted(site) for _ in range(3)]
+        back = [_restarted(site) for _ in range(restarts)]
     finally:
         site.close()
-        coordinator.close()
     return {
         "mb": memory,
         "percent_of_a_core": percent,
@@ -209,22 +199,32 @@ def _cpu(process):
     return times.user + times.system
 
 
+def measured(*, quick):
+    """All parts, on one coordinator: rounds of three sites, eight idle ones, a real daemon."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        coordinator = CoordinatorProcess(folder / "coordinator").up(**SERVICE)
+        sites = Sites(folder, coordinator)
+        try:
+            sites.add(3)
+            found = {"exchange": exchange(folder, coordinator, sites=3, rounds=4 if quick else 20)}
+            sites.add(5)
+            found["idle_coordinator"] = idle(coordinator, sites=8, seconds=6 if quick else 60)
+            sites.close()
+            seconds, restarts = (3, 1) if quick else (30, 5)
+            found["site"] = daemon(folder, coordinator, seconds=seconds, restarts=restarts)
+        finally:
+            sites.close()
+            coordinator.close()
+    return {**found, "load_average": os.getloadavg()[0], "cores": os.cpu_count()}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer rounds, shorter idling")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        one, two, three = (Path(name) / part for part in ("one", "two", "three"))
-        for folder in (one, two, three):
-            folder.mkdir()
-        found = {
-            "exchange": exchange(one, sites=3, rounds=6 if options.quick else 20),
-            "idle_coordinator": idle(two, sites=8, seconds=5 if options.quick else 60),
-            "site": daemon(three, seconds=5 if options.quick else 30),
-            "load_average": os.getloadavg()[0],
-            "cores": os.cpu_count(),
-        }
+    found = measured(quick=options.quick)
     if options.json:
         print(json.dumps(found, indent=2))
         return

@@ -28,6 +28,7 @@ BUDGETS = {"None": "none", "8.0": "ε = 8", "2.0": "ε = 2"}
 COLUMNS = [(e, s) for s in ("1", "4") for e in BUDGETS]
 HEADS = [f"{BUDGETS[e]}, {s} step{'s' * (s != '1')}" for e, s in COLUMNS]
 SPLITS = {"hospitals": "Hospitals as they are (non-IID)", "iid": "Dealt at random (IID)"}
+POISONABLE = {**SPLITS, "alike": "Dealt at random, all records in each step, head alone"}
 PAIRS = [("fedavg", "probe"), *((m, "fedavg") for m in ("ffa", "rolora", "fedsvd", "fedsa"))]
 
 Results = dict[str, dict[str, float]]
@@ -112,7 +113,7 @@ def differences(found: Results) -> list[str]:
 def poisoned(found: Results) -> list[str]:
     """The robust rules with and without two liars of seven."""
     scores, seeds, made = cells(found, "f1"), most_seeds(found), []
-    for split, title in SPLITS.items():
+    for split, title in POISONABLE.items():
         lines = {}
         for method in ordered(key[0] for key in scores if key[3] == split + POISONED):
             clean, lied = (
