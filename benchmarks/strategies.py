@@ -189,11 +189,16 @@ def one_seed() -> Iterator[Case]:
     for method in WRAPPERS:
         yield Case(method, 8.0, 1, "hospitals", 0)
         yield Case(method, None, 1, "hospitals", 0)
-    for method in ("probe", "fedavg", "ffa"):
-        yield Case(method, None, 4, "iid", 0)
-    yield Case("fedex", 8.0, 4, "hospitals", 0)
     for method in METHODS:
         yield Case(method, 2.0, 1, "iid", 0)
+    for epsilon, method in product((8.0, 2.0), SEVERAL):
+        yield Case(method, epsilon, 4, "hospitals", 0)
+    for epsilon, method in product((8.0, None, 2.0), METHODS):
+        yield Case(method, epsilon, 4, "iid", 0)
+    for epsilon, method in product((8.0, None, 2.0), SEVERAL):
+        yield Case(method, epsilon, 4, "iid", 0)
+    for split, epsilon, method in product(("hospitals", "iid"), (8.0, 2.0), ROBUST):
+        yield Case(method, epsilon, 1, split, 0)
 
 
 # --- data ---

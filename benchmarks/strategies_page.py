@@ -178,7 +178,7 @@ def draw(found: Results) -> None:
                 axis.axvline(
                     statistics.fmean(probe.values()), color=colour, linewidth=0.8, linestyle=":"
                 )
-        axis.set_ylim(-0.6, max(len(methods), 6) - 0.4)
+        axis.set_ylim(-0.6, len(methods) - 0.4)
         axis.set_yticks(range(len(methods)), methods, fontsize=8)
         axis.set_title(f"{SPLITS[split]}, {steps} local step{'s' * (steps != '1')}", fontsize=10)
         axis.grid(axis="x", linewidth=0.3)
