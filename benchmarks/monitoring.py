@@ -100,8 +100,9 @@ def watchers(folder, *, count, rounds, pause):
     config.write_text(config.read_text().replace("# port = 8444", f"port = {free_port()}"))
     coordinator.up()
     os.environ["SILOTUNE_BENCHMARK_PAUSE"] = str(pause)
-    made = Sites(folder, coordinator, 3)
+    made = Sites(folder, coordinator)
     try:
+        made.add(3)
         cli("coordinator", "people", "add", "vera", "--role", "viewer", "--out", folder / "vera",
             "--dir", coordinator.folder)  # fmt: skip
         process, (plan, turns) = psutil.Process(coordinator.process.pid), (folder / "plan.toml", 6)
