@@ -28,8 +28,10 @@ from deployment import PLAN, Sites  # noqa: E402 - of this folder
 
 from tests.e2e.harness import CLI, CoordinatorProcess, cli, environment, free_port, wait_for  # noqa: E402
 
+# At the lowest priority: in life watchers are on other machines.
 WATCH = """
-import sys, threading, time
+import os, sys, threading, time
+os.nice(19)
 from pathlib import Path
 from silotune.server.control_client import ControlClient
 folder, run, count = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])

@@ -12,7 +12,8 @@ from silotune.events.source import Row, RunFacts
 OVER = frozenset({"finished", "stopped", "failed"})
 """States after which nothing more happens in a run."""
 
-_LOOK_SECONDS = 0.25
+_LOOK_SECONDS = 0.5
+_BATCH_SECONDS = 1.0  # at least between two batches: each is a message to each watcher
 _KEPT = 2000  # events that late watchers need not read for themselves
 
 
@@ -126,13 +127,17 @@ class Feed:
                 tail.pump.cancel()
                 self._tails.pop(run, None)
 
+    def _look(self, run: str, newest: int) -> tuple[RunFacts, list[Row]]:
+        """How a run is, and its events behind an id."""
+        # The state first: an event of it may be written a moment later, and is seen then.
+        facts = self._source.facts(run)
+        return facts, self._source.events(run, after=newest)
+
     async def _pump(self, run: str, tail: _Tail) -> None:
         was_over = False
         try:
             while True:
-                # The state first: an event of it may be written a moment later, and is seen then.
-                facts = await asyncio.to_thread(self._source.facts, run)
-                found = await asyncio.to_thread(self._source.events, run, after=tail.newest)
+                facts, found = await asyncio.to_thread(self._look, run, tail.newest)
                 tail.rows += found
                 if len(tail.rows) > 2 * _KEPT:
                     tail.base = int(tail.rows[-_KEPT - 1]["id"])
@@ -144,7 +149,7 @@ class Feed:
                     tail.wake()
                 if tail.over:
                     return
-                await asyncio.sleep(_LOOK_SECONDS)
+                await asyncio.sleep(_BATCH_SECONDS if found else _LOOK_SECONDS)
         except Exception as exc:
             tail.error = exc  # for the watchers to raise
             tail.wake()
