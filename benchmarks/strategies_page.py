@@ -16,7 +16,7 @@ from itertools import product
 from pathlib import Path
 
 import matplotlib
-from strategies import METHODS, POISONED, ROBUST, SEVERAL, WRAPPERS
+from strategies_grid import METHODS, POISONED, ROBUST, SEVERAL, WRAPPERS
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

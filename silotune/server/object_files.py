@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import re
 import threading
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -169,6 +170,13 @@ class ObjectFiles(ObjectStore):
                 self.delete(object_id)
             for entry in self._entries.values():
                 entry.runs.discard(run_id)
+
+    def retain(self, messages: Collection[str]) -> None:
+        """Remove what is part of none of these messages: left by a process that ended half-way."""
+        with self._lock:
+            for object_id in [o for o, entry in self._entries.items() if not entry.parents]:
+                if object_id not in messages:
+                    self.delete(object_id)
 
     def clear(self) -> None:
         """Remove everything."""

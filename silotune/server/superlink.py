@@ -105,6 +105,8 @@ class Link:
         self._state: Any = self.app.state.linkstate_factory.state()
         self._store = ObjectFiles(database.with_suffix(".objects"), vault)
         lighten(self._state, self._store)
+        known = "SELECT message_id FROM message_ins UNION SELECT message_id FROM message_res"
+        self._store.retain({row["message_id"] for row in self._state.query(known)})
         self.arrived = Signal()
         self._kick: Callable[[int], None] = lambda node: None
         self._listeners: list[Callable[[int, bool], None]] = []

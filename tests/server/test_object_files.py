@@ -129,6 +129,15 @@ def test_a_torn_file_takes_with_it_what_hangs_on_it_and_nothing_else(store, vaul
     assert len(list(store._folder.iterdir())) == len(held)
 
 
+def test_what_belongs_to_no_message_is_removed_and_shared_parts_stay(store):
+    stored(store, ROOTS[0])
+    stored(store, ROOTS[1])
+    stored(store, ROOTS[3])
+    store.retain({ROOTS[0][0].object_id})
+    held = {t.object_id for t, _ in ALL if t.object_id in store}
+    assert held == {t.object_id for t, _ in (LEAVES[0], LEAVES[1], MIDDLE[0], ROOTS[0])}
+
+
 def test_files_are_private_and_tell_nothing(store):
     secret = made(b"a weight of the update")
     store.preregister(7, secret[0])

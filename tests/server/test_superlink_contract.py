@@ -118,6 +118,20 @@ def test_an_instruction_waits_is_handed_out_and_forgotten_without_a_trace(link, 
     assert counts(link) == [0, 0, 0, 0]
 
 
+def test_the_next_process_finds_messages_and_drops_what_belongs_to_none(tmp_path):
+    vault = Vault(tmp_path / "keys")
+    first = Link(tmp_path / "link.sqlite", vault=vault)
+    run = first.new_run()
+    kept, lost = push(first, run, node(first, "a")), push(first, run, node(first, "b"), number=2)
+    first._state.query("DELETE FROM message_ins WHERE message_id=:m", {"m": lost})
+    objects = len(first._store)
+    second = Link(tmp_path / "link.sqlite", vault=vault)
+    assert [found.message_id for found in second.instructions(run)] == [kept]
+    assert kept in second._store
+    assert lost not in second._store
+    assert 0 < len(second._store) < objects
+
+
 def test_an_unconfirmed_instruction_is_handed_out_again(link, run):
     to = node(link)
     push(link, run, to)
