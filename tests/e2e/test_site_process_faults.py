@@ -1,5 +1,6 @@
 """A site's daemon as a real process: killed, stopped, starved of disk; against a test's coordinator."""
 
+import resource
 import time
 
 import numpy as np
@@ -15,6 +16,7 @@ from silotune.privacy.ledger import Ledger
 from tests.client.coordinator_double import CoordinatorDouble
 from tests.client.site_material import write_site_folder
 from tests.client.site_process import SiteProcess
+from tests.promises.test_promise_3_the_sites_word_is_final import PLANS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -32,8 +34,8 @@ class Scene:
         self.process.wait_until(lambda s: s["proposed"] >= 1, seconds=SECONDS)
         self.process.site("approve", run)
 
-    def request(self, kind, number=0, *, run):
-        plan = self.plan
+    def request(self, kind, number=0, *, run, plan=None):
+        plan = plan or self.plan
         records = {}
         if number:
             flat = np.zeros(outline(plan, base=str(self.base)).size, dtype=np.float32)
@@ -42,14 +44,14 @@ class Scene:
         address = self.double.address(run, kind, number)
         return address, self.double.sealed(content, address=address)
 
-    def send(self, kind, number=0, *, run):
-        address, sealed = self.request(kind, number, run=run)
+    def send(self, kind, number=0, *, run, plan=None):
+        address, sealed = self.request(kind, number, run=run, plan=plan)
         self.double.send(self.double.message(sealed, kind))
         return address, sealed
 
-    def ask(self, kind, number=0, *, run):
+    def ask(self, kind, number=0, *, run, plan=None):
         before = len(self.double.replies)
-        address, sealed = self.send(kind, number, run=run)
+        address, sealed = self.send(kind, number, run=run, plan=plan)
         reply = self.double.wait_for_replies(before + 1, seconds=SECONDS)[-1]
         key = decode_signing_key(self.double.member.signing_key)
         return unseal(reply.content, address=address.reply(to=seal_id(sealed)), key=key)
@@ -95,7 +97,6 @@ def scene(tmp_path_factory, bert_folder):
 @pytest.fixture
 def running(scene):
     scene.double.hook = None
-    scene.process.limits = ""
     scene.process.start().wait_until(lambda s: s["link"] == "online", seconds=SECONDS)
     yield scene
     scene.double.hook = None
@@ -219,14 +220,36 @@ def test_two_daemons_on_one_state_are_one_too_many(running):
     assert "ST-644" in found.stderr
 
 
-def test_leaving_revokes_and_keeps_the_books(running):
-    running.process.site("leave", "--yes")
-    assert running.process.process.wait(SECONDS) == 0
-    assert [goodbye.name for goodbye in running.double.left] == ["alpha"]
-    state = running.process.folder / "state"
-    assert "left" in [line["kind"] for line in running.audit()]
-    assert not list(state.glob("*.key.sealed"))
-    assert running.process.site("start", check=False).returncode == 60
+def test_a_full_disk_stops_the_release_and_nothing_is_lost(running):
+    running.approve("full")
+    assert refusal_code(running.ask("query.join", run="full")) is None
+    pid = running.process.process.pid
+    free = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+    # No file of the running daemon may grow beyond this: less than its ledger has.
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (8192, free[1]))
+    assert refusal_code(running.ask("train", 1, run="full")) == "ST-400"
+    assert running.charges("full") == []
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, free)
+    assert refusal_code(running.ask("train", 1, run="full")) is None
+    assert len(running.charges("full")) == 1
+    running.audit()
+
+
+@pytest.mark.parametrize("clause", PLANS)
+def test_a_plan_that_breaks_a_clause_can_be_neither_approved_nor_run(running, clause):
+    settings, code = PLANS[clause]
+    if clause == "max_total_epsilon":
+        running.approve("spends")
+        assert refusal_code(running.ask("query.join", run="spends")) is None
+    run, plan = f"breaks-{clause}".replace("_", "-"), running.plan.override(settings)
+    running.double.propose(run, plan)
+    running.wait_for(lambda: run in running.process.site("plans", "--json").stdout, "no proposal")
+    found = running.process.site("approve", run, check=False)
+    assert found.returncode != 0
+    assert code in found.stderr
+    for kind, number in (("query.join", 0), ("train", 1)):
+        assert refusal_code(running.ask(kind, number, run=run, plan=plan)) == "ST-516"
+    assert running.charges(run) == []
 
 
 def test_a_replayed_message_changes_nothing_and_a_tampered_one_is_refused(running):
@@ -248,3 +271,13 @@ def test_a_replayed_message_changes_nothing_and_a_tampered_one_is_refused(runnin
     assert running.charges("replayed") == charged
     refused = [line for line in running.audit() if line["kind"] == "refused"]
     assert [line["code"] for line in refused[-2:]] == ["ST-804", "ST-804"]
+
+
+def test_leaving_revokes_and_keeps_the_books(running):
+    running.process.site("leave", "--yes")
+    assert running.process.process.wait(SECONDS) == 0
+    assert [goodbye.name for goodbye in running.double.left] == ["alpha"]
+    state = running.process.folder / "state"
+    assert "left" in [line["kind"] for line in running.audit()]
+    assert not list(state.glob("*.key.sealed"))
+    assert running.process.site("start", check=False).returncode == 60
