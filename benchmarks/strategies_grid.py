@@ -73,6 +73,7 @@ SEVERAL: dict[str, dict[str, object]] = {
     **{name: {"aggregation.strategy": name} for name in ("fedex", "flora", "flexlora")},
     "fedavg + prox": {"optimizer.site.prox": 0.1},
     "fedavg (local sgd)": LOCAL_SGD,
+    "probe (local sgd)": {**PROBE, **LOCAL_SGD},
     "scaffold": {**LOCAL_SGD, "aggregation.strategy": "scaffold"},
 }
 
