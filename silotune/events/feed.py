@@ -13,7 +13,7 @@ OVER = frozenset({"finished", "stopped", "failed"})
 """States after which nothing more happens in a run."""
 
 _LOOK_SECONDS = 0.5
-_BATCH_SECONDS = 1.0  # at least between two batches: each is a message to each watcher
+_BATCH_SECONDS = 2.0  # at least between two batches: each is a message to each watcher
 _KEPT = 2000  # events that late watchers need not read for themselves
 
 
