@@ -176,7 +176,7 @@ def test_linear_strategies_weights_and_encodings_give_the_plain_run(
     played = Play(federation, name, **{"rounds.number": 3, **overrides})
     everybody = {number: set(FIVE) for number in (1, 2, 3)}
     assert played.replied() == everybody
-    plain = plainly(federation, played.plan, everybody, tmp_path)
+    plain = plainly(federation.sites, played.plan, everybody, tmp_path)
     start = initial_adapter(_layout(federation, played.plan), played.plan)
     moved = np.abs(plain - start).max()
     coarse = overrides.get("aggregation.encoding") == "uint16"
