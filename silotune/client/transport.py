@@ -17,7 +17,7 @@ import httpx
 from silotune.client.errors import MessageRefused
 
 MOST_REPLY = 16 << 20
-"""Bytes of one reply: a chunk of an array has 5 MB."""
+"""Bytes of one reply: a piece of a sealed content has 4 MB."""
 
 CONNECT_SECONDS, READ_SECONDS = 10.0, 45.0
 """A long poll is held for at most 25 s, so a silent connection is a dead one."""

@@ -69,6 +69,7 @@ _REQUESTS: Mapping[str, Any] = {
 _SMALL, _LIST, _OBJECT = 16 << 10, 1 << 20, 5 << 20  # a seal's pieces are of 4 MB
 _LIMITS = {paths.PUSH: _LIST, paths.PUSH_OBJECT: _OBJECT}
 _BODY_SECONDS = 60.0
+_KIND = 32  # bytes of an object that its kind is looked for in
 _SESSION = re.compile(r"[0-9a-f]{32}")
 _MOST_OBJECTS = 256  # some 1 GB at most
 
@@ -242,7 +243,7 @@ class Guard:
             if request.object_id not in known:
                 raise _Nothing(PushObjectResponse(stored=False))
             self._announced[caller.node] = known
-        if request.object_content.partition(b" ")[0].decode("latin-1") not in OBJECT_KINDS:
+        if request.object_content[:_KIND].partition(b" ")[0].decode("latin-1") not in OBJECT_KINDS:
             # An array names its chunks, may name one a million times, and would be built here.
             raise _Refused(400, BodyInvalid("an object of a kind that no sealed message has"))
 

@@ -12,8 +12,8 @@ import sys
 
 from silotune.client.runner import Runner
 from silotune.federation.envelope import address_of, refusal, seal, seal_id
+from tests.simulation.plain_rounds import PHASES
 
-PHASES = ("keys", "share", "masked", "check", "open")
 FAULTS = {(number, PHASES.index(phase)): how for number, phase, how in json.loads(sys.argv[1])}
 honest = Runner.answer
 

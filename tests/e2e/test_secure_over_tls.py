@@ -12,7 +12,7 @@ from silotune.data.site import load_sites
 from silotune.models.layout import initial_adapter
 from tests.e2e.harness import same, wait_for
 from tests.federation import CHOICES
-from tests.simulation.plain_rounds import PHASES, plainly, random_faults
+from tests.simulation.plain_rounds import PHASES, plainly, random_faults, replied
 
 
 @pytest.mark.slow
@@ -108,11 +108,7 @@ def test_ten_rounds_of_five_sites_that_drop_out_and_die_equal_the_plain_run(fede
     row = wait_for(over, seconds=800.0, what="the end of the run", every=0.3)
     assert row["state"] == "finished", row
     assert unsteady.deaths >= 3
-    void = {event["round"] for event in made.coordinator.events(run, "round_void")}
-    present = {event["round"]: set() for event in made.coordinator.events(run, "round_finished")}
-    for event in made.coordinator.events(run, "site_replied"):
-        if event["round"] not in void:
-            present[event["round"]].add(event["site"])
+    present = replied(made.coordinator.events(run))
     assert len(present) == 10
     assert sum(len(sites) < 5 for sites in present.values()) >= 3
     deployed = made.coordinator.adapter(run, tmp_path / "adapter")

@@ -12,6 +12,16 @@ from tests.federation import CHOICES
 PHASES = ("keys", "share", "masked", "check", "open")
 
 
+def replied(events):
+    """Sites whose update is in the sum, by round; nobody's in a void one."""
+    found = {event["round"]: set() for event in events if event["event"] == "round_finished"}
+    void = {event["round"] for event in events if event["event"] == "round_void"}
+    for event in events:
+        if event["event"] == "site_replied" and event["round"] not in void:
+            found[event["round"]].add(event["site"])
+    return found
+
+
 def plainly(sites, plan, present, folder):
     """The same rounds without messages or masks: the updates of those who were there, folded."""
     warm = WarmModel(CHOICES)

@@ -3,6 +3,7 @@
 from flwr.clientapp import ClientApp
 
 from silotune.simulation import program
+from tests.simulation.plain_rounds import PHASES
 
 
 class SiteGone(Exception):
@@ -19,9 +20,8 @@ class FailingSites:
     def __init__(self, payload):
         self._inner = program.build(payload)
         self._faults = {tuple(text.split()) for text in payload["faults"]}
-        self._order = ["keys", "share", "masked", "check", "open"]
         app, inner = ClientApp(), self._inner.client_app
-        for phase in self._order:
+        for phase in PHASES:
             app.train(phase)(
                 lambda message, context, phase=phase: self._answer(message, context, phase)
             )
@@ -31,7 +31,7 @@ class FailingSites:
     def _answer(self, message, context, phase):
         site = context.node_config["site"]
         number = str(int(message.content["config"]["round"]))
-        gone = self._order[: self._order.index(phase) + 1]
+        gone = PHASES[: PHASES.index(phase) + 1]
         if any((site, number, earlier) in self._faults for earlier in gone):
             raise SiteGone
         return self._inner.client_app(message, context)

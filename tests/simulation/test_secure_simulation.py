@@ -18,7 +18,7 @@ from silotune.simulation.program import payload_for
 from silotune.simulation.run_directory import RunDirectory
 from silotune.strategies import strategy_for
 from tests.federation import CHOICES, PRIVATE, write_federation
-from tests.simulation.plain_rounds import plainly, random_faults
+from tests.simulation.plain_rounds import plainly, random_faults, replied
 
 SECURE = {
     "aggregation.secure": True,
@@ -84,12 +84,7 @@ class Play:
 
     def replied(self):
         """Sites whose update is in the sum, by round."""
-        found = {event["round"]: set() for event in self.events("round_finished")}
-        void = {event["round"] for event in self.events("round_void")}
-        for event in self.events("site_replied"):
-            if event["round"] not in void:
-                found[event["round"]].add(event["site"])
-        return found
+        return replied(self.directory.events)
 
 
 def test_ten_rounds_with_dropouts_in_every_phase_equal_the_plain_run(federation, tmp_path):
