@@ -31,14 +31,11 @@ class Facts:
         Bytes that a round sends; None when they can't be told, which refuses.
     total_epsilon : float or None
         What the dataset would reach with this run, at the plan's delta; None without privacy.
-    cohort : int or None
-        Sites of the round, where that is known already.
     """
 
     moment: datetime
     upload_bytes: int | None
     total_epsilon: float | None
-    cohort: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,9 +210,10 @@ def _cohort(policy: PolicyConfig, plan: Plan, facts: Facts) -> Clause:
     name, error = "min_cohort", errors.CohortTooSmall
     if policy.min_cohort is None:
         return _clause(name, error, False, _unstated(name))
-    known = [plan.rounds.min_sites, *([] if facts.cohort is None else [facts.cohort])]
-    reason = f"sites in a round {min(known)}, wanted {policy.min_cohort}"
-    return _clause(name, error, min(known) >= policy.min_cohort, reason)
+    # What the plan promises; the cohort that a secure round shows is held to it in `client.secure`.
+    asked = plan.rounds.min_sites
+    reason = f"sites in a round {asked}, wanted {policy.min_cohort}"
+    return _clause(name, error, asked >= policy.min_cohort, reason)
 
 
 def _base_model(policy: PolicyConfig, plan: Plan, facts: Facts) -> Clause:

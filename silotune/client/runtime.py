@@ -294,6 +294,7 @@ class SiteRun:
             declared_units=self.dataset.declared_units,
             identity=self._keys.signing,
             roster=self._roster,
+            min_cohort=self.site.policy.min_cohort if self.site.policy else None,
         )
         return SecurePart(
             self.plan,

@@ -52,8 +52,12 @@ def member_of(
     declared_units: int,
     identity: Ed25519PrivateKey,
     roster: Mapping[str, bytes] | None,
+    min_cohort: int | None = None,
 ) -> Member:
     """The site as a member of the run's cohorts.
+
+    The plan's ``rounds.min_sites`` and the policy's `min_cohort` hold for the cohort that the
+    coordinator really shows, and for the sites that the sum is really over.
 
     Raises
     ------
@@ -64,6 +68,7 @@ def member_of(
         raise SignerUnknown("this site is not enrolled with the identity key it has")
     cohort = plan.aggregation.cohort
     assert cohort is not None  # validated with the plan
+    least = max(plan.rounds.min_sites, min_cohort or 0)
     return Member(
         site=site,
         identity=identity,
@@ -73,6 +78,8 @@ def member_of(
         declared_units=declared_units,
         threshold=plan.aggregation.threshold,
         largest_cohort=cohort,
+        smallest_cohort=max(least, Member.smallest_cohort),
+        smallest_sum=max(least, Member.smallest_sum),
     )
 
 

@@ -51,7 +51,6 @@ BREAKS = [
     ("max_delta", {"privacy.delta": 1.1e-5}, {}, {}, "ST-504"),
     ("require_secure_aggregation", {}, {"require_secure_aggregation": True}, {}, "ST-507"),
     ("min_cohort", {"rounds.min_sites": 2}, {}, {}, "ST-508"),
-    ("min_cohort", {}, {}, {"cohort": 2}, "ST-508"),
     ("base_models", {"model.sha256": "cd" * 32}, {}, {}, "ST-509"),
     ("base_models", {"model.sha256": None}, {}, {}, "ST-509"),
     ("tasks", {}, {"tasks": ["causal_lm"]}, {}, "ST-510"),

@@ -9,10 +9,10 @@ from silotune.client.warm import WarmModel
 from silotune.errors import BudgetExceeded
 from silotune.federation.errors import SealBroken
 from silotune.models.layout import initial_adapter
-from silotune.privacy.errors import RoundUsed
+from silotune.privacy.errors import CohortTooSmall, RoundUsed, TooFewSurvivors
 from silotune.privacy.secagg.coordinator import CoordinatorRound
 from silotune.privacy.secagg.messages import unpack_named
-from tests.federation import CHOICES, PRIVATE, SITES, write_federation
+from tests.federation import CHOICES, PRIVATE, SITES, write_federation, write_policy
 
 SECURE = {
     **PRIVATE,
@@ -163,3 +163,83 @@ def replace_noise(part):
     budget = part.dataset.budget.model_copy(update={"colluding_epsilon": 90.0})
     part.dataset = part.dataset.model_copy(update={"budget": budget})
     return part
+
+
+MANY = tuple(f"site-{i}" for i in range(7))
+PROMISES = {
+    "by the plan": {"min_sites": 7, "min_cohort": None},
+    "by the site's policy": {"min_sites": 3, "min_cohort": 7},
+}
+
+
+class SevenSites:
+    """Seven enrolled sites, and a coordinator that shows a site as many of them as it likes."""
+
+    def __init__(self, folder, base, *, min_sites, min_cohort):
+        self.federation = write_federation(folder, base, names=MANY)
+        if min_cohort:
+            for name in MANY:
+                write_policy(folder / name / "site.toml", base, min_cohort=min_cohort)
+        # No threshold: then only the size of the cohort says how many sites a sum is over.
+        self.plan = self.federation.plan.override(
+            {
+                **PRIVATE,
+                "aggregation.secure": True,
+                "aggregation.cohort": 7,
+                "rounds.min_sites": min_sites,
+                "rounds.evaluate_every": 0,
+            }
+        )
+        self.parts = {part.site.name: part for part in self.federation.runs(self.plan)}
+        roster = {
+            name: part._keys.signing.public_key().public_bytes_raw()
+            for name, part in self.parts.items()
+        }
+        for part in self.parts.values():
+            part._roster = roster
+        self.coordinator = CoordinatorRound(threshold=None, largest_cohort=7)
+
+    def cohort_of(self, names):
+        for name in names:
+            keys = released(self.parts[name].in_secure(1).keys(1), "keys")
+            self.coordinator.advertise(name, keys)
+        return self.coordinator.cohort.to_bytes()
+
+
+@pytest.mark.parametrize("stated", PROMISES.values(), ids=PROMISES)
+def test_a_site_that_was_promised_seven_shares_nothing_with_a_cohort_of_three(
+    stated, tmp_path, bert_folder
+):
+    played = SevenSites(tmp_path, bert_folder, **stated)
+    shown = played.cohort_of(MANY[:3])
+    part = played.parts[MANY[0]]
+    with pytest.raises(CohortTooSmall, match="3 members; this site's minimum is 7"):
+        part.in_secure(1).share(1, shown)
+    # Nor can it be brought to mask: it has shared its secrets with nobody.
+    adapter = np.zeros(part.trainable.model.layout.size, np.float32)
+    with pytest.raises(RoundUsed):
+        part.train_masked(adapter, 1, present=MANY[:3], sealed={})
+    assert part.ledger.events("notes") == []
+
+
+def test_a_site_that_was_promised_seven_opens_no_sum_of_fewer(tmp_path, bert_folder):
+    played = SevenSites(tmp_path, bert_folder, min_sites=7, min_cohort=None)
+    shown = played.cohort_of(MANY)
+    for name in MANY:
+        sealed = released(played.parts[name].in_secure(1).share(1, shown), "shares")
+        played.coordinator.add_shares(name, unpack_named(sealed))
+    part = played.parts[MANY[0]]
+    part.join()
+    adapter = initial_adapter(part.trainable.model.layout, played.plan)
+    sealed = played.coordinator.sealed_for(MANY[0])
+    with pytest.raises(CohortTooSmall):  # the masks of those that are left out would not go on
+        few = {name: blob for name, blob in sealed.items() if name in MANY[:6]}
+        part.train_masked(adapter, 1, present=list(MANY[:6]), sealed=few)
+    part.train_masked(adapter, 1, present=list(MANY), sealed=sealed)
+    for ask in (
+        lambda names: part.secure.check(1, names),
+        lambda names: part.secure.opened(1, survivors=names, signatures={}, next_cohort=b""),
+    ):
+        with pytest.raises(TooFewSurvivors, match="5 survivors; the threshold here is 7"):
+            ask(MANY[:5])  # five are a quorum of seven
+    part.secure.check(1, list(MANY))
