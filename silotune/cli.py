@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from silotune import __version__
 from silotune.commands import (
@@ -29,8 +30,10 @@ from silotune.commands import (
     site,
 )
 from silotune.errors import SilotuneError
+from silotune.terminal import LiteralGroup, terminal
 
 app = typer.Typer(
+    cls=LiteralGroup,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -81,10 +84,13 @@ def options(
 
 def show_error(error: SilotuneError, console: Console) -> None:
     """Print what happened, why, and what to do."""
-    console.print(f"[bold red]{error.code}[/] [bold]{error.title}[/]", highlight=False)
-    console.print(error.detail, highlight=False, markup=False)
-    console.print(f"Why: {error.cause}", highlight=False, markup=False)
-    console.print(f"Do:  {error.remedy}", highlight=False, markup=False)
+    # A terminal breaks lines between words here; a log keeps them whole.
+    whole = not console.is_terminal
+    console.print(
+        Text.assemble((error.code, "bold red"), " ", (error.title, "bold")), soft_wrap=whole
+    )
+    for line in (error.detail, f"Why: {error.cause}", f"Do:  {error.remedy}"):
+        console.print(line, soft_wrap=whole)
 
 
 def main() -> None:
@@ -95,8 +101,8 @@ def main() -> None:
     except SilotuneError as error:
         if debug:
             raise
-        show_error(error, Console(stderr=True, soft_wrap=True))
+        show_error(error, terminal(stderr=True))
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        Console(stderr=True).print("Interrupted. Nothing finished is lost.")
+        terminal(stderr=True).print("Interrupted. Nothing finished is lost.")
         sys.exit(130)

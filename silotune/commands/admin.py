@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+
+from silotune.terminal import terminal
 
 if TYPE_CHECKING:
     from silotune.server.control_client import ControlClient
@@ -119,9 +119,9 @@ def watch(
     """
     from silotune.server.watch import watch_lines, watch_live
 
-    client, console = _client(credentials), Console()
-    notes = Console(stderr=True)
-    waiting: Callable[[str], None] = lambda why: notes.print(why, markup=False)  # noqa: E731
+    client, console = _client(credentials), terminal()
+    notes = terminal(stderr=True)
+    waiting: Callable[[str], None] = notes.print
     if as_json:
         for event in client.watch(run, after=after, waiting=waiting):
             typer.echo(json.dumps(event))
@@ -241,8 +241,8 @@ def _show(
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in shown:
-        table.add_row(*(escape(str(row[column])) for column in columns))
-    Console().print(table)
+        table.add_row(*(str(row[column]) for column in columns))
+    terminal().print(table)
 
 
 def _when(seconds: float) -> str:

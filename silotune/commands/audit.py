@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from silotune.federation import audit_view
 from silotune.federation.audit_view import ExportFormat
 from silotune.federation.identity import decode_signing_key
 from silotune.privacy.durable import replace_file
+from silotune.terminal import terminal
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -84,8 +83,8 @@ def show(
     for line in lines:
         told = {k: v for k, v in line.fields.items() if k not in {"signature", "key", "log_hash"}}
         particulars = ", ".join(f"{name} {value}" for name, value in told.items())
-        table.add_row(str(line.seq), line.time[:19], line.kind, escape(particulars))
-    Console().print(table)
+        table.add_row(str(line.seq), line.time[:19], line.kind, particulars)
+    terminal().print(table)
 
 
 @app.command()

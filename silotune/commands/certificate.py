@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+
+from silotune.terminal import headed, terminal
 
 if TYPE_CHECKING:
     from silotune.privacy.certificate import Verified
@@ -60,11 +60,11 @@ def verify(
         }
         typer.echo(json.dumps(shown, indent=2))
         return
-    console = Console()
-    console.print(f"[bold]Valid.[/] {escape(verified.body.statement)}.")
+    console = terminal()
+    console.print(headed("Valid.", f"{verified.body.statement}."))
     table = Table(show_header=False)
     for name, value in _rows(verified).items():
-        table.add_row(name, escape(value))
+        table.add_row(name, value)
     console.print(table)
     if key is None:
         console.print("Compare the key's fingerprint with the one the site tells you.")

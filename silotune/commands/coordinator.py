@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from silotune.commands import coordinator_people, coordinator_runs
 from silotune.commands.coordinator_folder import HERE, AsJson, Folder, client_of, moment
+from silotune.terminal import terminal
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -260,5 +259,5 @@ def _show(rows: list[dict[str, Any]], *columns: str) -> None:
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*(escape(str(row[column])) for column in columns))
-    Console().print(table)
+        table.add_row(*(str(row[column]) for column in columns))
+    terminal().print(table)

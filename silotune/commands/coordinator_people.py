@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from silotune.commands.coordinator_folder import HERE, AsJson, Folder, client_of, moment
+from silotune.terminal import terminal
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -72,10 +71,8 @@ def list_people(folder: Folder = HERE, as_json: AsJson = False) -> None:
         table.add_column(column)
     for row in rows:
         since = moment(row["since"])
-        table.add_row(
-            *(escape(row[k]) for k in ("name", "role", "status")), since, row["certificate"][:16]
-        )
-    Console().print(table)
+        table.add_row(*(row[k] for k in ("name", "role", "status")), since, row["certificate"][:16])
+    terminal().print(table)
 
 
 @app.command()

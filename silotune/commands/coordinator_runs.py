@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from silotune.commands.coordinator_folder import HERE, AsJson, Folder, client_of, moment
 from silotune.events.wording import in_a_line
 from silotune.plan import Plan
+from silotune.terminal import terminal
 
 if TYPE_CHECKING:
     from silotune.server.admin_client import AdminClient
@@ -81,13 +80,13 @@ def list_runs(folder: Folder = HERE, as_json: AsJson = False) -> None:
         table.add_column(column, overflow="fold")
     for row in found:
         table.add_row(
-            escape(row["run"]),
+            row["run"],
             _state(row),
             f"{row['round']} of {row['rounds']}",
             moment(row["proposed_at"]),
             row["plan_sha256"][:12],
         )
-    Console().print(table)
+    terminal().print(table)
 
 
 @runs.command()

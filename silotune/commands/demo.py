@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from silotune.errors import DataError
+from silotune.terminal import terminal
 
 app = typer.Typer(no_args_is_help=True, help="Write demo data, site folders and a plan.")
 
@@ -52,7 +52,7 @@ def hospitals(
             raise DataError(f"{folder} is not a demo folder; it is left alone")
         shutil.rmtree(folder)
     write_hospitals(folder, split=split, patients=patients)  # type: ignore[arg-type]
-    console = Console()
-    console.print(f"Seven hospitals and a plan are in {folder}. Next:", highlight=False)
-    console.print(f"  silotune plan check {folder}/plan.toml", highlight=False)
-    console.print(f"  silotune simulate {folder}/plan.toml --baselines", highlight=False)
+    console = terminal()
+    console.print(f"Seven hospitals and a plan are in {folder}. Next:")
+    console.print(f"  silotune plan check {folder}/plan.toml")
+    console.print(f"  silotune simulate {folder}/plan.toml --baselines")

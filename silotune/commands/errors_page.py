@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from silotune.errors import SilotuneError, catalogue
+from silotune.terminal import terminal
 
 _HEAD = """# Error codes
 
@@ -43,7 +43,7 @@ def errors(
         rows = [{field: getattr(error, field) for field in _JSON_FIELDS} for error in shown]
         typer.echo(json.dumps(rows))
         return
-    console = Console(highlight=False, markup=False)
+    console = terminal()
     for error in shown:
         console.print(f"{error.code}  {error.title}", style="bold")
         console.print(f"  Why: {error.cause}\n  Do:  {error.advice}")

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from silotune.privacy import ledger_view
 from silotune.privacy.durable import replace_file
+from silotune.terminal import terminal
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -44,7 +43,7 @@ def show(place: Place, as_json: AsJson = False) -> None:
     if as_json:
         typer.echo(json.dumps({"datasets": datasets, "runs": runs}, indent=2))
         return
-    console = Console()
+    console = terminal()
     if not datasets:
         console.print("This ledger is empty: nothing was ever reserved or released.")
         return
@@ -117,7 +116,7 @@ def _table(title: str, columns: dict[str, str], rows: list[dict[str, Any]]) -> T
     for heading in columns:
         table.add_column(heading)
     for row in rows:
-        table.add_row(*(escape(_cell(key, row[key])) for key in columns.values()))
+        table.add_row(*(_cell(key, row[key]) for key in columns.values()))
     return table
 
 

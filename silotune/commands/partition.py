@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import typer
-from rich.console import Console
+
+from silotune.terminal import terminal
 
 if TYPE_CHECKING:
     from silotune.data.site import Role
@@ -70,7 +71,7 @@ def partition(  # noqa: PLR0917 - one a command-line option
         seed=seed,
     )
     lines = [f"{part.folder}: {part.records:,} records of {part.units:,} units" for part in parts]
-    Console().print(*lines, sep="\n", highlight=False)
+    terminal().print(*lines, sep="\n")
 
 
 def _columns(given: list[str]) -> dict[Role, str]:

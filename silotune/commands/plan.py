@@ -8,13 +8,13 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from silotune.data.site import SiteConfig, load_sites
 from silotune.errors import SilotuneError
 from silotune.plan import Plan, schema
 from silotune.plan_words import plan_in_words
+from silotune.terminal import headed, terminal
 
 app = typer.Typer(no_args_is_help=True, help="Check plans and print their schema.")
 
@@ -40,7 +40,7 @@ def check(
     if as_json:
         typer.echo(json.dumps(facts))
         return
-    _print(plan, facts, Console())
+    _print(plan, facts, terminal())
 
 
 @app.command("schema")
@@ -128,17 +128,16 @@ def _site_facts(plan: Plan, units: int) -> dict[str, Any]:
 
 
 def _print(plan: Plan, facts: dict[str, Any], console: Console) -> None:
-    console.print(f"[bold]{plan.plan.name}[/] is a valid plan. SHA-256 {plan.sha256}")
+    console.print(headed(plan.plan.name, f"is a valid plan. SHA-256 {plan.sha256}"))
     for heading, sentence in plan_in_words(plan):
-        console.print(f"  [bold]{heading}.[/] {escape(sentence)}", highlight=False)
+        console.print(headed(f"{heading}.", sentence, indent=2))
     if plan.plan.seed is not None:
-        console.print("  [bold]Seeded:[/] repeatable, and therefore not private.")
-    console.print(f"  [bold]Here.[/] {escape(str(facts['model']))}", highlight=False)
+        console.print(headed("Seeded:", "repeatable, and therefore not private.", indent=2))
+    console.print(headed("Here.", str(facts["model"]), indent=2))
     if facts["trainable_parameters"] is not None:
         console.print(
             f"  Trains {facts['trainable_parameters']:,} parameters: {facts['bytes_up']:,} bytes up and "
             f"{facts['bytes_down']:,} down, a site and round.",
-            highlight=False,
         )
     if not facts["sites"]:
         console.print("  Give --sizes 1000,2500 to see epsilon for sites of these sizes.")

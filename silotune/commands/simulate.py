@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from silotune.errors import PlanInvalid
+from silotune.terminal import terminal
 
 
 def simulate(  # noqa: PLR0917 - one a command-line option
@@ -77,7 +77,7 @@ def _run(
     from silotune.simulation.run import Settings, resume, simulate
     from silotune.simulation.summary import print_summary, summary
 
-    console = Console(stderr=as_json)
+    console = terminal(stderr=as_json)
     chosen = Settings(**settings)
     with Progress(console) as progress:
         if plan is None:
@@ -97,8 +97,8 @@ def _run(
         typer.echo(json.dumps({**summary(directory.root), "run_directory": str(directory.root)}))
         return
     print_summary(directory.root, console)
-    console.print(f"Run directory: {directory.root}", highlight=False)
-    console.print(f"Report:        {page}", highlight=False)
+    console.print(f"Run directory: {directory.root}")
+    console.print(f"Report:        {page}")
 
 
 def _parsed(settings: list[str]) -> dict[str, Any]:

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
 from silotune.client.admin_socket import ask
 from silotune.client.errors import RunUnknown
 from silotune.commands import site_views
 from silotune.data.site import SiteConfig
 from silotune.logs import Format, configure
+from silotune.terminal import headed, terminal
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -53,10 +52,10 @@ def join(
     """
     from silotune.client.joining import Joining
 
-    console = Console(stderr=as_json)
+    console = terminal(stderr=as_json)
     joining = Joining(SiteConfig.load(config), code)
     joining.ask()
-    console.print(f"This site's six words are   [bold]{joining.words}[/]")
+    console.print(headed("This site's six words:", joining.words, style=""))
     console.print("Read them to the coordinator's operator. Waiting for the approval.")
     enrolment = joining.wait(seconds=wait)
     if enrolment is None:
@@ -66,7 +65,7 @@ def join(
     if as_json:
         typer.echo(facts.model_dump_json())
         return
-    console.print(f"{facts.site} is now in federation [bold]{facts.federation}[/].")
+    console.print(f"{facts.site} is now in federation {facts.federation}.")
     console.print("Next: silotune site doctor, then silotune site start.")
 
 
@@ -85,7 +84,7 @@ def doctor(config: ConfigPath = _CONFIG, as_json: AsJson = False) -> None:
         rows = [vars(finding) for finding in findings]
         typer.echo(json.dumps({"healthy": not failed, "findings": rows}, indent=2))
     else:
-        site_views.print_findings(findings, Console())
+        site_views.print_findings(findings, terminal())
     if failed:
         raise typer.Exit(70)
 
@@ -128,7 +127,7 @@ def status(config: ConfigPath = _CONFIG, as_json: AsJson = False) -> None:
     if as_json:
         typer.echo(json.dumps(found))
         return
-    site_views.print_status(found, Console())
+    site_views.print_status(found, terminal())
 
 
 @app.command()
@@ -215,9 +214,9 @@ def plans(
     if as_json:
         typer.echo(json.dumps({"plans": described}, indent=2))
         return
-    console = Console()
+    console = terminal()
     if not described:
-        console.print("Nothing is proposed." if not run else f"No proposal fits {escape(run)}.")
+        console.print("Nothing is proposed." if not run else f"No proposal fits {run}.")
     for found in described:
         site_views.print_proposal(found, console)
 

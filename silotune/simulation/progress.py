@@ -20,6 +20,7 @@ from rich.text import Text
 from silotune.errors import catalogue
 from silotune.simulation.progress_state import RunState
 from silotune.simulation.wording import DASH, clock_time, printable
+from silotune.terminal import terminal
 
 _MOST_SITES = 12
 _STYLES = {"training": "cyan", "replied": "green", "failed": "red", "refused": "red"}
@@ -38,7 +39,7 @@ class Progress:
     """
 
     def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console()
+        self._console = console or terminal()
         self._state = RunState()
         self._lock = threading.RLock()  # the display redraws from a thread of its own
         self._round_to_print = False
@@ -93,7 +94,7 @@ class Progress:
         self._round_to_print = False
 
     def _print(self, line: str) -> None:
-        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+        self._console.print(line, soft_wrap=True)
 
     def _line(self, event: Mapping[str, Any]) -> str:
         """What is worth a line of its own, in both forms; else nothing."""

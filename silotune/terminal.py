@@ -1,0 +1,65 @@
+"""The terminal: what is printed is what was said, and nothing in it is read as markup.
+
+Rich reads ``[policy]`` and ``:x:`` in any text as a style and an emoji, and leaves them out. So every
+console of the product comes from here, with both switched off; a style is given by
+`rich.text.Text`. Help texts, which Typer has Rich read, are made literal in one place, too.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.markup import escape
+from rich.text import Text
+from typer.core import TyperArgument, TyperGroup
+from typer.models import ArgumentInfo
+from typer.utils import get_params_from_function
+
+
+def terminal(*, stderr: bool = False) -> Console:
+    """A console that prints texts as they are."""
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+
+def headed(heading: str, rest: str, *, style: str = "bold", indent: int = 0) -> Text:
+    """A line that begins with a styled word or two."""
+    return Text.assemble(" " * indent, (heading, style), " ", rest)
+
+
+def say(sentence: str, *, stderr: bool = False) -> None:
+    """Print a sentence: broken between words on a terminal, in one line anywhere else."""
+    console = terminal(stderr=stderr)
+    console.print(sentence, soft_wrap=not console.is_terminal)
+
+
+class LiteralGroup(TyperGroup):
+    """The root of the command line: shows every help text below it as it was written."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        _make_literal(self)
+
+
+def _make_literal(command: click.Command) -> None:
+    if command.help:
+        command.help = _literal(command.help)
+    if command.epilog:
+        command.epilog = _literal(command.epilog)
+    for parameter in command.params:
+        if isinstance(parameter, TyperArgument) and command.callback is not None:
+            # Typer 0.20 loses the help of arguments with Click 8.5, which has one of its own.
+            info = get_params_from_function(command.callback)[str(parameter.name)].default
+            parameter.help = info.help if isinstance(info, ArgumentInfo) else None
+        if text := getattr(parameter, "help", None):
+            parameter.help = _literal(text)
+    for sub in getattr(command, "commands", {}).values():
+        _make_literal(sub)
+
+
+def _literal(text: str) -> str:
+    """A help text that Rich shows as it is, its paragraphs filled to the width of the terminal."""
+    paragraphs = inspect.cleandoc(text).split("\n\n")
+    return "\n\n".join(escape(" ".join(part.split())) for part in paragraphs)
