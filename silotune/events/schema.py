@@ -345,3 +345,18 @@ def parse(row: Mapping[str, Any]) -> Event:
         wrong = sorted({".".join(map(str, error["loc"])) for error in exc.errors()})
         kind = str(row.get("event"))[:40]
         raise EventMalformed(f"{kind}: {', '.join(wrong)[:300]}") from exc
+
+
+def written(kind: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """An event as it is written down: nothing that readers of the schema could not read.
+
+    Raises
+    ------
+    EventMalformed
+        There is no such kind, or the fields (`time` among them) are not its own.
+    """
+    event = {"time": fields.get("time"), "event": kind, **fields}
+    if kind not in _BY_KIND:
+        raise EventMalformed(f"{kind[:40]}: there is no such kind")
+    parse(event)
+    return event

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from sqlalchemy import Connection, func, insert
 
-from silotune.events.schema import parse
+from silotune.events.schema import written
 from silotune.server.store import Store
 from silotune.server.tables import EVENTS
 
@@ -42,10 +42,10 @@ def event_row(run: str | None, kind: str, fields: Mapping[str, Any], now: float)
     Raises
     ------
     EventMalformed
-        The fields are not those of the kind (`silotune.events.schema`).
+        There is no such kind (`silotune.events.schema`), or the fields are not its own.
     """
     plain = jsonable(fields)
-    parse({"time": now, "event": kind, **plain})
+    written(kind, {"time": now, **plain})
     text = json.dumps(plain, separators=(",", ":"), allow_nan=False)
     return {"run": run, "time": now, "event": kind, "fields": text}
 

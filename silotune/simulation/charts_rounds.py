@@ -7,7 +7,6 @@ draw.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -16,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
+from silotune.events.view import RoundView, RunView
 from silotune.simulation.chart_parts import (
     MOST_SITES,
     frame,
@@ -37,7 +37,6 @@ from silotune.simulation.charting import (
     Chart,
     render,
 )
-from silotune.simulation.run_record import History, Round
 from silotune.simulation.wording import printable
 
 _UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "bytes"))
@@ -47,7 +46,7 @@ _TIMES = (("train", BLUE), ("wait", VERMILION), ("aggregate", GREEN), ("other", 
 _THICKNESS = {VERMILION: 0.84, BLUE: 0.60, GRID: 0.20}
 
 
-def bytes_chart(rounds: Sequence[Round]) -> Chart | None:
+def bytes_chart(rounds: Sequence[RoundView]) -> Chart | None:
     """Bytes to and from the sites in each round, a panel each, one scale."""
     largest = max((max(found.bytes_up, found.bytes_down) for found in rounds), default=0)
     if not largest:
@@ -78,7 +77,7 @@ def bytes_chart(rounds: Sequence[Round]) -> Chart | None:
     return render("bytes", draw, description=description)
 
 
-def time_chart(rounds: Sequence[Round], workers: int) -> Chart | None:
+def time_chart(rounds: Sequence[RoundView], workers: int) -> Chart | None:
     """Seconds of each round, split into training, waiting, aggregating and the rest."""
     if not rounds:
         return None
@@ -110,41 +109,44 @@ def _draw_time(
     return figure
 
 
-def _split(found: Round, workers: int) -> tuple[float, float, float, float]:
-    train = min((found.train_seconds or 0.0) / workers, found.wait_seconds)
-    rest = (found.seconds or 0.0) - found.wait_seconds - found.aggregate_seconds
-    return train, found.wait_seconds - train, found.aggregate_seconds, max(0.0, rest)
+def _split(found: RoundView, workers: int) -> tuple[float, float, float, float]:
+    waited, aggregate = found.wait_seconds or 0.0, found.aggregate_seconds or 0.0
+    train = min((found.train_seconds or 0.0) / workers, waited)
+    rest = (found.seconds or 0.0) - waited - aggregate
+    return train, waited - train, aggregate, max(0.0, rest)
 
 
-def timeline_chart(history: History, sites: Sequence[str]) -> Chart | None:
+def timeline_chart(history: RunView, sites: Sequence[str]) -> Chart | None:
     """Who took part in which round: a row a site, with failures, refusals and resumes marked."""
-    settled = tuple(found for found in history.rounds if found.seconds is not None or found.failed)
+    settled = [found for found in history.every_round if found.done or found.failed]
     if not settled:
         return None
-    history = replace(history, rounds=settled)
-    refused = sum(fault.number is None for fault in history.faults)
+    refused = sum(trouble.round is None for trouble in history.troubles)
     description = (
-        f"{len(sites)} sites over {len(history.rounds)} rounds: {refused} refused to join, "
-        f"{len(history.faults) - refused} failed replies, resumed {len(history.resumed_at)} times"
+        f"{len(sites)} sites over {len(settled)} rounds: {refused} refused to join, "
+        f"{len(history.troubles) - refused} failed replies, resumed {len(history.resumed_at)} times"
     )
-    draw = partial(_draw_timeline, history=history, sites=in_trouble_first(history, sites))
+    shown = in_trouble_first(history, sites)
+    draw = partial(_draw_timeline, history=history, rounds=settled, sites=shown)
     return render("timeline", draw, description=description)
 
 
-def in_trouble_first(history: History, sites: Sequence[str]) -> list[str]:
+def in_trouble_first(history: RunView, sites: Sequence[str]) -> list[str]:
     """Every site, or where they are too many for a chart first those that refused or failed."""
     if len(sites) <= MOST_SITES:
         return list(sites)
-    troubled = {fault.site for fault in history.faults}
+    troubled = {trouble.site for trouble in history.troubles}
     return sorted(sites, key=lambda site: site not in troubled)[:MOST_SITES]
 
 
-def _draw_timeline(canvas: Canvas, *, history: History, sites: Sequence[str]) -> Figure:
+def _draw_timeline(
+    canvas: Canvas, *, history: RunView, rounds: Sequence[RoundView], sites: Sequence[str]
+) -> Figure:
     figure, axes = frame(canvas, height=0.85 + (0.48 if canvas.narrow else 0.23) * len(sites))
-    refused = {fault.site: fault.code for fault in history.faults if fault.number is None}
+    refused = {found.site: found.code for found in history.troubles if found.round is None}
     for row, site in enumerate(sites):
         # On a phone the upper part of a row is its name.
-        _timeline_row(axes, row, site, history, scale=0.6 if canvas.narrow else 1.0)
+        _timeline_row(axes, row, site, rounds, scale=0.6 if canvas.narrow else 1.0)
         if site in refused:
             box = {"facecolor": PAPER, "edgecolor": "none", "pad": 1.5}
             axes.text(0.6, row, f"refused, {refused[site]}", va="center", bbox=box)
@@ -155,19 +157,21 @@ def _draw_timeline(canvas: Canvas, *, history: History, sites: Sequence[str]) ->
     axes.set_ylim(len(sites) - 0.5, -1.05 if canvas.narrow else -0.5)
     axes.grid(visible=False)
     key(axes, [("replied", BLUE), ("failed", VERMILION), ("not in the round", GRID)], canvas)
-    rounds_axis(axes, first=1, last=max(history.rounds[-1].number, history.planned_rounds))
+    rounds_axis(axes, first=1, last=max(rounds[-1].number, history.planned))
     if history.resumed_at:
         axes.set_xlabel("round (dotted line: resumed)")
     return figure
 
 
-def _timeline_row(axes: Any, row: int, site: str, history: History, *, scale: float) -> None:
-    def state(found: Round) -> str:
+def _timeline_row(
+    axes: Any, row: int, site: str, rounds: Sequence[RoundView], *, scale: float
+) -> None:
+    def state(found: RoundView) -> str:
         if site in found.failed:
             return VERMILION
         return BLUE if site in found.replied else GRID
 
-    for colour, group in groupby(history.rounds, key=state):
+    for colour, group in groupby(rounds, key=state):
         members = [found.number for found in group]
         thick = _THICKNESS[colour] * scale
         corner = (members[0] - 0.5, row - thick / 2)

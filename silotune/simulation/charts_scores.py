@@ -12,6 +12,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from silotune.events.view import Evaluation, RoundView
 from silotune.simulation.chart_parts import (
     MOST_SITES,
     frame,
@@ -32,7 +33,6 @@ from silotune.simulation.charting import (
     render,
 )
 from silotune.simulation.figures import Curves, Metric, SiteRow
-from silotune.simulation.run_record import Evaluation, Round
 from silotune.simulation.wording import printable
 
 _BARS = (
@@ -44,7 +44,7 @@ _WORSE = "\N{BLACK DOWN-POINTING TRIANGLE}"
 
 
 def learning_chart(
-    evaluations: Sequence[Evaluation], metric: Metric, rounds: Sequence[Round]
+    evaluations: Sequence[Evaluation], metric: Metric, rounds: Sequence[RoundView]
 ) -> Chart | None:
     """Score after each round that was evaluated, and the range over the sites.
 
@@ -64,7 +64,7 @@ def learning_chart(
 
 
 def _draw_learning(
-    canvas: Canvas, *, points: Sequence[Evaluation], metric: Metric, rounds: Sequence[Round]
+    canvas: Canvas, *, points: Sequence[Evaluation], metric: Metric, rounds: Sequence[RoundView]
 ) -> Figure:
     figure, axes = frame(canvas, height=3.2 if canvas.narrow else 2.9)
     _mark_phases(axes, rounds)
@@ -99,9 +99,9 @@ def _draw_learning(
     return figure
 
 
-def _mark_phases(axes: Any, rounds: Sequence[Round]) -> None:
+def _mark_phases(axes: Any, rounds: Sequence[RoundView]) -> None:
     """A line where head-only rounds end and the adapter joins."""
-    head = [found.number for found in rounds if found.phase == "head"]
+    head = [found.number for found in rounds if found.trains == "head"]
     if not head or len(head) == len(rounds):
         return
     axes.axvline(head[-1] + 0.5, color=MUTED, linewidth=0.9, linestyle=(0, (2, 2)))

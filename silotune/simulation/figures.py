@@ -11,8 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from silotune.events.view import Trouble
 from silotune.privacy.live_epsilon import LiveEpsilon
-from silotune.simulation.run_record import Fault, Method, RunRecord, Scores
+from silotune.simulation.run_record import Method, RunRecord, Scores
 
 Curves = Mapping[str, Sequence[tuple[int, float]]]
 """Epsilon by site: pairs of a round's number and what is spent after it."""
@@ -125,7 +126,7 @@ class Summary:
     time: TimeSplit
     bytes_up: int
     bytes_down: int
-    faults: tuple[Fault, ...]
+    faults: tuple[Trouble, ...]
     last_score: Mapping[str, Any] | None
 
     def method(self, key: str) -> MethodRow | None:
@@ -178,7 +179,7 @@ def summarise(record: RunRecord) -> Summary:
         time=_time_split(record),
         bytes_up=sum(found.bytes_up for found in rounds),
         bytes_down=sum(found.bytes_down for found in rounds),
-        faults=record.history.faults,
+        faults=tuple(record.history.troubles),
         last_score=_last_score(record),
     )
 
@@ -209,12 +210,15 @@ def _counted(record: RunRecord) -> dict[str, list[tuple[int, float]]]:
     """What the finished rounds of a run without certificates cost, as its sites' noise says."""
     section, rounds = record.plan.get("privacy") or {}, record.plan.get("rounds") or {}
     delta, planned = section.get("delta"), _planned_rounds(record)
-    if delta is None or not planned or not record.history.mechanisms:
+    mechanisms = {
+        site.name: site.mechanism for site in record.history.sites.values() if site.mechanism
+    }
+    if delta is None or not planned or not mechanisms:
         return {}
     live = LiveEpsilon(
         delta=float(delta), rounds=planned, local_steps=int(rounds.get("local_steps") or 1)
     )
-    for site, (rate, sigma) in record.history.mechanisms.items():
+    for site, (rate, sigma) in mechanisms.items():
         live.joined(site, rate=rate, sigma=sigma)
     curves: dict[str, list[tuple[int, float]]] = {}
     for found in record.history.finished_rounds:
@@ -254,7 +258,7 @@ def _statement(protected: bool, seeded: bool) -> str:
 
 def _planned_rounds(record: RunRecord) -> int:
     planned = (record.plan.get("rounds") or {}).get("number")
-    return int(planned or record.history.planned_rounds)
+    return int(planned or record.history.planned)
 
 
 def _same_budget(one: Method | None, other: Method | None) -> bool:
@@ -308,9 +312,9 @@ def _time_split(record: RunRecord) -> TimeSplit:
     rounds = record.history.finished_rounds
     workers = max(1, int(record.resolved.get("workers") or 1))
     known = [found.train_seconds for found in rounds if found.train_seconds is not None]
-    waited = sum(found.wait_seconds for found in rounds)
+    waited = sum(found.wait_seconds or 0.0 for found in rounds)
     train = min(sum(known) / workers, waited)
-    aggregate = sum(found.aggregate_seconds for found in rounds)
+    aggregate = sum(found.aggregate_seconds or 0.0 for found in rounds)
     total = sum(found.seconds or 0.0 for found in rounds)
     return TimeSplit(
         workers=workers,

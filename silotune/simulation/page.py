@@ -9,10 +9,11 @@ from datetime import UTC, datetime
 from typing import Any, Literal, TypeVar
 
 from silotune.errors import PlanInvalid, SilotuneError, catalogue
+from silotune.events.view import Evaluation, RoundView, Trouble
 from silotune.plan import Plan
 from silotune.plan_words import plan_in_words
 from silotune.simulation.figures import Metric, Summary
-from silotune.simulation.run_record import Evaluation, Fault, Round, RunRecord
+from silotune.simulation.run_record import RunRecord
 from silotune.simulation.wording import (
     DASH,
     epsilon,
@@ -221,12 +222,12 @@ def epsilon_table(found: Summary) -> Table | None:
     return Table(("round", *map(printable, curves)), tuple(rows))
 
 
-def round_table(rounds: Sequence[Round]) -> Table:
+def round_table(rounds: Sequence[RoundView]) -> Table:
     """Each round in figures (evenly thinned)."""
     rows = [
         (
             f"{found.number}",
-            found.phase,
+            found.trains,
             f"{len(found.replied)} of {len(found.cohort)}",
             f"{len(found.failed)}",
             f"{found.seconds or 0:.2f}",
@@ -247,10 +248,10 @@ def thinned(items: Sequence[_Item]) -> list[_Item]:
     return [items[round(place * last / (_MOST_ROWS - 1))] for place in range(_MOST_ROWS)]
 
 
-def fault_rows(faults: Sequence[Fault]) -> list[FaultRow]:
+def fault_rows(faults: Sequence[Trouble]) -> list[FaultRow]:
     """Faults of one site and code together, explained by the catalogue of errors."""
     known: Mapping[str, type[SilotuneError]] = {error.code: error for error in catalogue()}
-    grouped: dict[tuple[str, str], list[Fault]] = {}
+    grouped: dict[tuple[str, str], list[Trouble]] = {}
     for fault in faults:
         grouped.setdefault((fault.site, fault.code), []).append(fault)
     rows = []
@@ -321,8 +322,8 @@ def _figure(value: float | None) -> str:
     return DASH if value is None else f"{value:.4g}"
 
 
-def _when(group: Sequence[Fault]) -> str:
-    numbers = [fault.number for fault in group if fault.number is not None]
+def _when(group: Sequence[Trouble]) -> str:
+    numbers = [fault.round for fault in group if fault.round is not None]
     if not numbers:
         return "refused to join"
     shown = ", ".join(map(str, numbers[:12])) + (", \N{HORIZONTAL ELLIPSIS}" * (len(numbers) > 12))

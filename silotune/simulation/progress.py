@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
+from statistics import mean
 from types import TracebackType
 from typing import Any, Self
 
@@ -18,12 +20,17 @@ from rich.table import Table
 from rich.text import Text
 
 from silotune.errors import catalogue
-from silotune.simulation.progress_state import RunState
-from silotune.simulation.wording import DASH, clock_time, printable
+from silotune.events.view import RunView, SiteView
+from silotune.simulation.wording import DASH, clock_time, plural, printable
 from silotune.terminal import terminal
 
 _MOST_SITES = 12
-_STYLES = {"training": "cyan", "replied": "green", "failed": "red", "refused": "red"}
+_STYLES = {
+    **{"training": "cyan", "masked": "blue", "unmasked": "blue", "done": "green"},
+    **{"late": "yellow", "dropped": "yellow", "failed": "red", "refused": "red"},
+}
+_SCORES = (("macro_f1", "macro-F1"), ("loss", "loss"), ("accuracy", "accuracy"))
+_RECENT = 8  # rounds whose pace tells how long the rest will take
 
 
 class Progress:
@@ -40,7 +47,7 @@ class Progress:
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or terminal()
-        self._state = RunState()
+        self._view = RunView("")
         self._lock = threading.RLock()  # the display redraws from a thread of its own
         self._round_to_print = False
         self._live: Live | None = None
@@ -73,7 +80,7 @@ class Progress:
             kind = event.get("event")
             if kind != "evaluated":
                 self._flush()
-            self._state.add(event)
+            self._view.extend([event])
             if kind == "round_finished":
                 # Its line waits for the scores of this round, which come right behind it.
                 self._round_to_print = True
@@ -90,7 +97,7 @@ class Progress:
     def _flush(self) -> None:
         """Print the held-back line of a finished round, where rounds have lines."""
         if self._round_to_print and not self._console.is_terminal:
-            self._print(self._state.round_line())
+            self._print(round_line(self._view))
         self._round_to_print = False
 
     def _print(self, line: str) -> None:
@@ -98,54 +105,61 @@ class Progress:
 
     def _line(self, event: Mapping[str, Any]) -> str:
         """What is worth a line of its own, in both forms; else nothing."""
-        state, site, line = self._state, printable(str(event.get("site", ""))), ""
+        view, site, line = self._view, printable(str(event.get("site", ""))), ""
         match event.get("event"):
             case "run_started":
-                line = f"{state.run}: {len(state.sites)} sites, {state.rounds} rounds"
+                line = f"{event.get('run', '')}: {plural(len(view.sites), 'site')}, "
+                line += plural(view.planned, "round")
             case "run_resumed":
                 line = f"resumed after round {event['from_round']}"
             case "site_refused":
                 line = f"{site} refused to join: {_explained(event)}"
             case "site_failed":
                 line = f"{site} failed in round {event['round']}: {_explained(event)}"
+            case "round_void":
+                line = f"round {event['round']} came to nothing: {_explained(event)}"
+            case "run_failed":
+                line = f"the run ended: {_explained(event)}"
+            case "run_stopped":
+                line = f"stopped in round {event['round']}"
             case "worker_ready" if not self._console.is_terminal:
                 line = f"worker {event['worker'] + 1} ready after {event['seconds']:.1f} s"
-            case "site_joined" if not self._console.is_terminal and len(state.sites) <= _MOST_SITES:
-                line = f"{site} joined, {state.joined} of {len(state.sites)}"
+            case "site_joined" if not self._console.is_terminal and len(view.sites) <= _MOST_SITES:
+                line = f"{site} joined, {view.joined} of {len(view.sites)}"
             case "run_finished":
                 line = f"{event['rounds']} rounds finished in {clock_time(event['seconds'])}"
             case "baseline_finished" if not self._console.is_terminal:
-                line = f"{printable(state.baseline)}, after {clock_time(event['seconds'])}"
+                line = f"{_baseline(view)}, after {clock_time(event['seconds'])}"
         return line
 
     # --- the live display ---
 
     def _headline(self) -> RenderableType:
-        state = self._state
-        left = f"round {state.number} of {state.rounds}" if state.number else _beginning(state)
-        if state.phase and not state.finished:
-            left += f", {'head only' if state.phase == 'head' else 'head and adapter'}"
-        if state.baseline:
-            left = state.baseline
+        view = self._view
+        current = view.current
+        left = f"round {current.number} of {view.planned}" if current else _beginning(view)
+        if current and current.trains and not view.finished:
+            left += f", {'head only' if current.trains == 'head' else 'head and adapter'}"
         grid = Table.grid(expand=True, padding=(0, 1))
         grid.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
         grid.add_column(no_wrap=True, justify="right")
-        grid.add_row(Text(printable(left), style="bold"), Text(state.times(time.time())))
+        words = _baseline(view) or printable(left)
+        grid.add_row(Text(words, style="bold"), Text(_times(view, time.time())))
         return grid
 
     def _bar(self) -> RenderableType:
-        done, of = self._state.share
+        view = self._view
+        found = view.baseline
+        done, of = (found.number, found.of) if found else (view.done, view.planned)
         grid = Table.grid(expand=True)  # a bar by itself doesn't end its line
         grid.add_row(ProgressBar(total=max(of, 1), completed=done))
         return grid
 
     def _scores(self) -> RenderableType:
-        state = self._state
-        parts = [f"{state.score}, simulator's view" if state.score else "no score yet"]
-        if state.epsilon:
-            parts.append(
-                f"\N{GREEK SMALL LETTER EPSILON} at most {max(state.epsilon.values()):.2f}"
-            )
+        seen = _score(self._view)
+        parts = [f"{seen[1]}, simulator's view" if seen else "no score yet"]
+        if spent := _spent(self._view):
+            parts.append(f"\N{GREEK SMALL LETTER EPSILON} at most {spent:.2f}")
         return Text(";  ".join(parts), no_wrap=True, overflow="ellipsis")
 
     def _sites(self) -> RenderableType:
@@ -154,28 +168,89 @@ class Progress:
         table.add_column("state", no_wrap=True, width=16)
         table.add_column("trained", no_wrap=True, justify="right", width=9)
         table.add_column("\N{GREEK SMALL LETTER EPSILON}", no_wrap=True, justify="right", width=7)
-        state = self._state
-        shown = sorted(state.sites, key=lambda name: not state.sites[name].troubled)[:_MOST_SITES]
-        for name in [site for site in state.sites if site in shown]:
-            site = state.sites[name]
-            word = site.state.split(" ")[0]
-            spent = state.epsilon.get(name)
-            table.add_row(
-                Text(printable(name)),
-                Text(site.state, style=_STYLES.get(word, "")),
-                f"{site.seconds:.2f} s" if site.seconds is not None else DASH,
-                f"{spent:.2f}" if spent is not None else DASH,
-            )
-        if len(state.sites) > len(shown):
-            table.add_row(Text(state.counts(leaving_out=shown)), "", "", "")
+        sites = self._view.sites
+        shown = sorted(sites, key=lambda name: not sites[name].troubled)[:_MOST_SITES]
+        for name, site in sites.items():
+            if name in shown:
+                table.add_row(
+                    Text(printable(name)),
+                    Text(f"{site.state} {site.code}".strip(), style=_STYLES.get(site.state, "")),
+                    f"{site.trained:.2f} s" if site.trained is not None else DASH,
+                    f"{site.epsilon:.2f}" if site.epsilon is not None else DASH,
+                )
+        if len(sites) > len(shown):
+            table.add_row(Text(_counts(sites, leaving_out=shown)), "", "", "")
         return table
 
 
-def _beginning(state: RunState) -> str:
+def round_line(view: RunView) -> str:
+    """The last finished round of a run in one line."""
+    found = view.finished_rounds[-1]
+    replied = len(found.replied.keys() - found.failed.keys())
+    parts = [f"{replied}/{len(found.cohort)} sites", f"{found.seconds or 0:.2f} s"]
+    if found.void:
+        parts.append(f"void, {printable(found.void)}")
+    seen = _score(view)
+    if seen and seen[0] == found.number:
+        parts.append(f"{seen[1]} (simulator's view)")
+    if spent := _spent(view):
+        parts.append(f"eps {spent:.2f}")
+    if left := _remaining(view):
+        parts.append(left)
+    trains = f" {found.trains}" if found.trains else ""
+    return f"round {found.number}/{view.planned}{trains}: {', '.join(parts)}"
+
+
+def _beginning(view: RunView) -> str:
     """What goes on before the first round."""
-    if not state.workers and not state.joined:
+    if not view.workers and not view.joined:
         return "workers are starting"
-    return f"sites read their records: {state.joined} of {len(state.sites)} joined"
+    return f"sites read their records: {view.joined} of {len(view.sites)} joined"
+
+
+def _baseline(view: RunView) -> str:
+    found = view.baseline
+    return f"baseline {found.number} of {found.of}: {printable(found.title)}" if found else ""
+
+
+def _score(view: RunView) -> tuple[int, str] | None:
+    """The newest of the simulator's own scores, in words, and its round."""
+    looks = [found for found in view.evaluations if found.view == "simulator"]
+    for key, title in _SCORES:
+        if looks and key in looks[-1].pooled:
+            words = f"{looks[-1].split} {title} {looks[-1].pooled[key]:.3f}"
+            return looks[-1].number, words.strip()
+    return None
+
+
+def _spent(view: RunView) -> float:
+    return max((site.epsilon for site in view.sites.values() if site.epsilon), default=0.0)
+
+
+def _times(view: RunView, now: float) -> str:
+    """Time gone and, as far as it can be said, time to go."""
+    gone = clock_time(now - view.started) if view.started is not None else clock_time(0)
+    left = "" if view.finished else _remaining(view)
+    return f"{gone}, {left}" if left else gone
+
+
+def _remaining(view: RunView) -> str:
+    """Time to go by the pace of the last rounds; head-only rounds are quicker than others."""
+    current = view.current
+    if current is None or view.done >= view.planned:
+        return ""
+    like = [found for found in view.finished_rounds if found.trains == current.trains]
+    pace = [found.ended - found.started for found in like[-_RECENT:] if found.ended is not None]
+    if not pace:
+        return ""
+    words = "at least" if current.trains == "head" else "about"
+    return f"{words} {clock_time(mean(pace) * (view.planned - view.done))} left"
+
+
+def _counts(sites: Mapping[str, SiteView], *, leaving_out: Collection[str]) -> str:
+    """How many of the other sites are in which state."""
+    others = Counter(site.state for name, site in sites.items() if name not in leaving_out)
+    return "and " + ", ".join(f"{number} {state}" for state, number in sorted(others.items()))
 
 
 def _explained(event: Mapping[str, Any]) -> str:

@@ -56,7 +56,7 @@ def draw_charts(record: RunRecord, found: Summary) -> dict[str, Chart]:
     """Every chart that there is something to draw for, by name."""
     history = record.history
     drawn = (
-        learning_chart(page.view(record, "simulator"), found.metric, history.rounds),
+        learning_chart(page.view(record, "simulator"), found.metric, history.every_round),
         site_chart(found.by_site, found.metric),
         epsilon_chart(found.epsilon_curves, found.privacy.budget),
         timeline_chart(history, record.sites),

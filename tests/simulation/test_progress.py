@@ -133,7 +133,7 @@ def test_of_many_sites_those_in_trouble_are_shown_and_the_rest_counted(events):
     ]
     text = "\n".join(shown(told))
     assert "site-059" in text
-    assert re.search(r"and 48 replied", text)
+    assert re.search(r"and 48 done", text)
 
 
 def test_a_terminal_gets_the_live_display_and_only_trouble_as_lines(events):
