@@ -14,6 +14,16 @@ if TYPE_CHECKING:
 _SUMS_AS_THEY_ARE = frozenset({"fedavg", "ffa", "rolora", "fedsvd"})
 
 
+def sends_all_it_trains(plan: Plan) -> bool:
+    """Whether sites send the sum of all that they train, as it is: other sites' noise then counts.
+
+    A part that is kept, or an update that is changed after its noise, has the site's own noise only,
+    and later rounds depend on it.
+    """
+    aggregation = plan.aggregation
+    return aggregation.strategy in _SUMS_AS_THEY_ARE and aggregation.head == "shared"
+
+
 def secure_conflicts(plan: Plan) -> list[str]:
     """Settings of secure aggregation and shared noise that contradict each other or the rest."""
     shared = plan.privacy.noise == "shared"
@@ -89,7 +99,7 @@ def _shared_conflicts(plan: Plan) -> list[str]:
             "privacy.noise: 'shared' needs aggregation.weights = 'declared', which adds the sums as "
             "they are: other weights would give sites different sensitivities"
         )
-    if plan.aggregation.strategy not in _SUMS_AS_THEY_ARE or plan.aggregation.head == "local":
+    if not sends_all_it_trains(plan):
         found.append(
             "privacy.noise: 'shared' needs a strategy that sends all that it trains, as it is: "
             f"{', '.join(sorted(_SUMS_AS_THEY_ARE))}, with aggregation.head = 'shared'; what a site "

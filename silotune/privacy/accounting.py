@@ -26,6 +26,7 @@ from silotune.privacy import loss
 from silotune.privacy.events import (
     from_json,
     gaussian_event,
+    is_shared,
     shared_step_event,
     step_event,
     to_json,
@@ -37,6 +38,7 @@ __all__ = [
     "Accountant",
     "calibrate",
     "epsilon",
+    "epsilon_at_two_sites",
     "epsilon_curve",
     "from_json",
     "gaussian_event",
@@ -77,6 +79,33 @@ def epsilon(events: Iterable[DpEvent], *, delta: float, colluding: int = 0) -> f
     """
     _require_delta(delta)
     return _epsilon(_mechanisms(uses_of(events, colluding=colluding)), delta)
+
+
+def epsilon_at_two_sites(events: Iterable[DpEvent], *, delta: float) -> float:
+    """Epsilon of a person with a unit at each of two sites that both released `events`.
+
+    Noise of a site's own hides one unit, so the two sites' releases compose. Noise that sites share
+    hides the sum, which the person moves by up to two clips: more than twice the epsilon of one.
+
+    Parameters
+    ----------
+    events : iterable of DpEvent
+        What one site released, without nesting but for repetition.
+    delta : float
+        In (0, 1).
+
+    Raises
+    ------
+    EventInvalid
+        An event that can't be accounted for.
+    """
+    _require_delta(delta)
+    kinds: dict[bool, list[DpEvent]] = {True: [], False: []}
+    for event in events:
+        kinds[is_shared(event)].append(event)
+    own = _mechanisms(Counter({key: 2 * n for key, n in uses_of(kinds[False]).items()}))
+    shared = [Sampled(rate, sigma, n, 2) for (rate, sigma), n in uses_of(kinds[True]).items()]
+    return _epsilon(tuple(sorted([*own, *shared])), delta)
 
 
 def epsilon_curve(
@@ -200,6 +229,8 @@ def _epsilon(mechanisms: Mechanisms, delta: float, coarsening: float = 1.0) -> f
     tight = loss.epsilon(mechanisms, delta, step=coarsening * loss.default_step(mechanisms))
     if math.isfinite(tight):
         return tight
+    if any(m.units == 2 for m in mechanisms):
+        return tight  # two units at once have no Rényi bound here
     rdp = sum((m.uses * _renyi(m.rate, m.sigma) for m in mechanisms), np.zeros(len(_ORDERS)))
     return _from_renyi(rdp, delta)
 

@@ -29,12 +29,15 @@ from silotune.privacy.ledger import Ledger
 from silotune.privacy.signing import fingerprint
 from silotune.privacy.tally import epsilon_of, total
 
-_CONTEXT = b"silotune certificate v1\0"
-_ACCOUNTANT = "silotune, privacy loss distributions (connect the dots)"
-_NOISE = {
-    True: "cryptographically secure, keyed by the operating system",
-    False: "seeded: repeatable by anyone who knows the seed",
+_CONTEXT = b"silotune certificate v2\0"
+
+Noise = Literal["os_csprng", "seeded"]
+Adjacency = Literal["add_remove_unit", "replace_site"]
+_NOISE: Mapping[Noise, str] = {
+    "os_csprng": "cryptographically secure, keyed by the operating system",
+    "seeded": "seeded: repeatable by anyone who knows the seed",
 }
+_ACCOUNTANTS = {"pld": "silotune, privacy loss distributions (connect the dots)"}
 # The accountant discretises and transforms: other machines may differ in the last digits only.
 _TOLERANCE = 1e-6
 
@@ -74,15 +77,12 @@ class Exposure(_Part):
 
     Attributes
     ----------
-    to : str
-        To whom.
     colluding : int
         Sites that collude with the coordinator; -1 for all other sites.
     epsilon : float
         At the certificate's delta.
     """
 
-    to: str
     colluding: Annotated[int, Field(ge=exposure.ALL_OTHERS)]
     epsilon: Annotated[float, Field(ge=0.0)]
 
@@ -106,24 +106,22 @@ class Aggregation(_Part):
 
 
 class CertificateBody(_Part):
-    """Everything that is signed."""
+    """Everything that is signed: names, numbers and fixed terms. Sentences are made of them."""
 
-    format: Literal["silotune certificate 1"] = "silotune certificate 1"
-    statement: str
-    private: bool
+    format: Literal["silotune certificate 2"] = "silotune certificate 2"
     site: str
     run: str
     dataset: str
     unit: str
-    adjacency: str
+    adjacency: Adjacency
     epsilon: Annotated[float, Field(ge=0.0)]
     delta: Positive
     mechanisms: tuple[Mechanism, ...]
     aggregation: Aggregation | None
     exposures: tuple[Exposure, ...]
     clips: dict[str, Positive]
-    noise: str
-    accountant: str
+    noise: Noise
+    accountant: Literal["pld"] = "pld"
     accountant_version: str
     code_version: str
     plan_sha256: Sha256
@@ -131,6 +129,49 @@ class CertificateBody(_Part):
     ledger_seq: Annotated[int, Field(ge=0)]
     ledger_head: Sha256
     time: str
+
+    @property
+    def private(self) -> bool:
+        """Whether nobody could repeat the noise."""
+        return self.noise != "seeded"
+
+    @property
+    def statement(self) -> str:
+        """What is guaranteed, in a sentence; its epsilon is never below the true one."""
+        if not self.private:
+            return "seeded: not private"
+        whom = (
+            "all records of this site together"
+            if self.adjacency == "replace_site"
+            else f"every {self.unit} of this dataset"
+        )
+        shown = math.ceil(self.epsilon * 1e4) / 1e4
+        return f"({shown:.4f}, {self.delta:g})-differential privacy for {whom}"
+
+    @property
+    def adjacency_in_words(self) -> str:
+        """Which datasets the guarantee makes hard to tell apart."""
+        if self.adjacency == "replace_site":
+            return "replace the records of this site by any others, all of them at once"
+        if self.unit == "record":
+            return "add or remove one record at this site"
+        return f"add or remove one {self.unit}, with all its records, at this site"
+
+    @property
+    def noise_in_words(self) -> str:
+        """Where the noise came from."""
+        return _NOISE[self.noise]
+
+    @property
+    def accountant_in_words(self) -> str:
+        """What computed epsilon."""
+        return f"{_ACCOUNTANTS[self.accountant]} {self.accountant_version}"
+
+    @property
+    def exposed_to(self) -> list[tuple[str, float]]:
+        """Against whom each epsilon of `exposures` holds, in words."""
+        sums = _sums(self.aggregation)
+        return [(exposure.in_words(e.colluding, sums=sums), e.epsilon) for e in self.exposures]
 
 
 @dataclass(frozen=True)
@@ -186,11 +227,11 @@ def issue(
         raise CertificateInvalid("a plan without privacy has no certificate")
     tally, head = _charged(ledger, dataset, run=run, plan=plan), ledger.head
     body = CertificateBody(
-        **_guarantee(tally, plan, plan.privacy.delta, private=secure_noise),
+        **_guarantee(tally, plan, plan.privacy.delta),
+        noise="os_csprng" if secure_noise else "seeded",
         site=site,
         run=run,
         dataset=dataset,
-        accountant=_ACCOUNTANT,
         accountant_version=__version__,
         code_version=__version__,
         plan_sha256=plan.sha256,
@@ -214,25 +255,18 @@ def _charged(ledger: Ledger, dataset: str, *, run: str, plan: Plan) -> Mapping[s
     return tally
 
 
-def _guarantee(
-    tally: Mapping[str, int], plan: Plan, delta: float, *, private: bool
-) -> dict[str, Any]:
+def _guarantee(tally: Mapping[str, int], plan: Plan, delta: float) -> dict[str, Any]:
     """The fields that state what is guaranteed, to whom and against whom, and by what."""
     sums = exposure.sums_of(plan)
-    epsilon = epsilon_of(tally, delta=delta)
-    unit = plan.privacy.unit if plan.per_unit else _WHOLE_SITE
     return {
-        "statement": _statement(private=private, unit=unit, epsilon=epsilon, delta=delta),
-        "private": private,
-        "unit": unit,
-        "adjacency": _adjacency(unit),
-        "epsilon": epsilon,
+        "unit": plan.privacy.unit if plan.per_unit else _WHOLE_SITE,
+        "adjacency": "add_remove_unit" if plan.per_unit else "replace_site",
+        "epsilon": epsilon_of(tally, delta=delta),
         "delta": delta,
         "mechanisms": tuple(_mechanism(leaf, times) for leaf, times in sorted(tally.items())),
         "aggregation": _aggregation(sums),
         "exposures": _exposures(tally, delta, sums),
         "clips": _clips(plan.privacy.clip),
-        "noise": _NOISE[private],
     }
 
 
@@ -280,12 +314,7 @@ def verify_content(content: bytes, *, called: str, key_sha256: str | None = None
         problems.append("what it says of collusion is not what its events give")
     if tuple(described) != body.mechanisms:
         problems.append("a rate or sigma is not the one of its event")
-    expected = _statement(
-        private=body.private, unit=body.unit, epsilon=body.epsilon, delta=body.delta
-    )
-    if (body.statement, body.noise) != (expected, _NOISE[body.private]):
-        problems.append("its statement is not what its numbers and its noise allow")
-    if body.adjacency != _adjacency(body.unit):
+    if (body.adjacency == "replace_site") != (body.unit == _WHOLE_SITE):
         problems.append("its adjacency is not the one of its unit")
     if problems:
         raise CertificateInvalid(f"{called}: {'; '.join(problems)}")
@@ -357,36 +386,17 @@ def _exposures(
     tally: Mapping[str, int], delta: float, sums: exposure.Sums | None
 ) -> tuple[Exposure, ...]:
     return tuple(
-        Exposure(to=exposure.in_words(colluding, sums=sums), colluding=colluding, epsilon=epsilon)
+        Exposure(colluding=colluding, epsilon=epsilon)
         for colluding, epsilon in exposure.exposures(tally, delta=delta, sums=sums)
     )
 
 
 def _alike(one: Sequence[Exposure], other: Sequence[Exposure]) -> bool:
     """Equal but for the accountant's last digits."""
-    return [(e.to, e.colluding) for e in one] == [(e.to, e.colluding) for e in other] and all(
+    return [e.colluding for e in one] == [e.colluding for e in other] and all(
         math.isclose(a.epsilon, b.epsilon, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE)
         for a, b in zip(one, other, strict=True)
     )
-
-
-def _statement(*, private: bool, unit: str, epsilon: float, delta: float) -> str:
-    if not private:
-        return "seeded: not private"
-    shown = math.ceil(epsilon * 1e4) / 1e4  # never below what is true
-    if unit == _WHOLE_SITE:
-        return (
-            f"({shown:.4f}, {delta:g})-differential privacy for all records of this site together"
-        )
-    return f"({shown:.4f}, {delta:g})-differential privacy for every {unit} of this dataset"
-
-
-def _adjacency(unit: str) -> str:
-    if unit == _WHOLE_SITE:
-        return "replace the records of this site by any others, all of them at once"
-    if unit == "record":
-        return "add or remove one record at this site"
-    return f"add or remove one {unit}, with all its records, at this site"
 
 
 def _clips(clip: float | Clip | None) -> dict[str, float]:

@@ -102,6 +102,13 @@ def gaussian_event(sigma: float) -> DpEvent:
     return _checked(GaussianDpEvent(float(sigma)))
 
 
+def is_shared(event: DpEvent) -> bool:
+    """Whether the noise of an event, repeated or sampled, is the sum of several sites' shares."""
+    while isinstance(event, SelfComposedDpEvent | PoissonSampledDpEvent):
+        event = event.event
+    return isinstance(event, SharedGaussianDpEvent)
+
+
 def to_json(event: DpEvent) -> str:
     """Canonical JSON of an event: equal events, equal text.
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from dp_accounting import DpEvent, GaussianDpEvent, PoissonSampledDpEvent
 
 from silotune.plan import Plan
+from silotune.plan_secure import sends_all_it_trains
 from silotune.privacy.accounting import from_json, to_json
 from silotune.privacy.events import SharedGaussianDpEvent
 from silotune.privacy.secagg.graph import tolerated_collusion
@@ -46,11 +47,15 @@ def sums_of(plan: Plan) -> Sums | None:
     """How the plan's training updates are summed; None if what a site sends counts on its own.
 
     That other sites' noise counts takes one step a round, one rate, declared weights (so that all
-    noise multipliers are one) and a threshold that the plan fixes.
+    noise multipliers are one), updates that are sent whole and unchanged, and a threshold that the
+    plan fixes.
     """
     aggregation = plan.aggregation
     common = (
-        plan.rounds.local_steps == 1 and plan.privacy.rate and aggregation.weights == "declared"
+        plan.rounds.local_steps == 1
+        and plan.privacy.rate
+        and aggregation.weights == "declared"
+        and sends_all_it_trains(plan)
     )
     if not (aggregation.secure and common and aggregation.threshold and aggregation.cohort):
         return None

@@ -20,7 +20,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -43,11 +43,16 @@ _MGF_ORDERS: Floats = 2.0 ** np.arange(-6.0, 13.0, 0.5)
 
 
 class Sampled(NamedTuple):
-    """`uses` adaptive uses of the Gaussian mechanism on a Poisson sample of the units."""
+    """`uses` adaptive uses of the Gaussian mechanism on a Poisson sample of the units.
+
+    With ``units = 2`` neighbours differ by two units of one person, at two sites, each drawn by itself:
+    the one noise hides a move of 0, 1 or 2 clips.
+    """
 
     rate: float
     sigma: float
     uses: int
+    units: Literal[1, 2] = 1
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,7 @@ def epsilon(mechanisms: Sequence[Sampled], delta: float, *, step: float | None =
     step = step or default_step(mechanisms)
     while step <= _COARSEST:
         try:
-            directions = [discretise(m.rate, m.sigma, step) for m in mechanisms]
+            directions = [discretise(m.rate, m.sigma, step, m.units) for m in mechanisms]
             counts = [m.uses for m in mechanisms]
             removed = _direction([pair[0] for pair in directions], counts, step, delta)
             if all(m.rate == 1.0 for m in mechanisms):
@@ -100,9 +105,11 @@ def default_step(mechanisms: Sequence[Sampled]) -> float:
     """Grid spacing that keeps the variance added by the grid below about 1e-4 of the losses'."""
     uses = sum(m.uses for m in mechanisms)
     # q^2 (exp(1/sigma^2) - 1), the chi-square divergence, is the variance of a small loss.
-    spread = sum(m.uses * m.rate**2 * math.expm1(min(m.sigma**-2, 30.0)) for m in mechanisms)
+    spread = sum(
+        m.uses * (m.units * m.rate) ** 2 * math.expm1(min(m.sigma**-2, 30.0)) for m in mechanisms
+    )
     wanted = min(_USUAL_STEP, _STEP_PER_DEVIATION * math.sqrt(spread / uses))
-    affordable = max(max(_tops(m.rate, m.sigma)) for m in mechanisms) / _MAX_POINTS_ONCE
+    affordable = max(max(_tops(m.rate, m.sigma, m.units)) for m in mechanisms) / _MAX_POINTS_ONCE
     return _USUAL_STEP * 2.0 ** math.ceil(math.log2(max(wanted, affordable) / _USUAL_STEP))
 
 
@@ -115,20 +122,23 @@ class _GridTooLarge(Exception):
 
 
 @lru_cache(maxsize=16)
-def discretise(rate: float, sigma: float, step: float) -> tuple[Losses, Losses]:
-    """Losses of one use, when a unit is removed and when one is added.
+def discretise(
+    rate: float, sigma: float, step: float, units: Literal[1, 2] = 1
+) -> tuple[Losses, Losses]:
+    """Losses of one use, when a unit (or a person's two) is removed and when it is added.
 
     With a grid spacing h, the mass at a loss ``k h > 0`` is a second difference of delta as a
     function of epsilon; the masses of one direction at negative losses are those of the other at
     positive ones times ``exp(-k h)``. So only losses above 0 are computed, where delta is small and
     exact.
     """
-    top_removed, top_added = _tops(rate, sigma)
-    removed = _delta_removed(_grid(top_removed, step), rate, sigma)
+    top_removed, top_added = _tops(rate, sigma, units)
+    both = units == 2
+    removed = (_two_removed if both else _delta_removed)(_grid(top_removed, step), rate, sigma)
     if rate == 1.0:
         symmetric = _losses(removed, removed, step)
         return symmetric, symmetric
-    added = _delta_added(_grid(top_added, step), rate, sigma)
+    added = (_two_added if both else _delta_added)(_grid(top_added, step), rate, sigma)
     return _losses(removed, added, step), _losses(added, removed, step)
 
 
@@ -136,8 +146,10 @@ def _grid(top: float, step: float) -> Floats:
     return np.arange(math.ceil(top / step) + 1, dtype=np.float64) * step
 
 
-def _tops(rate: float, sigma: float) -> tuple[float, float]:
+def _tops(rate: float, sigma: float, units: int = 1) -> tuple[float, float]:
     """Largest loss, but for a mass of 1e-22, of a removal and of an addition."""
+    if units == 2:
+        return _tops_of_two(rate, sigma)
     reach = (_TAIL_SIGMAS * sigma + 0.5) / sigma**2
     if rate == 1.0:
         return reach, reach
@@ -172,6 +184,68 @@ def _delta_added(epsilons: Floats, rate: float, sigma: float) -> Floats:
     x = 0.5 + sigma**2 * np.log(share)
     difference = share * special.ndtr(x / sigma) - special.ndtr((x - 1.0) / sigma)
     deltas = rate * np.exp(epsilons) * np.maximum(difference, 0.0)
+    return np.asarray(np.where(inside, deltas, 0.0))
+
+
+def _tops_of_two(rate: float, sigma: float) -> tuple[float, float]:
+    """`_tops` for a person's two units: the losses where the noise is `_TAIL_SIGMAS` out."""
+    shift = 1.0 / sigma
+    none, one, two = _log_chances(rate)
+
+    def log_ratio(noise: float) -> float:
+        """Log of the mixture over N(0, 1) where the noise, in deviations, is this towards it."""
+        once = one + noise * shift - shift**2 / 2.0
+        return float(np.logaddexp.reduce([none, once, two + 2.0 * noise * shift - 2.0 * shift**2]))
+
+    return log_ratio(_TAIL_SIGMAS + 2.0 * shift), -log_ratio(-_TAIL_SIGMAS)
+
+
+def _log_chances(rate: float) -> tuple[float, float, float]:
+    """Logs of the chances that none, one and both of a person's two units are drawn."""
+    absent = math.log1p(-rate) if rate < 1.0 else -math.inf
+    return 2.0 * absent, math.log(2.0 * rate) + absent, 2.0 * math.log(rate)
+
+
+def _log_root(log_level: Floats, rate: float, sigma: float) -> Floats:
+    """Log of the w > 0 at which ``q^2 exp(-1/s^2) w^2 + 2 q (1-q) w`` is the level.
+
+    With ``w = exp((2 x - 1) / 2 s^2)`` this is where the mixture's density at x, without its first
+    part, is the level times that of N(0, s^2). Kept in logs: levels go beyond exp(700).
+    """
+    _, one, two = _log_chances(rate)
+    square = two - sigma**-2
+    root = 0.5 * np.logaddexp(2.0 * one, math.log(4.0) + square + log_level)
+    return np.asarray(math.log(2.0) + log_level - np.logaddexp(one, root))
+
+
+def _two_removed(epsilons: Floats, rate: float, sigma: float) -> Floats:
+    """`_delta_removed` for a person's two units.
+
+    ``(1-q)^2 N(0, s^2) + 2 q (1-q) N(1, s^2) + q^2 N(2, s^2)`` against ``N(0, s^2)``; the loss exceeds
+    epsilon right of x.
+    """
+    none, one, two = _log_chances(rate)
+    drawn = -math.expm1(none)  # with cancellation nowhere: 1 - (1-q)^2
+    log_level = epsilons + np.log(drawn - math.exp(none) * np.expm1(-epsilons))
+    x = 0.5 + sigma**2 * _log_root(log_level, rate, sigma)
+    found = math.exp(one) * special.ndtr((1.0 - x) / sigma)
+    found += math.exp(two) * special.ndtr((2.0 - x) / sigma)
+    return np.asarray(np.maximum(found - np.exp(log_level + special.log_ndtr(-x / sigma)), 0.0))
+
+
+def _two_added(epsilons: Floats, rate: float, sigma: float) -> Floats:
+    """`_delta_added` for a person's two units: 0 from ``-2 log(1-q)`` on."""
+    none, one, two = _log_chances(rate)
+    drawn = -math.expm1(none)
+    level = np.where(
+        epsilons < 0.5, np.expm1(-epsilons) + drawn, np.exp(-epsilons) - math.exp(none)
+    )
+    inside = level > 0.0
+    level = np.where(inside, level, 1.0)
+    x = 0.5 + sigma**2 * _log_root(np.log(level), rate, sigma)
+    lost = math.exp(one) * special.ndtr((x - 1.0) / sigma)
+    lost += math.exp(two) * special.ndtr((x - 2.0) / sigma)
+    deltas = np.exp(epsilons) * np.maximum(level * special.ndtr(x / sigma) - lost, 0.0)
     return np.asarray(np.where(inside, deltas, 0.0))
 
 

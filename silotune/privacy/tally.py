@@ -70,13 +70,26 @@ def epsilon_of(tally: Mapping[str, int], *, delta: float, colluding: int = 0) ->
 
     With `colluding` sites on the coordinator's side, noise that sites share counts without theirs.
     """
+    from silotune.privacy import accounting
+
+    events = _events(tally)
+    return float(accounting.epsilon(events, delta=delta, colluding=colluding)) if events else 0.0
+
+
+def epsilon_at_two_sites(tally: Mapping[str, int], *, delta: float) -> float:
+    """Epsilon of a person with a unit at two sites that each released what is in the tally."""
+    from silotune.privacy import accounting
+
+    return accounting.epsilon_at_two_sites(_events(tally), delta=delta)
+
+
+def _events(tally: Mapping[str, int]) -> list[DpEvent]:
     from dp_accounting import SelfComposedDpEvent
 
     from silotune.privacy import accounting
 
-    events = [
+    return [
         SelfComposedDpEvent(event=accounting.from_json(leaf), count=n)
         for leaf, n in sorted(tally.items())
         if n
     ]
-    return float(accounting.epsilon(events, delta=delta, colluding=colluding)) if events else 0.0

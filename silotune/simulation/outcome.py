@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -13,6 +15,8 @@ import numpy as np
 from silotune.data.site import SiteConfig
 from silotune.plan import Plan
 from silotune.privacy.accounting import epsilon_curve, step_event
+from silotune.privacy.certificate import CertificateBody
+from silotune.privacy.tally import epsilon_at_two_sites
 from silotune.simulation.baselines import Counts, Outcome, jobs_for, run_jobs
 from silotune.simulation.run_directory import RunDirectory
 from silotune.simulation.spectator import LoggedStore, metrics_of, size_of
@@ -24,26 +28,49 @@ def write_privacy(
     directory: RunDirectory, plan: Plan, finished: Mapping[str, Mapping[str, Any]]
 ) -> None:
     """Write ``privacy.json`` from the sites' certificates."""
-    certificates = {site: found["certificate"] for site, found in finished.items()}
-    sites = {
-        site: _site_privacy(plan, body) for site, body in certificates.items() if body is not None
+    certificates = {
+        site: CertificateBody.model_validate_json(json.dumps(found["certificate"]))
+        for site, found in finished.items()
+        if found["certificate"] is not None
     }
-    example = next((body for body in certificates.values() if body), None)
+    sites = {site: _site_privacy(plan, body) for site, body in certificates.items()}
+    example = next(iter(certificates.values()), None)
+    both = _at_two_sites(plan, list(certificates.values()))
     directory.write_json(
         "privacy.json",
         {
             "private": plan.private and plan.plan.seed is None,
-            "statement": _statement(plan),
+            "statement": _statement(plan, both),
             "unit": plan.privacy.unit,
-            "adjacency": example["adjacency"] if example else "none",
+            "adjacency": example.adjacency_in_words if example else "none",
             "delta": plan.privacy.delta,
             "budget": plan.privacy.epsilon,
+            "two_sites": both,
             "sites": sites,
         },
     )
 
 
-def _statement(plan: Plan) -> str:
+def _at_two_sites(plan: Plan, bodies: Sequence[CertificateBody]) -> dict[str, float] | None:
+    """Epsilon and delta of a person with records at two sites; None if no unit is protected.
+
+    The one noise of all sites hides the sum, which such a person moves by up to two clips: that is
+    accounted for. Where each site has noise of its own, the two sites' guarantees add up.
+    """
+    if not (bodies and plan.per_unit):
+        return None
+    delta = bodies[0].delta
+    if plan.privacy.noise == "shared":
+        tallies = [{m.event: m.times for m in body.mechanisms} for body in bodies]
+        return {
+            "epsilon": max(epsilon_at_two_sites(tally, delta=delta) for tally in tallies),
+            "delta": delta,
+        }
+    largest = sorted((body.epsilon for body in bodies), reverse=True)[:2]
+    return {"epsilon": sum(largest), "delta": 2.0 * delta}
+
+
+def _statement(plan: Plan, both: Mapping[str, float] | None) -> str:
     if plan.trusts_coordinator and plan.plan.seed is None:
         return (
             f"client-level differential privacy, epsilon = {plan.privacy.epsilon:g} for the records of "
@@ -56,26 +83,33 @@ def _statement(plan: Plan) -> str:
         return "seeded: not private"
     if not plan.per_unit:
         return "client-level differential privacy: the records of each site together are protected"
+    protected = f"each {plan.privacy.unit} is protected at its own site"
+    if both is None:
+        return protected
+    shown = math.ceil(both["epsilon"] * 1e2) / 1e2  # never below what is true
     return (
-        f"each {plan.privacy.unit} is protected at its own site; a person with records at two "
-        "sites is protected by the sum of both sites' epsilons"
+        f"{protected}; a person with records at two sites by both together, "
+        f"epsilon = {shown:.2f} at delta = {both['delta']:g}"
     )
 
 
-def _site_privacy(plan: Plan, body: Mapping[str, Any]) -> dict[str, Any]:
+def _site_privacy(plan: Plan, body: CertificateBody) -> dict[str, Any]:
     releases = plan.rounds.number * plan.releases_a_round
-    steps = next(m for m in body["mechanisms"] if m["times"] == releases)
-    rate, sigma = float(steps["rate"]), float(steps["sigma"])
+    steps = next(m for m in body.mechanisms if m.times == releases)
+    rate, sigma = steps.rate, steps.sigma
     per_round = step_event(rate=rate, sigma=sigma, steps=plan.releases_a_round)
     curve = epsilon_curve(
-        per_round, rounds=plan.rounds.number, points=_CURVE_POINTS, delta=float(body["delta"])
+        per_round, rounds=plan.rounds.number, points=_CURVE_POINTS, delta=body.delta
     )
     return {
-        "epsilon": body["epsilon"],
+        "epsilon": body.epsilon,
         "sigma": sigma,
         "rate": rate,
         "steps": releases,
-        "exposures": body["exposures"],
+        "exposures": [
+            {"to": to, "colluding": row.colluding, "epsilon": row.epsilon}
+            for (to, _), row in zip(body.exposed_to, body.exposures, strict=True)
+        ],
         "epsilon_by_round": [[number, value] for number, value in curve],
     }
 

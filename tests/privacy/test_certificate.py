@@ -2,6 +2,7 @@
 
 import base64
 import json
+from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -21,6 +22,7 @@ STEP = step_event(rate=0.05, sigma=1.0, steps=2)
 METRICS = gaussian_event(10.0)
 MODEL = "cd" * 32
 WIDE = Budget(100.0, DELTA)
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def plan_with(**privacy):
@@ -85,7 +87,7 @@ def forge(path, change, *, key=None):
     change(document["certificate"])
     if key is not None:
         text = json.dumps(document["certificate"], sort_keys=True, separators=(",", ":"))
-        signature = key.sign(b"silotune certificate v1\0" + text.encode())
+        signature = key.sign(b"silotune certificate v2\0" + text.encode())
         document["signature"] = base64.b64encode(signature).decode()
         raw = key.public_key().public_bytes_raw()
         document["key"] = base64.b64encode(raw).decode()
@@ -103,7 +105,7 @@ def test_epsilon_is_that_of_one_composition_of_the_runs_own_events(certificate):
 def test_a_certificate_says_what_was_done(certificate, ledger):
     body = verify(certificate).body
     assert (body.site, body.run, body.dataset, body.unit) == ("north", "run", "notes", "record")
-    assert "add or remove one record" in body.adjacency
+    assert "add or remove one record" in body.adjacency_in_words
     assert {(m.rate, m.sigma, m.times) for m in body.mechanisms} == {(0.05, 1.0, 6), (1.0, 10.0, 1)}
     assert body.clips == {"all": 1.0}
     assert (body.plan_sha256, body.model_sha256) == (PLAN.sha256, MODEL)
@@ -127,7 +129,7 @@ def test_a_patient_level_run_says_so(tmp_path):
     body = verify(tmp_path / "certificate.json").body
     assert body.unit == "patient"
     assert "every patient" in body.statement
-    assert "one patient, with all its records" in body.adjacency
+    assert "one patient, with all its records" in body.adjacency_in_words
 
 
 def test_clip_groups_are_listed(tmp_path):
@@ -144,7 +146,7 @@ def test_a_seeded_run_is_certified_as_not_private(ledger, tmp_path):
     body = verify(tmp_path / "seeded.json").body
     assert not body.private
     assert body.statement == "seeded: not private"
-    assert body.noise.startswith("seeded")
+    assert body.noise == "seeded"
 
 
 def test_a_run_that_charged_nothing_has_no_certificate(ledger, tmp_path):
@@ -161,21 +163,19 @@ def test_a_run_that_charged_nothing_has_no_certificate(ledger, tmp_path):
 def change_every_field():
     """One small change for each thing a certificate says."""
     return {
-        "format": "silotune certificate 2",
-        "statement": "perfectly private",
-        "private": False,
+        "format": "silotune certificate 3",
         "site": "south",
         "run": "ruin",
         "dataset": "letters",
         "unit": "patient",
-        "adjacency": "none",
+        "adjacency": "replace_site",
         "epsilon": 0.5,
         "delta": 1e-9,
         "mechanisms": [],
         "aggregation": {"threshold": 3, "tolerated": 0, "shared_noise": False},
         "exposures": [],
         "clips": {},
-        "noise": "plenty",
+        "noise": "seeded",
         "accountant": "mine",
         "accountant_version": "9",
         "code_version": "9",
@@ -211,9 +211,10 @@ SIGNED_LIES = {
     "a smaller delta": (lambda body: body.update(delta=1e-9), "its events give"),
     "a lower rate": (rate, "rate or sigma"),
     "fewer events": (fewer_times, "its events give"),
-    "seeded noise as private": (lambda body: body.update(noise="seeded"), "statement"),
+    "noise of another source": (lambda body: body.update(noise="plenty"), "noise"),
     "less exposure": (lambda body: body["exposures"][0].update(epsilon=0.1), "collusion"),
-    "another unit": (lambda body: body.update(unit="nobody"), "adjacency"),
+    "another adjacency": (lambda body: body.update(adjacency="replace_site"), "adjacency"),
+    "a sentence": (lambda body: body.update(statement="perfectly private"), "statement"),
     "a field more": (lambda body: body.update(extra=1), "extra"),
     "an event of another kind": (
         lambda body: body["mechanisms"][0].update(event='{"kind":"laplace"}'),
@@ -246,3 +247,19 @@ def test_what_is_not_a_certificate_is_refused(tmp_path, content):
         verify(path)
     with pytest.raises(CertificateInvalid):
         verify(tmp_path / "missing.json")
+
+
+def test_no_sentence_is_signed(certificate):
+    """A reworded release reads every certificate ever signed: words are made from terms."""
+    body = json.loads(certificate.read_text())["certificate"]
+    names = {"format", "site", "run", "dataset", "unit", "time"}
+    texts = {key: value for key, value in body.items() if isinstance(value, str)}
+    assert [key for key, value in texts.items() if " " in value and key not in names] == []
+    assert all(set(row) == {"colluding", "epsilon"} for row in body["exposures"])
+
+
+def test_a_certificate_made_long_ago_still_holds():
+    """Golden: signed once by ``tests/golden/make_certificate.py``, never made again."""
+    verified = verify(GOLDEN / "certificate.json", key_sha256=fingerprint(KEY.public_key()))
+    assert verified.body.aggregation is not None
+    assert verified.body.private

@@ -3,7 +3,11 @@ import math
 import numpy as np
 import pytest
 from dp_accounting.pld import privacy_loss_distribution
-from dp_accounting.pld.privacy_loss_mechanism import AdjacencyType, GaussianPrivacyLoss
+from dp_accounting.pld.privacy_loss_mechanism import (
+    AdjacencyType,
+    GaussianPrivacyLoss,
+    MixtureGaussianPrivacyLoss,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import fft
@@ -137,3 +141,40 @@ def test_losses_too_large_for_the_grid_give_no_number():
 
 def test_a_delta_below_the_rounding_gives_no_number():
     assert loss.epsilon([Sampled(1.0, 5.0, 1)], 1e-16) == math.inf
+
+
+# --- a person's two units ---------------------------------------------------------------------------
+
+
+def drawn_of_two(rate):
+    """How many of a person's two units are drawn, as a mixture of Gaussians."""
+    chances = [(1 - rate) ** 2, 2 * rate * (1 - rate), rate**2]
+    kept = [(n, chance) for n, chance in enumerate(chances) if chance > 0]
+    return [n for n, _ in kept], [chance for _, chance in kept]
+
+
+@given(RATES, SIGMAS)
+@settings(max_examples=25, deadline=None)
+def test_deltas_of_two_units_are_those_of_dp_accountings_mixture(rate, sigma):
+    epsilons = [float(e) for e in np.linspace(0.0, 8.0, 20)]
+    for ours, direction in [
+        (loss._two_removed, AdjacencyType.REMOVE),
+        (loss._two_added, AdjacencyType.ADD),
+    ]:
+        theirs = MixtureGaussianPrivacyLoss(sigma, *drawn_of_two(rate), adjacency_type=direction)
+        expected = theirs.get_delta_for_epsilon(epsilons)
+        assert np.allclose(ours(np.array(epsilons), rate, sigma), expected, rtol=1e-6, atol=1e-14)
+
+
+def test_two_units_under_one_noise_cost_more_than_twice_one():
+    """72 steps at rate .06 and sigma .7032: dp-accounting's mixture gives 17.3846 (40 s), one unit 8."""
+    one = loss.epsilon([Sampled(0.06, 0.7032294, 72)], 1e-5)
+    two = loss.epsilon([Sampled(0.06, 0.7032294, 72, 2)], 1e-5)
+    assert two == pytest.approx(17.3846, rel=1e-4)
+    assert two > 2 * one
+
+
+def test_two_units_without_sampling_are_one_of_twice_the_length():
+    assert loss.epsilon([Sampled(1.0, 3.0, 5, 2)], 1e-5) == pytest.approx(
+        loss.epsilon([Sampled(1.0, 1.5, 5)], 1e-5), rel=1e-6
+    )

@@ -112,7 +112,7 @@ def test_patients_are_protected_as_units(tmp_path, bert_folder):
     directory = play(federation, "patients", **changes)
     body = certificate.verify(directory.site("alpha") / "certificate.json").body
     assert body.unit == "patient"
-    assert "patient" in body.adjacency
+    assert "patient" in body.adjacency_in_words
 
 
 def test_cli_simulate_report_and_predict_work_together(federation, tmp_path):

@@ -1,0 +1,56 @@
+"""Claims about privacy.json: what it says of a person at two sites is what the noise allows."""
+
+import json
+from pathlib import Path
+
+import pytest
+from dp_accounting.dp_event import ComposedDpEvent, MixtureOfGaussiansDpEvent
+from dp_accounting.pld import PLDAccountant
+
+from silotune.plan import Plan
+from silotune.privacy.accounting import gaussian_event, step_event
+from silotune.simulation.outcome import write_privacy
+from silotune.simulation.run_directory import RunDirectory
+from tests.golden.make_certificate import DELTA, PLAN
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "certificate.json"
+ONE_ROUND = {**PLAN, "rounds": {"number": 1, "min_sites": 3}}
+
+
+def certificates(**change):
+    """The same certificate at two sites of a run of one round."""
+    body = json.loads(GOLDEN.read_text())["certificate"] | change
+    return {site: {"certificate": body} for site in ("north", "south")}
+
+
+def privacy_of(tmp_path, plan, finished):
+    directory = RunDirectory.create(tmp_path, "said", plan_toml="")
+    write_privacy(directory, plan, finished)
+    return directory.read_json("privacy.json")
+
+
+def test_shared_noise_states_a_persons_epsilon_from_the_mixture(tmp_path):
+    told = privacy_of(tmp_path, Plan.from_mapping(ONE_ROUND), certificates())
+    q, sigma = 0.05, 0.9
+    truth = PLDAccountant(value_discretization_interval=1e-3)  # the usual 1e-4 takes 20 s
+    truth.compose(
+        MixtureOfGaussiansDpEvent(sigma, [0, 1, 2], [(1 - q) ** 2, 2 * q * (1 - q), q**2])
+    )
+    truth.compose(gaussian_event(10.0), 2)  # each site's own noise on its metrics
+    expected = truth.get_epsilon(DELTA)
+    assert told["two_sites"]["epsilon"] == pytest.approx(expected, rel=2e-3)
+    assert told["two_sites"]["delta"] == DELTA
+    once = PLDAccountant().compose(
+        ComposedDpEvent([step_event(rate=q, sigma=sigma, steps=1), gaussian_event(10.0)])
+    )
+    assert expected > 2 * once.get_epsilon(DELTA)  # the sum of both would be too little
+    shown = float(told["statement"].rpartition("epsilon = ")[2].split()[0])
+    assert told["two_sites"]["epsilon"] <= shown < expected + 0.02
+
+
+def test_local_noise_adds_epsilons_and_deltas(tmp_path):
+    privacy = {**PLAN["privacy"], "noise": "local"}
+    plan = Plan.from_mapping({**ONE_ROUND, "privacy": privacy})
+    told = privacy_of(tmp_path, plan, certificates(epsilon=3.0))
+    assert told["two_sites"] == {"epsilon": 6.0, "delta": 2 * DELTA}
+    assert "epsilon = 6.00 at delta = 2e-05" in told["statement"]
