@@ -39,7 +39,11 @@ Until = Annotated[str, typer.Option(help="Only up to this time, ISO 8601 in UTC.
 def verify(
     place: Place,
     against: Annotated[
-        Path | None, typer.Option(help="The other side's log: every head it signed must be here.")
+        Path | None,
+        typer.Option(
+            help="The other side's log (the coordinator's for a site's, one site's for the "
+            "coordinator's): every head it signed must be here."
+        ),
     ] = None,
     key: Annotated[
         str, typer.Option(help="The other side's public key (base64); no other may have signed.")

@@ -68,10 +68,13 @@ def compare(log: AuditLog, other: AuditLog) -> int:
         `log` lacks or contradicts a line that the other side has signed, or shows a signature
         that the other side has no memory of.
     """
-    places = {line.place for line in log.lines()}
-    remembered = set()
-    for line in other.lines():
-        if line.kind == COUNTER_SIGNED and line.fields.get("log") == log.owner:
+    lines = log.lines()
+    places, remembered = {line.place for line in lines}, set()
+    signed = [line for line in other.lines() if line.kind == COUNTER_SIGNED]
+    # A coordinator's log is witnessed by every site: only what `other` signs with is its business.
+    keys = {line.fields.get("key") for line in signed}
+    for line in signed:
+        if line.fields.get("log") == log.owner:
             head = signed_head(line)
             if (head.seq, head.hash) not in places:
                 raise AuditLogDamaged(
@@ -79,8 +82,8 @@ def compare(log: AuditLog, other: AuditLog) -> int:
                     f"and {log.path} does not have that line"
                 )
             remembered.add((head.seq, head.hash))
-    for line in log.lines():
-        if line.kind == WITNESSED:
+    for line in lines:
+        if line.kind == WITNESSED and line.fields.get("key") in keys:
             head = signed_head(line)
             if (head.seq, head.hash) not in remembered and head.seq <= _newest(remembered):
                 raise AuditLogDamaged(

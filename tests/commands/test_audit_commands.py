@@ -53,6 +53,45 @@ def test_verify_says_what_was_checked(logs, tmp_path):
     assert (found["owner"], found["lines"], found["intact"]) == ("north", 6, True)
 
 
+@pytest.fixture
+def federation_logs(tmp_path):
+    """A coordinator and three sites that have signed each other's heads after two rounds."""
+    federation = Ed25519PrivateKey.generate()
+    keys = {name: Ed25519PrivateKey.generate() for name in ("north", "south", "west")}
+    coordinator = AuditLog(tmp_path / "coordinator" / "audit.jsonl", owner="coordinator")
+    sites = {name: AuditLog(tmp_path / name / "audit.jsonl", owner=name) for name in keys}
+    for number in (1, 2):
+        for name, log in sites.items():
+            for signer, key, signed in (
+                (coordinator, federation, log),
+                (log, keys[name], coordinator),
+            ):
+                head = signed.append("answered", run="r1", round=number)
+                signature = head.sign(key)
+                signer.counter_signed(head, signature, key.public_key())
+                signed.witness(head, signature, key.public_key())
+    return coordinator, sites
+
+
+def test_the_coordinators_log_agrees_with_each_of_three_sites_and_theirs_with_it(federation_logs):
+    coordinator, sites = federation_logs
+    for log in sites.values():
+        for one, other in ((coordinator, log), (log, coordinator)):
+            result = invoke("audit", "verify", one.path.parent, "--against", other.path.parent)
+            assert result.exit_code == 0, result.exception
+            assert "signed 2 heads of it, and all of them are here" in result.output
+
+
+def test_a_site_that_forgot_a_signature_is_found_among_three(federation_logs, tmp_path):
+    coordinator, sites = federation_logs
+    forgetful = AuditLog(tmp_path / "forgetful" / "audit.jsonl", owner="west")
+    told = [line for line in sites["west"].lines() if line.kind == "counter_signed"]
+    forgetful.append("counter_signed", **told[-1].fields)  # the first of the two is gone
+    result = invoke("audit", "verify", coordinator.path, "--against", forgetful.path)
+    assert isinstance(result.exception, AuditLogDamaged)
+    assert "lacks the counter-signature" in result.exception.detail
+
+
 def test_verify_finds_an_edit_and_a_stranger(logs):
     own, _ = logs
     stranger = encode_signing_key(Ed25519PrivateKey.generate().public_key())

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.e2e.harness import same
+from tests.e2e.harness import cli, same
 
 
 @pytest.mark.slow
@@ -16,6 +16,10 @@ def test_a_deployed_run_gives_the_simulations_adapter_bit_for_bit(federation, tm
         site.terminate()
     assert same(deployed, made.simulated())
     assert made.charges(run) == {name: [1, 2, 3] for name in made.sites}
+    coordinator = made.coordinator.folder / "state"
+    for site in made.sites.values():
+        cli("audit", "verify", coordinator, "--against", site.folder / "state")
+        cli("audit", "verify", site.folder / "state", "--against", coordinator)
 
 
 @pytest.mark.slow
