@@ -77,11 +77,13 @@ class Daemon:
         self._site, self._grace = site, grace
         self._state = site.state_folder
         create_private_folder(self._state)
-        self._lock_file = _lock(self._state)
+        self._lock_file = hold_state(self._state)
         self._vault = Vault(self._state, site.at_rest, base=site.folder)
         self._enrolment = Enrolment.open(site, self._vault)
         self._audit = AuditLog(self._state / AUDIT_FILE, owner=site.name)
         self._audit.verify(trusted=self._enrolment.federation_key)
+        if self._vault.end_previous():
+            self._audit.append("resealed", opened_by=self._vault.opened_by)
         verify_ledger(self._state, self._enrolment)
         own = self._enrolment.keys.signing.public_key()
         self._approvals = Approvals(self._state, own=own)
@@ -311,7 +313,7 @@ def verify_ledger(state: Path, enrolment: Enrolment) -> None:
         ledger.close()
 
 
-def _lock(state: Path) -> int:
+def hold_state(state: Path) -> int:
     """Hold the state folder for this process's life; the kernel lets go when it dies."""
     descriptor = os.open(state / "daemon.lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from silotune.commands import coordinator_people, coordinator_runs
+from silotune.commands import coordinator_people, coordinator_runs, sealing
 from silotune.commands.coordinator_folder import HERE, AsJson, Folder, client_of, moment
 from silotune.terminal import terminal
 
@@ -50,23 +50,23 @@ def init(  # noqa: PLR0917 - one a command-line option
     ],
     port: Annotated[int, typer.Option(min=0, max=65535, help="The one public port.")] = 8443,
     listen: Annotated[str, typer.Option(help="Address to listen on.")] = "0.0.0.0",  # noqa: S104
-    key_file: Annotated[
-        Path | None,
-        typer.Option(
-            help="File that opens the sealed keys, best on another disk; made if it isn't there."
-        ),
-    ] = None,
+    key_file: sealing.KeyFile = None,
+    passphrase_file: sealing.PassphraseFile = None,
+    passphrase_env: sealing.PassphraseEnv = None,
     as_json: AsJson = False,
 ) -> None:
     """Make a federation: its authority, its keys, its configuration.
 
-    The authority's private key never leaves the folder. Back the folder and the key file up: whoever
-    loses them has to enrol every site anew; whoever has both is the federation.
+    The authority's private key never leaves the folder. It is sealed; what opens it is a key file
+    (by default one in the folder itself) or a passphrase, and `reseal` changes that. Back the folder
+    up, and the key file or passphrase apart from it: whoever loses them has to enrol every site anew;
+    whoever has both is the federation.
     """
     from silotune.server.config import Home
     from silotune.server.coordinator import create
 
-    at_rest = "" if key_file is None else f"key_file = {json.dumps(str(key_file.resolve()))}"
+    wanted = sealing.at_rest_of(key_file, passphrase_file, passphrase_env)
+    at_rest = "".join(f"{key} = {json.dumps(value)}" for key, value in wanted if value is not None)
     config, keys = create(
         Home(folder), name=name, hosts=host, listen=listen, port=port, at_rest=at_rest
     )
@@ -189,6 +189,39 @@ def refuse(
     """Turn a request away; the site needs a new code to ask again."""
     found = client_of(folder).post(f"/requests/{request}/refuse", reason=reason)
     typer.echo(json.dumps(found) if as_json else f"The request of {found['site']} is refused.")
+
+
+@app.command()
+def reseal(
+    key_file: sealing.KeyFile = None,
+    passphrase_file: sealing.PassphraseFile = None,
+    passphrase_env: sealing.PassphraseEnv = None,
+    folder: Folder = HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Change what opens the sealed keys: another key file, or a passphrase.
+
+    For a stopped coordinator. The sealed files stay as they are; only the key to them is wrapped
+    anew. Then name the new secret under [at_rest] in coordinator.toml and start: from that start on
+    the old one opens nothing. Until then both do, so that no crash locks the folder.
+    """
+    from silotune.federation.audit_log import AuditLog
+    from silotune.federation.envelope import COORDINATOR
+    from silotune.federation.sealed import Vault
+    from silotune.server.config import Home
+    from silotune.server.coordinator import hold_folder
+
+    home = Home(folder)
+    config = home.load()
+    with hold_folder(home.lock_path):
+        sealing.reseal(
+            Vault(home.keys, config.at_rest, base=home.root),
+            sealing.at_rest_of(key_file, passphrase_file, passphrase_env),
+            audit=AuditLog(home.audit_path, owner=COORDINATOR),
+            config=home.config_path,
+            base=home.root,
+            as_json=as_json,
+        )
 
 
 @sites.command("list")

@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 import typer
 
 from silotune.client.admin_socket import ask
-from silotune.client.errors import RunUnknown
-from silotune.commands import site_views
+from silotune.client.errors import RunUnknown, SiteNotEnrolled
+from silotune.commands import sealing, site_views
 from silotune.data.site import SiteConfig
 from silotune.logs import Format, configure
 from silotune.terminal import headed, terminal
@@ -160,6 +160,44 @@ def leave(
         typer.confirm(f"Shall {site.name} leave the federation for good?", abort=True)
     found = ask(site.state_folder, "leave")
     _say(found, f"{site.name} has left {found['left']}. Ledger and audit log were kept.", as_json)
+
+
+@app.command()
+def reseal(
+    key_file: sealing.KeyFile = None,
+    passphrase_file: sealing.PassphraseFile = None,
+    passphrase_env: sealing.PassphraseEnv = None,
+    config: ConfigPath = _CONFIG,
+    as_json: AsJson = False,
+) -> None:
+    """Change what opens the sealed files of the state: another key file, or a passphrase.
+
+    For a stopped daemon. The sealed files stay as they are; only the key to them is wrapped anew. Then
+    name the new secret under [at_rest] in site.toml and start: from that start on the old one opens
+    nothing. Until then both do, so that no crash locks the state.
+    """
+    import os
+
+    from silotune.client.daemon import hold_state
+    from silotune.federation.audit_log import AUDIT_FILE, AuditLog
+    from silotune.federation.sealed import Vault
+
+    site = SiteConfig.load(config)
+    state = site.state_folder
+    if not state.is_dir():
+        raise SiteNotEnrolled(f"there is no state folder {state}, so nothing is sealed yet")
+    held = hold_state(state)
+    try:
+        sealing.reseal(
+            Vault(state, site.at_rest, base=site.folder),
+            sealing.at_rest_of(key_file, passphrase_file, passphrase_env),
+            audit=AuditLog(state / AUDIT_FILE, owner=site.name),
+            config=config,
+            base=site.folder,
+            as_json=as_json,
+        )
+    finally:
+        os.close(held)
 
 
 @app.command()

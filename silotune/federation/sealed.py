@@ -4,6 +4,10 @@ A folder's data key is random and lies in it wrapped by what opens the vault: a 
 passphrase stretched with scrypt (RFC 7914). Each sealed file has a key of its own (HKDF-SHA256 with a
 random salt), so that no number of files wears a key out, and its name is authenticated, so that two
 files can't be exchanged. A disk that is stolen without the key file or passphrase gives nothing away.
+
+What opens a vault can be changed: `Vault.reseal` wraps the same data key under the new secret, beside
+the old wrapping. Both open it until the first start with the new one, which ends the old
+(`Vault.end_previous`): whatever crashes between file and configuration, one of them fits.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import json
 import os
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -103,10 +108,54 @@ class Vault:
         self._path = folder / VAULT_FILE
         secret, kind = _secret(at_rest or AtRest(), folder, base or folder, self._path.exists())
         if not self._path.exists():
-            create_file(self._path, _wrapped(secret, kind))
+            create_file(self._path, _vault_file(_wrapped(os.urandom(_KEY), secret, kind)))
         require_private(self._path)
-        self._data_key = _unwrapped(self._path, secret, kind)
+        self._data_key, self._opened = _unwrapped(self._path, secret, kind)
         self._lock = threading.Lock()
+
+    @property
+    def opened_by(self) -> str:
+        """What the vault was opened with: ``passphrase`` or ``key file``."""
+        return str(self._opened["opened_by"])
+
+    def reseal(self, at_rest: AtRest, *, base: Path) -> str:
+        """Let another secret open the vault, beside the one it was opened with.
+
+        Parameters
+        ----------
+        at_rest : AtRest
+            The new secret; a key file that isn't there is made.
+        base : Path
+            Folder that relative paths of `at_rest` start from.
+
+        Returns
+        -------
+        str
+            Its kind.
+
+        Raises
+        ------
+        VaultLocked, FileExposed
+            The new secret can't be read, is too short, or is open to others. Nothing was changed.
+        """
+        secret, kind = _secret(at_rest, self.folder, base, exists=False)
+        wrapped = _wrapped(self._data_key, secret, kind)
+        replace_file(self._path, _vault_file(wrapped, previous=self._opened))
+        return kind
+
+    def end_previous(self) -> bool:
+        """After `reseal`, and opened by the new secret: have the old one open nothing any more.
+
+        Returns
+        -------
+        bool
+            Whether there was an old one to end.
+        """
+        newest, *previous = _heads(self._path)
+        if not previous or newest != self._opened:
+            return False
+        replace_file(self._path, _vault_file(newest))
+        return True
 
     def seal(self, content: bytes, *, name: str) -> bytes:
         """Encrypt; only this vault opens the result, and only under the same name."""
@@ -159,7 +208,10 @@ class Vault:
 
 
 def _secret(at_rest: AtRest, folder: Path, base: Path, exists: bool) -> tuple[bytes, str]:
-    """What opens the vault, and its kind: ``passphrase`` or ``key file``."""
+    """What opens the vault, and its kind: ``passphrase`` or ``key file``.
+
+    A key file that isn't there is made, unless the vault exists: then it is lost.
+    """
     if at_rest.passphrase_env is not None:
         name = at_rest.passphrase_env
         return _passphrase(os.environ.get(name, ""), f"environment variable {name}"), "passphrase"
@@ -178,7 +230,14 @@ def _secret(at_rest: AtRest, folder: Path, base: Path, exists: bool) -> tuple[by
 
 
 def _path(text: str, base: Path) -> Path:
-    return base / Path(os.path.expandvars(text)).expanduser()
+    found = os.path.expandvars(text)
+    if "$" in found:
+        raise VaultLocked(
+            f"{text}: the environment variable is not set here",
+            remedy="systemd sets CREDENTIALS_DIRECTORY for its service alone. For a command by hand "
+            "set it to the folder of the passphrase file, as an account that may read it.",
+        )
+    return base / Path(found).expanduser()
 
 
 def _read_private(path: Path) -> bytes:
@@ -202,34 +261,57 @@ def _passphrase(text: str, source: str) -> bytes:
     return text.encode()
 
 
-def _wrapped(secret: bytes, kind: str) -> bytes:
-    """A new data key, wrapped, as the content of the vault file."""
+def _wrapped(data_key: bytes, secret: bytes, kind: str) -> dict[str, Any]:
+    """A data key, wrapped."""
     head: dict[str, Any] = {
-        "format": "silotune vault 1",
         "opened_by": kind,
         "salt": base64.b64encode(os.urandom(_SALT)).decode(),
         **(_SCRYPT if kind == "passphrase" else {}),
     }
     nonce = os.urandom(_NONCE)
-    sealed = AESGCM(_wrapping_key(secret, head)).encrypt(nonce, os.urandom(_KEY), _WRAP)
-    return json.dumps({**head, "key": base64.b64encode(nonce + sealed).decode()}).encode() + b"\n"
+    sealed = AESGCM(_wrapping_key(secret, head)).encrypt(nonce, data_key, _WRAP)
+    return {**head, "key": base64.b64encode(nonce + sealed).decode()}
 
 
-def _unwrapped(path: Path, secret: bytes, kind: str) -> bytes:
+def _vault_file(wrapped: Mapping[str, Any], *, previous: Mapping[str, Any] | None = None) -> bytes:
+    content = {"format": "silotune vault 1", **wrapped}
+    if previous is not None:
+        content["previous"] = dict(previous)
+    return json.dumps(content).encode() + b"\n"
+
+
+def _heads(path: Path) -> list[dict[str, Any]]:
+    """The wrappings in a vault file, newest first."""
     try:
-        head = json.loads(path.read_bytes())
-        opened_by, sealed = head["opened_by"], base64.b64decode(head["key"], validate=True)
-        if opened_by != kind:
-            raise VaultLocked(
-                f"{path} is opened by a {opened_by}, and the configuration has a {kind}"
-            )
-        key = _wrapping_key(secret, head)
-    except (OSError, ValueError, KeyError, TypeError) as exc:
+        newest = json.loads(path.read_bytes())
+        newest.pop("format", None)
+        previous = newest.pop("previous", None)
+        return [newest] if previous is None else [newest, dict(previous)]
+    except (OSError, ValueError, AttributeError, TypeError) as exc:
         raise SealBroken(f"{path} is not a vault file") from exc
+
+
+def _unwrapped(path: Path, secret: bytes, kind: str) -> tuple[bytes, dict[str, Any]]:
+    """The data key, and the wrapping that the secret opened."""
+    heads = _heads(path)
     try:
-        return AESGCM(key).decrypt(sealed[:_NONCE], sealed[_NONCE:], _WRAP)
-    except (InvalidTag, ValueError):
-        raise VaultLocked(f"{path}: this is another {kind} than the one it was made with") from None
+        for head in heads:
+            sealed = base64.b64decode(head["key"], validate=True)
+            if head["opened_by"] != kind:
+                continue
+            key = _wrapping_key(secret, head)
+            with suppress(InvalidTag, ValueError):
+                return AESGCM(key).decrypt(sealed[:_NONCE], sealed[_NONCE:], _WRAP), head
+    except (ValueError, KeyError, TypeError) as exc:
+        raise SealBroken(f"{path} is not a vault file") from exc
+    kinds = list(dict.fromkeys(str(head["opened_by"]) for head in heads))
+    if kind not in kinds:
+        raise VaultLocked(
+            f"{path} is opened by a {' or a '.join(kinds)}, and the configuration has a {kind}",
+            remedy="Set [at_rest] back, and let another secret open the folder by "
+            "`silotune coordinator reseal` or `silotune site reseal`.",
+        )
+    raise VaultLocked(f"{path}: this is another {kind} than the one it was made with")
 
 
 def _wrapping_key(secret: bytes, head: Mapping[str, Any]) -> bytes:

@@ -144,10 +144,12 @@ class Coordinator:
 
     def __init__(self, home: Home) -> None:
         self.home, self.config = home, home.load()
-        self._lock = _hold(home.lock_path)
+        self._lock = hold_folder(home.lock_path)
         vault = Vault(home.keys, self.config.at_rest, base=home.root)
         self.keys = load_keys(home, vault, hosts=self.config.listen.hosts)
         self.audit = AuditLog(home.audit_path, owner=COORDINATOR)
+        if vault.end_previous():
+            self.audit.append("resealed", opened_by=vault.opened_by)
         self.store = Store(home.store_url(self.config), vault=vault)
         home.link_database.touch(mode=0o600)
         self.link = Link(home.link_database, vault=vault)
@@ -296,7 +298,7 @@ class Coordinator:
             routes.doorbell.ring_all()
 
 
-def _hold(path: Path) -> Any:
+def hold_folder(path: Path) -> Any:
     """The folder's lock, for as long as the file is open. Raises `CoordinatorRunning`."""
     create_private_folder(path.parent)
     file = path.open("a")
