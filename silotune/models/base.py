@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
+from silotune.errors import ModelError
 from silotune.models.adapter import layout_of
 from silotune.models.choices import Choices, choose, resolve_device
 from silotune.models.correction import corrections_of
@@ -32,9 +33,11 @@ from silotune.models.pretrained import (
     load_tokenizer,
     quiet,
     require_length,
+    require_text,
 )
 from silotune.models.task import Batch, Encoded, Task
 from silotune.models.tasks import get_task
+from silotune.models.trial import require_fit
 from silotune.models.weights import locate, require_weights
 from silotune.plan import Plan
 
@@ -202,6 +205,7 @@ def load_model(
     attention: str | None = None,
     dtype: str | None = None,
     rank: int | None = None,
+    trial: bool = True,
 ) -> LoadedModel:
     """Load the plan's base model and put a fresh adapter on it.
 
@@ -221,28 +225,35 @@ def load_model(
         chosen, and where need be measured, here.
     rank : int, optional
         Of this site's adapter, if smaller than the plan's; its scale is the plan's all the same.
+    trial : bool
+        Try it on public texts (`silotune.models.trial.require_fit`). What was trained already need
+        not be tried to be used.
 
     Raises
     ------
-    ModelNotFound, ModelHashMismatch, ModelError, TargetModulesUnknown
-        The model does not fit the plan or is not there.
+    ModelError
+        Of some kind: the model is not there, does not fit the plan, or did not stand the trial.
     EnvironmentFault
         The device is not there.
     """
     folder = locate(base or plan.model.base)
     require_weights(folder, plan.model.sha256)
     choices = _complete(plan, base=base, device=device, attention=attention, dtype=dtype)
-    return _assembled(plan, folder, choices, rank=rank)
+    model = _assembled(plan, folder, choices, rank=rank)
+    if trial:
+        require_fit(model, folder)
+    return model
 
 
 def _assembled(plan: Plan, folder: Path, choices: Choices, *, rank: int | None) -> LoadedModel:
     config, tokenizer = load_config(folder), load_tokenizer(folder)
-    require_length(config, tokenizer, plan)
     task, place = get_task(plan.model.task), torch.device(choices.device)
     with fixed_rng(), quiet():
         bare = load_base(folder, config, plan=plan, attention=choices.attention)
+        require_text(bare, tokenizer)
+        require_length(bare, tokenizer, plan)
         size = sum(parameter.numel() for parameter in bare.parameters())
-        module = _with_adapter(bare, config, plan, task=task, rank=rank)
+        module = with_adapter(bare, plan, rank=rank)
     module.to(place).train()
     _centre(module, tokenizer, task, plan, place)
     layout = layout_of(module)
@@ -260,11 +271,20 @@ def _assembled(plan: Plan, folder: Path, choices: Choices, *, rank: int | None) 
     )
 
 
-def _with_adapter(
-    bare: PreTrainedModel, config: PretrainedConfig, plan: Plan, *, task: Task, rank: int | None
-) -> TaskModel:
-    hidden = int(config.get_text_config().hidden_size)
-    head = nn.Linear(hidden, len(plan.model.labels)) if task.has_head else None
+def with_adapter(bare: PreTrainedModel, plan: Plan, *, rank: int | None = None) -> TaskModel:
+    """A base model with the plan's adapter, and head where the task has one.
+
+    Raises
+    ------
+    TargetModulesUnknown, ModelError
+        The adapter does not fit the model.
+    """
+    head = None
+    if get_task(plan.model.task).has_head:
+        hidden = getattr(bare.config.get_text_config(), "hidden_size", None)
+        if hidden is None:
+            raise ModelError(f"a {bare.config.model_type} model has no one width of hidden states")
+        head = nn.Linear(int(hidden), len(plan.model.labels))
     return TaskModel(
         wrap(bare, plan, rank=rank),
         head,

@@ -7,16 +7,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from silotune.models.base import LoadedModel, TaskModel
 from silotune.models.batching import batches
 from silotune.models.correction import corrections_off
 from silotune.models.prefix import PrefixCache
 from silotune.models.task import Encoded, Rows
+
+if TYPE_CHECKING:
+    from silotune.models.base import LoadedModel, TaskModel
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -13,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from silotune.errors import ModelError, TargetModulesUnknown
 from silotune.models.layout import initial_matrix
+from silotune.models.pretrained import told
 from silotune.plan import Plan
 
 # Query and value projections as the model families call them; the first group found is taken.
@@ -20,7 +22,7 @@ _AUTO = (
     ("query", "value"),  # BERT, RoBERTa, ELECTRA
     ("q_proj", "v_proj"),  # Llama, Mistral, Qwen, Gemma, OPT
     ("q_lin", "v_lin"),  # DistilBERT
-    ("query_proj", "value_proj"),  # DeBERTa v2 and v3
+    ("value_proj",),  # DeBERTa v2 and v3, whose query and key also see positions, once a batch
     ("Wqkv",),  # ModernBERT, MPT
     ("c_attn",),  # GPT-2
     ("query_key_value",),  # GPT-NeoX, Falcon, BLOOM
@@ -46,7 +48,8 @@ def wrap(base: Any, plan: Plan, *, rank: int | None = None) -> PeftModel:
     Raises
     ------
     TargetModulesUnknown
-        A name of ``lora.target_modules`` is no linear layer of the model, or "auto" finds none.
+        A name of ``lora.target_modules`` is no linear layer of the model, "auto" or "all-linear"
+        finds none, or PEFT can't adapt one of them.
     ModelError
         ``lora.last_layers`` is more than the model has.
     """
@@ -61,7 +64,10 @@ def wrap(base: Any, plan: Plan, *, rank: int | None = None) -> PeftModel:
         bias="none",
         **_where(base, plan),
     )
-    wrapped = get_peft_model(base, config)
+    try:
+        wrapped = get_peft_model(base, config)
+    except Exception as exc:
+        raise TargetModulesUnknown(f"PEFT can't adapt this model: {told(exc)}") from exc
     config.base_model_name_or_path = plan.model.base  # PEFT puts the folder of a hub's cache there
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():
@@ -102,6 +108,8 @@ def _outputs(base: Any) -> set[str]:
 
 def _target_names(plan: Plan, usable: set[str]) -> set[str]:
     leaves = {name.rsplit(".", 1)[-1] for name in usable}
+    if not leaves:
+        raise TargetModulesUnknown("the model has no linear layer that an adapter could be put on")
     asked = plan.lora.target_modules
     if asked == "all-linear":
         return leaves
@@ -113,7 +121,8 @@ def _target_names(plan: Plan, usable: set[str]) -> set[str]:
     unknown = sorted({n for n in asked if not any(_matches(name, n) for name in usable)})
     if unknown:
         raise TargetModulesUnknown(
-            f"no linear layer of the model is called {', '.join(unknown)}; {_listed(leaves)}"
+            f"no linear layer of the model is called {', '.join(unknown)}{_nearest(unknown, leaves)}; "
+            f"{_listed(leaves)}"
         )
     return set(asked)
 
@@ -134,6 +143,11 @@ def _last_layers(layers: Iterable[str], count: int) -> dict[str, Any]:
 
 def _matches(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
+
+
+def _nearest(unknown: list[str], leaves: set[str]) -> str:
+    near = [m for name in unknown for m in difflib.get_close_matches(name, sorted(leaves), n=1)]
+    return f" (did you mean {', '.join(near)}?)" if near else ""
 
 
 def _listed(leaves: set[str]) -> str:

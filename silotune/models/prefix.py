@@ -36,6 +36,7 @@ class FrozenPrefix:
     def __init__(self, layers: list[nn.Module], first: nn.Module) -> None:
         self._first = first
         self._given: Tensor | None = None
+        self._layers = layers
         for number, layer in enumerate(layers):
             self._replace(layer, entry=number == 0)
 
@@ -62,6 +63,11 @@ class FrozenPrefix:
             return self._given if entry else hidden_states
 
         layer.forward = forward
+
+    def remove(self) -> None:
+        """Give every layer its own forward back."""
+        for layer in self._layers:
+            del layer.forward
 
     @contextmanager
     def replay(self, hidden: Tensor | None) -> Iterator[None]:

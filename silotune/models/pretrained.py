@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from silotune.errors import ModelError, ModelNotFound
+from silotune.models.errors import LengthRefused, TextRefused
 from silotune.plan import Plan
 
 
@@ -30,8 +32,8 @@ def load_config(folder: Path) -> Any:
     try:
         with quiet():
             config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as exc:
-        raise ModelError(f"{folder}: Transformers can't use config.json: {_line(exc)}") from exc
+    except Exception as exc:
+        raise ModelError(f"{folder}: Transformers can't use config.json: {told(exc)}") from exc
     if config.is_encoder_decoder:
         raise ModelError(
             f"{folder}: {config.model_type} is an encoder-decoder model",
@@ -65,8 +67,8 @@ def load_base(folder: Path, config: Any, *, plan: Plan, attention: str) -> Any:
                 use_safetensors=True,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as exc:
-        raise ModelError(f"{folder}: Transformers can't load the model: {_line(exc)}") from exc
+    except Exception as exc:
+        raise ModelError(f"{folder}: Transformers can't load the model: {told(exc)}") from exc
     # Weights that a file lacks start at random. The pooler's don't matter, nothing uses them here.
     lacking = sorted(k for k in info["missing_keys"] if "pooler" not in k.split("."))
     if lacking:
@@ -83,8 +85,8 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as exc:
-        raise ModelNotFound(f"{folder} has no usable tokenizer: {_line(exc)}") from exc
+    except Exception as exc:
+        raise ModelNotFound(f"{folder} has no usable tokenizer: {told(exc)}") from exc
     # From config.json alone Transformers makes a tokenizer that knows no word, and says nothing.
     files = {"tokenizer.json", *tokenizer.vocab_files_names.values()}
     if not any((folder / name).is_file() for name in files):
@@ -92,14 +94,38 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def require_length(config: Any, tokenizer: Any, plan: Plan) -> None:
-    """Check that the model has a position for every token. Raises `ModelError`."""
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    limits = [n for n in (positions, tokenizer.model_max_length) if n is not None]
+def require_text(model: Any, tokenizer: Any) -> None:
+    """Check that a model takes token ids, and all those of the tokenizer. Raises `TextRefused`."""
+    takes = str(getattr(model, "main_input_name", "input_ids"))
+    if takes != "input_ids":
+        raise TextRefused(f"a {model.config.model_type} model takes {takes}, not token ids")
+    try:
+        rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    except NotImplementedError:  # hashes its tokens
+        rows = None
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if rows is not None and largest >= rows:
+        raise TextRefused(
+            f"the tokenizer has token ids up to {largest}, the model has embeddings for {rows} tokens",
+            remedy="Use the tokenizer that the model was trained with.",
+        )
+
+
+def require_length(model: Any, tokenizer: Any, plan: Plan) -> None:
+    """Check that the model has a position for every token. Raises `LengthRefused`.
+
+    Other limits than those that a model states are found by `silotune.models.trial`.
+    """
+    stated = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limits = [n for n in (stated, tokenizer.model_max_length) if n is not None and n > 0]
+    for name, layer in model.named_modules():
+        # RoBERTa and its kin count positions from the one behind that of padding.
+        if name.endswith("position_embeddings") and isinstance(layer, nn.Embedding):
+            first = -1 if layer.padding_idx is None else layer.padding_idx
+            limits.append(layer.num_embeddings - first - 1)
     if limits and plan.data.max_length > min(limits):
-        raise ModelError(
-            f"data.max_length is {plan.data.max_length}, the model takes {min(limits)} tokens",
-            remedy="Lower data.max_length in the plan.",
+        raise LengthRefused(
+            f"data.max_length is {plan.data.max_length}, the model takes {min(limits)} tokens"
         )
 
 
@@ -135,6 +161,6 @@ def quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _line(problem: Exception) -> str:
-    """First line of a library's message."""
-    return str(problem).strip().split("\n", 1)[0]
+def told(problem: Exception) -> str:
+    """First line of a library's message, or its type where it says nothing."""
+    return str(problem).strip().split("\n", 1)[0] or type(problem).__name__

@@ -36,7 +36,7 @@ FAMILIES = {
         {"Wqkv"},
         "layers",
     ),
-    "deberta": (hf.DebertaV2Config(**_SHAPE), {"query_proj", "value_proj"}, "layer"),
+    "deberta": (hf.DebertaV2Config(**_SHAPE), {"value_proj"}, "layer"),
     "llama": (hf.LlamaConfig(**_SHAPE), {"q_proj", "v_proj"}, "layers"),
     "gpt2": (
         hf.GPT2Config(
@@ -107,7 +107,8 @@ def test_named_modules_may_be_paths():
 def test_an_unknown_target_is_refused_with_the_valid_names(name):
     with pytest.raises(TargetModulesUnknown) as caught:
         built("bert", lora__target_modules=["query", name])
-    assert f"called {name};" in caught.value.detail
+    assert f"called {name}" in caught.value.detail
+    assert ("did you mean query?" in caught.value.detail) == (name == "uery")
     assert "dense, key, query, value" in caught.value.detail
 
 
