@@ -1,0 +1,1 @@
+"""Attacks on a run, and what they prove: pure functions from scores to lower bounds."""

@@ -1,0 +1,349 @@
+"""A one-run audit of a plan's private step, in gradient space, by the run's own code.
+
+A small federation of its own takes one step. Its sites are those of a run (`SiteRun`: sampling, clipping,
+noise, gate, ledger, certificate), its rounds those of a coordinator, with secure aggregation and shared
+noise if the plan has them. Only the model differs: linear layers on which canary i has the gradient
+``e_i``, ten clip norms long, in every part of the adapter. Each canary is in with probability 1/2; the
+coordinate of the released sum says which ones were. With a rate of 1 the claim is exactly that of one
+Gaussian: what the plan's noise multiplier is worth in a step, before sampling hides who took part.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from silotune.client.app import build_client_app
+from silotune.client.runtime import SiteRun
+from silotune.client.terms import sigma_for
+from silotune.client.trainer import TrainableModel, Vector
+from silotune.client.warm import WarmModel
+from silotune.data.records import Records
+from silotune.data.site import SiteConfig
+from silotune.data.splits import Split
+from silotune.models.base import LoadedModel
+from silotune.models.choices import Choices
+from silotune.models.layout import Entry, Layout
+from silotune.models.task import Encoded, Rows
+from silotune.plan import Clip, Plan
+from silotune.privacy.accounting import epsilon, gaussian_event
+from silotune.privacy.attacks.bounds import Coins, Scores
+from silotune.server.rounds import RoundLoop
+from silotune.simulation.grid import SiteSlot, WorkerGrid
+from silotune.simulation.program import enrol
+from silotune.simulation.run_directory import RunDirectory
+
+CANARIES = 10_000
+
+_REACH = 10.0  # of a canary's raw gradient, in clip norms: clipping has work to do
+_MOST_SITES = 5
+_PARTS = {"canary.lora_B.weight": "adapter", "head.weight": "head"}
+_RUN = "audit"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepScores:
+    """What an audited step gave away.
+
+    Attributes
+    ----------
+    scores : float64 array [canaries]
+        In standard deviations of the noise that the plan asks for (of the gradient, without noise).
+    coins : bool array [canaries]
+        Which canaries were in.
+    claimed : float or None
+        Epsilon of the step by the sites' own certificates; None without privacy.
+    mu : float
+        Distance of the scores of canaries that are in from the others', as claimed.
+    sites : int
+        Whose updates were summed.
+    """
+
+    scores: Scores
+    coins: Coins
+    claimed: float | None
+    mu: float
+    sites: int
+
+
+def step_scores(
+    plan: Plan,
+    sites: Sequence[SiteConfig],
+    *,
+    canaries: int = CANARIES,
+    seed: int | None = None,
+) -> StepScores:
+    """Take one step with planted canaries and score each of them.
+
+    Parameters
+    ----------
+    plan : Plan
+        Without privacy, or with privacy for each unit.
+    sites : sequence of SiteConfig
+        Those of the run: the least noise of any of them is audited.
+    canaries : int
+        How many.
+    seed : int, optional
+        Of the coins; secret without one. The noise is the plan's.
+    """
+    audited = step_plan(plan, sites)
+    count = audited.aggregation.threshold or 1
+    coins = np.random.default_rng(seed).random(canaries) < 0.5
+    with tempfile.TemporaryDirectory(prefix="silotune-audit-") as folder:
+        adapter, claimed = _play(audited, sites[0], coins, count=count, folder=Path(folder))
+    units = count * audited.expected_batch(canaries)
+    return _scored(audited, adapter * -units, coins, claimed=claimed, sites=count)
+
+
+def step_plan(plan: Plan, sites: Sequence[SiteConfig]) -> Plan:
+    """One step of the plan's mechanism, in which everybody takes part."""
+    secure = plan.aggregation.secure
+    count = max(3, min(plan.aggregation.threshold or 3, _MOST_SITES)) if secure else None
+    settings: dict[str, Any] = {
+        "rounds.number": 1,
+        "rounds.min_sites": count or 1,
+        "rounds.local_steps": 1,
+        "rounds.evaluate_every": 0,
+        "optimizer.site": {"adapter_lr": 1.0, "head_lr": 1.0, "warmup_share": 0.0},
+        "optimizer.server": {"name": "sgd", "lr": 1.0, "momentum": 0.0},
+        "privacy.rate": 1.0,
+        "privacy.batch": None,
+        "privacy.metrics_share": 0.0,
+        "aggregation": {"strategy": "fedavg", "encoding": plan.aggregation.encoding},
+    }
+    if secure:
+        bound = None if plan.private else 2.0 * plan.privacy.max_records_per_unit
+        parts = {"secure": True, "cohort": count, "threshold": count, "update_bound": bound}
+        settings["aggregation"] |= {key: value for key, value in parts.items() if value}
+    if plan.private:
+        assert plan.privacy.delta is not None  # validated with the plan
+        units = [site.dataset(plan.data.dataset).declared_units for site in sites]
+        sigma = min(sigma_for(plan, each) for each in units)
+        settings["privacy.epsilon"] = epsilon([gaussian_event(sigma)], delta=plan.privacy.delta)
+    return plan.override(settings)
+
+
+def _play(
+    plan: Plan, like: SiteConfig, coins: Coins, *, count: int, folder: Path
+) -> tuple[Vector, float | None]:
+    """The adapter after the step, from zero, and the largest epsilon that a site certifies."""
+    shares = np.array_split(np.flatnonzero(coins), count)
+    names = [f"site{number}" for number in range(count)]
+    configs = [_site(like, plan, name, units=len(coins)) for name in names]
+    states = [folder / name for name in names]
+    for state in states:
+        state.mkdir()
+    program = _Canaries(plan, configs, states, shares, canaries=len(coins))
+    directory = RunDirectory.create(folder, "audit", plan_toml="")
+    slots = [SiteSlot(name) for name in names]
+    _programs[str(folder)] = program
+    try:
+        with WorkerGrid(f"{__name__}:program_of", {"at": str(folder)}, slots, workers=0) as grid:
+            grid.wait_until_ready()
+            adapter = RoundLoop(plan=plan, run=_RUN, grid=grid, store=directory).execute()
+        bodies = [site.finish() for site in program.runs]
+    finally:
+        del _programs[str(folder)]
+    stated = [body.exposures[0].epsilon for body in bodies if body is not None]
+    return adapter, max(stated) if stated else None
+
+
+def _scored(
+    plan: Plan, total: Vector, coins: Coins, *, claimed: float | None, sites: int
+) -> StepScores:
+    """The best linear score of each canary, given the noise that the plan asks for."""
+    stds = [1.0 for _ in _sizes(plan)]
+    lengths = [_raw(plan, part) * _records(plan) for part in _sizes(plan)]
+    if plan.private:
+        (sigma,) = {sigma_for(plan, len(coins))}
+        local = plan.privacy.noise == "local"
+        scale = math.sqrt(sites) if local else 1.0
+        stds, lengths = [], []
+        for part in _sizes(plan):
+            norm, share = _clip(plan, part)
+            stds.append(scale * sigma * norm / math.sqrt(share))
+            lengths.append(norm)
+        if not isinstance(plan.privacy.clip, Clip):  # one norm over both parts
+            lengths = [length / math.sqrt(len(lengths)) for length in lengths]
+    signals = [length / std for length, std in zip(lengths, stds, strict=True)]
+    mu = math.hypot(*signals)
+    parts = np.split(total.astype(np.float64), len(stds))
+    scores = np.sum(
+        [part / std * signal / mu for part, std, signal in zip(parts, stds, signals, strict=True)],
+        axis=0,
+    )
+    return StepScores(scores=scores, coins=coins, claimed=claimed, mu=mu, sites=sites)
+
+
+def _sizes(plan: Plan) -> tuple[str, ...]:
+    """The parts of the plan's adapter: a causal language model has no head."""
+    return ("adapter",) if plan.model.task == "causal_lm" else ("adapter", "head")
+
+
+def _clip(plan: Plan, part: str) -> tuple[float, float]:
+    """Clip norm of a part, and its share of the squared sensitivity."""
+    clip = plan.privacy.clip
+    assert clip is not None  # asked of private plans only
+    if not isinstance(clip, Clip):
+        return clip, 1.0
+    return (clip.head, clip.head_share) if part == "head" else (clip.adapter, 1.0 - clip.head_share)
+
+
+def _raw(plan: Plan, part: str) -> float:
+    """Length of a canary record's gradient in a part."""
+    return _REACH * _clip(plan, part)[0] if plan.private else 1.0
+
+
+def _records(plan: Plan) -> int:
+    """Records of a canary: two where a unit may have them, to see that they are clipped as one."""
+    return min(2, plan.privacy.max_records_per_unit)
+
+
+def _site(like: SiteConfig, plan: Plan, name: str, *, units: int) -> SiteConfig:
+    """A site of the audit: nothing to refuse, no limit of its own, and the records are canaries."""
+    terms = like.dataset(plan.data.dataset)
+    budget = terms.budget and terms.budget.model_copy(
+        update={"epsilon": math.inf, "delta": 1.0, "colluding_epsilon": None}
+    )
+    if plan.private:
+        most = {"epsilon": 2.0 * cast(float, plan.privacy.epsilon), "delta": plan.privacy.delta}
+        budget = budget and budget.model_copy(update=most)
+    offered = terms.model_copy(update={"declared_units": units, "budget": budget})
+    changes = {"name": name, "policy": None, "datasets": {plan.data.dataset: offered}}
+    return like.model_copy(update=changes)
+
+
+class _CanaryModel(nn.Module):
+    """One linear output a part, summed: the gradient of a record is its input."""
+
+    prefix = None
+    corrections: Mapping[str, Any] = {}
+
+    def __init__(self, parts: Sequence[str], size: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict({part: nn.Linear(size, 1, bias=False) for part in parts})
+        names = {part: name for name, part in _PARTS.items()}
+        self.trained = {
+            names[part]: cast(nn.Linear, layer).weight for part, layer in self.layers.items()
+        }
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        outputs = [layer(batch[part]).squeeze(1) for part, layer in self.layers.items()]
+        return torch.stack(outputs).sum(0)
+
+
+class _CanaryTask:
+    """Records that are canaries: the target of a row is the number of its canary."""
+
+    roles: frozenset[str] = frozenset()
+    has_head = False
+
+    def __init__(self, plan: Plan, size: int) -> None:
+        self._lengths = {part: _raw(plan, part) for part in _sizes(plan)}
+        self._size = size
+
+    def collate(self, encoded: Encoded, rows: Rows, device: torch.device) -> dict[str, Tensor]:
+        """The input of each part: the canary's coordinate."""
+        chosen = torch.from_numpy(encoded.targets[np.asarray(rows)])
+        inputs = nn.functional.one_hot(chosen, self._size).float().to(device)
+        return {part: length * inputs for part, length in self._lengths.items()}
+
+    def losses(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """The outputs themselves."""
+        return cast(Tensor, model(batch))
+
+
+class _AuditedSite(SiteRun):
+    """A site whose records are canaries and whose model is made for them."""
+
+    def __init__(self, *args: Any, canaries: NDArray[np.int64], size: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._canaries, self._size = canaries, size
+
+    @cached_property
+    def trainable(self) -> TrainableModel:  # type: ignore[override]
+        """The canaries' model."""
+        module = _CanaryModel(_sizes(self.plan), self._size)
+        entries = [Entry(n, tuple(p.shape), cast(Any, _PARTS[n])) for n, p in module.trained.items()]
+        loaded = LoadedModel(
+            module=cast(Any, module),
+            tokenizer=None,
+            task=cast(Any, _CanaryTask(self.plan, self._size)),
+            layout=Layout(tuple(entries)),
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+            attention="none",
+            description="canaries",
+            plan=self.plan,
+        )
+        return TrainableModel(self.plan, loaded)
+
+    @cached_property
+    def records(self) -> Records:
+        """Each canary's records, to train on."""
+        units = np.repeat(np.arange(len(self._canaries), dtype=np.int64), _records(self.plan))
+        return Records([{}] * len(units), units, np.full(len(units), Split.TRAIN, dtype=np.uint8))
+
+    @cached_property
+    def encoded(self) -> Encoded:
+        """One token a record; the target is the canary."""
+        targets = self._canaries[self.records.unit_of]
+        return Encoded.of([[0]] * len(targets), targets.tolist(), 0)
+
+
+class _Canaries:
+    """The sites of an audit as a program of the simulation's grid."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        sites: Sequence[SiteConfig],
+        states: Sequence[Path],
+        shares: Sequence[NDArray[np.int64]],
+        *,
+        canaries: int,
+    ) -> None:
+        keys = enrol(list(sites), list(states)) if plan.aggregation.secure else {}
+        roster = {name: bytes.fromhex(key) for name, key in keys.items()}
+        warm = WarmModel(Choices(device="cpu", dtype="float32", attention="eager"))
+        self.runs = [
+            _AuditedSite(
+                site,
+                state=state,
+                plan=plan,
+                run=_RUN,
+                warm=warm,
+                to_disk=False,
+                roster=roster,
+                canaries=share,
+                size=canaries,
+            )
+            for site, state, share in zip(sites, states, shares, strict=True)
+        ]
+        self.client_app = build_client_app(
+            lambda context, plan, run: self.runs[int(context.node_config["partition-id"])]
+        )
+
+    def inspect(
+        self, site_index: int, request: dict[str, Any], arrays: dict[str, NDArray[Any]]
+    ) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+        """Nothing is asked."""
+        raise NotImplementedError
+
+
+_programs: dict[str, _Canaries] = {}  # of audits in progress; the grid runs them in this process
+
+
+def program_of(payload: Mapping[str, Any]) -> _Canaries:
+    """The grid's factory."""
+    return _programs[payload["at"]]
