@@ -1,8 +1,8 @@
 """A one-run audit of a plan's private step, in gradient space, by the run's own code.
 
-A small federation of its own takes one step. Its sites are those of a run (`SiteRun`: sampling, clipping,
-noise, gate, ledger, certificate), its rounds those of a coordinator, with secure aggregation and shared
-noise if the plan has them. Only the model differs: linear layers on which canary i has the gradient
+A small federation of its own takes one step. Its sites are those of a run (`SiteRun`: sampling,
+clipping, noise, gate, ledger, certificate), its rounds those of a coordinator, with secure aggregation
+and shared noise if the plan has them. Only the model differs: linear layers on which canary i has the gradient
 ``e_i``, ten clip norms long, in every part of the adapter. Each canary is in with probability 1/2; the
 coordinate of the released sum says which ones were. With a rate of 1 the claim is exactly that of one
 Gaussian: what the plan's noise multiplier is worth in a step, before sampling hides who took part.
@@ -271,10 +271,12 @@ class _AuditedSite(SiteRun):
         self._canaries, self._size = canaries, size
 
     @cached_property
-    def trainable(self) -> TrainableModel:  # type: ignore[override]
+    def trainable(self) -> TrainableModel:
         """The canaries' model."""
         module = _CanaryModel(_sizes(self.plan), self._size)
-        entries = [Entry(n, tuple(p.shape), cast(Any, _PARTS[n])) for n, p in module.trained.items()]
+        entries = [
+            Entry(n, tuple(p.shape), cast(Any, _PARTS[n])) for n, p in module.trained.items()
+        ]
         loaded = LoadedModel(
             module=cast(Any, module),
             tokenizer=None,

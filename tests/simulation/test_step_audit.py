@@ -35,9 +35,7 @@ def found(federation, settings, *, canaries=2000):
     plan = federation.plan.override(settings)
     seen = step_scores(plan, federation.sites, canaries=canaries, seed=1)
     delta = plan.privacy.delta or 1e-5
-    return seen, audit_step(
-        seen.scores, seen.coins, claimed=seen.claimed, mu=seen.mu, delta=delta
-    )
+    return seen, audit_step(seen.scores, seen.coins, claimed=seen.claimed, mu=seen.mu, delta=delta)
 
 
 def halve_the_noise(monkeypatch):

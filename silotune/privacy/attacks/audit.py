@@ -114,8 +114,6 @@ def _guesses(scores: Scores, coins: Coins) -> list[Guesses]:
     return [guess(scores, coins, count=int(share * len(coins)) // 2 * 2) for share in _SHARES]
 
 
-def _best(
-    tried: list[Guesses], bound: Callable[[Guesses, float], float], *, alpha: float
-) -> float:
+def _best(tried: list[Guesses], bound: Callable[[Guesses, float], float], *, alpha: float) -> float:
     """The best of several bounds; each has its part of `alpha` (Bonferroni)."""
     return max(bound(found, alpha / len(tried)) for found in tried)

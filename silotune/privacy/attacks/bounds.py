@@ -143,8 +143,8 @@ def gaussian_alone(scores: Scores, coins: Coins, *, threshold: float, alpha: flo
         Scores above it are guessed to be in; fixed before the scores are seen.
     """
     inside, outside = scores[coins], scores[~coins]
-    misses = _at_most(np.count_nonzero(inside <= threshold), len(inside), alpha / 2)
-    alarms = _at_most(np.count_nonzero(outside > threshold), len(outside), alpha / 2)
+    misses = _at_most(int((inside <= threshold).sum()), len(inside), alpha / 2)
+    alarms = _at_most(int((outside > threshold).sum()), len(outside), alpha / 2)
     return max(0.0, -float(ndtri(misses)) - float(ndtri(alarms)))
 
 
