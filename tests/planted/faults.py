@@ -18,7 +18,6 @@ from silotune.client.gate import DpRelease, Gate, Public
 from silotune.client.runtime import SiteRun
 from silotune.client.sampling import MicroBatch, UnitSampler
 from silotune.client.trainer import TrainableModel, Trainer
-from silotune.client.warm import WarmModel
 from silotune.errors import SelfCheckFailed, SilotuneError, ValueUnaccounted
 from silotune.models.tasks.causal_lm import CausalLm
 from silotune.plan import Plan
@@ -383,11 +382,6 @@ FAULTS = [
         "a rolled back ledger",
         wrap(Chain, "_read_head", _head_follows_the_table),
         catchers.a_rolled_back_ledger_is_refused,
-    ),
-    Fault(
-        "a stale cache",
-        wrap(WarmModel, "frozen", _first_features),
-        catchers.changed_records_are_trained_on,
     ),
     Fault("a constant mask", wrap(masks, "_apply", _constant_masks), catchers.masks_hide_an_update),
     Fault(
