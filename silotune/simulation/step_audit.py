@@ -2,10 +2,11 @@
 
 A small federation of its own takes one step. Its sites are those of a run (`SiteRun`: sampling,
 clipping, noise, gate, ledger, certificate), its rounds those of a coordinator, with secure aggregation
-and shared noise if the plan has them. Only the model differs: linear layers on which canary i has the gradient
-``e_i``, ten clip norms long, in every part of the adapter. Each canary is in with probability 1/2; the
-coordinate of the released sum says which ones were. With a rate of 1 the claim is exactly that of one
-Gaussian: what the plan's noise multiplier is worth in a step, before sampling hides who took part.
+and shared noise if the plan has them. Only the model differs: linear layers on which canary i
+has the gradient ``e_i``, ten clip norms long, in every part of the adapter. Each canary is in with
+probability 1/2; its coordinate of the released sum says whether it was. With a rate of 1 the claim is
+exactly that of one Gaussian: what the plan's noise multiplier is worth in a step, before sampling hides
+who took part.
 """
 
 from __future__ import annotations

@@ -62,7 +62,10 @@ def their_python(tmp_path_factory):
     python = folder / "bin" / "python"
     for packages in (["--no-deps", PINNED[0]], ["absl-py", "attrs", *PINNED[1:]]):
         done = subprocess.run(
-            [python, "-m", "pip", "install", "-q", *packages], capture_output=True, text=True, check=False
+            [python, "-m", "pip", "install", "-q", *packages],
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert done.returncode == 0, done.stderr
     return python
