@@ -225,13 +225,15 @@ class SiteRun:
         return metrics.counts(model, self.encoded, rows=rows, units=units)
 
     def finish(self, certificate: Path | None = None) -> CertificateBody | None:
-        """Settle the reservation and write the certificate; None without privacy.
+        """Settle the reservation and write the certificate; None if nothing was charged.
 
         It is written to ``certificate.json`` of the state unless another place is given.
         """
         if self.ledger is None:
             return None
         self.ledger.settle(self.plan.data.dataset, self.run)
+        if not self.ledger.events(self.plan.data.dataset, run=self.run):
+            return None
         return issue(
             certificate or self._state / "certificate.json",
             ledger=self.ledger,

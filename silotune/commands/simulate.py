@@ -97,8 +97,8 @@ def _run(
         typer.echo(json.dumps({**summary(directory.root), "run_directory": str(directory.root)}))
         return
     print_summary(directory.root, console)
-    console.print(f"Run directory: {directory.root}")
-    console.print(f"Report:        {page}")
+    console.print(f"Run directory: {directory.root}", soft_wrap=True)  # to be copied whole
+    console.print(f"Report:        {page}", soft_wrap=True)
 
 
 def _parsed(settings: list[str]) -> dict[str, Any]:

@@ -55,8 +55,7 @@ class Spending:
         """What the rounds that arrived cost; between two points of the curve, the later one."""
         steps, replies, points = [number for number, _ in curve], 0, Curve()
         for found in view.finished_rounds:
-            cell = found.cells.get(name)
-            replies += cell is not None and cell.phase == "done"
+            replies += name in found.replied  # also in a void round: what was sent was charged
             if replies:
                 place = min(bisect.bisect_left(steps, replies), len(curve) - 1)
                 points.append((found.number, curve[place][1]))

@@ -254,6 +254,11 @@ class Evaluated(Event):
     split: str = ""
     pooled: dict[str, Number] = {}
     sites: dict[str, dict[str, Number]] = {}
+    left_out: tuple[str, ...] = Field(
+        (),
+        description="Sites of the run that are not in these figures: they are not in the run, have no "
+        "record in the split, or gave no answer in time.",
+    )
 
 
 # --- the federation ---

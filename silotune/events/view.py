@@ -152,6 +152,7 @@ class Evaluation:
     split: str
     pooled: Mapping[str, float]
     sites: Mapping[str, Mapping[str, float]]
+    left_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -224,9 +225,9 @@ class RunView:
         return [found for found in self.every_round if found.done]
 
     @property
-    def joined(self) -> int:
-        """How many sites are in."""
-        return sum(site.joined for site in self.sites.values())
+    def joined(self) -> list[str]:
+        """Sites that are in."""
+        return [name for name, site in self.sites.items() if site.joined]
 
     def curve(self, metric: str, *, view: str, split: str) -> list[tuple[int, float]]:
         """A released or simulated score after rounds, ascending."""
@@ -329,6 +330,7 @@ class RunView:
     def _site_refused(self, event: schema.SiteRefused) -> None:
         site = self._site(event.site, event)
         site.state, site.code, site.detail = "refused", event.code, event.detail
+        site.joined = False
         self._trouble(event, None)
 
     def _site_silent(self, event: schema.SiteSilent) -> None:
@@ -411,7 +413,9 @@ class RunView:
     def _evaluated(self, event: schema.Evaluated) -> None:
         sites = {name: _known(scores) for name, scores in event.sites.items()}
         self.evaluations.append(
-            Evaluation(event.round, event.view, event.split, _known(event.pooled), sites)
+            Evaluation(
+                *(event.round, event.view, event.split, _known(event.pooled), sites, event.left_out)
+            )
         )
 
     def _enrolment_requested(self, event: schema.EnrolmentRequested) -> None:

@@ -285,11 +285,20 @@ class RoundLoop:
         messages = list(strategy.configure_evaluate(number, arrays, config, self._grid))
         if not messages:
             return
-        replies = exchange(self._grid, messages, deadline=self._plan.rounds.deadline)
-        metrics = strategy.aggregate_evaluate(number, [reply for _, reply in replies])
+        replies = dict(exchange(self._grid, messages, deadline=self._plan.rounds.deadline))
+        metrics = strategy.aggregate_evaluate(number, replies.values())
         if metrics is not None:
+            answered = {node for node, reply in replies.items() if reply.has_content()}
+            missing = [
+                terms.site for node, terms in strategy.cohort.items() if node not in answered
+            ]
             self._store.append_event(
-                "evaluated", round=number, view="released", split="validation", pooled=dict(metrics)
+                "evaluated",
+                round=number,
+                view="released",
+                split="validation",
+                pooled=dict(metrics),
+                **({"left_out": missing} if missing else {}),
             )
 
     # --- durability ---

@@ -184,7 +184,9 @@ def run_job(job: Job) -> Outcome:
         seconds = time.monotonic() - started
         frozen = plan.optimizer.site.head_rounds >= plan.rounds.number
         counts = {
-            part.site.name: score(part, adapter, split=Split.TEST, frozen=frozen) for part in parts
+            part.site.name: score(part, adapter, split=Split.TEST, frozen=frozen)
+            for part in parts
+            if len(part.records.rows(Split.TEST))
         }
     return Outcome(job=job, counts=counts, seconds=seconds, examples=examples)
 

@@ -106,7 +106,16 @@ class TimeSplit:
 
 @dataclass(frozen=True)
 class Summary:
-    """A run in a few numbers."""
+    """A run in a few numbers.
+
+    Attributes
+    ----------
+    left_out : mapping of str to str
+        Sites that are in none of the test scores, and the code with which they refused to join; no
+        code for those that are in the run and have no test data.
+    test_held_out : bool
+        Whether the plan holds out test data at all.
+    """
 
     run: str
     name: str
@@ -127,6 +136,8 @@ class Summary:
     bytes_up: int
     bytes_down: int
     faults: tuple[Trouble, ...]
+    left_out: Mapping[str, str]
+    test_held_out: bool
     last_score: Mapping[str, Any] | None
 
     def method(self, key: str) -> MethodRow | None:
@@ -180,6 +191,8 @@ def summarise(record: RunRecord) -> Summary:
         bytes_up=sum(found.bytes_up for found in rounds),
         bytes_down=sum(found.bytes_down for found in rounds),
         faults=tuple(record.history.troubles),
+        left_out=_left_out(record),
+        test_held_out=(record.plan.get("data") or {}).get("test_share") != 0,
         last_score=_last_score(record),
     )
 
@@ -325,6 +338,14 @@ def _time_split(record: RunRecord) -> TimeSplit:
         aggregate=aggregate,
         other=max(0.0, total - waited - aggregate),
     )
+
+
+def _left_out(record: RunRecord) -> dict[str, str]:
+    federated = record.method("federated")
+    scored = federated.by_site if federated else {}
+    found = {name: site.code for name, site in record.history.sites.items() if not site.joined}
+    silent = [site for site in record.sites if scored and site not in scored]
+    return {**dict.fromkeys(silent, ""), **{name: code for name, code in found.items() if code}}
 
 
 def _last_score(record: RunRecord) -> dict[str, Any] | None:

@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 
 from silotune.data.site import SiteConfig
+from silotune.events.view import RunView
 from silotune.plan import Plan
 from silotune.privacy.accounting import epsilon_curve, step_event
 from silotune.privacy.certificate import CertificateBody
 from silotune.privacy.tally import epsilon_at_two_sites
 from silotune.simulation.baselines import Counts, Outcome, jobs_for, run_jobs
 from silotune.simulation.run_directory import RunDirectory
-from silotune.simulation.spectator import LoggedStore, metrics_of, size_of
+from silotune.simulation.spectator import LoggedStore, metrics_of, pooled_metrics, size_of
 
 _CURVE_POINTS = 12
 
@@ -33,7 +34,14 @@ def write_privacy(
         for site, found in finished.items()
         if found["certificate"] is not None
     }
-    sites = {site: _site_privacy(plan, body) for site, body in certificates.items()}
+    view = RunView(directory.name)
+    view.extend(directory.events)
+    sites = {
+        site: _site_privacy(
+            plan, body, [r.number for r in view.finished_rounds if site in r.replied]
+        )
+        for site, body in certificates.items()
+    }
     example = next(iter(certificates.values()), None)
     both = _at_two_sites(plan, list(certificates.values()))
     directory.write_json(
@@ -93,24 +101,26 @@ def _statement(plan: Plan, both: Mapping[str, float] | None) -> str:
     )
 
 
-def _site_privacy(plan: Plan, body: CertificateBody) -> dict[str, Any]:
-    releases = plan.rounds.number * plan.releases_a_round
-    steps = next(m for m in body.mechanisms if m.times == releases)
+def _site_privacy(plan: Plan, body: CertificateBody, replied: Sequence[int]) -> dict[str, Any]:
+    """What a site spent, also one that missed rounds: `replied` are those that it did not miss."""
+    # Metrics are released at rate 1, so the steps are what is sampled, or what is there most often.
+    steps = max(body.mechanisms, key=lambda m: (m.rate < 1.0, m.times))
     rate, sigma = steps.rate, steps.sigma
     per_round = step_event(rate=rate, sigma=sigma, steps=plan.releases_a_round)
-    curve = epsilon_curve(
-        per_round, rounds=plan.rounds.number, points=_CURVE_POINTS, delta=body.delta
-    )
+    charged = steps.times // plan.releases_a_round
+    curve = epsilon_curve(per_round, rounds=charged, points=_CURVE_POINTS, delta=body.delta)
+    # A reply that was charged and never arrived counts from the last round on.
+    numbers = [*replied, *[plan.rounds.number] * charged]
     return {
         "epsilon": body.epsilon,
         "sigma": sigma,
         "rate": rate,
-        "steps": releases,
+        "steps": steps.times,
         "exposures": [
             {"to": to, "colluding": row.colluding, "epsilon": row.epsilon}
             for (to, _), row in zip(body.exposed_to, body.exposures, strict=True)
         ],
-        "epsilon_by_round": [[number, value] for number, value in curve],
+        "epsilon_by_round": [[numbers[count - 1], value] for count, value in curve],
     }
 
 
@@ -136,7 +146,10 @@ def write_timings(
     }
     measured = [n for n in rounds if all(n in by_round for by_round in train.values())]
     total = sum(rounds[n] for n in measured)
-    busiest = sum(max(sum(train[s][n] for s in part) for part in workers if part) for n in measured)
+    busiest = sum(
+        max(sum(train[s][n] for s in part if s in train) for part in workers if part)
+        for n in measured
+    )
     directory.write_json(
         "timings.json",
         {
@@ -163,7 +176,8 @@ def write_results(
 ) -> None:
     """Write ``results.json``: the federation's test scores, and the baselines' if `workers`.
 
-    The baselines train in this many processes; none with 0.
+    `sites` are those in the run. The baselines train in this many processes; none with 0. Without
+    test data there are methods and no scores.
     """
     seconds = sum(
         float(event["seconds"]) for event in directory.events if event["event"] == "round_finished"
@@ -234,7 +248,7 @@ def _method(
         "title": title,
         "private": plan.private,
         "epsilon": plan.privacy.epsilon,
-        "test": metrics_of(plan, sum(counts.values())),
+        "test": pooled_metrics(plan, counts),
         "by_site": {
             site: {**metrics_of(plan, each), "n": size_of(plan, each)}
             for site, each in counts.items()
@@ -246,8 +260,9 @@ def _method(
 
 def _own(plan: Plan, found: Sequence[Outcome]) -> dict[str, Any]:
     """Each site's own model: on its own data by site, on everybody's data in the mean."""
-    everywhere = [metrics_of(plan, sum(one.counts.values())) for one in found]
-    own = {str(one.job.site): one.counts[str(one.job.site)] for one in found}
+    everywhere = [pooled_metrics(plan, one.counts) for one in found]
+    sites = {str(one.job.site): one for one in found}
+    own = {site: one.counts[site] for site, one in sites.items() if site in one.counts}
     return {
         **_method(
             plan,

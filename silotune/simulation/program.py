@@ -83,6 +83,8 @@ class SimulatedSites:
             case "score":
                 split = Split[str(request["split"]).upper()]
                 frozen = bool(request["frozen"])
+                if not len(site.records.rows(split)):
+                    return {}, {}
                 found = {"counts": score(site, arrays["flat"], split=split, frozen=frozen)}
                 keeping = site.trainer.keeping
                 if keeping.any:

@@ -125,7 +125,7 @@ class Progress:
             case "worker_ready" if not self._console.is_terminal:
                 line = f"worker {event['worker'] + 1} ready after {event['seconds']:.1f} s"
             case "site_joined" if not self._console.is_terminal and len(view.sites) <= _MOST_SITES:
-                line = f"{site} joined, {view.joined} of {len(view.sites)}"
+                line = f"{site} joined, {len(view.joined)} of {len(view.sites)}"
             case "run_finished":
                 line = f"{event['rounds']} rounds finished in {clock_time(event['seconds'])}"
             case "baseline_finished" if not self._console.is_terminal:
@@ -205,7 +205,7 @@ def _beginning(view: RunView) -> str:
     """What goes on before the first round."""
     if not view.workers and not view.joined:
         return "workers are starting"
-    return f"sites read their records: {view.joined} of {len(view.sites)} joined"
+    return f"sites read their records: {len(view.joined)} of {len(view.sites)} joined"
 
 
 def _baseline(view: RunView) -> str:

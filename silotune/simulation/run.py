@@ -239,11 +239,12 @@ def _conclude(job: _Job, store: LoggedStore, spectator: Spectator, view: View) -
     assert saved is not None  # every round ends with one
     final = saved[0]["adapter"]
     spectator.look_at_final(final)
-    model = view.save(final, job.directory.final_adapter.resolve(), site=job.sites[0].name)
+    joined = [site for site in job.sites if site.name in store.joined]
+    model = view.save(final, job.directory.final_adapter.resolve(), site=joined[0].name)
     facts = job.directory.read_json("resolved.json")
     facts |= {"model": model["description"], "trainable_parameters": model["parameters"]}
     job.directory.write_json("resolved.json", facts)
-    finished = view.finish()
+    finished = view.finish(store.joined)
     write_privacy(job.directory, job.plan, finished)
     slots, count = _slots(job), job.settings.worker_count(len(job.sites))
     parts = spread([slot.weight for slot in slots], count)
@@ -252,7 +253,7 @@ def _conclude(job: _Job, store: LoggedStore, spectator: Spectator, view: View) -
     write_results(
         job.directory,
         job.plan,
-        job.sites,
+        joined,
         choices=asdict(job.choices),
         final=spectator.final_counts,
         finished=finished,

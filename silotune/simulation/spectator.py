@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from silotune.events.view import RunView
 from silotune.models.tasks import get_task
 from silotune.plan import Plan
 from silotune.privacy.live_epsilon import LiveEpsilon
@@ -35,6 +36,11 @@ class LoggedStore:
         The sites in node order, for events of a site that never told its name.
     listener : callable
         Given each event as it was written.
+
+    Attributes
+    ----------
+    names : tuple of str
+        Every site of the run.
     """
 
     def __init__(
@@ -45,7 +51,8 @@ class LoggedStore:
         names: Sequence[str],
         listener: Callable[[Mapping[str, Any]], None],
     ) -> None:
-        self.directory, self._listener = directory, listener
+        self.directory, self._listener, self.names = directory, listener, tuple(names)
+        self._told = RunView(directory.name)
         self._names = {str(node): name for node, name in enumerate(names, start=1)}
         self._live = LiveEpsilon(
             delta=plan.privacy.delta or 0.0,
@@ -57,6 +64,12 @@ class LoggedStore:
         self.save_checkpoint = directory.save_checkpoint
         self.load_checkpoint = directory.load_checkpoint
         self.was_evaluated = directory.was_evaluated
+
+    @property
+    def joined(self) -> list[str]:
+        """Sites that are in the run, since this process asked them."""
+        joined = set(self._told.joined)
+        return [name for name in self.names if name in joined]
 
     def on_receipt(self, receipt: Receipt) -> None:
         """Note how long a site's app took, which the server never learns."""
@@ -81,6 +94,7 @@ class LoggedStore:
             if spent := self._live.spent():
                 fields["epsilon"] = spent
         event = self.directory.append_event(kind, **fields)
+        self._told.extend([event])
         self._listener(event)
         return event
 
@@ -92,20 +106,22 @@ class View:
         self._inspect = inspect
 
     def score(
-        self, adapter: Vector, *, split: str, frozen: bool, server_round: int
+        self, adapter: Vector, *, split: str, frozen: bool, server_round: int, sites: Sequence[str]
     ) -> dict[str, dict[str, Counts]]:
-        """Counts on each site's own records of a split, by site, of one or two models.
+        """Counts on each of these sites' own records of a split, by site, of one or two models.
 
         ``counts`` are those of the adapter itself; where the strategy keeps parts at the sites,
-        ``personal`` are those of the adapter with the site's own parts as of a round.
+        ``personal`` are those of the adapter with the site's own parts as of a round. A site
+        without a record in the split is left out.
         """
         request = {"op": "score", "split": split, "frozen": frozen, "round": server_round}
-        found = self._inspect(request, {"flat": adapter})
-        return {site: arrays for site, (_, arrays) in found.items()}
+        found = self._inspect(request, {"flat": adapter}, sites=sites)
+        return {site: arrays for site, (_, arrays) in found.items() if arrays}
 
-    def finish(self) -> dict[str, dict[str, Any]]:
-        """Settle every site's ledger and collect certificates and timings."""
-        return {site: answer for site, (answer, _) in self._inspect({"op": "finish"}, {}).items()}
+    def finish(self, sites: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """Settle these sites' ledgers and collect certificates and timings."""
+        found = self._inspect({"op": "finish"}, {}, sites=sites)
+        return {site: answer for site, (answer, _) in found.items()}
 
     def save(self, adapter: Vector, folder: Path, *, site: str) -> dict[str, Any]:
         """Have one site write the adapter in PEFT's format; what model it is for."""
@@ -159,7 +175,9 @@ class Spectator:
 
     def _look(self, server_round: int, adapter: Vector, *, split: str) -> dict[str, float]:
         frozen = server_round <= self._plan.optimizer.site.head_rounds
-        found = self._view.score(adapter, split=split, frozen=frozen, server_round=server_round)
+        found = self._view.score(
+            adapter, split=split, frozen=frozen, server_round=server_round, sites=self._store.joined
+        )
         counts = {site: arrays["counts"] for site, arrays in found.items()}
         if split == "test":
             self.final_counts = counts
@@ -178,12 +196,19 @@ class Spectator:
             site: {**metrics_of(self._plan, each), "n": size_of(self._plan, each)}
             for site, each in counts.items()
         }
-        return {"pooled": metrics_of(self._plan, sum(counts.values())), "sites": sites}
+        shown = {"pooled": pooled_metrics(self._plan, counts), "sites": sites}
+        left_out = [site for site in self._store.names if site not in counts]
+        return {**shown, "left_out": left_out} if left_out else shown
 
 
-def metrics_of(plan: Plan, counts: Any) -> dict[str, float]:
+def metrics_of(plan: Plan, counts: Counts) -> dict[str, float]:
     """The task's metrics from additive counts."""
     return dict(get_task(plan.model.task).metrics(np.asarray(counts)))
+
+
+def pooled_metrics(plan: Plan, counts: Mapping[str, Counts]) -> dict[str, float]:
+    """The task's metrics over all these sites' records; none without any site."""
+    return metrics_of(plan, np.sum([*counts.values()], axis=0)) if counts else {}
 
 
 def size_of(plan: Plan, counts: Counts) -> int:

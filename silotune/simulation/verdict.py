@@ -14,6 +14,7 @@ def verdict(found: Summary) -> list[str]:
     return [
         *_progress(found),
         *_scores(found),
+        *_left_out(found),
         *probe_verdict(found),
         *_sites(found),
         *_privacy(found),
@@ -48,6 +49,23 @@ _RIVALS = (
     ("own", "a site's own data alone (mean over sites {score})"),
     ("pooled", "training on all records pooled ({score})"),
 )
+
+
+def _left_out(found: Summary) -> list[str]:
+    """Whoever is not in the scores, and why."""
+    refused = tuple(f"{site} ({code})" for site, code in found.left_out.items() if code)
+    empty = tuple(site for site, code in found.left_out.items() if not code)
+    told = []
+    if refused:
+        told.append(f"{listed(refused)} refused to join: neither in the model nor in its scores.")
+    if empty:
+        have = "has" if len(empty) == 1 else "have"
+        told.append(
+            f"{listed(empty)} {have} no record in the test data: not in the scores on them."
+        )
+    if not found.test_held_out:
+        told.append("There are no test scores: no test data were held out (data.test_share = 0).")
+    return told
 
 
 def _interim(found: Summary) -> list[str]:

@@ -53,3 +53,52 @@ def test_shared_noise_is_summed_up_as_json(federation):
     assert found.facts["rounds_finished"] == 3
     assert sorted(found.facts["sites_trained"]) == ["alpha", "beta", "gamma"]
     assert "round 3/3 adapter: 3/3 sites" in found.errors
+
+
+# --- sites that are not like the others -----------------------------------------------------------
+
+
+def alone(tmp_path, bert_folder, names=("alpha", "beta", "gamma")):
+    return write_federation(tmp_path, bert_folder, names=names)
+
+
+def keep(federation, site, rows):
+    """Leave this many records to a site, and let it declare that."""
+    place = federation.folder / site
+    lines = (place / "notes.csv").read_text().splitlines()
+    (place / "notes.csv").write_text("\n".join([lines[0], *rows(lines[1:])]) + "\n")
+
+
+def test_a_site_that_cannot_be_scored_is_left_out_of_that_figure_and_named(tmp_path, bert_folder):
+    federation = alone(tmp_path, bert_folder)
+    keep(federation, "alpha", lambda rows: rows[:2])
+    found = shown("plain", *words_of(federation, **PRIVATE), "--baselines")
+    assert found.code == 0, found.errors
+    run = newest(federation)
+    (federated,) = [m for m in run.read_json("results.json")["methods"] if m["key"] == "federated"]
+    assert set(federated["by_site"]) == {"beta", "gamma"}
+    assert "alpha has no record in the test data" in " ".join(found.text.split())
+    assert "alpha has no record in the test data" in run.report_path.read_text()
+    looks = [e for e in run.events if e["event"] == "evaluated"]
+    assert {site for look in looks for site in look["left_out"]} == {"alpha"}
+
+
+def test_a_site_that_refused_is_left_out_and_named_while_the_others_finish(tmp_path, bert_folder):
+    federation = alone(tmp_path, bert_folder)
+    keep(federation, "beta", lambda rows: [row.replace(",yes,", ",maybe,") for row in rows])
+    found = shown("json", *words_of(federation, **PRIVATE), "--baselines")
+    assert found.code == 0, found.errors
+    assert found.facts["sites_trained"] == ["alpha", "gamma"]
+    assert {row["site"] for row in found.facts["by_site"]} == {"alpha", "gamma"}
+    assert any("beta (ST-205) refused to join" in line for line in found.facts["verdict"])
+    assert "beta (ST-205) refused to join" in newest(federation).report_path.read_text()
+
+
+@pytest.mark.parametrize("key", ["data.test_share", "data.validation_share"])
+def test_without_held_out_data_a_run_ends_well_and_has_no_scores(federation, key):
+    found = shown("plain", *words_of(federation, **{key: 0}), "--baselines")
+    assert found.code == 0, found.errors
+    assert "Report:" in found.text
+    methods = newest(federation).read_json("results.json")["methods"]
+    assert all(bool(m["test"]) == (key != "data.test_share") for m in methods)
+    assert ("no test data were held out" in found.text) == (key == "data.test_share")

@@ -75,6 +75,7 @@ def scripted(payload):
     @Program.client_app.evaluate()
     def evaluate(message, context):
         number = int(message.content["config"]["round"])
+        trouble(context, f"scores {number}")
         right = float(10 * number + context.node_config["partition-id"])
         counts = Array(np.array([[right, 1.0], [2.0, right]]))
         return Message(RecordDict({"counts": ArrayRecord({"flat": counts})}), reply_to=message)
@@ -262,3 +263,16 @@ def test_events_are_json_lines_that_survive_reading(play):
     directory, _ = play()
     lines = (directory.root / "events.jsonl").read_text().splitlines()
     assert all(json.loads(line)["time"] > 0 for line in lines)
+
+
+def test_a_site_that_refused_or_gave_no_scores_is_left_out_of_that_figure_and_the_run_finishes(
+    play,
+):
+    faults = {"s0:0": "error", "s2:scores 2": "error"}
+    directory, _ = play(faults=faults, sites=4, **{"rounds.evaluate_every": 2})
+    second, fourth = events(directory, "evaluated")
+    assert second["left_out"] == ["s2"]
+    assert "left_out" not in fourth
+    right = 2 * (21.0 + 23.0)  # of sites s1 and s3, which have three wrong each
+    assert second["pooled"]["accuracy"] == pytest.approx(right / (right + 6.0))
+    assert events(directory, "run_finished")
