@@ -25,6 +25,7 @@ from silotune.commands import (
     partition,
     plan,
     predict,
+    release,
     report,
     simulate,
     site,
@@ -48,6 +49,7 @@ app.command("simulate")(simulate.simulate)
 app.add_typer(coordinator.app, name="coordinator")
 app.command("report")(report.report)
 app.command("export")(export.export)
+app.command("release")(release.release)
 app.command("dashboard")(dashboard.dashboard)
 app.command("predict")(predict.predict)
 app.add_typer(site.app, name="site")

@@ -1,0 +1,1 @@
+"""The gate that a finished adapter passes before it leaves the consortium."""
