@@ -8,11 +8,13 @@ console of the product comes from here, with both switched off; a style is given
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import click
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 from rich.text import Text
 from typer.core import TyperArgument, TyperGroup
 from typer.models import ArgumentInfo
@@ -22,6 +24,23 @@ from typer.utils import get_params_from_function
 def terminal(*, stderr: bool = False) -> Console:
     """A console that prints texts as they are."""
     return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+
+def show_rows(rows: Iterable[Mapping[str, object]], columns: Sequence[str]) -> None:
+    """Print a table; what doesn't fit is folded, but a site's six words are never broken."""
+    table = Table()
+    for column in columns:
+        table.add_column(column, overflow="fold", no_wrap=column == "words")
+    for row in rows:
+        table.add_row(*(_cell(column, str(row[column])) for column in columns))
+    terminal().print(table)
+
+
+def _cell(column: str, text: str) -> str:
+    if column != "words":
+        return text
+    words = text.split("-")
+    return "-\n".join("-".join(words[i : i + 2]) for i in range(0, len(words), 2))
 
 
 def headed(heading: str, rest: str, *, style: str = "bold", indent: int = 0) -> Text:

@@ -26,7 +26,7 @@ from silotune.client.errors import (
 from silotune.client.transport import https_client
 from silotune.errors import SilotuneError
 from silotune.federation import wire
-from silotune.federation.errors import BodyInvalid, FederationError
+from silotune.federation.errors import BodyInvalid, InviteInvalid, RequestDeclined
 from silotune.federation.identity import make_request
 from silotune.federation.roster import SignedRoster
 from silotune.privacy.entry import Head
@@ -68,16 +68,21 @@ def failure(response: httpx.Response) -> SilotuneError:
     skew = clock_skew(response)
     if response.status_code in _UNWANTED and skew is not None and not -_SLOW < skew < _FAST:
         return ClockWrong(f"this machine's clock is {skew:+.0f} s off the coordinator's")
+    code = ""
     try:
         said = wire.parse(wire.Failure, response.content)
-        detail = f"the coordinator said {said.code}: {said.detail}"
+        code, detail = said.code, f"the coordinator said {said.code}: {said.detail}"
     except BodyInvalid:
         detail = f"the coordinator answered with status {response.status_code}"
     if response.status_code in _UNWANTED:
         return CoordinatorRefused(detail)
     if response.status_code >= 500:
         return CoordinatorUnavailable(detail)
-    return FederationError(detail)
+    if code == InviteInvalid.code:
+        return InviteInvalid(detail)
+    return RequestDeclined(
+        detail, remedy=f"`silotune errors {code}` explains it." if code else None
+    )
 
 
 class CoordinatorApi:

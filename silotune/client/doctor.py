@@ -10,7 +10,6 @@ import shutil
 import socket
 import ssl
 from collections.abc import Callable
-from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 import httpx
@@ -32,41 +31,14 @@ from silotune.client.errors import (
 )
 from silotune.client.transport import CONNECT_SECONDS, https_client, proxy_for
 from silotune.data.site import SiteConfig
-from silotune.errors import SilotuneError
 from silotune.federation import wire
 from silotune.federation.audit_log import AUDIT_FILE, AuditLog
+from silotune.federation.findings import Check, Finding, Skipped, examine
 from silotune.federation.identity import certificate_from_pem, days_left, issued_by
 from silotune.federation.sealed import Vault
 
 _LEAST_DISK = 200_000_000
 _MOST_SKEW = 4.0
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What one check found.
-
-    Attributes
-    ----------
-    check : str
-        What was looked at.
-    state : str
-        ``ok``, ``failed`` or ``skipped``.
-    detail : str
-        What was found.
-    code, remedy : str
-        Of the error, if it failed.
-    """
-
-    check: str
-    state: str
-    detail: str
-    code: str = ""
-    remedy: str = ""
-
-
-class _Skipped(Exception):
-    """The ground of a check is missing."""
 
 
 class Doctor:
@@ -86,7 +58,7 @@ class Doctor:
 
     def examine(self) -> list[Finding]:
         """Every check, in order."""
-        checks: list[tuple[str, Callable[[], str]]] = [
+        checks: list[Check] = [
             ("policy", self._policy),
             ("keys", self._keys),
             ("enrolment", self._enrolled),
@@ -104,20 +76,7 @@ class Doctor:
             ("ledger", self._ledger),
             ("audit log", self._audit),
         ]
-        return [self._run(name, check) for name, check in checks]
-
-    def _run(self, name: str, check: Callable[[], str]) -> Finding:
-        try:
-            return Finding(name, "ok", check())
-        except _Skipped as exc:
-            return Finding(name, "skipped", str(exc))
-        except SilotuneError as exc:
-            return Finding(name, "failed", exc.detail, exc.code, exc.remedy)
-        except Exception as exc:
-            # Never the message of a foreign error: it may quote a record.
-            return Finding(
-                name, "failed", type(exc).__name__, SilotuneError.code, SilotuneError.advice
-            )
+        return examine(checks)
 
     # --- the site's own word and keys ---
 
@@ -135,7 +94,7 @@ class Doctor:
 
     def _keys(self) -> str:
         if not (self._site.state_folder / "vault.json").exists():
-            raise _Skipped("no keys yet: they are made by `silotune site join`")
+            raise Skipped("no keys yet: they are made by `silotune site join`")
         self._vault = Vault(self._site.state_folder, self._site.at_rest, base=self._site.folder)
         return "the sealed files can be opened, and no other account can read them"
 
@@ -152,7 +111,7 @@ class Doctor:
     @property
     def _member(self) -> Enrolment:
         if self._enrolment is None:
-            raise _Skipped("the site is not in a federation")
+            raise Skipped("the site is not in a federation")
         return self._enrolment
 
     @property
@@ -163,7 +122,7 @@ class Doctor:
     def _name(self) -> str:
         host, port = self._place
         if proxy_for(self._member.facts.url):
-            raise _Skipped("the proxy looks the name up")
+            raise Skipped("the proxy looks the name up")
         try:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except OSError as exc:
@@ -173,7 +132,7 @@ class Doctor:
     def _port(self) -> str:
         host, port = self._place
         if proxy_for(self._member.facts.url):
-            raise _Skipped("the proxy connects")
+            raise Skipped("the proxy connects")
         try:
             socket.create_connection((host, port), timeout=CONNECT_SECONDS).close()
         except OSError as exc:
@@ -198,7 +157,7 @@ class Doctor:
 
     def _coordinator(self) -> str:
         if self._response is None:
-            raise _Skipped("there is no verified connection")
+            raise Skipped("there is no verified connection")
         if self._response.status_code != httpx.codes.OK:
             raise CoordinatorUnavailable(f"status {self._response.status_code}")
         said = wire.parse(wire.AuthorityReply, self._response.content)
@@ -216,7 +175,7 @@ class Doctor:
     def _clock(self) -> str:
         skew = clock_skew(self._response) if self._response is not None else None
         if skew is None:
-            raise _Skipped("nobody to compare with")
+            raise Skipped("nobody to compare with")
         if abs(skew) > _MOST_SKEW:
             raise ClockWrong(f"this machine is {skew:+.0f} s off the coordinator's clock")
         return f"within {max(1.0, abs(skew)):.0f} s of the coordinator's"
@@ -255,7 +214,7 @@ class Doctor:
 
         policy = self._site.policy
         if policy is None or not policy.base_models:
-            raise _Skipped("policy.base_models lists none")
+            raise Skipped("policy.base_models lists none")
         for sha256, place in policy.base_models.items():
             require_weights(locate(place), sha256)
         return f"{len(policy.base_models)} there, with the listed hashes"
@@ -276,7 +235,7 @@ class Doctor:
         from silotune.privacy.ledger_view import LEDGER_FILE
 
         if self._enrolment is None and not (self._site.state_folder / LEDGER_FILE).exists():
-            raise _Skipped("there is none yet")
+            raise Skipped("there is none yet")
         verify_ledger(self._site.state_folder, self._member)
         return "whole, and agrees with the head that the coordinator signed last"
 

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
-from silotune.terminal import terminal
+from silotune.terminal import show_rows, terminal
 
 if TYPE_CHECKING:
     from silotune.server.control_client import ControlClient
@@ -237,12 +236,7 @@ def _show(
     if not rows:
         typer.echo(empty)
         return
-    table = Table()
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in shown:
-        table.add_row(*(str(row[column]) for column in columns))
-    terminal().print(table)
+    show_rows(shown, columns)
 
 
 def _when(seconds: float) -> str:

@@ -8,25 +8,25 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
-from silotune.commands import coordinator_people, coordinator_runs, sealing
+from silotune.commands import coordinator_people, coordinator_runs, sealing, site_views
 from silotune.commands.coordinator_folder import HERE, AsJson, Folder, client_of, moment
-from silotune.terminal import terminal
+from silotune.terminal import say, show_rows
 
 app = typer.Typer(
     no_args_is_help=True,
     help="""Run the coordinator of a federation.
 
-    One folder holds everything of it. A federation begins with `init`, then `start` runs the daemon;
-    every other command talks to the running daemon through a socket in the folder, so it is run on
-    the same machine and by the same account.
+    One folder holds everything of it: every command finds it by --dir or SILOTUNE_COORDINATOR, or
+    takes the one you are in. A federation begins with `init`, then `start` runs the daemon, and
+    `doctor` says what is wrong; the other commands talk to the running daemon through a socket in the
+    folder, so they are run on the same machine and by the same account.
 
     A site comes in by three steps: `invite SITE` prints a code for its team; their `silotune site
     join CODE` sends a request, which `requests` shows; you compare the six words by telephone, and
     `approve`. Then `run plan.toml` proposes a plan to all sites.
     """,
-    epilog="Start with: silotune coordinator init ./federation --name demo --host coord.example.org",
+    epilog="Start with: silotune coordinator init --dir federation --name demo --host coord.example.org",
 )
 sites = typer.Typer(
     no_args_is_help=True, help="Look at the sites, shut one out, or renew its keys."
@@ -40,7 +40,6 @@ app.add_typer(coordinator_people.app, name="people")
 
 @app.command()
 def init(  # noqa: PLR0917 - one a command-line option
-    folder: Annotated[Path, typer.Argument(help="A folder that does not exist yet.")],
     name: Annotated[str, typer.Option(help="The federation's name: a-z, 0-9, - and _.")],
     host: Annotated[
         list[str],
@@ -53,6 +52,15 @@ def init(  # noqa: PLR0917 - one a command-line option
     key_file: sealing.KeyFile = None,
     passphrase_file: sealing.PassphraseFile = None,
     passphrase_env: sealing.PassphraseEnv = None,
+    folder: Annotated[
+        Path,
+        typer.Option(
+            "--dir",
+            envvar="SILOTUNE_COORDINATOR",
+            help="The coordinator's folder: empty, or made here.",
+            show_default=".",
+        ),
+    ] = HERE,
     as_json: AsJson = False,
 ) -> None:
     """Make a federation: its authority, its keys, its configuration.
@@ -83,15 +91,13 @@ def init(  # noqa: PLR0917 - one a command-line option
         return
     typer.echo(f"Federation {name} is in {folder}. Its authority has the SHA-256 fingerprint")
     typer.echo(f"  {keys.fingerprint}")
-    typer.echo(f"Look at {folder / 'coordinator.toml'}, then: silotune coordinator start {folder}")
+    typer.echo(
+        f"Look at {folder / 'coordinator.toml'}, then: silotune coordinator start --dir {folder}"
+    )
 
 
 @app.command()
-def start(
-    folder: Annotated[
-        Path, typer.Argument(envvar="SILOTUNE_COORDINATOR", help="The coordinator's folder.")
-    ] = HERE,
-) -> None:
+def start(folder: Folder = HERE) -> None:
     """Run the coordinator until it gets SIGTERM or Ctrl-C.
 
     Runs that were under way go on from their last finished round. Sites reconnect by themselves.
@@ -118,6 +124,19 @@ def start(
     finally:
         coordinator.close()
         tracing.stop()
+
+
+@app.command()
+def doctor(folder: Folder = HERE, as_json: AsJson = False) -> None:
+    """Check everything the coordinator needs, running or not; exit 70 if something is wrong.
+
+    Looks at configuration, permissions, keys, certificate, names, daemon, port, store, audit log,
+    files with secrets, and disk. Each trouble has a code and a remedy.
+    """
+    from silotune.server.config import Home
+    from silotune.server.doctor import Doctor
+
+    site_views.tell_findings(Doctor(Home(folder)).examine(), as_json=as_json)
 
 
 @app.command()
@@ -161,8 +180,10 @@ def requests(folder: Folder = HERE, as_json: AsJson = False) -> None:
     if not found:
         typer.echo("No site has asked yet. `silotune coordinator invite SITE` makes a code.")
         return
-    rows = [{**row, "requested": moment(row["requested_at"])} for row in found]
-    _show(rows, "site", "state", "words", "requested", "request", "reason")
+    for row in found:
+        reason = f" ({row['reason']})" if row["reason"] else ""
+        say(f"{row['site']}: {row['state']}{reason}, asked on {moment(row['requested_at'])}")
+        typer.echo(f"  words    {row['words']}\n  request  {row['request']}")
 
 
 @app.command()
@@ -242,7 +263,7 @@ def list_sites(folder: Folder = HERE, as_json: AsJson = False) -> None:
         }
         for row in found
     ]
-    _show(rows, "site", "status", "online", "last seen", "words")
+    show_rows(rows, ("site", "status", "online", "last seen", "words"))
 
 
 @sites.command()
@@ -285,12 +306,3 @@ def _print_code(found: dict[str, Any], as_json: bool) -> None:
         "Its team runs: silotune site join CODE",
         err=True,
     )
-
-
-def _show(rows: list[dict[str, Any]], *columns: str) -> None:
-    table = Table()
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*(str(row[column]) for column in columns))
-    terminal().print(table)

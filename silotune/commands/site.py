@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from rich.text import Text
 
 from silotune.client.admin_socket import ask
 from silotune.client.errors import RunUnknown, SiteNotEnrolled
 from silotune.commands import sealing, site_views
 from silotune.data.site import SiteConfig
 from silotune.logs import Format, configure
-from silotune.terminal import headed, terminal
+from silotune.terminal import terminal
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -33,6 +34,7 @@ ConfigPath = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 _CONFIG = Path("site.toml")
+_LEAST_DIGITS = 4
 
 
 @app.command()
@@ -55,8 +57,9 @@ def join(
     console = terminal(stderr=as_json)
     joining = Joining(SiteConfig.load(config), code)
     joining.ask()
-    console.print(headed("This site's six words:", joining.words, style=""))
-    console.print("Read them to the coordinator's operator. Waiting for the approval.")
+    console.print("Read these six words to the coordinator's operator, who must see the same six:")
+    console.print(Text(f"\n  {joining.words}\n", "bold"), soft_wrap=True)
+    console.print("Waiting for the approval.")
     enrolment = joining.wait(seconds=wait)
     if enrolment is None:
         console.print("Not approved yet. Run the same command again to go on waiting.")
@@ -78,15 +81,7 @@ def doctor(config: ConfigPath = _CONFIG, as_json: AsJson = False) -> None:
     """
     from silotune.client.doctor import Doctor
 
-    findings = Doctor(SiteConfig.load(config)).examine()
-    failed = [finding for finding in findings if finding.state == "failed"]
-    if as_json:
-        rows = [vars(finding) for finding in findings]
-        typer.echo(json.dumps({"healthy": not failed, "findings": rows}, indent=2))
-    else:
-        site_views.print_findings(findings, terminal())
-    if failed:
-        raise typer.Exit(70)
+    site_views.tell_findings(Doctor(SiteConfig.load(config)).examine(), as_json=as_json)
 
 
 @app.command()
@@ -227,7 +222,7 @@ def dashboard(
 
 @app.command()
 def plans(
-    run: Annotated[str, typer.Argument(help="A run, or the start of a plan's hash.")] = "",
+    run: Annotated[str, typer.Argument(help="A run, or the first digits of a plan's hash.")] = "",
     config: ConfigPath = _CONFIG,
     every: Annotated[bool, typer.Option("--all", help="Also runs that are over.")] = False,
     as_json: AsJson = False,
@@ -261,7 +256,9 @@ def plans(
 
 @app.command()
 def approve(
-    plan: Annotated[str, typer.Argument(help="The plan's hash (12 digits do), or the run.")],
+    plan: Annotated[
+        str, typer.Argument(help="The run, or the first 4 or more digits of the plan's hash.")
+    ],
     config: ConfigPath = _CONFIG,
     as_json: AsJson = False,
 ) -> None:
@@ -281,7 +278,9 @@ def approve(
 
 @app.command()
 def reject(
-    plan: Annotated[str, typer.Argument(help="The plan's hash (12 digits do), or the run.")],
+    plan: Annotated[
+        str, typer.Argument(help="The run, or the first 4 or more digits of the plan's hash.")
+    ],
     reason: Annotated[str, typer.Option(help="Told to the coordinator's operator.")],
     config: ConfigPath = _CONFIG,
     as_json: AsJson = False,
@@ -296,19 +295,26 @@ def _proposed(config: Path, wanted: str) -> tuple[SiteConfig, str]:
     from silotune.client.approvals import Approvals
 
     site = SiteConfig.load(config)
-    runs = [
-        entry.run
-        for entry in Approvals(site.state_folder).entries()
-        if not entry.over
-        and (entry.run == wanted or (len(wanted) >= 8 and entry.plan.sha256.startswith(wanted)))
-    ]
-    if len(runs) != 1:
-        listed = f": {', '.join(runs)}; name the run" if runs else ""
+    entries = [entry for entry in Approvals(site.state_folder).entries() if not entry.over]
+    named = [entry for entry in entries if entry.run == wanted]
+    fitting = named or [entry for entry in entries if entry.plan.sha256.startswith(wanted.lower())]
+    if not named and len(wanted) < _LEAST_DIGITS:
         raise RunUnknown(
-            f"{len(runs)} open proposals fit {wanted!r}{listed}",
+            f"{wanted!r} is too short for a plan's hash and is no run's name",
+            remedy=f"Give {_LEAST_DIGITS} digits of the hash or more; `silotune site plans` shows it.",
+        )
+    if len(fitting) > 1:
+        listed = ", ".join(f"{entry.run} (plan {entry.plan.sha256[:12]})" for entry in fitting)
+        raise RunUnknown(
+            f"{wanted!r} means more than one open proposal: {listed}",
+            remedy="Give the run's name, or more digits of the plan's hash.",
+        )
+    if not fitting:
+        raise RunUnknown(
+            f"no open proposal has the name or the hash {wanted!r}",
             remedy="`silotune site plans` lists what is proposed.",
         )
-    return site, runs[0]
+    return site, fitting[0].run
 
 
 def _entry(site: SiteConfig, run: str) -> Any:

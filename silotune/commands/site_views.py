@@ -2,25 +2,41 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from silotune.terminal import headed
+from silotune.terminal import headed, terminal
 
 if TYPE_CHECKING:
-    from silotune.client.doctor import Finding
+    from silotune.federation.findings import Finding
 
 _MARKS = {"ok": "green", "failed": "bold red", "skipped": "dim"}
 _MOST_TENSORS = 6
 
 
-def print_findings(findings: Sequence[Finding], console: Console) -> None:
-    """The doctor's findings, then the remedies."""
+_UNHEALTHY = 70
+
+
+def tell_findings(findings: Sequence[Finding], *, as_json: bool) -> None:
+    """A doctor's findings, then the remedies; exits with 70 if a check failed."""
+    failed = [finding for finding in findings if finding.state == "failed"]
+    if as_json:
+        rows = [vars(finding) for finding in findings]
+        typer.echo(json.dumps({"healthy": not failed, "findings": rows}, indent=2))
+    else:
+        _print_findings(findings, terminal())
+    if failed:
+        raise typer.Exit(_UNHEALTHY)
+
+
+def _print_findings(findings: Sequence[Finding], console: Console) -> None:
     table = Table("check", "", "found", box=None)
     for finding in findings:
         code = f"{finding.code} " if finding.code else ""

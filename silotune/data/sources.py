@@ -29,6 +29,19 @@ from silotune.errors import ColumnMissing, DatasetUnreadable
 # The default of 128 KiB is shorter than a long clinical note.
 _LONGEST_FIELD = 2**31 - 1
 
+_UNPACK = "Unpack it, and name the unpacked file in site.toml."
+
+# What is no text, by its first bytes: its name, and what to do.
+_NO_TEXT = {
+    b"\x1f\x8b": ("packed by gzip", _UNPACK),
+    b"BZh": ("packed by bzip2", _UNPACK),
+    b"\xfd7zXZ": ("packed by xz", _UNPACK),
+    b"\x28\xb5\x2f\xfd": ("packed by zstd", _UNPACK),
+    b"PK\x03\x04": ("a zip archive or an Excel file", "Unpack it, or export the sheet as CSV."),
+    b"PAR1": ("a Parquet file", 'Say format = "parquet" for this dataset in site.toml.'),
+    b"\xff\xfe": ("UTF-16 text", "Save it as UTF-8: iconv -f UTF-16 -t UTF-8."),
+}
+
 
 @dataclass(frozen=True)
 class Table:
@@ -82,6 +95,12 @@ def read_file(
     RecordInvalid
         A row has another number of fields than the header, or a value is not plain text.
     """
+    if path.is_dir():
+        raise DatasetUnreadable(
+            f"{path} is a folder, and path has to name one file",
+            remedy="Join the parts into one file (in Python: pyarrow.parquet.write_table("
+            "pyarrow.parquet.read_table(FOLDER), FILE)), or offer them as datasets of their own.",
+        )
     try:
         if kind == "csv":
             return _read_csv(path, delimiter, columns)
@@ -120,7 +139,8 @@ def _read_jsonl(path: Path, wanted: Collection[str] | None) -> Table:
     faults = Faults(str(path))
     numbers, records, broken = [], [], []
     # Not splitlines(): JSON text may hold U+2028, which is no line end here.
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+    text = _read_text(path)
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -132,6 +152,11 @@ def _read_jsonl(path: Path, wanted: Collection[str] | None) -> Table:
             records.append(record)
         else:
             broken.append(number)
+    if broken and text.lstrip().startswith("["):
+        raise DatasetUnreadable(
+            f"{path} is one JSON array, and the format jsonl is one JSON object a line",
+            remedy=f"Write each object on a line of its own: jq -c '.[]' {path.name} > records.jsonl",
+        )
     faults.add("not a JSON object", broken)
     faults.check()
     if not records:
@@ -208,8 +233,16 @@ def _read_text(path: Path) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as exc:
+        for start, (kind, remedy) in _NO_TEXT.items():
+            if content.startswith(start):
+                raise DatasetUnreadable(
+                    f"{path} is {kind}, not UTF-8 text", remedy=remedy
+                ) from None
         line = content.count(b"\n", 0, exc.start) + 1
-        raise DatasetUnreadable(f"{path}: not UTF-8 text at line {line}") from None
+        raise DatasetUnreadable(
+            f"{path}: not UTF-8 text at line {line}",
+            remedy="Save it as UTF-8; iconv -f WINDOWS-1252 -t UTF-8 does, if it came from Windows.",
+        ) from None
 
 
 def _choose(

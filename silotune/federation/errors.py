@@ -91,6 +91,15 @@ class BodyInvalid(FederationError):
     advice = "The two sides probably run different versions of silotune; align them."
 
 
+class RequestDeclined(FederationError):
+    """The coordinator answered a site's request with an error."""
+
+    code = "ST-806"
+    title = "The coordinator did not do what was asked"
+    cause = "It knows the site, and the request does not fit what it knows or the state it is in."
+    advice = "Read what it said; if it goes on, ask the coordinator's operator to look at its log."
+
+
 class SignInNeeded(RunError):
     """Nobody who is known asks."""
 

@@ -14,8 +14,7 @@ from pathlib import Path
 import httpx
 
 from silotune.server.alerts import Alert, Sink
-from silotune.server.config import AlertsSection
-from silotune.server.errors import CoordinatorConfigInvalid
+from silotune.server.config import AlertsSection, read_secret
 
 _SECONDS = 10.0
 
@@ -71,18 +70,14 @@ class Mail:
 
 def sinks_of(config: AlertsSection, *, base: Path) -> list[Sink]:
     """Everybody whom the configuration names. Raises `CoordinatorConfigInvalid`."""
-    secret = _secret(config.webhook_secret_file, base)
+    secret = b""
+    if config.webhook_secret_file is not None:
+        secret = read_secret(base / config.webhook_secret_file, key="alerts.webhook_secret_file")
     found: list[Sink] = [Webhook(url, secret=secret) for url in config.webhooks]
     if config.smtp_host and config.mail_to:
-        password = _secret(config.smtp_password_file, base).decode()
+        password = ""
+        if config.smtp_password_file is not None:
+            path = base / config.smtp_password_file
+            password = read_secret(path, key="alerts.smtp_password_file").decode()
         found.append(Mail(config, password=password))
     return found
-
-
-def _secret(path: Path | None, base: Path) -> bytes:
-    if path is None:
-        return b""
-    try:
-        return (base / path).read_bytes().strip()
-    except OSError as exc:
-        raise CoordinatorConfigInvalid(f"alerts: {path}: {exc.strerror}") from exc

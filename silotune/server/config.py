@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from silotune.events.view import UNLIKE
 from silotune.explain import explain
@@ -21,6 +23,23 @@ CONFIG_FILE = "coordinator.toml"
 Port = Annotated[int, Field(ge=0, le=65535)]
 
 
+def _host(text: str) -> str:
+    """An IP address or a host name (RFC 1123), as a certificate and a browser take it."""
+    try:
+        return str(ip_address(text))
+    except ValueError:
+        pass
+    if len(text) > 253 or not all(_LABEL.fullmatch(label) for label in text.split(".")):
+        raise ValueError(
+            f"{text!r} is neither an IP address nor a host name: letters, digits, '-' and '.'"
+        )
+    return text
+
+
+Host = Annotated[str, AfterValidator(_host)]
+_LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
+
+
 class FederationSection(Section):
     """``[federation]``: what it is called."""
 
@@ -32,7 +51,7 @@ class ListenSection(Section):
 
     host: str = Field("0.0.0.0", min_length=1)  # noqa: S104 - sites come from outside
     port: Port = 8443
-    hosts: tuple[str, ...] = Field(min_length=1)
+    hosts: tuple[Host, ...] = Field(min_length=1)
     """Names and IP addresses that the server's certificate is valid for; the first is in invitations."""
 
 
@@ -61,7 +80,7 @@ class DashboardSection(Section):
 
     host: str = Field("127.0.0.1", min_length=1)
     port: Port | None = None
-    hosts: tuple[str, ...] = ()
+    hosts: tuple[Host, ...] = ()
     """Names under which browsers may ask for it, besides those in the certificate."""
 
     metrics_token_file: Path | None = None
@@ -111,6 +130,23 @@ class CoordinatorConfig(Section):
     dashboard: DashboardSection = DashboardSection()
     alerts: AlertsSection = AlertsSection()
     logging: LoggingSection = LoggingSection()
+
+
+def read_secret(path: Path, *, key: str) -> bytes:
+    """The content of a file that a key of the configuration names, without white space around it.
+
+    Raises
+    ------
+    CoordinatorConfigInvalid
+        It can't be read, or is not UTF-8 text; with the key and the path.
+    """
+    try:
+        return path.read_text(encoding="utf-8").strip().encode()
+    except (OSError, UnicodeDecodeError) as exc:
+        why = exc.strerror if isinstance(exc, OSError) else "not UTF-8 text"
+        raise CoordinatorConfigInvalid(
+            f"{key}: {path}: {why}", remedy="Correct the path, or make the file readable."
+        ) from exc
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import logging
 import threading
 import time
@@ -47,10 +48,10 @@ _CONFIG = """\
 # A silotune coordinator. Every key is shown; those in comments have the value that is the default.
 
 [federation]
-name = "{name}"                # what sites see; it can't be changed later
+name = {name}                # what sites see; it can't be changed later
 
 [listen]
-host = "{host}"                # address of this machine to listen on; "::" for IPv6
+host = {host}                # address of this machine to listen on; "::" for IPv6
 port = {port}                  # the one port that sites reach, by HTTPS
 hosts = [{hosts}]              # names and addresses in the certificate; the first goes into invitations
 
@@ -110,8 +111,8 @@ def create(
             f"{home.root} is not empty", remedy="Give a folder that does not exist yet."
         )
     create_private_folder(home.root)
-    listed = ", ".join(f'"{host}"' for host in hosts)
-    text = _CONFIG.format(name=name, host=listen, port=port, hosts=listed)
+    listed = ", ".join(map(json.dumps, hosts))
+    text = _CONFIG.format(name=json.dumps(name), host=json.dumps(listen), port=port, hosts=listed)
     if at_rest:
         text = text.replace("[at_rest] ", f"[at_rest]\n{at_rest}\n#", 1)
     replace_file(home.config_path, text.encode())

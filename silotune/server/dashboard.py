@@ -13,7 +13,7 @@ from silotune.dashboard.doorman import Door
 from silotune.dashboard.pages import Content, build
 from silotune.dashboard.serve import LOOPBACK
 from silotune.federation.person import Person
-from silotune.server.errors import CoordinatorConfigInvalid
+from silotune.server.config import read_secret
 from silotune.server.keys import AUTHORITY_CERTIFICATE, SERVER_CERTIFICATE
 from silotune.server.listener import BrowserProtocol, Listener, bind_public, tls_context
 from silotune.server.metrics import Metrics
@@ -79,7 +79,4 @@ def _token(coordinator: Coordinator) -> str:
     path = coordinator.config.dashboard.metrics_token_file
     if path is None:
         return ""
-    try:
-        return (coordinator.home.root / path).read_text().strip()
-    except OSError as exc:
-        raise CoordinatorConfigInvalid(f"dashboard.metrics_token_file: {exc.strerror}") from exc
+    return read_secret(coordinator.home.root / path, key="dashboard.metrics_token_file").decode()

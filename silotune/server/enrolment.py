@@ -304,7 +304,10 @@ class Registrar:
         if invite is None or asked.federation != self.federation:
             raise InviteInvalid("the coordinator does not know this code")
         if invite["site"] != asked.name:
-            raise InviteInvalid(f"the code is for a site of another name than {asked.name!r}")
+            raise InviteInvalid(
+                f"the code is for the site {invite['site']!r}, and the name that asks is "
+                f"{asked.name!r}: set name in site.toml, or have a code made for that name"
+            )
         if self.is_active(asked.name) and not invite["rotates"]:
             raise InviteInvalid(f"{asked.name!r} is enrolled already")
         if invite["expires"] < time.time():

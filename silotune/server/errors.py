@@ -47,7 +47,9 @@ class CoordinatorConfigInvalid(EnvironmentFault):
     code = "ST-720"
     title = "The coordinator's configuration is not valid"
     cause = "coordinator.toml is missing, is not TOML, or has an unknown or wrong setting."
-    advice = "Make a federation with `silotune coordinator init DIR`, or correct the keys named."
+    advice = (
+        "Make a federation with `silotune coordinator init --dir DIR`, or correct the keys named."
+    )
 
 
 class CoordinatorNotRunning(EnvironmentFault):
@@ -56,7 +58,7 @@ class CoordinatorNotRunning(EnvironmentFault):
     code = "ST-721"
     title = "The coordinator is not running"
     cause = "Nothing answers on the admin socket of this folder."
-    advice = "Start it: `silotune coordinator start DIR`; and give the same folder with --dir."
+    advice = "Start it: `silotune coordinator start --dir DIR`, and give the same --dir here."
 
 
 class CoordinatorRunning(EnvironmentFault):

@@ -18,7 +18,7 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 from silotune.federation.sealed import Vault
 from silotune.server.errors import StoreUnusable
 
-_MIGRATIONS = Path(__file__).parent / "migrations"
+MIGRATIONS = Path(__file__).parent / "migrations"
 _BUSY_MILLISECONDS = 30_000
 
 
@@ -69,7 +69,7 @@ class Store:
 def migrate(connection: Connection, *, to: str = "head") -> None:
     """Bring the tables to a version, by default this one's; nothing happens if they are."""
     config = Config(attributes={"connection": connection})
-    config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
+    config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
     config.attributes["connection"] = connection
     command.upgrade(config, to)
 

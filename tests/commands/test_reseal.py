@@ -41,7 +41,9 @@ class CoordinatorSide:
     def __init__(self, folder, base):
         del base
         self.home = Home(folder / "federation")
-        made = invoke("coordinator", "init", self.home.root, "--name", "f", "--host", "localhost")
+        made = invoke(
+            "coordinator", "init", "--dir", self.home.root, "--name", "f", "--host", "localhost"
+        )
         assert made.exit_code == 0, made.output
         self.config, self.vault_folder = self.home.config_path, self.home.keys
         self.base, self.audit = self.home.root, self.home.audit_path
@@ -218,7 +220,7 @@ def test_a_site_without_state_is_told_so(tmp_path, bert_folder, phrase):
 def test_a_federation_is_made_with_a_passphrase_from_the_start(tmp_path, phrase):
     home = Home(tmp_path / "f")
     words = ("--name", "f", "--host", "localhost", "--passphrase-file", phrase)
-    assert invoke("coordinator", "init", home.root, *words).exit_code == 0
+    assert invoke("coordinator", "init", "--dir", home.root, *words).exit_code == 0
     assert not (home.keys / "vault.key").exists()
     load_keys(home, Vault(home.keys, home.load().at_rest, base=home.root), hosts=["localhost"])
 

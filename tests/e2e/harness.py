@@ -113,10 +113,14 @@ class CoordinatorProcess(Daemon):
 
     def __init__(self, folder, *, patience=120.0, port=None):
         self.folder, self.port = folder, port or free_port()
-        super().__init__(folder.with_name("coordinator.log"), ["coordinator", "start", folder])
+        super().__init__(
+            folder.with_name("coordinator.log"), ["coordinator", "start", "--dir", folder]
+        )
         hosts = ["--host", "127.0.0.1", "--host", "localhost"]
         words = ["--name", "demo", *hosts, "--listen", "127.0.0.1", "--port", self.port]
-        self.created = json.loads(cli("coordinator", "init", folder, *words, "--json").stdout)
+        self.created = json.loads(
+            cli("coordinator", "init", "--dir", folder, *words, "--json").stdout
+        )
         config = folder / "coordinator.toml"
         text = config.read_text().replace("# patience = 120.0", f"patience = {patience}  #")
         config.write_text(text)

@@ -167,13 +167,13 @@ def test_a_revoked_site_is_out_and_the_round_goes_on_without_it(federation):
 def test_a_taken_port_or_folder_is_said_so(federation):
     made = federation(rounds__number=3)
     made.coordinator.up()
-    second = cli("coordinator", "start", made.coordinator.folder, check=False)
+    second = cli("coordinator", "start", "--dir", made.coordinator.folder, check=False)
     assert second.returncode == 70
     assert "ST-722" in second.stderr
     other = made.folder / "other"
     words = ["--name", "other", "--host", "127.0.0.1", "--listen", "127.0.0.1"]
-    cli("coordinator", "init", other, *words, "--port", made.coordinator.port)
-    taken = cli("coordinator", "start", other, check=False)
+    cli("coordinator", "init", "--dir", other, *words, "--port", made.coordinator.port)
+    taken = cli("coordinator", "start", "--dir", other, check=False)
     assert taken.returncode == 70
     assert "ST-724" in taken.stderr
     assert made.coordinator.admin.get("/status")["federation"] == "demo"
