@@ -18,6 +18,13 @@ from pydantic_core import ErrorDetails
 # These messages say all there is to say; the rejected input is a whole table or a key's name.
 _SAID_WITHOUT_VALUE = frozenset({"extra_forbidden", "missing", "value_error"})
 
+_PATTERNS = {
+    r"^[a-z0-9][a-z0-9_-]{0,62}$": "lower-case letters, digits, '-' and '_', 63 at most",
+    r"^[0-9a-f]{64}$": "a SHA-256 of 64 hexadecimal digits",
+    r"^(auto|cpu|cuda(:\d+)?)$": "auto, cpu, cuda or cuda:N",
+    r"^[A-Za-z_][A-Za-z0-9_]*$": "the name of an environment variable",
+}
+
 
 def explain(error: ValidationError, root: type[BaseModel]) -> list[str]:
     """Every problem of a failed validation as lines of text.
@@ -63,6 +70,9 @@ def _complaints(problem: ErrorDetails, place: _Place, root: type[BaseModel]) -> 
         return ["missing, and it has no default"]
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"]).split("\n")
+    if problem["type"] == "string_pattern_mismatch":
+        pattern = problem["ctx"]["pattern"]
+        return [f"expected {_PATTERNS.get(pattern, f'a text that fits {pattern}')}"]
     said = problem["msg"].removeprefix("Input should be ")
     return ["expected " + said.replace("an object", "a table").replace("a valid array", "a list")]
 

@@ -10,7 +10,14 @@ from typing import Annotated, Any
 import typer
 
 from silotune.commands import coordinator_people, coordinator_runs, sealing, site_views
-from silotune.commands.coordinator_folder import HERE, AsJson, Folder, client_of, moment
+from silotune.commands.coordinator_folder import (
+    HERE,
+    AsJson,
+    Folder,
+    checked_name,
+    client_of,
+    moment,
+)
 from silotune.terminal import say, show_rows
 
 app = typer.Typer(
@@ -40,7 +47,10 @@ app.add_typer(coordinator_people.app, name="people")
 
 @app.command()
 def init(  # noqa: PLR0917 - one a command-line option
-    name: Annotated[str, typer.Option(help="The federation's name: a-z, 0-9, - and _.")],
+    name: Annotated[
+        str,
+        typer.Option(callback=checked_name, help="The federation's name: a-z, 0-9, - and _."),
+    ],
     host: Annotated[
         list[str],
         typer.Option(
@@ -148,7 +158,7 @@ def status(folder: Folder = HERE, as_json: AsJson = False) -> None:
         return
     online = ", ".join(found["online"]) or "none"
     typer.echo(f"Federation {found['federation']} at {found['url']}")
-    typer.echo(f"Authority SHA-256 {found['authority_sha256']}")
+    typer.echo(f"Authority, by its SHA-256:\n  {found['authority_sha256']}")
     typer.echo(
         f"Sites: {found['sites']} active, online: {online}; roster {found['roster_version']}"
     )
@@ -157,7 +167,13 @@ def status(folder: Folder = HERE, as_json: AsJson = False) -> None:
 
 @app.command()
 def invite(
-    site: Annotated[str, typer.Argument(help="The site's name in the federation, for ever.")],
+    site: Annotated[
+        str,
+        typer.Argument(
+            callback=checked_name,
+            help="The site's name in the federation, for ever, as in site.toml.",
+        ),
+    ],
     days: Annotated[float, typer.Option(min=0.001, help="How long the code is valid.")] = 7.0,
     folder: Folder = HERE,
     as_json: AsJson = False,
@@ -184,6 +200,8 @@ def requests(folder: Folder = HERE, as_json: AsJson = False) -> None:
         reason = f" ({row['reason']})" if row["reason"] else ""
         say(f"{row['site']}: {row['state']}{reason}, asked on {moment(row['requested_at'])}")
         typer.echo(f"  words    {row['words']}\n  request  {row['request']}")
+    if any(row["state"] == "waiting" for row in found):
+        say("Compare the six words by telephone, then: silotune coordinator approve SITE")
 
 
 @app.command()

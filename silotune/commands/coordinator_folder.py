@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from pydantic import TypeAdapter, ValidationError
+
+from silotune.plan import Name
 
 if TYPE_CHECKING:
     from silotune.server.admin_client import AdminClient
@@ -27,6 +30,16 @@ def client_of(folder: Path) -> AdminClient:
     from silotune.server.config import Home
 
     return AdminClient(Home(folder))
+
+
+def checked_name(text: str) -> str:
+    """A name as plans, certificates and logs take it, or the reason why not."""
+    try:
+        return TypeAdapter(Name).validate_python(text)
+    except ValidationError:
+        raise typer.BadParameter(
+            f"{text!r} is no name: lower-case letters, digits, '-' and '_', 63 at most"
+        ) from None
 
 
 def moment(seconds: float) -> str:

@@ -9,7 +9,14 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from silotune.commands.coordinator_folder import HERE, AsJson, Folder, client_of, moment
+from silotune.commands.coordinator_folder import (
+    HERE,
+    AsJson,
+    Folder,
+    checked_name,
+    client_of,
+    moment,
+)
 from silotune.terminal import terminal
 
 app = typer.Typer(
@@ -24,7 +31,9 @@ app = typer.Typer(
 
 @app.command()
 def add(
-    name: Annotated[str, typer.Argument(help="The person's name: a-z, 0-9, - and _.")],
+    name: Annotated[
+        str, typer.Argument(callback=checked_name, help="The person's name: a-z, 0-9, - and _.")
+    ],
     role: Annotated[str, typer.Option(help="viewer or operator.")],
     out: Annotated[Path, typer.Option(help="Folder for the credentials; made if need be.")],
     folder: Folder = HERE,
@@ -87,7 +96,9 @@ def revoke(
 
 @app.command()
 def password(
-    name: Annotated[str, typer.Argument(help="The person's name: a-z, 0-9, - and _.")],
+    name: Annotated[
+        str, typer.Argument(callback=checked_name, help="The person's name: a-z, 0-9, - and _.")
+    ],
     role: Annotated[str, typer.Option(help="viewer or operator.")],
     folder: Folder = HERE,
 ) -> None:

@@ -152,7 +152,10 @@ class SiteConfig(Section):
         try:
             raw = tomllib.loads(path.read_text(encoding="utf-8"))
         except OSError as exc:
-            raise SiteConfigInvalid(f"{path}: {exc.strerror or type(exc).__name__}") from exc
+            raise SiteConfigInvalid(
+                f"{path.absolute()}: {exc.strerror or type(exc).__name__}",
+                remedy="Name the file by --config, or write it; examples/site.toml explains each key.",
+            ) from exc
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
             raise SiteConfigInvalid(f"{path} is not valid TOML: {exc}") from exc
         return cls.from_mapping(raw, folder=path.parent, source=str(path))

@@ -62,8 +62,10 @@ class AdminClient:
         try:
             return self._client.request(method, path, params=query, json=body)
         except httpx.TransportError as exc:
+            self._home.load()  # a wrong folder is a likelier reason than a stopped daemon
             raise CoordinatorNotRunning(
-                f"nothing answers on {self._home.socket_path} ({type(exc).__name__})"
+                f"nothing answers in {self._home.root.resolve()} ({type(exc).__name__})",
+                remedy=f"Start it: silotune coordinator start --dir {self._home.root.resolve()}",
             ) from exc
 
     def _read(self, response: httpx.Response) -> httpx.Response:

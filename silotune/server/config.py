@@ -210,6 +210,12 @@ class Home:
         """
         try:
             raw = tomllib.loads(self.config_path.read_text(encoding="utf-8"))
+        except FileNotFoundError as exc:
+            raise CoordinatorConfigInvalid(
+                f"there is no coordinator in {self.root.resolve()}",
+                remedy="Name its folder by --dir or SILOTUNE_COORDINATOR, or make a federation with "
+                "`silotune coordinator init --dir DIR`.",
+            ) from exc
         except OSError as exc:
             raise CoordinatorConfigInvalid(f"{self.config_path}: {exc.strerror or exc}") from exc
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:

@@ -22,7 +22,7 @@ from silotune.server.certificates import Certificates
 from silotune.server.conductor import Conductor
 from silotune.server.config import CoordinatorConfig, Home
 from silotune.server.enrolment import Registrar
-from silotune.server.errors import CoordinatorConfigInvalid, CoordinatorRunning
+from silotune.server.errors import CoordinatorConfigInvalid, CoordinatorRunning, FolderInUse
 from silotune.server.federation_log import FederationLog
 from silotune.server.guard import Guard
 from silotune.server.keys import (
@@ -103,13 +103,13 @@ def create(
 
     Raises
     ------
+    FolderInUse
+        The folder holds something.
     CoordinatorConfigInvalid
-        The folder holds something, or a value is not usable.
+        A value is not usable.
     """
     if home.root.exists() and any(home.root.iterdir()):
-        raise CoordinatorConfigInvalid(
-            f"{home.root} is not empty", remedy="Give a folder that does not exist yet."
-        )
+        raise FolderInUse(f"{home.root.resolve()} is not empty")
     create_private_folder(home.root)
     listed = ", ".join(map(json.dumps, hosts))
     text = _CONFIG.format(name=json.dumps(name), host=json.dumps(listen), port=port, hosts=listed)

@@ -171,10 +171,12 @@ class Registrar:
         text = f"{digest}\0{asked.signing_key}\0{node_key}"
         number = hashlib.sha256(text.encode()).hexdigest()[:32]
         with self._lock, self._store.transaction() as connection:
-            invite = connection.execute(select(INVITES).where(INVITES.c.digest == digest))
-            self._require_invite(invite.mappings().first(), asked)
-            known = select(ENROLMENTS.c.id).where(ENROLMENTS.c.id == number)
-            if connection.execute(known).first() is None:
+            # A site that was interrupted asks again, perhaps after it was approved.
+            mine = (ENROLMENTS.c.id == number, ENROLMENTS.c.site == asked.name)
+            known = connection.execute(select(ENROLMENTS.c.id).where(*mine)).first()
+            if known is None or asked.federation != self.federation:
+                invite = connection.execute(select(INVITES).where(INVITES.c.digest == digest))
+                self._require_invite(invite.mappings().first(), asked)
                 self._require_fresh_keys(connection, node_key, asked.signing_key)
                 used = update(INVITES).where(
                     INVITES.c.digest == digest, INVITES.c.used_at.is_(None)

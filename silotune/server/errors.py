@@ -79,6 +79,15 @@ class StoreUnusable(EnvironmentFault):
     advice = "Check [store] url in coordinator.toml; never downgrade: restore a backup instead."
 
 
+class FolderInUse(EnvironmentFault):
+    """A federation is to be made in a folder that holds something."""
+
+    code = "ST-726"
+    title = "The folder is not empty"
+    cause = "A federation gets a folder of its own, and this one holds files already."
+    advice = "Give --dir a folder that is empty or does not exist yet."
+
+
 class PortTaken(EnvironmentFault):
     """The public port can't be opened."""
 

@@ -1,0 +1,332 @@
+"""What the commands of operators and sites say to somebody who mistypes, forgets or mixes up."""
+
+import gzip
+import io
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from rich.console import Console
+from typer.testing import CliRunner
+
+from silotune import cli, terminal
+from silotune.client.approvals import Approvals
+from silotune.commands import site as site_commands
+from silotune.data.site import SiteConfig
+from silotune.federation.identity import six_words
+from silotune.federation.wire import Proposal
+from silotune.plan import SignedPlan
+from silotune.server.config import Home
+from silotune.server.coordinator import Coordinator
+from tests.client.site_material import write_site_folder
+
+KEY = Ed25519PrivateKey.generate()
+
+
+def invoke(*words):
+    return CliRunner().invoke(cli.app, [str(word) for word in words])
+
+
+def failure(*words):
+    """The error of a command that must fail."""
+    result = invoke(*words)
+    assert result.exit_code != 0, result.output
+    assert hasattr(result.exception, "code"), result.output
+    return result.exception
+
+
+@pytest.fixture
+def folder(tmp_path):
+    made = tmp_path / "federation"
+    words = ("--name", "demo", "--host", "127.0.0.1", "--listen", "127.0.0.1", "--port", "0")
+    assert invoke("coordinator", "init", "--dir", made, *words).exit_code == 0
+    return made
+
+
+@pytest.fixture
+def running(folder):
+    coordinator = Coordinator(Home(folder))
+    coordinator.start()
+    yield coordinator
+    coordinator.close()
+
+
+@pytest.fixture
+def proposed(tmp_path, bert_folder, monkeypatch):
+    """A site with forty open plans, so that some first digits are shared; and what is decided."""
+    made = write_site_folder(tmp_path / "sites", bert_folder, approval="manual")
+    config = made.folder / "site.toml"
+    approvals = Approvals(SiteConfig.load(config).state_folder, own=KEY.public_key())
+    plans = {f"run-{i}": made.plan.override({"plan.purpose": f"purpose {i}"}) for i in range(2)}
+    for run, plan in plans.items():
+        proposal = Proposal(
+            run=run, plan=SignedPlan.sign(plan, KEY), plan_sha256=plan.sha256, state="proposed",
+            proposed_at=1,
+        )  # fmt: skip
+        approvals.take(proposal, KEY.public_key())
+    decided = []
+    told = {"sent": True}
+    monkeypatch.setattr(
+        site_commands, "ask", lambda state, command, **f: decided.append(f["run"]) or told
+    )
+    return config, plans, decided
+
+
+# --- a plan by the first digits of its hash ---
+
+
+def test_four_digits_of_a_hash_mean_a_plan(proposed):
+    config, plans, decided = proposed
+    for run, plan in plans.items():
+        for digits in (plan.sha256[:4], plan.sha256[:4].upper(), plan.sha256[:9], plan.sha256, run):
+            result = invoke("site", "approve", digits, "--config", config)
+            assert result.exit_code == 0, result.exception
+    assert set(decided) == set(plans)
+
+
+def test_three_digits_are_too_short_and_the_message_says_how_many_it_takes(proposed):
+    config, plans, decided = proposed
+    error = failure("site", "approve", plans["run-0"].sha256[:3], "--config", config)
+    assert error.code == "ST-642"
+    assert "too short" in error.detail
+    assert "4 digits" in error.remedy
+    assert "first 4 or more digits" in " ".join(invoke("site", "approve", "--help").output.split())
+    assert decided == []
+
+
+def test_digits_that_two_plans_share_name_both(proposed, monkeypatch):
+    config, plans, decided = proposed
+    entries = Approvals.entries
+
+    class Twin(str):
+        def startswith(self, *_):
+            return True
+
+    def shared(self):
+        found = entries(self)
+        for entry in found:
+            entry.plan.__dict__["sha256"] = Twin(entry.plan.sha256)
+        return found
+
+    monkeypatch.setattr(Approvals, "entries", shared)
+    error = failure("site", "approve", "abcd", "--config", config)
+    assert all(run in error.detail for run in plans)
+    assert "more digits" in error.remedy
+    assert decided == []
+
+
+# --- enrolment ---
+
+
+def test_a_code_of_another_sites_name_says_whose_it_is_and_what_to_do(
+    running, folder, tmp_path, bert_folder
+):
+    config = write_site_folder(tmp_path / "sites", bert_folder).folder / "site.toml"
+    code = json.loads(invoke("coordinator", "invite", "ward7", "--dir", folder, "--json").output)
+    error = failure("site", "join", code["code"], "--config", config)
+    assert error.code == "ST-801"
+    for part in ("'ward7'", "'alpha'", "set name in site.toml"):
+        assert part in error.detail
+    assert "fingerprint" not in error.detail + error.remedy + error.cause
+
+
+def test_a_site_that_was_interrupted_joins_by_the_same_command_after_its_approval(
+    running, folder, tmp_path, bert_folder
+):
+    config = write_site_folder(tmp_path / "sites", bert_folder).folder / "site.toml"
+    found = json.loads(invoke("coordinator", "invite", "alpha", "--dir", folder, "--json").output)
+    words = ("site", "join", found["code"], "--config", config, "--wait", "0")
+    assert invoke(*words).exit_code == 1
+    shown = invoke("coordinator", "requests", "--dir", folder).output
+    (six,) = [line.split()[1] for line in shown.splitlines() if line.startswith("  words")]
+    assert six in invoke(*words).output
+    assert invoke("coordinator", "approve", "alpha", "--dir", folder).exit_code == 0
+    result = invoke(*words)
+    assert result.exit_code == 0, result.exception
+    assert "alpha is now in federation demo" in result.output
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_six_words_are_never_broken_at_80_columns(rows, monkeypatch):
+    words = six_words(name="alpha", signing_key="a", node_key="b")
+    drawn = io.StringIO()
+    console = Console(file=drawn, width=80, markup=False)
+    monkeypatch.setattr(terminal, "terminal", lambda: console)
+    row = {
+        "request": "0d40b8901efdf33e5597cd9b948ea9c2",
+        "site": "a-long-name-" * 4,
+        "words": words,
+    }
+    terminal.show_rows([row] * rows, ("request", "site", "words"))
+    for word in words.split("-"):
+        assert drawn.getvalue().count(word) == rows
+
+
+# --- the coordinator's folder ---
+
+
+def test_a_host_name_with_a_space_and_a_name_with_capitals_are_refused_in_words(tmp_path):
+    folder = tmp_path / "f"
+    error = failure(
+        "coordinator", "init", "--dir", folder, "--name", "f", "--host", "coord example.org"
+    )
+    assert error.code == "ST-720"
+    assert "'coord example.org' is neither an IP address nor a host name" in error.detail
+    result = invoke("coordinator", "init", "--dir", folder, "--name", "My Fed", "--host", "h")
+    assert result.exit_code == 2
+    assert "is no name: lower-case letters" in " ".join(result.output.replace("│", " ").split())
+    for host in ("coord.example.org", "10.0.0.7", "::1", "coord-1"):
+        made = invoke(
+            "coordinator", "init", "--dir", tmp_path / f"x{host}", "--name", "f", "--host", host
+        )
+        assert made.exit_code == 0, made.exception
+
+
+def test_init_into_a_folder_that_holds_something_says_so(folder):
+    error = failure("coordinator", "init", "--dir", folder, "--name", "f", "--host", "h")
+    assert error.code == "ST-726"
+    assert str(folder) in error.detail
+
+
+def test_every_coordinator_command_finds_its_folder_by_dir():
+    group = cli.app
+    from typer.main import get_command
+
+    def leaves(command, words=()):
+        if hasattr(command, "commands"):
+            for name, below in command.commands.items():
+                yield from leaves(below, (*words, name))
+        else:
+            yield words, command
+
+    for words, command in leaves(get_command(group).commands["coordinator"]):
+        options = {opt for parameter in command.params for opt in parameter.opts}
+        assert "--dir" in options, words
+        assert "folder" not in options, words  # never as an argument
+
+
+def test_a_command_in_the_wrong_folder_says_that_no_coordinator_is_there(tmp_path):
+    for words in (("status",), ("start",), ("doctor",), ("runs", "list")):
+        error = failure("coordinator", *words, "--dir", tmp_path)
+        assert error.code == "ST-720"
+        assert f"there is no coordinator in {tmp_path}" in error.detail
+        assert "--dir" in error.remedy
+
+
+def test_a_stopped_coordinator_is_named_with_the_command_that_starts_it(folder):
+    error = failure("coordinator", "status", "--dir", folder)
+    assert error.code == "ST-721"
+    assert error.remedy == f"Start it: silotune coordinator start --dir {folder}"
+
+
+@pytest.mark.parametrize(
+    "section, key",
+    [("dashboard", "metrics_token_file"), ("alerts", "webhook_secret_file")],
+)
+def test_a_missing_file_with_a_secret_is_reported_with_its_key_and_path(folder, section, key):
+    config = folder / "coordinator.toml"
+    more = "port = 0\n" if section == "dashboard" else 'webhooks = ["https://h.example.org"]\n'
+    text = config.read_text().replace(f"[{section}]", f'[{section}]\n{key} = "no/token"\n{more}#')
+    config.write_text(text)
+    coordinator = Coordinator(Home(folder))
+    try:
+        with pytest.raises(Exception, match="ST-720") as caught:
+            coordinator.start()
+    finally:
+        coordinator.close()
+    assert f"{section}.{key}: {folder / 'no/token'}: No such file" in caught.value.detail
+    found = json.loads(invoke("coordinator", "doctor", "--dir", folder, "--json").output)
+    secrets = next(f for f in found["findings"] if f["check"] == "secrets")
+    assert secrets["state"] == "failed"
+    assert str(folder / "no/token") in secrets["detail"]
+
+
+# --- the coordinator's doctor ---
+
+
+def examined(folder, *, code=0):
+    result = invoke("coordinator", "doctor", "--dir", folder, "--json")
+    assert result.exit_code == code, result.output
+    return {f["check"]: f for f in json.loads(result.output)["findings"]}
+
+
+def test_the_doctor_finds_a_healthy_coordinator_healthy_running_or_not(folder):
+    found = examined(folder)
+    assert found["daemon"]["state"] == "skipped"
+    assert found["store"]["state"] == "skipped"
+    coordinator = Coordinator(Home(folder))
+    coordinator.start()
+    try:
+        found = examined(folder)
+        assert {f["state"] for name, f in found.items() if name != "secrets"} == {"ok"}
+        assert "answers on port" in found["port"]["detail"]
+    finally:
+        coordinator.close()
+    assert examined(folder)["store"]["state"] == "ok"
+
+
+@pytest.mark.parametrize(
+    "check, code, harm",
+    [
+        ("permissions", "ST-409", lambda f: (f / "keys").chmod(0o755)),
+        ("keys", "ST-430", lambda f: (f / "keys" / "vault.key").unlink()),
+        ("keys", "ST-430", lambda f: (f / "keys" / "vault.json").unlink()),
+        ("keys", "ST-802", lambda f: (f / "keys" / "server.key").unlink()),
+        ("certificate", "ST-802", lambda f: (f / "keys" / "server.pem").unlink()),
+        ("audit log", "ST-432", lambda f: (f / "state" / "audit.jsonl.head").unlink()),
+        ("store", "ST-723", lambda f: (f / "state" / "coordinator.sqlite").write_bytes(b"x" * 99)),
+    ],
+)
+def test_the_doctor_finds_each_trouble_and_changes_nothing(folder, check, code, harm):
+    harm(folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    found = examined(folder, code=70)
+    assert (found[check]["state"], found[check]["code"]) == ("failed", code)
+    assert found[check]["remedy"]
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+# --- records ---
+
+
+def site_with(tmp_path, name, content, form):
+    path = tmp_path / name
+    path.write_bytes(content) if content is not None else path.mkdir()
+    (tmp_path / "site.toml").write_text(
+        f'name = "a"\n[datasets.d]\nformat = "{form}"\npath = "{name}"\ndeclared_units = 10\n'
+        '[datasets.d.columns]\ntext = "t"\nlabel = "l"\n'
+    )
+    result = invoke("site", "doctor", "--config", tmp_path / "site.toml", "--json")
+    return next(f for f in json.loads(result.output)["findings"] if f["check"] == "dataset d")
+
+
+ROWS = [{"t": "a", "l": "x"}, {"t": "b", "l": "y"}]
+
+
+@pytest.mark.parametrize(
+    "name, content, form, parts",
+    [
+        ("parts", None, "parquet", ("is a folder", "write_table")),
+        ("parts", None, "csv", ("is a folder",)),
+        ("a.csv", gzip.compress(b"t,l\na,x\n"), "csv", ("packed by gzip", "Unpack it")),
+        ("a.xlsx", b"PK\x03\x04\xff\xfe", "csv", ("Excel", "CSV")),
+        ("a.csv", "t,l\na,ä\n".encode("utf-16"), "csv", ("UTF-16", "iconv")),
+        ("a.csv", "t,l\na,ä\n".encode("latin-1"), "csv", ("not UTF-8 text at line 2", "iconv")),
+        ("a.json", json.dumps(ROWS).encode(), "jsonl", ("one JSON array", "jq -c '.[]'")),
+        ("a.json", json.dumps(ROWS, indent=1).encode(), "jsonl", ("one JSON array",)),
+    ],
+)  # fmt: skip
+def test_a_file_of_another_kind_is_named_with_what_to_do(tmp_path, name, content, form, parts):
+    found = site_with(tmp_path, name, content, form)
+    assert (found["state"], found["code"]) == ("failed", "ST-203")
+    for part in parts:
+        assert part in found["detail"] + found["remedy"]
+
+
+def test_a_parquet_file_that_is_called_csv_is_recognised(tmp_path):
+    made = io.BytesIO()
+    pq.write_table(pa.table({"t": ["a"] * 50, "l": ["x"] * 50}), made)
+    found = site_with(tmp_path, "a.csv", made.getvalue(), "csv")
+    assert 'format = "parquet"' in found["remedy"]
