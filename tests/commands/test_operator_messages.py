@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import os
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -53,19 +54,24 @@ def running(folder):
     coordinator.close()
 
 
-@pytest.fixture
-def proposed(tmp_path, bert_folder, monkeypatch):
-    """A site with forty open plans, so that some first digits are shared; and what is decided."""
-    made = write_site_folder(tmp_path / "sites", bert_folder, approval="manual")
-    config = made.folder / "site.toml"
+def propose(config, plans):
+    """Proposals as the coordinator sends them, at a site."""
     approvals = Approvals(SiteConfig.load(config).state_folder, own=KEY.public_key())
-    plans = {f"run-{i}": made.plan.override({"plan.purpose": f"purpose {i}"}) for i in range(2)}
     for run, plan in plans.items():
         proposal = Proposal(
             run=run, plan=SignedPlan.sign(plan, KEY), plan_sha256=plan.sha256, state="proposed",
             proposed_at=1,
         )  # fmt: skip
         approvals.take(proposal, KEY.public_key())
+
+
+@pytest.fixture
+def proposed(tmp_path, bert_folder, monkeypatch):
+    """A site with two open plans; and what is decided."""
+    made = write_site_folder(tmp_path / "sites", bert_folder, approval="manual")
+    config = made.folder / "site.toml"
+    plans = {f"run-{i}": made.plan.override({"plan.purpose": f"purpose {i}"}) for i in range(2)}
+    propose(config, plans)
     decided = []
     told = {"sent": True}
     monkeypatch.setattr(
@@ -96,23 +102,18 @@ def test_three_digits_are_too_short_and_the_message_says_how_many_it_takes(propo
     assert decided == []
 
 
-def test_digits_that_two_plans_share_name_both(proposed, monkeypatch):
+def test_digits_that_two_plans_share_name_both(proposed):
     config, plans, decided = proposed
-    entries = Approvals.entries
-
-    class Twin(str):
-        def startswith(self, *_):
-            return True
-
-    def shared(self):
-        found = entries(self)
-        for entry in found:
-            entry.plan.__dict__["sha256"] = Twin(entry.plan.sha256)
-        return found
-
-    monkeypatch.setattr(Approvals, "entries", shared)
-    error = failure("site", "approve", "abcd", "--config", config)
-    assert all(run in error.detail for run in plans)
+    first = plans["run-0"]
+    purposes = (first.override({"plan.purpose": f"another {i}"}) for i in range(10**6))
+    twin = next(plan for plan in purposes if plan.sha256[:2] == first.sha256[:2])
+    shared = os.path.commonprefix([first.sha256, twin.sha256])
+    propose(config, {"twin": twin})
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(site_commands, "_LEAST_DIGITS", 2)  # four would take a minute to find
+        error = failure("site", "approve", shared, "--config", config)
+    assert "run-0" in error.detail
+    assert "twin" in error.detail
     assert "more digits" in error.remedy
     assert decided == []
 
