@@ -82,6 +82,9 @@ class RunStarted(Event):
     event: Literal["run_started"]
     sites: tuple[str, ...] = Field(description="Every site of the run.")
     rounds: int = Field(0, description="Rounds planned.")
+    computing: str = Field(
+        "", description="Device, type of matrix products and attention, chosen once for the run."
+    )
 
 
 class RunResumed(Event):

@@ -222,7 +222,7 @@ def load_model(
         As for `silotune.models.choices.choose`.
     attention, dtype : str, optional
         What `choose` said, so that all processes of a run compute alike. What is left out is
-        chosen, and where need be measured, here.
+        chosen here by `choose`'s fixed rule.
     rank : int, optional
         Of this site's adapter, if smaller than the plan's; its scale is the plan's all the same.
     trial : bool
@@ -298,7 +298,7 @@ def _complete(
     plan: Plan, *, base: str | None, device: str, attention: str | None, dtype: str | None
 ) -> Choices:
     if attention is None or dtype is None:
-        found = choose(plan, device=device, base=base)
+        found = choose(plan, device=device, base=base, measure=False)
         if attention is None and dtype is None:
             return found
         attention, dtype = attention or found.attention, dtype or found.dtype

@@ -1,9 +1,10 @@
 """Which device, which type of matrix product, which attention: chosen once a run, then fixed.
 
-What is fastest depends on the machine, so it is measured, for a fraction of a second. Processes that
-measure for themselves could come to different results, so the driver of a run calls `choose` and
-hands the result to its workers. A plan with a seed is not measured at all: it must give the same
-adapter tomorrow, so a fixed rule decides by what the machine is.
+What is fastest depends on the machine, so the driver of a simulation has it measured, for a fraction
+of a second, writes it down with the run and hands it to every process. Whoever loads a model without
+being told, as a site of a federation does, goes by a fixed rule instead, which sees only what kind of
+machine it is: a stop-watch could come to another result in each process. A plan with a seed is never
+measured: it must give the same adapter tomorrow.
 """
 
 from __future__ import annotations
@@ -57,7 +58,9 @@ class Choices:
         return f"{self.device}, {self.dtype}, {self.attention} attention{why}"
 
 
-def choose(plan: Plan, *, device: str = "auto", base: str | None = None) -> Choices:
+def choose(
+    plan: Plan, *, device: str = "auto", base: str | None = None, measure: bool = True
+) -> Choices:
     """Choose for a plan on this machine; on a CPU for one thread, as workers have.
 
     Parameters
@@ -68,6 +71,8 @@ def choose(plan: Plan, *, device: str = "auto", base: str | None = None) -> Choi
         ``auto`` (the first CUDA device, else the CPU), ``cpu``, ``cuda`` or ``cuda:N``.
     base : str, optional
         Where the base model is on this machine, if not where ``model.base`` says.
+    measure : bool
+        Whether to measure where the plan has no seed, once for a run; else the fixed rule decides.
 
     Raises
     ------
@@ -77,9 +82,10 @@ def choose(plan: Plan, *, device: str = "auto", base: str | None = None) -> Choi
         The base model is not there or not usable.
     """
     place, config = resolve_device(device), load_config(locate(base or plan.model.base))
+    measure = measure and plan.plan.seed is None
     with _one_thread(place):
-        dtype, dtype_reason = _choose_dtype(plan, config, place)
-        attention, attention_reason = _choose_attention(plan, config, place)
+        dtype, dtype_reason = _choose_dtype(plan, config, place, measure=measure)
+        attention, attention_reason = _choose_attention(plan, config, place, measure=measure)
     reasons = [reason for reason in (dtype_reason, attention_reason) if reason]
     return Choices(device=str(place), dtype=dtype, attention=attention, reason="; ".join(reasons))
 
@@ -105,12 +111,14 @@ def resolve_device(device: str) -> torch.device:
     return torch.device("cuda", place.index or 0)
 
 
-def _choose_dtype(plan: Plan, config: Any, place: torch.device) -> tuple[str, str]:
+def _choose_dtype(
+    plan: Plan, config: Any, place: torch.device, *, measure: bool
+) -> tuple[str, str]:
     if plan.model.dtype != "auto":
         return plan.model.dtype, ""
     if place.type == "cuda":
         return ("bfloat16" if torch.cuda.is_bf16_supported() else "float32"), ""
-    if plan.plan.seed is not None:
+    if not measure:
         return ("bfloat16" if _has_amx() else "float32"), ""
     seconds = _time_products(min(int(config.get_text_config().hidden_size), 1024))
     gain = seconds["float32"] / seconds["bfloat16"]
@@ -118,15 +126,21 @@ def _choose_dtype(plan: Plan, config: Any, place: torch.device) -> tuple[str, st
     return ("bfloat16" if gain >= _BF16_GAIN else "float32"), measured
 
 
-def _choose_attention(plan: Plan, config: Any, place: torch.device) -> tuple[str, str]:
-    if not getattr(MODEL_MAPPING[type(config)], "_supports_sdpa", False):
+def _choose_attention(
+    plan: Plan, config: Any, place: torch.device, *, measure: bool
+) -> tuple[str, str]:
+    kind = MODEL_MAPPING.get(type(config), None)
+    if not getattr(kind, "_supports_sdpa", False):
         return "eager", "the model has no other attention"
     tokens = min(max(plan.data.max_length // 4, _SHORTEST), _LONGEST)
-    if plan.plan.seed is not None:
-        # Eager keeps all tokens x tokens weights: fast while they fit a cache, costly beyond.
-        short = place.type == "cpu" and tokens < _LONGEST
-        return ("eager" if short else "sdpa"), "fixed rule, for the plan has a seed"
-    seconds = _time_attention(config, place, tokens=tokens)
+    # Eager keeps all tokens x tokens weights: fast while they fit a cache, costly beyond.
+    rule = "eager" if place.type == "cpu" and tokens < _LONGEST else "sdpa"
+    if not measure:
+        return rule, "attention by a fixed rule"
+    try:
+        seconds = _time_attention(config, place, tokens=tokens)
+    except Exception:  # one layer alone can't be built, which says nothing of the whole model
+        return rule, "attention by a fixed rule, for it could not be measured"
     best, other = sorted(seconds, key=lambda name: seconds[name])
     return (
         best,

@@ -110,6 +110,8 @@ class Progress:
             case "run_started":
                 line = f"{event.get('run', '')}: {plural(len(view.sites), 'site')}, "
                 line += plural(view.planned, "round")
+                if computing := printable(str(event.get("computing", ""))):
+                    line += f"; computes with {computing}"
             case "run_resumed":
                 line = f"resumed after round {event['from_round']}"
             case "site_refused":

@@ -265,7 +265,11 @@ def _conclude(job: _Job, store: LoggedStore, spectator: Spectator, view: View) -
 
 
 def _scope(job: _Job) -> dict[str, Any]:
-    return {"sites": [site.name for site in job.sites], "rounds": job.plan.rounds.number}
+    return {
+        "sites": [site.name for site in job.sites],
+        "rounds": job.plan.rounds.number,
+        "computing": str(job.choices),
+    }
 
 
 def _resolved(job: _Job) -> dict[str, Any]:

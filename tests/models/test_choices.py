@@ -102,7 +102,7 @@ def test_attention_of_any_family_can_be_chosen(kind, timed):
     config.hidden_size = config.intermediate_size = config.word_embed_proj_dim = 64
     config.num_attention_heads = config.num_key_value_heads = 4
     plan = a_plan("unused", plan__seed=None)
-    found, reason = choices._choose_attention(plan, config, torch.device("cpu"))
+    found, reason = choices._choose_attention(plan, config, torch.device("cpu"), measure=True)
     measured = kind not in {"DebertaV2", "Gemma2"}  # those have no other than eager
     assert timed[1] == [{"eager", "sdpa"}] * measured
     assert measured or (found, reason) == ("eager", "the model has no other attention")
@@ -127,12 +127,26 @@ def test_workers_that_are_told_do_not_measure(bert_folder, timed):
     assert model.module.peft.config._attn_implementation == told.attention
 
 
-def test_what_is_not_told_is_chosen_and_said(bert_folder, timed):
-    timed[0]["sdpa"] = 0.5
+def test_what_is_not_told_goes_by_a_rule_in_every_process(bert_folder, timed):
+    """No stop-watch: plan check, predict and each site of a federation come to the same."""
+    timed[0].update(sdpa=0.1, bfloat16=0.1)
     model = load_model(a_plan(bert_folder, **AUTO))
-    assert model.attention == "sdpa"
-    assert "sdpa attention measured 2.00x as fast as eager" in model.description
-    assert load_model(a_plan(bert_folder, **AUTO), attention="eager").attention == "eager"
+    assert timed[1] == []
+    assert model.attention == "eager"
+    assert "attention by a fixed rule" in model.description
+    seeded = load_model(a_plan(bert_folder, model__dtype="auto"))
+    assert (model.dtype, model.attention) == (seeded.dtype, seeded.attention)
+    assert load_model(a_plan(bert_folder, **AUTO), attention="sdpa").attention == "sdpa"
+
+
+def test_what_can_not_be_measured_goes_by_the_rule(bert_folder, monkeypatch):
+    def fail(*args, **kwargs):
+        raise KeyError("layer")
+
+    monkeypatch.setattr(choices, "_time_attention", fail)
+    found = choose(a_plan(bert_folder, plan__seed=None))
+    assert found.attention == "eager"
+    assert "could not be measured" in found.reason
 
 
 @pytest.mark.parametrize("name", ["cuda:63", "tpu", "", "cpu:x", "mps"])
