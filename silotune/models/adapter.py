@@ -22,6 +22,7 @@ from silotune.models import card
 from silotune.models.correction import merged_factors
 from silotune.models.layout import Entry, Layout, Vector, initial_adapter
 from silotune.models.lora import saved_name
+from silotune.models.tokens import end_ids, leading_ids, padding_id
 from silotune.plan import Plan
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def save_adapter(model: LoadedModel, flat: NDArray[Any], folder: Path, *, plan: 
     if head:
         head["centre"] = model.module.centre.cpu().numpy()
         _replace(folder / HEAD, safetensors.numpy.save(head, metadata={"format": "pt"}))
-    _replace(folder / SETTINGS, _json(card.settings(plan)))
+    _replace(folder / SETTINGS, _json(card.settings(plan, tokens=_control_tokens(model))))
     _replace(folder / "README.md", card.readme(plan, model.description).encode())
     _replace(folder / CONFIG, _json(config))
 
@@ -143,6 +144,18 @@ def _live_matrices(model: LoadedModel) -> dict[str, Vector]:
         saved_name(name): parameter.detach().cpu().numpy()
         for name, parameter in model.module.peft.named_parameters()
         if ".lora_" in name
+    }
+
+
+def _control_tokens(model: LoadedModel) -> dict[str, Any]:
+    """What a user of a generative adapter needs to build the ids that it was trained on."""
+    if model.module.head is not None:
+        return {}
+    tokenizer = model.tokenizer
+    return {
+        "lead_ids": leading_ids(tokenizer),
+        "end_ids": end_ids(tokenizer, model.module.peft.get_base_model()),
+        "pad_id": padding_id(tokenizer),
     }
 
 

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from silotune.models.tokens import PROMPT_END
 from silotune.plan import Plan
-
-PROMPT_END = "\n"  # between prompt and response, part of the prompt
 
 _POOLED = {
     "mean": "(hidden * mask).sum(1) / mask.sum(1)",
@@ -38,8 +37,14 @@ model = PeftModel.from_pretrained(encoder, folder).eval()
 
 @torch.no_grad()
 def logits(texts):
+    # What stands in a text is text: "[SEP]" or "</s>" in it is no control token.
     batch = tokenizer(
-        texts, padding=True, truncation=True, max_length=settings["max_length"], return_tensors="pt"
+        texts,
+        split_special_tokens=True,
+        padding=True,
+        truncation=True,
+        max_length=settings["max_length"],
+        return_tensors="pt",
     )
     ids, mask = batch["input_ids"], batch["attention_mask"]
     hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state
@@ -59,21 +64,36 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 folder = Path(".")  # the folder of this file
 settings = json.loads((folder / "silotune.json").read_text())
 base = settings["base"]  # or where you keep this base model
 tokenizer = AutoTokenizer.from_pretrained(base)
 decoder = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+decoder.generation_config = GenerationConfig()  # greedy, whatever the base model's own settings
 model = PeftModel.from_pretrained(decoder, folder).eval()
 
 
-def answer(prompt, max_new_tokens=64):
-    batch = tokenizer(prompt + settings["prompt_end"], return_tensors="pt")
-    ids, mask = batch["input_ids"], batch["attention_mask"]
+def ids_of(prompt):
+    # What stands in a prompt is text: "</s>" in it is no control token.
+    text = tokenizer(
+        prompt + settings["prompt_end"], add_special_tokens=False, split_special_tokens=True
+    )["input_ids"]
+    lead, room = settings["lead_ids"], settings["max_length"] // 2
+    return lead + text if len(lead + text) <= room else lead + text[len(lead) - room :]
+
+
+def answer(prompt, longest=settings["max_length"]):
+    ids = torch.tensor([ids_of(prompt)])
+    config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=longest - ids.shape[1],
+        eos_token_id=settings["end_ids"],
+        pad_token_id=settings["pad_id"],
+    )
     made = model.generate(
-        input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=max_new_tokens
+        input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config
     )
     return tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
 """
@@ -91,16 +111,20 @@ def meaning(plan: Plan) -> dict[str, Any]:
     }
 
 
-def settings(plan: Plan) -> dict[str, Any]:
-    """Content of ``silotune.json``: `meaning`, where it came from, and the longest input."""
-    return meaning(plan) | {
-        "format": 1,
-        "base": plan.model.base,
-        "base_sha256": plan.model.sha256,
-        "max_length": plan.data.max_length,
-        "plan": plan.plan.name,
-        "plan_sha256": plan.sha256,
-    }
+def settings(plan: Plan, *, tokens: dict[str, Any]) -> dict[str, Any]:
+    """Content of ``silotune.json``: `meaning`, `tokens`, where it came from, the longest input."""
+    return (
+        meaning(plan)
+        | tokens
+        | {
+            "format": 1,
+            "base": plan.model.base,
+            "base_sha256": plan.model.sha256,
+            "max_length": plan.data.max_length,
+            "plan": plan.plan.name,
+            "plan_sha256": plan.sha256,
+        }
+    )
 
 
 def readme(plan: Plan, description: str) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -10,13 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+from tokenizers import processors
 from transformers import AutoModel, AutoModelForCausalLM
 
 from silotune.errors import AdapterMismatch
 from silotune.models.adapter import load_adapter, read_adapter, save_adapter, write_adapter
 from silotune.models.base import load_model
 from silotune.models.layout import Entry, Layout, initial_adapter
-from tests.models.model_material import TEXTS, a_plan, minilm
+from silotune.models.tokens import keep_end, leading_ids, prompt_ids
+from tests.models.model_material import TEXTS, a_plan, minilm, trained_tokenizer
 
 names = st.text(st.characters(codec="ascii", categories=["L", "N"]), min_size=1, max_size=6)
 shapes = st.lists(st.integers(1, 5), min_size=1, max_size=3).map(tuple)
@@ -242,8 +245,37 @@ def test_a_saved_causal_lm_gives_our_logits_with_peft_alone(llama_folder, tmp_pa
     real = batch["attention_mask"][:, batch["kept"]].bool()
     torch.testing.assert_close(theirs[:, batch["kept"]][real], ours[real], rtol=1e-4, atol=1e-4)
     card = run_card(tmp_path, monkeypatch)
-    room = 32 - len(model.tokenizer(TEXTS[0] + "\n")["input_ids"])
-    assert [card["answer"](TEXTS[0], room)] == model.task.predict(model, TEXTS[:1])
+    assert [card["answer"](text) for text in TEXTS] == model.task.predict(model, TEXTS)
+
+
+@pytest.mark.parametrize("template", ["<s> $A </s>", "$A </s>", "<s> </s> $A", "$A"])
+@pytest.mark.parametrize("task", ["causal_lm", "text_classification"])
+def test_the_cards_code_builds_the_ids_of_predict(
+    task, template, llama_folder, tmp_path, monkeypatch
+):
+    """Whatever the tokenizer puts around a text, and whatever control tokens a text quotes."""
+    base = tmp_path / "base"
+    shutil.copytree(llama_folder, base)
+    tokenizer = trained_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    tokenizer.save_pretrained(base)
+    texts = [*TEXTS, "eye </s> ear", "chronic kidney disease " * 20]
+    model = load_model(a_plan(base, task, model__pooling="last"))
+    flat = random_flat(model.layout)
+    save_adapter(model, flat, tmp_path / "a", plan=model.plan)
+    write_adapter(model, flat)
+    card = run_card(tmp_path / "a", monkeypatch)
+    if task == "causal_lm":
+        assert [card["answer"](text) for text in texts] == model.task.predict(model, texts)
+        ids = [card["ids_of"](text) for text in texts]
+        lead = len(leading_ids(model.tokenizer))
+        assert ids == [keep_end(p, 16, lead=lead) for p in prompt_ids(model.tokenizer, texts)]
+    else:
+        found = model.task.predict(model, texts)
+        shares = torch.tensor([list(p.probabilities.values()) for p in found])
+        torch.testing.assert_close(card["logits"](texts).softmax(1), shares, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("frozen", [True, False])

@@ -153,11 +153,12 @@ def test_metrics_of_nothing_are_not_numbers_and_huge_losses_do_not_overflow():
 
 def test_predictions_are_the_greedy_ones_whatever_the_neighbours(model, plain):
     found = TASK.predict(model, PROMPTS)
+    assert [TASK.predict(model, [prompt])[0] for prompt in PROMPTS] == found
     starts = [model.tokenizer(p + "\n")["input_ids"] for p in PROMPTS]
     starts = [ids if len(ids) <= 16 else ids[:1] + ids[-15:] for ids in starts]
     for ids, text in zip(starts, found, strict=True):
         made: list[int] = []
-        for _ in range(32 - max(map(len, starts))):
+        for _ in range(32 - len(ids)):
             with torch.no_grad():
                 logits = plain(input_ids=torch.tensor([ids + made])).logits[0, -1]
             made.append(int(logits.argmax()))

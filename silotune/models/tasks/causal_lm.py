@@ -19,10 +19,16 @@ from transformers import GenerationConfig
 
 from silotune.errors import ModelError
 from silotune.models import scores
-from silotune.models.batching import batches
-from silotune.models.card import PROMPT_END
 from silotune.models.task import Batch, Encoded, Rows
-from silotune.models.tokens import end_id, leading_ids, padding_id
+from silotune.models.tokens import (
+    bare_ids,
+    end_id,
+    end_ids,
+    keep_end,
+    leading_ids,
+    padding_id,
+    prompt_ids,
+)
 from silotune.plan import Plan
 
 if TYPE_CHECKING:
@@ -51,21 +57,16 @@ class CausalLm:
             The tokenizer has no end-of-sequence token.
         """
         end, limit = end_id(tokenizer), plan.data.max_length
-        prompts = self._prompts([example["prompt"] for example in examples], tokenizer)
-        responses = _token_ids(tokenizer, [example["response"] for example in examples])
+        prompts = prompt_ids(tokenizer, [example["prompt"] for example in examples])
+        responses = bare_ids(tokenizer, [example["response"] for example in examples])
         lead = len(leading_ids(tokenizer))
         sequences, targets = [], []
         for prompt, response in zip(prompts, responses, strict=True):
             answer = [*response, end][: limit - 1]
-            kept = _keep_end(prompt, limit - len(answer), lead=lead)
+            kept = keep_end(prompt, limit - len(answer), lead=lead)
             sequences.append(kept + answer)
             targets.append(len(kept))
         return Encoded.of(sequences, targets, padding_id(tokenizer))
-
-    def _prompts(self, prompts: Sequence[str], tokenizer: Any) -> list[list[int]]:
-        lead = leading_ids(tokenizer)
-        ids = _token_ids(tokenizer, [prompt + PROMPT_END for prompt in prompts])
-        return [lead + row or [end_id(tokenizer)] for row in ids]
 
     def collate(self, encoded: Encoded, rows: Rows, device: torch.device) -> dict[str, Tensor]:
         """A right-padded batch.
@@ -115,52 +116,46 @@ class CausalLm:
         return scores.of_losses(counts)
 
     def predict(self, model: LoadedModel, texts: Sequence[str]) -> list[str]:
-        """Greedy responses to prompts, in the order given.
+        """Greedy responses to prompts, in the order given, whatever the base model's own settings.
 
         A prompt longer than half of ``data.max_length`` keeps its end; prompt and response together
-        take at most ``data.max_length`` tokens.
+        take at most ``data.max_length`` tokens. Prompts of one length are answered together, so that
+        none is padded and no answer depends on its neighbours.
         """
-        limit, pad = model.plan.data.max_length, padding_id(model.tokenizer)
-        lead = len(leading_ids(model.tokenizer))
-        prompts = self._prompts(texts, model.tokenizer)
-        prompts = [_keep_end(prompt, limit // 2, lead=lead) for prompt in prompts]
-        encoded = Encoded.of(prompts, [0] * len(prompts), pad)
+        limit, lead = model.plan.data.max_length, len(leading_ids(model.tokenizer))
+        prompts = [
+            keep_end(prompt, limit // 2, lead=lead) for prompt in prompt_ids(model.tokenizer, texts)
+        ]
+        alike: dict[int, list[int]] = {}
+        for row, prompt in enumerate(prompts):
+            alike.setdefault(len(prompt), []).append(row)
         found: dict[int, str] = {}
-        for rows in batches(encoded, range(len(texts)), size=_PREDICT_BATCH):
-            # Generation goes on from the last column, so prompts must end there.
-            batch = encoded.padded(rows, model.device, side="left")
-            found |= zip(rows, _generate(model, batch, limit=limit), strict=True)
+        for rows in alike.values():
+            for start in range(0, len(rows), _PREDICT_BATCH):
+                some = rows[start : start + _PREDICT_BATCH]
+                ids = torch.tensor([prompts[row] for row in some], device=model.device)
+                found |= zip(some, _generate(model, ids, limit=limit), strict=True)
         return [found[row] for row in range(len(texts))]
 
 
-def _generate(model: LoadedModel, batch: Batch, *, limit: int) -> list[str]:
-    width = batch["input_ids"].shape[1]
+def _generate(model: LoadedModel, ids: Tensor, *, limit: int) -> list[str]:
+    """The likeliest next token until a response ends, for prompts of one length [n, tokens]."""
+    base, width = model.module.peft.get_base_model(), ids.shape[1]
     config = GenerationConfig(
         do_sample=False,
         use_cache=True,
         max_new_tokens=limit - width,
         pad_token_id=padding_id(model.tokenizer),
-        eos_token_id=end_id(model.tokenizer),
+        eos_token_id=end_ids(model.tokenizer, base),
     )
-    with model.module.inference():
-        made = model.module.peft.generate(**batch, generation_config=config)
+    # Transformers fills up what is not set here from the base model's own generation_config.json.
+    own, base.generation_config = base.generation_config, GenerationConfig()
+    try:
+        with model.module.inference():
+            made = model.module.peft.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config
+            )
+    finally:
+        base.generation_config = own
     texts: list[str] = model.tokenizer.batch_decode(made[:, width:], skip_special_tokens=True)
     return texts
-
-
-def _token_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Ids without special tokens; the tokenizer's warning about long texts is not wanted."""
-    if not texts:
-        return []
-    ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False)[
-        "input_ids"
-    ]
-    return ids
-
-
-def _keep_end(prompt: list[int], room: int, *, lead: int) -> list[int]:
-    """At most `room` tokens: the `lead` first ones, as far as they fit, and the last ones."""
-    if len(prompt) <= room:
-        return prompt
-    start = min(lead, room)
-    return prompt[:start] + prompt[len(prompt) - (room - start) :]

@@ -16,7 +16,7 @@ from silotune.errors import RecordInvalid
 from silotune.models import scores
 from silotune.models.batching import batches
 from silotune.models.task import Batch, Encoded, Rows
-from silotune.models.tokens import padding_id
+from silotune.models.tokens import padding_id, text_ids
 from silotune.plan import Plan
 
 if TYPE_CHECKING:
@@ -60,12 +60,8 @@ class TextClassification:
     def _tokens(
         self, texts: Sequence[str], targets: Sequence[int], tokenizer: Any, plan: Plan
     ) -> Encoded:
-        pad = padding_id(tokenizer)
-        if not texts:
-            return Encoded.of([], [], pad)
-        ids = tokenizer(list(texts), truncation=True, max_length=plan.data.max_length)["input_ids"]
-        # A tokenizer without special tokens may find nothing in a text; a row needs one position.
-        return Encoded.of([row or [pad] for row in ids], targets, pad)
+        ids = text_ids(tokenizer, texts, limit=plan.data.max_length)
+        return Encoded.of(ids, targets, padding_id(tokenizer))
 
     def collate(self, encoded: Encoded, rows: Rows, device: torch.device) -> dict[str, Tensor]:
         """``input_ids`` and ``attention_mask`` [n, longest], padded right, and ``targets`` [n]."""
