@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from silotune.client.approvals import Approvals, Entry
 from silotune.client.coordinator_api import clock_skew, connection_errors
 from silotune.client.daemon import verify_ledger
 from silotune.client.enrolled import Enrolment, trusting
@@ -73,6 +74,7 @@ class Doctor:
             ("device", self._device),
             ("base models", self._models),
             *((f"dataset {name}", self._dataset(name)) for name in self._site.datasets),
+            *((f"plan of {entry.run}", self._plan(entry)) for entry in self._open()),
             ("ledger", self._ledger),
             ("audit log", self._audit),
         ]
@@ -228,6 +230,24 @@ class Doctor:
             table = read_dataset(dataset, folder=self._site.folder, columns=columns)
             budget = "" if dataset.budget else "; it has no budget, so no private plan can use it"
             return f"{len(table.rows)} records, with every column that is named{budget}"
+
+        return check
+
+    def _open(self) -> list[Entry]:
+        entries = Approvals(self._site.state_folder).entries()
+        return [entry for entry in entries if not entry.over]
+
+    def _plan(self, entry: Entry) -> Callable[[], str]:
+        """Whether a proposal could be trained here, whatever the policy says of it."""
+
+        def check() -> str:
+            from silotune.client.proposal_view import require_servable
+
+            policy, plan = self._site.policy, entry.plan
+            if policy is None or plan.model.sha256 not in policy.base_models:
+                raise _Skipped("policy.base_models does not list its base model")
+            require_servable(self._site, plan)
+            return f"{plan.plan.name}: the base model takes it"
 
         return check
 

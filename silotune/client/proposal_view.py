@@ -11,8 +11,10 @@ from silotune.client.policy import Verdict, judge
 from silotune.client.runtime import local_time
 from silotune.data.site import SiteConfig
 from silotune.errors import SilotuneError
+from silotune.models.fit import require_taken
 from silotune.models.layout import Layout
 from silotune.models.outline import outline
+from silotune.plan import Plan
 from silotune.plan_words import plan_in_words
 from silotune.privacy.ledger import Ledger
 from silotune.privacy.ledger_view import LEDGER_FILE
@@ -43,13 +45,33 @@ class Spending:
 
 
 def judge_proposal(site: SiteConfig, entry: Entry) -> Verdict:
-    """The policy's verdict on a proposal; hours don't count before the training itself.
+    """The policy's verdict on a proposal that can be served here.
 
     Raises
     ------
     SilotuneError
-        The plan can't be judged here: unknown dataset, unusable model.
+        The plan can't be judged or served here: unknown dataset, a model that does not take it.
     """
+    verdict = _verdict(site, entry)
+    if verdict.allowed:
+        require_servable(site, entry.plan)
+    return verdict
+
+
+def require_servable(site: SiteConfig, plan: Plan) -> None:
+    """Check that the base model, if the policy knows it, can be trained as the plan says.
+
+    Raises
+    ------
+    ModelError
+        Of some kind, with the number, the nearest name or the layer.
+    """
+    if site.policy is not None and plan.model.sha256 in site.policy.base_models:
+        require_taken(plan, base=site.model_place(plan))
+
+
+def _verdict(site: SiteConfig, entry: Entry) -> Verdict:
+    """What the policy says; hours don't count before the training itself."""
     assert site.policy is not None  # the daemon has seen to it
     ledger = _ledger(site)
     facts = facts_for(
@@ -114,11 +136,12 @@ def describe(site: SiteConfig, entry: Entry, approvals: Approvals) -> dict[str, 
         "problem": "",
     }
     try:
-        verdict = judge_proposal(site, entry) if site.policy else Verdict(())
+        verdict = _verdict(site, entry) if site.policy else Verdict(())
         found["verdict"] = [
             {"clause": c.name, "allowed": c.allowed, "reason": c.reason, "code": c.error.code}
             for c in verdict.clauses
         ]
+        require_servable(site, plan)
         found["allowed"] = bool(verdict.clauses) and verdict.allowed
         found["leaves"] = _leaves(layout_at(site, plan.model.sha256, entry))
         spent = spending(site, entry)

@@ -76,10 +76,13 @@ def submit(
     credentials: Credentials = _HERE,
     as_json: AsJson = False,
 ) -> None:
-    """Propose a plan to the sites (operators)."""
+    """Propose a plan to the sites (operators); it is tried first if its base model is here."""
+    from silotune.commands.plan import untried
     from silotune.plan import Plan
 
-    text = Plan.load(plan).canonical()
+    checked = Plan.load(plan)
+    untried(checked)
+    text = checked.canonical()
     more = {} if quorum is None else {"quorum": quorum}
     found = _ask(credentials, "SubmitRun", "SubmitRunRequest", plan=text, **more)
     typer.echo(json.dumps(found) if as_json else f"Run {found['run']} is proposed.")

@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 from silotune.commands.coordinator_folder import HERE, AsJson, Folder, client_of, moment
+from silotune.commands.plan import untried
 from silotune.events.wording import in_a_line
 from silotune.plan import Plan
 from silotune.terminal import terminal
@@ -47,16 +48,20 @@ def propose(
 ) -> None:
     """Sign a plan, propose it to the sites, and run it when enough of them approve.
 
-    The plan is checked here first. What is signed is its canonical form, and its SHA-256 is what
-    each site approves; a changed plan is another plan.
+    The plan is checked here first, and tried on the base model if that is on this machine: a plan
+    that the model does not take is not proposed. What is signed is its canonical form, and its
+    SHA-256 is what each site approves; a changed plan is another plan.
     """
     checked = Plan.load(plan)
+    why = untried(checked)
     client = client_of(folder)
     found = client.post("/runs", plan=checked.canonical(), quorum=quorum)
     if as_json:
         typer.echo(json.dumps(found))
     else:
         typer.echo(f"Run {found['run']} is proposed; plan {found['plan_sha256'][:12]}.")
+        if why:
+            typer.echo(f"Not tried on the base model, {why}: each site does before it approves.")
         waiting = [d["site"] for d in found["decisions"] if d["verdict"] == "waiting"]
         typer.echo(
             f"Waiting for {', '.join(waiting)} (silotune site plans, silotune site approve)."

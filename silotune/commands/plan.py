@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from silotune.data.site import SiteConfig, load_sites
-from silotune.errors import SilotuneError
+from silotune.errors import ModelNotFound
 from silotune.plan import Plan, schema
 from silotune.plan_words import plan_in_words
 from silotune.terminal import headed, terminal
@@ -89,23 +89,42 @@ def assess(plan: Plan, declared: dict[str, int]) -> dict[str, Any]:
 
 def _model_facts(plan: Plan) -> dict[str, Any]:
     from silotune.models.base import load_model
+    from silotune.models.weights import locate
 
     try:
-        model = load_model(plan, device="cpu", attention="eager", dtype="float32")
-    except SilotuneError as exc:
+        locate(plan.model.base)
+    except ModelNotFound as exc:  # whoever has it will see; every other trouble is the plan's
         return {
             "model": f"{exc.code} {exc.detail}",
             "trainable_parameters": None,
             "bytes_up": None,
             "bytes_down": None,
         }
+    model = load_model(plan, device="cpu")
     nbytes = model.layout.nbytes
+    measured = plan.plan.seed is None and plan.model.dtype == "auto"
+    later = "; a simulation measures what is fastest, once a run, and writes it down"
     return {
-        "model": model.description,
+        "model": model.description + later * measured,
         "trainable_parameters": model.layout.size,
         "bytes_up": nbytes,
         "bytes_down": nbytes,
     }
+
+
+def untried(plan: Plan) -> str:
+    """Why the plan can't be tried here; empty if it was. Raises `ModelError` if the model fails."""
+    try:
+        from silotune.models.fit import require_taken
+        from silotune.models.weights import locate
+    except ImportError:  # a coordinator needs no PyTorch
+        return "for this machine has no PyTorch"
+    try:
+        locate(plan.model.base)
+    except ModelNotFound as exc:
+        return f"for {exc.detail}"
+    require_taken(plan)
+    return ""
 
 
 def _site_facts(plan: Plan, units: int) -> dict[str, Any]:

@@ -48,18 +48,36 @@ _SPREAD = 0.05  # of trained numbers while trying: an adapter or head at zero hi
 
 
 @dataclass(frozen=True)
+class Refusal:
+    """An error to be raised again: the error itself would keep the model in memory."""
+
+    kind: type[SilotuneError]
+    detail: str
+    remedy: str
+
+    @classmethod
+    def of(cls, error: SilotuneError) -> Refusal:
+        """What an error says."""
+        return cls(type(error), error.detail, error.remedy)
+
+    def error(self) -> SilotuneError:
+        """The error anew."""
+        return self.kind(self.detail, remedy=self.remedy)
+
+
+@dataclass(frozen=True)
 class Verdict:
     """What a trial found.
 
     Attributes
     ----------
-    error : SilotuneError or None
+    refusal : Refusal or None
         Why the model can't be used for the plan.
     prefix : bool
         Whether the frozen lower layers may be replaced by what they gave once.
     """
 
-    error: SilotuneError | None
+    refusal: Refusal | None
     prefix: bool = False
 
 
@@ -93,8 +111,8 @@ def require_fit(model: LoadedModel, folder: Path) -> None:
     if key not in _KNOWN:
         _KNOWN[key] = _tried(model)
     verdict = _KNOWN[key]
-    if verdict.error is not None:
-        raise verdict.error
+    if verdict.refusal is not None:
+        raise verdict.refusal.error()
     if model.module.prefix is not None and not verdict.prefix:
         model.module.prefix.remove()
         model.module.prefix = None
@@ -120,7 +138,9 @@ def _tried(model: LoadedModel) -> Verdict:
                 trial.require_own_rows()
             return Verdict(None, prefix=trial.prefix_agrees())
         except SilotuneError as exc:
-            return Verdict(exc)
+            return Verdict(Refusal.of(exc))
+        except Exception as exc:
+            return Verdict(Refusal.of(TextRefused(f"trying it failed: {told(exc)}")))
 
 
 @contextmanager
@@ -254,8 +274,7 @@ class _Trial:
         last = batch["input_ids"].shape[1] - 1
         batch["kept"] = torch.arange(last, device=self.model.device)
         ids = batch["input_ids"].clone()
-        other = [token for token in ids[0].tolist() if token != int(ids[0, last])]
-        ids[0, last] = other[0]
+        ids[0, last] = next(token for token in ids[0].tolist() if token != int(ids[0, last]))
         changed = batch | {"input_ids": ids}
         module = self.model.module
         with torch.no_grad():
