@@ -93,9 +93,8 @@ def _of_object(number: int, line: str, column: str) -> str:
 def _of_table(text: str, column: str) -> list[str]:
     delimiter = _delimiter(text, column)
     if not delimiter:
-        first = text.split("\n", 1)[0]
         raise ColumnMissing(
-            f"the first line of standard input names no column {column!r}; it is: {first[:80]}",
+            f"the first line of standard input names no column {column!r}",
             remedy="Name the column with --column, or say --format lines.",
         )
     return [row[column] or "" for row in csv.DictReader(io.StringIO(text), delimiter=delimiter)]
