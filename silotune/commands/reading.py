@@ -97,7 +97,11 @@ def _of_table(text: str, column: str) -> list[str]:
             f"the first line of standard input names no column {column!r}",
             remedy="Name the column with --column, or say --format lines.",
         )
-    return [row[column] or "" for row in csv.DictReader(io.StringIO(text), delimiter=delimiter)]
+    try:
+        table = csv.DictReader(io.StringIO(text), delimiter=delimiter)
+        return [row[column] or "" for row in table]
+    except csv.Error as exc:
+        raise DatasetUnreadable(f"standard input is not a CSV file: {exc}") from exc
 
 
 def _of_lines(text: str) -> list[str]:
