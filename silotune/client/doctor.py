@@ -245,7 +245,7 @@ class Doctor:
 
             policy, plan = self._site.policy, entry.plan
             if policy is None or plan.model.sha256 not in policy.base_models:
-                raise _Skipped("policy.base_models does not list its base model")
+                raise Skipped("policy.base_models does not list its base model")
             require_servable(self._site, plan)
             return f"{plan.plan.name}: the base model takes it"
 
