@@ -26,7 +26,8 @@ app = typer.Typer(
 )
 
 Place = Annotated[
-    Path, typer.Argument(help="The log's file, or the state folder that holds audit.jsonl.")
+    Path,
+    typer.Argument(exists=True, help="The log's file, or the state folder that holds audit.jsonl."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Kind = Annotated[str, typer.Option(help="Only lines of this kind, e.g. approved.")]
@@ -41,8 +42,9 @@ def verify(
     against: Annotated[
         Path | None,
         typer.Option(
+            exists=True,
             help="The other side's log (the coordinator's for a site's, one site's for the "
-            "coordinator's): every head it signed must be here."
+            "coordinator's): every head it signed must be here.",
         ),
     ] = None,
     key: Annotated[

@@ -31,7 +31,7 @@ def _group() -> None:
 
 @app.command()
 def verify(
-    path: Annotated[Path, typer.Argument(help="The certificate.json of a site.")],
+    path: Annotated[Path, typer.Argument(exists=True, help="The certificate.json of a site.")],
     key: Annotated[
         str | None,
         typer.Option(

@@ -25,7 +25,8 @@ app = typer.Typer(
 Place = Annotated[
     Path,
     typer.Argument(
-        help="The ledger's file, or the folder with the site's state (runs/NAME/sites/SITE)."
+        exists=True,
+        help="The ledger's file, or the folder with the site's state (runs/NAME/sites/SITE).",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]

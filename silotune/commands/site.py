@@ -249,7 +249,11 @@ def plans(
         return
     console = terminal()
     if not described:
-        console.print("Nothing is proposed." if not run else f"No proposal fits {run}.")
+        console.print(
+            "Nothing is proposed."
+            if not run
+            else f"No proposal fits {run}; --all shows runs that are over, too."
+        )
     for found in described:
         site_views.print_proposal(found, console)
 

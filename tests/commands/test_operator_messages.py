@@ -288,6 +288,29 @@ def test_the_doctor_finds_each_trouble_and_changes_nothing(folder, check, code, 
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
+# --- paths ---
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("audit", "verify"), ("audit", "show"), ("audit", "export"), ("ledger", "show"),
+        ("ledger", "verify"), ("ledger", "export"), ("certificate", "verify"),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_a_mistyped_path_is_told_as_one_and_not_as_damage(words, tmp_path):
+    result = invoke(*words, tmp_path / "nowhere")
+    assert result.exit_code == 2
+    assert "does not exist" in " ".join(result.output.replace("│", " ").split())
+
+
+def test_a_log_that_is_gone_from_its_folder_is_damage(folder):
+    for name in ("audit.jsonl", "audit.jsonl.head"):
+        (folder / "state" / name).unlink()
+    assert failure("audit", "verify", folder / "state").code == "ST-432"
+
+
 # --- records ---
 
 

@@ -286,7 +286,8 @@ class Reader:
     def have_simulation(self):
         if not (self.folder / "runs").exists():
             self.write_site()
-            self.silotune("simulate", self.folder / "sites" / "plan.toml", "--workers", "1")
+            sites = ("--sites", self.folder / "sites", "--workers", "1")
+            self.silotune("simulate", self.folder / "plan.toml", *sites)
 
 
 def alternatives(command):
