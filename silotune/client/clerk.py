@@ -6,26 +6,20 @@ coordinator says, checks it, and sends what the site's people have said.
 
 from __future__ import annotations
 
-import base64
 import logging
-import threading
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 
 from silotune.client.approvals import Approvals, Entry
-from silotune.client.coordinator_api import CoordinatorApi, ledger_head
+from silotune.client.books import SiteBooks
+from silotune.client.coordinator_api import CoordinatorApi
 from silotune.client.enrolled import Enrolment
 from silotune.client.errors import RunUnknown
 from silotune.errors import PolicyError, SilotuneError
 from silotune.federation import wire
-from silotune.federation.audit_line import AuditHead
 from silotune.federation.audit_log import AuditLog
 from silotune.federation.errors import FederationError
 from silotune.federation.identity import certificate_from_pem, days_left
-from silotune.privacy.entry import Head
-from silotune.privacy.ledger import Ledger
-from silotune.privacy.ledger_view import LEDGER_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +34,7 @@ class Clerk:
 
     Parameters
     ----------
-    enrolment, approvals, audit
+    enrolment, approvals, audit, books
         The site's.
     judge : callable or None
         Raises a `PolicyError` for a plan that the policy refuses; None where a person approves.
@@ -56,6 +50,7 @@ class Clerk:
         enrolment: Enrolment,
         approvals: Approvals,
         audit: AuditLog,
+        books: SiteBooks,
         judge: _Judge | None,
         settle: Callable[[Entry], None],
         certificate: Callable[[Entry], str | None] = lambda entry: None,
@@ -63,10 +58,8 @@ class Clerk:
         self._certificate = certificate
         self._enrolment, self._approvals, self._audit = enrolment, approvals, audit
         self._judge, self._settle = judge, settle
-        self._theirs: AuditHead | None = None
-        self._exchanged = 0
+        self._books = books
         self.plans_version = 0
-        self._lock = threading.Lock()
 
     # --- news ---
 
@@ -171,46 +164,5 @@ class Clerk:
     # --- audit heads ---
 
     def exchange_heads(self, api: CoordinatorApi) -> None:
-        """Have the heads of audit log and ledger counter-signed, and sign the coordinator's.
-
-        Nothing is sent if nothing was written since the last exchange.
-        """
-        with self._lock:
-            own = self._audit.head
-            if own.seq <= self._exchanged:
-                return
-            ledger = self._ledger()
-            reply = api.exchange_heads(self._offer(own, ledger))
-            key = self._enrolment.federation_key
-            if reply.yours is not None:
-                seen = AuditHead(reply.yours.owner, reply.yours.seq, reply.yours.hash)
-                self._audit.witness(seen, base64.b64decode(reply.yours.signature), key)
-            if reply.ledger_signed is not None and ledger is not None:
-                head = Head(reply.ledger_signed.seq, reply.ledger_signed.hash)
-                ledger.witness(head, base64.b64decode(reply.ledger_signed.signature), key)
-            self._theirs = AuditHead(reply.mine.owner, reply.mine.seq, reply.mine.hash)
-            self._exchanged = self._audit.head.seq
-            if ledger is not None:
-                ledger.close()
-
-    def _offer(self, own: AuditHead, ledger: Ledger | None) -> wire.HeadExchange:
-        yours = None
-        if self._theirs is not None:
-            key = self._enrolment.keys.signing
-            signature = self._theirs.sign(key)
-            self._audit.counter_signed(self._theirs, signature, key.public_key())
-            yours = wire.CounterSignature(
-                owner=self._theirs.owner,
-                seq=self._theirs.seq,
-                hash=self._theirs.hash,
-                signature=base64.b64encode(signature).decode(),
-            )
-        return wire.HeadExchange(
-            mine=wire.LogHead(owner=own.owner, seq=own.seq, hash=own.hash),
-            yours=yours,
-            ledger=None if ledger is None else ledger_head(ledger.head),
-        )
-
-    def _ledger(self) -> Ledger | None:
-        path: Path = self._enrolment.state / LEDGER_FILE
-        return Ledger(path, create=False) if path.exists() else None
+        """See `SiteBooks.exchange`."""
+        self._books.exchange(api)

@@ -26,10 +26,14 @@ from silotune.client.errors import (
 from silotune.client.transport import https_client
 from silotune.errors import SilotuneError
 from silotune.federation import wire
-from silotune.federation.errors import BodyInvalid, InviteInvalid, RequestDeclined
+from silotune.federation.errors import (
+    BodyInvalid,
+    BooksDisagree,
+    InviteInvalid,
+    RequestDeclined,
+)
 from silotune.federation.identity import make_request
 from silotune.federation.roster import SignedRoster
-from silotune.privacy.entry import Head
 
 _B = TypeVar("_B", bound=wire.Body)
 
@@ -80,6 +84,8 @@ def failure(response: httpx.Response) -> SilotuneError:
         return CoordinatorUnavailable(detail)
     if code == InviteInvalid.code:
         return InviteInvalid(detail)
+    if code == BooksDisagree.code:
+        return BooksDisagree(detail)
     return RequestDeclined(
         detail, remedy=f"`silotune errors {code}` explains it." if code else None
     )
@@ -166,6 +172,14 @@ class CoordinatorApi:
         """Exchange audit heads and counter-signatures."""
         return self._post(wire.AUDIT, mine, wire.HeadExchange)
 
+    def heads(self) -> wire.SignedHeads:
+        """The newest heads of this site that the coordinator signed."""
+        return self._get(wire.HEADS, wire.SignedHeads)
+
+    def restored(self, restored: wire.Restored) -> None:
+        """Tell that older books are in the place of lost ones."""
+        self._post(wire.RESTORED, restored, wire.Done)
+
     # --- plumbing ---
 
     def _get(self, path: str, reply: type[_B]) -> _B:
@@ -194,8 +208,3 @@ def closing_api(url: str, tls: ssl.SSLContext) -> Iterator[CoordinatorApi]:
         yield api
     finally:
         api.close()
-
-
-def ledger_head(head: Head) -> wire.LedgerHead:
-    """A ledger's head as a body."""
-    return wire.LedgerHead(seq=head.seq, hash=head.hash)

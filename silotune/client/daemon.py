@@ -25,6 +25,7 @@ from typing import Any
 
 from silotune.client.admin_socket import ControlSocket, Request
 from silotune.client.approvals import Approvals, Entry
+from silotune.client.books import SiteBooks, tell_damage, verify_books
 from silotune.client.clerk import Clerk
 from silotune.client.coordinator_api import CoordinatorApi, closing_api
 from silotune.client.enrolled import Enrolment
@@ -37,8 +38,9 @@ from silotune.client.errors import (
 from silotune.client.link import Link, backoff
 from silotune.client.runner import Runner
 from silotune.data.site import SiteConfig
-from silotune.errors import SilotuneError
+from silotune.errors import LedgerDamaged, SilotuneError
 from silotune.federation.audit_log import AUDIT_FILE, AuditLog
+from silotune.federation.errors import AuditLogDamaged
 from silotune.federation.identity import certificate_from_pem, days_left
 from silotune.federation.sealed import Vault
 from silotune.privacy.durable import create_file, create_private_folder
@@ -80,11 +82,10 @@ class Daemon:
         self._lock_file = hold_state(self._state)
         self._vault = Vault(self._state, site.at_rest, base=site.folder)
         self._enrolment = Enrolment.open(site, self._vault)
-        self._audit = AuditLog(self._state / AUDIT_FILE, owner=site.name)
-        self._audit.verify(trusted=self._enrolment.federation_key)
+        self._audit = self._verified_books()
         if self._vault.end_previous():
             self._audit.append("resealed", opened_by=self._vault.opened_by)
-        verify_ledger(self._state, self._enrolment)
+        self._books = SiteBooks(enrolment=self._enrolment, audit=self._audit)
         own = self._enrolment.keys.signing.public_key()
         self._approvals = Approvals(self._state, own=own)
         self._session = secrets.token_hex(16)
@@ -96,6 +97,7 @@ class Daemon:
             vault=self._vault,
             audit=self._audit,
             paused=(self._state / PAUSED).exists,
+            agree=self._agree,
         )
         self._runner = runner
         self._link = Link(
@@ -111,6 +113,7 @@ class Daemon:
             enrolment=self._enrolment,
             approvals=self._approvals,
             audit=self._audit,
+            books=self._books,
             judge=self._judge if site.policy.approval == "auto" else None,
             settle=self._settle,
             certificate=self._certificate,
@@ -127,6 +130,7 @@ class Daemon:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._stop.set())
         self._audit.append("started", version=_version(), session=self._session[:8])
+        self._bell.put("started")
         control = ControlSocket(self._state, self._command)
         threads = [
             threading.Thread(target=target, name=name, daemon=True)
@@ -201,6 +205,22 @@ class Daemon:
 
     def _api(self) -> AbstractContextManager[CoordinatorApi]:
         return closing_api(self._enrolment.facts.url, self._enrolment.tls())
+
+    def _agree(self, entry: Entry) -> None:
+        """Ask, before a run's first training here, whether these books are the newest."""
+        with self._api() as api:
+            self._books.agree(api, entry.run, entry.plan.data.dataset)
+
+    def _verified_books(self) -> AuditLog:
+        """The audit log, once it and the ledger are whole; if not, the coordinator's team is told."""
+        try:
+            audit = AuditLog(self._state / AUDIT_FILE, owner=self._site.name)
+            verify_books(self._state, audit, trusted=self._enrolment.federation_key)
+        except (LedgerDamaged, AuditLogDamaged):
+            with suppress(SilotuneError), self._api() as api:
+                tell_damage(api, self._enrolment)
+            raise
+        return audit
 
     def _judge(self, entry: Entry) -> None:
         """Let the policy judge a proposal by itself; hours are for the time of training."""
@@ -282,6 +302,7 @@ class Daemon:
             "seconds": round(time.time() - status.since, 1),
             "work": status.work,
             "paused": (self._state / PAUSED).exists(),
+            "trouble": self._books.trouble,
             "answered": status.answered,
             "refused": status.refused,
             "pid": os.getpid(),
@@ -293,28 +314,14 @@ class Daemon:
         }
 
 
-def verify_ledger(state: Path, enrolment: Enrolment) -> None:
-    """Check the ledger against its chain, its head, and the head that the coordinator signed.
+def hold_state(state: Path) -> int:
+    """Hold the state folder until the descriptor is closed; the kernel lets go when the process dies.
 
     Raises
     ------
-    LedgerDamaged
-        It was edited, cut, or rolled back: the site must not train.
+    DaemonRunning
+        Another process holds it.
     """
-    from silotune.privacy.ledger_view import LEDGER_FILE
-
-    path = state / LEDGER_FILE
-    witnessed = path.with_name(path.name + ".witness")
-    if path.exists() or path.with_name(path.name + ".head").exists() or witnessed.exists():
-        from silotune.privacy.ledger import Ledger
-
-        ledger = Ledger(path, create=False)
-        ledger.verify(trusted=enrolment.federation_key if witnessed.exists() else None)
-        ledger.close()
-
-
-def hold_state(state: Path) -> int:
-    """Hold the state folder for this process's life; the kernel lets go when it dies."""
     descriptor = os.open(state / "daemon.lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -15,8 +15,8 @@ from urllib.parse import urlsplit
 import httpx
 
 from silotune.client.approvals import Approvals, Entry
+from silotune.client.books import verify_books
 from silotune.client.coordinator_api import clock_skew, connection_errors
-from silotune.client.daemon import verify_ledger
 from silotune.client.enrolled import Enrolment, trusting
 from silotune.client.errors import (
     CertificateExpired,
@@ -256,8 +256,11 @@ class Doctor:
 
         if self._enrolment is None and not (self._site.state_folder / LEDGER_FILE).exists():
             raise Skipped("there is none yet")
-        verify_ledger(self._site.state_folder, self._member)
-        return "whole, and agrees with the head that the coordinator signed last"
+        audit = AuditLog(self._site.state_folder / AUDIT_FILE)
+        found = verify_books(self._site.state_folder, audit, trusted=self._member.federation_key)
+        return (
+            f"{found}. Whether the coordinator has signed newer rows is asked before each training"
+        )
 
     def _audit(self) -> str:
         key = self._member.federation_key

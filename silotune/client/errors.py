@@ -346,3 +346,14 @@ class CoordinatorUnavailable(EnvironmentFault):
     title = "The coordinator does not answer"
     cause = "The connection stands, but what answers is no coordinator, or it is starting up."
     advice = "Try again in a minute; then ask the coordinator's operator."
+
+
+class RestoreNotNeeded(RunError):
+    """`site restore` was called on books that are the newest."""
+
+    code = "ST-650"
+    title = "There is nothing to restore"
+    cause = (
+        "Ledger and audit log are those that the coordinator signed last, or it has signed none."
+    )
+    advice = "Start the site: `silotune site start`."

@@ -24,6 +24,7 @@ from silotune.client.approvals import Approvals, Entry
 from silotune.client.enrolled import Enrolment
 from silotune.client.errors import MessageRefused, SitePaused
 from silotune.errors import PlanInvalid, SilotuneError
+from silotune.federation.audit_line import Value
 from silotune.federation.audit_log import AuditLog
 from silotune.federation.envelope import (
     COORDINATOR,
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _MOST_PLAN = 1 << 20
+_READING = frozenset({"train", "evaluate"})  # kinds of messages that records are read for
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,8 @@ class Runner:
         The site's.
     paused : callable
         Whether the site's people have paused it.
+    agree : callable
+        Called before records are touched; raises if the coordinator has signed other books than these.
     """
 
     def __init__(
@@ -86,9 +90,11 @@ class Runner:
         vault: Vault,
         audit: AuditLog,
         paused: Callable[[], bool] = lambda: False,
+        agree: Callable[[Entry], None] = lambda entry: None,
     ) -> None:
         self._site, self._enrolment, self._approvals = site, enrolment, approvals
         self._vault, self._audit, self._paused = vault, audit, paused
+        self._agree = agree
         self._app: ClientApp | None = None
         self._warm: WarmModel | None = None
         self._part: SiteRun | None = None
@@ -111,6 +117,8 @@ class Runner:
             entry = self._approvals.require_approved(opened.address.run, plan.sha256)
             if self._paused():
                 raise SitePaused
+            if opened.address.kind.partition(".")[0] in _READING:
+                self._agree(entry)
             content = self._work(message, opened, entry)
         except Exception as exc:
             code = self._refused(exc, message, opened)
@@ -119,8 +127,20 @@ class Runner:
             return None, code
         address = opened.address.reply(to=opened.seal)
         if not code:
-            self._audit.append("answered", run=address.run, round=address.round, type=address.kind)
+            told: dict[str, Value] = {
+                "run": address.run,
+                "round": address.round,
+                "type": address.kind,
+            }
+            self._audit.append("answered", **told, **self._ledger_place())
         return seal(content, address=address, key=self._enrolment.keys.signing), code
+
+    def _ledger_place(self) -> dict[str, Value]:
+        """How far the ledger goes, for the audit log to vouch for."""
+        ledger = self._part.ledger if self._part is not None else None
+        if ledger is None:
+            return {}
+        return {"ledger_seq": ledger.head.seq, "ledger_hash": ledger.head.hash}
 
     def finish(self, entry: Entry, certificate: Path) -> None:
         """Close the books of a run that is over: free what it reserved, certify what it cost."""

@@ -278,10 +278,14 @@ def list_sites(folder: Folder = HERE, as_json: AsJson = False) -> None:
             **row,
             "online": "yes" if row["online"] else "no",
             "last seen": moment(row["last_seen"]) if row["last_seen"] else "never",
+            "books": "went back: not served" if row["books"] else "ok",
         }
         for row in found
     ]
-    show_rows(rows, ("site", "status", "online", "last seen", "words"))
+    show_rows(rows, ("site", "status", "online", "last seen", "books", "words"))
+    for row in found:
+        if row["books"]:
+            typer.echo(f"{row['site']} is not served (ST-807): {row['books']}.")
 
 
 @sites.command()

@@ -196,6 +196,45 @@ def reseal(
 
 
 @app.command()
+def restore(
+    reason: Annotated[str, typer.Option(help="Why; for both audit logs.")],
+    config: ConfigPath = _CONFIG,
+    yes: Annotated[bool, typer.Option("--yes", help="Don't ask.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Put an older copy of ledger and audit log into use, after the newest was lost.
+
+    Put the newest copy there is into the state folder first, or leave it empty of them; stop the daemon.
+    Everything that may be missing is charged: what the coordinator's newest signature says was spent,
+    and what runs under way had reserved, beyond the last row that it signed in the copy. That is never
+    less than was really spent, and can be more. Both audit logs say that it was done, and why.
+    """
+    import getpass
+
+    from silotune.client.restoring import restore as restored
+
+    site = SiteConfig.load(config)
+    if not yes:
+        typer.confirm(
+            f"Shall {site.name} go on with the books that lie in {site.state_folder} now, and be "
+            "charged for all that may be missing in them?",
+            abort=True,
+        )
+    done = restored(site, reason=reason, by=getpass.getuser())
+    if as_json:
+        typer.echo(json.dumps({"restored": [vars(entry) for entry in done]}))
+        return
+    for entry in done:
+        typer.echo(
+            f"{entry.dataset}: charged for what may be missing: epsilon {entry.charged:.4f}; "
+            f"spent in all: {entry.spent:.4f} (delta {entry.delta:g})"
+        )
+    if not done:
+        typer.echo("Nothing that was spent is missing.")
+    typer.echo("The coordinator takes these books from now on. Next: silotune site start.")
+
+
+@app.command()
 def dashboard(
     config: ConfigPath = _CONFIG,
     port: Annotated[

@@ -60,6 +60,8 @@ def print_status(found: Mapping[str, Any], console: Console) -> None:
     link = {"online": "online", "waiting": "waiting", "connecting": "connecting"}[found["link"]]
     console.print(headed(found["site"], f"in federation {found['federation']}"))
     console.print(f"  Coordinator  {found['coordinator']}, {link} {since}")
+    if found["trouble"]:
+        console.print(f"  Books        not the newest (ST-807): {found['trouble']}")
     if found["reason"]:
         console.print(f"  Because      {found['reason']}")
     work = found["work"] or (

@@ -1,12 +1,16 @@
 r"""An audit log: append-only JSON lines, each carrying the hash of the line before it.
 
-Every line is forced to the disk before `AuditLog.append` returns. The newest hash is kept a second
-time in a head file, as in `silotune.privacy.chain`: the log may be one line ahead of its head (a crash
-between the two), and a line that a crash left half written is cut off; anything else is damage.
+Every line is forced to the disk before `AuditLog.append` returns, or anybody is told of it. The newest
+hash is kept a second time in a head file, as in `silotune.privacy.chain`: the log may be one line ahead
+of its head (a crash between the two), apart from counter-signatures, which are not waited for; a line
+that a crash left half written is cut off; anything else is damage.
 
 Whoever rewrites log *and* head is found out by the other side: site and coordinator sign each other's
 heads each round (`AuditHead.sign`), keep the signatures (`AuditLog.witness`), and log what they signed
 (`AuditLog.counter_signed`).
+
+The whole file is read when it is opened and by `AuditLog.verify`. In between only new lines are: the
+hashes of those that were checked are held in memory, 32 bytes a line.
 
 A line is the JSON object ``{"seq", "time", "kind", …, "previous", "hash"}`` with sorted keys and no
 white space; ``hash`` is the SHA-256, in hex, of the same text without ``hash``.
@@ -80,8 +84,10 @@ class AuditLog:
         self._head_path = path.with_name(path.name + ".head")
         self._mutex = threading.RLock()
         self._end: Place = START
-        self._previous: Place = START
+        self._heads: list[Place] = [START]  # places where the head file may be
+        self._since: list[Place] = [START]  # the newest line but counter-signatures, and those
         self._size = 0
+        self._hashes = bytearray()  # of every line that was checked, in order
         with _disk_errors(path):
             self._prepare(create=owner is not None)
         with self._locked() as descriptor:
@@ -95,7 +101,8 @@ class AuditLog:
     @property
     def head(self) -> AuditHead:
         """The newest line's place, as on the disk now."""
-        with self._locked():
+        with self._locked() as descriptor:
+            self._settle(descriptor)
             return AuditHead(self.owner, *self._end)
 
     def append(self, kind: str, /, **fields: Value) -> AuditHead:
@@ -131,12 +138,19 @@ class AuditLog:
         except InvalidSignature as exc:
             raise AuditLogDamaged("the counter-signature does not fit the head") from exc
         with self._locked() as descriptor:
-            known = (line.place for line, _ in self._read(descriptor, 0))
-            if head.owner != self.owner or (head.seq, head.hash) not in known:
+            if head.owner != self.owner or head.hash != self._hash_of(head.seq):
                 raise AuditLogDamaged(
                     f"{self.path}: line {head.seq}, which the other side counter-signed, is not there"
                 )
-            self._write(descriptor, WITNESSED, signed_fields(head, signature, key))
+            # Not waited for: nobody is told of this line before the next call has forced it to the
+            # disk, and a power cut until then leaves the log as if the signature had not come.
+            fields = signed_fields(head, signature, key)
+            self._write(descriptor, WITNESSED, fields, durably=False)
+
+    def hash_of(self, seq: int) -> str:
+        """Hash of a line by its number; empty if there is no such line."""
+        with self._locked():
+            return self._hash_of(seq)
 
     def counter_signed(self, head: AuditHead, signature: bytes, key: Ed25519PublicKey) -> None:
         """Log that this side signed the other's `head` with its own `key`."""
@@ -224,18 +238,23 @@ class AuditLog:
         for line, end in self._read(descriptor, self._size):
             if not line.follows(self._end):
                 raise self._broken(self._end)
-            self._previous, self._end, self._size = self._end, line.place, end
+            self._take(line, end)
         head = self._read_head()
-        if head == self._end:
-            if self._size < size:  # the beginning of a line that a crash cut short
-                self._cut(descriptor)
-        elif head == self._previous and self._size == size:
-            replace_file(self._head_path, _head_bytes(self._end))
-        else:
+        if head not in self._heads:
             raise AuditLogDamaged(
                 f"{self.path} ends at line {self._end[0]} but its head file says line {head[0]}: "
                 "one of the two was cut, edited or rolled back"
             )
+        if self._size < size:  # the beginning of a line that a crash cut short
+            self._cut(descriptor)
+        if head not in self._since:
+            self._settle(descriptor)
+
+    def _settle(self, descriptor: int) -> None:
+        """Bring the head up to the newest line."""
+        if self._read_head() != self._end:
+            os.fsync(descriptor)
+            replace_file(self._head_path, _head_bytes(self._end))
 
     def _read(self, descriptor: int, start: int) -> Iterator[tuple[Line, int]]:
         """Whole lines from an offset on, each with the offset of its end."""
@@ -254,19 +273,35 @@ class AuditLog:
                     ) from exc
                 yield line, start
 
-    def _write(self, descriptor: int, kind: str, fields: dict[str, Value]) -> None:
+    def _write(
+        self, descriptor: int, kind: str, fields: dict[str, Value], *, durably: bool = True
+    ) -> None:
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         line = Line.after(self._end, time=now, kind=kind, fields=fields)
         text = line.to_bytes()
         try:
             if os.write(descriptor, text) < len(text):
                 raise OSError(28, "No space left on device")
-            os.fsync(descriptor)
+            if durably:
+                os.fsync(descriptor)
         except OSError:
             self._cut(descriptor)
             raise
-        self._previous, self._end, self._size = self._end, line.place, self._size + len(text)
-        replace_file(self._head_path, _head_bytes(self._end))
+        self._take(line, self._size + len(text))
+        if durably:
+            replace_file(self._head_path, _head_bytes(self._end))
+
+    def _take(self, line: Line, end: int) -> None:
+        self._end, self._size = line.place, end
+        if line.kind == WITNESSED:
+            self._since.append(line.place)
+            self._heads = self._since
+        else:
+            self._heads, self._since = [*self._since, line.place], [line.place]
+        self._hashes += bytes.fromhex(line.hash)
+
+    def _hash_of(self, seq: int) -> str:
+        return self._hashes[32 * (seq - 1) : 32 * seq].hex() if seq > 0 else ""
 
     def _cut(self, descriptor: int) -> None:
         os.ftruncate(descriptor, self._size)

@@ -100,6 +100,21 @@ class RequestDeclined(FederationError):
     advice = "Read what it said; if it goes on, ask the coordinator's operator to look at its log."
 
 
+class BooksDisagree(FederationError):
+    """A site's ledger or audit log is not the one that the coordinator signed last."""
+
+    code = "ST-807"
+    title = "The site's books went back"
+    cause = (
+        "The ledger or the audit log is older than, or another than, the one that the coordinator "
+        "signed last: it was restored from a backup, deleted, or two copies of the site were run."
+    )
+    advice = (
+        "Put the newest copy back. If there is none, stop the site and run `silotune site restore`: "
+        "it charges what the coordinator's signature says was spent."
+    )
+
+
 class SignInNeeded(RunError):
     """Nobody who is known asks."""
 

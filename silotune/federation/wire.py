@@ -49,6 +49,12 @@ DECISION = f"{PREFIX}/decision"
 AUDIT = f"{PREFIX}/audit"
 """POST `HeadExchange`: `HeadExchange`."""
 
+HEADS = f"{PREFIX}/heads"
+"""GET: `SignedHeads`, the newest heads of the asking site that the coordinator signed."""
+
+RESTORED = f"{PREFIX}/restored"
+"""POST `Restored`: `Done`."""
+
 CERTIFICATE = f"{PREFIX}/certificate"
 """POST `HandedIn`: `Done`."""
 
@@ -65,11 +71,16 @@ one key are found out, and neither steals the other's messages.
 OPEN_PATHS = frozenset({AUTHORITY, ENROL, ENROLMENT})
 """What may be asked without a certificate."""
 
-SITE_PATHS = frozenset({RENEW, ROSTER, NEWS, PLANS, DECISION, AUDIT, CERTIFICATE, LEAVE})
+SITE_PATHS = frozenset(
+    {RENEW, ROSTER, NEWS, PLANS, DECISION, AUDIT, HEADS, RESTORED, CERTIFICATE, LEAVE}
+)
 """What an active site may ask, with its certificate."""
 
 MOST_BYTES = 64 * 1024
 """Size limit of a request's body."""
+
+MOST_BOOKS_BYTES = 1 << 20
+"""Size limit of the two requests that say what was spent."""
 
 MOST_REPLY_BYTES = 8 << 20
 """Size limit of a reply's body."""
@@ -295,15 +306,63 @@ class LedgerSignature(LedgerHead):
     signature: SignatureText
 
 
+class Spent(Body):
+    """How often a mechanism ran on a dataset of the site.
+
+    ``charged`` is what was released; ``held`` adds what running trainings may still release.
+    """
+
+    dataset: Annotated[str, Field(min_length=1, max_length=128)]
+    mechanism: Annotated[str, Field(min_length=2, max_length=4000)]
+    charged: Annotated[int, Field(ge=0, lt=2**40)]
+    held: Annotated[int, Field(ge=0, lt=2**40)]
+
+
+Account = Annotated[tuple[Spent, ...], Field(max_length=5000)]
+
+
+class Known(Body):
+    """The newest heads of a site's two books that somebody knows of; None where there is none."""
+
+    log: LogHead | None = None
+    ledger: LedgerHead | None = None
+
+
 class HeadExchange(Body):
     """The sender's newest head, and its counter-signature of the head it was sent last, if any.
 
-    A site posts one after each round; the coordinator answers with one that counter-signs the head
-    just posted, and whose own head the site counter-signs in its next post. The site adds the head
-    of its ledger as `ledger`, and the answer signs it in `ledger_signed`.
+    A site posts one before it trains and after each round; the coordinator answers with one that
+    counter-signs the head just posted, and whose own head the site counter-signs in its next post. The
+    site adds the head of its ledger as `ledger` with what it says was spent, and the answer signs it in
+    `ledger_signed`. `after` is what the site's books hold at the places that the coordinator signed
+    last: if it is not what the coordinator signed, these are other books, and nothing is signed.
     """
 
     mine: LogHead
     yours: CounterSignature | None = None
     ledger: LedgerHead | None = None
+    spent: Account = ()
+    after: Known = Known()
     ledger_signed: LedgerSignature | None = None
+
+
+class SignedHeads(Signed):
+    """The newest heads of a site that the coordinator signed, and what was spent by then."""
+
+    federation: Name
+    site: Name
+    known: Known
+    spent: Account
+
+
+class Restored(Signed):
+    """A site puts older books in the place of those that are lost, with all that was spent charged."""
+
+    federation: Name
+    site: Name
+    replaces: Known
+    log: LogHead
+    ledger: LedgerHead
+    spent: Account
+    reason: Annotated[str, Field(min_length=1, max_length=500)]
+    sent_at: Seconds

@@ -177,6 +177,18 @@ class Chain:
                 with self._locked():
                     pass
 
+    def hash_of(self, seq: int) -> str:
+        """Hash of a row by its number; empty if there is no such row."""
+        with self.transaction():
+            found = self._db.execute("SELECT hash FROM entries WHERE seq = ?", (seq,)).fetchone()
+            return str(found[0]) if found else ""
+
+    def witnessed(self) -> Head | None:
+        """The counter-signed head that is kept beside the table, checked by `verify`."""
+        with self._mutex, _storage_errors(self.path):
+            kept = self._kept_witness()
+            return kept[0] if kept else None
+
     def rows(self) -> list[Row]:
         """Every row, oldest first, straight from the file."""
         with self._mutex, _storage_errors(self.path):
@@ -232,7 +244,10 @@ class Chain:
             self._require_passes(head)
             kept = self._kept_witness()
             if kept is None or kept[0].seq <= head.seq:
-                replace_file(self._witness_path, json.dumps(content).encode())
+                # The disk is not waited for, and a file system waits if a file is replaced: whoever
+                # signed keeps it too, and the site's audit log does.
+                self._witness_path.unlink(missing_ok=True)
+                replace_file(self._witness_path, json.dumps(content).encode(), to_disk=False)
 
     def _prepare_files(self, *, create: bool) -> None:
         create_private_folder(self.path.parent)
@@ -328,8 +343,8 @@ class Chain:
 
     def _kept_witness(self) -> tuple[Head, bytes, bytes] | None:
         """The stored counter-signed head: head, signature, raw public key."""
-        if not self._witness_path.exists():
-            return None
+        if not self._witness_path.exists() or not self._witness_path.stat().st_size:
+            return None  # a power cut may leave an empty file
         try:
             kept = json.loads(self._witness_path.read_bytes())
             signature, key = (base64.b64decode(kept[name]) for name in ("signature", "key"))

@@ -45,6 +45,9 @@ if TYPE_CHECKING:
 __all__ = ["Budget", "Ledger", "ReleaseKey", "RunAccount", "dataset_key"]
 
 
+_CHARGING = frozenset({"charge", "restore"})
+
+
 @dataclass(frozen=True)
 class _Demand:
     """What a run would hold after a row is appended, and whether that needs a check."""
@@ -82,6 +85,8 @@ class Ledger:
     def __init__(self, path: Path, *, create: bool = True, to_disk: bool = True) -> None:
         self.path = path
         self._runs: dict[tuple[str, str], RunAccount] = {}
+        self._audit: tuple[int, str] | None = None
+        self._charged: dict[str, Tally] = {}  # by dataset
         self._payloads: dict[ReleaseKey, tuple[str, str]] = {}  # dataset, SHA-256
         self._chain = Chain(path, observe=self._observe, create=create, to_disk=to_disk)
 
@@ -174,6 +179,80 @@ class Ledger:
             if account is not None and account.open:
                 append(_entry("settle", dataset, run))
 
+    def vouch(self, dataset: str, run: str, line: tuple[int, str]) -> None:
+        """Write down that the site's audit log has a line, by number and hash."""
+        entry = _entry("audit", dataset, run)
+        with self._chain.transaction() as append:
+            append(replace(entry, round=line[0], payload_sha256=line[1]))
+
+    @property
+    def vouched(self) -> tuple[int, str] | None:
+        """The newest line of the audit log that `vouch` wrote down, if there is one."""
+        with self._chain.transaction():
+            return self._audit
+
+    def restore(
+        self, dataset: str, name: str, missing: Mapping[str, int], *, budget: Budget
+    ) -> None:
+        """Charge what lost rows of this ledger had charged, whatever the budget says.
+
+        Parameters
+        ----------
+        name : str
+            Of the restoration: it stands in the place of a run.
+        missing : mapping of str to int
+            A tally.
+        budget : Budget
+            The dataset's, to be shown with it.
+        """
+        from dp_accounting import ComposedDpEvent, SelfComposedDpEvent
+
+        from silotune.privacy import accounting
+
+        parts = [
+            SelfComposedDpEvent(accounting.from_json(leaf), count)
+            for leaf, count in sorted(missing.items())
+        ]
+        entry = _entry("restore", dataset, name, event=_text(ComposedDpEvent(parts)))
+        limits = json.dumps(asdict(budget), sort_keys=True, allow_nan=False)
+        with self._chain.transaction() as append:
+            append(replace(entry, budget=limits))
+
+    def standing(self, *, upto: int | None = None) -> dict[str, dict[str, tuple[int, int]]]:
+        """By dataset and mechanism: how often it was charged, and how often with open reservations.
+
+        Parameters
+        ----------
+        upto : int, optional
+            Only rows up to this number, and charges alone.
+        """
+        if upto is not None:
+            early: dict[str, Tally] = {}
+            for row in self._chain.rows():
+                if row.seq <= upto and row.entry.kind in _CHARGING:
+                    spent = early.setdefault(row.entry.dataset, Counter())
+                    spent.update(tally_of_text(row.entry.event or ""))
+            return {d: {leaf: (n, n) for leaf, n in t.items()} for d, t in early.items()}
+        with self._chain.transaction():
+            charged = {name: Counter(tally) for name, tally in self._charged.items()}
+            open_accounts = [account for account in self._runs.values() if account.open]
+        held = {name: Counter(tally) for name, tally in charged.items()}
+        for account in open_accounts:
+            rest = account.committed - Counter(account.charged)
+            held.setdefault(account.dataset, Counter()).update(rest)
+        return {
+            name: {leaf: (charged.get(name, Counter())[leaf], n) for leaf, n in tally.items()}
+            for name, tally in held.items()
+        }
+
+    def hash_of(self, seq: int) -> str:
+        """Hash of a row by its number; empty if there is no such row."""
+        return self._chain.hash_of(seq)
+
+    def witnessed(self) -> Head | None:
+        """The head that the coordinator counter-signed last, as far as this site kept it."""
+        return self._chain.witnessed()
+
     def payload_of(self, key: ReleaseKey) -> str | None:
         """SHA-256 of what was charged under `key`, or None if nothing was."""
         with self._chain.transaction():
@@ -187,7 +266,7 @@ class Ledger:
         return [
             accounting.from_json(row.entry.event)
             for row in self._chain.rows()
-            if row.entry.kind == "charge"
+            if row.entry.kind in _CHARGING
             and row.entry.event is not None
             and row.entry.dataset == dataset
             and run in {None, row.entry.run}
@@ -281,8 +360,24 @@ class Ledger:
         if entry.kind == "settle":
             self._runs[place] = replace(self._runs[place], open=False)
             return
+        if entry.kind == "audit":
+            self._audit = (int(entry.round or 0), entry.payload_sha256 or "")
+            return
         tally = tally_of_text(entry.event or "")
-        if entry.kind == "reserve":
+        if entry.kind in _CHARGING:
+            self._charged.setdefault(entry.dataset, Counter()).update(tally)
+        if entry.kind == "restore":
+            self._runs[place] = RunAccount(
+                dataset=entry.dataset,
+                run=entry.run,
+                plan_sha256="",
+                budget=Budget(**json.loads(entry.budget or "")),
+                reserved={},
+                open=False,
+                charged=tally,
+                charges=1,
+            )
+        elif entry.kind == "reserve":
             account = self._runs.pop(place, None)
             renewed = RunAccount(
                 dataset=entry.dataset,

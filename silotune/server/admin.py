@@ -167,6 +167,7 @@ class AdminRoutes:
                     "last_seen": seen.until if seen and seen.until else None,
                     "words": member.words,
                     "certificate_sha256": member.certificate,
+                    "books": self._coordinator.books.of(member.name).halted,
                 }
             )
         return found

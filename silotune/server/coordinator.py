@@ -18,6 +18,7 @@ from silotune.federation.sealed import Vault
 from silotune.privacy.durable import create_private_folder, replace_file
 from silotune.server.admin import AdminRoutes
 from silotune.server.arrival import Signal
+from silotune.server.books import Books
 from silotune.server.certificates import Certificates
 from silotune.server.conductor import Conductor
 from silotune.server.config import CoordinatorConfig, Home
@@ -184,12 +185,21 @@ class Coordinator:
             audit=self.audit,
             changed=self._sites_changed,
         )
+        self.books = Books(
+            store=self.store,
+            keys=self.keys,
+            registrar=self.registrar,
+            audit=self.audit,
+            alarm=self.alarm,
+            changed=self._sites_changed,
+        )
         stage = Stage(
             store=self.store,
             runs=Runs(self.store),
             link=self.link,
             keys=self.keys,
             registrar=self.registrar,
+            serves=self.books.serves,
             patience=self.config.link.patience,
             events=self.signal,
             alarm=self.alarm,
@@ -199,11 +209,15 @@ class Coordinator:
             registrar=self.registrar,
             conductor=self.conductor,
             keys=self.keys,
-            audit=self.audit,
+            books=self.books,
             certificates=Certificates(self.store, self.registrar, self.audit),
         )
         self.guard = Guard(
-            link=self.link, routes=self.routes.app(), admission=self.registrar, alarm=self.alarm
+            link=self.link,
+            routes=self.routes.app(),
+            admission=self.registrar,
+            serves=self.books.serves,
+            alarm=self.alarm,
         )
         self.admin = AdminRoutes(self)
         self.monitoring = Monitoring(self)

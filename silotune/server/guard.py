@@ -38,7 +38,7 @@ from starlette.responses import Response
 
 from silotune.federation import wire
 from silotune.federation.envelope import OBJECT_KINDS
-from silotune.federation.errors import BodyInvalid, FederationError, IdentityInvalid
+from silotune.federation.errors import BodyInvalid, BooksDisagree, FederationError, IdentityInvalid
 from silotune.server import superlink_app as paths
 from silotune.server.doorbell import Doorbell
 from silotune.server.superlink import Link, object_ids
@@ -67,7 +67,12 @@ _REQUESTS: Mapping[str, Any] = {
     paths.CONFIRM: ConfirmMessageReceivedRequest,
 }
 _SMALL, _LIST, _OBJECT = 16 << 10, 1 << 20, 5 << 20  # a seal's pieces are of 4 MB
-_LIMITS = {paths.PUSH: _LIST, paths.PUSH_OBJECT: _OBJECT}
+_LIMITS = {
+    paths.PUSH: _LIST,
+    paths.PUSH_OBJECT: _OBJECT,
+    wire.AUDIT: wire.MOST_BOOKS_BYTES,
+    wire.RESTORED: wire.MOST_BOOKS_BYTES,
+}
 _BODY_SECONDS = 60.0
 _KIND = 32  # bytes of an object that its kind is looked for in
 _SESSION = re.compile(r"[0-9a-f]{32}")
@@ -123,11 +128,20 @@ class Guard:
         Who may come in.
     alarm : callable
         ``alarm(kind, site=…)``: called for what only an attack or a mistake explains.
+    serves : callable
+        Whether an active site's books are the newest; one whose are not gets no message.
     """
 
     def __init__(
-        self, *, link: Link, routes: App, admission: Admission, alarm: Callable[..., None]
+        self,
+        *,
+        link: Link,
+        routes: App,
+        admission: Admission,
+        alarm: Callable[..., None],
+        serves: Callable[[str], bool] = lambda site: True,
     ) -> None:
+        self._serves = serves
         self._link, self._routes, self._admission = link, routes, admission
         self._alarm = alarm
         self._sessions: dict[int, str] = {}
@@ -168,7 +182,10 @@ class Guard:
         if not fleet and path not in wire.SITE_PATHS:
             raise _Refused(404, FederationError("there is no such path here"))
         caller = self._caller(scope)
-        body = await _read(receive, limit=_LIMITS.get(path, _SMALL) if fleet else wire.MOST_BYTES)
+        if fleet and not self._serves(caller.site):
+            raise _Refused(403, BooksDisagree(f"{caller.site} showed older books than were signed"))
+        usual = _SMALL if fleet else wire.MOST_BYTES
+        body = await _read(receive, limit=_LIMITS.get(path, usual))
         if not fleet:
             scope[CALLER] = caller
             await self._routes(scope, _replay(body, receive), send)

@@ -32,6 +32,7 @@ class Monitoring:
             store=coordinator.store,
             conductor=coordinator.conductor,
             registrar=coordinator.registrar,
+            books=coordinator.books,
             link=coordinator.link,
             audit=coordinator.audit,
             log=coordinator.log,

@@ -19,6 +19,7 @@ from silotune.federation.errors import NotPermitted
 from silotune.federation.identity import six_words
 from silotune.federation.person import Person
 from silotune.plan import Plan
+from silotune.server.books import Books
 from silotune.server.conductor import Conductor
 from silotune.server.enrolment import Registrar
 from silotune.server.federation_log import FederationLog
@@ -30,13 +31,22 @@ from silotune.server.superlink import Link
 
 @dataclass(frozen=True, kw_only=True)
 class SiteRow:
-    """A site of the federation; `last_seen` is the Unix time until which its heartbeats were good."""
+    """A site of the federation.
+
+    Attributes
+    ----------
+    last_seen : float or None
+        Unix time until which its heartbeats were good.
+    books : str
+        Why its books are not those that were signed last; empty if they are.
+    """
 
     site: str
     status: str
     online: bool
     last_seen: float | None
     words: str
+    books: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +66,7 @@ class Operations:
 
     Parameters
     ----------
-    store, conductor, registrar, link, audit, log
+    store, conductor, registrar, books, link, audit, log
         The coordinator's parts.
     """
 
@@ -66,6 +76,7 @@ class Operations:
         store: Store,
         conductor: Conductor,
         registrar: Registrar,
+        books: Books,
         link: Link,
         audit: AuditLog,
         log: FederationLog,
@@ -74,6 +85,7 @@ class Operations:
         self.log = log
         self.conductor = conductor
         self._registrar, self._link, self._audit = registrar, link, audit
+        self._books = books
 
     @property
     def federation(self) -> str:
@@ -104,6 +116,7 @@ class Operations:
                     online=bool(seen and seen.online),
                     last_seen=seen.until if seen and seen.until else None,
                     words=member.words,
+                    books=self._books.of(member.name).halted,
                 )
             )
         return found

@@ -33,6 +33,8 @@ class Stage:
 
     Attributes
     ----------
+    serves : callable
+        Whether a site, by name, is in the federation with books that are the newest.
     patience : float
         Seconds that a site may be offline before its round goes on.
     events : Signal
@@ -46,6 +48,7 @@ class Stage:
     link: Link
     keys: Keys
     registrar: Registrar
+    serves: Callable[[str], bool]
     patience: float
     events: Signal
     alarm: Callable[..., None]
@@ -201,7 +204,7 @@ class Performance(threading.Thread):
             run=self._run,
             federation=stage.registrar.federation,
             peers=peers,
-            is_active=stage.registrar.is_active,
+            is_active=stage.serves,
             key=stage.keys.signing,
             ttl=plan.rounds.deadline,
             patience=stage.patience,

@@ -1,8 +1,7 @@
-"""Our own routes for sites: thin handlers around the registrar, the conductor and the audit log."""
+"""Our own routes for sites: thin handlers around the registrar, the conductor and the books."""
 
 from __future__ import annotations
 
-import base64
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -16,10 +15,8 @@ from starlette.routing import Route
 
 from silotune.errors import SilotuneError
 from silotune.federation import identity, wire
-from silotune.federation.audit_line import AuditHead
-from silotune.federation.audit_log import AuditLog
-from silotune.federation.errors import BodyInvalid, FederationError
-from silotune.privacy.entry import Head
+from silotune.federation.errors import BodyInvalid
+from silotune.server.books import Books
 from silotune.server.certificates import Certificates
 from silotune.server.conductor import Conductor
 from silotune.server.doorbell import Doorbell
@@ -37,7 +34,7 @@ class SiteRoutes:
 
     Parameters
     ----------
-    registrar, conductor, keys, audit, certificates
+    registrar, conductor, keys, books, certificates
         The coordinator's.
     """
 
@@ -47,12 +44,11 @@ class SiteRoutes:
         registrar: Registrar,
         conductor: Conductor,
         keys: Keys,
-        audit: AuditLog,
+        books: Books,
         certificates: Certificates,
     ) -> None:
-        self._certificates = certificates
-        self._registrar, self._conductor = registrar, conductor
-        self._keys, self._audit = keys, audit
+        self._certificates, self._books = certificates, books
+        self._registrar, self._conductor, self._keys = registrar, conductor, keys
         self.doorbell = Doorbell()
 
     def app(self) -> Starlette:
@@ -67,6 +63,8 @@ class SiteRoutes:
             (wire.PLANS, "GET", self._plans),
             (wire.DECISION, "POST", self._decision),
             (wire.AUDIT, "POST", self._exchange_heads),
+            (wire.HEADS, "GET", self._heads),
+            (wire.RESTORED, "POST", self._restored),
             (wire.CERTIFICATE, "POST", self._certificate),
             (wire.LEAVE, "POST", self._leave),
         ]
@@ -130,33 +128,18 @@ class SiteRoutes:
         return wire.Done(status="done")
 
     async def _exchange_heads(self, request: Request) -> wire.HeadExchange:
-        theirs = wire.parse(wire.HeadExchange, await request.body())
-        return await run_in_threadpool(self._sign_heads, _caller(request).site, theirs)
+        content = await request.body()
+        theirs = wire.parse(wire.HeadExchange, content, limit=wire.MOST_BOOKS_BYTES)
+        return await run_in_threadpool(self._books.exchange, _caller(request).site, theirs)
 
-    def _sign_heads(self, site: str, theirs: wire.HeadExchange) -> wire.HeadExchange:
-        """Keep the site's signature of our head, sign theirs, and send ours."""
-        if theirs.mine.owner != site:
-            raise FederationError(f"{site} sent the head of another log than its own")
-        if theirs.yours is not None:
-            member = self._registrar.enrolled[site].member
-            head = AuditHead(theirs.yours.owner, theirs.yours.seq, theirs.yours.hash)
-            signature = base64.b64decode(theirs.yours.signature)
-            self._audit.witness(head, signature, identity.decode_signing_key(member.signing_key))
-        head = AuditHead(**theirs.mine.model_dump())
-        signature = head.sign(self._keys.signing)
-        self._audit.counter_signed(head, signature, self._keys.signing.public_key())
-        own = self._audit.head
-        return wire.HeadExchange(
-            mine=wire.LogHead(owner=own.owner, seq=own.seq, hash=own.hash),
-            yours=wire.CounterSignature(**theirs.mine.model_dump(), signature=_text(signature)),
-            ledger_signed=None if theirs.ledger is None else self._sign_ledger(site, theirs.ledger),
-        )
+    async def _heads(self, request: Request) -> wire.SignedHeads:
+        return await run_in_threadpool(self._books.heads, _caller(request).site)
 
-    def _sign_ledger(self, site: str, head: wire.LedgerHead) -> wire.LedgerSignature:
-        """Sign how far a site's ledger goes, and keep that: a ledger rolled back is found out."""
-        signature = Head(head.seq, head.hash).sign(self._keys.signing)
-        self._audit.append("ledger_signed", site=site, ledger_seq=head.seq, ledger_hash=head.hash)
-        return wire.LedgerSignature(seq=head.seq, hash=head.hash, signature=_text(signature))
+    async def _restored(self, request: Request) -> wire.Done:
+        content = await request.body()
+        asked = wire.parse(wire.Restored, content, limit=wire.MOST_BOOKS_BYTES)
+        await run_in_threadpool(self._books.restore, _caller(request).site, asked)
+        return wire.Done(status="done")
 
 
 def answering(handler: Handler) -> Callable[[Request], Awaitable[Response]]:
@@ -176,10 +159,6 @@ def answering(handler: Handler) -> Callable[[Request], Awaitable[Response]]:
             return _json(failure, 500)
 
     return endpoint
-
-
-def _text(signature: bytes) -> str:
-    return base64.b64encode(signature).decode()
 
 
 def _json(body: BaseModel, status: int) -> Response:

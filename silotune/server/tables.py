@@ -55,6 +55,16 @@ MEMBERS = Table(
     Column("since", Float, nullable=False),
 )
 
+SITE_BOOKS = Table(
+    "site_books",
+    METADATA,
+    Column("site", String(63), primary_key=True),
+    Column("known", Text, nullable=False),  # the newest heads that were signed, as JSON
+    Column("spent", Text, nullable=False),  # what the site said was spent by then, as JSON
+    Column("halted", Text, nullable=False),  # why it is not served; empty if it is
+    Column("time", Float, nullable=False),
+)
+
 ROSTERS = Table(
     "rosters",
     METADATA,

@@ -66,6 +66,7 @@ class CoordinatorDouble:
         self.activations: list[str] = []
         self.heartbeats: list[float] = []
         self.heads: list[wire.HeadExchange] = []
+        self.known, self.spent = wire.Known(), ()
         self.certificates: list[wire.HandedIn] = []
         self.left: list[wire.Leave] = []
         self.plans_version = 1
@@ -213,11 +214,18 @@ class CoordinatorDouble:
         self.left.append(wire.Leave.model_validate_json(body))
         return wire.Done(status="done").model_dump_json()
 
+    def _route_heads(self, query, body):
+        facts = {"federation": self.federation, "site": self.member.name}
+        return wire.SignedHeads.make(
+            self.key, **facts, known=self.known, spent=self.spent
+        ).model_dump_json()
+
     def _route_audit(self, query, body):
         import base64
 
         theirs = wire.HeadExchange.model_validate_json(body)
         self.heads.append(theirs)
+        self.known, self.spent = wire.Known(log=theirs.mine, ledger=theirs.ledger), theirs.spent
         signature = AuditHead(**theirs.mine.model_dump()).sign(self.key)
         ledger = None
         if theirs.ledger:

@@ -7,6 +7,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord
 
 from silotune.client.approvals import Approvals
+from silotune.client.books import SiteBooks
 from silotune.client.clerk import Clerk
 from silotune.client.coordinator_api import closing_api
 from silotune.client.joining import Joining
@@ -47,10 +48,12 @@ class Rig:
             audit=self.audit,
             paused=lambda: self.paused,
         )
+        self.books = SiteBooks(enrolment=self.enrolment, audit=self.audit)
         self.clerk = Clerk(
             enrolment=self.enrolment,
             approvals=self.approvals,
             audit=self.audit,
+            books=self.books,
             judge=None,
             settle=lambda entry: self.runner.finish(entry, self.state / "certificate.json"),
         )

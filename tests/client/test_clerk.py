@@ -9,9 +9,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from silotune.client import clerk as clerk_module
 from silotune.client.approvals import Approvals, difference
+from silotune.client.books import verify_books
 from silotune.client.clerk import Clerk
 from silotune.client.coordinator_api import closing_api
-from silotune.client.daemon import verify_ledger
 from silotune.client.errors import CohortTooSmall
 from silotune.errors import LedgerDamaged, PlanSignatureInvalid
 from silotune.federation.audit_line import AuditHead
@@ -112,7 +112,7 @@ def test_automatic_approval_is_the_policys_word(rig, api):
             raise CohortTooSmall("too few")
 
     clerk = Clerk(
-        enrolment=rig.enrolment, approvals=rig.approvals, audit=rig.audit, judge=judge,
+        enrolment=rig.enrolment, approvals=rig.approvals, audit=rig.audit, books=rig.books, judge=judge,
         settle=lambda entry: None,
     )  # fmt: skip
     for run in ("good", "bad"):
@@ -141,8 +141,8 @@ def test_a_run_that_is_over_is_settled_and_certified_once(rig, api):
 def test_a_certificate_leaves_only_where_the_site_hands_them_in(rig, api):
     def clerk(certificate):
         return Clerk(
-            enrolment=rig.enrolment, approvals=rig.approvals, audit=rig.audit, judge=None,
-            settle=lambda entry: None, certificate=certificate,
+            enrolment=rig.enrolment, approvals=rig.approvals, audit=rig.audit,
+            books=rig.books, judge=None, settle=lambda entry: None, certificate=certificate,
         )  # fmt: skip
 
     for run, handing in (("kept", lambda entry: None), ("given", lambda entry: "signed text")):
@@ -202,13 +202,13 @@ def test_a_ledger_restored_from_an_old_backup_is_found_at_start(rig, api, tmp_pa
         shutil.copy2(rig.state / name, backup / name)
     rig.ask("train", 1)
     rig.clerk.exchange_heads(api)
-    verify_ledger(rig.state, rig.enrolment)
+    verify_books(rig.state, rig.audit, trusted=rig.double.key.public_key())
     rig.link.stop.set()
     rig.thread.join(10)
     for name in ("ledger.sqlite", "ledger.sqlite.head"):
         shutil.copy2(backup / name, rig.state / name)
     with pytest.raises(LedgerDamaged, match="counter-signed"):
-        verify_ledger(rig.state, rig.enrolment)
+        verify_books(rig.state, rig.audit, trusted=rig.double.key.public_key())
 
 
 def test_a_lost_ledger_is_found_at_start(rig, api):
@@ -217,7 +217,7 @@ def test_a_lost_ledger_is_found_at_start(rig, api):
     rig.clerk.exchange_heads(api)
     (rig.state / "ledger.sqlite").unlink()
     with pytest.raises(LedgerDamaged):
-        verify_ledger(rig.state, rig.enrolment)
+        verify_books(rig.state, rig.audit, trusted=rig.double.key.public_key())
 
 
 def test_certificates_are_renewed_in_time(rig, api, monkeypatch):

@@ -240,7 +240,7 @@ def test_audit_heads_are_counter_signed_both_ways(town):
         **reply.mine.model_dump(),
         "signature": base64.b64encode(theirs.sign(site.signing)).decode(),
     }
-    assert exchange(mine=mine, yours=yours).status_code == 200
+    assert exchange(mine=mine, yours=yours, after={"log": mine}).status_code == 200
     assert len(town.audit("witnessed")) == 1
     assert len(town.audit("counter_signed")) == 2
     assert exchange(mine={**mine, "owner": "beta"}).status_code == 409

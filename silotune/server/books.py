@@ -1,0 +1,312 @@
+"""The coordinator's memory of the sites' books: the newest heads that it signed, and what was spent.
+
+A site's ledger and audit log only grow. Whoever shows heads that went back, or that do not continue the
+ones signed last, has restored an old copy, deleted a book, or runs two copies: nothing is signed for it,
+it is served no more, and both teams are told. It comes back with the newest copy, or by restoring an
+older one with everything charged that the newest signature says was spent.
+
+The coordinator's audit log has every head that was signed; the store has the newest, with the account.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import delete, insert, select
+
+from silotune.federation import identity, wire
+from silotune.federation.audit_line import AuditHead
+from silotune.federation.audit_log import COUNTER_SIGNED, AuditLog
+from silotune.federation.envelope import COORDINATOR
+from silotune.federation.errors import BooksDisagree, FederationError
+from silotune.privacy.entry import Head
+from silotune.server.enrolment import Registrar
+from silotune.server.keys import Keys
+from silotune.server.store import Store
+from silotune.server.tables import SITE_BOOKS
+
+LEDGER_SIGNED, RESTORED = "ledger_signed", "books_restored"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """What the coordinator knows of one site's books.
+
+    Attributes
+    ----------
+    known : Known
+        The newest heads that it signed.
+    spent : tuple of Spent
+        What the site said was spent by then.
+    halted : str
+        Why the site is not served; empty if it is.
+    """
+
+    known: wire.Known = field(default_factory=wire.Known)
+    spent: tuple[wire.Spent, ...] = ()
+    halted: str = ""
+
+
+class Books:
+    """Signs the heads of sites, and remembers them.
+
+    Parameters
+    ----------
+    store, keys, registrar, audit
+        The coordinator's.
+    alarm : callable
+        ``alarm(kind, site=…)``.
+    changed : callable
+        Called when a site is no longer served, or again.
+    """
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        keys: Keys,
+        registrar: Registrar,
+        audit: AuditLog,
+        alarm: Callable[..., None],
+        changed: Callable[[], None],
+    ) -> None:
+        self._store, self._keys, self._registrar = store, keys, registrar
+        self._audit, self._alarm, self._changed = audit, alarm, changed
+        self._lock = threading.RLock()
+        self._memory = self._load()
+
+    # --- questions ---
+
+    def of(self, site: str) -> Memory:
+        """What is known of a site's books."""
+        return self._memory.get(site, Memory())
+
+    def serves(self, site: str) -> bool:
+        """Whether a site is in the federation, with books that are the newest."""
+        return self._registrar.is_active(site) and not self.of(site).halted
+
+    def heads(self, site: str) -> wire.SignedHeads:
+        """The newest heads of a site, signed, for the site to hold its own books against."""
+        memory = self.of(site)
+        return wire.SignedHeads.make(
+            self._keys.signing,
+            federation=self._registrar.federation,
+            site=site,
+            known=memory.known,
+            spent=memory.spent,
+        )
+
+    # --- exchange ---
+
+    def exchange(self, site: str, theirs: wire.HeadExchange) -> wire.HeadExchange:
+        """Keep the site's signature of our head, sign theirs if they continue the last, send ours.
+
+        Raises
+        ------
+        BooksDisagree
+            The site's books went back or are others; it is not served from now on.
+        FederationError
+            The heads are of another log.
+        """
+        if theirs.mine.owner != site:
+            raise FederationError(f"{site} sent the head of another log than its own")
+        with self._lock:
+            memory = self.of(site)
+            if wrong := _contradiction(memory, theirs):
+                self._halt(site, memory, wrong)
+                raise BooksDisagree(wrong)
+            if theirs.yours is not None:
+                self._keep_signature(site, theirs.yours)
+            # Remembered before it is signed: what is signed is never more than what is known.
+            known = wire.Known(log=theirs.mine, ledger=theirs.ledger or memory.known.ledger)
+            self._remember(site, Memory(known=known, spent=theirs.spent or memory.spent))
+            signed = wire.HeadExchange(
+                mine=_own_head(self._audit),
+                yours=self._sign_log(theirs.mine),
+                ledger_signed=None
+                if theirs.ledger is None
+                else self._sign_ledger(site, theirs.ledger),
+            )
+        return signed.model_copy(update={"mine": _own_head(self._audit)})
+
+    def restore(self, site: str, asked: wire.Restored) -> None:
+        """Take older books in the place of lost ones, if all that was spent is charged in them.
+
+        Raises
+        ------
+        FederationError
+            It is not signed by the site, or replaces other heads than the newest.
+        BooksDisagree
+            Something that was spent is not charged.
+        """
+        member = self._registrar.enrolled[site].member
+        own = (asked.federation, asked.site, asked.log.owner)
+        signed = asked.verified(identity.decode_signing_key(member.signing_key))
+        if own != (self._registrar.federation, site, site) or not signed:
+            raise FederationError("the restoration is not signed by the site it is of")
+        with self._lock:
+            memory = self.of(site)
+            if asked.replaces != memory.known:
+                raise FederationError("the restoration does not replace the newest heads")
+            if lacking := _lacking(asked.spent, memory.spent):
+                raise BooksDisagree(
+                    f"what was spent on {lacking} is not charged in the restored ledger"
+                )
+            self._audit.append(
+                RESTORED,
+                site=site,
+                log_seq=asked.log.seq,
+                log_hash=asked.log.hash,
+                ledger_seq=asked.ledger.seq,
+                ledger_hash=asked.ledger.hash,
+                lost_log_seq=_seq(memory.known.log),
+                lost_ledger_seq=_seq(memory.known.ledger),
+                reason=asked.reason,
+            )
+            known = wire.Known(log=asked.log, ledger=asked.ledger)
+            self._remember(site, Memory(known=known, spent=asked.spent))
+        lost = f"from ledger row {_seq(memory.known.ledger)} to {asked.ledger.seq}: {asked.reason}"
+        self._alarm(RESTORED, site=site, detail=lost)
+        self._changed()
+
+    # --- inside ---
+
+    def _halt(self, site: str, memory: Memory, wrong: str) -> None:
+        if memory.halted:
+            return
+        self._save(site, Memory(known=memory.known, spent=memory.spent, halted=wrong))
+        self._alarm("books_disagree", site=site, detail=f"{BooksDisagree.code}: {wrong}")
+        self._changed()
+
+    def _remember(self, site: str, memory: Memory) -> None:
+        back = self.of(site).halted
+        self._save(site, memory)
+        if back:
+            self._audit.append("books_agree_again", site=site)
+            self._changed()
+
+    def _keep_signature(self, site: str, yours: wire.CounterSignature) -> None:
+        member = self._registrar.enrolled[site].member
+        head = AuditHead(yours.owner, yours.seq, yours.hash)
+        signature = base64.b64decode(yours.signature)
+        self._audit.witness(head, signature, identity.decode_signing_key(member.signing_key))
+
+    def _sign_log(self, mine: wire.LogHead) -> wire.CounterSignature:
+        head = AuditHead(mine.owner, mine.seq, mine.hash)
+        signature = head.sign(self._keys.signing)
+        self._audit.counter_signed(head, signature, self._keys.signing.public_key())
+        return wire.CounterSignature(**mine.model_dump(), signature=_text(signature))
+
+    def _sign_ledger(self, site: str, head: wire.LedgerHead) -> wire.LedgerSignature:
+        signature = Head(head.seq, head.hash).sign(self._keys.signing)
+        self._audit.append(LEDGER_SIGNED, site=site, ledger_seq=head.seq, ledger_hash=head.hash)
+        return wire.LedgerSignature(seq=head.seq, hash=head.hash, signature=_text(signature))
+
+    def _save(self, site: str, memory: Memory) -> None:
+        row = {
+            "site": site,
+            "known": memory.known.model_dump_json(),
+            "spent": json.dumps([entry.model_dump() for entry in memory.spent]),
+            "halted": memory.halted,
+            "time": time.time(),
+        }
+        with self._store.transaction() as connection:
+            connection.execute(delete(SITE_BOOKS).where(SITE_BOOKS.c.site == site))
+            connection.execute(insert(SITE_BOOKS).values(row))
+        self._memory[site] = memory
+
+    def _load(self) -> dict[str, Memory]:
+        """Of the store; heads of the audit log, if the store is an older copy."""
+        with self._store.transaction() as connection:
+            rows = list(connection.execute(select(SITE_BOOKS)).mappings())
+        found = {
+            row["site"]: Memory(
+                known=wire.Known.model_validate_json(row["known"]),
+                spent=tuple(wire.Spent(**entry) for entry in json.loads(row["spent"])),
+                halted=row["halted"],
+            )
+            for row in rows
+        }
+        for site, known in _signed_in(self._audit).items():
+            stored = found.get(site, Memory())
+            if stored.known != known:
+                found[site] = Memory(known=known, spent=stored.spent, halted=stored.halted)
+        return found
+
+
+def _contradiction(memory: Memory, theirs: wire.HeadExchange) -> str:
+    """What is wrong with heads, after those that were signed last; empty if they continue them."""
+    known, after = memory.known, theirs.after
+    for what, signed, shown, held in (
+        ("audit log", known.log, theirs.mine, after.log),
+        ("ledger", known.ledger, theirs.ledger, after.ledger),
+    ):
+        if signed is None:
+            continue
+        if shown is None:
+            return f"the {what} is gone; {signed.seq} entries of it were signed"
+        if shown.seq < signed.seq:
+            return f"the {what} went back from entry {signed.seq} to {shown.seq}"
+        if held != signed or (shown.seq == signed.seq and shown.hash != signed.hash):
+            return f"the {what} has another entry {signed.seq} than the one that was signed"
+    if known.log is None and theirs.mine.seq < 1:
+        return "the site says that its books are damaged"
+    charged = {(e.dataset, e.mechanism): e.charged for e in theirs.spent}
+    for entry in memory.spent:
+        if charged.get((entry.dataset, entry.mechanism), 0) < entry.charged:
+            return f"less is charged to {entry.dataset} than before"
+    return ""
+
+
+def _lacking(now: tuple[wire.Spent, ...], before: tuple[wire.Spent, ...]) -> str:
+    """The first dataset on which less is charged than could have been spent; empty if there is none."""
+    charged = {(e.dataset, e.mechanism): e.charged for e in now}
+    short = (e.dataset for e in before if charged.get((e.dataset, e.mechanism), 0) < e.held)
+    return next(short, "")
+
+
+def _signed_in(audit: AuditLog) -> dict[str, wire.Known]:
+    """The newest heads of each site that an audit log says were signed."""
+    found: dict[str, wire.Known] = {}
+    for line in audit.lines():
+        fields: Mapping[str, Any] = line.fields
+        parts: dict[str, wire.LogHead | wire.LedgerHead]
+        if line.kind == COUNTER_SIGNED and fields["log"] != COORDINATOR:
+            site, parts = str(fields["log"]), {"log": _logged(fields)}
+        elif line.kind == LEDGER_SIGNED:
+            site, parts = str(fields["site"]), {"ledger": _ledgered(fields)}
+        elif line.kind == RESTORED:
+            site = str(fields["site"])
+            log = {**fields, "log": site}
+            parts = {"log": _logged(log), "ledger": _ledgered(fields)}
+        else:
+            continue
+        found[site] = found.get(site, wire.Known()).model_copy(update=parts)
+    return found
+
+
+def _logged(fields: Mapping[str, Any]) -> wire.LogHead:
+    return wire.LogHead(owner=fields["log"], seq=fields["log_seq"], hash=fields["log_hash"])
+
+
+def _ledgered(fields: Mapping[str, Any]) -> wire.LedgerHead:
+    return wire.LedgerHead(seq=fields["ledger_seq"], hash=fields["ledger_hash"])
+
+
+def _own_head(audit: AuditLog) -> wire.LogHead:
+    own = audit.head
+    return wire.LogHead(owner=own.owner, seq=own.seq, hash=own.hash)
+
+
+def _seq(head: wire.LogHead | wire.LedgerHead | None) -> int:
+    return head.seq if head is not None else 0
+
+
+def _text(signature: bytes) -> str:
+    return base64.b64encode(signature).decode()
