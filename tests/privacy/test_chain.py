@@ -377,9 +377,19 @@ def test_a_counter_signature_of_someone_else_is_refused(path):
         chain.verify(trusted=COORDINATOR.public_key())
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b'{"seq": 1}'])
+@pytest.mark.parametrize("content", [b"{}", b"[]", b'{"seq": 1}'])
 def test_a_counter_signed_head_that_is_none_is_refused(path, content):
     witness = path.with_name(path.name + ".witness")
     witness.write_bytes(content)
     witness.chmod(0o600)
     refused(path)
+
+
+def test_a_signature_that_a_power_cut_took_counts_as_none(path):
+    """It is not waited for: the signer remembers it, and the site's audit log does."""
+    chain, _ = open_chain(path)
+    chain.witness(chain.head, chain.head.sign(COORDINATOR), COORDINATOR.public_key())
+    path.with_name(path.name + ".witness").write_bytes(b"")
+    assert open_chain(path)[0].witnessed() is None
+    with pytest.raises(LedgerDamaged, match="missing"):
+        chain.verify(trusted=COORDINATOR.public_key())
