@@ -222,11 +222,11 @@ def measured(*, quick):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer rounds, shorter idling")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="last line is one JSON object")
     options = parser.parse_args()
     found = measured(quick=options.quick)
     if options.json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(found))
         return
     latency, load, site = found["exchange"], found["idle_coordinator"], found["site"]
     print(f"load average while measuring {found['load_average']:.1f} on {found['cores']} cores")

@@ -226,11 +226,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("parts", nargs="*", default=["store", "watchers", "page"])
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="last line is one JSON object")
     options = parser.parse_args()
     found = measured(options.parts, quick=options.quick)
     if options.json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(found))
         return
     print(f"load average before measuring {found['load_average']:.1f} on {found['cores']} cores")
     for row in found.get("store", []):

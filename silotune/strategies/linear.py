@@ -65,9 +65,15 @@ class LinearStrategy(AdapterStrategy):
 
     def fold(self, terms: Terms, update: Vector) -> None:
         """Add one site's update."""
+        self._fold(terms, update)
+
+    def _fold(
+        self, terms: Terms, update: Vector, *, scale: float = 1.0, longest: float | None = None
+    ) -> None:
+        """Add a multiple of one site's update, whose length may be known."""
         weight = self.weight(terms)
         try:
-            self._sum.add(update, weight.factor)
+            self._sum.add(update, weight.factor * scale, longest=longest)
         except ValueError as exc:
             raise UpdateRejected(f"site {terms.site}: {exc}") from exc
         self._mass += weight.mass

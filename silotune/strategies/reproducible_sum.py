@@ -45,8 +45,17 @@ class ReproducibleSum:
         self.limit = 2.0 ** (52 + exponent - 12)
         self._block = np.empty(min(size, _BLOCK), dtype=np.float64)
 
-    def add(self, vector: Values, weight: float = 1.0) -> None:
+    def add(self, vector: Values, weight: float = 1.0, *, longest: float | None = None) -> None:
         """Add ``weight * vector``.
+
+        Parameters
+        ----------
+        vector : array
+            The term.
+        weight : float
+            Its factor.
+        longest : float, optional
+            At least the vector's length, if somebody measured it: spares a look at every number.
 
         Raises
         ------
@@ -55,9 +64,10 @@ class ReproducibleSum:
             is then as it was.
         """
         self._require_length(vector)
+        known = longest is not None and longest * abs(weight) < 0.5 * self.limit
         for start in range(0, vector.size, _BLOCK):
             part = vector[start : start + _BLOCK]
-            if not self._fits(part, weight):
+            if not known and not self._fits(part, weight):
                 self._add_block(vector[:start], weight, sign=-1)
                 raise ValueError("a number is NaN, infinite or beyond the range of the sum")
             self._add_block(part, weight, start=start)

@@ -29,6 +29,15 @@ class TestNormBound(Streaming):
         again = NormBound.outgoing(self.plan, sent, declared_units=100)
         assert again.tobytes() == sent.tobytes()
 
+    def test_the_coordinator_shortens_what_a_lying_site_did_not_and_nothing_else(self):
+        (terms,), (update,) = cohort(1), self.updates(1)
+        start = np.zeros_like(self.start())
+        honest = NormBound.outgoing(self.plan, update * 100, declared_units=100)
+        for sent, most in ((update * 100, 2.0 * 1.001), (honest, 2.0)):
+            got = self.aggregate([terms], [sent], adapter=start)
+            assert np.linalg.norm(np.float64(got)) <= most
+        np.testing.assert_allclose(got, honest, rtol=0, atol=1e-8)
+
 
 class TestNormBoundInOneStep(Streaming):
     changes = BOUND
