@@ -168,7 +168,7 @@ class Plan(Section):
 
     def release_rate(self, declared_units: int) -> float:
         """Poisson sampling rate of each of these: 1 where a whole site is what is hidden."""
-        return self.rate_for(declared_units) if self.per_unit else 1.0
+        return 1.0 if self.privacy.mode == "site" else self.rate_for(declared_units)
 
     @property
     def sends_sums(self) -> bool:

@@ -133,7 +133,7 @@ def _site_facts(plan: Plan, units: int) -> dict[str, Any]:
 
     facts: dict[str, Any] = {
         "declared_units": units,
-        "rate": plan.release_rate(units),
+        "rate": plan.rate_for(units),
         "expected_batch": plan.expected_batch(units),
         "sigma": None,
         "epsilon": None,
@@ -163,7 +163,8 @@ def _print(plan: Plan, facts: dict[str, Any], console: Console) -> None:
         return
     table = Table("site", "units", "batch", "rate", "noise (sigma)", "epsilon", box=None)
     for name, site in facts["sites"].items():
-        cells = [f"{site[key]:.3f}" if site[key] else "none" for key in ("sigma", "epsilon")]
+        found = (site[key] for key in ("sigma", "epsilon"))
+        cells = ["none" if figure is None else f"{figure:.3f}" for figure in found]
         rate, batch = f"{site['rate']:.4f}", f"{site['expected_batch']:.0f}"
         table.add_row(name, f"{site['declared_units']:,}", batch, rate, *cells)
     console.print(table)

@@ -28,16 +28,32 @@ def metrics_of(task: str, counts: Counts) -> dict[str, float]:
 def of_confusion(counts: Counts) -> dict[str, float]:
     """Accuracy and macro-F1 of a confusion matrix (rows are the truth).
 
-    Macro-F1 is the mean of F1 over the labels that occur, as truth or as prediction. Negative counts,
-    which noise can make, count as zero. Without any example both are NaN.
+    Macro-F1 is the mean of F1 over the labels that occur as truth: one set for all models that are
+    scored on the same records. A label that is only ever predicted costs precision and recall of the
+    others, and has no F1 of its own. Accuracy is also micro-F1, each text having one label. Negative
+    counts, which noise can make, count as zero. Without any example both are NaN.
     """
     counts = np.maximum(np.asarray(counts, dtype=np.float64), 0.0)
     true, predicted, right = counts.sum(1), counts.sum(0), np.diag(counts)
-    seen = (true + predicted) > 0
+    seen = true > 0
     if not seen.any():
         return {"accuracy": float("nan"), "macro_f1": float("nan")}
     f1 = 2.0 * right[seen] / (true + predicted)[seen]
     return {"accuracy": float(right.sum() / counts.sum()), "macro_f1": float(f1.mean())}
+
+
+def recall_of(counts: Counts) -> list[float | None]:
+    """Share of each label's records that were found, in the labels' order; None where it has none."""
+    counts = np.maximum(np.asarray(counts, dtype=np.float64), 0.0)
+    true, right = counts.sum(1), np.diag(counts)
+    return [float(r / t) if t > 0 else None for r, t in zip(right, true, strict=True)]
+
+
+def constant(counts: Counts, label: int) -> Counts:
+    """The confusion matrix of always answering one label, on the records behind another matrix."""
+    found = np.zeros_like(np.asarray(counts, dtype=np.float64))
+    found[:, label] = np.asarray(counts).sum(1)
+    return found
 
 
 def of_losses(counts: Counts) -> dict[str, float]:

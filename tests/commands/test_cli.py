@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from silotune import cli
 from silotune.errors import BudgetExceeded, SilotuneError
 from silotune.plan import Plan, schema
-from tests.federation import PRIVATE, write_federation
+from tests.federation import PRIVATE, SITES, write_federation
 
 
 def invoke(*words):
@@ -56,6 +56,29 @@ def test_plan_check_says_what_the_plan_costs(tmp_path, bert_folder):
     assert shown.exit_code == 0
     assert "2,500" in shown.output
     assert "epsilon" in shown.output
+
+
+SITE_PRIVACY = {
+    "privacy.mode": "site",
+    "privacy.site": {"noise": "coordinator"},
+    "privacy.epsilon": 8.0,
+    "privacy.delta": 1e-4,
+    "privacy.clip": 1.0,
+    "aggregation.weights": "equal",
+    "rounds.local_steps": 2,
+}
+
+
+def test_plan_check_prints_the_plans_own_rate_in_every_mode(tmp_path, bert_folder):
+    federation = write_federation(tmp_path, bert_folder)
+    for mode in ({}, PRIVATE, SITE_PRIVACY):
+        path = tmp_path / "checked.toml"
+        path.write_text(_toml(federation.plan.override(mode)))
+        rows = [line.split() for line in invoke("plan", "check", str(path)).output.splitlines()]
+        found = {row[0]: row[1:] for row in rows if row and row[0] in SITES}
+        assert {row[2] for row in found.values()} == {"0.2000"}, mode
+        told = {row[3] == "none" for row in found.values()}
+        assert told == {not federation.plan.override(mode).private}
 
 
 def _toml(plan):

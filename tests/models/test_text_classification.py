@@ -12,6 +12,7 @@ from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 from silotune.errors import RecordInvalid
 from silotune.models.adapter import write_adapter
 from silotune.models.base import load_model
+from silotune.models.scores import constant, recall_of
 from silotune.models.tasks import get_task
 from tests.models.model_material import CORPUS, TEXTS, a_plan
 
@@ -97,8 +98,24 @@ def test_metrics_are_scikit_learns(pairs):
     true, predicted = zip(*pairs, strict=True)
     metrics = TASK.metrics(confusion_matrix(true, predicted, labels=range(5)))
     assert metrics["accuracy"] == pytest.approx(accuracy_score(true, predicted))
-    expected = f1_score(true, predicted, average="macro", zero_division=0)
+    occurring = sorted(set(true))  # of the truth: the same for every model scored on these records
+    expected = f1_score(true, predicted, labels=occurring, average="macro", zero_division=0)
     assert metrics["macro_f1"] == pytest.approx(expected)
+
+
+def test_a_label_that_is_only_predicted_does_not_change_what_is_averaged_over():
+    """Two models of .75 accuracy, one of whose mistakes goes to a label that never occurs."""
+    within = np.array([[4, 0, 0], [2, 2, 0], [0, 0, 0]])
+    beyond = np.array([[4, 0, 0], [0, 2, 2], [0, 0, 0]])
+    assert TASK.metrics(within)["macro_f1"] == pytest.approx((8 / 10 + 4 / 6) / 2)
+    assert TASK.metrics(beyond)["macro_f1"] == pytest.approx((8 / 8 + 4 / 6) / 2)
+
+
+def test_the_trivial_answer_is_scored_on_the_same_records():
+    counts = np.array([[5, 1], [2, 12]])
+    assert constant(counts, 1).tolist() == [[0, 6], [0, 14]]
+    assert recall_of(counts) == [5 / 6, 12 / 14]
+    assert recall_of(np.array([[3, 0], [0, 0]])) == [1.0, None]
 
 
 def test_metrics_of_nothing_are_not_numbers_and_noise_below_zero_is_none():
