@@ -28,6 +28,7 @@ from silotune.data.site import load_sites
 from silotune.models.choices import choose
 from silotune.models.layout import initial_adapter
 from silotune.plan import Plan
+from silotune.simulation.baselines import in_the_clear
 
 OPEN = {
     "privacy.mode": "none",
@@ -116,9 +117,9 @@ def main() -> None:
     print(f"torch {version('torch')}, opacus {version('opacus')}, one thread")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        demo = Plan.load(
-            write_hospitals(folder, rows_per_site=1500 if options.quick else None).plan
-        ).override({"plan.seed": 1, "rounds.min_sites": 1})
+        written = write_hospitals(folder, rows_per_site=1500 if options.quick else None)
+        demo = in_the_clear(Plan.load(written.plan))
+        demo = demo.override({"plan.seed": 1, "rounds.min_sites": 1})
         head, adapter = (6, 6) if options.quick else (12, 8)
         short = demo.override({"rounds.number": head + adapter, "optimizer.site.head_rounds": head})
         plans = {"private": short, "open": short.override(OPEN)}

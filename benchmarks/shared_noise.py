@@ -24,7 +24,7 @@ from silotune.data.demo import write_hospitals
 from silotune.data.site import load_sites
 from silotune.models.choices import choose
 from silotune.plan import Plan
-from silotune.simulation.baselines import Job, head_only, run_jobs
+from silotune.simulation.baselines import Job, head_only, in_the_clear, run_jobs
 from silotune.simulation.run import Settings, simulate
 from silotune.simulation.spectator import metrics_of
 
@@ -62,6 +62,7 @@ def compared(
     plan: Plan, sites: list, kinds: dict[str, str], shared_folder: Path, *, workers: int
 ) -> dict:
     """Macro-F1 of the comparison models."""
+    plan = in_the_clear(plan)
     jobs = [
         Job(
             key=row,

@@ -47,6 +47,7 @@ from flwr.serverapp import Grid, ServerApp
 from silotune.data.demo import write_hospitals
 from silotune.plan import Plan
 from silotune.simulation import wire
+from silotune.simulation.baselines import IN_THE_CLEAR
 from silotune.simulation.grid import SiteSlot, WorkerGrid
 from silotune.simulation.run import Settings, simulate
 
@@ -124,6 +125,7 @@ def hospitals(folder: Path, scale: Scale) -> tuple[Path, list[Path]]:
 def overrides(scale: Scale) -> dict[str, object]:
     """The peer's settings, in the words of a plan."""
     return {
+        **IN_THE_CLEAR,
         "privacy.mode": "none",
         "privacy.epsilon": None,
         "privacy.delta": None,

@@ -44,6 +44,7 @@ from silotune.data.splits import Split
 from silotune.models.choices import Choices, choose
 from silotune.models.layout import initial_adapter
 from silotune.plan import Plan
+from silotune.simulation.baselines import in_the_clear
 from silotune.simulation.partition import Iid, partition_file
 from silotune.simulation.program import score
 from silotune.simulation.spectator import metrics_of
@@ -111,7 +112,7 @@ def parts_of(case: Case, plan: Plan, folder: Path, warm: WarmModel, state: Path)
 def run(job: tuple[Case, str, str]) -> tuple[Case, dict[str, float]]:
     case, folder, choices = job
     started, cpu = time.monotonic(), time.process_time()
-    plan = case.plan(Plan.load(Path(folder) / "plan.toml"))
+    plan = case.plan(in_the_clear(Plan.load(Path(folder) / "plan.toml")))
     with tempfile.TemporaryDirectory() as state:
         parts = parts_of(case, plan, Path(folder), warm_model(choices, folder), Path(state))
         found = train(plan, parts, poisoned=case.liars)
@@ -164,7 +165,7 @@ def macro_f1(plan: Plan, parts: list[SiteRun], adapters: list[np.ndarray]) -> fl
 
 def base_rate(folder: Path, split: str) -> float:
     """Macro-F1 of always saying the most frequent class of the test records."""
-    plan = Plan.load(folder / "plan.toml").override({**COMMON, "rounds.min_sites": 1})
+    plan = in_the_clear(Plan.load(folder / "plan.toml")).override({**COMMON, "rounds.min_sites": 1})
     with tempfile.TemporaryDirectory() as state:
         tally: dict[str, int] = defaultdict(int)
         for site in load_sites(folder / split):
@@ -198,7 +199,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, fl
         json.loads(path.read_text()) if path and path.exists() else {}
     )
     prepare(folder, rows=150 if options.quick else 600)
-    base = Plan.load(folder / "plan.toml")
+    base = in_the_clear(Plan.load(folder / "plan.toml"))
     choices = json.dumps(asdict(choose(base)), sort_keys=True)
     for split in ("hospitals", "iid"):
         found[f"base rate|{split}"] = {"f1": base_rate(folder, split)}

@@ -25,7 +25,7 @@ from silotune.data.demo import write_hospitals
 from silotune.data.site import load_sites
 from silotune.models.choices import choose
 from silotune.plan import Plan
-from silotune.simulation.baselines import Job, head_only, run_jobs
+from silotune.simulation.baselines import Job, head_only, in_the_clear, run_jobs
 from silotune.simulation.spectator import metrics_of
 
 WITHOUT_PRIVACY = {
@@ -60,7 +60,9 @@ KINDS = {
 def jobs(plan: Plan, sites: list, *, seed: int, rows: list[str], shared: Path) -> list[Job]:
     paths = tuple(str(site.folder / "site.toml") for site in sites)
     plans = {
-        "none": plan.override({**WITHOUT_PRIVACY, "plan.seed": seed, "rounds.min_sites": 1}),
+        "none": in_the_clear(plan).override(
+            {**WITHOUT_PRIVACY, "plan.seed": seed, "rounds.min_sites": 1}
+        ),
         "8": plan.override({"plan.seed": seed, "rounds.min_sites": 1}),
         "3": plan.override({"plan.seed": seed, "rounds.min_sites": 1, "privacy.epsilon": 3.0}),
     }
@@ -70,6 +72,8 @@ def jobs(plan: Plan, sites: list, *, seed: int, rows: list[str], shared: Path) -
     for row in rows:
         method, _, budget = row.rpartition("_")
         of = head_only(plans[budget]) if "probe" in method else plans[budget]
+        if KINDS[method] != "federated":
+            of = in_the_clear(of)
         job = Job(
             key=row,
             title=row,

@@ -1,7 +1,8 @@
 """What the federation is compared with: each site alone, pooled records, a head on frozen features.
 
 They use the same trainer, strategy and optimizer as the federation, without messages, and see the
-same number of examples in expectation. None of them exists in a deployment.
+same number of examples in expectation. A federated one carries the noise of the federation's own sums,
+shared or not. None of them exists in a deployment.
 """
 
 from __future__ import annotations
@@ -13,31 +14,38 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from silotune.client.runtime import SiteRun
 from silotune.client.terms import sigma_for
-from silotune.client.trainer import SiteData, Trainer, Vector
+from silotune.client.trainer import RoundUpdate, SiteData, Trainer, Vector
 from silotune.client.warm import WarmModel
+from silotune.data.records import Records
 from silotune.data.site import SiteConfig
 from silotune.data.splits import Split
-from silotune.errors import PrivacyError
+from silotune.models.adapter import write_adapter
+from silotune.models.batching import batches
 from silotune.models.choices import Choices
 from silotune.models.features import Frozen
-from silotune.models.layout import initial_adapter
+from silotune.models.layout import Layout, initial_adapter
+from silotune.models.task import Encoded
 from silotune.plan import Plan
+from silotune.privacy.noise import NoiseSource, SecureNoise, SeededNoise, derive_seed
 from silotune.simulation.program import score
-from silotune.strategies import strategy_for
+from silotune.strategies import method_of, strategy_for
 from silotune.strategies.base import Terms
 
 Counts = NDArray[np.float64]
-Kind = Literal["federated", "own", "pooled"]
+Kind = Literal["federated", "own", "pooled", "personal"]
+
+_SCORE_BATCH = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +59,8 @@ class Job:
     plan : str
         Canonical JSON.
     kind : str
-        ``federated`` over all sites, ``own`` for the one named by `site`, or ``pooled``.
+        ``federated`` over all sites, ``own`` for the one named by `site`, ``pooled``, or ``personal``:
+        a head at every site, trained on from the federation's.
     sites : tuple of str
         Paths of all site.toml files: every model is scored on everybody's held-out data.
     choices : mapping
@@ -60,6 +69,8 @@ class Job:
         Folder where processes share frozen features.
     site : str or None
         For ``own``.
+    start : bytes or None
+        For ``personal``: the federation's adapter, float32.
     """
 
     key: str
@@ -70,6 +81,7 @@ class Job:
     choices: Mapping[str, Any]
     shared: str | None = None
     site: str | None = None
+    start: bytes | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +93,9 @@ class Outcome:
     job : Job
         What was trained.
     counts : mapping of site to float64 array
-        Additive counts of the task.
+        Additive counts of the task; of ``personal`` those of each site's own model.
+    everywhere : mapping of site to float64 array
+        Of ``personal``: counts of each site's model on everybody's test data.
     seconds : float
         Training time, loading excluded.
     examples : int
@@ -92,6 +106,7 @@ class Outcome:
     counts: dict[str, Counts]
     seconds: float
     examples: int
+    everywhere: Mapping[str, Counts] = field(default_factory=dict)
 
 
 def head_only(plan: Plan) -> Plan:
@@ -99,11 +114,19 @@ def head_only(plan: Plan) -> Plan:
     return plan.override({"optimizer.site.head_rounds": plan.rounds.number})
 
 
+IN_THE_CLEAR: Mapping[str, Any] = {
+    **dict.fromkeys(
+        f"aggregation.{key}"
+        for key in ("secure", "cohort", "threshold", "encoding", "update_bound")
+    ),
+    "privacy.noise": None,
+}
+"""Plan keys to remove: nothing is summed in secret, and each site adds noise of its own."""
+
+
 def in_the_clear(plan: Plan) -> Plan:
-    """The same plan without secure aggregation: nothing is sent here, and each adds its own noise."""
-    keys = ("secure", "cohort", "threshold", "encoding", "update_bound")
-    settings: dict[str, Any] = dict.fromkeys(f"aggregation.{key}" for key in keys)
-    return plan.override({**settings, "privacy.noise": None})
+    """The same plan without secure aggregation: for one trainer, whose sums nobody else adds to."""
+    return plan.override(IN_THE_CLEAR)
 
 
 def jobs_for(
@@ -112,34 +135,44 @@ def jobs_for(
     choices: Mapping[str, Any],
     *,
     shared: Path | None = None,
+    adapter: Vector | None = None,
 ) -> list[Job]:
-    """The comparisons of a plan, longest first."""
-    paths = tuple(str(site.folder / "site.toml") for site in sites)
-    plan = in_the_clear(plan)
-    alone = plan.override({"rounds.min_sites": 1})
+    """The comparisons of a plan, longest first; with heads of their own if there is an `adapter`."""
+    alone = in_the_clear(plan).override({"rounds.min_sites": 1})
 
-    def job(key: str, title: str, of: Plan, kind: Kind, site: str | None = None) -> Job:
-        text = of.canonical()
+    def job(key: str, title: str, of: Plan, kind: Kind, **more: Any) -> Job:
         return Job(
             key=key,
             title=title,
-            plan=text,
+            plan=of.canonical(),
             kind=kind,
-            sites=paths,
+            sites=tuple(str(site.folder / "site.toml") for site in sites),
             choices=choices,
             shared=None if shared is None else str(shared),
-            site=site,
+            **more,
         )
 
     jobs = [job("pooled", "Pooled records, one trainer", alone, "pooled")]
     declared = {s.name: s.dataset(plan.data.dataset).declared_units for s in sites}
+    heads = plan.model.task == "text_classification"
+    if heads and adapter is not None and plan.aggregation.head == "shared":
+        start = np.asarray(adapter, dtype="<f4").tobytes()
+        title = "Federated, with a head of one's own"
+        jobs.append(job("personal", title, head_only(alone), "personal", start=start))
     for site in sorted(declared, key=lambda name: -declared[name]):
-        jobs.append(job("own", f"Own records only: {site}", alone, "own", site))
-    if plan.model.task == "text_classification":
-        probe = head_only(plan)
-        jobs.append(job("probe_federated", "Federated head on frozen features", probe, "federated"))
-        jobs.append(job("probe_pooled", "Pooled head on frozen features", probe, "pooled"))
+        jobs.append(job("own", f"Own records only: {site}", alone, "own", site=site))
+    if heads and not trains_head_only(plan):
+        probes: tuple[tuple[str, str, Plan, Kind], ...] = (
+            ("probe_federated", "Federated head on frozen features", plan, "federated"),
+            ("probe_pooled", "Pooled head on frozen features", alone, "pooled"),
+        )
+        jobs += [job(key, title, head_only(of), kind) for key, title, of, kind in probes]
     return jobs
+
+
+def trains_head_only(plan: Plan) -> bool:
+    """Whether no round of a plan trains the adapter."""
+    return plan.optimizer.site.head_rounds >= plan.rounds.number
 
 
 def run_jobs(jobs: Sequence[Job], *, workers: int) -> Iterator[Outcome]:
@@ -164,31 +197,42 @@ def _calm() -> None:
 def run_job(job: Job) -> Outcome:
     """Train one comparison model and score it on every site's test data."""
     plan = Plan.from_canonical(job.plan)
-    warm = _warm(json.dumps(dict(job.choices), sort_keys=True), job.shared)
+    choices = json.dumps(dict(job.choices), sort_keys=True)
     with tempfile.TemporaryDirectory() as scratch:
-        parts = [
-            SiteRun(
-                SiteConfig.load(Path(path)),
-                state=Path(scratch) / str(number),
-                plan=plan,
-                run=job.key,
-                warm=warm,
-            )
-            for number, path in enumerate(job.sites)
-        ]
+        parts = _parts(job, plan, warm=_warm(choices, job.shared), scratch=Path(scratch))
+        if job.kind == "personal":
+            return _with_own_heads(job, plan, parts)
         trainers = _trainers(job, plan, parts)
         for _, trainer in trainers:
             trainer.prepare()
         started = time.monotonic()
         adapter, examples = federate(plan, trainers)
         seconds = time.monotonic() - started
-        frozen = plan.optimizer.site.head_rounds >= plan.rounds.number
+        frozen = trains_head_only(plan)
         counts = {
             part.site.name: score(part, adapter, split=Split.TEST, frozen=frozen)
             for part in parts
             if len(part.records.rows(Split.TEST))
         }
     return Outcome(job=job, counts=counts, seconds=seconds, examples=examples)
+
+
+def _parts(job: Job, plan: Plan, *, warm: WarmModel, scratch: Path) -> list[SiteRun]:
+    """The sites under a job's plan, with the records that the process has read already."""
+    found = []
+    for number, path in enumerate(job.sites):
+        site = SiteConfig.load(Path(path))
+        part = SiteRun(site, state=scratch / str(number), plan=plan, run=job.key, warm=warm)
+        key = f"{path} {plan.model!r} {plan.data!r} {plan.privacy.unit}"
+        if key not in _READ:
+            _READ[key] = part.records, part.encoded
+        part.records, part.encoded = _READ[key]
+        found.append(part)
+    return found
+
+
+_READ: dict[str, tuple[Records, Encoded]] = {}
+"""Records and their tokens: the same for all comparisons that a process makes."""
 
 
 @lru_cache(maxsize=1)
@@ -242,7 +286,82 @@ def _pooled(plan: Plan, parts: list[SiteRun]) -> tuple[Terms, Trainer]:
     return terms, Trainer(trainable, data, sigma=sigma, frozen=frozen)
 
 
-def federate(plan: Plan, trainers: Sequence[tuple[Terms, Trainer]]) -> tuple[Vector, int]:
+def _with_own_heads(job: Job, plan: Plan, parts: list[SiteRun]) -> Outcome:
+    """Each site's head trained on from the federation's, on its own records, in every round.
+
+    The adapter stays as the federation left it, so its features of all records are computed once.
+    """
+    assert job.start is not None
+    start = np.frombuffer(job.start, dtype="<f4")
+    adapted = {part.site.name: _features(part, start) for part in parts}
+    tested = [part for part in parts if len(part.records.rows(Split.TEST))]
+    counts: dict[str, Counts] = {}
+    everywhere: dict[str, Counts] = {}
+    started, examples = time.monotonic(), 0
+    for part in parts:
+        name = part.site.name
+        own, used = _own_head(part, plan, adapted[name], start=start)
+        found = {other.site.name: _head_counts(other, own, adapted) for other in tested}
+        counts |= {name: found[name]} if name in found else {}
+        everywhere |= {name: np.sum([*found.values()], axis=0)} if found else {}
+        examples += used
+    return Outcome(
+        job=job,
+        counts=counts,
+        seconds=time.monotonic() - started,
+        examples=examples,
+        everywhere=everywhere,
+    )
+
+
+def _own_head(
+    part: SiteRun, plan: Plan, features: torch.Tensor, *, start: Vector
+) -> tuple[Vector, int]:
+    """The federation's adapter with a head that one site trained on, and the records that took."""
+    trainer = Trainer(
+        part.trainable,
+        _data_of(part),
+        sigma=part.sigma,
+        frozen=lambda: Frozen(features, None),
+    )
+    name, declared = part.site.name, part.dataset.declared_units
+    terms = Terms(node=1, site=name, declared_units=declared)
+    return federate(plan, [(terms, trainer)], start=start)
+
+
+def _features(part: SiteRun, adapter: Vector) -> torch.Tensor:
+    """Features [records, hidden] of a site's records under an adapter."""
+    model = part.trainable.model
+    write_adapter(model, adapter)
+    found = torch.empty(len(part.encoded), model.module.centre.numel())
+    with model.module.inference():
+        for rows in batches(part.encoded, range(len(part.encoded)), size=_SCORE_BATCH):
+            inputs = part.trainer.inputs(rows)
+            found[rows] = model.module.features(inputs).cpu()
+    return found
+
+
+def _head_counts(part: SiteRun, adapter: Vector, adapted: Mapping[str, torch.Tensor]) -> Counts:
+    """Counts of an adapter's head on a site's test records."""
+    model, rows = part.trainable.model, part.records.rows(Split.TEST)
+    write_adapter(model, adapter)
+    features = adapted[part.site.name][rows].to(model.device)
+    return model.task.head_score(model.module, features, part.encoded, rows)
+
+
+def _data_of(part: SiteRun) -> SiteData:
+    return SiteData(
+        site=part.site.name,
+        encoded=part.encoded,
+        unit_of=part.records.unit_of,
+        train=part.records.rows(Split.TRAIN),
+        declared_units=part.dataset.declared_units,
+    )
+
+
+def federate(
+    plan: Plan, trainers: Sequence[tuple[Terms, Trainer]], *, start: Vector | None = None
+) -> tuple[Vector, int]:
     """Run all rounds over some trainers, without messages.
 
     Returns
@@ -255,13 +374,33 @@ def federate(plan: Plan, trainers: Sequence[tuple[Terms, Trainer]]) -> tuple[Vec
     layout = trainers[0][1].layout
     strategy = strategy_for(plan, layout=layout)
     strategy.cohort = {terms.node: terms for terms, _ in trainers}
-    adapter = initial_adapter(layout, plan)
+    adapter = initial_adapter(layout, plan) if start is None else start
     for number in range(1, plan.rounds.number + 1):
         strategy.begin(number, adapter)
         for terms, trainer in trainers:
             update = trainer.round(adapter, number, clip=strategy.settings().get("clip"))
-            if update.missing_noise:
-                raise PrivacyError("noise can be shared only in a sum under secure aggregation")
-            strategy.fold(terms, np.asarray(update.flat, dtype=np.float32))
+            flat = _with_share(update, plan, layout=layout, site=terms.site, number=number)
+            strategy.fold(terms, np.asarray(flat, dtype=np.float32))
         adapter = strategy.finish(adapter, server_round=number)
     return adapter, sum(trainer.records_used for _, trainer in trainers)
+
+
+def _with_share(
+    update: RoundUpdate, plan: Plan, *, layout: Layout, site: str, number: int
+) -> Vector | NDArray[np.float64]:
+    """A site's update with its share of the noise, which a federation adds in whole numbers."""
+    if not update.missing_noise:
+        return update.flat
+    seed = plan.plan.seed
+    noise: NoiseSource = (
+        SecureNoise()
+        if seed is None
+        else SeededNoise(derive_seed(seed, "baseline share", site, number))
+    )
+    parts, start = [], 0
+    for span in layout.spans(method_of(plan).trained(plan, number)):
+        end = start + span.stop - span.start
+        clean = torch.from_numpy(update.flat[start:end].astype(np.float32))
+        parts.append(noise.add(clean, update.missing_noise[span.part]).numpy())
+        start = end
+    return np.concatenate(parts)

@@ -14,13 +14,23 @@ import numpy as np
 
 from silotune.data.site import SiteConfig
 from silotune.events.view import RunView
+from silotune.models.scores import constant, recall_of
 from silotune.plan import Plan
 from silotune.privacy.accounting import epsilon_curve, step_event
 from silotune.privacy.certificate import CertificateBody
 from silotune.privacy.tally import epsilon_at_two_sites
-from silotune.simulation.baselines import Counts, Outcome, jobs_for, run_jobs
+from silotune.simulation.baselines import (
+    Counts,
+    Job,
+    Outcome,
+    jobs_for,
+    run_jobs,
+    trains_head_only,
+)
 from silotune.simulation.run_directory import RunDirectory
 from silotune.simulation.spectator import LoggedStore, metrics_of, pooled_metrics, size_of
+from silotune.simulation.wording import quoted
+from silotune.strategies.base import Vector
 
 _CURVE_POINTS = 12
 
@@ -168,7 +178,9 @@ def write_results(
     sites: Sequence[SiteConfig],
     *,
     choices: Mapping[str, Any],
+    adapter: Vector,
     final: Mapping[str, Counts],
+    base: Mapping[str, Counts],
     finished: Mapping[str, Mapping[str, Any]],
     workers: int,
     shared: Path,
@@ -176,33 +188,58 @@ def write_results(
 ) -> None:
     """Write ``results.json``: the federation's test scores, and the baselines' if `workers`.
 
-    `sites` are those in the run. The baselines train in this many processes; none with 0. Without
-    test data there are methods and no scores.
+    `sites` are those in the run, `adapter` is the federation's, `final` its counts on test data, and
+    `base` those of the model as it came. The baselines train in this many processes; none with 0.
+    Without test data there are methods and no scores.
     """
     seconds = sum(
         float(event["seconds"]) for event in directory.events if event["event"] == "round_finished"
     )
     examples = sum(int(found["records"]) for found in finished.values())
-    methods = [
-        _method(plan, "federated", "Federated LoRA", final, seconds=seconds, examples=examples)
-    ]
+    title = "Federated head on frozen features" if trains_head_only(plan) else "Federated LoRA"
+    methods = [_method(plan, "federated", title, final, seconds=seconds, examples=examples)]
+    methods += _trivial(plan, final, base)
     if workers:
-        methods += _baselines(
-            plan, sites, choices=choices, workers=workers, shared=shared, store=store
-        )
-    directory.write_json("results.json", {"methods": methods, "view": "simulator"})
+        jobs = jobs_for(plan, sites, choices, shared=shared, adapter=adapter)
+        methods += _baselines(plan, jobs, workers=workers, store=store)
+    directory.write_json(
+        "results.json",
+        {"methods": methods, "view": "simulator", "labels": label_shares(plan, final)},
+    )
+
+
+def _trivial(
+    plan: Plan, final: Mapping[str, Counts], base: Mapping[str, Counts]
+) -> list[dict[str, Any]]:
+    """What any model must beat: the most frequent label, or the base model as it came.
+
+    A site's own row is of the label that is most frequent there, which needs no model either.
+    """
+    if plan.model.task != "text_classification":
+        title = "The base model as it came"
+        return [_untrained("base", title, plan, base)] if base else []
+    if not final:
+        return []
+    label = _most_frequent(np.sum([*final.values()], axis=0))
+    everywhere = {site: constant(each, label) for site, each in final.items()}
+    by_site = {site: constant(each, _most_frequent(each)) for site, each in final.items()}
+    title = f"Always {quoted(plan.model.labels[label])}"
+    return [{**_untrained("majority", title, plan, by_site), **_scored(plan, everywhere)}]
+
+
+def _most_frequent(counts: Counts) -> int:
+    return int(np.argmax(np.asarray(counts).sum(1)))
+
+
+def _untrained(key: str, title: str, plan: Plan, counts: Mapping[str, Counts]) -> dict[str, Any]:
+    """A method that nothing was trained for, and that tells nothing of anybody's records."""
+    found = _method(plan, key, title, counts, seconds=0.0, examples=0)
+    return {**found, "private": False, "epsilon": None, "seconds": None}
 
 
 def _baselines(
-    plan: Plan,
-    sites: Sequence[SiteConfig],
-    *,
-    choices: Mapping[str, Any],
-    workers: int,
-    shared: Path,
-    store: LoggedStore,
+    plan: Plan, jobs: Sequence[Job], *, workers: int, store: LoggedStore
 ) -> list[dict[str, Any]]:
-    jobs = jobs_for(plan, sites, choices, shared=shared)
     outcomes: dict[str, list[Outcome]] = defaultdict(list)
     started = time.monotonic()
     for number, outcome in enumerate(run_jobs(jobs, workers=workers), start=1):
@@ -214,24 +251,31 @@ def _baselines(
             of=len(jobs),
             seconds=time.monotonic() - started,
         )
-    methods = []
-    for key in dict.fromkeys(job.key for job in jobs):  # in this order, whatever came first
-        found = sorted(outcomes[key], key=lambda one: jobs.index(one.job))
-        if key == "own":
-            methods.append(_own(plan, found))
-        else:
-            (one,) = found
-            methods.append(
-                _method(
-                    plan,
-                    key,
-                    one.job.title,
-                    one.counts,
-                    seconds=one.seconds,
-                    examples=one.examples,
-                )
-            )
-    return methods
+    return [
+        _compared(plan, sorted(outcomes[key], key=lambda one: jobs.index(one.job)))
+        for key in dict.fromkeys(job.key for job in jobs)  # in this order, whatever came first
+    ]
+
+
+def _compared(plan: Plan, found: Sequence[Outcome]) -> dict[str, Any]:
+    """One method's row, of one model or of a model a site."""
+    first = found[0]
+    title, counts, everywhere = first.job.title, first.counts, dict(first.everywhere)
+    if first.job.key == "own":
+        title, by_site = "Own records only", {str(one.job.site): one.counts for one in found}
+        everywhere = {s: np.sum([*of.values()], axis=0) for s, of in by_site.items() if of}
+        counts = {site: of[site] for site, of in by_site.items() if site in of}
+    seconds, examples = sum(one.seconds for one in found), sum(one.examples for one in found)
+    row = _method(plan, first.job.key, title, counts, seconds=seconds, examples=examples)
+    return {**row, **_of_many(plan, everywhere)} if everywhere else row
+
+
+def _of_many(plan: Plan, everywhere: Mapping[str, Counts]) -> dict[str, Any]:
+    """A model a site, scored on everybody's data: the mean over the models, and each of them."""
+    scores = {site: metrics_of(plan, counts) for site, counts in everywhere.items()}
+    known = [*scores.values()]
+    mean = {key: float(np.mean([one[key] for one in known])) for key in known[0]}
+    return {"test": mean, "recall": {}, "everywhere": scores}
 
 
 def _method(
@@ -248,7 +292,7 @@ def _method(
         "title": title,
         "private": plan.private,
         "epsilon": plan.privacy.epsilon,
-        "test": pooled_metrics(plan, counts),
+        **_scored(plan, counts),
         "by_site": {
             site: {**metrics_of(plan, each), "n": size_of(plan, each)}
             for site, each in counts.items()
@@ -258,19 +302,21 @@ def _method(
     }
 
 
-def _own(plan: Plan, found: Sequence[Outcome]) -> dict[str, Any]:
-    """Each site's own model: on its own data by site, on everybody's data in the mean."""
-    everywhere = [pooled_metrics(plan, one.counts) for one in found]
-    sites = {str(one.job.site): one for one in found}
-    own = {site: one.counts[site] for site, one in sites.items() if site in one.counts}
-    return {
-        **_method(
-            plan,
-            "own",
-            "Own records only",
-            own,
-            seconds=sum(one.seconds for one in found),
-            examples=sum(one.examples for one in found),
-        ),
-        "test": {key: float(np.mean([m[key] for m in everywhere])) for key in everywhere[0]},
-    }
+def _scored(plan: Plan, counts: Mapping[str, Counts]) -> dict[str, Any]:
+    """Scores on everybody's data; of a classifier also the share of each label that it finds."""
+    scores = {"test": pooled_metrics(plan, counts)}
+    if plan.model.task != "text_classification" or not counts:
+        return scores
+    recall = recall_of(np.sum([*counts.values()], axis=0))
+    return {**scores, "recall": dict(zip(plan.model.labels, recall, strict=True))}
+
+
+def label_shares(plan: Plan, counts: Mapping[str, Counts]) -> dict[str, dict[str, float]]:
+    """Share of each label among each site's records behind the counts."""
+    if plan.model.task != "text_classification":
+        return {}
+    found = {}
+    for site, each in counts.items():
+        true = np.asarray(each).sum(1)
+        found[site] = dict(zip(plan.model.labels, (true / true.sum()).tolist(), strict=True))
+    return found

@@ -173,6 +173,16 @@ class Spectator:
         if self._plan.data.test_share and not self.final_counts:
             self._look(self._plan.rounds.number, adapter, split="test")
 
+    def base_counts(self, size: int) -> dict[str, Counts]:
+        """Test counts of a language model before any round: an adapter of zeros adds nothing."""
+        if self._plan.model.task != "causal_lm" or not self._plan.data.test_share:
+            return {}
+        nothing = np.zeros(size, dtype=np.float32)
+        found = self._view.score(
+            nothing, split="test", frozen=False, server_round=0, sites=self._store.joined
+        )
+        return {site: arrays["counts"] for site, arrays in found.items()}
+
     def _look(self, server_round: int, adapter: Vector, *, split: str) -> dict[str, float]:
         frozen = server_round <= self._plan.optimizer.site.head_rounds
         found = self._view.score(

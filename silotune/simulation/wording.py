@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 DASH = "\N{EN DASH}"
 
@@ -34,12 +35,17 @@ def plural(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
-def listed(names: tuple[str, ...], *, most: int = 8) -> str:
+def listed(names: Sequence[str], *, most: int = 8) -> str:
     """Names joined for a sentence; beyond `most` only counted."""
     shown = [printable(name) for name in names[:most]]
     if len(names) > most:
         shown.append(f"{len(names) - most} more")
     return shown[0] if len(shown) == 1 else f"{'; '.join(shown[:-1])} and {shown[-1]}"
+
+
+def quoted(text: str) -> str:
+    """A name from outside in quotation marks, safe to show."""
+    return f"\N{LEFT DOUBLE QUOTATION MARK}{printable(text)}\N{RIGHT DOUBLE QUOTATION MARK}"
 
 
 def printable(text: str, *, most: int = 60) -> str:

@@ -185,6 +185,14 @@ def test_plan_and_readme_say_what_they_must(by_code):
     assert max(map(len, readme.splitlines())) <= 100
 
 
+def test_the_plan_is_the_headline(by_code):
+    """Secure sums of seven hospitals with shared noise at epsilon 8; each may see one side only."""
+    plan = Plan.load(by_code / "plan.toml")
+    assert plan.aggregation.secure
+    assert (plan.aggregation.cohort, plan.privacy.noise) == (len(HOSPITALS), "shared")
+    assert (plan.privacy.mode, plan.privacy.epsilon, plan.plan.seed) == ("record", 8.0, None)
+
+
 def test_without_the_model_package_the_plan_names_the_hub(tmp_path, monkeypatch):
     real = icd.find_spec
     monkeypatch.setattr(icd, "find_spec", lambda n: None if n.startswith("gt_") else real(n))

@@ -1,5 +1,7 @@
 """The comparison models: trained on what they say they are, from the same starting point."""
 
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 import torch
@@ -7,9 +9,14 @@ import torch
 from silotune.client.terms import sigma_for
 from silotune.client.warm import WarmModel
 from silotune.models.features import compute_frozen
+from silotune.models.layout import initial_adapter
+from silotune.plan import Plan
 from silotune.simulation.baselines import (
+    _features,
+    _own_head,
     _pooled,
     _trainers,
+    _with_share,
     federate,
     head_only,
     jobs_for,
@@ -27,8 +34,6 @@ def federation(tmp_path, bert_folder):
 
 
 def jobs(federation, plan=None):
-    from dataclasses import asdict
-
     return jobs_for(plan or federation.plan, federation.sites, asdict(CHOICES))
 
 
@@ -36,6 +41,61 @@ def test_every_comparison_that_the_report_shows_is_planned(federation):
     keys = [job.key for job in jobs(federation)]
     assert keys == ["pooled", "own", "own", "own", "probe_federated", "probe_pooled"]
     assert [job.site for job in jobs(federation) if job.key == "own"] == list(reversed(SITES))
+
+
+def test_a_run_of_the_head_alone_is_its_own_probe(federation):
+    keys = [job.key for job in jobs(federation, head_only(federation.plan))]
+    assert keys == ["pooled", "own", "own", "own"]
+
+
+SHARED = {
+    **PRIVATE,
+    "aggregation.secure": True,
+    "aggregation.cohort": 3,
+    "aggregation.threshold": 2,
+    "privacy.noise": "shared",
+}
+
+
+def test_a_federated_baseline_has_the_noise_of_the_federations_own_sums(federation):
+    """Seeded, so that it can't fail by chance; of some 600 numbers the spread is known to 3 %."""
+    shared, alone = federation.plan.override(SHARED), federation.plan.override(PRIVATE)
+    titled = {job.key: Plan.from_canonical(job.plan) for job in jobs(federation, shared)}
+    assert titled["probe_federated"].privacy.noise == "shared"
+    assert all(titled[key].privacy.noise != "shared" for key in ("pooled", "own", "probe_pooled"))
+    run, layout = federation.runs(shared)[0], federation.runs(alone)[0].trainer.layout
+    update = run.trainer.round(initial_adapter(layout, shared), 3)  # from round 3 all is trained
+    flat = _with_share(update, shared, layout=layout, site="alpha", number=3)
+    added, spans = flat - update.flat, layout.spans({"A", "B", "head"})
+    for part in ("B", "head"):
+        numbers = np.concatenate([added[s.start : s.stop] for s in spans if s.part == part])
+        assert numbers.std() == pytest.approx(update.missing_noise[part], rel=0.3)
+    own = run.trainable.shares({"A", "B", "head"}, sigma=run.sigma)
+    whole = run.sigma / 2**0.5  # two sharers: each adds half of the variance
+    assert own["head"] == pytest.approx(update.missing_noise["head"])
+    assert own["head"] > whole * PRIVATE["privacy.clip"]["head"]  # of a share of the budget
+
+
+def test_a_head_of_ones_own_changes_the_head_and_nothing_else(federation):
+    plan = head_only(federation.plan)
+    run = federation.runs(plan)[0]
+    layout = run.trainer.layout
+    start = np.random.default_rng(0).normal(0, 0.1, layout.size).astype(np.float32)
+    own, used = _own_head(run, plan, _features(run, start), start=start)
+    assert used > 0
+    for span in layout.spans({"A", "B", "head"}):
+        same = own[span.start : span.stop].tobytes() == start[span.start : span.stop].tobytes()
+        assert same == (span.part != "head")
+
+
+def test_heads_of_their_own_are_trained_on_the_federations_adapter_and_scored(federation):
+    start = np.zeros(federation.runs()[0].trainer.layout.size, np.float32)
+    found = jobs_for(federation.plan, federation.sites, asdict(CHOICES), adapter=start)
+    (job,) = (job for job in found if job.key == "personal")
+    outcome = run_job(job)
+    sizes = {s: int(counts.sum()) for s, counts in outcome.counts.items()}
+    assert set(sizes) == set(SITES)
+    assert {int(c.sum()) for c in outcome.everywhere.values()} == {sum(sizes.values())}
 
 
 def test_an_own_model_sees_its_own_records_only(federation):
