@@ -11,6 +11,10 @@ import typer
 
 def report(
     run: Annotated[Path, typer.Argument(help="A run directory.", show_default=False)],
+    beside: Annotated[
+        list[Path] | None,
+        typer.Option(help="Another run of the same plan, for the scores' spread; repeatable."),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the run's figures as one JSON object instead.")
     ] = False,
@@ -20,6 +24,6 @@ def report(
     from silotune.simulation.summary import summary
 
     if as_json:
-        typer.echo(json.dumps(summary(run)))
+        typer.echo(json.dumps(summary(run, beside=beside or [])))
         return
-    typer.echo(write_report(run))
+    typer.echo(write_report(run, beside=beside or []))

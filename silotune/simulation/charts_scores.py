@@ -27,6 +27,7 @@ from silotune.simulation.charting import (
     GREEN,
     INK,
     MUTED,
+    PURPLE,
     VERMILION,
     Canvas,
     Chart,
@@ -38,6 +39,7 @@ from silotune.simulation.wording import printable
 _BARS = (
     ("own model", VERMILION, "own"),
     ("federated", BLUE, "federated"),
+    ("own head", PURPLE, "personal"),
     ("pooled", GREEN, "pooled"),
 )
 _WORSE = "\N{BLACK DOWN-POINTING TRIANGLE}"

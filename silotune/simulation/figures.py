@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from statistics import fmean, stdev
+from typing import Any, Literal
 
 from silotune.events.view import Trouble
 from silotune.privacy.live_epsilon import LiveEpsilon
@@ -39,7 +40,22 @@ class Metric:
 
 
 MACRO_F1 = Metric("macro_f1", "macro-F1", higher_is_better=True)
+ACCURACY = Metric("accuracy", "accuracy", higher_is_better=True)
 LOSS = Metric("loss", "loss", higher_is_better=False)
+
+TRIVIAL = ("majority", "base")
+"""Keys of what needs no training: always the most frequent label, or the base model as it came."""
+
+Guarantee = Literal["none", "seeded", "coordinator", "secret"]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A method's score over several runs of one plan."""
+
+    runs: int
+    mean: float
+    deviation: float
 
 
 @dataclass(frozen=True)
@@ -55,35 +71,72 @@ class MethodRow:
     gain_over_probe: float | None
     seconds: float | None
     examples_seen: float | None
+    recall: Scores
+    spread: Spread | None
 
 
 @dataclass(frozen=True)
 class SiteRow:
-    """One site's own held-out data, scored by three models."""
+    """One site: scores on its own held-out data, and of its own models on everybody's.
+
+    Attributes
+    ----------
+    trivial, own, federated, personal, pooled : Scores
+        On its own held-out data: always its most frequent label (or the base model as it came), its own
+        model, the federated one, that with a head of the site's own, one of pooled records.
+    own_everywhere, personal_everywhere : Scores
+        Of its own models, on everybody's held-out data.
+    gain, gain_everywhere : float or None
+        Of the federated model over its own, on its own data and on everybody's.
+    gain_accuracy : float or None
+        As `gain`, in accuracy; None where that is no score of the task.
+    """
 
     site: str
     n: int | None
+    trivial: Scores
     own: Scores
     federated: Scores
+    personal: Scores
     pooled: Scores
+    own_everywhere: Scores
+    personal_everywhere: Scores
     gain: float | None
+    gain_accuracy: float | None
+    gain_everywhere: float | None
 
 
 @dataclass(frozen=True)
 class PrivacyFacts:
     """What privacy.json states, and the plan's budget.
 
-    `epsilon` is the largest over the sites: each unit is at one site, so it bounds them all.
+    Attributes
+    ----------
+    guarantee : str
+        ``secret`` noise hides; ``coordinator``: it does, from all but the coordinator, who adds it;
+        ``seeded`` noise does not; ``none`` is added.
+    protects : str
+        What one guarantee is about: ``each record``, or all records of a site together.
+    epsilon : float or None
+        The largest over the sites: each unit is at one site, so it bounds them all.
+    exposures : sequence of (str, float)
+        Against whom which epsilon holds, the largest over the sites, where it depends on that.
+    two_sites : mapping or None
+        ``epsilon`` and ``delta`` of a person with records at two sites.
     """
 
+    guarantee: Guarantee
     private: bool
     statement: str
     unit: str
+    protects: str
     adjacency: str
     delta: float | None
     budget: float | None
     epsilon: float | None
     epsilon_by_site: Mapping[str, float]
+    exposures: Sequence[tuple[str, float]]
+    two_sites: Mapping[str, float] | None
 
 
 @dataclass(frozen=True)
@@ -120,6 +173,7 @@ class Summary:
     run: str
     name: str
     purpose: str
+    trained: str
     finished: bool
     rounds_planned: int
     rounds_finished: int
@@ -129,6 +183,8 @@ class Summary:
     methods: tuple[MethodRow, ...]
     by_site: tuple[SiteRow, ...]
     sites_worse: tuple[str, ...]
+    sites_worse_by_accuracy: tuple[str, ...]
+    labels: Mapping[str, Scores]
     probe_at_same_epsilon: bool
     privacy: PrivacyFacts
     epsilon_curves: Curves
@@ -143,6 +199,16 @@ class Summary:
     def method(self, key: str) -> MethodRow | None:
         """The row of this method, if it was run."""
         return next((row for row in self.methods if row.key == key), None)
+
+    @property
+    def head_only(self) -> bool:
+        """Whether the adapter was never trained."""
+        return self.trained == "head"
+
+    @property
+    def trivial(self) -> MethodRow | None:
+        """What needs no training, scored on the same data."""
+        return next((row for row in self.methods if row.key in TRIVIAL), None)
 
     def margin(self, held_out: int | None = None) -> float | None:
         """Two binomial standard errors of the federated accuracy; None if there is none.
@@ -160,8 +226,8 @@ class Summary:
         return 2 * math.sqrt(accuracy * (1 - accuracy) / n)
 
 
-def summarise(record: RunRecord) -> Summary:
-    """Summarise a run that was read."""
+def summarise(record: RunRecord, *, beside: Sequence[RunRecord] = ()) -> Summary:
+    """Summarise a run that was read, with the spread over it and other runs of its plan."""
     metric = metric_of(record)
     rows = _site_rows(record, metric)
     about = record.plan.get("plan") or {}
@@ -171,6 +237,7 @@ def summarise(record: RunRecord) -> Summary:
         run=str(record.resolved.get("run") or record.directory.name),
         name=str(about.get("name") or record.directory.name),
         purpose=str(about.get("purpose") or ""),
+        trained="head" if _head_only(record) else "adapter",
         finished=record.history.finished,
         rounds_planned=_planned_rounds(record),
         rounds_finished=len(rounds),
@@ -179,9 +246,11 @@ def summarise(record: RunRecord) -> Summary:
             site for site in record.sites if any(site in found.replied for found in rounds)
         ),
         metric=metric,
-        methods=tuple(_method_row(method, record, metric) for method in record.methods),
+        methods=tuple(_method_row(m, record, metric, beside) for m in record.methods),
         by_site=rows,
-        sites_worse=tuple(row.site for row in rows if row.gain is not None and row.gain < 0),
+        sites_worse=tuple(row.site for row in rows if (row.gain or 0) < 0),
+        sites_worse_by_accuracy=tuple(row.site for row in rows if (row.gain_accuracy or 0) < 0),
+        labels=record.labels,
         probe_at_same_epsilon=_same_budget(
             record.method("federated"), record.method("probe_federated")
         ),
@@ -245,28 +314,61 @@ def _counted(record: RunRecord) -> dict[str, list[tuple[int, float]]]:
 def privacy_facts(record: RunRecord, curves: Curves) -> PrivacyFacts:
     """The guarantee as stated, or as far as an unfinished run can state it."""
     stated, section = record.privacy or {}, record.plan.get("privacy") or {}
-    by_site = {str(s): f.get("epsilon") for s, f in (stated.get("sites") or {}).items()}
+    sites = stated.get("sites") or {}
+    by_site = {str(s): f.get("epsilon") for s, f in sites.items()}
     if not by_site:
         by_site = {site: curve[-1][1] for site, curve in curves.items()}
     spent = {site: float(value) for site, value in by_site.items() if value is not None}
-    protected = section.get("mode", "none") != "none"
-    seeded = (record.plan.get("plan") or {}).get("seed") is not None
+    guarantee = _guarantee(record)
+    whole = section.get("mode") == "site"
+    unit = "site" if whole else str(stated.get("unit") or section.get("unit") or "record")
     return PrivacyFacts(
-        private=bool(stated.get("private", protected and not seeded)),
-        statement=str(stated.get("statement") or _statement(protected, seeded)),
-        unit=str(stated.get("unit") or section.get("unit") or "record"),
+        guarantee=guarantee,
+        private=bool(stated.get("private", guarantee == "secret")),
+        statement=str(stated.get("statement") or _STATEMENTS[guarantee]),
+        unit=unit,
+        protects="all records of a site together" if whole else f"each {unit}",
         adjacency=str(stated.get("adjacency") or "add or remove one unit at one site"),
         delta=stated.get("delta", section.get("delta")),
         budget=section.get("epsilon"),
         epsilon=max(spent.values(), default=None),
         epsilon_by_site=spent,
+        exposures=_exposures(sites.values()),
+        two_sites=stated.get("two_sites"),
     )
 
 
-def _statement(protected: bool, seeded: bool) -> str:
-    if not protected:
-        return "trained without differential privacy"
-    return "seeded: not private" if seeded else "no statement yet: the run has not come to its end"
+_STATEMENTS: Mapping[Guarantee, str] = {
+    "none": "trained without differential privacy",
+    "seeded": "seeded: not private",
+    "coordinator": "no statement yet: the run has not come to its end",
+    "secret": "no statement yet: the run has not come to its end",
+}
+
+
+def _guarantee(record: RunRecord) -> Guarantee:
+    section = record.plan.get("privacy") or {}
+    if section.get("mode", "none") == "none":
+        return "none"
+    if (record.plan.get("plan") or {}).get("seed") is not None:
+        return "seeded"
+    trusted = (section.get("site") or {}).get("noise") == "coordinator"
+    return "coordinator" if trusted else "secret"
+
+
+def _exposures(sites: Iterable[Mapping[str, Any]]) -> tuple[tuple[str, float], ...]:
+    """The largest epsilon against each adversary; nothing where all are one."""
+    largest: dict[str, float] = {}
+    for facts in sites:
+        for row in facts.get("exposures") or ():
+            to = str(row["to"])
+            largest[to] = max(largest.get(to, 0.0), float(row["epsilon"]))
+    return tuple(largest.items()) if len(largest) > 1 else ()
+
+
+def _head_only(record: RunRecord) -> bool:
+    site = (record.plan.get("optimizer") or {}).get("site") or {}
+    return int(site.get("head_rounds") or 0) >= _planned_rounds(record) > 0
 
 
 def _planned_rounds(record: RunRecord) -> int:
@@ -282,7 +384,16 @@ def _same_budget(one: Method | None, other: Method | None) -> bool:
     return abs(one.epsilon - other.epsilon) <= _SAME_EPSILON * max(one.epsilon, other.epsilon)
 
 
-def _method_row(method: Method, record: RunRecord, metric: Metric) -> MethodRow:
+def _spread(key: str, records: Sequence[RunRecord], metric: Metric) -> Spread | None:
+    """Mean and standard deviation of a method's score over runs; None with fewer than two."""
+    found = [method.test.get(metric.key) for r in records if (method := r.method(key))]
+    known = [value for value in found if value is not None]
+    return Spread(len(known), fmean(known), stdev(known)) if len(known) > 1 else None
+
+
+def _method_row(
+    method: Method, record: RunRecord, metric: Metric, beside: Sequence[RunRecord]
+) -> MethodRow:
     own, probe = record.method("own"), record.method("probe_federated")
     over_own = metric.gain(method.test, own.test) if own and method is not own else None
     over_probe = metric.gain(method.test, probe.test) if probe and method is not probe else None
@@ -296,29 +407,48 @@ def _method_row(method: Method, record: RunRecord, metric: Metric) -> MethodRow:
         gain_over_probe=over_probe,
         seconds=method.seconds,
         examples_seen=method.examples_seen,
+        recall=method.recall,
+        spread=_spread(method.key, [record, *beside], metric),
     )
+
+
+_COLUMNS = ("own", "federated", "personal", "pooled")
 
 
 def _site_rows(record: RunRecord, metric: Metric) -> tuple[SiteRow, ...]:
     by_key = {
-        key: found.by_site if (found := record.method(key)) else {}
-        for key in ("own", "federated", "pooled")
+        key: found.by_site if (found := record.method(key)) else {} for key in (*_COLUMNS, *TRIVIAL)
     }
     named = dict.fromkeys([*record.sites, *(site for found in by_key.values() for site in found)])
-    return tuple(
-        _site_row(site, *(found.get(site, {}) for found in by_key.values()), metric=metric)
-        for site in named
-        if any(site in found for found in by_key.values())
-    )
+    scored = [site for site in named if any(site in found for found in by_key.values())]
+    return tuple(_site_row(site, by_key, record, metric=metric) for site in scored)
 
 
 def _site_row(
-    site: str, own: Scores, federated: Scores, pooled: Scores, *, metric: Metric
+    site: str,
+    by_key: Mapping[str, Mapping[str, Scores]],
+    record: RunRecord,
+    *,
+    metric: Metric,
 ) -> SiteRow:
-    sizes: Iterable[float] = (found["n"] for found in (federated, own, pooled) if "n" in found)
-    n = next(iter(sizes), None)
-    gain = metric.gain(federated, own)
-    return SiteRow(site, None if n is None else int(n), own, federated, pooled, gain)
+    scores = {key: found.get(site, {}) for key, found in by_key.items()}
+    n = next((found["n"] for found in scores.values() if "n" in found), None)
+    own, federated, shared = scores["own"], scores["federated"], record.method("federated")
+    everywhere = {
+        key: method.everywhere.get(site, {}) if (method := record.method(key)) else {}
+        for key in ("own", "personal")
+    }
+    return SiteRow(
+        site=site,
+        n=None if n is None else int(n),
+        trivial=scores["majority"] or scores["base"],
+        **{key: scores[key] for key in _COLUMNS},
+        own_everywhere=everywhere["own"],
+        personal_everywhere=everywhere["personal"],
+        gain=metric.gain(federated, own),
+        gain_accuracy=ACCURACY.gain(federated, own),
+        gain_everywhere=metric.gain(shared.test, everywhere["own"]) if shared else None,
+    )
 
 
 def _time_split(record: RunRecord) -> TimeSplit:

@@ -12,7 +12,7 @@ from silotune.errors import PlanInvalid, SilotuneError, catalogue
 from silotune.events.view import Evaluation, RoundView, Trouble
 from silotune.plan import Plan
 from silotune.plan_words import plan_in_words
-from silotune.simulation.figures import Metric, Summary
+from silotune.simulation.figures import MACRO_F1, TRIVIAL, MethodRow, Summary
 from silotune.simulation.run_record import RunRecord
 from silotune.simulation.wording import (
     DASH,
@@ -27,11 +27,12 @@ from silotune.simulation.wording import (
 
 _COLUMNS = {
     "macro_f1": "macro-F1",
-    "accuracy": "accuracy",
+    "accuracy": "accuracy (micro-F1)",
     "loss": "loss",
     "perplexity": "perplexity",
 }
 _MOST_ROWS = 60
+_MOST_LABELS = 30
 
 _Item = TypeVar("_Item")
 
@@ -84,6 +85,8 @@ def tiles(found: Summary) -> list[Tile]:
     shown = []
     kinds: tuple[tuple[str, str, State], ...] = (
         ("federated", "federated", "federated"),
+        ("majority", "most frequent label", ""),
+        ("base", "base model as it came", ""),
         ("own", "own data only, mean", "own"),
         ("pooled", "pooled records", "pooled"),
         ("probe_federated", "head-only probe", "probe"),
@@ -100,8 +103,9 @@ def tiles(found: Summary) -> list[Tile]:
     if facts.budget is not None:
         worth = f"budget {facts.budget:g}, \N{GREEK SMALL LETTER DELTA} = {power(facts.delta)}"
         label = f"\N{GREEK SMALL LETTER EPSILON} per {facts.unit}"
-        note = worth if facts.private else "not private"
-        shown.append(Tile(label, epsilon(facts.epsilon), note, "" if facts.private else "worse"))
+        note = "not private" if facts.guarantee == "seeded" else worth
+        spent = epsilon(facts.budget if facts.guarantee == "coordinator" else facts.epsilon)
+        shown.append(Tile(label, spent, note, "worse" if facts.guarantee == "seeded" else ""))
     return shown
 
 
@@ -109,14 +113,15 @@ def method_table(found: Summary) -> Table | None:
     """Every method that was run; gains are differences, positive is better."""
     if not found.methods:
         return None
-    scores = _score_columns(found)
+    scores, spread = _score_columns(found), any(row.spread for row in found.methods)
     rows = [
         (
             row.title,
             *(score(row.test.get(column)) for column in scores),
+            *([_spread(row)] if spread else []),
             signed(row.gain_over_own),
             signed(row.gain_over_probe),
-            _guarantee(row.private and found.privacy.private, row.epsilon),
+            DASH if row.key in TRIVIAL else _guarantee(found, row.epsilon),
             DASH if row.examples_seen is None else f"{row.examples_seen:,.0f}",
             DASH if row.seconds is None else f"{row.seconds:,.1f}",
         )
@@ -125,6 +130,7 @@ def method_table(found: Summary) -> Table | None:
     head = (
         "method",
         *(_COLUMNS[column] for column in scores),
+        *([f"{found.metric.title} over runs"] if spread else []),
         "gain over own data",
         "gain over probe",
         "\N{GREEK SMALL LETTER EPSILON}",
@@ -134,53 +140,104 @@ def method_table(found: Summary) -> Table | None:
     kinds: dict[str, State] = {"own": "own", "pooled": "pooled", "federated": "federated"}
     marks = [kinds.get(r.key, "probe" if r.key.startswith("probe") else "") for r in found.methods]
     brief = ("over own data", "over probe", head[-3], "examples", "seconds")
-    short = (*head[: len(scores) + 1], *brief)
+    short = (*head[: len(scores) + 1 + spread], *brief)
     return Table(head, tuple(rows), tuple(marks), short)
 
 
 def site_table(found: Summary) -> Table | None:
-    """Each site's own held-out data under the three models."""
+    """What each site gains on everybody's cases, beside what it gains or gives up on its own."""
     if not found.by_site:
         return None
-    metric, title = found.metric, found.metric.title
-    second = Metric("accuracy", "accuracy", higher_is_better=True)
-    classes = metric.key == "macro_f1"
+    key, title = found.metric.key, found.metric.title
+    marks: list[State] = ["worse" if row.site in found.sites_worse else "" for row in found.by_site]
+    columns = [
+        ("always one label" if key == MACRO_F1.key else "base model", "trivial"),
+        ("own model", "own"),
+        ("federated", "federated"),
+        ("own head", "personal"),
+        ("pooled", "pooled"),
+    ]
+    shown = [(n, part) for n, part in columns if any(getattr(r, part) for r in found.by_site)]
     rows = [
         (
             printable(row.site),
             DASH if row.n is None else f"{row.n:,}",
-            *(score(s.get(metric.key)) for s in (row.own, row.federated, row.pooled)),
+            *(score(getattr(row, part).get(key)) for _, part in shown),
             signed(row.gain),
-            *([signed(second.gain(row.federated, row.own))] if classes else []),
+            *([signed(row.gain_accuracy)] if key == MACRO_F1.key else []),
+            *([signed(row.gain_everywhere)] if _own_everywhere(found) else []),
         )
         for row in found.by_site
     ]
-    head: tuple[str, ...] = ("site", "held out", "own model", "federated", "pooled")
-    short = (*head, "gain (F1)", "gain (acc.)") if classes else ()
-    head = (*head, f"gain, {title}", *(["gain, accuracy"] if classes else []))
-    marks: list[State] = ["worse" if row.site in found.sites_worse else "" for row in found.by_site]
-    return Table(head, tuple(rows), tuple(marks), short)
+    names = [name for name, _ in shown]
+    head = ["site", "held out", *names, f"gain at home, {title}"]
+    short = ["site", "held out", *names, "gain at home"]
+    if key == MACRO_F1.key:
+        head.append("gain at home, accuracy")
+        short.append("at home, accuracy")
+    if _own_everywhere(found):
+        head.append(f"gain on everybody's, {title}")
+        short.append("gain, everybody's")
+    return Table(tuple(head), tuple(rows), tuple(marks), tuple(short))
 
 
-def worse_sites(found: Summary) -> list[str]:
-    """One line for each site that is worse off with the federated model."""
-    key = found.metric.key
-    return [
-        f"{printable(row.site)}: {score(row.federated[key])} federated against "
-        f"{score(row.own[key])} with its own model ({signed(row.gain)})"
-        for row in found.by_site
-        if row.site in found.sites_worse
+def _own_everywhere(found: Summary) -> bool:
+    return any(row.gain_everywhere is not None for row in found.by_site)
+
+
+def recall_table(found: Summary) -> Table | None:
+    """Share of each label's records that each model finds (the rarest-found labels first)."""
+    kinds = [row for row in found.methods if row.recall]
+    federated = found.method("federated")
+    if federated is None or not federated.recall:
+        return None
+    labels = sorted(federated.recall, key=lambda label: federated.recall[label])[:_MOST_LABELS]
+    rows = [
+        (printable(label), *(score(row.recall.get(label)) for row in kinds)) for label in labels
     ]
+    return Table(("label", *(row.title for row in kinds)), tuple(rows))
+
+
+def exposure_table(found: Summary) -> Table | None:
+    """Against whom which epsilon holds, where that differs."""
+    rows = [(to, epsilon(value)) for to, value in found.privacy.exposures]
+    head = ("against", "\N{GREEK SMALL LETTER EPSILON}")
+    return Table(head, tuple(rows)) if rows else None
+
+
+def released_words(found: Summary) -> str:
+    """What the figures that sites let out are, as the run's privacy has it."""
+    return {
+        "secret": "Released by the sites under differential privacy",
+        "seeded": "Released by the sites with seeded noise, which hides nothing",
+        "coordinator": "Sent by the sites as they are, for the coordinator only",
+        "none": "Sent by the sites as they are, without privacy",
+    }[found.privacy.guarantee]
+
+
+def two_sites_words(found: Summary) -> str:
+    """What a person with records at two sites is left with."""
+    both = found.privacy.two_sites
+    if both is None:
+        return "If one person is at two sites, the two ε add up for that person."
+    shown = f"ε = {epsilon(both['epsilon'])} at δ = {power(both['delta'])}"
+    return f"A person with records at two sites is protected by {shown}."
 
 
 def chance(found: Summary) -> str:
     """How large a difference may be luck: two binomial standard errors of an accuracy."""
     smallest_site = min((row.n for row in found.by_site if row.n), default=None)
     all_of_them, smallest = found.margin(), found.margin(smallest_site)
+    several = max((row.spread.runs for row in found.methods if row.spread), default=1)
+    runs = (
+        "This is one run"
+        if several == 1
+        else f"Scores and gains are of this one of {several} runs, whose spread stands beside them"
+    )
     if smallest_site is None or all_of_them is None:
-        return "This is one run; small differences may be chance."
+        return f"{runs}; small differences may be chance."
     return (
-        "This is one run, and small differences may be chance: two standard errors of an accuracy "
+        f"{runs}, and small differences may be chance: two standard errors of an accuracy "
         f"are {all_of_them:.3f} on all held-out data and {smallest:.3f} on the smallest site's "
         f"{smallest_site:,} texts, and more where held-out texts resemble each other."
     )
@@ -312,10 +369,17 @@ def _score_columns(found: Summary) -> tuple[str, ...]:
     return ("macro_f1", "accuracy") if found.metric.key == "macro_f1" else ("loss", "perplexity")
 
 
-def _guarantee(private: bool, value: float | None) -> str:
+def _spread(row: MethodRow) -> str:
+    """Mean and standard deviation over runs, and how many."""
+    found = row.spread
+    return DASH if found is None else f"{found.mean:.3f} ± {found.deviation:.3f} ({found.runs})"
+
+
+def _guarantee(found: Summary, value: float | None) -> str:
     if value is None:
         return "none"
-    return epsilon(value) if private else f"{epsilon(value)} (not private)"
+    caveat = {"seeded": " (not private)", "coordinator": " (not from the coordinator)"}
+    return f"{epsilon(value)}{caveat.get(found.privacy.guarantee, '')}"
 
 
 def _figure(value: float | None) -> str:

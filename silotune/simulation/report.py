@@ -6,7 +6,7 @@ mailed, archived and opened on a machine without a network.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,22 @@ from silotune.simulation.charts_rounds import bytes_chart, time_chart, timeline_
 from silotune.simulation.charts_scores import epsilon_chart, learning_chart, site_chart
 from silotune.simulation.figures import Summary, summarise
 from silotune.simulation.run_directory import write_atomically
-from silotune.simulation.run_record import RunRecord, read_record
-from silotune.simulation.verdict import probe_verdict, verdict
+from silotune.simulation.run_record import RunRecord, read_beside, read_record
+from silotune.simulation.verdict import site_verdict, verdict
 from silotune.simulation.wording import octets, plural, power
 
 
-def write_report(run_dir: Path) -> Path:
+def write_report(run_dir: Path, *, beside: Sequence[Path] = ()) -> Path:
     """Write ``report.html`` and ``report-*.png`` into a run directory, finished or not.
 
     Equal runs give equal bytes: nothing in the report is the time it was written at.
+
+    Parameters
+    ----------
+    run_dir : Path
+        The run.
+    beside : sequence of Path
+        Other runs of its plan, seeds apart, for the spread of the scores.
 
     Returns
     -------
@@ -40,10 +47,10 @@ def write_report(run_dir: Path) -> Path:
     Raises
     ------
     RunDirectoryInvalid
-        The folder is no run, or one of its files is damaged.
+        A folder is no run or damaged, or a run beside it is of another plan.
     """
     record = read_record(run_dir)
-    found = summarise(record)
+    found = summarise(record, beside=read_beside(record, beside))
     charts = draw_charts(record, found)
     for chart in charts.values():
         write_atomically(run_dir / f"report-{chart.name}.png", chart.png)
@@ -106,14 +113,17 @@ def _words(record: RunRecord, found: Summary) -> dict[str, Any]:
         "verdict": verdict(found),
         "tiles": page.tiles(found),
         "methods": page.method_table(found),
-        "probe_words": " ".join(probe_verdict(found)),
+        "recall": page.recall_table(found),
         "chance": page.chance(found),
         "curve_split": curve[-1].split if curve else "",
         "released": released[-1] if released else None,
         "sites": page.site_table(found),
-        "worse": page.worse_sites(found),
+        "site_words": site_verdict(found),
         "sites_left_out": len(found.by_site) > MOST_SITES,
-        "protected": found.privacy.budget is not None,
+        "protected": found.privacy.guarantee in {"secret", "seeded"},
+        "released_words": page.released_words(found),
+        "two_sites": page.two_sites_words(found),
+        "exposed": page.exposure_table(found),
         "delta": power(found.privacy.delta),
         "certified": bool(record.privacy),
         "mechanism": page.privacy_table(record),
@@ -132,15 +142,19 @@ def _words(record: RunRecord, found: Summary) -> dict[str, Any]:
 def _alarm(found: Summary) -> tuple[str, str]:
     """What must be read before anything else: that a run gives no privacy."""
     facts = found.privacy
-    if facts.private:
-        return "", ""
-    if facts.budget is None:
-        return "Not private.", "This run was made without differential privacy, for comparison."
-    return (
-        f"{facts.statement[:1].upper()}{facts.statement[1:]}.",
-        "Whoever knows the seed can remove the noise. Use this run to look at accuracy and to "
-        "repeat it, never as a guarantee.",
-    )
+    match facts.guarantee:
+        case "none":
+            return "Not private.", "This run was made without differential privacy, for comparison."
+        case "seeded":
+            return (
+                f"{facts.statement[:1].upper()}{facts.statement[1:]}.",
+                "Whoever knows the seed can remove the noise. Use this run to look at accuracy and "
+                "to repeat it, never as a guarantee.",
+            )
+        case "coordinator":
+            return "Private from all but the coordinator.", "It sees the updates without noise."
+        case "secret":
+            return "", ""
 
 
 def _time_words(found: Summary) -> str:

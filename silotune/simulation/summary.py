@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from rich.text import Text
 
 from silotune.simulation.figures import Metric, SiteRow, Summary, summarise
 from silotune.simulation.run_directory import jsonable
-from silotune.simulation.run_record import read_record
+from silotune.simulation.run_record import read_beside, read_record
 from silotune.simulation.verdict import verdict
 from silotune.simulation.wording import DASH, epsilon, printable, score, signed
 
@@ -20,7 +21,7 @@ _MOST_SITES = 12
 _EPSILON = "\N{GREEK SMALL LETTER EPSILON}"
 
 
-def summary(run_dir: Path) -> dict[str, Any]:
+def summary(run_dir: Path, *, beside: Sequence[Path] = ()) -> dict[str, Any]:
     """Summarise a run, finished or not, as plain JSON data.
 
     Returns
@@ -33,7 +34,8 @@ def summary(run_dir: Path) -> dict[str, Any]:
     RunDirectoryInvalid
         The folder is no run, or one of its files is damaged.
     """
-    found = summarise(read_record(run_dir))
+    record = read_record(run_dir)
+    found = summarise(record, beside=read_beside(record, beside))
     plain = jsonable({**asdict(found), "verdict": verdict(found)})
     assert isinstance(plain, dict)
     return plain
@@ -55,7 +57,7 @@ def print_summary(run_dir: Path, console: Console) -> None:
         console.print(_sites(found))
     if found.methods:
         console.print()
-    if not found.privacy.private:
+    if found.privacy.guarantee in {"none", "seeded"}:
         console.print(Text(f"NOT PRIVATE: {found.privacy.statement}", style="bold red"))
     for sentence in verdict(found):
         console.print(Text(sentence), soft_wrap=False)
@@ -80,25 +82,38 @@ def _methods(found: Summary) -> Table:
     return table
 
 
+_COLUMNS = (
+    ("trivial", "trivial"),
+    ("own", "own"),
+    ("federated", "federated"),
+    ("own head", "personal"),
+)
+
+
 def _sites(found: Summary) -> Table:
-    table = _table("each site's own test data", ["own", "federated", "pooled", "over own"])
+    """Each site at home, and the gain there (red where it is none) beside that on everybody's data."""
+    columns = [(n, key) for n, key in _COLUMNS if any(getattr(r, key) for r in found.by_site)]
+    names = [name for name, _ in columns]
+    table = _table("each site's own test data", [*names, "at home", "on all"])
     shown = sorted(found.by_site, key=_gain)[:_MOST_SITES]
     for row in [site for site in found.by_site if site in shown]:
-        scores = (_value(row, kind, found.metric) for kind in ("own", "federated", "pooled"))
-        worse = row.gain is not None and row.gain < 0
-        gain = Text(signed(row.gain), style="red" if worse else "")
-        table.add_row(Text(printable(row.site)), *map(score, scores), gain)
+        scores = [score(_value(row, key, found.metric)) for _, key in columns]
+        gains = [_signed(gain) for gain in (row.gain, row.gain_everywhere)]
+        table.add_row(Text(printable(row.site)), *scores, *gains)
     if len(found.by_site) > len(shown):
-        rest = len(found.by_site) - len(shown)
-        table.add_row(f"and {rest} with larger gains", *[""] * 4)
+        table.add_row(f"and {len(found.by_site) - len(shown)} with larger gains")
     return table
+
+
+def _signed(gain: float | None) -> Text:
+    return Text(signed(gain), style="red" if gain is not None and gain < 0 else "")
 
 
 def _table(first: str, numbers: list[str]) -> Table:
     table = Table(box=None, padding=(0, 1), show_edge=False)
     table.add_column(first, no_wrap=True, overflow="ellipsis", min_width=20)
     for name in numbers:
-        table.add_column(name, no_wrap=True, justify="right")
+        table.add_column(name, no_wrap=True, justify="right", min_width=max(len(name), 6))
     return table
 
 

@@ -1,24 +1,141 @@
 """The outcome of a run in plain words, with the numbers that carry it.
 
-The words follow the numbers: where federating or the adapter does not pay, the text says so.
+The words follow the numbers: where federating or the adapter does not pay, the text says so, and what
+any model must beat comes first. A sentence that no number carries is not written.
 """
 
 from __future__ import annotations
 
-from silotune.simulation.figures import MethodRow, Metric, Summary
-from silotune.simulation.wording import epsilon, listed, plural, power, score, signed
+from collections.abc import Callable, Iterable
+from statistics import fmean
+
+from silotune.simulation.figures import (
+    ACCURACY,
+    MACRO_F1,
+    MethodRow,
+    Metric,
+    SiteRow,
+    Summary,
+)
+from silotune.simulation.run_record import Scores
+from silotune.simulation.wording import epsilon, listed, plural, power, quoted, score, signed
+
+# Of a loss no spread is known. A perplexity that falls by less than a hundredth is no result.
+_LEAST_LOSS = 0.01
+# Shares of a label that differ less between two sites don't explain much.
+_SIDED = 0.2
 
 
 def verdict(found: Summary) -> list[str]:
     """Sentences for the head of the report and the end of a run, most important first."""
     return [
+        *trivial_verdict(found),
+        *worth(found),
+        *_unfound(found),
         *_progress(found),
         *_scores(found),
         *_left_out(found),
         *probe_verdict(found),
-        *_sites(found),
+        *site_verdict(found),
+        *sides(found),
+        *personal_verdict(found),
         *_privacy(found),
     ]
+
+
+def trivial_verdict(found: Summary) -> list[str]:
+    """What is to be said first of a model that is no better than none; else nothing."""
+    federated, trivial = found.method("federated"), found.trivial
+    rivals = _no_better(found)
+    if federated is None or trivial is None or not rivals:
+        return []
+    if found.metric.key != MACRO_F1.key:
+        return [
+            "The run taught the model next to nothing: its loss on held-out data is "
+            f"{_value(federated, found.metric)}, that of the base model as it came "
+            f"{_value(trivial, found.metric)}."
+        ]
+    how = "" if len(rivals) > 1 else f", counted by {rivals[0].title}"
+    told = _pairs(federated.test, trivial.test)
+    return [f"The model is no better than no model{how}: {_lower(trivial.title)} has {told}."]
+
+
+def _no_better(found: Summary) -> tuple[Metric, ...]:
+    """The scores by which the model is no better than what needs no training, but for chance."""
+    federated, trivial = found.method("federated"), found.trivial
+    if federated is None or trivial is None:
+        return ()
+    if found.metric.key != MACRO_F1.key:
+        gain = found.metric.gain(federated.test, trivial.test)
+        return (found.metric,) if gain is not None and gain <= _LEAST_LOSS else ()
+    margin, gains = found.margin() or 0.0, {}
+    for metric in (ACCURACY, MACRO_F1):
+        gains[metric] = metric.gain(federated.test, trivial.test)
+    return tuple(m for m, gain in gains.items() if gain is not None and gain <= margin)
+
+
+def _pairs(new: Scores, old: Scores) -> str:
+    """Both scores of a trivial answer, with the model's."""
+    return " and ".join(
+        f"{metric.title} {score(old.get(metric.key))} (the model {score(new.get(metric.key))})"
+        for metric in (ACCURACY, MACRO_F1)
+    )
+
+
+def worth(found: Summary) -> list[str]:
+    """Whether federating is worth it, and for whom; nothing before there is a result."""
+    federated, own, metric = found.method("federated"), found.method("own"), found.metric
+    if federated is None or not _known(metric, federated) or metric in _no_better(found):
+        return []
+    if own is None or not _known(metric, own):
+        return [
+            "Whether federating is worth it to a site can't be told from this run: no site's own model "
+            "was trained beside it."
+        ]
+    gain = metric.gain(federated.test, own.test) or 0.0
+    told = (
+        f"on everybody's held-out cases the federated model reaches {metric.title} "
+        f"{_value(federated, metric)}, the sites' own models {_value(own, metric)} on average"
+    )
+    if gain <= 0:
+        return [f"Federating is not worth it here: {told}."]
+    if metric.key == MACRO_F1.key and gain <= (found.margin() or 0.0):
+        return [f"Whether federating is worth it here can't be told from chance: {told}."]
+    return [_for_whom(found, told)]
+
+
+def _for_whom(found: Summary, told: str) -> str:
+    """Who gains, where everybody's cases are judged better: all, or those who meet such cases."""
+    compared = [row for row in found.by_site if row.gain is not None]
+    worse = [row.site for row in compared if _loses(row)]
+    if not compared:
+        return f"Federating is worth it for a site that meets everybody's kinds of cases: {told}."
+    if not worse:
+        return (
+            f"Federating is worth it for every site: {told}, and on no site's own cases is its own "
+            "model better."
+        )
+    names = "" if len(worse) == len(compared) else f" ({listed(worse)})"
+    scores = f"by {found.metric.title} or accuracy " if found.metric.key == MACRO_F1.key else ""
+    return (
+        f"Federating is worth it for a site that meets everybody's kinds of cases: {told}. It is not "
+        f"for one that only ever meets its own: there the own model is better {scores}at "
+        f"{len(worse)} of {plural(len(compared), 'site')}{names}."
+    )
+
+
+def _loses(row: SiteRow) -> bool:
+    """Whether any score of a site's own data falls by federating."""
+    return (row.gain or 0.0) < 0 or (row.gain_accuracy or 0.0) < 0
+
+
+def _unfound(found: Summary) -> list[str]:
+    federated = found.method("federated")
+    missed = [name for name, share in (federated.recall if federated else {}).items() if share == 0]
+    if not missed:
+        return []
+    names = listed([quoted(name) for name in missed])
+    return [f"It finds none of the held-out records labelled {names}."]
 
 
 def _progress(found: Summary) -> list[str]:
@@ -27,8 +144,9 @@ def _progress(found: Summary) -> list[str]:
         return [f"The run has {who}; no round has finished yet."]
     if len(found.sites_trained) < len(found.sites):
         who = f"{len(found.sites_trained)} of {who}"
+    rounds = plural(found.rounds_finished, "round")
     if found.finished:
-        return [f"{who} trained one adapter together in {plural(found.rounds_finished, 'round')}."]
+        return [f"{who} trained one {found.trained} together in {rounds}."]
     return [
         f"This run is not finished: {found.rounds_finished} of {found.rounds_planned} rounds are "
         f"done with {who}, and what follows describes those."
@@ -42,10 +160,12 @@ def _scores(found: Summary) -> list[str]:
     text = f"On all sites' held-out data it reaches a {metric.title} of {_value(federated, metric)}"
     parts = [_against(found, key, words) for key, words in _RIVALS]
     compared = [part for part in parts if part]
-    return [f"{text}: {' and '.join(compared)}." if compared else f"{text}."]
+    return [f"{text}: {'; '.join(compared)}." if compared else f"{text}."]
 
 
 _RIVALS = (
+    ("majority", "the most frequent label for everything ({score})"),
+    ("base", "the base model as it came ({score})"),
     ("own", "a site's own data alone (mean over sites {score})"),
     ("pooled", "training on all records pooled ({score})"),
 )
@@ -74,12 +194,20 @@ def _interim(found: Summary) -> list[str]:
         return []
     return [
         f"After round {last['round']} the simulator's own view of the {last['split']} data gives a "
-        f"{found.metric.title} of {score(last[found.metric.key])}; no baseline has been run."
+        f"{found.metric.title} of {score(last[found.metric.key])}."
     ]
+
+
+def _known(metric: Metric, *rows: MethodRow) -> bool:
+    return all(metric.key in row.test for row in rows)
 
 
 def _value(row: MethodRow, metric: Metric) -> str:
     return score(row.test.get(metric.key))
+
+
+def _lower(title: str) -> str:
+    return title[:1].lower() + title[1:]
 
 
 def _against(found: Summary, key: str, words: str) -> str:
@@ -119,29 +247,115 @@ def probe_verdict(found: Summary) -> list[str]:
     ]
 
 
-def _sites(found: Summary) -> list[str]:
+def site_verdict(found: Summary) -> list[str]:
+    """At how many sites the own model is better on the site's own data, by every score there is."""
     compared = [row for row in found.by_site if row.gain is not None]
     if not compared:
         return []
-    if not found.sites_worse:
-        return [
-            f"On its own held-out data, no site of {len(compared)} is better off with its own model."
-        ]
+    parts = [_by(found.metric, found.sites_worse, len(compared))]
+    if found.metric.key == MACRO_F1.key:
+        parts.append(_by(ACCURACY, found.sites_worse_by_accuracy, len(compared)))
     return [
-        f"On its own held-out data, federating is worse than the own model at "
-        f"{len(found.sites_worse)} of {plural(len(compared), 'site')}: {listed(found.sites_worse)}."
+        "On a site's own held-out data its own model is better than the federated one at "
+        f"{', and at '.join(parts)}."
+    ]
+
+
+def _by(metric: Metric, sites: tuple[str, ...], of: int) -> str:
+    if not sites:
+        return f"none of {plural(of, 'site')} by {metric.title}"
+    names = "" if len(sites) == of and of > 1 else f" ({listed(sites)})"
+    return f"{len(sites)} of {plural(of, 'site')} by {metric.title}{names}"
+
+
+def sides(found: Summary) -> list[str]:
+    """Why own models may do well at home only: the sites' labels differ."""
+    widest = _widest(found)
+    rows = [row for row in found.by_site if row.own and row.own_everywhere]
+    if widest is None or not any(_loses(row) for row in rows):
+        return []
+    label, (low, least), (high, most) = widest
+    home, away = (_mean(found.metric, rows, part) for part in (_own, _own_everywhere))
+    if home is None or away is None or home <= away:
+        return []
+    return [
+        f"The sites see different sides of the labels: {quoted(label)} is {least:.0%} of the held-out "
+        f"records at {low} and {most:.0%} at {high}. An own model may lean on its site's mix, so the "
+        f"own models reach {found.metric.title} {home:.3f} on their sites' own cases and {away:.3f} on "
+        "everybody's."
+    ]
+
+
+def _widest(found: Summary) -> tuple[str, tuple[str, float], tuple[str, float]] | None:
+    """The label whose share differs most between two sites, with both; None if none differs much."""
+    best = None
+    for label in dict.fromkeys(name for shares in found.labels.values() for name in shares):
+        shares = sorted((of.get(label, 0.0), site) for site, of in found.labels.items())
+        (least, low), (most, high) = shares[0], shares[-1]
+        if best is None or most - least > best[0]:
+            best = most - least, (label, (low, least), (high, most))
+    return best[1] if best is not None and best[0] >= _SIDED else None
+
+
+def _own(row: SiteRow) -> Scores:
+    return row.own
+
+
+def _own_everywhere(row: SiteRow) -> Scores:
+    return row.own_everywhere
+
+
+def _personal(row: SiteRow) -> Scores:
+    return row.personal
+
+
+def _personal_everywhere(row: SiteRow) -> Scores:
+    return row.personal_everywhere
+
+
+def _federated(row: SiteRow) -> Scores:
+    return row.federated
+
+
+def _mean(
+    metric: Metric, rows: Iterable[SiteRow], part: Callable[[SiteRow], Scores]
+) -> float | None:
+    """Mean of a score over sites; None if any lacks it."""
+    values = [part(row).get(metric.key) for row in rows]
+    known = [value for value in values if value is not None]
+    return fmean(known) if known and len(known) == len(values) else None
+
+
+def personal_verdict(found: Summary) -> list[str]:
+    """What a head of the site's own on the federated adapter is worth at home."""
+    rows = [row for row in found.by_site if row.personal and row.own and row.federated]
+    means = [_mean(found.metric, rows, part) for part in (_personal, _own, _federated)]
+    personal, own, federated = means
+    if personal is None or own is None or federated is None:
+        return []
+    gains = [found.metric.gain(row.personal, row.own) or 0.0 for row in rows]
+    better = sum(gain > 0 for gain in gains)
+    everywhere = _mean(found.metric, rows, _personal_everywhere)
+    away = "" if everywhere is None else f", and {everywhere:.3f} on everybody's"
+    return [
+        "With a head of its own, trained on from the federated one and kept at the site, a site "
+        f"reaches {found.metric.title} {personal:.3f} on its own cases on average{away}. On its own "
+        f"cases its own model reaches {own:.3f} and the federated one {federated:.3f}; the head of its "
+        f"own is better than the own model at {better} of {plural(len(rows), 'site')}."
     ]
 
 
 def _privacy(found: Summary) -> list[str]:
     facts = found.privacy
-    if facts.budget is None:
+    if facts.guarantee == "none" or facts.budget is None:
         return ["The run gives no differential privacy."]
+    if facts.guarantee == "coordinator":
+        return [f"Privacy: {facts.statement}."]
     if facts.epsilon is None:
         return [
             f"The plan's privacy budget is ε = {facts.budget:g}; what has been spent is not known yet."
         ]
-    spent = f"ε = {epsilon(facts.epsilon)} at δ = {power(facts.delta)} for each {facts.unit}"
-    if facts.private:
-        return [f"Privacy: {spent} (the largest of the sites; budget ε = {facts.budget:g})."]
-    return [f"Not private ({facts.statement}): with secret noise it would be {spent}."]
+    spent = f"ε = {epsilon(facts.epsilon)} at δ = {power(facts.delta)} for {facts.protects}"
+    if facts.guarantee == "seeded" or not facts.private:
+        return [f"Not private ({facts.statement}): with secret noise it would be {spent}."]
+    return [f"Privacy: {spent} (the largest of the sites; budget ε = {facts.budget:g})."]

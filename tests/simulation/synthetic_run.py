@@ -92,11 +92,13 @@ class Synthetic:
         run.write_json("resolved.json", self.resolved(run.name))
         self.events(run)
         if self.stop_after is None:
-            if self.baselines:
-                run.write_json("results.json", {"methods": self.methods(), "view": "simulator"})
-            elif not self.bare:
-                federated = [m for m in self.methods() if m["key"] == "federated"]
-                run.write_json("results.json", {"methods": federated, "view": "simulator"})
+            alone = {"federated", "majority", "base"}
+            methods = [m for m in self.methods() if self.baselines or m["key"] in alone]
+            if not self.bare:
+                labels = {} if self.causal else self.labels()
+                run.write_json(
+                    "results.json", {"methods": methods, "view": "simulator", "labels": labels}
+                )
             run.write_json("privacy.json", self.privacy())
         return run.root
 
@@ -262,26 +264,50 @@ class Synthetic:
     def methods(self):
         table = [
             ("federated", "Federated LoRA", 0.817, 1, 66.2),
+            ("majority", "Always \u201cacute\u201d", 0.36, None, None),
             ("own", "Each site's own data only", 0.624, 0, 61.0),
+            ("personal", "Federated, with a head of one's own", 0.701, 2, 9.0),
             ("pooled", "Pooled records", 0.832, 2, 58.9),
             ("probe_federated", "Federated head-only probe", self.probe, 1, 1.9),
         ]
         if self.causal:
-            table = table[:3]
-        epsilon = 8.0 if self.private else None
-        return [
-            {
-                "key": key,
-                "title": title,
-                "private": self.private and not self.seeded,
-                "epsilon": epsilon,
-                "test": self.metrics(score),
-                "by_site": self.by_site(column, key),
-                "seconds": seconds,
-                "examples_seen": 67100,
+            table = [row for row in table if row[0] in {"federated", "own", "pooled"}]
+            table.insert(1, ("base", "The base model as it came", 0.3, None, None))
+        return [self.method(*row) for row in table]
+
+    def method(self, key, title, score, column, seconds):
+        trained = column is not None
+        found = {
+            "key": key,
+            "title": title,
+            "private": trained and self.private and not self.seeded,
+            "epsilon": 8.0 if trained and self.private else None,
+            "test": self.metrics(score),
+            "by_site": self.by_site(column, key),
+            "seconds": seconds,
+            "examples_seen": 67100 if trained else 0,
+        }
+        if key in {"own", "personal"}:
+            found["everywhere"] = {
+                name: self.metrics(score + 0.01 * (index % 5 - 2))
+                for index, name in enumerate(self.sites)
             }
-            for key, title, score, column, seconds in table
-        ]
+        elif not self.causal:
+            constant = key == "majority"
+            found["recall"] = {
+                "acute": 1.0 if constant else score + 0.03,
+                "chronic": 0.0 if constant else score - 0.03,
+            }
+        return found
+
+    def labels(self):
+        """Shares of the labels at each site: from 20 % chronic to 80 %."""
+        steps = max(1, len(self.sites) - 1)
+        shares = [0.2 + 0.6 * index / steps for index in range(len(self.sites))]
+        return {
+            name: {"acute": 1 - share, "chronic": share}
+            for name, share in zip(self.sites, shares, strict=True)
+        }
 
     def metrics(self, score):
         if self.causal:
@@ -291,9 +317,8 @@ class Synthetic:
     def by_site(self, column, key):
         found = {}
         for index, (name, units) in enumerate(self.sites.items()):
-            score = BY_SITE[index % len(BY_SITE)][column] + (
-                0.004 if key.startswith("probe") else 0
-            )
+            score = 0.35 if column is None else BY_SITE[index % len(BY_SITE)][column]
+            score += 0.004 if key.startswith("probe") else 0
             found[name] = {**self.metrics(score), "n": units // 4}
         return found
 

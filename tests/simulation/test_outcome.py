@@ -2,15 +2,18 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from dp_accounting.dp_event import ComposedDpEvent, MixtureOfGaussiansDpEvent
 from dp_accounting.pld import PLDAccountant
 
 from silotune.plan import Plan
 from silotune.privacy.accounting import gaussian_event, step_event
-from silotune.simulation.outcome import write_privacy
+from silotune.simulation.outcome import _trivial, write_privacy
 from silotune.simulation.run_directory import RunDirectory
+from silotune.simulation.spectator import Spectator
 from tests.golden.make_certificate import DELTA, PLAN
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "certificate.json"
@@ -54,3 +57,33 @@ def test_local_noise_adds_epsilons_and_deltas(tmp_path):
     told = privacy_of(tmp_path, plan, certificates(epsilon=3.0))
     assert told["two_sites"] == {"epsilon": 6.0, "delta": 2 * DELTA}
     assert "epsilon = 6.00 at delta = 2e-05" in told["statement"]
+
+
+def test_a_language_model_is_scored_before_training_too():
+    """An adapter of zeros is the base model as it came; its loss is the row to beat."""
+    plan = causal_plan()
+    asked = []
+
+    class Looking:
+        def score(self, adapter, **request):
+            asked.append((adapter.tolist(), request["split"]))
+            return {"alpha": {"counts": np.array([32.4, 10.0])}}
+
+    store = SimpleNamespace(joined=["alpha"])
+    base = Spectator(plan, store=store, view=Looking()).base_counts(3)
+    assert asked == [([0.0, 0.0, 0.0], "test")]
+    (row,) = _trivial(plan, {"alpha": np.array([32.38, 10.0])}, base)
+    assert row["title"] == "The base model as it came"
+    assert row["test"]["loss"] == pytest.approx(3.24)
+
+
+def causal_plan():
+    return Plan.from_mapping(
+        {
+            "plan": {"name": "x", "purpose": "x"},
+            "model": {"base": "x", "task": "causal_lm"},
+            "data": {"dataset": "d"},
+            "rounds": {"number": 2},
+            "privacy": {"mode": "none", "rate": 0.1},
+        }
+    )

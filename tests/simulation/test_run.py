@@ -59,12 +59,38 @@ def test_epsilon_of_every_site_is_the_plans_and_grows_by_round(whole):
 
 def test_the_baselines_are_scored_on_the_same_records(whole):
     methods = {m["key"]: m for m in whole[0].read_json("results.json")["methods"]}
-    assert set(methods) == {"federated", "own", "pooled", "probe_federated", "probe_pooled"}
+    trained = {"federated", "own", "pooled", "probe_federated", "probe_pooled", "personal"}
+    assert set(methods) == {*trained, "majority"}
     sizes = [{site: row["n"] for site, row in m["by_site"].items()} for m in methods.values()]
     assert all(size == sizes[0] for size in sizes)
-    used = {key: m["examples_seen"] for key, m in methods.items()}
+    used = {key: m["examples_seen"] for key, m in methods.items() if key in trained}
     # Poisson samples of the same rate over the same records: about 160 records times 5 steps.
     assert max(used.values()) < 1.5 * min(used.values())
+
+
+def test_what_needs_no_training_is_scored_on_the_very_same_records(whole):
+    found = whole[0].read_json("results.json")
+    methods = {m["key"]: m for m in found["methods"]}
+    sizes = {site: row["n"] for site, row in methods["federated"]["by_site"].items()}
+    counts = {
+        label: sum(sizes[site] * shares[label] for site, shares in found["labels"].items())
+        for label in ("no", "yes")
+    }
+    most = max(counts, key=counts.get)
+    assert methods["majority"]["title"] == f"Always “{most}”"
+    accuracy = methods["majority"]["test"]["accuracy"]
+    assert accuracy == pytest.approx(counts[most] / sum(counts.values()))
+    assert methods["majority"]["recall"] == {"no": most == "no", "yes": most == "yes"}
+    for site, row in methods["majority"]["by_site"].items():
+        assert row["accuracy"] == pytest.approx(max(found["labels"][site].values()))
+
+
+def test_models_of_ones_own_are_scored_on_everybodys_records_too(whole):
+    methods = {m["key"]: m for m in whole[0].read_json("results.json")["methods"]}
+    for key in ("own", "personal"):
+        scores = [methods[key]["everywhere"][site]["macro_f1"] for site in SITES]
+        assert methods[key]["test"]["macro_f1"] == pytest.approx(sum(scores) / 3)
+        assert set(methods[key]["by_site"]) == set(SITES)
 
 
 def test_the_simulators_curve_is_marked_as_its_own_view(whole):

@@ -3,15 +3,21 @@
 import io
 import json
 import math
+import statistics
 from collections import Counter
 
 import pytest
 from rich.console import Console
 from synthetic_run import BY_SITE, HOSPITALS, VARIANTS, Synthetic
+from typer.testing import CliRunner
 
+from silotune.cli import app
 from silotune.errors import RunDirectoryInvalid
 from silotune.privacy.accounting import epsilon, step_event
+from silotune.simulation.figures import summarise
+from silotune.simulation.page import method_table
 from silotune.simulation.run_directory import RunDirectory
+from silotune.simulation.run_record import read_record
 from silotune.simulation.summary import print_summary, summary
 
 
@@ -137,3 +143,42 @@ def test_what_is_not_private_is_printed_as_such(made):
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(RunDirectoryInvalid):
         summary(tmp_path)
+
+
+def with_score(folder, score, *, seed=None, plan=None):
+    root = Synthetic(faults=False).write(folder)
+    run = RunDirectory(root)
+    results = run.read_json("results.json")
+    results["methods"][0]["test"]["macro_f1"] = score
+    run.write_json("results.json", results)
+    facts = run.read_json("resolved.json")
+    facts["plan"]["plan"]["seed"] = seed
+    facts["plan"]["privacy"] |= plan or {}
+    run.write_json("resolved.json", facts)
+    return root
+
+
+def test_runs_of_one_plan_show_their_spread_side_by_side(tmp_path):
+    scores = (0.80, 0.82, 0.87)
+    first, *others = [with_score(tmp_path / f"{s}", s, seed=n) for n, s in enumerate(scores)]
+    beside = [word for other in others for word in ("--beside", str(other))]
+    done = CliRunner().invoke(app, ["report", str(first), *beside, "--json"])
+    row = rows(json.loads(done.output))["federated"]
+    assert row["spread"] == {
+        "runs": 3,
+        "mean": pytest.approx(statistics.fmean(scores)),
+        "deviation": pytest.approx(statistics.stdev(scores)),
+    }
+    record = read_record(first)
+    found = summarise(record, beside=[read_record(other) for other in others])
+    table = method_table(found)
+    assert "0.830 ± 0.036 (3)" in table.rows[0]
+    assert all(len(row) == len(table.head) == len(table.short) for row in table.rows)
+
+
+def test_a_run_of_another_plan_or_the_run_itself_has_no_place_beside_it(tmp_path):
+    first = with_score(tmp_path / "one", 0.8)
+    other = with_score(tmp_path / "other", 0.8, plan={"epsilon": 3.0})
+    for wrong, word in ((other, "another plan"), (first, "the run itself")):
+        with pytest.raises(RunDirectoryInvalid, match=word):
+            summary(first, beside=[wrong])
