@@ -15,6 +15,7 @@ from silotune.privacy.checks import noise_is_plausible, require_moved, snapshot
 from silotune.privacy.clipping import attach
 from silotune.privacy.engine import ClipGroup, DpSgd, PlainSgd
 from silotune.privacy.noise import SeededNoise
+from silotune.privacy.samples import row_norms
 
 TOLERANCE = 1e-5
 
@@ -275,17 +276,98 @@ def engine_for(model, **options):
     return attached, DpSgd(attached, one_group(attached), **options)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_gradient_that_is_not_finite_stops_the_step_for_good(bad):
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("units", [None, [0, 1, 0, 2]])
+def test_a_unit_whose_gradient_is_not_finite_adds_nothing(bad, units):
+    """Not a failure, which would tell that the unit was drawn: zero is within every clip."""
+    model, batch = toy(), sequences(4)
+    attached = attach(model)
+    groups = split_groups(attached, head_clip=0.5, adapter_clip=2.0, head_share=0.2)
+
+    def total(chosen, factors):
+        engine = DpSgd(attached, groups, sigma=1.0, noise=Noise())
+        given = None if units is None else torch.tensor(units)[chosen]
+        losses = toy_losses(model, rows(batch, chosen)) * torch.tensor(factors)
+        engine.accumulate(losses, units=given, n_units=None if units is None else 3)
+        return clean_sum(attached, engine)
+
+    poisoned = total([0, 1, 2, 3], [1.0, bad, 1.0, 1.0])
+    assert relative_error(poisoned, total([0, 2, 3], [1.0, 1.0, 1.0])) < 1e-6
+    attached.norms_checked = False
+    assert all(not s.any() for s in total([0, 1, 2, 3], [bad] * 4))
+
+
+def test_a_gradient_beyond_the_squares_of_float32_is_clipped_like_any_other():
+    head = nn.Linear(50, 3)
+    attached, engine = engine_for(head)
+    engine.accumulate(head(torch.full((2, 50), 1e30)).sum(1))
+    norm = torch.cat([s.flatten() for s in clean_sum(attached, engine)]).double().norm()
+    assert 1.9999 < float(norm) <= 2.0
+
+
+def test_an_error_in_one_micro_batch_leaves_the_step_as_it_was():
     model = toy()
-    _, engine = engine_for(model)
+    attached, engine = engine_for(model)
     engine.accumulate(toy_losses(model, sequences(3)))
-    with pytest.raises(SelfCheckFailed, match="not finite"):
-        engine.accumulate(toy_losses(model, sequences(3)) * torch.tensor([1.0, bad, 1.0]))
-    with pytest.raises(SelfCheckFailed, match="nothing can be released"):
-        engine.release()
-    with pytest.raises(SelfCheckFailed, match="nothing can be released"):
-        engine.accumulate(toy_losses(model, sequences(3)))
+    before = [p.summed_grad.clone() for p in attached.parameters.values()]
+    head = next(p for n, p in attached.parameters.items() if n.endswith("default.weight"))
+    with pytest.raises(SelfCheckFailed, match="outside its layer"):
+        engine.accumulate(toy_losses(model, sequences(3)) + head.square().sum())
+    after = [p.summed_grad for p in attached.parameters.values()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    released = engine.release()
+    assert all(torch.isfinite(r).all() for r in released)
+
+
+def structured(kind, size):
+    """Gradients of one record whose numbers are no sample of anything: rows of a real head's kind."""
+    generator = torch.Generator().manual_seed(size)
+    if kind == "equal":
+        return torch.full((1, size), 0.3)
+    if kind == "one_large":
+        return torch.cat([torch.full((1, 1), 4096.0), torch.full((1, size - 1), 0.7)], dim=1)
+    outer = torch.randn(64, generator=generator)[:, None] * torch.full((size // 64,), 0.1)
+    return outer.reshape(1, -1)
+
+
+@pytest.mark.parametrize("kind", ["equal", "one_large", "outer"])
+@pytest.mark.parametrize("scale", [1.0, 1e-18, 1e18])
+def test_norms_of_structured_rows_are_right_to_far_less_than_the_margin(kind, scale):
+    row = structured(kind, 64_000) * scale
+    squares = math.fsum(float(x) ** 2 for x in row[0])
+    assert float(row_norms(row)) == pytest.approx(math.sqrt(squares), rel=2.0**-30)
+
+
+@pytest.mark.parametrize("classes", [77, 1000])
+def test_a_head_of_many_classes_is_trained_and_never_passes_its_bound(classes):
+    """An outer product of one constant with another: float32 lost 5e-5 of such a norm."""
+    head = nn.Linear(768, classes)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    attached = attach(head)
+    features, targets = torch.full((4, 768), 1.0), torch.arange(4)
+    engine = DpSgd(attached, one_group(attached, 0.01), sigma=1.0, noise=Noise())
+    for units in (None, torch.tensor([0, 0, 1, 1])):
+        losses = F.cross_entropy(head(features), targets, reduction="none")
+        engine.accumulate(losses, units=units, n_units=None if units is None else 2)
+    for row in range(4):
+        losses = F.cross_entropy(head(features[[row]]), targets[[row]], reduction="none")
+        alone = DpSgd(attached, one_group(attached, 0.01), sigma=1.0, noise=Noise())
+        alone.accumulate(losses)
+        norm = torch.cat([s.flatten() for s in clean_sum(attached, alone)]).double().norm()
+        assert 0.00999 < float(norm) <= 0.01
+
+
+def test_a_group_of_many_large_adapters_never_passes_its_bound():
+    """Rows of a LoRA group as of a large model: 24 matrices whose gradients are outer products."""
+    layers = nn.ModuleList(nn.Linear(512, 96, bias=False) for _ in range(24))
+    attached = attach(layers)
+    for seed in range(3):
+        x = torch.rand(2, 1, generator=torch.Generator().manual_seed(seed)).expand(2, 512) + 0.1
+        engine = DpSgd(attached, one_group(attached, 1.0), sigma=1.0, noise=Noise())
+        engine.accumulate(sum(layer(x).sum(1) for layer in layers))
+        flat = torch.cat([s.flatten() for s in clean_sum(attached, engine)]).double()
+        assert 1.9999 < float(flat.norm()) <= 2.0
 
 
 def test_an_engine_gives_way_to_a_newer_one_for_the_same_model():
@@ -324,34 +406,43 @@ def test_noise_that_is_not_finite_is_caught():
         engine.release()
 
 
-def test_a_step_that_forgets_to_clip_is_caught(monkeypatch):
-    model = toy()
-    _, engine = engine_for(model)
-    monkeypatch.setattr("silotune.privacy.engine._MARGIN", 1.001)
-    with pytest.raises(SelfCheckFailed, match="clipped norm"):
-        engine.accumulate(toy_losses(model, sequences(6)) * 1e3)
+def within(attached, engine, bound):
+    """Whether the step's sum is that of units within the bound: here one unit."""
+    flat = torch.cat([s.double().flatten() for s in clean_sum(attached, engine)])
+    return 0.9 * bound < float(flat.norm()) <= bound
 
 
-@pytest.mark.parametrize("units", [None, torch.tensor([0, 0, 1, 1, 2, 2])])
-def test_norms_that_are_measured_wrong_are_caught(monkeypatch, units):
+def test_a_unit_above_its_bound_is_clipped_again(monkeypatch):
     model = toy()
-    _, engine = engine_for(model)
+    attached, engine = engine_for(model)
+    monkeypatch.setattr("silotune.privacy.engine._MARGIN", 1.5)
+    engine.accumulate(toy_losses(model, sequences(1)) * 1e3)
+    assert within(attached, engine, 1.0)
+
+
+@pytest.mark.parametrize("units", [None, torch.tensor([0, 0, 0])])
+def test_a_unit_whose_norm_was_measured_wrong_is_clipped_again(monkeypatch, units):
+    model = toy()
+    attached, engine = engine_for(model)
     plain = torch.linalg.vector_norm
-    monkeypatch.setattr(torch.linalg, "vector_norm", lambda *a, **k: plain(*a, **k) * 0.999)
-    with pytest.raises(SelfCheckFailed, match="clipped norm"):
-        n_units = None if units is None else 3
-        engine.accumulate(toy_losses(model, sequences(6)) * 1e3, units=units, n_units=n_units)
+    with monkeypatch.context() as broken:
+        broken.setattr(torch.linalg, "vector_norm", lambda *a, **k: plain(*a, **k) * 0.5)
+        chosen = sequences(3 if units is not None else 1)
+        n_units = None if units is None else 1
+        engine.accumulate(toy_losses(model, chosen) * 1e3, units=units, n_units=n_units)
+    assert within(attached, engine, 1.0)
 
 
 def test_later_batches_are_checked_at_their_largest_unit(monkeypatch):
     model = toy()
     attached, engine = engine_for(model)
     engine.accumulate(toy_losses(model, sequences(6)) * 1e3)
+    engine.release()
     assert attached.norms_checked
-    monkeypatch.setattr("silotune.privacy.engine._MARGIN", 1.001)
-    units = torch.tensor([0, 0, 1, 1, 2, 2])
-    with pytest.raises(SelfCheckFailed, match="clipped norm"):
-        engine.accumulate(toy_losses(model, sequences(6)) * 1e3, units=units, n_units=3)
+    monkeypatch.setattr("silotune.privacy.engine._MARGIN", 1.5)
+    units = torch.tensor([0, 0, 0, 0, 0, 0])
+    engine.accumulate(toy_losses(model, sequences(6)) * 1e3, units=units, n_units=1)
+    assert within(attached, engine, 1.0)
 
 
 def test_a_parameter_used_past_its_layer_is_caught():
