@@ -6,8 +6,9 @@ cell of a confusion matrix, or one capped loss and one to the number of texts.
 
 from __future__ import annotations
 
+import logging
 import math
-from typing import Any
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -18,7 +19,8 @@ from silotune.models.batching import batches
 from silotune.models.task import Encoded
 from silotune.privacy.noise import NoiseSource
 
-_BATCH = 128
+_log = logging.getLogger(__name__)
+
 _LOSS_CAP = 10.0
 
 
@@ -50,19 +52,30 @@ def counts(
     """
     _, first = np.unique(units, return_index=True)
     chosen = rows[np.sort(first)]
-    labels = len(model.plan.model.labels)
-    total = np.zeros((labels, labels) if model.task.has_head else 2)
-    for batch in batches(encoded, chosen, size=_BATCH):
-        total += _batch_counts(model, model.task.collate(encoded, batch, model.device))
+    total = nothing(model)
+    for batch in batches(encoded, chosen, size=model.plan.privacy.max_physical_batch):
+        try:
+            total += _batch_counts(model, encoded, batch)
+        except Exception:
+            if not model.plan.private:
+                raise
+            # What it is about one record, nobody may learn: alone, it counts as nothing.
+            _log.exception("%d records could not be scored together", len(batch))
+            for row in batch:
+                with suppress(Exception):
+                    total += _batch_counts(model, encoded, [row])
     return total
 
 
-def _batch_counts(model: LoadedModel, inputs: Any) -> NDArray[np.float64]:
-    if model.task.has_head:
-        return model.task.score(model.module, inputs)
-    with model.module.inference():
-        losses = model.task.losses(model.module, inputs).clamp(0.0, _LOSS_CAP)
-    return np.array([float(losses.double().sum()), len(losses)])
+def nothing(model: LoadedModel) -> NDArray[np.float64]:
+    """Counts of no unit at all."""
+    labels = len(model.plan.model.labels)
+    return np.zeros((labels, labels) if model.task.has_head else 2)
+
+
+def _batch_counts(model: LoadedModel, encoded: Encoded, rows: list[int]) -> NDArray[np.float64]:
+    inputs = model.task.collate(encoded, rows, model.device)
+    return model.task.score(model.module, inputs, cap=_LOSS_CAP)
 
 
 def noisy(

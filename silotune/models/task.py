@@ -5,6 +5,7 @@ Tasks hold no state. A new one is one file in ``silotune/models/tasks`` and a li
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -127,8 +128,14 @@ class Task(Protocol):
     ) -> NDArray[np.float64]:
         """The counts of `score` from the features [n, hidden] of the given rows."""
 
-    def score(self, model: TaskModel, batch: Batch) -> NDArray[np.float64]:
-        """Counts that add up over batches and sites, from which `metrics` are computed."""
+    def score(
+        self, model: TaskModel, batch: Batch, *, cap: float = math.inf
+    ) -> NDArray[np.float64]:
+        """Counts that add up over batches and sites, from which `metrics` are computed.
+
+        Where they are sums of losses, no text counts with more than `cap`; with a finite one they
+        are finite, whatever the model gives.
+        """
 
     def metrics(self, counts: NDArray[np.float64]) -> dict[str, float]:
         """Figures of merit from summed counts."""

@@ -129,8 +129,8 @@ class _UnitClipper(DPOptimizer):  # type: ignore[misc]
             for group, each, norm in zip(self.groups, found, norms, strict=True)
             for total in self._clipped(group, each, norm, finite)
         ]
-        for holder, total in zip(holders, sums, strict=True):
-            total = shaped_as(holder, total, samples=samples[id(holder)])
+        for holder, flat in zip(holders, sums, strict=True):
+            total = shaped_as(holder, flat, samples=samples[id(holder)])
             earlier = holder.summed_grad
             holder.summed_grad = total if earlier is None else earlier + total
             _mark_as_processed(holder.grad_sample)

@@ -30,8 +30,6 @@ from silotune.privacy.signing import load_or_create
 
 Arrays = dict[str, NDArray[Any]]
 
-_SCORE_BATCH = 256
-
 
 class SimulatedSites:
     """Program of a simulation worker.
@@ -128,7 +126,8 @@ def score(site: SiteRun, adapter: Vector, *, split: Split, frozen: bool) -> NDAr
     model = site.trainable.model
     write_adapter(model, site.at_own_rank(adapter))
     total: NDArray[np.float64] | None = None
-    for rows in batches(site.encoded, site.records.rows(split), size=_SCORE_BATCH):
+    size = site.plan.privacy.max_physical_batch
+    for rows in batches(site.encoded, site.records.rows(split), size=size):
         if frozen:
             features = site.trainer.frozen.features[rows].to(model.device)
             counts = model.task.head_score(model.module, features, site.encoded, rows)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from silotune.errors import ModelError
 from silotune.models.adapter import save_adapter, write_adapter
 from silotune.models.base import load_model
-from silotune.models.tasks import get_task
+from silotune.models.tasks import causal_lm, get_task
 from tests.models.model_material import a_plan
 
 TASK = get_task("causal_lm")
@@ -149,6 +149,27 @@ def test_scores_add_up_and_give_loss_and_perplexity(model, data):
 def test_metrics_of_nothing_are_not_numbers_and_huge_losses_do_not_overflow():
     assert all(math.isnan(v) for v in TASK.metrics(np.zeros(2)).values())
     assert math.isfinite(TASK.metrics(np.array([1e6, 1.0]))["perplexity"])
+
+
+def test_a_score_makes_the_logits_of_a_few_texts_at_a_time(model, data, monkeypatch):
+    batch = TASK.collate(data, range(len(EXAMPLES)), model.device)
+    whole, sizes = TASK.score(model.module, batch), []
+    plain = TASK.losses
+    monkeypatch.setattr(
+        TASK, "losses", lambda m, b: (sizes.append(len(b["labels"])), plain(m, b))[1], raising=False
+    )
+    vocabulary = model.module.peft.get_base_model().config.vocab_size
+    monkeypatch.setattr(causal_lm, "_LOGITS", 2 * len(batch["kept"]) * vocabulary)
+    np.testing.assert_allclose(TASK.score(model.module, batch), whole, rtol=1e-6)
+    assert max(sizes) == 2 and sum(sizes) == len(EXAMPLES)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_with_a_cap_every_text_counts_finitely(model, data, monkeypatch, bad):
+    batch = TASK.collate(data, [0, 1], model.device)
+    monkeypatch.setattr(TASK, "losses", lambda m, b: torch.tensor([bad, 2.0]), raising=False)
+    total, texts = TASK.score(model.module, batch, cap=10.0)
+    assert texts == 2 and total in {2.0, 12.0}
 
 
 def test_predictions_are_the_greedy_ones_whatever_the_neighbours(model, plain):

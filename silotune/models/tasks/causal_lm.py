@@ -7,6 +7,7 @@ another, which no per-record guarantee survives.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from silotune.models.base import LoadedModel, TaskModel
 
 _PREDICT_BATCH = 16
+_LOGITS = 1 << 24  # that a score makes at a time: 64 MB
 
 
 class CausalLm:
@@ -105,11 +107,24 @@ class CausalLm:
         """A causal language model has no head of its own. Raises `ModelError`."""
         raise ModelError("causal_lm has no head that could be scored alone")
 
-    def score(self, model: TaskModel, batch: Batch) -> NDArray[np.float64]:
-        """Sum of the sequences' losses, and their number: shape [2]."""
+    def score(
+        self, model: TaskModel, batch: Batch, *, cap: float = math.inf
+    ) -> NDArray[np.float64]:
+        """Sum of the sequences' losses, none of which counts more than `cap`, and their number.
+
+        Logits are made of a few texts at a time: with a large vocabulary they are what fills memory.
+        """
+        vocabulary = model.peft.get_base_model().config.get_text_config().vocab_size
+        size = max(1, _LOGITS // (len(batch["kept"]) * vocabulary))
+        total = 0.0
         with model.inference():
-            losses = self.losses(model, batch)
-        return np.array([float(losses.double().sum()), float(len(losses))])
+            for start in range(0, len(batch["input_ids"]), size):
+                part = {n: v if n == "kept" else v[start : start + size] for n, v in batch.items()}
+                losses = self.losses(model, part).double()
+                if cap < math.inf:
+                    losses = losses.nan_to_num(nan=cap).clamp(0.0, cap)
+                total += float(losses.sum())
+        return np.array([total, len(batch["input_ids"])])
 
     def metrics(self, counts: NDArray[np.float64]) -> dict[str, float]:
         """Mean loss a sequence, and its exponential (`scores.of_losses`)."""

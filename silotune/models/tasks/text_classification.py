@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -80,8 +81,11 @@ class TextClassification:
         targets = _targets(encoded, rows, features.device)
         return cross_entropy(model.head(features), targets, reduction="none")
 
-    def score(self, model: TaskModel, batch: Batch) -> NDArray[np.float64]:
+    def score(
+        self, model: TaskModel, batch: Batch, *, cap: float = math.inf
+    ) -> NDArray[np.float64]:
         """Confusion matrix of a batch [labels, labels], rows true, columns predicted."""
+        del cap  # a text is one cell
         with model.inference():
             return _confusion(model(batch), batch["targets"])
 
