@@ -264,10 +264,12 @@ FAULTS = [
         catchers.audit_of_a_step,
     ),
     Fault(
-        "norms measured ten times too small",
-        wrap(engine, "unit_norms", lambda f, *a: f(*a) / 10),
-        catchers.charges_name_what_was_done,
-        SelfCheckFailed,
+        "norms measured ten times too small, and not measured again",
+        both(
+            wrap(engine, "unit_norms", lambda f, *a: f(*a) / 10),
+            put(engine._UnitClipper, "_clipped_again", lambda *a: a[-1]),
+        ),
+        catchers.audit_of_a_step,
     ),
     Fault(
         "each record clipped, where patients are protected",
