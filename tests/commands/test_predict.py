@@ -124,3 +124,17 @@ def test_greedy_is_greedy_whatever_the_base_model_says(answerer, llama_folder, t
     run = finished(tmp_path / "runs", base, "causal_lm")
     words = ["acute", "chronic kidney disease", "eye"]
     assert said(run, *words) == said(answerer, *words)
+
+
+def test_an_answer_is_over_where_the_base_model_was_taught_to_end(answerer, llama_folder, tmp_path):
+    """A base model that ends at any token answers with one."""
+    whole = json.loads(said(answerer, "acute", "--json"))["prediction"]
+    base = tmp_path / "base"
+    shutil.copytree(llama_folder, base)
+    path = base / "generation_config.json"
+    every = list(range(json.loads((base / "config.json").read_text())["vocab_size"]))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": every}))
+    run = finished(tmp_path / "runs", base, "causal_lm")
+    shorter = json.loads(said(run, "acute", "--json"))["prediction"]
+    assert whole.startswith(shorter.rstrip("\ufffd"))
+    assert len(shorter) < len(whole)
