@@ -370,6 +370,15 @@ class SiteFailed(RunError):
     advice = "Ask the site's team to look the code up in docs/errors.md."
 
 
+class AttackRefused(RunError):
+    """A site does not let its own run be attacked."""
+
+    code = "ST-606"
+    title = "A site does not allow attacks on its runs"
+    cause = "Its site.toml has `allow_attacks = false`; an attack trains on its records again."
+    advice = "Ask the site's team, or simulate without that site."
+
+
 # --- environment: exit code 70 ------------------------------------------------------------------
 
 

@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from silotune.errors import PlanInvalid
 from silotune.terminal import terminal
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from silotune.simulation.run import Settings
+    from silotune.simulation.run_directory import RunDirectory
 
 
 def simulate(  # noqa: PLR0917 - one a command-line option
@@ -37,6 +43,14 @@ def simulate(  # noqa: PLR0917 - one a command-line option
             help="Also train each site alone, pooled records, and a head on frozen features.",
         ),
     ] = False,
+    attack: Annotated[
+        bool,
+        typer.Option(
+            "--attack",
+            help="Attack the result too: an audited step, and the run again with planted canaries. "
+            "With --resume also a finished run.",
+        ),
+    ] = False,
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", help="Replace a plan setting, e.g. --set privacy.epsilon=3"),
@@ -58,7 +72,16 @@ def simulate(  # noqa: PLR0917 - one a command-line option
         raise typer.BadParameter("give a plan, or --resume with a run directory")
     settings = {"engine": engine, "workers": workers, "address": address, "device": device}
     settings |= {"baselines": baselines}
-    _run(plan, resume, runs=runs, sites=sites, settings=settings, sets=overrides, as_json=as_json)
+    _run(
+        plan,
+        resume,
+        runs=runs,
+        sites=sites,
+        settings=settings,
+        sets=overrides,
+        as_json=as_json,
+        attacked=attack,
+    )
 
 
 def _run(
@@ -70,35 +93,75 @@ def _run(
     settings: dict[str, Any],
     sets: list[str] | None,
     as_json: bool,
+    attacked: bool,
 ) -> None:
     """Run or go on, with progress, and say where everything is."""
     from silotune.simulation.progress import Progress
     from silotune.simulation.report import write_report
     from silotune.simulation.run import Settings, resume, simulate
+    from silotune.simulation.run_directory import RunDirectory
     from silotune.simulation.summary import print_summary, summary
 
     console = terminal(stderr=as_json)
     chosen = Settings(**settings)
-    with Progress(console) as progress:
-        if plan is None:
-            assert resumed is not None
-            directory = resume(resumed, settings=chosen, listener=progress)
-        else:
-            directory = simulate(
-                plan,
-                runs=runs,
-                settings=chosen,
-                listener=progress,
-                sites_folder=sites,
-                overrides=_parsed(sets or []),
-            )
+    if resumed is not None and attacked and _is_finished(resumed):
+        directory = RunDirectory.open(resumed)
+    else:
+        with Progress(console) as progress:
+            if plan is None:
+                assert resumed is not None
+                directory = resume(resumed, settings=chosen, listener=progress)
+            else:
+                directory = simulate(
+                    plan,
+                    runs=runs,
+                    settings=chosen,
+                    listener=progress,
+                    sites_folder=sites,
+                    overrides=_parsed(sets or []),
+                )
+    if attacked:
+        _attack(directory, chosen, console)
     page = write_report(directory.root)
     if as_json:
-        typer.echo(json.dumps({**summary(directory.root), "run_directory": str(directory.root)}))
+        facts = {**summary(directory.root), "run_directory": str(directory.root)}
+        if attacked:
+            facts["attacks"] = directory.find_json("attacks.json")
+        typer.echo(json.dumps(facts))
         return
     print_summary(directory.root, console)
+    if attacked:
+        _print_attacks(directory, console)
     console.print(f"Run directory: {directory.root}", soft_wrap=True)  # to be copied whole
     console.print(f"Report:        {page}", soft_wrap=True)
+
+
+def _is_finished(path: Path) -> bool:
+    from silotune.simulation.run_directory import RunDirectory
+
+    return RunDirectory.open(path).find_json("results.json") is not None
+
+
+def _attack(directory: RunDirectory, settings: Settings, console: Console) -> None:
+    """Attack a finished run; what is being done is on the console meanwhile."""
+    from silotune.simulation.attack import attack
+
+    with console.status("Attacking") as status:
+
+        def say(sentence: str) -> None:
+            status.update(sentence)
+            if not console.is_terminal:
+                console.print(sentence)
+
+        attack(directory, settings=settings, say=say)
+
+
+def _print_attacks(directory: RunDirectory, console: Console) -> None:
+    from silotune.simulation.attack_words import attack_sentences
+
+    console.print()
+    for sentence in attack_sentences(directory.find_json("attacks.json")):
+        console.print(sentence)
 
 
 def _parsed(settings: list[str]) -> dict[str, Any]:

@@ -121,6 +121,8 @@ class SiteConfig(Section):
         Folder of the site's private state (ledger, outbox, certificates); see `state_folder`.
     share_certificates : bool
         Hand the privacy certificate of each run to the coordinator when the run is over.
+    allow_attacks : bool
+        Let `silotune simulate --attack` train on these records again and attack the result.
     datasets : dict of str to DatasetConfig
         What the site offers, by the name that a plan asks for.
     policy : PolicyConfig or None
@@ -134,6 +136,7 @@ class SiteConfig(Section):
     name: Name
     state_dir: Annotated[str, Field(min_length=1)] | None = None
     share_certificates: bool = False
+    allow_attacks: bool = True
     datasets: dict[Name, DatasetConfig] = Field(min_length=1)
     policy: PolicyConfig | None = None
     resources: ResourcesConfig = ResourcesConfig()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from flwr.app import Context
@@ -42,6 +42,8 @@ class SimulatedSites:
         ``shared`` (a folder for what processes share) and ``roster`` (public keys, in hex, by site).
     """
 
+    part: ClassVar[type[SiteRun]] = SiteRun
+
     def __init__(self, payload: Mapping[str, Any]) -> None:
         self._plan = Plan.from_canonical(payload["plan"])
         self._run = str(payload["run"])
@@ -61,7 +63,7 @@ class SimulatedSites:
     def site(self, index: int) -> SiteRun:
         """The site at an index (node order from 0), made on first use."""
         if index not in self._runs:
-            self._runs[index] = SiteRun(
+            self._runs[index] = self.part(
                 SiteConfig.load(self._configs[index]),
                 state=self._states[index],
                 plan=self._plan,

@@ -16,6 +16,7 @@ from markupsafe import Markup
 
 from silotune import __version__
 from silotune.simulation import page
+from silotune.simulation.attack_words import attack_sentences
 from silotune.simulation.chart_parts import MOST_SITES
 from silotune.simulation.charting import Chart
 from silotune.simulation.charts_rounds import bytes_chart, time_chart, timeline_chart
@@ -110,6 +111,7 @@ def _words(record: RunRecord, found: Summary) -> dict[str, Any]:
         "sites_in_words": plural(len(found.sites), "site"),
         "alarm": alarm,
         "alarm_words": alarm_words,
+        "attacks": attack_sentences(record.directory.find_json("attacks.json")),
         "verdict": verdict(found),
         "tiles": page.tiles(found),
         "methods": page.method_table(found),

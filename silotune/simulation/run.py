@@ -134,6 +134,25 @@ def simulate(
     return _execute(job, listener)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Recorded:
+    """What a run directory says it was made of."""
+
+    plan: Plan
+    sites: list[SiteConfig]
+    choices: Choices
+
+
+def recorded(directory: RunDirectory) -> Recorded:
+    """The plan, sites and choices of a run; the sites as they are now."""
+    facts = directory.read_json("resolved.json")
+    return Recorded(
+        plan=Plan.from_mapping(_without_nulls(facts["plan"])),
+        sites=[SiteConfig.load(Path(site["path"])) for site in facts["sites"]],
+        choices=Choices(**facts["choices"]),
+    )
+
+
 def resume(path: Path, *, settings: Settings, listener: Listener) -> RunDirectory:
     """Go on with a run that was stopped or killed, with its own plan, sites and choices.
 
@@ -145,12 +164,12 @@ def resume(path: Path, *, settings: Settings, listener: Listener) -> RunDirector
     directory = RunDirectory.open(path)
     if directory.find_json("results.json") is not None:
         raise RunDirectoryInvalid(f"{path} is finished; there is nothing to resume")
-    facts = directory.read_json("resolved.json")
+    run = recorded(directory)
     job = _Job(
         directory=directory,
-        plan=Plan.from_mapping(_without_nulls(facts["plan"])),
-        sites=[SiteConfig.load(Path(site["path"])) for site in facts["sites"]],
-        choices=Choices(**facts["choices"]),
+        plan=run.plan,
+        sites=run.sites,
+        choices=run.choices,
         settings=settings,
     )
     return _execute(job, listener)

@@ -1,0 +1,74 @@
+"""What a language model remembers of planted secrets: exposure, and completion.
+
+Exposure is ``log2(n) - log2(rank)``, the rank being that of the true secret among n candidates by their
+loss (Carlini, Liu, Erlingsson, Kos and Song, "The secret sharer", USENIX Security 2019). A model that
+never saw the secret gives each rank the same chance: 1.44 bits in the mean, and b bits or more once in
+2**b secrets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+UNSEEN = 1.0 / np.log(2.0)
+"""Mean exposure in bits of secrets that were never seen, among many candidates."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memorisation:
+    """What a model knows of secrets.
+
+    Attributes
+    ----------
+    candidates : int
+        Among which each secret was ranked; exposure is at most ``log2`` of it.
+    exposure, exposure_unseen : float
+        Mean in bits, of secrets that were trained on and of others.
+    largest : float
+        The largest exposure of a secret that was trained on.
+    extracted, secrets : int
+        How many of those that were trained on the model completes by itself, of how many.
+    extracted_unseen : int
+        How many of the others.
+    """
+
+    candidates: int
+    exposure: float
+    exposure_unseen: float
+    largest: float
+    extracted: int
+    secrets: int
+    extracted_unseen: int
+
+
+def exposures(losses: NDArray[np.float64], others: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Exposure of secrets in bits.
+
+    Parameters
+    ----------
+    losses : float64 array [secrets]
+        Of each true secret.
+    others : float64 array [secrets, candidates]
+        Of other candidates in its place. A tie counts against the model.
+    """
+    ranks = 1 + (others < losses[:, None]).sum(1)
+    return np.asarray(np.log2(others.shape[1] + 1) - np.log2(ranks), dtype=np.float64)
+
+
+def memorisation(
+    bits: NDArray[np.float64], completed: NDArray[np.bool_], coins: NDArray[np.bool_], *, among: int
+) -> Memorisation:
+    """Sum up exposures and completions of secrets, of which those with a coin were trained on."""
+    inside = bits[coins]
+    return Memorisation(
+        candidates=among,
+        exposure=float(inside.mean()) if len(inside) else 0.0,
+        exposure_unseen=float(bits[~coins].mean()) if (~coins).any() else 0.0,
+        largest=float(inside.max(initial=0.0)),
+        extracted=int(completed[coins].sum()),
+        secrets=int(coins.sum()),
+        extracted_unseen=int(completed[~coins].sum()),
+    )

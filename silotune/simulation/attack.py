@@ -1,0 +1,283 @@
+"""Attacks on a finished simulation: an audited step, and the same run again with planted canaries.
+
+The released adapter can't be asked about canaries that it never saw. So the run is played again, by the
+same code and on the same records, with a few canaries among them; the two adapters differ in those alone
+(and in noise), which makes the first one the reference of a likelihood ratio. Nothing of the second run
+is kept but its scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from silotune.data.site import SiteConfig
+from silotune.errors import AttackRefused, RunDirectoryInvalid
+from silotune.plan import Plan
+from silotune.privacy.attacks.audit import CONFIDENCE, Finding, audit_run, audit_step
+from silotune.privacy.attacks.membership import Separation, separation
+from silotune.privacy.attacks.memorisation import Memorisation, exposures, memorisation
+from silotune.privacy.attacks.planted import Planted, code, plant
+from silotune.server.rounds import RoundLoop
+from silotune.simulation.grid import SiteSlot, WorkerGrid
+from silotune.simulation.program import payload_for
+from silotune.simulation.run import Recorded, Settings, recorded
+from silotune.simulation.run_directory import RunDirectory
+from silotune.simulation.spectator import LoggedStore
+from silotune.simulation.step_audit import step_scores
+
+RESULT = "attacks.json"
+
+CAVEAT = (
+    "A low bound proves nothing: it says what these attacks reached, not what another one could. Only "
+    "the proven epsilon limits every attack; a bound above it shows that the proof does not hold here."
+)
+
+_DELTA = 1e-5  # of bounds where nothing is claimed
+_SHARE, _FEWEST, _MOST = 0.1, 40, 1000  # canaries, in and out, by declared units
+_RANKED = 60  # secrets that are ranked among candidates, and completed
+_CANDIDATES = 255
+
+Say = Callable[[str], None]
+Vector = NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attacks:
+    """What was tried and what it found.
+
+    Attributes
+    ----------
+    delta : float
+        Of every epsilon here.
+    step : Finding or None
+        One step, audited in gradient space; None where single units are not what is hidden.
+    run : Finding
+        The whole run, by membership of its canaries.
+    separation : Separation
+        How well the likelihood ratio tells canaries that were in.
+    memorisation : Memorisation or None
+        Of a language model.
+    """
+
+    delta: float
+    step: Finding | None
+    run: Finding
+    separation: Separation
+    memorisation: Memorisation | None
+
+    @property
+    def violated(self) -> bool:
+        """Whether a bound is above its claim."""
+        return self.run.violated or (self.step is not None and self.step.violated)
+
+    def as_json(self) -> dict[str, Any]:
+        """What ``attacks.json`` has."""
+        return {
+            **asdict(self),
+            "confidence": CONFIDENCE,
+            "violated": self.violated,
+            "tried": _tried(self),
+            "caveat": CAVEAT,
+        }
+
+
+def attack(directory: RunDirectory, *, settings: Settings, say: Say) -> Attacks:
+    """Attack a finished run; writes ``attacks.json`` and adds to ``privacy.json``.
+
+    Parameters
+    ----------
+    directory : RunDirectory
+        Of a finished simulation.
+    settings : Settings
+        How to play it again.
+    say : callable
+        Told what is being done.
+
+    Raises
+    ------
+    RunDirectoryInvalid
+        The run is not finished.
+    AttackRefused
+        A site doesn't allow it.
+    """
+    if directory.find_json("results.json") is None:
+        raise RunDirectoryInvalid(f"{directory.root} is not finished; attack it when it is")
+    run = recorded(directory)
+    if refusing := [site.name for site in run.sites if not site.allow_attacks]:
+        raise AttackRefused(f"not allowed by {', '.join(refusing)}")
+    found = _attacked(directory, run, settings=settings, say=say)
+    directory.write_json(RESULT, found.as_json())
+    privacy = directory.find_json("privacy.json")
+    if privacy is not None:
+        directory.write_json("privacy.json", {**privacy, "attacks": _measured(found)})
+    return found
+
+
+def _attacked(directory: RunDirectory, run: Recorded, *, settings: Settings, say: Say) -> Attacks:
+    plan, delta = run.plan, run.plan.privacy.delta or _DELTA
+    step = None
+    if plan.per_unit or plan.privacy.site is None:
+        say("Auditing one step in gradient space")
+        seen = step_scores(plan, run.sites, seed=plan.plan.seed)
+        step = audit_step(seen.scores, seen.coins, claimed=seen.claimed, mu=seen.mu, delta=delta)
+    saved = directory.load_checkpoint()
+    assert saved is not None  # a finished run has one
+    planted = plant(_count(run), labels=plan.model.labels, seed=plan.plan.seed)
+    with TemporaryDirectory(prefix="silotune-attack-") as folder:
+        trained = _Trained(run, planted, settings=settings, folder=Path(folder), say=say)
+        with trained:
+            scores = trained.losses(saved[0]["adapter"]) - trained.losses(trained.adapter)
+            remembered = None if plan.model.labels else trained.memorisation()
+    return Attacks(
+        delta=delta,
+        step=step,
+        run=audit_run(scores, planted.coins, claimed=trained.claimed, delta=delta),
+        separation=separation(scores, planted.coins),
+        memorisation=remembered,
+    )
+
+
+def _count(run: Recorded) -> int:
+    units = sum(site.dataset(run.plan.data.dataset).declared_units for site in run.sites)
+    return int(min(max(_SHARE * units, _FEWEST), _MOST))
+
+
+class _Trained:
+    """The run with canaries: trains when it is entered, then answers for its adapter."""
+
+    def __init__(
+        self, run: Recorded, planted: Planted, *, settings: Settings, folder: Path, say: Say
+    ) -> None:
+        self._run, self._planted, self._say = run, planted, say
+        self._first = run.sites[0].name
+        inside = [planted.examples[i] for i in np.flatnonzero(planted.coins)]
+        states = [folder / site.name for site in run.sites]
+        for state in states:
+            state.mkdir()
+        payload = payload_for(
+            run.plan,
+            run="attacked",
+            sites=list(run.sites),
+            states=states,
+            choices=run.choices,
+            shared=folder,
+        )
+        self._store = LoggedStore(
+            RunDirectory.create(folder, "attacked", plan_toml=""),
+            plan=run.plan,
+            names=[site.name for site in run.sites],
+            listener=self._told,
+        )
+        self._grid = WorkerGrid(
+            "silotune.simulation.canary_sites:build",
+            {**payload, "planted": [inside[i :: len(run.sites)] for i in range(len(run.sites))]},
+            [SiteSlot(site.name, _units(run.plan, site)) for site in run.sites],
+            workers=settings.worker_count(len(run.sites)),
+        )
+        self.adapter: Vector
+        self.claimed: float | None = None
+
+    def __enter__(self) -> _Trained:
+        self._grid.__enter__()
+        self._grid.wait_until_ready()
+        count = int(self._planted.coins.sum())
+        self._say(f"Training again with {count} canaries")
+        loop = RoundLoop(plan=self._run.plan, run="attacked", grid=self._grid, store=self._store)
+        self.adapter = loop.execute()
+        finished = self._grid.inspect_all({"op": "finish"}, {}).values()
+        bodies = [answer["certificate"] for answer, _ in finished if answer["certificate"]]
+        self.claimed = max((body["exposures"][0]["epsilon"] for body in bodies), default=None)
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self._grid.__exit__(*exc)
+
+    def losses(self, adapter: Vector) -> NDArray[np.float64]:
+        """Loss of every canary under an adapter."""
+        return self._losses(self._planted.examples, adapter)
+
+    def memorisation(self) -> Memorisation:
+        """Exposure and completion of some of the secrets."""
+        self._say("Looking for the canaries' secrets")
+        chosen = self._planted.examples[:_RANKED]
+        coins = self._planted.coins[:_RANKED]
+        rng = np.random.default_rng(self._run.plan.plan.seed)
+        guesses = [code(rng) for _ in range(_CANDIDATES)]
+        true = self._losses(chosen, self.adapter)
+        asked = [{**example, "response": each} for example in chosen for each in guesses]
+        others = self._losses(asked, self.adapter).reshape(len(chosen), len(guesses))
+        request = {"op": "complete", "prompts": [example["prompt"] for example in chosen]}
+        answer, _ = self._asked(request, self.adapter)
+        completed = [
+            _bare(text) == _bare(example["response"])
+            for text, example in zip(answer["texts"], chosen, strict=True)
+        ]
+        return memorisation(
+            exposures(true, others), np.array(completed), coins, among=_CANDIDATES + 1
+        )
+
+    def _losses(self, examples: list[dict[str, str]], adapter: Vector) -> NDArray[np.float64]:
+        _, arrays = self._asked({"op": "losses", "examples": examples}, adapter)
+        return arrays["losses"]
+
+    def _asked(
+        self, request: Mapping[str, Any], adapter: Vector
+    ) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+        found = self._grid.inspect_all(request, {"flat": adapter}, sites=[self._first])
+        return found[self._first]
+
+    def _told(self, event: Mapping[str, Any]) -> None:
+        if event["event"] == "round_finished":
+            total = self._run.plan.rounds.number
+            self._say(f"Training again with canaries: round {event['round']} of {total}")
+
+
+def _units(plan: Plan, site: SiteConfig) -> int:
+    return site.dataset(plan.data.dataset).declared_units
+
+
+def _bare(text: str) -> str:
+    return "".join(text.split())
+
+
+def _tried(found: Attacks) -> list[str]:
+    """The attacks in words."""
+    tried = []
+    if found.step is not None:
+        tried.append(
+            f"one step with {found.step.canaries:,} canaries in gradient space, everybody taking part"
+        )
+    tried.append(
+        f"membership of {found.run.canaries:,} planted records by likelihood ratio on the final adapter"
+    )
+    if found.memorisation is not None:
+        tried.append(
+            f"exposure among {found.memorisation.candidates} candidates and completion of "
+            f"{found.memorisation.secrets} planted secrets"
+        )
+    return tried
+
+
+def _measured(found: Attacks) -> dict[str, Any]:
+    """What ``privacy.json`` says beside its claims."""
+
+    def bound(finding: Finding | None) -> dict[str, Any] | None:
+        if finding is None:
+            return None
+        return {"claimed_epsilon": finding.claimed, "measured_lower_bound": finding.lower_bound}
+
+    return {
+        "step": bound(found.step),
+        "run": bound(found.run),
+        "confidence": CONFIDENCE,
+        "violated": found.violated,
+        "tried": _tried(found),
+        "caveat": CAVEAT,
+    }
