@@ -152,8 +152,11 @@ def _attacked(
     """What the attacks found; attacks on another adapter, or none, don't count as passed."""
     same = attacks.get("adapter") == files
     claimed = float(plan.privacy.epsilon or 0.0)
+    audit = _bounded("audit", attacks.get("audit"), same=same, claimed=None)
+    if not plan.per_unit:  # a whole site is what is hidden, and a step has no canaries
+        audit = Control(name="audit", held_by="engineer", passed=None)
     controls = [
-        _bounded("audit", attacks.get("audit"), same=same, claimed=None),
+        audit,
         _bounded("membership", attacks.get("membership"), same=same, claimed=claimed),
     ]
     if plan.model.task != "causal_lm":

@@ -24,6 +24,7 @@ from silotune.privacy.attacks.audit import CONFIDENCE, Finding, audit_run, audit
 from silotune.privacy.attacks.membership import Separation, separation
 from silotune.privacy.attacks.memorisation import Memorisation, exposures, memorisation
 from silotune.privacy.attacks.planted import Planted, code, plant
+from silotune.release.statement import hashes_of
 from silotune.server.rounds import RoundLoop
 from silotune.simulation.grid import SiteSlot, WorkerGrid
 from silotune.simulation.program import payload_for
@@ -56,10 +57,10 @@ class Attacks:
     ----------
     delta : float
         Of every epsilon here.
-    step : Finding or None
-        One step, audited in gradient space; None where single units are not what is hidden.
-    run : Finding
-        The whole run, by membership of its canaries.
+    audit : Finding or None
+        One step, in gradient space; None where single units are not what is hidden.
+    membership : Finding
+        The whole run, by its canaries.
     separation : Separation
         How well the likelihood ratio tells canaries that were in.
     memorisation : Memorisation or None
@@ -67,25 +68,33 @@ class Attacks:
     """
 
     delta: float
-    step: Finding | None
-    run: Finding
+    audit: Finding | None
+    membership: Finding
     separation: Separation
     memorisation: Memorisation | None
 
     @property
     def violated(self) -> bool:
         """Whether a bound is above its claim."""
-        return self.run.violated or (self.step is not None and self.step.violated)
+        return self.membership.violated or (self.audit is not None and self.audit.violated)
 
     def as_json(self) -> dict[str, Any]:
-        """What ``attacks.json`` has."""
+        """What ``attacks.json`` has, but for the adapter that was attacked."""
+        memory = self.memorisation
         return {
-            **asdict(self),
+            "delta": self.delta,
             "confidence": CONFIDENCE,
             "violated": self.violated,
+            "audit": _shown(self.audit),
+            "membership": _shown(self.membership) | asdict(self.separation),
+            "memorisation": memory and asdict(memory) | {"most_exposure_bits": memory.largest},
             "tried": _tried(self),
             "caveat": CAVEAT,
         }
+
+
+def _shown(finding: Finding | None) -> Any:
+    return finding and asdict(finding) | {"lower_bound": finding.lower_bound}
 
 
 def attack(directory: RunDirectory, *, settings: Settings, say: Say) -> Attacks:
@@ -113,7 +122,8 @@ def attack(directory: RunDirectory, *, settings: Settings, say: Say) -> Attacks:
     if refusing := [site.name for site in run.sites if not site.allow_attacks]:
         raise AttackRefused(f"not allowed by {', '.join(refusing)}")
     found = _attacked(directory, run, settings=settings, say=say)
-    directory.write_json(RESULT, found.as_json())
+    adapter = hashes_of(directory.final_adapter)
+    directory.write_json(RESULT, {"adapter": adapter, **found.as_json()})
     privacy = directory.find_json("privacy.json")
     if privacy is not None:
         directory.write_json("privacy.json", {**privacy, "attacks": _measured(found)})
@@ -122,11 +132,11 @@ def attack(directory: RunDirectory, *, settings: Settings, say: Say) -> Attacks:
 
 def _attacked(directory: RunDirectory, run: Recorded, *, settings: Settings, say: Say) -> Attacks:
     plan, delta = run.plan, run.plan.privacy.delta or _DELTA
-    step = None
+    audit = None
     if plan.per_unit or plan.privacy.site is None:
         say("Auditing one step in gradient space")
         seen = step_scores(plan, run.sites, seed=plan.plan.seed)
-        step = audit_step(seen.scores, seen.coins, claimed=seen.claimed, mu=seen.mu, delta=delta)
+        audit = audit_step(seen.scores, seen.coins, claimed=seen.claimed, mu=seen.mu, delta=delta)
     saved = directory.load_checkpoint()
     assert saved is not None  # a finished run has one
     planted = plant(_count(run), labels=plan.model.labels, seed=plan.plan.seed)
@@ -137,8 +147,8 @@ def _attacked(directory: RunDirectory, run: Recorded, *, settings: Settings, say
             remembered = None if plan.model.labels else trained.memorisation()
     return Attacks(
         delta=delta,
-        step=step,
-        run=audit_run(scores, planted.coins, claimed=trained.claimed, delta=delta),
+        audit=audit,
+        membership=audit_run(scores, planted.coins, claimed=trained.claimed, delta=delta),
         separation=separation(scores, planted.coins),
         memorisation=remembered,
     )
@@ -250,12 +260,12 @@ def _bare(text: str) -> str:
 def _tried(found: Attacks) -> list[str]:
     """The attacks in words."""
     tried = []
-    if found.step is not None:
+    if found.audit is not None:
         tried.append(
-            f"one step with {found.step.canaries:,} canaries in gradient space, everybody taking part"
+            f"one step with {found.audit.canaries:,} canaries in gradient space, everybody taking part"
         )
     tried.append(
-        f"membership of {found.run.canaries:,} planted records by likelihood ratio on the final adapter"
+        f"membership of {found.membership.canaries:,} planted records by likelihood ratio on the final adapter"
     )
     if found.memorisation is not None:
         tried.append(
@@ -274,8 +284,8 @@ def _measured(found: Attacks) -> dict[str, Any]:
         return {"claimed_epsilon": finding.claimed, "measured_lower_bound": finding.lower_bound}
 
     return {
-        "step": bound(found.step),
-        "run": bound(found.run),
+        "audit": bound(found.audit),
+        "membership": bound(found.membership),
         "confidence": CONFIDENCE,
         "violated": found.violated,
         "tried": _tried(found),

@@ -20,9 +20,9 @@ def attack_sentences(found: Facts | None) -> list[str]:
             "VIOLATION: a measured lower bound is above the claimed ε. The noise, the clipping or the "
             "accounting of this installation does not do what it states; don't release anything."
         )
-    if found["step"]:
-        sentences.append(_step(found["step"], found))
-    sentences.append(_run(found["run"], found["separation"], found))
+    if found["audit"]:
+        sentences.append(_audit(found["audit"], found))
+    sentences.append(_membership(found["membership"], found))
     if found["memorisation"]:
         sentences.append(_memorised(found["memorisation"]))
     return [*sentences, found["caveat"]]
@@ -32,22 +32,21 @@ def _claim(value: float | None) -> str:
     return "nothing is claimed" if value is None else f"claimed ε = {epsilon(value)}"
 
 
-def _step(step: Facts, found: Facts) -> str:
-    shown = max(step["any_mechanism"], step["one_run"])
+def _audit(step: Facts, found: Facts) -> str:
     return (
         f"One step, everybody taking part ({step['canaries']:,} canaries): {_claim(step['claimed'])}, "
-        f"measured ε ≥ {epsilon(shown)} at {found['confidence']:.0%} confidence "
+        f"measured ε ≥ {epsilon(step['lower_bound'])} at {found['confidence']:.0%} confidence "
         f"(≥ {epsilon(step['independent'])} if canaries don't touch each other's scores; "
         f"≥ {epsilon(step['any_mechanism'])} without assuming anything of the mechanism)."
     )
 
 
-def _run(run: Facts, apart: Facts, found: Facts) -> str:
+def _membership(run: Facts, found: Facts) -> str:
     return (
         f"The whole run, by membership of {plural(run['canaries'], 'planted record')}: "
-        f"{_claim(run['claimed'])}, measured ε ≥ {epsilon(run['any_mechanism'])} at "
-        f"{found['confidence']:.0%} confidence; AUC {apart['auc']:.3f} (0.5 is a guess), "
-        f"{apart['hits']:.1%} found at 1% false alarms."
+        f"{_claim(run['claimed'])}, measured ε ≥ {epsilon(run['lower_bound'])} at "
+        f"{found['confidence']:.0%} confidence; AUC {run['auc']:.3f} (0.5 is a guess), "
+        f"{run['hits']:.1%} found at 1% false alarms."
     )
 
 

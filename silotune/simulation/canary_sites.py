@@ -29,7 +29,7 @@ class _PlantedSite(SiteRun):
     @cached_property
     def records(self) -> Records:
         """The site's records, and the canaries."""
-        own = cast(Records, super().records)
+        own = super().records
         first, more = own.n_units(), len(self.planted)
         return replace(
             own,

@@ -5,6 +5,7 @@ import shutil
 import pytest
 
 from silotune.errors import AttackRefused, RunDirectoryInvalid
+from silotune.release.controls import examine
 from silotune.simulation.attack import CAVEAT, attack
 from silotune.simulation.report import write_report
 from silotune.simulation.run import Settings, simulate
@@ -44,15 +45,18 @@ def test_a_private_run_keeps_its_claims_and_says_what_was_tried(finished):
     found = attack(finished, settings=Here(), say=said.append)
     assert any("round 5 of 5" in sentence for sentence in said)
     assert not found.violated
-    assert 1.0 < found.step.lower_bound < found.step.claimed
-    assert found.run.claimed == pytest.approx(8.0, rel=0.01)
+    assert 1.0 < found.audit.lower_bound < found.audit.claimed
+    assert found.membership.claimed == pytest.approx(8.0, rel=0.01)
     # Half of 40 canaries: an AUC is off by 0.37 with a probability below 1e-4 when nothing leaks.
     assert abs(found.separation.auc - 0.5) < 0.37
     stored = finished.read_json("privacy.json")["attacks"]
-    assert stored["step"]["measured_lower_bound"] == found.step.lower_bound
-    assert stored["run"]["claimed_epsilon"] == found.run.claimed
+    assert stored["audit"]["measured_lower_bound"] == found.audit.lower_bound
+    assert stored["membership"]["claimed_epsilon"] == found.membership.claimed
     assert stored["caveat"] == CAVEAT
     assert len(stored["tried"]) == 2
+    controls = {control.name: control for control in examine(finished).controls}
+    assert controls["audit"].passed
+    assert controls["membership"].passed
     page = write_report(finished.root).read_text()
     assert "Attacked by the simulator" in page
     assert "claimed ε" in page
@@ -99,7 +103,7 @@ def test_the_command_attacks_what_it_made_and_what_was_finished(tmp_path, bert_f
     assert again.code == 0, again.text + again.errors
     for found in (first, again):
         if form == "json":
-            assert found.facts["attacks"]["step"]["one_run"] > 0
+            assert found.facts["attacks"]["audit"]["one_run"] > 0
         else:
             assert "A low bound proves nothing" in " ".join(found.text.split())
 
@@ -108,10 +112,10 @@ def test_the_command_attacks_what_it_made_and_what_was_finished(tmp_path, bert_f
 def test_without_privacy_membership_is_found_out(tmp_path, bert_folder):
     federation = write_federation(tmp_path, bert_folder)
     found = attack(played(federation, EAGER), settings=Settings(), say=lambda sentence: None)
-    assert found.step.lower_bound > 8
+    assert found.audit.lower_bound > 8
     # Where nothing leaks, half of 40 canaries give an AUC above 0.75 once in 300.
     assert found.separation.auc > 0.75
-    assert found.run.claimed is None
+    assert found.membership.claimed is None
     assert not found.violated
 
 

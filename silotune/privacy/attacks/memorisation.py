@@ -1,9 +1,10 @@
 """What a language model remembers of planted secrets: exposure, and completion.
 
 Exposure is ``log2(n) - log2(rank)``, the rank being that of the true secret among n candidates by their
-loss (Carlini, Liu, Erlingsson, Kos and Song, "The secret sharer", USENIX Security 2019). A model that
-never saw the secret gives each rank the same chance: 1.44 bits in the mean, and b bits or more once in
-2**b secrets.
+loss (Carlini, Liu, Erlingsson, Kos and Song, "The secret sharer", USENIX Security 2019). A secret before
+all candidates has at least ``log2(n)`` bits; how many more is read off a normal distribution that is
+fitted to the candidates' losses (theirs is skewed). A model that never saw the secret gives each rank the
+same chance: some 1.44 bits in the mean, and b bits or more once in 2**b secrets.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import log_ndtr
 
 UNSEEN = 1.0 / np.log(2.0)
 """Mean exposure in bits of secrets that were never seen, among many candidates."""
@@ -24,7 +26,7 @@ class Memorisation:
     Attributes
     ----------
     candidates : int
-        Among which each secret was ranked; exposure is at most ``log2`` of it.
+        Among which each secret was ranked, itself included.
     exposure, exposure_unseen : float
         Mean in bits, of secrets that were trained on and of others.
     largest : float
@@ -55,7 +57,10 @@ def exposures(losses: NDArray[np.float64], others: NDArray[np.float64]) -> NDArr
         Of other candidates in its place. A tie counts against the model.
     """
     ranks = 1 + (others < losses[:, None]).sum(1)
-    return np.asarray(np.log2(others.shape[1] + 1) - np.log2(ranks), dtype=np.float64)
+    bits = np.log2(others.shape[1] + 1) - np.log2(ranks)
+    spread = np.maximum(others.std(1), np.finfo(np.float64).tiny)
+    beyond = -log_ndtr((losses - others.mean(1)) / spread) / np.log(2.0)
+    return np.asarray(np.where(ranks == 1, np.maximum(bits, beyond), bits), dtype=np.float64)
 
 
 def memorisation(

@@ -37,9 +37,17 @@ def test_exposure_is_the_rank_in_bits():
     assert bits == pytest.approx([8.0, 7.0, 0.0])
 
 
+def test_a_secret_before_all_candidates_has_the_bits_of_its_distance():
+    others = np.random.default_rng(2).normal(size=(1, 255))
+    others = (others - others.mean()) / others.std()
+    # -log2 of the normal distribution's tail: 2.9e-7 at five standard deviations.
+    assert exposures(np.array([-5.0]), others) == pytest.approx([21.7], abs=0.1)
+    assert exposures(np.array([0.5]), np.ones((1, 255))) > 8
+
+
 def test_an_unseen_secret_has_one_and_a_half_bits_in_the_mean():
     rng = np.random.default_rng(1)
-    bits = exposures(rng.random(4000), rng.random((4000, 255)))
+    bits = exposures(rng.normal(size=4000), rng.normal(size=(4000, 255)))
     # The spread of an exposure is below 1.5 bits: off by 0.12 with a probability below 1e-6.
     assert bits.mean() == pytest.approx(UNSEEN, abs=0.12)
 
