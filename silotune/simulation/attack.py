@@ -265,7 +265,8 @@ def _tried(found: Attacks) -> list[str]:
             f"one step with {found.audit.canaries:,} canaries in gradient space, everybody taking part"
         )
     tried.append(
-        f"membership of {found.membership.canaries:,} planted records by likelihood ratio on the final adapter"
+        f"membership of {found.membership.canaries:,} planted records, by likelihood ratio on the "
+        "final adapter"
     )
     if found.memorisation is not None:
         tried.append(

@@ -3,8 +3,8 @@
 Exposure is ``log2(n) - log2(rank)``, the rank being that of the true secret among n candidates by their
 loss (Carlini, Liu, Erlingsson, Kos and Song, "The secret sharer", USENIX Security 2019). A secret before
 all candidates has at least ``log2(n)`` bits; how many more is read off a normal distribution that is
-fitted to the candidates' losses (theirs is skewed). A model that never saw the secret gives each rank the
-same chance: some 1.44 bits in the mean, and b bits or more once in 2**b secrets.
+fitted to the candidates' losses (theirs is skewed). A model that never saw the secret gives each rank
+the same chance: some 1.44 bits in the mean, and b bits or more once in 2**b secrets.
 """
 
 from __future__ import annotations
