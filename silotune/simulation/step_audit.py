@@ -213,12 +213,10 @@ def _records(plan: Plan) -> int:
 def _site(like: SiteConfig, plan: Plan, name: str, *, units: int) -> SiteConfig:
     """A site of the audit: nothing to refuse, no limit of its own, and the records are canaries."""
     terms = like.dataset(plan.data.dataset)
-    budget = terms.budget and terms.budget.model_copy(
-        update={"epsilon": math.inf, "delta": 1.0, "colluding_epsilon": None}
-    )
-    if plan.private:
-        most = {"epsilon": 2.0 * cast(float, plan.privacy.epsilon), "delta": plan.privacy.delta}
-        budget = budget and budget.model_copy(update=most)
+    budget = terms.budget
+    if budget and plan.private:
+        limits = {"epsilon": 2.0 * cast(float, plan.privacy.epsilon), "delta": plan.privacy.delta}
+        budget = budget.model_copy(update={**limits, "colluding_epsilon": None})
     offered = terms.model_copy(update={"declared_units": units, "budget": budget})
     changes = {"name": name, "policy": None, "datasets": {plan.data.dataset: offered}}
     return like.model_copy(update=changes)
