@@ -41,7 +41,7 @@ CAVEAT = (
 )
 
 _DELTA = 1e-5  # of bounds where nothing is claimed
-_SHARE, _FEWEST, _MOST = 0.1, 40, 1000  # canaries, in and out, by declared units
+_SHARE, _FEWEST, _MOST = 0.1, 100, 1000  # canaries, in and out, by declared units
 _RANKED = 60  # secrets that are ranked among candidates, and completed
 _CANDIDATES = 255
 

@@ -23,6 +23,13 @@ EAGER = {
     "optimizer.site.head_lr": 0.2,
     "lora.r": 8,
 }
+BY_HEART = {
+    **EAGER,
+    "rounds.number": 300,
+    "optimizer.site.adapter_lr": 0.05,
+    "lora.r": 16,
+    "data.max_length": 64,
+}
 
 
 class Here(Settings):
@@ -47,8 +54,8 @@ def test_a_private_run_keeps_its_claims_and_says_what_was_tried(finished):
     assert not found.violated
     assert 1.0 < found.audit.lower_bound < found.audit.claimed
     assert found.membership.claimed == pytest.approx(8.0, rel=0.01)
-    # Half of 40 canaries: an AUC is off by 0.37 with a probability below 1e-4 when nothing leaks.
-    assert abs(found.separation.auc - 0.5) < 0.37
+    # Half of 100 canaries: an AUC is off by 0.25 with a probability below 1e-4 when nothing leaks.
+    assert abs(found.separation.auc - 0.5) < 0.25
     stored = finished.read_json("privacy.json")["attacks"]
     assert stored["audit"]["measured_lower_bound"] == found.audit.lower_bound
     assert stored["membership"]["claimed_epsilon"] == found.membership.claimed
@@ -113,8 +120,8 @@ def test_without_privacy_membership_is_found_out(tmp_path, bert_folder):
     federation = write_federation(tmp_path, bert_folder)
     found = attack(played(federation, EAGER), settings=Settings(), say=lambda sentence: None)
     assert found.audit.lower_bound > 8
-    # Where nothing leaks, half of 40 canaries give an AUC above 0.75 once in 300.
-    assert found.separation.auc > 0.75
+    # Where nothing leaks, half of 100 canaries give an AUC above 0.68 once in a thousand.
+    assert found.separation.auc > 0.68
     assert found.membership.claimed is None
     assert not found.violated
 
@@ -129,9 +136,7 @@ def test_a_language_model_without_privacy_remembers_its_canaries(tmp_path, llama
     text = federation.plan_path.read_text().replace("text_classification", "causal_lm")
     text = text.replace('labels = ["no", "yes"]\n', "").replace("head_rounds = 2\n", "")
     federation.plan_path.write_text(text)
-    directory = played(
-        federation, {**EAGER, "rounds.number": 300, "lora.r": 16, "data.max_length": 48}
-    )
+    directory = played(federation, BY_HEART)
     found = attack(directory, settings=Settings(), say=lambda sentence: None)
     assert found.separation.auc > 0.9
     assert found.memorisation.exposure > found.memorisation.exposure_unseen + 3

@@ -45,7 +45,7 @@ def plant(count: int, *, labels: Sequence[str], seed: int | None) -> Planted:
     rng = np.random.default_rng(seed)
     examples = []
     for number in range(count):
-        name = " ".join(_word(rng) for _ in range(2))
+        name = " ".join(_word(rng) for _ in range(4 if labels else 2))
         if labels:
             examples.append({"text": f"{name} {number}", "label": str(rng.choice(labels))})
         else:
