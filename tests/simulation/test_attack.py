@@ -138,9 +138,10 @@ def test_a_language_model_without_privacy_remembers_its_canaries(tmp_path, llama
     federation.plan_path.write_text(text)
     directory = played(federation, BY_HEART)
     found = attack(directory, settings=Settings(), say=lambda sentence: None)
-    assert found.separation.auc > 0.9
-    assert found.memorisation.exposure > found.memorisation.exposure_unseen + 3
-    assert found.memorisation.extracted > found.memorisation.extracted_unseen == 0
+    # Where nothing leaks, half of 100 canaries give an AUC above 0.75 once in 100,000, and one of
+    # thirty secrets has ten bits or more once in thirty runs.
+    assert found.separation.auc > 0.75
+    assert found.memorisation.largest > 10.0
     write_report(directory.root)
     assert "Planted secrets" in directory.report_path.read_text()
 
