@@ -69,6 +69,7 @@ class Reader:
 
     def run(self, command, *, where):
         """One command, after whatever it stands on; it must succeed."""
+        self.cwd = self.folder
         for pattern, prepare in self.preparations():
             if re.search(pattern, command):
                 prepare()
@@ -163,6 +164,7 @@ class Reader:
             (r"coordinator runs (pause|stop)", self.have_long_run),
             (r"coordinator runs adapter", self.have_finished),
             (r"site join", self.be_invited),
+            (r"site (start|resume|reseal)", self.enter_site),
             (r"site (dashboard|status|plans|doctor|pause)", self.be_site),
             (r"site plans", self.have_run),
             (r"audit .*coordinators-audit", self.have_both_logs),
@@ -200,6 +202,9 @@ class Reader:
             api = f'[admin]\nhost = "127.0.0.1"\nport = {free_port()}\n#'
             config.write_text(config.read_text().replace("[admin]", api, 1))
         self.start("silotune coordinator start", "Listening at", "the operator")
+
+    def enter_site(self):
+        self.cwd = self.site_folder
 
     def be_site(self):
         """Work in the site's folder, as its team."""
