@@ -75,7 +75,8 @@ def assess(plan: Plan, declared: dict[str, int]) -> dict[str, Any]:
     dict
         ``plan_sha256``, ``steps``, ``model`` (description, or why it can't be loaded here),
         ``trainable_parameters``, ``bytes_up`` and ``bytes_down`` a site and round (None where the
-        model isn't here), and ``sites``: declared units, expected batch, rate, sigma and epsilon.
+        model isn't here), ``kept_bytes`` of the adapters that a simulation leaves, and ``sites``:
+        declared units, expected batch, rate, sigma and epsilon.
     """
     return {
         "name": plan.plan.name,
@@ -90,6 +91,7 @@ def assess(plan: Plan, declared: dict[str, int]) -> dict[str, Any]:
 def _model_facts(plan: Plan) -> dict[str, Any]:
     from silotune.models.base import load_model
     from silotune.models.weights import locate
+    from silotune.simulation.kept_adapters import most_kept
 
     try:
         locate(plan.model.base)
@@ -99,6 +101,7 @@ def _model_facts(plan: Plan) -> dict[str, Any]:
             "trainable_parameters": None,
             "bytes_up": None,
             "bytes_down": None,
+            "kept_bytes": None,
         }
     model = load_model(plan, device="cpu")
     nbytes = model.layout.nbytes
@@ -109,6 +112,7 @@ def _model_facts(plan: Plan) -> dict[str, Any]:
         "trainable_parameters": model.layout.size,
         "bytes_up": nbytes,
         "bytes_down": nbytes,
+        "kept_bytes": nbytes * most_kept(plan.rounds.number),
     }
 
 
@@ -147,6 +151,9 @@ def _site_facts(plan: Plan, units: int) -> dict[str, Any]:
 
 
 def _print(plan: Plan, facts: dict[str, Any], console: Console) -> None:
+    from silotune.simulation.kept_adapters import every, most_kept
+    from silotune.simulation.wording import octets, plural
+
     console.print(headed(plan.plan.name, f"is a valid plan. SHA-256 {plan.sha256}"))
     for heading, sentence in plan_in_words(plan):
         console.print(headed(f"{heading}.", sentence, indent=2))
@@ -157,6 +164,11 @@ def _print(plan: Plan, facts: dict[str, Any], console: Console) -> None:
         console.print(
             f"  Trains {facts['trainable_parameters']:,} parameters: {facts['bytes_up']:,} bytes up and "
             f"{facts['bytes_down']:,} down, a site and round.",
+        )
+        number = plan.rounds.number
+        console.print(
+            f"  A simulation keeps at most {plural(most_kept(number), 'adapter')}, the last, the best "
+            f"and one in {every(number)}: {octets(facts['kept_bytes'])}.",
         )
     if not facts["sites"]:
         console.print("  Give --sizes 1000,2500 to see epsilon for sites of these sizes.")

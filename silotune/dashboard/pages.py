@@ -31,14 +31,14 @@ from silotune.dashboard import run_page as words
 from silotune.dashboard.desk import Desk
 from silotune.dashboard.doorman import FORM, SESSION, Door, Doorman, Scope
 from silotune.dashboard.errors import PageUnknown
-from silotune.dashboard.run_page import RunPage, run_page
+from silotune.dashboard.run_page import Glance, RunPage, glance, run_page
 from silotune.dashboard.sessions import Session
 from silotune.dashboard.sign_in import SignIn
 from silotune.dashboard.spending import Spending
 from silotune.errors import SilotuneError
 from silotune.events.errors import FileNotOffered, RunNotFound
-from silotune.events.feed import Batch, Feed
-from silotune.events.source import Source, Views
+from silotune.events.feed import OVER, Batch, Feed
+from silotune.events.source import RunFacts, Source, Views
 
 _STATIC = ("dashboard.css", "dashboard.js", "icon.svg")
 _MOST_COMPARED = 4
@@ -126,6 +126,7 @@ class Pages:
         self._content, self._door, self._templates = content, door, templates
         self._source, self._desk = content.source, content.desk
         self._views, self._spending = Views(content.source), Spending()
+        self._glances: dict[tuple[str, str, int], Glance] = {}
         self._feed: Feed | None = None
 
     def add_to(self, app: FastAPI) -> None:
@@ -159,7 +160,8 @@ class Pages:
         return self._page(
             request,
             "overview.html",
-            runs=self._source.runs(),
+            runs=(runs := self._source.runs()),
+            glances=[self._glance(facts) for facts in runs],
             sites=[site for site in sites if site.status == "active"],
             waiting=waiting,
             alarms=alarms,
@@ -310,6 +312,19 @@ class Pages:
         with self._views.lock:
             view = self._views.get(run)
             return run_page(facts, view, self._spending.curves(facts, view, wait=wait))
+
+    def _glance(self, facts: RunFacts) -> Glance:
+        """A run's line in the list; of a run that is over it is kept, whatever else is watched."""
+        key = (facts.run, facts.state, facts.round)
+        if key in self._glances:
+            return self._glances[key]
+        with self._views.lock:
+            view = self._views.get(facts.run)
+            spent = self._spending.spent(facts, view)
+            found = glance(facts, view, spent)
+        if facts.state in OVER and (spent or facts.budget is None):
+            self._glances[key] = found
+        return found
 
     def _sections(self, page: RunPage) -> dict[str, str]:
         return {name: self._templates.render(f"part_{name}.html", page=page) for name in _SECTIONS}

@@ -40,7 +40,28 @@ class SiteLine:
     epsilon: str
     left: str
     share: float | None
+    over: bool
     heard: str
+
+
+@dataclass(frozen=True)
+class Score:
+    """The newest score on one kind of data, and who looked."""
+
+    value: str
+    metric: str
+    data: str
+    look: str
+
+
+@dataclass(frozen=True)
+class Glance:
+    """A run in the list of runs."""
+
+    facts: RunFacts
+    mode: str
+    epsilon: str
+    score: Score | None
 
 
 @dataclass(frozen=True)
@@ -65,8 +86,7 @@ class RunPage:
     done: int
     planned: int
     running: str
-    score: str
-    metric: str
+    scores: tuple[Score, ...]
     epsilon: str
     traffic: str
     late: tuple[str, ...]
@@ -85,7 +105,6 @@ def run_page(facts: RunFacts, view: RunView, curves: Mapping[str, Curve]) -> Run
     spent = {site: curve[-1][1] for site, curve in curves.items()}
     used = {cell.phase for found in view.rounds.values() for cell in found.cells.values()}
     current = view.current
-    score, metric = _score(view)
     return RunPage(
         facts=facts,
         # A run directory does not say that its process died; a store says what was decided.
@@ -93,8 +112,7 @@ def run_page(facts: RunFacts, view: RunView, curves: Mapping[str, Curve]) -> Run
         done=view.done,
         planned=planned,
         running=_running(view),
-        score=score,
-        metric=metric,
+        scores=_scores(view),
         epsilon=f"{max(spent.values()):.2f}" if spent else _DASH,
         traffic=octets(sum(r.bytes_up + r.bytes_down for r in view.rounds.values())),
         late=tuple(n for n, c in current.cells.items() if c.phase == "late") if current else (),
@@ -195,6 +213,8 @@ def _rounds(numbers: list[int]) -> str:
 def _running(view: RunView) -> str:
     """What goes on, in a few words."""
     current = view.current
+    if view.code:
+        return f"{view.code} {view.detail}".strip()
     if current is None or current.done:
         return ""
     waiting = sum(cell.phase in OPEN_PHASES for cell in current.cells.values())
@@ -212,11 +232,31 @@ def _unlike(view: RunView) -> tuple[str, ...]:
     )
 
 
-def _score(view: RunView) -> tuple[str, str]:
-    """The newest score, and of which metric it is."""
-    curves = learning_curves(view)
-    title, curve = next(iter(curves.items()), ("", []))
-    return (f"{curve[-1][1]:.3f}", title.split(",")[0]) if curve else (_DASH, "")
+def _scores(view: RunView) -> tuple[Score, ...]:
+    """The newest score on each kind of data, test data first: they are never one number."""
+    found = [
+        Score(f"{curve[-1][1]:.3f}", *title.split(", ", 2))
+        for title, curve in learning_curves(view).items()
+    ]
+    return tuple(sorted(found, key=lambda score: score.data != "test"))
+
+
+def glance(facts: RunFacts, view: RunView, spent: Mapping[str, float]) -> Glance:
+    """What the list of runs says of one; call it under the view's lock."""
+    scores = _scores(view)
+    epsilon = f"{max(spent.values()):.2f} of {facts.budget:g}" if spent and facts.budget else _DASH
+    return Glance(facts, _mode(facts.plan), epsilon, scores[0] if scores else None)
+
+
+def _mode(plan: Mapping[str, Any]) -> str:
+    """What tells runs of one plan apart: the protection, the aggregation, and a seed."""
+    privacy, aggregation = plan.get("privacy") or {}, plan.get("aggregation") or {}
+    mode = privacy.get("mode", "none")
+    words = ["no privacy" if mode == "none" else f"{mode} level", aggregation.get("strategy")]
+    words += ["secure"] if aggregation.get("secure") else []
+    words += ["shared noise"] if privacy.get("noise") == "shared" else []
+    words += ["seeded"] if (plan.get("plan") or {}).get("seed") is not None else []
+    return ", ".join(word for word in words if word)
 
 
 def _sites(facts: RunFacts, view: RunView, spent: Mapping[str, float]) -> list[SiteLine]:
@@ -235,6 +275,8 @@ def _sites(facts: RunFacts, view: RunView, spent: Mapping[str, float]) -> list[S
                 if facts.budget and site.name in spent
                 else None
             ),
+            # What the plan grants is there to be used: only more than that is wrong.
+            over=bool(facts.budget) and spent.get(site.name, 0.0) > 1.001 * (facts.budget or 0.0),
             heard=ago(site.heard),
         )
         for site in view.sites.values()

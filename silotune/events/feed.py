@@ -9,7 +9,7 @@ from typing import Protocol
 
 from silotune.events.source import Row, RunFacts
 
-OVER = frozenset({"finished", "stopped", "failed"})
+OVER = frozenset({"finished", "stopped", "failed", "interrupted"})
 """States after which nothing more happens in a run."""
 
 _LOOK_SECONDS = 0.5

@@ -6,9 +6,12 @@ federation.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,8 +28,9 @@ Row = dict[str, Any]
 class RunFacts:
     """What is known of a run without reading its events.
 
-    `state` is ``proposed``, ``running``, ``paused``, ``finished``, ``stopped`` or ``failed``; times
-    are Unix times; `plan` is the plan as plain data.
+    `state` is ``proposed``, ``running``, ``paused``, ``finished``, ``stopped`` or ``failed``, or of a
+    simulation whose process died ``interrupted``; times are Unix times; `plan` is the plan as plain
+    data.
     """
 
     run: str
@@ -123,6 +127,7 @@ class RunDirectories:
 
     def __init__(self, root: Path) -> None:
         self._root = root.resolve()
+        self._read: dict[str, tuple[int, str, int]] = {}  # size of the events, and what they say
         self._single = (root / "resolved.json").is_file()
         if not self._single and not self._found():
             raise RunDirectoryInvalid(f"{root} is no run directory and has none in it")
@@ -142,6 +147,8 @@ class RunDirectories:
         plan = resolved.get("plan") or {}
         about = plan.get("plan") or {}
         state, number = self._progress(folder)
+        if state == "running" and not is_held(folder):
+            state = "interrupted"
         return RunFacts(
             run=run,
             name=str(about.get("name") or run),
@@ -202,24 +209,62 @@ class RunDirectories:
     def _adapter(folder: Path) -> Path | None:
         return max((folder / "adapters").glob("round-*.safetensors"), default=None)
 
-    @staticmethod
-    def _progress(folder: Path) -> tuple[str, int]:
+    def _progress(self, folder: Path) -> tuple[str, int]:
         """State and last finished round, from the end of the events."""
         try:
             with (folder / "events.jsonl").open("rb") as file:
-                file.seek(max(0, file.seek(0, 2) - 200_000))
-                tail = file.read()
+                size = file.seek(0, 2)
+                known = self._read.get(folder.name)
+                if known and known[0] == size:
+                    return known[1:]
+                file.seek(max(0, size - _TAIL))
+                lines = file.read().split(b"\n")[:-1]
         except FileNotFoundError:
             return "proposed", 0
-        state, number = "running", 0
-        for line in tail.split(b"\n")[:-1]:
-            if b'"event":"run_finished"' in line:
-                state = "finished"
-            elif b'"event":"round_finished"' in line:
-                number = int(json.loads(line).get("round") or 0)
-        return state, number
+        view = RunView(folder.name)
+        view.state = "running"  # where it began is not in the end of a long file
+        telling = [line for line in lines if any(kind in line for kind in _TELLING)]
+        # The first line may have lost its beginning.
+        view.extend(json.loads(line) for line in telling if line.startswith(b"{"))
+        self._read[folder.name] = (size, view.state, view.done)
+        return view.state, view.done
 
 
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold a run directory while a process runs it: nobody else does, and watchers see that it lives.
+
+    Raises
+    ------
+    RunDirectoryInvalid
+        Another process runs it.
+    """
+    with (folder / _LOCK).open("wb") as file:
+        for attempt in range(_ATTEMPTS):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as exc:
+                if attempt == _ATTEMPTS - 1:
+                    raise RunDirectoryInvalid(f"{folder} is being run by another process") from exc
+                time.sleep(0.05)  # a watcher looks for an instant
+        yield
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a process runs it now; of a directory of an older version also yes."""
+    try:
+        with (folder / _LOCK).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except (BlockingIOError, FileNotFoundError):
+        return True
+    return False
+
+
+_LOCK = "run.lock"
+_ATTEMPTS = 40
+_TAIL = 200_000
+_TELLING = (b'"event":"run_', b'"event":"round_')
 _FILES = (
     ("report.html", "Report"),
     ("plan.toml", "Plan"),

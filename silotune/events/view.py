@@ -287,8 +287,8 @@ class RunView:
         self.state, self.started = "running", self.started or event.time
         self.ended, self.code, self.detail = None, "", ""
         self.planned = event.rounds or self.planned
-        for name in event.sites:
-            self.sites.setdefault(name, SiteView(name))
+        for name in event.sites:  # each is asked again by a process that goes on with a run
+            self.sites.setdefault(name, SiteView(name)).joined = False
 
     def _run_resumed(self, event: schema.RunResumed) -> None:
         self.state = "running"

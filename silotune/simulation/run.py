@@ -10,7 +10,8 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +22,8 @@ from flwr.serverapp import ServerApp
 
 from silotune import __version__
 from silotune.data.site import SiteConfig, load_sites
-from silotune.errors import RunDirectoryInvalid
+from silotune.errors import RunDirectoryInvalid, SilotuneError
+from silotune.events.source import held
 from silotune.models.choices import Choices, choose
 from silotune.plan import Plan
 from silotune.server.app import build_server_app
@@ -176,9 +178,30 @@ def resume(path: Path, *, settings: Settings, listener: Listener) -> RunDirector
 
 
 def _execute(job: _Job, listener: Listener) -> RunDirectory:
-    if job.settings.engine == "ray":
-        return _execute_on_ray(job, listener)
-    store = _store(job, listener)
+    with held(job.directory.root):
+        store = _store(job, listener)
+        with _telling_how_it_ends(store):
+            (_play_on_ray if job.settings.engine == "ray" else _play)(job, store)
+    return job.directory
+
+
+@contextmanager
+def _telling_how_it_ends(store: LoggedStore) -> Iterator[None]:
+    """Write down why a run came to no end of its own: who looks at it later must not wait."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        store.append_event("run_stopped", round=store.done)
+        raise
+    except SilotuneError as exc:
+        store.append_event("run_failed", code=exc.code, detail=exc.detail)
+        raise
+    except Exception as exc:
+        store.append_event("run_failed", code=SilotuneError.code, detail=type(exc).__name__)
+        raise
+
+
+def _play(job: _Job, store: LoggedStore) -> None:
     slots = _slots(job)
     store.append_event("run_started", run=job.directory.name, **_scope(job))
     with WorkerGrid(
@@ -200,14 +223,12 @@ def _execute(job: _Job, listener: Listener) -> RunDirectory:
         context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config={})
         app(grid=grid, context=context)
         _conclude(job, store, spectator, view)
-    return job.directory
 
 
-def _execute_on_ray(job: _Job, listener: Listener) -> RunDirectory:
+def _play_on_ray(job: _Job, store: LoggedStore) -> None:
     """The very same apps on Flower's Ray engine; the simulator looks on from its own process."""
     from silotune.simulation.ray_engine import run_with_ray
 
-    store = _store(job, listener)
     store.append_event("run_started", run=job.directory.name, **_scope(job))
     payload = job.payload
     own = SimulatedSites(payload)
@@ -235,7 +256,6 @@ def _execute_on_ray(job: _Job, listener: Listener) -> RunDirectory:
         address=job.settings.address,
     )
     _conclude(job, store, spectator, view)
-    return job.directory
 
 
 def _store(job: _Job, listener: Listener) -> LoggedStore:

@@ -16,6 +16,7 @@ from silotune.models.tasks import get_task
 from silotune.plan import Plan
 from silotune.privacy.live_epsilon import LiveEpsilon
 from silotune.simulation.grid import Receipt
+from silotune.simulation.kept_adapters import spare
 from silotune.simulation.run_directory import RunDirectory
 from silotune.strategies.base import Vector
 
@@ -52,15 +53,18 @@ class LoggedStore:
         listener: Callable[[Mapping[str, Any]], None],
     ) -> None:
         self.directory, self._listener, self.names = directory, listener, tuple(names)
-        self._told = RunView(directory.name)
+        self._told, self._rounds = RunView(directory.name), plan.rounds.number
+        self._told.extend(directory.events)  # of a run that goes on, also what happened before
         self._names = {str(node): name for node, name in enumerate(names, start=1)}
         self._live = LiveEpsilon(
             delta=plan.privacy.delta or 0.0,
             rounds=plan.rounds.number,
             local_steps=plan.releases_a_round,
         )
+        for found in self._told.every_round:
+            for site in found.replied:
+                self._live.replied(site)
         self._seconds: dict[str, dict[str, float]] = defaultdict(dict)
-        self.save_adapter = directory.save_adapter
         self.save_checkpoint = directory.save_checkpoint
         self.load_checkpoint = directory.load_checkpoint
         self.was_evaluated = directory.was_evaluated
@@ -70,6 +74,18 @@ class LoggedStore:
         """Sites that are in the run, since this process asked them."""
         joined = set(self._told.joined)
         return [name for name in self.names if name in joined]
+
+    def save_adapter(self, number: int, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Keep the adapter after a round; of those before only what `kept_adapters` says."""
+        self.directory.save_adapter(number, arrays)
+        have = self.directory.adapter_rounds()
+        for old in spare(self._told, have, newest=number, rounds=self._rounds):
+            self.directory.adapter_of_round(old).unlink(missing_ok=True)
+
+    @property
+    def done(self) -> int:
+        """The last finished round."""
+        return self._told.done
 
     def on_receipt(self, receipt: Receipt) -> None:
         """Note how long a site's app took, which the server never learns."""

@@ -50,11 +50,13 @@ def test_plan_check_says_what_the_plan_costs(tmp_path, bert_folder):
     # LoRA on query and value of two layers, rank 2, hidden 32, and a head of 2 x 32 + 2.
     assert facts["trainable_parameters"] == 2 * 2 * 2 * (2 * 32) + 66
     assert facts["bytes_up"] == 4 * facts["trainable_parameters"]
+    assert facts["kept_bytes"] == 5 * facts["bytes_up"]  # of five rounds each
     assert set(facts["sites"]) == {"alpha", "beta", "gamma"}
     assert all(s["epsilon"] == pytest.approx(8, rel=1e-3) for s in facts["sites"].values())
     shown = invoke("plan", "check", str(path), "--sizes", "1000,2500")
     assert shown.exit_code == 0
     assert "2,500" in shown.output
+    assert "keeps at most 5 adapters, the last, the best and one in 1: " in " ".join(shown.output.split())
     assert "epsilon" in shown.output
 
 

@@ -225,3 +225,44 @@ def test_templates_escape_everything_by_default():
     )
     assert "<b>&lt;b&gt;</b>" in text
     assert "&lt;i&gt;" in text
+
+
+def test_the_list_of_runs_tells_runs_of_one_plan_apart(tmp_path):
+    root = Synthetic(rounds=8, faults=False).write(tmp_path)
+    text = browser(of(RunDirectories(tmp_path))).get("/", headers=HTML).text
+    card = " ".join(re.sub(r"<[^>]+>", " ", text).split())
+    events = RunDirectory.open(root).events.read()
+    test = [e for e in events if e["event"] == "evaluated" and e["split"] == "test"]
+    shown = test or [e for e in events if e["event"] == "evaluated"]
+    data = shown[-1]["split"]
+    assert f"macro-F1 {shown[-1]['pooled']['macro_f1']:.3f} ({data} data)" in card
+    spent = max(next(e["epsilon"] for e in events[::-1] if e.get("epsilon")).values())
+    assert f"ε {spent:.2f} of 8" in card
+    assert "record level, fedavg" in card
+
+
+def test_scores_of_validation_and_test_data_are_shown_apart(tmp_path):
+    root = Synthetic(rounds=8, faults=False).write(tmp_path)
+    run = RunDirectory.open(root)
+    for split, value in (("validation", 0.61), ("test", 0.58)):
+        run.append_event(
+            "evaluated", round=8, view="simulator", split=split, pooled={"macro_f1": value}
+        )
+    head = (
+        browser(of(RunDirectories(root))).get(f"/runs/{root.name}/live").json()["sections"]["head"]
+    )
+    assert re.search(r"macro-F1, validation data</span><b>0.610", head)
+    assert re.search(r"macro-F1, test data</span><b>0.580", head)
+
+
+@pytest.mark.parametrize(("spent", "wrong"), [(8.0, False), (8.5, True)])
+def test_a_budget_that_is_used_up_is_no_alarm_and_one_that_is_exceeded_is(tmp_path, spent, wrong):
+    root = Synthetic(stop_after=5, faults=False).write(tmp_path)
+    run = RunDirectory.open(root)
+    run.append_event("round_finished", round=6, epsilon={"Orthopaedics": spent})
+    sites = (
+        browser(of(RunDirectories(root))).get(f"/runs/{root.name}/live").json()["sections"]["sites"]
+    )
+    meters = re.findall(r"<meter[^>]*>", sites)
+    assert meters
+    assert any("optimum" in meter for meter in meters) == wrong

@@ -6,7 +6,7 @@ import pytest
 
 from silotune.errors import RunDirectoryInvalid
 from silotune.events.errors import FileNotOffered, RunNotFound
-from silotune.events.source import RunDirectories, Views
+from silotune.events.source import RunDirectories, Views, held
 from silotune.simulation.run_directory import RunDirectory
 from tests.simulation.synthetic_run import Synthetic
 
@@ -72,3 +72,28 @@ def test_what_is_offered_can_be_read(run_dir):
 def test_a_folder_without_runs_is_refused(tmp_path):
     with pytest.raises(RunDirectoryInvalid):
         RunDirectories(tmp_path)
+
+
+def test_a_run_whose_process_died_is_interrupted_and_one_that_lives_is_running(run_dir):
+    source = RunDirectories(run_dir)
+    with held(run_dir):
+        assert source.facts(run_dir.name).state == "running"
+        with pytest.raises(RunDirectoryInvalid, match="another process"), held(run_dir):
+            pass
+    assert source.facts(run_dir.name).state == "interrupted"
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "state"),
+    [
+        ("run_failed", {"code": "ST-604"}, "failed"),
+        ("run_stopped", {"round": 5}, "stopped"),
+        ("run_finished", {"rounds": 5}, "finished"),
+    ],
+)
+def test_every_way_that_a_run_ends_is_its_state_until_it_goes_on(run_dir, kind, fields, state):
+    run, source = RunDirectory.open(run_dir), RunDirectories(run_dir)
+    run.append_event(kind, **fields)
+    assert (source.facts(run_dir.name).state, source.facts(run_dir.name).round) == (state, 5)
+    run.append_event("run_started", sites=["a"])
+    assert source.facts(run_dir.name).state == "running"
