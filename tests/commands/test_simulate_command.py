@@ -1,6 +1,6 @@
 """`silotune simulate` as a person runs it: secure plans, odd sites, no held-out data, failures.
 
-Here the sites are played by this process; `test_simulate_matrix` has real workers and every pairing.
+Here the sites are played by this process.
 """
 
 import shutil
