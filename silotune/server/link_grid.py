@@ -195,6 +195,9 @@ class LinkGrid(Grid):
         known = {(i.node, i.kind, i.group): i for i in self._link.instructions(self._link_run)}
         ids = []
         for message in messages:
+            if message.metadata.dst_node_id not in self._peers:  # of a site that was shut out since
+                ids.append("")
+                continue
             pending, sealed = self._sealed(message)
             key = (pending.peer.node, pending.address.kind, pending.group)
             pending.current = self._adopted(known.get(key)) or self._push(pending, sealed)

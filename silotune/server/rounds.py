@@ -51,6 +51,14 @@ class RunStore(Protocol):
         """The last saved state, if any."""
         ...
 
+    def save_secure_round(self, number: int, content: bytes) -> None:
+        """Replace what a secure round has settled, durably."""
+        ...
+
+    def load_secure_round(self, number: int) -> bytes | None:
+        """What is kept of a secure round, if it is the newest."""
+        ...
+
     def was_evaluated(self, number: int) -> bool:
         """Whether the metrics that the sites released after a round are on record."""
         ...
@@ -243,6 +251,7 @@ class RoundLoop:
                 run=self._run,
                 grid=self._grid,
                 log=self._store,
+                memory=self._store,
                 cohort=strategy.cohort,
             )
         encoding = encoding_for(self._plan, layout=strategy.layout, server_round=number)

@@ -18,7 +18,15 @@ from silotune.server.arrays import Arrays, packed, unpacked
 from silotune.server.errors import RunUnknown
 from silotune.server.event_writer import EventWriter, add_events, event_row, jsonable
 from silotune.server.store import Store
-from silotune.server.tables import ADAPTERS, CERTIFICATES, CHECKPOINTS, DECISIONS, EVENTS, RUNS
+from silotune.server.tables import (
+    ADAPTERS,
+    CERTIFICATES,
+    CHECKPOINTS,
+    DECISIONS,
+    EVENTS,
+    RUNS,
+    SECURE_ROUNDS,
+)
 
 _KEPT_ADAPTERS = 3  # rounds whose adapter is kept as bytes; of the others its hash
 
@@ -240,6 +248,28 @@ class RunRecord:
             return None
         name = _seal_name(self._run, "checkpoint")
         return unpacked(self._store.vault.unseal(sealed, name=name))
+
+    def save_secure_round(self, number: int, content: bytes) -> None:
+        """Replace what a secure round has settled."""
+        row = {
+            "run": self._run,
+            "round": number,
+            "content": self._store.vault.seal(content, name=_seal_name(self._run, "secure")),
+        }
+        with self._writer.transaction() as connection:
+            connection.execute(delete(SECURE_ROUNDS).where(SECURE_ROUNDS.c.run == self._run))
+            connection.execute(insert(SECURE_ROUNDS).values(row))
+
+    def load_secure_round(self, number: int) -> bytes | None:
+        """What is kept of a secure round, if it is the newest."""
+        query = select(SECURE_ROUNDS.c.content).where(
+            SECURE_ROUNDS.c.run == self._run, SECURE_ROUNDS.c.round == number
+        )
+        with self._store.transaction() as connection:
+            sealed = connection.execute(query).scalar()
+        if sealed is None:
+            return None
+        return self._store.vault.unseal(sealed, name=_seal_name(self._run, "secure"))
 
     def was_evaluated(self, number: int) -> bool:
         """Whether the metrics that the sites released after a round are on record."""

@@ -3,6 +3,9 @@
 Keys and shared secrets of round r + 1 ride on the messages of round r. Sites that were not in round r,
 because they are new or came back, are asked for theirs at the same time. Only before the first round,
 and when too few sites are left in the next, two exchanges more are needed.
+
+What a round has settled is on the disk before a site acts on it (`silotune.server.secure_journal`): the
+process after a crash asks for the same, and finishes the round.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,11 +23,12 @@ from numpy.typing import NDArray
 
 from silotune.errors import SilotuneError
 from silotune.plan import Plan
-from silotune.privacy.errors import MessageMalformed, SecureAggregationError
+from silotune.privacy.errors import MessageMalformed, SecureAggregationError, TooFewSurvivors
 from silotune.privacy.secagg.coordinator import CoordinatorRound
 from silotune.privacy.secagg.encoding import Encoding
 from silotune.privacy.secagg.messages import pack_named, pack_names, unpack_named
 from silotune.server.exchange import exchange
+from silotune.server.secure_journal import RoundMemory, Settled
 from silotune.strategies.base import Terms
 from silotune.strategies.weights import weight_in
 
@@ -93,6 +97,8 @@ class SecureRounds:
         The way to the sites.
     log : EventLog
         Gets ``site_replied``, ``site_phase`` and ``site_failed``, with the phase.
+    memory : RoundMemory
+        Keeps what a round has settled.
     cohort : mapping of node to Terms
         Sites that joined the run.
     threads : int
@@ -106,6 +112,7 @@ class SecureRounds:
         run: str,
         grid: Grid,
         log: EventLog,
+        memory: RoundMemory,
         cohort: Mapping[int, Terms],
         threads: int = 1,
     ) -> None:
@@ -114,6 +121,7 @@ class SecureRounds:
         self._nodes = {terms.site: node for node, terms in cohort.items()}
         self._sites = {node: terms.site for node, terms in cohort.items()}
         self._ready: dict[int, CoordinatorRound] = {}
+        self._memory = memory
 
     def round(self, number: int, arrays: ArrayRecord, *, encoding: Encoding) -> SecureSum:
         """Run one round; void if too few sites come through.
@@ -128,26 +136,65 @@ class SecureRounds:
             Of this round's updates.
         """
         account = _Account(number)
-        current = self._ready.pop(number, None) or self._set_up(number, account)
-        following = None if number == self._plan.rounds.number else self._new_round()
-        opened = False
+        settled = self._settled(number)
+        resumed = settled is not None
+        if settled is None:
+            ready = self._ready.pop(number, None) or self._set_up(number, account)
+            settled = Settled(current=ready, nodes=self._nodes)
+        current, following = settled.current, settled.following
+        if number < self._plan.rounds.number and not settled.survivors:
+            following = self._new_round()
+        opened = bool(settled.survivors)
         try:
+            if settled.void:
+                raise TooFewSurvivors("the round was void before the coordinator was started again")
             current.require_quorum(current.present)
-            self._collect(arrays, current, following, encoding, account)
+            if not resumed:
+                self._settle(number, settled)
+            self._collect(arrays, settled, following, encoding, account)
             current.require_quorum(current.survivors)
+            if not settled.survivors:
+                settled = replace(
+                    settled, survivors=frozenset(current.survivors), following=following
+                )
+                self._settle(number, settled)
             self._agree(number, current, account)
             opened = True
             self._open(number, current, following, account)
             total = current.unmask(threads=self._threads)
         except SecureAggregationError as exc:
-            if following is not None and not opened:
-                self._share(number + 1, following, account)
+            if not settled.void:
+                self._settle(number, replace(settled, void=True))
+                if following is not None and not opened:
+                    self._share(number + 1, following, account)
             self._log.append_event("round_void", round=number, code=exc.code, detail=exc.detail)
             return self._summary(account)
         finally:
             self._keep(number + 1, following)
         values, saturated = encoding.decode(total)
         return self._summary(account, current, values, saturated)
+
+    # --- over a crash ---
+
+    def _settle(self, number: int, settled: Settled) -> None:
+        """Write down what may not change any more, before anybody is asked to act on it."""
+        self._memory.save_secure_round(number, settled.to_bytes())
+
+    def _settled(self, number: int) -> Settled | None:
+        """What an earlier process had settled of this round."""
+        kept = self._memory.load_secure_round(number)
+        if kept is None:
+            return None
+        aggregation = self._plan.aggregation
+        assert aggregation.cohort is not None  # validated with the plan
+        found = Settled.from_bytes(
+            kept, threshold=aggregation.threshold, largest_cohort=aggregation.cohort
+        )
+        # Sites that are not back yet: what they sent before may be here.
+        for site in found.current.present - self._nodes.keys():
+            self._nodes[site] = found.nodes[site]
+            self._sites[found.nodes[site]] = site
+        return found
 
     # --- phases ---
 
@@ -196,13 +243,22 @@ class SecureRounds:
     def _collect(
         self,
         arrays: ArrayRecord,
-        current: CoordinatorRound,
+        settled: Settled,
         following: CoordinatorRound | None,
         encoding: Encoding,
         account: _Account,
     ) -> None:
-        """Masked updates of this round, and keys for the next from everybody."""
-        number = account.number
+        """Masked updates of this round, and keys for the next from everybody.
+
+        If sites may have opened for a survivor set already, it is collected again, whole and alone.
+
+        Raises
+        ------
+        TooFewSurvivors
+            An update of that set is not to be had any more.
+        """
+        current, number = settled.current, account.number
+        senders = settled.survivors or current.present
         like, present = encoding.zeros(), pack_names(current.present)
         messages = [
             self._message(
@@ -212,22 +268,26 @@ class SecureRounds:
                 {"present": present, "sealed": pack_named(current.sealed_for(site))},
                 arrays,
             )
-            for site in sorted(current.present)
+            for site in sorted(senders)
         ]
-        if following is not None:
+        if following is not None and not settled.survivors:
             others = self._nodes.keys() - current.present
             messages += [self._message("keys", number + 1, site) for site in sorted(others)]
         for site, reply in self._exchange("masked", messages, account):
             with self._noting("masked", site, account):
-                if site in current.present:
+                if site in senders:
                     vector = reply.array_records["update"]["flat"].numpy()
                     current.add_masked(site, vector, like=like)
                     self._log.append_event(
                         "site_replied", round=number, site=site, bytes=vector.nbytes
                     )
                     self._log.append_event("site_phase", round=number, site=site, phase="masked")
-                if following is not None:
+                if following is not None and not settled.survivors:
                     following.advertise(site, _blob(reply, "keys"))
+        if lost := settled.survivors - current.survivors:
+            raise TooFewSurvivors(
+                f"sites may have opened with the update of {', '.join(sorted(lost))}, which is lost"
+            )
 
     def _agree(self, number: int, current: CoordinatorRound, account: _Account) -> None:
         """Have the survivors sign who survived, if not everybody did."""

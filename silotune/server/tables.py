@@ -132,6 +132,14 @@ CHECKPOINTS = Table(
     Column("content", LargeBinary, nullable=False),  # sealed
 )
 
+SECURE_ROUNDS = Table(
+    "secure_rounds",
+    METADATA,
+    Column("run", String(96), ForeignKey("runs.run"), primary_key=True),
+    Column("round", Integer, nullable=False),
+    Column("content", LargeBinary, nullable=False),  # sealed
+)
+
 CERTIFICATES = Table(
     "certificates",
     METADATA,

@@ -250,6 +250,16 @@ class RunDirectory:
         """
         save_arrays(self.checkpoint_path, arrays, state=state)
 
+    def save_secure_round(self, number: int, content: bytes) -> None:
+        """Replace what a secure round has settled, in ``secure-round.bin``."""
+        write_atomically(self.root / "secure-round.bin", number.to_bytes(8, "big") + content)
+
+    def load_secure_round(self, number: int) -> bytes | None:
+        """What is kept of a secure round, if it is the newest."""
+        path = self.root / "secure-round.bin"
+        kept = path.read_bytes() if path.exists() else b""
+        return kept[8:] if int.from_bytes(kept[:8], "big") == number else None
+
     def load_checkpoint(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]] | None:
         """Read arrays and state; None when no round has finished. Raises `RunDirectoryInvalid`."""
         if not self.checkpoint_path.exists():

@@ -67,6 +67,8 @@ class LoggedStore:
         self._seconds: dict[str, dict[str, float]] = defaultdict(dict)
         self.save_checkpoint = directory.save_checkpoint
         self.load_checkpoint = directory.load_checkpoint
+        self.save_secure_round = directory.save_secure_round
+        self.load_secure_round = directory.load_secure_round
         self.was_evaluated = directory.was_evaluated
 
     @property

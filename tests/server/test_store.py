@@ -49,6 +49,16 @@ def test_the_migrations_make_exactly_the_tables_of_the_code(tmp_path):
         migrate(connection)  # and a second time changes nothing
 
 
+def test_of_a_secure_round_what_is_settled_last_is_kept_sealed(store, record):
+    record.save_secure_round(1, b"cohort of round one")
+    record.save_secure_round(2, b"cohort of round two")
+    assert record.load_secure_round(1) is None
+    assert record.load_secure_round(2) == b"cohort of round two"
+    with store.transaction() as connection:
+        kept = connection.execute(tables.SECURE_ROUNDS.select()).mappings().one()["content"]
+    assert b"cohort" not in kept
+
+
 def test_a_database_of_a_newer_version_is_refused(tmp_path):
     path = tmp_path / "c.sqlite"
     vault = Vault(tmp_path / "keys")

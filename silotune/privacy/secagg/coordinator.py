@@ -25,7 +25,17 @@ from silotune.privacy.secagg.field import Interpolation, element
 from silotune.privacy.secagg.graph import Topology, neighbours, topology
 from silotune.privacy.secagg.keys import commitment, pairwise_mask, self_mask
 from silotune.privacy.secagg.masks import Mask, Ring, apply_masks
-from silotune.privacy.secagg.messages import SIGNATURE_BYTES, Advertisement, Cohort
+from silotune.privacy.secagg.messages import (
+    SIGNATURE_BYTES,
+    Advertisement,
+    Cohort,
+    pack,
+    pack_named,
+    pack_names,
+    unpack,
+    unpack_named,
+    unpack_names,
+)
 
 
 class CoordinatorRound:
@@ -55,6 +65,24 @@ class CoordinatorRound:
         self.signatures: dict[str, bytes] = {}
         self._opened: dict[str, dict[str, bytes]] = {}  # by opener -> of -> share
         self._sum: Ring | None = None
+
+    def dump(self) -> bytes:
+        """Cohort, who is present, and the sealed shares: all that may not change once sites masked."""
+        sealed = {to: pack_named(held) for to, held in self._sealed.items()}
+        cohort = Cohort(tuple(self._advertised[name] for name in sorted(self._advertised)))
+        return pack([cohort.to_bytes(), pack_names(self.present), pack_named(sealed)])
+
+    @classmethod
+    def restore(
+        cls, dumped: bytes, *, threshold: int | None, largest_cohort: int
+    ) -> CoordinatorRound:
+        """Go on from a `dump`, before any masked update was added."""
+        cohort, present, sealed = unpack(dumped, count=3)
+        found = cls(threshold=threshold, largest_cohort=largest_cohort)
+        found._advertised = {member.site: member for member in Cohort.from_bytes(cohort).members}
+        found.present = set(unpack_names(present))
+        found._sealed = {to: unpack_named(held) for to, held in unpack_named(sealed).items()}
+        return found
 
     # --- phases ---
 
