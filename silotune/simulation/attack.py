@@ -170,7 +170,7 @@ class _Trained:
         inside = [planted.examples[i] for i in np.flatnonzero(planted.coins)]
         states = [folder / site.name for site in run.sites]
         for state in states:
-            state.mkdir()
+            state.mkdir(mode=0o700)
         payload = payload_for(
             run.plan,
             run="attacked",

@@ -143,7 +143,7 @@ def _play(
     configs = [_site(like, plan, name, units=len(coins)) for name in names]
     states = [folder / name for name in names]
     for state in states:
-        state.mkdir()
+        state.mkdir(mode=0o700)
     program = _Canaries(plan, configs, states, shares, canaries=len(coins))
     directory = RunDirectory.create(folder, "audit", plan_toml="")
     slots = [SiteSlot(name) for name in names]

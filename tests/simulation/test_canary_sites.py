@@ -31,7 +31,7 @@ def program(tmp_path, llama_folder):
         config.write_text(text.replace('label = "chronic"', 'response = "chronic"'))
     states = [tmp_path / "states" / site.name for site in federation.sites]
     for state in states:
-        state.mkdir(parents=True)
+        state.mkdir(parents=True, mode=0o700)
     payload = payload_for(
         federation.plan.override(LANGUAGE),
         run="r",
