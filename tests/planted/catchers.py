@@ -265,10 +265,14 @@ def noise_is_never_repeated(world: World) -> None:
 
 
 def secret_runs_differ(world: World) -> None:
-    """Two sites' states from the same records and plan, without a seed: not the same update."""
+    """Two runs of one plan at one site, without a seed: not the same update."""
+    place = world.fresh()
+    plan = place.plan.override(
+        {**PRIVATE, "privacy.epsilon": 2.0, "plan.seed": None, "rounds.evaluate_every": 0}
+    )
     updates = []
-    for _ in range(2):
-        site = world.site({"plan.seed": None, "rounds.evaluate_every": 0})
+    for run in ("one", "two"):
+        site = place.runs(plan, run=run)[0]
         site.join()
         updates.append(_arrays(site.train(start(site), 1)))
     assert updates[0] != updates[1]
