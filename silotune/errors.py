@@ -243,7 +243,7 @@ class SelfCheckFailed(PrivacyError):
 
     code = "ST-404"
     title = "A self-check of the private step failed"
-    cause = "A tensor did not move, a norm passed its bound, noise was off, or NaN appeared."
+    cause = "A tensor did not move, gradients went past their rule, noise was off, or NaN appeared."
     advice = "Nothing was released. Report the detail with your library versions."
 
 

@@ -171,7 +171,8 @@ def spending_charts(ledger: Ledger) -> list[Chart]:
 
 def _releases(ledger: Ledger) -> list[dict[str, Any]]:
     """The newest releases: what left this site, when, and the hash of its bytes."""
-    rows = [row.entry for row in ledger.rows() if row.entry.kind == "charge"]
+    left = [row.entry for row in ledger.rows() if row.entry.kind in {"charge", "release"}]
+    rows = [entry for entry in left if entry.payload_sha256]
     return [
         {
             "time": entry.time,
@@ -179,7 +180,7 @@ def _releases(ledger: Ledger) -> list[dict[str, Any]]:
             "round": entry.round,
             "release": entry.release,
             "dataset": entry.dataset,
-            "payload": entry.payload_sha256 or "",
+            "payload": entry.payload_sha256,
         }
         for entry in reversed(rows[-_MOST_LINES:])
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from silotune.errors import EnvironmentFault, PolicyError, RunError
+from silotune.errors import EnvironmentFault, PolicyError, PrivacyError, RunError
 
 # --- policy: one code a clause ------------------------------------------------------------------
 
@@ -170,6 +170,28 @@ class SitePaused(RunError):
     title = "The site is paused"
     cause = "Somebody at the site ran `silotune site pause`."
     advice = "It answers again after `silotune site resume`; then resume the run."
+
+
+class RoundUnanswered(PrivacyError):
+    """All that leaves of what goes wrong with records at hand."""
+
+    code = "ST-411"
+    title = "The site does not answer"
+    cause = (
+        "Something failed at the site, which tells nobody else what: that may depend on records."
+    )
+    advice = "The site's own log and `troubles.jsonl` in its state folder say what happened."
+
+
+class BroadcastRefused(RunError):
+    """What the coordinator sent can't be trained from."""
+
+    code = "ST-651"
+    title = "The adapter that was sent is not usable"
+    cause = (
+        "It has another size than the plan's, or numbers that are not finite or beyond a million."
+    )
+    advice = "The run has diverged, or the coordinator is at fault. No record was touched."
 
 
 class RankRefused(PolicyError):

@@ -6,17 +6,19 @@ Every field of every reply is one of three things, and says which:
 - `DpRelease`: an output of a mechanism whose privacy event is charged to the ledger with the reply;
 - `Unprotected`: raw, and only under a plan whose ``privacy.mode`` is ``'none'``.
 
-Anything else is stopped before it becomes bytes. A private reply is on the disk first, then charged,
-then returned: a crash leaves either a stored reply that was neither charged nor sent, and will never
-be, or a charged one that can be sent again.
+Anything else is stopped before it becomes bytes. What a private reply costs is charged before records
+are touched for it (`Gate.charge`); its bytes are on the disk before the ledger names them, and returned
+after that. A crash leaves a charge without content, whose content may be made anew because none ever
+left, or a charged reply that can be sent again.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -149,11 +151,7 @@ class Gate:
         ReleaseConflict
             The key was charged and its stored reply is gone or damaged.
         """
-        self._require_own(key)
-        if self._ledger is not None:
-            digest = self._ledger.payload_of(key)
-        else:
-            digest = next(iter(self._outbox.stored(key)), None)
+        digest = self.released(key)
         if digest is None:
             return None
         payload = self._outbox.load(key, digest)
@@ -161,14 +159,46 @@ class Gate:
             raise ReleaseConflict(f"the stored reply of {key} is gone or damaged")
         return Reply.from_bytes(payload).records()
 
+    def released(self, key: ReleaseKey) -> str | None:
+        """SHA-256 of the reply that was released under `key`, or None if there was none."""
+        self._require_own(key)
+        if self._ledger is not None:
+            return self._ledger.payload_of(key)
+        return next(iter(self._outbox.stored(key)), None)
+
+    def charge(self, key: ReleaseKey, mechanisms: Mapping[str, DpEvent]) -> bool:
+        """Charge what a reply will cost, before records are touched for it.
+
+        Returns
+        -------
+        bool
+            False if it was charged before: whoever worked on it died, for nothing was released.
+
+        Raises
+        ------
+        ReleaseConflict
+            The key was charged with other mechanisms.
+        BudgetExceeded, ReservationInvalid, LedgerDamaged
+            From the ledger. Nothing was charged.
+        """
+        from dp_accounting import ComposedDpEvent
+
+        self._require_own(key)
+        if self._ledger is None:
+            raise PrivacyError("there is no ledger to charge anything to")
+        events = [mechanisms[name] for name in sorted(mechanisms)]
+        event = events[0] if len(events) == 1 else ComposedDpEvent(events)
+        return self._ledger.charge(self._dataset, key, self._plan_sha256, event)
+
     def release(
         self,
         key: ReleaseKey,
         *,
         fields: Mapping[str, Field],
         mechanisms: Mapping[str, DpEvent] = _NOTHING,
+        beside: Callable[[str], None] | None = None,
     ) -> RecordDict:
-        """Account for every field, store the reply, charge it, and only then hand it out.
+        """Account for every field, charge and store the reply, and only then hand it out.
 
         Parameters
         ----------
@@ -179,6 +209,9 @@ class Gate:
         mechanisms : mapping of name to DpEvent
             Every mechanism that ran for this reply, with its whole event: charged together, once,
             under `key`. Each must have an output among the fields, and each `DpRelease` names one.
+        beside : callable, optional
+            Given the SHA-256 of the reply right before it is released: keeps what must be there if,
+            and only if, the reply is.
 
         Returns
         -------
@@ -201,25 +234,24 @@ class Gate:
             # From here on only these bytes exist, whatever happens to the caller's arrays.
             payload = self._account_for(fields, mechanisms).to_bytes()
             if mechanisms and self._ledger is not None:
-                self._charge(self._ledger, key, payload, mechanisms)
+                self.charge(key, mechanisms)
+                self._bind(self._ledger, key, payload, beside)
             elif any(isinstance(given, Unprotected) for given in fields.values()):
-                self._keep(key, payload)
+                self._keep(key, payload, beside)
             return Reply.from_bytes(payload).records()
 
-    def _charge(
+    def _bind(
         self,
         ledger: Ledger,
         key: ReleaseKey,
         payload: bytes,
-        mechanisms: Mapping[str, DpEvent],
+        beside: Callable[[str], None] | None,
     ) -> None:
-        from dp_accounting import ComposedDpEvent
-
-        events = [mechanisms[name] for name in sorted(mechanisms)]
-        event = events[0] if len(events) == 1 else ComposedDpEvent(events)
         digest = self._outbox.store(key, payload)
         try:
-            ledger.charge(self._dataset, key, self._plan_sha256, event, digest)
+            if beside is not None:
+                beside(digest)
+            ledger.bind(self._dataset, key, digest)
         except Exception:
             # A failed commit may have reached the disk all the same: the ledger knows.
             if ledger.payload_of(key) != digest:
@@ -227,9 +259,11 @@ class Gate:
             raise
         self._outbox.prune(newest_round=key.round)
 
-    def _keep(self, key: ReleaseKey, payload: bytes) -> None:
+    def _keep(self, key: ReleaseKey, payload: bytes, beside: Callable[[str], None] | None) -> None:
         """Without a ledger the stored file itself is what was released."""
         stored = self._outbox.stored(key)
+        if beside is not None and not stored:
+            beside(hashlib.sha256(payload).hexdigest())
         digest = self._outbox.store(key, payload) if not stored else stored[0]
         if self._outbox.load(key, digest) != payload:
             raise ReleaseConflict(f"{key} was released with other content")

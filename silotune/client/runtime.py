@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
@@ -13,12 +15,17 @@ from typing import cast
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from dp_accounting import ComposedDpEvent
+from dp_accounting import ComposedDpEvent, DpEvent
 from flwr.app import RecordDict
 from numpy.typing import NDArray
 
 from silotune.client import metrics
-from silotune.client.errors import MessageRefused, RankRefused
+from silotune.client.errors import (
+    BroadcastRefused,
+    MessageRefused,
+    RankRefused,
+    RoundUnanswered,
+)
 from silotune.client.facts import facts_for
 from silotune.client.gate import DpRelease, Field, Gate, Public, Unprotected
 from silotune.client.memory import SealedMemory
@@ -28,18 +35,30 @@ from silotune.client.terms import (
     budget_for,
     metric_sigma,
     require_uncolluding,
+    round_event,
     run_events,
     sigma_for,
 )
 from silotune.client.trainer import RoundUpdate, SiteData, TrainableModel, Trainer, Vector
+from silotune.client.troubles import Troubles
 from silotune.client.warm import WarmModel
 from silotune.data.reader import load_records
 from silotune.data.records import Records
 from silotune.data.site import DatasetConfig, Role, SiteConfig
 from silotune.data.splits import Split
+from silotune.errors import (
+    EnvironmentFault,
+    ModelError,
+    PolicyError,
+    PrivacyError,
+    RunError,
+    SelfCheckFailed,
+    ValueUnaccounted,
+)
 from silotune.federation.sealed import Vault
 from silotune.models.adapter import write_adapter
 from silotune.models.task import Encoded
+from silotune.models.tokens import padding_id
 from silotune.models.weights import locate, weights_sha256
 from silotune.plan import Plan
 from silotune.privacy.accounting import gaussian_event
@@ -48,6 +67,13 @@ from silotune.privacy.ledger import Ledger, ReleaseKey
 from silotune.privacy.noise import NoiseSource, SecureNoise, SeededNoise, derive_seed
 from silotune.privacy.signing import load_or_create
 from silotune.strategies import method_of
+
+_log = logging.getLogger(__name__)
+
+_MOST_WEIGHT = 1e6  # of a number in an adapter: far more than any that is of use
+
+_TELLABLE = (PolicyError, PrivacyError, RunError, ModelError, EnvironmentFault)
+_UNTELLABLE = (SelfCheckFailed, ValueUnaccounted)
 
 
 def local_time() -> datetime:
@@ -149,7 +175,13 @@ class SiteRun:
             fields["rank"] = Public(self.rank, "site.toml: resources.max_rank")
         if self.plan.private:
             fields["sigma"] = Public(self.sigma, "plan: privacy.epsilon over the declared units")
-        self.trainer.prepare()
+        try:
+            self.trainer.prepare()
+        except Exception as exc:
+            if not self.plan.private or not self._to_disk:
+                raise  # nothing is kept from the coordinator, or there is none
+            # The site has agreed: whether its records can be used is for its own people.
+            self.troubles.add("unprepared", round=0, error=exc)
         return self.gate.release(ReleaseKey(self.run, 0, "join"), fields=fields)
 
     def train(self, adapter: Vector, server_round: int, *, clip: float | None = None) -> RecordDict:
@@ -158,26 +190,44 @@ class SiteRun:
         key = ReleaseKey(self.run, server_round, "update")
         if (again := self.gate.recall(key)) is not None:
             return again
-        update = self._trained(adapter, server_round, clip=clip)
-        if update.event is None:
-            return self.gate.release(key, fields={"update": Unprotected(update.flat)})
-        return self.gate.release(
-            key,
-            fields={"update": DpRelease(update.flat, "steps")},
-            mechanisms={"steps": update.event},
-        )
+        self._require_usable(adapter)
+        event = self._round_event
+        with self._untold():
+            if event is None:
+                update = self._trained(adapter, server_round, clip=clip)
+                fields: dict[str, Field] = {"update": Unprotected(update.flat)}
+                return self.gate.release(key, fields=fields, beside=self._promote(server_round))
+            self._charge(key, {"steps": event})
+            update = self._trained(adapter, server_round, clip=clip)
+            return self.gate.release(
+                key,
+                fields={"update": DpRelease(update.flat, "steps")},
+                mechanisms={"steps": event},
+                beside=self._promote(server_round),
+            )
 
     def train_masked(
         self, adapter: Vector, number: int, *, present: Sequence[str], sealed: Mapping[str, bytes]
     ) -> RecordDict:
         """The site's update of a secure round, masked: see `SecurePart.masked`."""
-        return self.in_secure(number).masked(
-            number,
-            present=present,
-            sealed=sealed,
-            train=lambda: self._trained(adapter, number),
-            noise=self._noise("ring", number),
-        )
+        part, key = self.in_secure(number), ReleaseKey(self.run, number, "update")
+        self._require_usable(adapter)
+        event = self._round_event
+
+        def charge() -> None:
+            if event is not None:
+                self._charge(key, {"steps": event})
+
+        with self._untold():
+            return part.masked(
+                number,
+                present=present,
+                sealed=sealed,
+                charge=charge,
+                train=lambda: self._trained(adapter, number),
+                noise=self._noise("ring", number),
+                beside=self._promote(number),
+            )
 
     def in_secure(self, server_round: int) -> SecurePart:
         """The site's part in a secure round. Raises `MessageRefused` if the plan has no such round."""
@@ -188,9 +238,95 @@ class SiteRun:
         self, adapter: Vector, server_round: int, *, clip: float | None = None
     ) -> RoundUpdate:
         started = time.monotonic()
-        update = self.trainer.round(adapter, server_round, clip=clip)
+        try:
+            update = self.trainer.round(adapter, server_round, clip=clip)
+            if self.plan.private and not np.isfinite(update.flat).all():
+                raise SelfCheckFailed("the update is not finite")
+        except Exception as exc:
+            if not self.plan.private:
+                raise
+            self.troubles.add("blank", round=server_round, error=exc)
+            update = self._idle.round(adapter, server_round, clip=clip)
         self.train_seconds[server_round] = time.monotonic() - started
         return update
+
+    # --- what can be seen from outside, whatever the records are ---
+
+    def _require_usable(self, adapter: Vector) -> None:
+        """Look at what was sent before any record is touched, so that none can make it fail."""
+        size = self.trainable.model.layout.size
+        if adapter.shape != (size,):
+            raise BroadcastRefused(f"the adapter has shape {list(adapter.shape)}, not [{size}]")
+        if not np.isfinite(adapter).all() or np.abs(adapter).max(initial=0.0) > _MOST_WEIGHT:
+            raise BroadcastRefused("a number of the adapter is not finite, or beyond a million")
+
+    def _charge(self, key: ReleaseKey, mechanisms: Mapping[str, DpEvent]) -> None:
+        """Charge a release before it is worked on; at most one that was cut short is tried again.
+
+        Raises
+        ------
+        RoundUnanswered
+            The run failed here, or its process died, too often: its people must look at it.
+        """
+        if self.troubles.too_many:
+            raise RoundUnanswered
+        if self.gate.charge(key, mechanisms) or not self._to_disk:
+            return
+        # Charged, and nothing released: whoever worked on it died. One content only ever leaves.
+        self.troubles.add("died", round=key.round)
+        if self.troubles.too_many:
+            raise RoundUnanswered
+
+    @contextmanager
+    def _untold(self) -> Iterator[None]:
+        """Of a private plan's errors only those cross whose reasons are messages and books."""
+        try:
+            yield
+        except _UNTELLABLE as exc:
+            if not self.plan.private:
+                raise
+            raise RoundUnanswered from exc
+        except _TELLABLE:
+            raise
+        except Exception as exc:
+            if not self.plan.private:
+                raise
+            raise RoundUnanswered from exc
+
+    def _promote(self, server_round: int) -> Callable[[str], None]:
+        return lambda digest: self._memory.promote(server_round, digest)
+
+    @property
+    def _round_event(self) -> DpEvent | None:
+        return round_event(self.plan, self.dataset.declared_units, sigma=self.sigma)
+
+    @cached_property
+    def troubles(self) -> Troubles:
+        """What went wrong in this run, for the site's own people."""
+        return Troubles(self._state, run=self.run)
+
+    @cached_property
+    def _idle(self) -> Trainer:
+        """A trainer without records: its rounds are noise alone."""
+        model = self.trainable.model
+        nothing = np.zeros(0, dtype=np.int64)
+        data = SiteData(
+            site=self.site.name,
+            encoded=Encoded.of([], [], padding_id(model.tokenizer)),
+            unit_of=nothing,
+            train=nothing,
+            declared_units=self.dataset.declared_units,
+        )
+        return Trainer(self.trainable, data, sigma=self.sigma, memory=self._memory)
+
+    @cached_property
+    def _memory(self) -> SealedMemory:
+        return SealedMemory(
+            self._state / "memory",
+            run=self.run,
+            sealer=self._keys.vault,
+            released=lambda number: self.gate.released(ReleaseKey(self.run, number, "update")),
+        )
 
     def evaluate(self, adapter: Vector, server_round: int) -> RecordDict:
         """Counts on the validation units, noisy unless the plan is not private."""
@@ -201,20 +337,37 @@ class SiteRun:
         key = ReleaseKey(self.run, server_round, "metrics")
         if (again := self.gate.recall(key)) is not None:
             return again
-        found = {"counts": self._counts(adapter)}
-        keeping = self.trainer.keeping
+        self._require_usable(adapter)
+        if not self.plan.private:
+            found = self._tables(adapter, server_round)
+            return self.gate.release(key, fields={n: Unprotected(v) for n, v in found.items()})
+        with self._untold():
+            return self._noisy_tables(key, adapter)
+
+    def _tables(self, adapter: Vector, server_round: int) -> dict[str, NDArray[np.float64]]:
+        """Counts of the shared adapter, and of the site's own where it keeps parts."""
+        found, keeping = {"counts": self._counts(adapter)}, self._idle.keeping
         if keeping.any:
             found["personal"] = self._counts(keeping.personal(adapter, before=server_round + 1))
-        if not self.plan.private:
-            return self.gate.release(key, fields={n: Unprotected(v) for n, v in found.items()})
-        sigma, noise = metric_sigma(self.plan), self._noise("metrics", server_round)
+        return found
+
+    def _noisy_tables(self, key: ReleaseKey, adapter: Vector) -> RecordDict:
+        sigma, noise = metric_sigma(self.plan), self._noise("metrics", key.round)
+        event = gaussian_event(sigma)
+        self._charge(key, {"counts": event})
+        try:
+            found = self._tables(adapter, key.round)
+        except Exception as exc:
+            self.troubles.add("blank", round=key.round, error=exc)
+            names = ("counts", "personal") if self._idle.keeping.any else ("counts",)
+            found = {name: metrics.nothing(self.trainable.model) for name in names}
         # One unit moves every table: together they are one release of sqrt(tables) the sensitivity.
         reach = metrics.sensitivity(self.trainable.model) * math.sqrt(len(found))
         released = {
             name: DpRelease(metrics.noisy(v, sigma=sigma, sensitivity=reach, noise=noise), "counts")
             for name, v in found.items()
         }
-        return self.gate.release(key, fields=released, mechanisms={"counts": gaussian_event(sigma)})
+        return self.gate.release(key, fields=released, mechanisms={"counts": event})
 
     def _counts(self, adapter: Vector) -> NDArray[np.float64]:
         """Counts of an adapter on the validation units."""
@@ -343,7 +496,7 @@ class SiteRun:
             data,
             sigma=self.sigma,
             frozen=lambda: self._warm.frozen(self.site, self.plan, self.encoded),
-            memory=SealedMemory(self._state / "memory", run=self.run, sealer=self._keys.vault),
+            memory=self._memory,
         )
 
     @cached_property

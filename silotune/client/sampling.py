@@ -32,6 +32,14 @@ class MicroBatch:
         """Number of units in the batch."""
         return int(self.units.max()) + 1
 
+    def apart(self) -> list[MicroBatch]:
+        """Each unit in a batch of its own."""
+        rows = np.asarray(self.rows)
+        return [
+            MicroBatch(rows=own.tolist(), units=np.zeros(len(own), dtype=np.int64))
+            for own in (rows[self.units == unit] for unit in range(self.n_units))
+        ]
+
 
 class UnitSampler:
     """Draws the units of a step independently, each with the same probability.

@@ -188,8 +188,10 @@ class SecurePart:
         *,
         present: Sequence[str],
         sealed: Mapping[str, bytes],
+        charge: Callable[[], object],
         train: Callable[[], RoundUpdate],
         noise: NoiseSource,
+        beside: Callable[[str], None] | None = None,
     ) -> RecordDict:
         """The masked update of a round, and keys for the next round.
 
@@ -199,10 +201,14 @@ class SecurePart:
             Members that shared their secrets.
         sealed : mapping of site to bytes
             What they sealed for this site.
+        charge : callable
+            Charges the round; called once all that the coordinator sent is in order.
         train : callable
-            Gives the round's update; called once all else is in order.
+            Gives the round's update; called after that.
         noise : NoiseSource
             For rounding, and for this site's share of the noise.
+        beside : callable, optional
+            As for `Gate.release`.
 
         Raises
         ------
@@ -218,6 +224,7 @@ class SecurePart:
             return again
         vector = self._encoding(number).zeros()
         part.mask(vector, present=present, sealed=sealed, threads=self._threads)
+        charge()
         update = train()
         vector += self._encoded(part, update, noise)
         self._keep(part)
@@ -226,9 +233,10 @@ class SecurePart:
             fields["keys"] = self._advertised(number + 1)
         if update.event is None:
             fields["update"] = Unprotected(vector)
-            return self._gate.release(key, fields=fields)
+            return self._gate.release(key, fields=fields, beside=beside)
         fields["update"] = DpRelease(vector, "steps")
-        return self._gate.release(key, fields=fields, mechanisms={"steps": update.event})
+        mechanisms = {"steps": update.event}
+        return self._gate.release(key, fields=fields, mechanisms=mechanisms, beside=beside)
 
     def check(self, number: int, survivors: Sequence[str]) -> RecordDict:
         """Sign the survivors of a round, once."""

@@ -135,6 +135,13 @@ def training_event(plan: Plan, declared_units: int, *, sigma: float, steps: int)
     )
 
 
+def round_event(plan: Plan, declared_units: int, *, sigma: float) -> DpEvent | None:
+    """What a round's update costs, whatever comes of it; None without privacy."""
+    if not plan.private:
+        return None
+    return training_event(plan, declared_units, sigma=sigma, steps=plan.releases_a_round)
+
+
 def _metric_events(plan: Plan) -> list[DpEvent]:
     return (
         [gaussian_event(metric_sigma(plan))] * metric_releases(plan)

@@ -6,6 +6,7 @@ its adapter. Head-only rounds run on features that are computed once and kept in
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from silotune.client.control import Control
 from silotune.client.keeping import Keeping
 from silotune.client.memory import Memory, ProcessMemory
 from silotune.client.sampling import MicroBatch, UnitSampler
-from silotune.client.terms import training_event
+from silotune.client.terms import round_event
 from silotune.errors import SelfCheckFailed
 from silotune.models.adapter import write_adapter
 from silotune.models.base import LoadedModel
@@ -37,6 +38,8 @@ from silotune.strategies import method_of
 from silotune.strategies.schedule import Group, Phase, learning_rate, phase_of
 from silotune.strategies.secure import shared_noise
 from silotune.strategies.site_privacy import hidden
+
+_log = logging.getLogger(__name__)
 
 Vector = NDArray[np.float32]
 Engine = DpSgd | PlainSgd
@@ -263,10 +266,7 @@ class Trainer:
 
     def _event(self) -> DpEvent | None:
         """What a round costs."""
-        if not self._plan.private:
-            return None
-        steps, units = self._plan.releases_a_round, self._data.declared_units
-        return training_event(self._plan, units, sigma=self._sigma, steps=steps)
+        return round_event(self._plan, self._data.declared_units, sigma=self._sigma)
 
     def _stream(self, server_round: int) -> NoiseSource:
         """Randomness of a round: the OS's, or the plan's seed for this site and round."""
@@ -281,12 +281,51 @@ class Trainer:
         rate = self._plan.rate_for(self._data.declared_units)
         records = 0
         for batch in self._sampler.draw(rate, noise):
-            losses = self._losses(batch, phase)
-            units = torch.from_numpy(batch.units).to(losses.device)
-            engine.accumulate(losses, units=units, n_units=batch.n_units)
+            self._accumulate(engine, batch, phase)
             records += len(batch.rows)
         self._check_moving(engine.parameters, phase, records)
         return engine.release(), records
+
+    def _accumulate(self, engine: Engine, batch: MicroBatch, phase: Phase) -> None:
+        """Add a micro-batch to a step; a unit that can't be computed adds nothing.
+
+        A failure would tell that the unit was drawn, and zero for all of the batch would move the
+        sum by more than one clip: so each unit is tried alone.
+        """
+        try:
+            self._add(engine, batch, phase)
+        except Exception:
+            if not self._plan.per_unit:
+                raise
+            _log.exception("%d units could not be computed together", batch.n_units)
+            failed = 0
+            for unit in batch.apart():
+                try:
+                    self._add(engine, unit, phase)
+                except Exception:
+                    failed += 1
+            if failed == batch.n_units:
+                self._try_public_text(engine)
+
+    def _add(self, engine: Engine, batch: MicroBatch, phase: Phase) -> None:
+        losses = self._losses(batch, phase)
+        units = torch.from_numpy(batch.units).to(losses.device)
+        engine.accumulate(losses, units=units, n_units=batch.n_units)
+
+    def _try_public_text(self, engine: Engine) -> None:
+        """Raise what hinders any text from being computed, if that is why units failed."""
+        plan, model = self._plan, self._model
+        example = {
+            "text": "a",
+            "prompt": "a",
+            "response": "a",
+            "label": [*plan.model.labels, ""][0],
+        }
+        encoded = model.task.encode([example], model.tokenizer, plan=plan)
+        inputs = model.task.collate(encoded, [0], model.device)
+        model.task.losses(model.module, inputs).sum().backward()  # type: ignore[no-untyped-call]
+        self._shared.attached.check_gradients(engine.parameters, 1)
+        self._shared.attached.clear()
 
     def _losses(self, batch: MicroBatch, phase: Phase) -> Tensor:
         task, module = self._model.task, self._model.module
@@ -379,9 +418,13 @@ class Trainer:
         if stuck:
             trained = self._model.module.trained
             names = [name for name, parameter in trained.items() if id(parameter) in stuck]
-            raise SelfCheckFailed(
-                f"{len(names)} trainable tensors never had a gradient: {names[0]}"
-            )
+            found = f"{len(names)} trainable tensors never had a gradient: {names[0]}"
+            if not self._plan.private:
+                raise SelfCheckFailed(found)
+            # Which gradients are zero depends on records: it can't change what leaves.
+            _log.error(found)
+            for key in stuck:
+                del self._still[key]
 
 
 def _flatten(parts: list[Tensor]) -> Vector:

@@ -49,6 +49,15 @@ _CHARGING = frozenset({"charge", "restore"})
 
 
 @dataclass(frozen=True)
+class _Paid:
+    """A charged release: what it cost, and the content that left under it, once there is one."""
+
+    dataset: str
+    cost: Mapping[str, int]
+    payload_sha256: str | None
+
+
+@dataclass(frozen=True)
 class _Demand:
     """What a run would hold after a row is appended, and whether that needs a check."""
 
@@ -87,7 +96,7 @@ class Ledger:
         self._runs: dict[tuple[str, str], RunAccount] = {}
         self._audit: tuple[int, str] | None = None
         self._charged: dict[str, Tally] = {}  # by dataset
-        self._payloads: dict[ReleaseKey, tuple[str, str]] = {}  # dataset, SHA-256
+        self._paid: dict[ReleaseKey, _Paid] = {}
         self._chain = Chain(path, observe=self._observe, create=create, to_disk=to_disk)
 
     def close(self) -> None:
@@ -136,17 +145,24 @@ class Ledger:
         key: ReleaseKey,
         plan_sha256: str,
         event: DpEvent,
-        payload_sha256: str,
-    ) -> None:
+        payload_sha256: str | None = None,
+    ) -> bool:
         """Charge a release; when this returns, the charge is on the disk.
 
-        The same key with the same payload is not charged again. What the run's reservation doesn't
-        cover is charged only if the budget allows it on top of everything else.
+        A release is charged before its content is made, and `bind` names the content afterwards;
+        with `payload_sha256` both are done at once. The same key is not charged again. What the
+        run's reservation doesn't cover is charged only if the budget allows it on top of everything
+        else.
+
+        Returns
+        -------
+        bool
+            Whether it was charged now, and not before.
 
         Raises
         ------
         ReleaseConflict
-            The key was charged with another payload.
+            The key was charged with another payload or event.
         ReservationInvalid
             The run has not reserved, or under another plan.
         BudgetExceeded
@@ -155,10 +171,12 @@ class Ledger:
         asked = _cost(event)
 
         def demand() -> _Demand | None:
-            paid = self._payloads.get(key)
-            if paid is not None and paid != (dataset, payload_sha256):
-                raise ReleaseConflict(f"{key} was charged with other content")
+            paid = self._paid.get(key)
             if paid is not None:
+                content = {payload_sha256, paid.payload_sha256} if payload_sha256 else set()
+                same = paid.dataset == dataset and Counter(paid.cost) == Counter(asked)
+                if not same or len(content) > 1:
+                    raise ReleaseConflict(f"{key} was charged with other content")
                 return None
             account = self._runs.get((dataset, key.run))
             if account is None or account.plan_sha256 != plan_sha256:
@@ -170,7 +188,29 @@ class Ledger:
 
         entry = _entry("charge", dataset, key.run, plan_sha256=plan_sha256, event=_text(event))
         entry = replace(entry, round=key.round, release=key.release, payload_sha256=payload_sha256)
-        self._append_within(entry, demand)
+        return self._append_within(entry, demand)
+
+    def bind(self, dataset: str, key: ReleaseKey, payload_sha256: str) -> None:
+        """Name the content of a charged release: from now on only this may leave under the key.
+
+        Raises
+        ------
+        ReleaseConflict
+            Nothing was charged under the key, or it has other content already.
+        """
+        with self._chain.transaction() as append:
+            paid = self._paid.get(key)
+            if paid is None or paid.dataset != dataset:
+                raise ReleaseConflict(f"{key} was not charged")
+            if paid.payload_sha256 not in {None, payload_sha256}:
+                raise ReleaseConflict(f"{key} was released with other content")
+            if paid.payload_sha256 is None:
+                entry = _entry("release", dataset, key.run)
+                append(
+                    replace(
+                        entry, round=key.round, release=key.release, payload_sha256=payload_sha256
+                    )
+                )
 
     def settle(self, dataset: str, run: str) -> None:
         """End a run's reservation and free what it has not charged; nothing if none is open."""
@@ -254,10 +294,10 @@ class Ledger:
         return self._chain.witnessed()
 
     def payload_of(self, key: ReleaseKey) -> str | None:
-        """SHA-256 of what was charged under `key`, or None if nothing was."""
+        """SHA-256 of what was released under `key`, or None if nothing was."""
         with self._chain.transaction():
-            paid = self._payloads.get(key)
-            return paid[1] if paid else None
+            paid = self._paid.get(key)
+            return paid.payload_sha256 if paid else None
 
     def events(self, dataset: str, *, run: str | None = None) -> list[DpEvent]:
         """Charged events of a dataset, oldest first; of one run only, if named."""
@@ -305,18 +345,21 @@ class Ledger:
         """
         self._chain.witness(head, signature, key)
 
-    def _append_within(self, entry: Entry, demand: Callable[[], _Demand | None]) -> None:
-        """Append `entry` once what it leads to is covered by a reservation or by the budget."""
+    def _append_within(self, entry: Entry, demand: Callable[[], _Demand | None]) -> bool:
+        """Append `entry` once what it leads to is covered by a reservation or by the budget.
+
+        Returns False if there was nothing to append.
+        """
         approved: tuple[Tally, Budget] | None = None
         while True:
             with self._chain.transaction() as append:
                 wish = demand()
                 if wish is None:
-                    return
+                    return False
                 whole = self._others(entry) + Counter(wish.held) if not wish.covered else None
                 if whole is None or approved == (whole, wish.budget):
                     append(entry)
-                    return
+                    return True
             # A composition can take seconds: other runs go on meanwhile, and the verdict counts
             # only if, back in a transaction, everything still adds up to the same.
             self._require_within(entry, whole, wish.budget)
@@ -363,6 +406,10 @@ class Ledger:
         if entry.kind == "audit":
             self._audit = (int(entry.round or 0), entry.payload_sha256 or "")
             return
+        if entry.kind == "release":
+            key = _key_of(entry)
+            self._paid[key] = replace(self._paid[key], payload_sha256=entry.payload_sha256)
+            return
         tally = tally_of_text(entry.event or "")
         if entry.kind in _CHARGING:
             self._charged.setdefault(entry.dataset, Counter()).update(tally)
@@ -393,10 +440,13 @@ class Ledger:
             account = self._runs[place]
             charged = Counter(account.charged) + Counter(tally)
             self._runs[place] = replace(account, charged=charged, charges=account.charges + 1)
-            key = ReleaseKey(entry.run, int(entry.round or 0), entry.release or "")
-            self._payloads[key] = (entry.dataset, entry.payload_sha256 or "")
+            self._paid[_key_of(entry)] = _Paid(entry.dataset, tally, entry.payload_sha256)
         else:
             raise ValueError(entry.kind)
+
+
+def _key_of(entry: Entry) -> ReleaseKey:
+    return ReleaseKey(entry.run, int(entry.round or 0), entry.release or "")
 
 
 def _cost(event: DpEvent) -> Tally:

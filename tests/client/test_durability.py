@@ -47,8 +47,10 @@ def test_reply_and_ledger_head_are_on_the_disk_before_an_update_leaves(
     synced.clear()
     run.train(adapter, 1)
     kinds = [name.rsplit("/", 1)[-1] for name in synced]
-    assert kinds[0].endswith(".safetensors.tmp") and kinds[1] == "outbox"
-    assert kinds[2:] == [".ledger.sqlite.head.tmp", "s"]
+    charge = [".ledger.sqlite.head.tmp", "s"]
+    assert kinds[:2] == charge  # before any record is touched
+    assert kinds[2].endswith(".safetensors.tmp") and kinds[3] == "outbox"
+    assert kinds[4:] == charge  # and which bytes it was for
 
 
 def test_a_simulated_site_waits_for_no_disk_and_keeps_the_same_ledger(

@@ -243,18 +243,24 @@ def test_a_gate_needs_a_ledger_exactly_if_the_plan_is_private(tmp_path, mode):
 # --- charged before it leaves -------------------------------------------------------------------
 
 
-def test_the_reply_is_on_the_disk_when_it_is_charged_and_charged_when_it_is_returned(
+def test_a_charge_comes_before_the_reply_and_the_reply_is_on_the_disk_when_it_is_named(
     site, monkeypatch
 ):
-    real, seen = Ledger.charge, []
+    assert site.gate.charge(site.key(), {"step": STEP})
+    assert not site.gate.charge(site.key(), {"step": STEP})  # once
+    assert len(site.ledger.events("notes")) == 1 and site.gate.recall(site.key()) is None
+    with pytest.raises(ReleaseConflict):
+        site.gate.charge(site.key(), {"metrics": METRICS})
+    real, seen = Ledger.bind, []
 
-    def watched(self, dataset, key, plan_sha256, event, payload_sha256):
-        assert not self.events("notes")
+    def watched(self, dataset, key, payload_sha256):
+        assert self.payload_of(key) is None
         seen.append(Outbox(site.folder / "outbox", run="run").load(key, payload_sha256))
-        real(self, dataset, key, plan_sha256, event, payload_sha256)
+        real(self, dataset, key, payload_sha256)
 
-    monkeypatch.setattr(Ledger, "charge", watched)
+    monkeypatch.setattr(Ledger, "bind", watched)
     reply = site.update()
+    assert len(site.ledger.events("notes")) == 1
     assert Reply.from_bytes(seen[0]).records().object_id == reply.object_id
     assert Ledger(site.ledger.path).payload_of(site.key()) is not None
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from flwr.app import RecordDict
 
+from silotune.client.errors import RoundUnanswered
 from silotune.client.runtime import SiteRun
 from silotune.client.warm import WarmModel
 from silotune.errors import BudgetExceeded
@@ -120,14 +121,14 @@ def test_the_charge_is_on_the_disk_before_the_masked_bytes_exist(federation, mon
         raise OSError("disk full")
 
     monkeypatch.setattr(part.ledger, "charge", broken)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(RoundUnanswered):
         played.masked("alpha")
     again = played.started("alpha")
     assert again.ledger.events("notes") == []
+    assert again.trainer.records_used == 0
     played.parts["alpha"] = again
-    # Masked on the disk, never charged: the site sits this round out.
-    with pytest.raises(RoundUsed):
-        played.masked("alpha")
+    played.masked("alpha")  # nothing was masked, trained or charged: as if it had not been asked
+    assert len(again.ledger.events("notes")) == 1
 
 
 def test_an_edited_state_is_refused(federation):

@@ -13,7 +13,38 @@ SECRET = np.arange(1000, 1064, dtype=np.float32)
 def memory(request, tmp_path):
     if request.param == "process":
         return ProcessMemory()
-    return SealedMemory(tmp_path / "memory", run="run", sealer=Vault(tmp_path / "state"))
+    return Released(tmp_path / "memory", run="run", sealer=Vault(tmp_path / "state"))
+
+
+class Released(SealedMemory):
+    """A sealed memory whose rounds are all released, each with an update of its own."""
+
+    def __init__(self, folder, **settings):
+        super().__init__(folder, released=lambda number: f"{number:064x}", **settings)
+
+    def keep(self, server_round, arrays):
+        super().keep(server_round, arrays)
+        self.promote(server_round, f"{server_round:064x}")
+
+
+def test_what_a_round_left_is_read_only_if_its_own_update_was_released(tmp_path):
+    released = {}
+    vault, folder = Vault(tmp_path / "state"), tmp_path / "memory"
+
+    def opened():
+        return SealedMemory(folder, run="run", sealer=vault, released=released.get)
+
+    memory = opened()
+    memory.keep(1, {"kept": SECRET})
+    assert memory.recall(before=2) is None  # trained, not released
+    memory.promote(1, "a" * 64)
+    assert memory.recall(before=2) is None  # on the disk, and the release did not come to be
+    memory.keep(1, {"kept": SECRET + 1})
+    memory.promote(1, "b" * 64)
+    released[1] = "b" * 64
+    for reader in (memory, opened()):
+        assert reader.recall(before=2)[1]["kept"].tobytes() == (SECRET + 1).tobytes()
+    assert len(list(folder.iterdir())) == 1
 
 
 def test_the_newest_round_before_one_is_recalled(memory):
@@ -43,15 +74,15 @@ def test_what_is_kept_is_not_the_callers_array(memory):
 
 def test_files_are_sealed_private_and_found_again_by_another_process(tmp_path):
     vault = Vault(tmp_path / "state")
-    SealedMemory(tmp_path / "memory", run="run", sealer=vault).keep(7, {"kept": SECRET})
+    Released(tmp_path / "memory", run="run", sealer=vault).keep(7, {"kept": SECRET})
     (path,) = (tmp_path / "memory").iterdir()
     assert path.stat().st_mode & 0o777 == 0o600
     assert SECRET[:4].tobytes() not in path.read_bytes()
-    again = SealedMemory(tmp_path / "memory", run="run", sealer=Vault(tmp_path / "state"))
+    again = Released(tmp_path / "memory", run="run", sealer=Vault(tmp_path / "state"))
     assert again.recall(before=8)[1]["kept"].tobytes() == SECRET.tobytes()
 
 
 def test_runs_do_not_see_each_others_memory(tmp_path):
     vault = Vault(tmp_path / "state")
-    SealedMemory(tmp_path / "m", run="one", sealer=vault).keep(1, {"kept": SECRET})
-    assert SealedMemory(tmp_path / "m", run="../two", sealer=vault).recall(before=9) is None
+    Released(tmp_path / "m", run="one", sealer=vault).keep(1, {"kept": SECRET})
+    assert Released(tmp_path / "m", run="../two", sealer=vault).recall(before=9) is None

@@ -14,11 +14,12 @@ import pytest
 import torch
 
 from silotune.client import runtime, sampling, trainer
+from silotune.client.errors import RoundUnanswered
 from silotune.client.gate import DpRelease, Gate, Public
 from silotune.client.runtime import SiteRun
 from silotune.client.sampling import MicroBatch, UnitSampler
 from silotune.client.trainer import TrainableModel, Trainer
-from silotune.errors import SelfCheckFailed, SilotuneError, ValueUnaccounted
+from silotune.errors import SilotuneError, ValueUnaccounted
 from silotune.models.tasks.causal_lm import CausalLm
 from silotune.plan import Plan
 from silotune.privacy import accounting, engine
@@ -137,8 +138,8 @@ def _mean_over_the_batch(self: CausalLm, model: Any, batch: Any) -> torch.Tensor
 def _with_field(field: Any) -> Callable[..., Any]:
     """The gate is given one more field, made of the number of training units."""
 
-    def change(honest: Any, gate: Any, key: Any, *, fields: Any, mechanisms: Any = None) -> Any:
-        return honest(gate, key, fields={**fields, "count": field}, mechanisms=mechanisms or {})
+    def change(honest: Any, gate: Any, key: Any, *, fields: Any, **rest: Any) -> Any:
+        return honest(gate, key, fields={**fields, "count": field}, **rest)
 
     return change
 
@@ -169,15 +170,15 @@ def _repeated(honest: Any, self: Any, words: int, blocks: int) -> Any:
     return iter(found)
 
 
-def _uncharged(honest: Any, gate: Any, key: Any, *, fields: Any, mechanisms: Any = None) -> Any:
-    del mechanisms
+def _uncharged(honest: Any, gate: Any, key: Any, *, fields: Any, **rest: Any) -> Any:
+    del rest
     return honest(gate, key, fields=fields)
 
 
 def _same_digest(honest: Any, ledger: Any, dataset: str, key: Any, *rest: Any) -> None:
     """A ledger that keys charges by their name and doesn't look at what was sent."""
-    paid = ledger._payloads.get(key)
-    honest(ledger, dataset, key, *rest[:-1], paid[1] if paid else rest[-1])
+    paid = ledger._paid.get(key)
+    honest(ledger, dataset, key, *rest[:-1], paid.payload_sha256 if paid else rest[-1])
 
 
 def _forget_what_was_signed(honest: Any, site: SiteRound, *args: Any) -> Any:
@@ -230,7 +231,7 @@ FAULTS = [
         "noise off",
         put(_KeyedNoise, "add", _no_noise),
         catchers.charges_name_what_was_done,
-        SelfCheckFailed,
+        RoundUnanswered,
     ),
     Fault(
         "half of the noise drawn",
@@ -340,7 +341,7 @@ FAULTS = [
         "a release without its charge",
         wrap(Gate, "release", _uncharged),
         catchers.gate_lets_out_what_is_accounted_for,
-        ValueUnaccounted,
+        RoundUnanswered,
     ),
     Fault(
         "a count through the gate, bare",
