@@ -10,7 +10,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -22,7 +22,7 @@ from flwr.serverapp import ServerApp
 
 from silotune import __version__
 from silotune.data.site import SiteConfig, load_sites
-from silotune.errors import RunDirectoryInvalid, SilotuneError
+from silotune.errors import QuorumLost, RunDirectoryInvalid, SilotuneError
 from silotune.events.source import held
 from silotune.models.choices import Choices, choose
 from silotune.plan import Plan
@@ -129,11 +129,22 @@ def simulate(
     """
     plan = Plan.load(plan_path).override(overrides or {})
     sites = list(load_sites(sites_folder or plan_path.resolve().parent))
+    _require_sites(plan, sites)
     choices = choose(plan, device=settings.device)
     directory = RunDirectory.create(runs, plan.plan.name, plan_toml=plan_path.read_text("utf-8"))
     job = _Job(directory=directory, plan=plan, sites=sites, choices=choices, settings=settings)
     directory.write_json("resolved.json", _resolved(job))
     return _execute(job, listener)
+
+
+def _require_sites(plan: Plan, sites: Sequence[SiteConfig]) -> None:
+    """A round that can't come about is told now, not when its deadline is over."""
+    for key, needed in (
+        ("rounds.min_sites", plan.rounds.min_sites),
+        ("aggregation.threshold", plan.aggregation.threshold or 0),
+    ):
+        if len(sites) < needed:
+            raise QuorumLost(f"{len(sites)} sites are here; {key} asks for {needed}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ Here the sites are played by this process.
 """
 
 import shutil
+import time
 
 import pytest
 
@@ -46,6 +47,26 @@ def test_shared_noise_is_summed_up_as_json(federation):
     assert found.facts["rounds_finished"] == 3
     assert sorted(found.facts["sites_trained"]) == ["alpha", "beta", "gamma"]
     assert "round 3/3 adapter: 3/3 sites" in found.errors
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ({"rounds.min_sites": 4}, "rounds.min_sites"),
+        (
+            SECURED["local"] | {"aggregation.cohort": 7, "aggregation.threshold": 5},
+            "aggregation.threshold",
+        ),
+    ],
+    ids=["min_sites", "threshold"],
+)
+def test_a_plan_for_more_sites_than_are_here_is_told_at_once(federation, settings, key):
+    begun = time.monotonic()
+    found = shown("plain", *words(federation, **settings, **LORA))
+    assert found.code == 60
+    assert "3 sites are here" in found.errors
+    assert key in found.errors
+    assert time.monotonic() - begun < 60  # not the 600 s of the plan's deadline
 
 
 def test_without_held_out_data_a_run_ends_well_and_has_no_scores(federation):
