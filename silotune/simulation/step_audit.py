@@ -102,7 +102,8 @@ def step_scores(
     coins = np.random.default_rng(seed).random(canaries) < 0.5
     with tempfile.TemporaryDirectory(prefix="silotune-audit-") as folder:
         adapter, claimed = _play(audited, sites[0], coins, count=count, folder=Path(folder))
-    units = count * audited.expected_batch(canaries)
+    declared = sites[0].dataset(plan.data.dataset).declared_units
+    units = count * audited.expected_batch(declared)
     return _scored(audited, adapter * -units, coins, claimed=claimed, sites=count)
 
 
@@ -140,7 +141,7 @@ def _play(
     """The adapter after the step, from zero, and the largest epsilon that a site certifies."""
     shares = np.array_split(np.flatnonzero(coins), count)
     names = [f"site{number}" for number in range(count)]
-    configs = [_site(like, plan, name, units=len(coins)) for name in names]
+    configs = [_site(like, plan, name) for name in names]
     states = [folder / name for name in names]
     for state in states:
         state.mkdir(mode=0o700)
@@ -210,14 +211,14 @@ def _records(plan: Plan) -> int:
     return min(2, plan.privacy.max_records_per_unit)
 
 
-def _site(like: SiteConfig, plan: Plan, name: str, *, units: int) -> SiteConfig:
+def _site(like: SiteConfig, plan: Plan, name: str) -> SiteConfig:
     """A site of the audit: nothing to refuse, no limit of its own, and the records are canaries."""
     terms = like.dataset(plan.data.dataset)
     budget = terms.budget
     if budget and plan.private:
         limits = {"epsilon": 2.0 * cast(float, plan.privacy.epsilon), "delta": plan.privacy.delta}
         budget = budget.model_copy(update={**limits, "colluding_epsilon": None})
-    offered = terms.model_copy(update={"declared_units": units, "budget": budget})
+    offered = terms.model_copy(update={"budget": budget})
     changes = {"name": name, "policy": None, "datasets": {plan.data.dataset: offered}}
     return like.model_copy(update=changes)
 
