@@ -135,7 +135,7 @@ def train(plan: Plan, parts: list[SiteRun], *, poisoned: int) -> dict[str, float
         strategy.begin(number, adapter)
         server += time.process_time()
         for one, part in zip(terms, parts, strict=True):
-            update = part.trainer.round(adapter, number).flat
+            update = part.train(adapter, number).array_records["update"]["flat"].numpy()
             update = POISON * update if one.node < poisoned else update
             up, down = up + update.nbytes, down + adapter.nbytes
             server -= time.process_time()

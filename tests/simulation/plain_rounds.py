@@ -2,6 +2,7 @@
 
 import random
 
+from silotune.client.memory import ProcessMemory
 from silotune.client.runtime import SiteRun
 from silotune.client.warm import WarmModel
 from silotune.models.layout import initial_adapter
@@ -29,6 +30,8 @@ def plainly(sites, plan, present, folder):
         site.name: SiteRun(site, state=folder / site.name, plan=plan, run="plain", warm=warm)
         for site in sites
     }
+    for run in runs.values():  # nothing is released here: what a round leaves counts at once
+        run.__dict__["_memory"] = ProcessMemory()
     layout = next(iter(runs.values())).trainable.model.layout
     strategy = strategy_for(plan, layout=layout)
     terms = {
