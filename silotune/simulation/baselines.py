@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -252,10 +252,20 @@ def _trainers(job: Job, plan: Plan, parts: list[SiteRun]) -> list[tuple[Terms, T
                 site=part.site.name,
                 declared_units=part.dataset.declared_units,
             ),
-            part.trainer,
+            # Nothing is released: what a site keeps counts at once, in this process.
+            Trainer(
+                part.trainable,
+                _data_of(part),
+                sigma=part.sigma,
+                frozen=partial(_frozen_of, part),
+            ),
         )
         for number, part in enumerate(chosen, start=1)
     ]
+
+
+def _frozen_of(part: SiteRun) -> Frozen:
+    return part.trainer.frozen
 
 
 def _pooled(plan: Plan, parts: list[SiteRun]) -> tuple[Terms, Trainer]:
