@@ -108,3 +108,7 @@ def main() -> None:
     except KeyboardInterrupt:
         terminal(stderr=True).print("Interrupted. Nothing finished is lost.")
         sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -12,7 +12,7 @@ from rich.table import Table
 from silotune.terminal import headed, terminal
 
 if TYPE_CHECKING:
-    from silotune.privacy.certificate import Verified
+    from silotune.privacy.certificate import Measured, Verified
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -82,6 +82,7 @@ def _rows(verified: Verified) -> dict[str, str]:
             f"{m.times} x Gaussian, sigma {m.sigma:.4f}, rate {m.rate:.4g}" for m in body.mechanisms
         ),
         "epsilon against": "\n".join(f"{to}: {epsilon:.4f}" for to, epsilon in body.exposed_to),
+        "measured": _measured(body.measured),
         "clipping": ", ".join(f"{name} {norm:g}" for name, norm in body.clips.items()),
         "noise": body.noise_in_words,
         "accountant": body.accountant_in_words,
@@ -91,3 +92,18 @@ def _rows(verified: Verified) -> dict[str, str]:
         "signed": f"{body.time} by silotune {body.code_version}",
         "key": verified.key_sha256,
     }
+
+
+def _measured(measured: Measured | None) -> str:
+    """What attacks reached, beside what is proven."""
+    if measured is None:
+        return "no attack was tried"
+    bounds = {"one step": measured.audit, "the adapter": measured.membership}
+    lines = [
+        f"{name}: at least {bound.lower_bound:.2f} of {bound.claimed:.2f}, {bound.canaries} canaries"
+        for name, bound in bounds.items()
+        if bound is not None
+    ]
+    return "\n".join(
+        [*lines, f"at {measured.confidence:.0%} confidence; a low bound proves nothing"]
+    )

@@ -105,6 +105,42 @@ class Aggregation(_Part):
     shared_noise: bool
 
 
+class Bound(_Part):
+    """What one attack measured of the epsilon that is claimed against it.
+
+    Attributes
+    ----------
+    claimed : float
+        Epsilon of what was attacked: one step, or the run.
+    lower_bound : float
+        Epsilon is at least this, at the confidence beside it.
+    canaries : int
+        Planted, each in or out by a coin.
+    """
+
+    claimed: Annotated[float, Field(ge=0.0)]
+    lower_bound: Annotated[float, Field(ge=0.0)]
+    canaries: Annotated[int, Field(ge=1)]
+
+
+class Measured(_Part):
+    """What was tried against the run, beside what is proven. A low bound proves nothing.
+
+    Attributes
+    ----------
+    audit : Bound or None
+        One step in gradient space.
+    membership : Bound or None
+        The finished adapter.
+    confidence : float
+        Of each bound on its own.
+    """
+
+    audit: Bound | None
+    membership: Bound | None
+    confidence: Annotated[float, Field(gt=0.0, lt=1.0)]
+
+
 class CertificateBody(_Part):
     """Everything that is signed: names, numbers and fixed terms. Sentences are made of them."""
 
@@ -128,6 +164,7 @@ class CertificateBody(_Part):
     model_sha256: Sha256
     ledger_seq: Annotated[int, Field(ge=0)]
     ledger_head: Sha256
+    measured: Measured | None = None
     time: str
 
     @property
@@ -242,6 +279,18 @@ def issue(
     )
     _write(path, body, key)
     return body
+
+
+def add_measured(path: Path, measured: Measured, *, key: Ed25519PrivateKey) -> None:
+    """Sign a site's certificate again, with what attacks measured beside what it claims.
+
+    Raises
+    ------
+    CertificateInvalid
+        The certificate there does not hold, or is another key's.
+    """
+    held = verify(path, key_sha256=fingerprint(key.public_key()))
+    _write(path, held.body.model_copy(update={"measured": measured}), key)
 
 
 def _charged(ledger: Ledger, dataset: str, *, run: str, plan: Plan) -> Mapping[str, int]:

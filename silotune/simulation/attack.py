@@ -8,7 +8,7 @@ is kept but its scores.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,6 +24,8 @@ from silotune.privacy.attacks.audit import CONFIDENCE, Finding, audit_run, audit
 from silotune.privacy.attacks.membership import Separation, separation
 from silotune.privacy.attacks.memorisation import Memorisation, exposures, memorisation
 from silotune.privacy.attacks.planted import Planted, code, plant
+from silotune.privacy.certificate import Bound, Measured, add_measured
+from silotune.privacy.signing import load_or_create
 from silotune.release.statement import hashes_of
 from silotune.server.rounds import RoundLoop
 from silotune.simulation.grid import SiteSlot, WorkerGrid
@@ -122,12 +124,33 @@ def attack(directory: RunDirectory, *, settings: Settings, say: Say) -> Attacks:
     if refusing := [site.name for site in run.sites if not site.allow_attacks]:
         raise AttackRefused(f"not allowed by {', '.join(refusing)}")
     found = _attacked(directory, run, settings=settings, say=say)
+    _certify(directory, found, [site.name for site in run.sites])
     adapter = hashes_of(directory.final_adapter)
     directory.write_json(RESULT, {"adapter": adapter, **found.as_json()})
     privacy = directory.find_json("privacy.json")
     if privacy is not None:
         directory.write_json("privacy.json", {**privacy, "attacks": _measured(found)})
     return found
+
+
+def _certify(directory: RunDirectory, found: Attacks, sites: Sequence[str]) -> None:
+    """Every site signs its certificate again, with what was measured beside what it claims."""
+    measured = Measured(
+        audit=_bound(found.audit), membership=_bound(found.membership), confidence=CONFIDENCE
+    )
+    for site in sites:
+        state = directory.site(site)
+        if (state / "certificate.json").exists():
+            key = load_or_create(state / "signing.key")
+            add_measured(state / "certificate.json", measured, key=key)
+
+
+def _bound(finding: Finding | None) -> Bound | None:
+    if finding is None or finding.claimed is None:
+        return None
+    return Bound(
+        claimed=finding.claimed, lower_bound=finding.lower_bound, canaries=finding.canaries
+    )
 
 
 def _attacked(directory: RunDirectory, run: Recorded, *, settings: Settings, say: Say) -> Attacks:

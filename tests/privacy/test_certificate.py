@@ -12,7 +12,7 @@ from dp_accounting.pld import PLDAccountant
 from silotune.errors import CertificateInvalid
 from silotune.plan import Plan
 from silotune.privacy.accounting import gaussian_event, step_event
-from silotune.privacy.certificate import issue, verify
+from silotune.privacy.certificate import Bound, Measured, add_measured, issue, verify
 from silotune.privacy.ledger import Budget, Ledger, ReleaseKey
 from silotune.privacy.signing import fingerprint
 
@@ -183,6 +183,7 @@ def change_every_field():
         "model_sha256": "00" * 32,
         "ledger_seq": 1,
         "ledger_head": "00" * 32,
+        "measured": {"audit": None, "membership": None, "confidence": 0.95},
         "time": "yesterday",
     }
 
@@ -263,3 +264,25 @@ def test_a_certificate_made_long_ago_still_holds():
     verified = verify(GOLDEN / "certificate.json", key_sha256=fingerprint(KEY.public_key()))
     assert verified.body.aggregation is not None
     assert verified.body.private
+
+
+MEASURED = Measured(
+    audit=Bound(claimed=3.0, lower_bound=1.5, canaries=1000), membership=None, confidence=0.95
+)
+
+
+def test_what_attacks_measured_is_signed_beside_what_is_claimed(certificate):
+    before = verify(certificate).body
+    add_measured(certificate, MEASURED, key=KEY)
+    after = verify(certificate).body
+    assert after.measured == MEASURED
+    assert after.model_copy(update={"measured": None}) == before
+    forge(certificate, lambda body: body["measured"]["audit"].update(lower_bound=0.0))
+    with pytest.raises(CertificateInvalid, match="signature"):
+        verify(certificate)
+
+
+def test_only_the_site_adds_to_its_certificate(certificate):
+    with pytest.raises(CertificateInvalid, match="another key"):
+        add_measured(certificate, MEASURED, key=Ed25519PrivateKey.generate())
+    assert verify(certificate).body.measured is None

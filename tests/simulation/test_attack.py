@@ -5,6 +5,7 @@ import shutil
 import pytest
 
 from silotune.errors import AttackRefused, RunDirectoryInvalid
+from silotune.privacy.certificate import verify
 from silotune.release.controls import examine
 from silotune.simulation.attack import CAVEAT, attack
 from silotune.simulation.report import write_report
@@ -58,6 +59,9 @@ def test_a_private_run_keeps_its_claims_and_says_what_was_tried(finished):
     assert abs(found.separation.auc - 0.5) < 0.25
     stored = finished.read_json("privacy.json")["attacks"]
     assert stored["audit"]["measured_lower_bound"] == found.audit.lower_bound
+    signed = verify(finished.site("alpha") / "certificate.json").body.measured
+    assert signed.audit.lower_bound == found.audit.lower_bound
+    assert signed.membership.claimed == found.membership.claimed
     assert stored["membership"]["claimed_epsilon"] == found.membership.claimed
     assert stored["caveat"] == CAVEAT
     assert len(stored["tried"]) == 2
