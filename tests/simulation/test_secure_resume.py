@@ -1,5 +1,7 @@
 """A coordinator that is killed in a secure round finishes it: the same sum, nothing charged twice."""
 
+import itertools
+
 import pytest
 
 from silotune.privacy.ledger import Ledger
@@ -8,10 +10,11 @@ from silotune.simulation.grid import SiteSlot, WorkerGrid
 from silotune.simulation.program import payload_for
 from silotune.simulation.run_directory import RunDirectory
 from tests.federation import CHOICES, PRIVATE, write_federation
-from tests.simulation.plain_rounds import replied
+from tests.simulation.plain_rounds import PHASES, replied
 from tests.simulation.test_secure_simulation import FIVE, SECURE
 
 ROUNDS = 4
+WRITES = ("secure round", "checkpoint")
 
 
 class Killed(BaseException):
@@ -177,3 +180,22 @@ def test_with_an_update_lost_that_sites_may_have_opened_for_the_round_is_void(fe
     asked = [e for e in played.events("site_failed") if e["phase"] in {"check", "open"}]
     assert not asked
     assert played.charges() == {name: list(range(1, ROUNDS + 1)) for name in FIVE}
+
+
+def every_death():
+    """Each phase before, among and after its replies, and beside each write; in a round of its own."""
+    phases = [(phase, when) for phase in PHASES for when in ("before", 1, 3, 5)]
+    writes = list(itertools.product(WRITES, ("before", "after")))
+    for number in (1, 2, ROUNDS):
+        for where, when in phases + writes:
+            if where == "check" or (where in {"keys", "share"} and number > 1):
+                continue  # comes in rounds with dropouts, or rides on other messages
+            yield number, where, when
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("death", list(every_death()), ids=str)
+def test_wherever_it_is_killed_the_adapter_is_the_same(federation, calm, death):
+    played = Play(federation, "-".join(map(str, death)).replace(" ", "-"), [death])
+    assert played.lives == 2
+    equal(played, calm)
