@@ -97,8 +97,11 @@ def test_show_says_when_there_is_nothing(tmp_path):
 
 def test_looking_at_a_ledger_never_starts_one(tmp_path):
     for command in ("show", "verify", "export"):
+        result = CliRunner().invoke(ledger_command.app, [command, str(tmp_path / "typo.sqlite")])
+        assert result.exit_code == 2
+        assert "does not exist" in result.output
         with pytest.raises(LedgerDamaged, match="no ledger"):
-            run(ledger_command, command, tmp_path / "typo.sqlite")
+            run(ledger_command, command, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
