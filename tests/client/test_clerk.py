@@ -135,7 +135,12 @@ def test_a_run_that_is_over_is_settled_and_certified_once(rig, api):
     held = certificate.verify(rig.state / "certificate.json")
     assert held.key_sha256 == fingerprint(rig.enrolment.keys.signing.public_key())
     assert 0 < held.epsilon < 4.0  # one of five rounds
-    assert [row.entry.kind for row in rig.ledger_rows()] == ["reserve", "charge", "settle"]
+    assert [row.entry.kind for row in rig.ledger_rows()] == [
+        "reserve",
+        "charge",
+        "release",
+        "settle",
+    ]
 
 
 def test_a_certificate_leaves_only_where_the_site_hands_them_in(rig, api):
