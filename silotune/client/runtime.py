@@ -169,6 +169,7 @@ class SiteRun:
             "site": Public(self.site.name, "site.toml: name"),
             "declared_units": Public(declared, "site.toml: declared_units"),
             "layout": Public(model.layout.to_json(), "plan: model and lora"),
+            "dtype": Public(str(model.dtype).removeprefix("torch."), "plan: dtype; this machine"),
             "rate": Public(self.plan.release_rate(declared), "plan: privacy.rate or privacy.batch"),
         }
         if self.rank != self.plan.lora.r:

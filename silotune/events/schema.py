@@ -153,6 +153,9 @@ class SiteJoined(Event):
     declared_units: int | None = None
     rate: Number = Field(None, description="Sampling rate q of its mechanism.")
     sigma: Number = Field(None, description="Noise multiplier of its mechanism.")
+    dtype: str = Field(
+        "", description="Number format that it computes in; 'auto' is its machine's."
+    )
 
 
 class SiteRefused(Event):

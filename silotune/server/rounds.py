@@ -29,6 +29,7 @@ from silotune.strategies.linear import LinearStrategy
 from silotune.strategies.schedule import phase_of
 from silotune.strategies.secure import encoding_for
 
+_DTYPES = {"float32", "bfloat16", "float16"}  # a site may say nothing else
 _MOST_VOID = 3
 
 
@@ -150,6 +151,8 @@ class RoundLoop:
             cohort.append(terms)
             layouts[terms.site] = str(released["layout"])
             shown = {key: released[key] for key in ("rate", "sigma") if key in released}
+            if released.get("dtype") in _DTYPES:
+                shown["dtype"] = released["dtype"]
             self._store.append_event(
                 "site_joined", site=terms.site, declared_units=terms.declared_units, **shown
             )

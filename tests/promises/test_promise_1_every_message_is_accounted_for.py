@@ -16,7 +16,7 @@ SETTINGS = {
     **{key.replace(".", "__"): value for key, value in PRIVATE.items()},
     "privacy__metrics_share": 0.1,
 }
-PUBLIC = {"site", "declared_units", "layout", "rate", "sigma"}
+PUBLIC = {"site", "declared_units", "layout", "rate", "sigma", "dtype"}
 
 
 @pytest.fixture

@@ -206,6 +206,8 @@ def test_shared_noise_gives_the_central_guarantee_with_any_number_of_workers(fed
         assert rows[0] == body.epsilon
         assert rows[-1] > 1.3 * rows[0]
     assert len({event["sigma"] for event in played.events("site_joined")}) == 1
+    # What each site computes in is on record: "auto" may be another format on another machine.
+    assert {event["dtype"] for event in played.events("site_joined")} == {"float32"}
     again = Play(federation, "shared-2", workers=2, **SHARED)
     assert again.adapter.tobytes() == played.adapter.tobytes()
 
