@@ -175,7 +175,8 @@ def test_killed_in_training_a_second_time_the_run_stops_at_the_site(running):
     assert refusal_code(running.ask("train", 3, run="twice")) == "ST-411"
     assert len(running.charges("twice")) == 2
     troubles = (running.process.folder / "state" / "troubles.jsonl").read_text()
-    assert troubles.count('"died"') == 2
+    died = [line for line in troubles.splitlines() if '"died"' in line and '"twice"' in line]
+    assert len(died) == 2
 
 
 def test_killed_while_releasing_the_answer_is_the_same_and_charged_once(running):
