@@ -1,14 +1,13 @@
 """The progress display follows the events: live in a terminal, a line a round elsewhere."""
 
-import io
 import re
 
 import pytest
-from rich.console import Console
 from synthetic_run import VARIANTS, Synthetic
 
 from silotune.simulation.progress import Progress
 from silotune.simulation.run_directory import RunDirectory
+from tests.consoles import console
 
 
 @pytest.fixture(scope="module")
@@ -27,21 +26,20 @@ def events(tmp_path_factory):
 
 
 def lines_of(events):
-    out = io.StringIO()
-    with Progress(Console(file=out, width=80)) as progress:
+    with Progress(plain := console()) as progress:
         for event in events:
             progress(event)
-    return out.getvalue().splitlines()
+    return plain.file.getvalue().splitlines()
 
 
 def shown(events, *, width=80):
     """The live display after these events."""
-    progress = Progress(Console(file=io.StringIO(), width=width))
+    progress = Progress(console(width=width))
     for event in events:
         progress(event)
-    console = Console(file=io.StringIO(), width=width)
-    console.print(progress.render())
-    return console.file.getvalue().splitlines()
+    drawn = console(width=width)
+    drawn.print(progress.render())
+    return drawn.file.getvalue().splitlines()
 
 
 def until(events, kind, number):
@@ -137,12 +135,11 @@ def test_of_many_sites_those_in_trouble_are_shown_and_the_rest_counted(events):
 
 
 def test_a_terminal_gets_the_live_display_and_only_trouble_as_lines(events):
-    out = io.StringIO()
-    console = Console(file=out, width=80, force_terminal=True, color_system=None)
-    with Progress(console) as progress:
+    terminal = console(force_terminal=True, color_system=None)
+    with Progress(terminal) as progress:
         for event in events("private"):
             progress(event)
-    text = out.getvalue()
+    text = terminal.file.getvalue()
     assert "\x1b[" in text
     assert "Eye & ENT failed in round 12" in text
     assert "round 12/72" not in text

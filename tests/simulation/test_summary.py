@@ -1,13 +1,11 @@
 """The summary's figures follow from the run's files by plain arithmetic."""
 
-import io
 import json
 import math
 import statistics
 from collections import Counter
 
 import pytest
-from rich.console import Console
 from synthetic_run import BY_SITE, HOSPITALS, VARIANTS, Synthetic
 from typer.testing import CliRunner
 
@@ -19,6 +17,7 @@ from silotune.simulation.page import method_table
 from silotune.simulation.run_directory import RunDirectory
 from silotune.simulation.run_record import read_record
 from silotune.simulation.summary import print_summary, summary
+from tests.consoles import console
 
 
 @pytest.fixture(scope="module")
@@ -123,9 +122,9 @@ def test_the_probe_is_compared_only_under_the_same_budget(made, tmp_path):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_printed_summary_fits_80_columns_and_has_the_verdict(made, variant):
     run, found = made(variant)
-    console = Console(file=io.StringIO(), width=80)
-    print_summary(run.root, console)
-    lines = console.file.getvalue().splitlines()
+    drawn = console()
+    print_summary(run.root, drawn)
+    lines = drawn.file.getvalue().splitlines()
     assert all(len(line) <= 80 for line in lines)
     text = " ".join(" ".join(lines).split())
     for sentence in found["verdict"]:
@@ -135,9 +134,9 @@ def test_the_printed_summary_fits_80_columns_and_has_the_verdict(made, variant):
 
 
 def test_what_is_not_private_is_printed_as_such(made):
-    console = Console(file=io.StringIO(), width=80)
-    print_summary(made("seeded")[0].root, console)
-    assert "NOT PRIVATE: seeded: not private" in console.file.getvalue()
+    drawn = console()
+    print_summary(made("seeded")[0].root, drawn)
+    assert "NOT PRIVATE: seeded: not private" in drawn.file.getvalue()
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
