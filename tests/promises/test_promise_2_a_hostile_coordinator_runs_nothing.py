@@ -123,10 +123,10 @@ HOSTILE = {
     "pickle as configuration": lambda r: (
         signed(r, code=ConfigRecord({"x": pickle.dumps(Bomb(r.marker))}), number=1), "train", ""),
     "array of another length": lambda r: (
-        signed(r, arrays=ArrayRecord({"flat": Array(np.zeros(7, np.float32))})), "train", "ST-305"),
+        signed(r, arrays=ArrayRecord({"flat": Array(np.zeros(7, np.float32))})), "train", "ST-651"),
     "array of NaN": lambda r: (
         signed(r, arrays=ArrayRecord({"flat": Array(
-            np.full_like(r.records()["arrays"]["flat"].numpy(), np.nan))})), "train", "ST-404"),
+            np.full_like(r.records()["arrays"]["flat"].numpy(), np.nan))})), "train", "ST-651"),
     "array that lies of its shape": lambda r: (
         signed(r, arrays=ArrayRecord({"flat": Array(
             "float32", (2**31 - 1,), "numpy.ndarray", header(2**31 - 1))})), "train", "ST-000"),
