@@ -180,7 +180,8 @@ def base_rate(folder: Path, split: str) -> float:
 def held_out(part: SiteRun, site: SiteConfig) -> list[str]:
     from silotune.data.reader import load_records
 
-    records = load_records(site, part.plan, roles=frozenset({"text", "label"}))
+    roles = frozenset({"text", "label"})
+    records = load_records(site, part.plan, roles=roles, secret=part.secret)
     return [records.examples[row]["label"] for row in records.rows(Split.TEST)]
 
 

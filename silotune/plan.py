@@ -131,7 +131,10 @@ class Plan(Section):
 
     def override(self, settings: Mapping[str, Any]) -> Plan:
         """A new plan with dotted keys replaced (``None`` removes a key), validated again."""
-        raw = self.model_dump(mode="json", exclude_none=True)
+        if not settings:
+            return self
+        # Without the defaults: a key that nobody gave is not given afterwards.
+        raw = self.model_dump(mode="json", exclude_none=True, exclude_unset=True)
         for key, value in settings.items():
             *parents, leaf = key.split(".")
             table = raw

@@ -19,6 +19,16 @@ def plan_in_words(plan: Plan) -> list[tuple[str, str]]:
     ]
 
 
+def notes_on(plan: Plan) -> list[str]:
+    """What the plan leaves open and its author should know, in sentences."""
+    if plan.rounds.min_sites > 1 or "min_sites" in plan.rounds.model_fields_set:
+        return []
+    return [
+        "rounds.min_sites is not given, so a round counts with one site alone: its update is then "
+        "the whole step. Say how many sites a round needs, even if it is 1"
+    ]
+
+
 def _model(plan: Plan) -> str:
     if plan.model.task == "causal_lm":
         task = "answer a prompt with a response"

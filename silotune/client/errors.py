@@ -203,6 +203,17 @@ class RankRefused(PolicyError):
     advice = "Lower lora.r, use strategy 'flora' or 'flexlora', or have max_rank raised."
 
 
+class DeltaTooLarge(PolicyError):
+    """The plan's delta promises next to nothing for so many units."""
+
+    code = "ST-519"
+    title = "The plan's delta is at or above 1/declared_units"
+    cause = "With such a delta a mechanism may hand out a whole record and still keep its promise."
+    advice = (
+        "Lower privacy.delta well below 1/declared_units, or say policy.allow_large_delta = true."
+    )
+
+
 class MessageRefused(RunError):
     """A message is of no kind that this site knows, or breaks its form."""
 

@@ -50,7 +50,12 @@ def facts_for(
     """
     upload = None if layout is None else layout.nbytes
     reached = total_epsilon(site, plan, run=run, ledger=ledger) if plan.private else None
-    return Facts(moment=moment, upload_bytes=upload, total_epsilon=reached)
+    return Facts(
+        moment=moment,
+        upload_bytes=upload,
+        total_epsilon=reached,
+        declared_units=site.dataset(plan.data.dataset).declared_units,
+    )
 
 
 def total_epsilon(site: SiteConfig, plan: Plan, *, run: str, ledger: Ledger | None) -> float:

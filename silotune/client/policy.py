@@ -31,11 +31,14 @@ class Facts:
         Bytes that a round sends; None when they can't be told, which refuses.
     total_epsilon : float or None
         What the dataset would reach with this run, at the plan's delta; None without privacy.
+    declared_units : int or None
+        What the site declares of the plan's dataset; None, which refuses a private plan, if unknown.
     """
 
     moment: datetime
     upload_bytes: int | None
     total_epsilon: float | None
+    declared_units: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +200,19 @@ def _delta(policy: PolicyConfig, plan: Plan, facts: Facts) -> Clause:
     return _at_most(name, error, plan.privacy.delta, policy.max_delta, "delta")
 
 
+def _large_delta(policy: PolicyConfig, plan: Plan, facts: Facts) -> Clause:
+    name, error, units = "allow_large_delta", errors.DeltaTooLarge, facts.declared_units
+    if not plan.private or plan.privacy.delta is None:
+        return _clause(name, error, True, "a plan without privacy has no delta")
+    if units is None:
+        return _clause(name, error, False, "the declared units can't be told")
+    large = plan.privacy.delta * units >= 1.0
+    reason = f"delta {plan.privacy.delta:g} is {'not ' * (not large)}at or above 1/{units}"
+    if large and policy.allow_large_delta:
+        reason += ", and may be"
+    return _clause(name, error, policy.allow_large_delta or not large, reason)
+
+
 def _secure(policy: PolicyConfig, plan: Plan, facts: Facts) -> Clause:
     secure = plan.aggregation.secure
     reason = "the coordinator sees " + ("only sums" if secure else "this site's update alone")
@@ -266,6 +282,7 @@ _CLAUSES: tuple[Callable[[PolicyConfig, Plan, Facts], Clause], ...] = (
     _epsilon,
     _total,
     _delta,
+    _large_delta,
     _secure,
     _cohort,
     _base_model,

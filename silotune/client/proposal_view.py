@@ -9,11 +9,13 @@ from silotune.client.approvals import Approvals, Entry, difference
 from silotune.client.facts import facts_for
 from silotune.client.policy import Verdict, judge
 from silotune.client.runtime import local_time
+from silotune.data.reader import require_declared
 from silotune.data.site import SiteConfig
 from silotune.errors import SilotuneError
 from silotune.models.fit import require_taken
 from silotune.models.layout import Layout
 from silotune.models.outline import outline
+from silotune.models.tasks import get_task
 from silotune.plan import Plan
 from silotune.plan_words import plan_in_words
 from silotune.privacy.ledger import Ledger
@@ -73,6 +75,7 @@ def require_servable(site: SiteConfig, plan: Plan) -> None:
 def _verdict(site: SiteConfig, entry: Entry) -> Verdict:
     """What the policy says; hours don't count before the training itself."""
     assert site.policy is not None  # the daemon has seen to it
+    require_declared(site, entry.plan, roles=get_task(entry.plan.model.task).roles)
     ledger = _ledger(site)
     facts = facts_for(
         site,

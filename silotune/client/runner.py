@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 
     from silotune.client.runtime import SiteRun
     from silotune.client.warm import WarmModel
+    from silotune.data.records import Records
     from silotune.data.site import SiteConfig
 
 logger = logging.getLogger(__name__)
@@ -207,8 +209,29 @@ class Runner:
             warm=self._warm,
             keys=Keys(self._vault, self._enrolment.keys.signing),
             roster=self._enrolment.signers,
+            on_records=partial(self._read_records, entry),
         )
         return self._part
+
+    def _read_records(self, entry: Entry, records: Records, fingerprint: str) -> None:
+        """Log what a run trains on: one line each time, whatever was found.
+
+        The coordinator sees the log's length and its newest hash. The fingerprint, which only this
+        site can compute, is in the line also for that: without it the counts could be guessed from
+        the hash.
+        """
+        for part in records.left_out:
+            logger.warning(
+                "run %s, dataset %s: left out: %s", entry.run, entry.plan.data.dataset, part
+            )
+        self._audit.append(
+            "records_read",
+            run=entry.run,
+            dataset=entry.plan.data.dataset,
+            content=fingerprint,
+            records=len(records),
+            left_out=records.rows_left_out,
+        )
 
     def _context(self, message: Message) -> Context:
         return Context(

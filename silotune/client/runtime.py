@@ -30,6 +30,7 @@ from silotune.client.facts import facts_for
 from silotune.client.gate import DpRelease, Field, Gate, Public, Unprotected
 from silotune.client.memory import SealedMemory
 from silotune.client.policy import Facts, judge
+from silotune.client.secret import own_secret
 from silotune.client.secure import RoundMemory, SecurePart, member_of
 from silotune.client.terms import (
     budget_for,
@@ -42,7 +43,7 @@ from silotune.client.terms import (
 from silotune.client.trainer import RoundUpdate, SiteData, TrainableModel, Trainer, Vector
 from silotune.client.troubles import Troubles
 from silotune.client.warm import WarmModel
-from silotune.data.reader import load_records
+from silotune.data.reader import load_records, require_declared
 from silotune.data.records import Records
 from silotune.data.site import DatasetConfig, Role, SiteConfig
 from silotune.data.splits import Split
@@ -58,6 +59,7 @@ from silotune.errors import (
 from silotune.federation.sealed import Vault
 from silotune.models.adapter import write_adapter
 from silotune.models.task import Encoded
+from silotune.models.tasks import get_task
 from silotune.models.tokens import padding_id
 from silotune.models.weights import locate, weights_sha256
 from silotune.plan import Plan
@@ -116,6 +118,10 @@ class SiteRun:
         sites release nothing to anybody: a run then survives any kill, but not a power cut.
     roster : mapping of site to bytes, optional
         Raw Ed25519 public keys of all enrolled sites, which secure aggregation needs.
+    secret : bytes, optional
+        The site's own (`silotune.client.secret`), if not the one in the state.
+    on_records : callable, optional
+        Given the records and their fingerprint each time they were read.
 
     Attributes
     ----------
@@ -134,9 +140,11 @@ class SiteRun:
         keys: Keys | None = None,
         to_disk: bool = True,
         roster: Mapping[str, bytes] | None = None,
+        secret: bytes | None = None,
+        on_records: Callable[[Records, str], None] | None = None,
     ) -> None:
         self.site, self.plan, self.run, self._to_disk = site, plan, run, to_disk
-        self._roster = roster
+        self._roster, self._given_secret, self._on_records = roster, secret, on_records
         self._keys = keys or Keys.beside(state)
         self._state, self._warm = state, warm
         self.dataset: DatasetConfig = site.dataset(plan.data.dataset)
@@ -160,6 +168,7 @@ class SiteRun:
     def join(self) -> RecordDict:
         """Check that the plan can be served here, reserve its budget, and declare the terms."""
         self._require_rank()
+        require_declared(self.site, self.plan, roles=get_task(self.plan.model.task).roles)
         model = self.trainable.model
         if self.plan.aggregation.secure:
             self.secure.require_fine_enough(self.trainable, sigma=self.sigma)
@@ -474,7 +483,16 @@ class SiteRun:
     def records(self) -> Records:
         """The site's records."""
         roles = cast("frozenset[Role]", self.trainable.model.task.roles)
-        return load_records(self.site, self.plan, roles=roles)
+        found = load_records(self.site, self.plan, roles=roles, secret=self.secret)
+        self._warm.forget_other_content(self.site, self.plan, found.content)
+        if self._on_records is not None:
+            self._on_records(found, found.fingerprint(self.secret))
+        return found
+
+    @cached_property
+    def secret(self) -> bytes:
+        """What decides which side of the split a unit is on: the site's own, and always the same."""
+        return self._given_secret or own_secret(self._state, self._keys.vault)
 
     @cached_property
     def encoded(self) -> Encoded:
@@ -496,7 +514,9 @@ class SiteRun:
             self.trainable,
             data,
             sigma=self.sigma,
-            frozen=lambda: self._warm.frozen(self.site, self.plan, self.encoded),
+            frozen=lambda: self._warm.frozen(
+                self.site, self.plan, self.encoded, content=self.records.content
+            ),
             memory=self._memory,
         )
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from dp_accounting import DpEvent
 
+from silotune.client.errors import DeltaTooLarge
 from silotune.data.site import DatasetConfig, SiteConfig
 from silotune.errors import BudgetExceeded
 from silotune.plan import Plan
@@ -74,7 +75,10 @@ def budget_for(plan: Plan, site: SiteConfig, dataset: DatasetConfig) -> Budget:
     ------
     BudgetExceeded
         The dataset has no budget, or one for a smaller delta than the plan's.
+    DeltaTooLarge
+        The plan's delta is at or above 1/declared_units.
     """
+    require_small_delta(plan, site)
     delta = plan.privacy.delta
     assert delta is not None  # validated with the plan
     limit = dataset.budget
@@ -90,6 +94,41 @@ def budget_for(plan: Plan, site: SiteConfig, dataset: DatasetConfig) -> Budget:
     policy = site.policy
     most = policy.max_total_epsilon if policy and policy.max_total_epsilon else limit.epsilon
     return Budget(epsilon=min(limit.epsilon, most), delta=delta)
+
+
+def large_delta(plan: Plan, declared_units: int) -> bool:
+    """Whether handing out one whole record in `declared_units` at random would pass the plan's delta."""
+    delta = plan.privacy.delta
+    return plan.private and delta is not None and delta * declared_units >= 1.0
+
+
+def delta_notes(plan: Plan, site: SiteConfig) -> list[str]:
+    """What is to be said of the plan's delta at a site, in a sentence; nothing if it is small."""
+    delta, units = plan.privacy.delta, site.dataset(plan.data.dataset).declared_units
+    if not plan.private or delta is None or delta * units * 10.0 <= 1.0:
+        return []
+    if large_delta(plan, units):
+        return [
+            f"delta {delta:g} is at or above 1/{units} at {site.name}: a mechanism that hands out whole "
+            "records could pass it; a site refuses unless its policy has allow_large_delta = true"
+        ]
+    return [
+        f"delta {delta:g} is above a tenth of 1/{units} at {site.name}: {0.1 / units:.1g} or less is "
+        "usual for so many units"
+    ]
+
+
+def require_small_delta(plan: Plan, site: SiteConfig) -> None:
+    """Refuse a delta at or above 1/declared_units unless the policy says otherwise in so many words.
+
+    Raises
+    ------
+    DeltaTooLarge
+        It is, and the policy does not.
+    """
+    allowed = site.policy is not None and site.policy.allow_large_delta
+    if large_delta(plan, site.dataset(plan.data.dataset).declared_units) and not allowed:
+        raise DeltaTooLarge("; ".join(delta_notes(plan, site)))
 
 
 def require_uncolluding(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from silotune.client.trainer import TrainableModel
 from silotune.data.site import SiteConfig
@@ -39,7 +40,7 @@ class WarmModel:
     device: str = "auto"
     _held: dict[int, TrainableModel] = field(default_factory=dict)
     _outlined: tuple[Plan, Layout] | None = None
-    _frozen: dict[str, Frozen] = field(default_factory=dict)
+    _frozen: dict[_Made, Frozen] = field(default_factory=dict)
 
     def for_plan(
         self, plan: Plan, *, base: str | None = None, rank: int | None = None
@@ -68,22 +69,52 @@ class WarmModel:
             self._outlined = plan, outline(plan, base=base)
         return self._outlined[1]
 
-    def frozen(self, site: SiteConfig, plan: Plan, encoded: Encoded) -> Frozen:
-        """What the base model makes of a site's records: the same for all plans of one model."""
+    def frozen(
+        self, site: SiteConfig, plan: Plan, encoded: Encoded, *, content: str = ""
+    ) -> Frozen:
+        """What the base model makes of a site's records: the same for all plans of one model.
+
+        `content` names the records (`Records.content`): what was made of others is not given out.
+        """
         lora = (plan.lora.last_layers, plan.lora.target_modules)
-        key = f"{site.folder} {plan.model!r} {plan.data!r} {lora}"
+        made = _digest(f"{plan.model!r} {plan.data!r} {lora}")
+        key = _Made(_place(site, plan), content, made)
         if key not in self._frozen:
             if len(self._frozen) >= _MOST_FROZEN:
                 self._frozen.clear()
             self._frozen[key] = self._find_frozen(key, plan, encoded, base=site.model_place(plan))
         return self._frozen[key]
 
-    def _find_frozen(self, key: str, plan: Plan, encoded: Encoded, *, base: str) -> Frozen:
-        name = hashlib.sha256(key.encode()).hexdigest()
-        path = self.shared / f"{name}.safetensors" if self.shared else None
+    def forget_other_content(self, site: SiteConfig, plan: Plan, content: str) -> None:
+        """Remove what was made of other versions of a dataset, from memory and from the disk."""
+        place = _place(site, plan)
+        for key in [k for k in self._frozen if k.place == place and k.content != content]:
+            del self._frozen[key]
+        for path in self.shared.glob(f"{place}-*") if self.shared else ():
+            if not path.name.startswith(f"{place}-{content}-"):
+                path.unlink(missing_ok=True)
+
+    def _find_frozen(self, key: _Made, plan: Plan, encoded: Encoded, *, base: str) -> Frozen:
+        path = self.shared / f"{'-'.join(key)}.safetensors" if self.shared else None
         if path is not None and path.exists():
             return Frozen.load(path, encoded)
         found = compute_frozen(self.for_plan(plan, base=base).model, encoded)
         if path is not None:
             found.save(path)
         return found
+
+
+class _Made(NamedTuple):
+    """What frozen features were made of."""
+
+    place: str
+    content: str
+    settings: str
+
+
+def _place(site: SiteConfig, plan: Plan) -> str:
+    return _digest(f"{site.folder} {plan.data.dataset}")
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]

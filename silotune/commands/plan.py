@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,10 +12,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from silotune.commands.plan_settings import Overrides, parsed
 from silotune.data.site import SiteConfig, load_sites
 from silotune.errors import ModelNotFound
 from silotune.plan import Plan, schema
-from silotune.plan_words import plan_in_words
+from silotune.plan_words import notes_on, plan_in_words
 from silotune.terminal import headed, terminal
 
 app = typer.Typer(no_args_is_help=True, help="Check plans and print their schema.")
@@ -28,15 +31,19 @@ def check(
         str,
         typer.Option(help="Units at each site, e.g. 1000,2500. Default: the site folders' own."),
     ] = "",
+    overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Validate a plan and say in plain words what it does and what it costs.
 
     Costs are the trainable parameters, the bytes a round moves, the number of steps, and for each
-    site the noise and the epsilon that the plan comes to.
+    site the noise and the epsilon that the plan comes to. Where site folders lie beside the plan, their
+    records are read: what a site would refuse or leave out is told.
     """
-    plan = Plan.load(path)
-    facts = assess(plan, _declared(path, plan, sizes))
+    plan = Plan.load(path).override(parsed(overrides or []))
+    sites = () if sizes or not any(path.parent.glob("*/site.toml")) else load_sites(path.parent)
+    facts = assess(plan, _given(sizes) if sizes else _declared(sites, plan))
+    facts["notes"] = _notes(plan, sites)
     if as_json:
         typer.echo(json.dumps(facts))
         return
@@ -49,22 +56,38 @@ def print_schema() -> None:
     typer.echo(json.dumps(schema(), indent=2))
 
 
-def _declared(path: Path, plan: Plan, sizes: str) -> dict[str, int]:
-    """Declared units by site: from the command line, else from the folders beside the plan."""
-    if sizes:
-        try:
-            numbers = [int(part) for part in sizes.split(",")]
-        except ValueError:
-            raise typer.BadParameter(
-                "give whole numbers, e.g. 1000,2500", param_hint="--sizes"
-            ) from None
-        if min(numbers) < 1:
-            raise typer.BadParameter("a site has at least one unit", param_hint="--sizes")
-        return {f"site {i}": number for i, number in enumerate(numbers, start=1)}
-    if not any(path.parent.glob("*/site.toml")):
-        return {}
-    sites: tuple[SiteConfig, ...] = load_sites(path.parent)
-    return {s.name: s.dataset(plan.data.dataset).declared_units for s in sites}
+def _given(sizes: str) -> dict[str, int]:
+    """Declared units by site, from the command line."""
+    try:
+        numbers = [int(part) for part in sizes.split(",")]
+    except ValueError:
+        raise typer.BadParameter(
+            "give whole numbers, e.g. 1000,2500", param_hint="--sizes"
+        ) from None
+    if min(numbers) < 1:
+        raise typer.BadParameter("a site has at least one unit", param_hint="--sizes")
+    return {f"site {i}": number for i, number in enumerate(numbers, start=1)}
+
+
+def _declared(sites: Sequence[SiteConfig], plan: Plan) -> dict[str, int]:
+    """Declared units of the sites that have the plan's dataset."""
+    name = plan.data.dataset
+    return {s.name: s.datasets[name].declared_units for s in sites if name in s.datasets}
+
+
+def _notes(plan: Plan, sites: Sequence[SiteConfig]) -> list[str]:
+    """What the plan leaves open, and what each site would say of it to its own team."""
+    from silotune.client.terms import delta_notes
+    from silotune.data.survey import survey
+    from silotune.models.tasks import get_task
+
+    notes = notes_on(plan)
+    secrets = {site.name: os.urandom(32) for site in sites}
+    roles = get_task(plan.model.task).roles
+    for site, found in zip(sites, survey(sites, plan, roles=roles, secrets=secrets), strict=True):
+        notes += found.notes(split_by=plan.data.split_by)
+        notes += delta_notes(plan, site) if plan.data.dataset in site.datasets else []
+    return notes
 
 
 def assess(plan: Plan, declared: dict[str, int]) -> dict[str, Any]:
@@ -170,6 +193,8 @@ def _print(plan: Plan, facts: dict[str, Any], console: Console) -> None:
             f"  A simulation keeps at most {plural(most_kept(number), 'adapter')}, the last, the best "
             f"and one in {every(number)}: {octets(facts['kept_bytes'])}.",
         )
+    for sentence in facts["notes"]:
+        console.print(headed("Note.", f"{sentence}.", style="yellow", indent=2))
     if not facts["sites"]:
         console.print("  Give --sizes 1000,2500 to see epsilon for sites of these sizes.")
         return

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from silotune.errors import PlanInvalid
-from silotune.terminal import terminal
+from silotune.commands.plan_settings import Overrides, parsed
+from silotune.terminal import headed, terminal
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -51,10 +50,7 @@ def simulate(  # noqa: PLR0917 - one a command-line option
             "With --resume also a finished run.",
         ),
     ] = False,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Replace a plan setting, e.g. --set privacy.epsilon=3"),
-    ] = None,
+    overrides: Overrides = None,
     resume: Annotated[
         Path | None, typer.Option(help="Go on with this run directory instead of a new run.")
     ] = None,
@@ -104,13 +100,18 @@ def _run(
 
     console = terminal(stderr=as_json)
     chosen = Settings(**settings)
+
+    def note(sentence: str) -> None:
+        line = headed("Note.", f"{sentence}.", style="yellow")
+        console.print(line, soft_wrap=not console.is_terminal)
+
     if resumed is not None and attacked and _is_finished(resumed):
         directory = RunDirectory.open(resumed)
     else:
         with Progress(console) as progress:
             if plan is None:
                 assert resumed is not None
-                directory = resume(resumed, settings=chosen, listener=progress)
+                directory = resume(resumed, settings=chosen, listener=progress, note=note)
             else:
                 directory = simulate(
                     plan,
@@ -118,7 +119,8 @@ def _run(
                     settings=chosen,
                     listener=progress,
                     sites_folder=sites,
-                    overrides=_parsed(sets or []),
+                    overrides=parsed(sets or []),
+                    note=note,
                 )
     if attacked:
         _attack(directory, chosen, console)
@@ -162,17 +164,3 @@ def _print_attacks(directory: RunDirectory, console: Console) -> None:
     console.print()
     for sentence in attack_sentences(directory.find_json("attacks.json")):
         console.print(sentence)
-
-
-def _parsed(settings: list[str]) -> dict[str, Any]:
-    """``key=value`` with values as TOML; an empty value removes the key."""
-    found: dict[str, Any] = {}
-    for setting in settings:
-        key, sign, text = setting.partition("=")
-        if not sign or not key:
-            raise PlanInvalid(f"--set {setting}: expected key=value")
-        try:
-            found[key] = tomllib.loads(f"value = {text}")["value"] if text else None
-        except tomllib.TOMLDecodeError:
-            found[key] = text  # a bare word is a string
-    return found

@@ -14,15 +14,6 @@ class SiteConfigInvalid(DataError):
     advice = "Correct the keys that the message lists; examples/site.toml explains each."
 
 
-class UnitTooLarge(DataError):
-    """A privacy unit has more records than the site's configuration allows."""
-
-    code = "ST-206"
-    title = "A privacy unit has too many records"
-    cause = "One patient or customer has more records than max_records_per_unit of the dataset."
-    advice = "Raise the bound in site.toml, or check that the unit column is the right one."
-
-
 class UnitMismatch(DataError):
     """The plan protects another unit than the one the site offers its dataset under."""
 
@@ -30,3 +21,30 @@ class UnitMismatch(DataError):
     title = "The plan's privacy unit is not the site's"
     cause = "privacy.unit of the plan differs from the unit of the dataset in site.toml."
     advice = "Set privacy.unit to the site's unit; its budget and declared_units count that one."
+
+
+class LabelsUnfit(DataError):
+    """The site declares a label that the plan lacks."""
+
+    code = "ST-210"
+    title = "The plan lacks a label that the site declares"
+    cause = "A label in labels of the dataset in site.toml is not one of model.labels of the plan."
+    advice = "Add the label to model.labels, spelled as in site.toml, or take it out of site.toml."
+
+
+class HeldOutTooMuch(DataError):
+    """The plan holds out more than the site lends for it."""
+
+    code = "ST-211"
+    title = "The plan holds out too large a share"
+    cause = "test_share and validation_share together are above max_held_out of the dataset."
+    advice = "Lower the shares in the plan, or raise max_held_out in site.toml."
+
+
+class RecordsChanged(DataError):
+    """A run can't go on with other records than it began with."""
+
+    code = "ST-212"
+    title = "The records changed since the run began"
+    cause = "A site's records are not those that the first rounds of this run were trained on."
+    advice = "Put the old records back, or start a new run."

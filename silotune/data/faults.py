@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from silotune.errors import DataError, RecordInvalid
@@ -11,8 +12,34 @@ _SHOWN = 5
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """Rows of a source that are not used, and why. Private: it is for people at the site.
+
+    Attributes
+    ----------
+    problem : str
+        What is wrong with them.
+    rows : tuple of int
+        Their numbers, as the reader of the source counts.
+    column : str or None
+        The column that it was seen in.
+    values : mapping of str to int
+        How often which label occurs, where the label is what is wrong: for a local terminal only.
+    """
+
+    problem: str
+    rows: tuple[int, ...]
+    column: str | None = None
+    values: Mapping[str, int] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        where = f"column {self.column!r}: " if self.column is not None else ""
+        return f"{where}{self.problem} in {rows_in_words(self.rows)}"
+
+
+@dataclass(frozen=True)
 class Faults:
-    """Collects the faults of one table, then refuses it with all of them in one message.
+    """Collects the faults of one table; whoever can't leave rows out refuses it with all of them.
 
     Parameters
     ----------
@@ -21,18 +48,24 @@ class Faults:
     """
 
     source: str
-    lines: list[str] = field(default_factory=list)
+    found: list[LeftOut] = field(default_factory=list)
 
-    def add(self, problem: str, rows: Sequence[int], *, column: str | None = None) -> None:
+    def add(
+        self,
+        problem: str,
+        rows: Sequence[int],
+        *,
+        column: str | None = None,
+        values: Sequence[str] = (),
+    ) -> None:
         """Note a fault of some rows (spreadsheet numbers); of no rows, nothing is noted."""
         if rows:
-            where = f"column {column!r}: " if column is not None else ""
-            self.lines.append(f"{where}{problem} in {rows_in_words(rows)}")
+            self.found.append(LeftOut(problem, tuple(rows), column, Counter(values)))
 
     def check(self, error: type[DataError] = RecordInvalid) -> None:
         """Raise `error` if any fault was noted."""
-        if self.lines:
-            listed = "\n".join(f"  - {line}" for line in self.lines)
+        if self.found:
+            listed = "\n".join(f"  - {fault}" for fault in self.found)
             raise error(f"{self.source}:\n{listed}")
 
 

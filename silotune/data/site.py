@@ -23,7 +23,7 @@ from silotune.data.site_terms import PolicyConfig, ResourcesConfig
 from silotune.errors import DatasetUnknown
 from silotune.explain import explain
 from silotune.federation.sealed import AtRest
-from silotune.plan import Name, Plan, Positive, Section
+from silotune.plan import Name, Plan, Positive, Section, Share
 
 Role = Literal["text", "label", "unit", "group", "prompt", "response"]
 Format = Literal["csv", "jsonl", "parquet", "sql"]
@@ -77,6 +77,12 @@ class DatasetConfig(Section):
         description="Number of units, rounded: the public number that weights and rates use."
     )
     max_records_per_unit: Annotated[int, Field(ge=1)] = 1
+    labels: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        (), description="PUBLIC. Labels that records have; others are left out."
+    )
+    max_held_out: Share = Field(
+        0.5, description="Most that a plan may hold out for validation and test together."
+    )
     budget: BudgetConfig | None = None
 
     @model_validator(mode="after")

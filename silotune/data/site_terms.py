@@ -88,6 +88,9 @@ class PolicyConfig(Section):
     max_epsilon: Positive | None = Field(None, description="Of one run.")
     max_total_epsilon: Positive | None = Field(None, description="Of all runs on a dataset.")
     max_delta: Annotated[float, Field(gt=0.0, lt=0.01)] | None = None
+    allow_large_delta: bool = Field(
+        False, description="Accept a delta at or above 1/declared_units, which promises little."
+    )
     require_privacy: bool = Field(True, description="Refuse plans without differential privacy.")
     allow_seeded_noise: bool = Field(
         False, description="Accept plans whose noise can be repeated: such runs are not private."

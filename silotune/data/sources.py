@@ -7,6 +7,10 @@ record.
 
 Rows are numbered as the reader of the source counts them: in a CSV file as a spreadsheet does (the
 header is row 1, blank rows count), in JSON lines by line, elsewhere from 1.
+
+There are two ways to read. `read_file` refuses a table with a bad row, for somebody who can mend it.
+`read_dataset` is what a site trains on: a bad row is left out and noted in `Table.faults`, because
+whether a site can answer must not depend on what one record holds.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ import csv
 import io
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date, time
 from decimal import Decimal
 from pathlib import Path
@@ -55,20 +59,23 @@ class Table:
         The number of each record in the source, for messages.
     columns : mapping of str to sequence of str
         The values by column.
+    faults : Faults
+        Rows that were left out.
     """
 
     source: str
     rows: Sequence[int]
     columns: Mapping[str, Sequence[str]]
+    faults: Faults = field(default_factory=lambda: Faults(""))
 
 
 def read_dataset(dataset: DatasetConfig, *, folder: Path, columns: Collection[str]) -> Table:
-    """Some columns of a dataset; relative paths start from `folder`.
+    """Some columns of a dataset, without its bad rows; relative paths start from `folder`.
 
     Raises
     ------
-    DatasetUnreadable, ColumnMissing, RecordInvalid
-        As `read_file`.
+    DatasetUnreadable, ColumnMissing
+        The source can't be read at all, or is without a column: not for what a record holds.
     SiteConfigInvalid
         The URL needs an environment variable that is not set.
     """
@@ -78,7 +85,7 @@ def read_dataset(dataset: DatasetConfig, *, folder: Path, columns: Collection[st
         return _read_query(expand_url(dataset.url), dataset.query, folder, columns)
     assert dataset.path is not None  # validated
     path = folder / dataset.path
-    return read_file(path, kind=dataset.format, columns=columns, delimiter=dataset.delimiter)
+    return _read(path, dataset.format, columns, dataset.delimiter, strict=False)
 
 
 def read_file(
@@ -95,6 +102,14 @@ def read_file(
     RecordInvalid
         A row has another number of fields than the header, or a value is not plain text.
     """
+    table = _read(path, kind, columns, delimiter, strict=True)
+    table.faults.check()
+    return table
+
+
+def _read(
+    path: Path, kind: Format, columns: Collection[str] | None, delimiter: str, *, strict: bool
+) -> Table:
     if path.is_dir():
         raise DatasetUnreadable(
             f"{path} is a folder, and path has to name one file",
@@ -103,43 +118,47 @@ def read_file(
         )
     try:
         if kind == "csv":
-            return _read_csv(path, delimiter, columns)
+            return _read_csv(path, delimiter, columns, strict=strict)
         if kind == "jsonl":
-            return _read_jsonl(path, columns)
-        return _read_parquet(path, columns)
+            return _read_jsonl(path, columns, strict=strict)
+        return _read_parquet(path, columns, strict=strict)
     except OSError as exc:
         raise DatasetUnreadable(f"{path}: {exc.strerror or type(exc).__name__}") from None
 
 
-def _read_csv(path: Path, delimiter: str, wanted: Collection[str] | None) -> Table:
+def _read_csv(path: Path, delimiter: str, wanted: Collection[str] | None, *, strict: bool) -> Table:
     csv.field_size_limit(_LONGEST_FIELD)
-    reader = csv.reader(io.StringIO(_read_text(path), newline=""), delimiter=delimiter, strict=True)
+    text = _read_text(path, strict=strict, header=True)
+    faults = Faults(str(path))
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    numbered: list[tuple[int, list[str]]] = []
     try:
         # A spreadsheet writes its trailing blank rows too; they hold no record.
-        numbered = [(number, row) for number, row in enumerate(reader, start=1) if any(row)]
+        numbered.extend((number, row) for number, row in enumerate(reader, start=1) if any(row))
     except csv.Error:
-        raise DatasetUnreadable(f"{path}: not valid CSV at line {reader.line_num}") from None
+        if strict or not numbered:
+            raise DatasetUnreadable(f"{path}: not valid CSV at line {reader.line_num}") from None
+        after = numbered[-1][0] + 1
+        faults.add("not valid CSV, and nothing behind it was read, from", [after])
     if not numbered:
-        raise DatasetUnreadable(f"{path}: the file is empty")
+        return _empty(path, wanted, strict=strict)
     header = [name.strip() for name in numbered.pop(0)[1]]
     hint = f"; is row 1 a header, and is the delimiter {delimiter!r}?"
     names = _choose(header, wanted, str(path), hint)
-    faults = Faults(str(path))
     odd = [number for number, row in numbered if len(row) != len(header)]
     faults.add(f"not {len(header)} fields as in the header", odd)
-    faults.check()
+    whole = [(number, row) for number, row in numbered if len(row) == len(header)]
     places = [header.index(name) for name in names]
     values = {
-        name: [row[place] for _, row in numbered] for name, place in zip(names, places, strict=True)
+        name: [row[place] for _, row in whole] for name, place in zip(names, places, strict=True)
     }
-    return Table(str(path), [number for number, _ in numbered], values)
+    return _without_broken_text(Table(str(path), [n for n, _ in whole], values, faults))
 
 
-def _read_jsonl(path: Path, wanted: Collection[str] | None) -> Table:
-    faults = Faults(str(path))
+def _read_jsonl(path: Path, wanted: Collection[str] | None, *, strict: bool) -> Table:
+    text, faults = _read_text(path, strict=strict, header=False), Faults(str(path))
     numbers, records, broken = [], [], []
     # Not splitlines(): JSON text may hold U+2028, which is no line end here.
-    text = _read_text(path)
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -152,25 +171,31 @@ def _read_jsonl(path: Path, wanted: Collection[str] | None) -> Table:
             records.append(record)
         else:
             broken.append(number)
-    if broken and text.lstrip().startswith("["):
+    if broken and not records and text.lstrip().startswith("["):
         raise DatasetUnreadable(
             f"{path} is one JSON array, and the format jsonl is one JSON object a line",
             remedy=f"Write each object on a line of its own: jq -c '.[]' {path.name} > records.jsonl",
         )
     faults.add("not a JSON object", broken)
-    faults.check()
-    if not records:
+    if strict:
+        faults.check()
+    if not records and not broken:
+        return _empty(path, wanted, strict=strict)
+    # Which keys there are depends on the records, so a site takes an absent one as empty.
+    present = list(dict.fromkeys(key for r in records for key in r))
+    names = _choose(present, wanted, str(path)) if strict or wanted is None else list(wanted)
+    values = {name: [record.get(name) for record in records] for name in names}
+    return _as_table(str(path), numbers, values, faults)
+
+
+def _empty(path: Path, wanted: Collection[str] | None, *, strict: bool) -> Table:
+    """A file without anything in it: no records, to a site."""
+    if strict:
         raise DatasetUnreadable(f"{path}: the file is empty")
-    names = _choose(list(dict.fromkeys(key for r in records for key in r)), wanted, str(path))
-    values = {
-        name: _as_texts(name, (record.get(name) for record in records), numbers, faults)
-        for name in names
-    }
-    faults.check()
-    return Table(str(path), numbers, values)
+    return Table(str(path), [], {name: [] for name in wanted or ()}, Faults(str(path)))
 
 
-def _read_parquet(path: Path, wanted: Collection[str] | None) -> Table:
+def _read_parquet(path: Path, wanted: Collection[str] | None, *, strict: bool) -> Table:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -184,12 +209,19 @@ def _read_parquet(path: Path, wanted: Collection[str] | None) -> Table:
     for name in names:
         column = table.column(name)
         try:
+            if not strict and pa.types.is_binary(column.type):  # one record's bytes may be no text
+                values[name] = [
+                    (value or b"").decode("utf-8", "surrogateescape")
+                    for value in column.to_pylist()
+                ]
+                continue
             values[name] = column.cast(pa.string()).fill_null("").to_pylist()
         except pa.ArrowException:
             raise DatasetUnreadable(
                 f"{path}: column {name!r} of type {column.type} can't be read as text"
             ) from None
-    return Table(str(path), range(1, table.num_rows + 1), values)
+    rows = range(1, table.num_rows + 1)
+    return _without_broken_text(Table(str(path), rows, values, Faults(str(path))))
 
 
 def _read_query(url: str, query: str, folder: Path, wanted: Collection[str]) -> Table:
@@ -218,17 +250,12 @@ def _read_query(url: str, query: str, folder: Path, wanted: Collection[str]) -> 
         # Messages of drivers quote host names, users and statements: only the kind is told.
         kind = type(getattr(exc, "orig", None) or exc).__name__
         raise DatasetUnreadable(f"{source} failed: {kind}") from None
-    numbers, faults = range(1, len(rows) + 1), Faults(source)
-    values = {
-        name: _as_texts(name, (row[place] for row in rows), numbers, faults)
-        for place, name in enumerate(names)
-    }
-    faults.check()
-    return Table(source, numbers, values)
+    values = {name: [row[place] for row in rows] for place, name in enumerate(names)}
+    return _as_table(source, range(1, len(rows) + 1), values, Faults(source))
 
 
-def _read_text(path: Path) -> str:
-    """The text of a file, without a byte-order mark."""
+def _read_text(path: Path, *, strict: bool, header: bool) -> str:
+    """The text of a file, without a byte-order mark; unless `strict`, a record's bad bytes stay."""
     content = path.read_bytes()
     try:
         return content.decode("utf-8-sig")
@@ -239,10 +266,12 @@ def _read_text(path: Path) -> str:
                     f"{path} is {kind}, not UTF-8 text", remedy=remedy
                 ) from None
         line = content.count(b"\n", 0, exc.start) + 1
-        raise DatasetUnreadable(
-            f"{path}: not UTF-8 text at line {line}",
-            remedy="Save it as UTF-8; iconv -f WINDOWS-1252 -t UTF-8 does, if it came from Windows.",
-        ) from None
+        if strict or (header and line == 1):
+            raise DatasetUnreadable(
+                f"{path}: not UTF-8 text at line {line}",
+                remedy="Save it as UTF-8; iconv -f WINDOWS-1252 -t UTF-8 does, if it came from Windows.",
+            ) from None
+        return content.decode("utf-8-sig", "surrogateescape")
 
 
 def _choose(
@@ -260,13 +289,26 @@ def _choose(
     return names
 
 
-def _as_texts(
-    column: str, values: Iterable[Any], numbers: Sequence[int], faults: Faults
-) -> list[str]:
-    texts = [_as_text(value) for value in values]
-    bad = [number for number, text in zip(numbers, texts, strict=True) if text is None]
-    faults.add("not plain text", bad, column=column)
-    return [text or "" for text in texts]
+def _as_table(
+    source: str, numbers: Sequence[int], values: Mapping[str, Iterable[Any]], faults: Faults
+) -> Table:
+    """A table of the rows whose values are all plain."""
+    texts = {name: [_as_text(value) for value in column] for name, column in values.items()}
+    bad: set[int] = set()
+    for name, column in texts.items():
+        rows = [place for place, text in enumerate(column) if text is None]
+        faults.add("not plain text", [numbers[place] for place in rows], column=name)
+        bad.update(rows)
+    kept = [place for place in range(len(numbers)) if place not in bad]
+    columns = {name: [column[place] or "" for place in kept] for name, column in texts.items()}
+    return Table(source, [numbers[place] for place in kept], columns, faults)
+
+
+def _without_broken_text(table: Table) -> Table:
+    """The table without rows whose text has bytes that are no UTF-8."""
+    if all(value.isascii() or _encodable(value) for c in table.columns.values() for value in c):
+        return table
+    return _as_table(table.source, table.rows, table.columns, table.faults)
 
 
 def _encodable(value: str) -> bool:

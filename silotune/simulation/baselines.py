@@ -24,12 +24,14 @@ import torch
 from numpy.typing import NDArray
 
 from silotune.client.runtime import SiteRun
+from silotune.client.secret import own_secret
 from silotune.client.terms import sigma_for
 from silotune.client.trainer import RoundUpdate, SiteData, Trainer, Vector
 from silotune.client.warm import WarmModel
 from silotune.data.records import Records
 from silotune.data.site import SiteConfig
 from silotune.data.splits import Split
+from silotune.federation.sealed import Vault
 from silotune.models.adapter import write_adapter
 from silotune.models.batching import batches
 from silotune.models.choices import Choices
@@ -71,6 +73,8 @@ class Job:
         For ``own``.
     start : bytes or None
         For ``personal``: the federation's adapter, float32.
+    states : tuple of str
+        The sites' state folders in the run, whose split the comparison uses; none for a new split.
     """
 
     key: str
@@ -82,6 +86,7 @@ class Job:
     shared: str | None = None
     site: str | None = None
     start: bytes | None = None
+    states: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +141,7 @@ def jobs_for(
     *,
     shared: Path | None = None,
     adapter: Vector | None = None,
+    states: Sequence[Path] = (),
 ) -> list[Job]:
     """The comparisons of a plan, longest first; with heads of their own if there is an `adapter`."""
     alone = in_the_clear(plan).override({"rounds.min_sites": 1})
@@ -149,6 +155,7 @@ def jobs_for(
             sites=tuple(str(site.folder / "site.toml") for site in sites),
             choices=choices,
             shared=None if shared is None else str(shared),
+            states=tuple(str(state) for state in states),
             **more,
         )
 
@@ -222,8 +229,17 @@ def _parts(job: Job, plan: Plan, *, warm: WarmModel, scratch: Path) -> list[Site
     found = []
     for number, path in enumerate(job.sites):
         site = SiteConfig.load(Path(path))
-        part = SiteRun(site, state=scratch / str(number), plan=plan, run=job.key, warm=warm)
-        key = f"{path} {plan.model!r} {plan.data!r} {plan.privacy.unit}"
+        state = Path(job.states[number]) if job.states else None
+        part = SiteRun(
+            site,
+            state=scratch / str(number),
+            plan=plan,
+            run=job.key,
+            warm=warm,
+            secret=own_secret(state, Vault(state)) if state else None,
+        )
+        read = (plan.model, plan.data, plan.privacy.unit, plan.private, plan.plan.seed, part.secret)
+        key = f"{path} {read!r}"
         if key not in _READ:
             _READ[key] = part.records, part.encoded
         part.records, part.encoded = _READ[key]

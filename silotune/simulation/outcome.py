@@ -200,7 +200,8 @@ def write_results(
     methods = [_method(plan, "federated", title, final, seconds=seconds, examples=examples)]
     methods += _trivial(plan, final, base)
     if workers:
-        jobs = jobs_for(plan, sites, choices, shared=shared, adapter=adapter)
+        states = [directory.site(site.name) for site in sites]
+        jobs = jobs_for(plan, sites, choices, shared=shared, adapter=adapter, states=states)
         methods += _baselines(plan, jobs, workers=workers, store=store)
     directory.write_json(
         "results.json",

@@ -31,11 +31,21 @@ from silotune.simulation.grid import SiteSlot, WorkerGrid
 from silotune.simulation.outcome import write_privacy, write_results, write_timings
 from silotune.simulation.pool import spread
 from silotune.simulation.program import SimulatedSites, payload_for
+from silotune.simulation.records_check import (
+    Note,
+    keep_survey,
+    require_same_records,
+    survey_sites,
+)
 from silotune.simulation.run_directory import RunDirectory
 from silotune.simulation.spectator import LoggedStore, Spectator, View
 
 EngineName = Literal["processes", "ray"]
 Listener = Callable[[Mapping[str, Any]], None]
+
+
+def _no_note(sentence: str) -> None:
+    """Tell nobody."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +114,7 @@ def simulate(
     listener: Listener,
     sites_folder: Path | None = None,
     overrides: Mapping[str, Any] | None = None,
+    note: Note = _no_note,
 ) -> RunDirectory:
     """Start a new run of a plan.
 
@@ -121,6 +132,8 @@ def simulate(
         Folder whose subfolders are sites; by default the plan's own.
     overrides : mapping, optional
         Dotted plan keys to replace.
+    note : callable, optional
+        Given sentences about the sites' records and the plan, for whoever simulates.
 
     Raises
     ------
@@ -130,8 +143,11 @@ def simulate(
     plan = Plan.load(plan_path).override(overrides or {})
     sites = list(load_sites(sites_folder or plan_path.resolve().parent))
     _require_sites(plan, sites)
+    secrets = {site.name: os.urandom(32) for site in sites}
+    found = survey_sites(plan, sites, secrets=secrets, note=note)
     choices = choose(plan, device=settings.device)
     directory = RunDirectory.create(runs, plan.plan.name, plan_toml=plan_path.read_text("utf-8"))
+    keep_survey(directory, found, secrets)
     job = _Job(directory=directory, plan=plan, sites=sites, choices=choices, settings=settings)
     directory.write_json("resolved.json", _resolved(job))
     return _execute(job, listener)
@@ -166,13 +182,17 @@ def recorded(directory: RunDirectory) -> Recorded:
     )
 
 
-def resume(path: Path, *, settings: Settings, listener: Listener) -> RunDirectory:
+def resume(
+    path: Path, *, settings: Settings, listener: Listener, note: Note = _no_note
+) -> RunDirectory:
     """Go on with a run that was stopped or killed, with its own plan, sites and choices.
 
     Raises
     ------
     RunDirectoryInvalid
         It is no run directory, or its run is finished.
+    RecordsChanged
+        A site's records are not those that the run began with.
     """
     directory = RunDirectory.open(path)
     if directory.find_json("results.json") is not None:
@@ -185,6 +205,7 @@ def resume(path: Path, *, settings: Settings, listener: Listener) -> RunDirector
         choices=run.choices,
         settings=settings,
     )
+    require_same_records(directory, job.plan, job.sites, note=note)
     return _execute(job, listener)
 
 

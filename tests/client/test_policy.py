@@ -35,7 +35,9 @@ POLICY = {
     "hours": ["Mon-Fri 08:00-18:00"],
 }
 MONDAY_NOON = datetime(2026, 11, 23, 12)
-FACTS = {"moment": MONDAY_NOON, "upload_bytes": 1_000_000, "total_epsilon": 5.0}
+FACTS = {
+    "moment": MONDAY_NOON, "upload_bytes": 1_000_000, "total_epsilon": 5.0, "declared_units": 50_000
+}  # fmt: skip
 OPEN = {
     "privacy.epsilon": None, "privacy.delta": None, "privacy.clip": None, "privacy.mode": "none",
 }  # fmt: skip
@@ -49,6 +51,8 @@ BREAKS = [
     ("max_total_epsilon", {}, {}, {"total_epsilon": None}, "ST-503"),
     ("max_total_epsilon", {}, {}, {"total_epsilon": float("nan")}, "ST-503"),
     ("max_delta", {"privacy.delta": 1.1e-5}, {}, {}, "ST-504"),
+    ("allow_large_delta", {}, {}, {"declared_units": 100_000}, "ST-519"),
+    ("allow_large_delta", {}, {}, {"declared_units": None}, "ST-519"),
     ("require_secure_aggregation", {}, {"require_secure_aggregation": True}, {}, "ST-507"),
     ("min_cohort", {"rounds.min_sites": 2}, {}, {}, "ST-508"),
     ("base_models", {"model.sha256": "cd" * 32}, {}, {}, "ST-509"),
@@ -83,7 +87,7 @@ def test_a_plan_at_every_limit_passes():
     found = verdict()
     assert found.allowed, found.refusals
     found.require()
-    assert len({clause.name for clause in found.clauses}) == len(found.clauses) == 14
+    assert len({clause.name for clause in found.clauses}) == len(found.clauses) == 15
 
 
 @pytest.mark.parametrize(("clause", "plan", "changed", "facts", "code"), BREAKS)
@@ -115,7 +119,15 @@ def test_every_clause_has_a_test_that_breaks_it():
 def test_an_empty_policy_refuses_everything_it_can():
     found = judge(PolicyConfig(), Plan.from_mapping(PLAN), Facts(**FACTS))
     passed = {clause.name for clause in found.clauses if clause.allowed}
-    assert passed == {"require_privacy", "allow_seeded_noise"}  # the plan is private, unseeded
+    # The plan is private, unseeded, and its delta is small.
+    assert passed == {"require_privacy", "allow_seeded_noise", "allow_large_delta"}
+
+
+def test_a_large_delta_passes_where_the_policy_says_so_in_so_many_words():
+    found = verdict({}, {"allow_large_delta": True}, {"declared_units": 200_000})
+    assert found.allowed
+    (clause,) = [c for c in found.clauses if c.name == "allow_large_delta"]
+    assert clause.reason == "delta 1e-05 is at or above 1/200000, and may be"
 
 
 def test_a_refusal_names_all_clauses_that_refuse():

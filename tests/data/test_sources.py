@@ -213,9 +213,12 @@ def test_a_database_agrees_with_pandas(clinic):
     assert table.columns["id"] == frame["id"].astype(str).tolist()
 
 
-def test_a_blob_is_no_text(clinic):
-    with pytest.raises(RecordInvalid, match=r"column 'scan': not plain text in 2 rows \(1, 2\)"):
-        read_dataset(sql("clinic.db"), folder=clinic, columns=["scan"])
+def test_a_blob_is_no_text_and_its_rows_are_left_out(clinic):
+    table = read_dataset(sql("clinic.db"), folder=clinic, columns=["scan"])
+    assert table.columns == {"scan": []}
+    assert [str(f) for f in table.faults.found] == [
+        "column 'scan': not plain text in 2 rows (1, 2)"
+    ]
 
 
 def test_a_failing_query_is_told_without_query_or_url(clinic):

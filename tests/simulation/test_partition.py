@@ -117,7 +117,7 @@ def test_parts_are_sites_that_can_be_loaded(tmp_path):
     sites = load_sites(tmp_path / "sites")
     assert [site.name for site in sites] == ["site-1", "site-2", "site-3"]
     for site in sites:
-        records = load_records(site, plan, roles={"text", "label"})
+        records = load_records(site, plan, roles={"text", "label"}, secret=b"k" * 32)
         assert (len(records), records.n_units()) == (300, 100)
         assert site.dataset("records").declared_units == 100
 
