@@ -22,6 +22,7 @@ from silotune.data.folders import (
 from silotune.data.icd import Condition, load_conditions, package_folder
 from silotune.data.site import BudgetConfig, Role
 from silotune.errors import EnvironmentFault
+from silotune.plan import Plan
 
 _HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
 _MOST_RECORDS = 4
@@ -162,11 +163,13 @@ def write_hospitals(
     refuse_other_sites(folder, [hospital.name for hospital in HOSPITALS])
     conditions = load_conditions()
     chosen = {h: _choose(h, conditions, rows_per_site) for h in HOSPITALS}
+    labels = sorted({_label(c, task) for own in chosen.values() for c in own})
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_plan(folder / "plan.toml", task, split, patients=patients, labels=labels)
+    plan = Plan.load(folder / "plan.toml")
     for hospital, own in chosen.items():
         ids = _patients(hospital, own, whole_category=split == "category") if patients else None
-        _write_hospital(folder / hospital.name, hospital, own, task=task, patients=ids)
-    labels = sorted({_label(c, task) for own in chosen.values() for c in own})
-    _write_plan(folder / "plan.toml", task, split, patients=patients, labels=labels)
+        _write_hospital(folder / hospital.name, hospital, own, task=task, patients=ids, plan=plan)
     _write_readme(folder / "README.txt", task, split, patients=patients, chosen=chosen)
     return Demo(
         plan=folder / "plan.toml",
@@ -220,6 +223,7 @@ def _write_hospital(
     *,
     task: Task,
     patients: Sequence[str] | None,
+    plan: Plan,
 ) -> None:
     columns: dict[Role, str] = {
         "text": "description",
@@ -241,6 +245,8 @@ def _write_hospital(
             budget=BudgetConfig(epsilon=10.0, delta=1e-5),
             unit="record" if patients is None else "patient",
             max_records_per_unit=1 if patients is None else _MOST_RECORDS,
+            labels=plan.model.labels,
+            plan=plan,
         ),
         header=header,
         rows=rows,

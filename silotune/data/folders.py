@@ -12,8 +12,11 @@ from string import Template
 
 from silotune.data.site import BudgetConfig, Role
 from silotune.errors import FolderOccupied
+from silotune.plan import Plan
 
 DECLARED_ROUNDING = 50
+_MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+_MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,10 @@ class Offer:
         ``record``, or what one value of the unit column is.
     max_records_per_unit : int
         The bound that each site declares.
+    labels : tuple of str
+        The labels that each site declares; none if the records have none.
+    plan : Plan or None
+        The plan that was written with the sites: their policies let it pass.
     """
 
     dataset: str
@@ -39,6 +46,8 @@ class Offer:
     budget: BudgetConfig
     unit: str = "record"
     max_records_per_unit: int = 1
+    labels: tuple[str, ...] = ()
+    plan: Plan | None = None
 
 
 def read_template(name: str) -> Template:
@@ -47,8 +56,8 @@ def read_template(name: str) -> Template:
     return Template(text)
 
 
-def toml_value(value: str | float | Sequence[str]) -> str:
-    """A string, number or list of strings as TOML (whose basic strings are those of JSON)."""
+def toml_value(value: str | bool | float | Sequence[str]) -> str:
+    """A string, truth value, number or list of strings as TOML (whose basic strings are those of JSON)."""
     return json.dumps(value, ensure_ascii=False)
 
 
@@ -111,7 +120,34 @@ def write_site(
         columns="\n".join(f"{role} = {toml_value(name)}" for role, name in offer.columns.items()),
         epsilon=offer.budget.epsilon,
         delta=offer.budget.delta,
+        labels=f"labels = {toml_value(offer.labels)}" if offer.labels else "# labels = []",
+        **_policy(offer.plan),
     )
     path = folder / "site.toml"
     path.write_text(filled, encoding="utf-8")
     return path
+
+
+def _policy(plan: Plan | None) -> dict[str, str]:
+    """The clauses of the written policy that hang on a plan: what it asks, or usual values."""
+    if plan is None:
+        weights, base = _MINILM_SHA256, _MINILM
+        return {
+            "secure": "false",
+            "cohort": "3",
+            "tasks": toml_value(["text_classification"]),
+            "modules": toml_value(["query", "value"]),
+            "strategies": toml_value(["fedavg"]),
+            "rounds": "500",
+            "base_model": f"{toml_value(weights)} = {toml_value(base)}",
+        }
+    modules = plan.lora.target_modules
+    return {
+        "secure": toml_value(plan.aggregation.secure),
+        "cohort": str(plan.rounds.min_sites),
+        "tasks": toml_value([plan.model.task]),
+        "modules": toml_value([modules] if isinstance(modules, str) else list(modules)),
+        "strategies": toml_value([plan.aggregation.strategy]),
+        "rounds": str(plan.rounds.number),
+        "base_model": f"{toml_value(plan.model.sha256 or '')} = {toml_value(plan.model.base)}",
+    }

@@ -218,6 +218,7 @@ def partition_file(
         budget=budget,
         unit=unit,
         max_records_per_unit=int(np.bincount(units.unit_of).max()),
+        labels=_labels(units),
     )
     return tuple(
         _write_part(folder / name, units, site_of == site, offer) for site, name in enumerate(names)
@@ -240,6 +241,12 @@ def _read_units(source: Path, columns: Mapping[Role, str]) -> Units:
     ids = (value.strip() for value in table.columns[columns["unit"]])
     unit_of = np.array([numbers.setdefault(value, len(numbers)) for value in ids])
     return Units(unit_of, table, columns.get("label"))
+
+
+def _labels(units: Units) -> tuple[str, ...]:
+    """Every label of the file: what each site declares, also one that has only some of them."""
+    values = units.table.columns[units.label] if units.label is not None else ()
+    return tuple(sorted({value.strip() for value in values} - {""}))
 
 
 def _write_part(folder: Path, units: Units, own: NDArray[np.bool_], offer: Offer) -> Part:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import sys
+from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
@@ -12,15 +13,18 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 
+from silotune.client.facts import facts_for
+from silotune.client.policy import judge
 from silotune.data import icd
 from silotune.data.demo import HOSPITALS, write_hospitals
 from silotune.data.folders import declare
 from silotune.data.icd import load_conditions
-from silotune.data.reader import load_records
+from silotune.data.reader import load_records, require_declared
 from silotune.data.records import Records
-from silotune.data.site import load_sites
+from silotune.data.site import SiteConfig, load_sites
 from silotune.data.splits import Split
 from silotune.errors import EnvironmentFault, FolderOccupied
+from silotune.models.outline import outline
 from silotune.plan import Plan
 
 KEY = b"k" * 32
@@ -109,12 +113,13 @@ def test_hospitals_differ_in_how_often_a_condition_is_chronic(reference, by_code
     assert round(max(shares.values()), 2) == 0.79
 
 
-@pytest.mark.parametrize(("folder", "within"), [("by_code", 0.03), ("by_category", 0.12)])
-def test_every_site_has_about_the_asked_shares_of_each_split(folder, within, request):
-    for records in all_records(request.getfixturevalue(folder)):
-        shares = np.bincount(records.split, minlength=3) / len(records)
-        assert abs(shares[Split.TEST] - 0.2) < within
-        assert abs(shares[Split.VALIDATION] - 0.1) < within
+@pytest.mark.parametrize("folder", ["by_code", "by_category"])
+def test_the_sites_together_have_about_the_asked_shares_of_each_split(folder, request):
+    sides = np.concatenate([r.split for r in all_records(request.getfixturevalue(folder))])
+    shares = np.bincount(sides, minlength=3) / len(sides)
+    # The salt is fixed here, so this can't fail by chance; a site of few large categories may be
+    # much further from its shares.
+    assert np.allclose(shares, [0.7, 0.1, 0.2], atol=0.06)
 
 
 def test_by_category_no_category_is_on_both_sides_of_any_site(by_category):
@@ -245,3 +250,24 @@ def _linear_score(train: Texts, test: Texts) -> float:
     words = TfidfVectorizer()
     model = LogisticRegression(max_iter=1000).fit(words.fit_transform(train[0]), train[1])
     return float(f1_score(test[1], model.predict(words.transform(test[0])), average="macro"))
+
+
+@pytest.mark.parametrize("options", [{}, {"task": "body_system"}, {"patients": True}])
+def test_the_written_policy_lets_the_written_plan_pass(tmp_path, options):
+    plan = Plan.load(write_hospitals(tmp_path, rows_per_site=200, **options).plan)
+    for path in sorted(tmp_path.glob("*/site.toml")):
+        text = path.read_text()
+        start = text.index("# [policy]")
+        clauses = text[start:].replace("\n# ", "\n").removeprefix("# ")
+        path.write_text(text[:start] + clauses)  # as the file itself says: without the "#"
+        site = SiteConfig.load(path)
+        facts = facts_for(
+            site,
+            plan,
+            run="r",
+            ledger=None,
+            layout=outline(plan, base=site.model_place(plan)),
+            moment=datetime.now(UTC),
+        )
+        judge(site.policy, plan, facts).require()
+        require_declared(site, plan, roles=ROLES)

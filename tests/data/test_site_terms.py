@@ -64,6 +64,7 @@ def test_what_is_left_out_allows_nothing():
     assert limits.pop("require_privacy") is True
     assert limits.pop("require_secure_aggregation") is True
     assert limits.pop("allow_seeded_noise") is False
+    assert limits.pop("allow_large_delta") is False
     assert all(value in (None, (), {}) for value in limits.values())
 
 
