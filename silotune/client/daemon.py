@@ -35,6 +35,7 @@ from silotune.client.errors import (
     RunUnknown,
     SiteCommandFailed,
 )
+from silotune.client.guarded import require_guarded
 from silotune.client.link import Link, backoff
 from silotune.client.runner import Runner
 from silotune.data.site import SiteConfig
@@ -79,6 +80,7 @@ class Daemon:
         self._site, self._grace = site, grace
         self._state = site.state_folder
         create_private_folder(self._state)
+        require_guarded(site)
         self._lock_file = hold_state(self._state)
         self._vault = Vault(self._state, site.at_rest, base=site.folder)
         self._enrolment = Enrolment.open(site, self._vault)

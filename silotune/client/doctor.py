@@ -30,6 +30,7 @@ from silotune.client.errors import (
     ProxyFailed,
     SiteNotEnrolled,
 )
+from silotune.client.guarded import require_guarded
 from silotune.client.transport import CONNECT_SECONDS, https_client, proxy_for
 from silotune.data.site import SiteConfig
 from silotune.federation import wire
@@ -60,6 +61,7 @@ class Doctor:
     def examine(self) -> list[Finding]:
         """Every check, in order."""
         checks: list[Check] = [
+            ("files", self._files),
             ("policy", self._policy),
             ("keys", self._keys),
             ("enrolment", self._enrolled),
@@ -81,6 +83,10 @@ class Doctor:
         return examine(checks)
 
     # --- the site's own word and keys ---
+
+    def _files(self) -> str:
+        require_guarded(self._site)
+        return "nobody else may change site.toml or enter the state folder, and no link leads out of it"
 
     def _policy(self) -> str:
         if self._site.policy is None:
@@ -223,13 +229,25 @@ class Doctor:
 
     def _dataset(self, name: str) -> Callable[[], str]:
         def check() -> str:
+            from silotune.data.faults import Faults
             from silotune.data.sources import read_dataset
 
             dataset = self._site.dataset(name)
-            columns = list(dataset.columns.by_role().values())
-            table = read_dataset(dataset, folder=self._site.folder, columns=columns)
+            columns = dataset.columns.by_role()
+            table = read_dataset(dataset, folder=self._site.folder, columns=list(columns.values()))
+            faults = Faults(table.source, list(table.faults.found))
+            for role, column in columns.items():
+                values = [value.strip() for value in table.columns[column]]
+                empty = [row for row, value in zip(table.rows, values, strict=True) if not value]
+                faults.add(f"empty {role}", empty, column=column)
+                if role == "label" and dataset.labels:
+                    pairs = zip(table.rows, values, strict=True)
+                    other = [(row, v) for row, v in pairs if v and v not in dataset.labels]
+                    rows, labels = [row for row, _ in other], [label for _, label in other]
+                    faults.add("label is not declared", rows, column=column, values=labels)
+            left_out = "".join(f"; left out where it is needed: {f.told}" for f in faults.found)
             budget = "" if dataset.budget else "; it has no budget, so no private plan can use it"
-            return f"{len(table.rows)} records, with every column that is named{budget}"
+            return f"{len(table.rows)} records, with every column that is named{left_out}{budget}"
 
         return check
 

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from silotune.client.admin_socket import ask
 from silotune.client.errors import RunUnknown, SiteNotEnrolled
+from silotune.client.guarded import load_guarded
 from silotune.commands import sealing, site_views
 from silotune.data.site import SiteConfig
 from silotune.logs import Format, configure
@@ -55,7 +56,7 @@ def join(
     from silotune.client.joining import Joining
 
     console = terminal(stderr=as_json)
-    joining = Joining(SiteConfig.load(config), code)
+    joining = Joining(load_guarded(config), code)
     joining.ask()
     console.print("Read these six words to the coordinator's operator, who must see the same six:")
     console.print(Text(f"\n  {joining.words}\n", "bold"), soft_wrap=True)
@@ -76,8 +77,9 @@ def join(
 def doctor(config: ConfigPath = _CONFIG, as_json: AsJson = False) -> None:
     """Check everything a site needs; exit 70 if something is wrong.
 
-    Looks at policy, keys, enrolment, name service, port, proxy, TLS, certificate, clock, disk, device,
-    base models, datasets, ledger and audit log. Each trouble has a code and a remedy.
+    Looks at who may change site.toml and the state folder, at policy, keys, enrolment, name service,
+    port, proxy, TLS, certificate, clock, disk, device, base models, datasets, ledger and audit log.
+    Each trouble has a code and a remedy.
     """
     from silotune.client.doctor import Doctor
 
@@ -106,7 +108,7 @@ def start(
     from silotune.events import tracing
 
     configure(style=log_format, level=log_level)
-    site = SiteConfig.load(config)
+    site = load_guarded(config)
     apply_limits(site.resources)
     tracing.configure("silotune-site")
     try:
@@ -118,7 +120,7 @@ def start(
 @app.command()
 def status(config: ConfigPath = _CONFIG, as_json: AsJson = False) -> None:
     """Ask the running daemon how it is: its connection, its work, what it waits for."""
-    found = ask(SiteConfig.load(config).state_folder, "status")
+    found = ask(load_guarded(config).state_folder, "status")
     if as_json:
         typer.echo(json.dumps(found))
         return
@@ -128,7 +130,7 @@ def status(config: ConfigPath = _CONFIG, as_json: AsJson = False) -> None:
 @app.command()
 def pause(config: ConfigPath = _CONFIG, as_json: AsJson = False) -> None:
     """Answer no more requests, from the next one on, until `resume`; a restart doesn't end it."""
-    found = ask(SiteConfig.load(config).state_folder, "pause")
+    found = ask(load_guarded(config).state_folder, "pause")
     finishing = f" {found['work']} is still being finished." if found["work"] else ""
     _say(found, f"Paused.{finishing}", as_json)
 
@@ -136,7 +138,7 @@ def pause(config: ConfigPath = _CONFIG, as_json: AsJson = False) -> None:
 @app.command()
 def resume(config: ConfigPath = _CONFIG, as_json: AsJson = False) -> None:
     """Take part again after `pause`."""
-    found = ask(SiteConfig.load(config).state_folder, "resume")
+    found = ask(load_guarded(config).state_folder, "resume")
     _say(found, "The site takes part again.", as_json)
 
 
@@ -150,7 +152,7 @@ def leave(
 
     The privacy ledger and the audit log stay: what was spent remains spent.
     """
-    site = SiteConfig.load(config)
+    site = load_guarded(config)
     if not yes:
         typer.confirm(f"Shall {site.name} leave the federation for good?", abort=True)
     found = ask(site.state_folder, "leave")
@@ -177,7 +179,7 @@ def reseal(
     from silotune.federation.audit_log import AUDIT_FILE, AuditLog
     from silotune.federation.sealed import Vault
 
-    site = SiteConfig.load(config)
+    site = load_guarded(config)
     state = site.state_folder
     if not state.is_dir():
         raise SiteNotEnrolled(f"there is no state folder {state}, so nothing is sealed yet")
@@ -254,7 +256,7 @@ def dashboard(
     from silotune.client.dashboard import build
     from silotune.dashboard.serve import serve_here
 
-    application = partial(build, SiteConfig.load(config))
+    application = partial(build, load_guarded(config))
     role: Literal["viewer", "operator"] = "operator" if decide else "viewer"
     serve_here(application, port=port, role=role, said=lambda url: typer.echo(f"Open {url}"))
 
@@ -274,7 +276,7 @@ def plans(
     from silotune.client.approvals import Approvals
     from silotune.client.proposal_view import describe
 
-    site = SiteConfig.load(config)
+    site = load_guarded(config)
     approvals = Approvals(site.state_folder)
     entries = [
         entry
@@ -337,7 +339,7 @@ def _proposed(config: Path, wanted: str) -> tuple[SiteConfig, str]:
     """The site and the one open run that a hash or name means."""
     from silotune.client.approvals import Approvals
 
-    site = SiteConfig.load(config)
+    site = load_guarded(config)
     entries = [entry for entry in Approvals(site.state_folder).entries() if not entry.over]
     named = [entry for entry in entries if entry.run == wanted]
     fitting = named or [entry for entry in entries if entry.plan.sha256.startswith(wanted.lower())]

@@ -36,6 +36,16 @@ class LeftOut:
         where = f"column {self.column!r}: " if self.column is not None else ""
         return f"{where}{self.problem} in {rows_in_words(self.rows)}"
 
+    @property
+    def told(self) -> str:
+        """In words, with the labels that it is about: for a terminal of the site's own people."""
+        if not self.values:
+            return str(self)
+        counted = sorted(self.values.items(), key=lambda item: (-item[1], item[0]))
+        listed = ", ".join(f"{label!r} ({count})" for label, count in counted[:_SHOWN])
+        more = len(counted) - _SHOWN
+        return f"{self}: {listed}{f' and {more} more' if more > 0 else ''}"
+
 
 @dataclass(frozen=True)
 class Faults:

@@ -57,7 +57,7 @@ def read_template(name: str) -> Template:
 
 
 def toml_value(value: str | bool | float | Sequence[str]) -> str:
-    """A string, truth value, number or list of strings as TOML (whose basic strings are those of JSON)."""
+    """A plain value or list of strings as TOML, whose basic strings are those of JSON."""
     return json.dumps(value, ensure_ascii=False)
 
 

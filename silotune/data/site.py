@@ -148,6 +148,7 @@ class SiteConfig(Section):
     resources: ResourcesConfig = ResourcesConfig()
     at_rest: AtRest = AtRest()
     _folder: Path = PrivateAttr(default=Path())
+    _file: Path | None = PrivateAttr(default=None)
 
     @classmethod
     def load(cls, path: Path) -> SiteConfig:
@@ -167,7 +168,9 @@ class SiteConfig(Section):
             ) from exc
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
             raise SiteConfigInvalid(f"{path} is not valid TOML: {exc}") from exc
-        return cls.from_mapping(raw, folder=path.parent, source=str(path))
+        site = cls.from_mapping(raw, folder=path.parent, source=str(path))
+        site._file = path.absolute()
+        return site
 
     @classmethod
     def from_mapping(
@@ -187,6 +190,11 @@ class SiteConfig(Section):
     def folder(self) -> Path:
         """Absolute folder that relative paths start from: where site.toml is."""
         return self._folder
+
+    @property
+    def file(self) -> Path | None:
+        """Where it was read from, if from a file."""
+        return self._file
 
     @property
     def state_folder(self) -> Path:

@@ -16,8 +16,6 @@ from silotune.data.splits import Split
 from silotune.errors import SilotuneError
 from silotune.plan import Plan
 
-_MOST_LABELS = 5
-
 
 @dataclass(frozen=True)
 class Surveyed:
@@ -50,7 +48,7 @@ class Surveyed:
         if self.problem is not None:
             return [f"{self.site} can't take part: {self.problem.code} {self.problem.detail}"]
         assert self.records is not None
-        notes = [f"{self.site} leaves out {_worded(part)}" for part in self.records.left_out]
+        notes = [f"{self.site} leaves out {part.told}" for part in self.records.left_out]
         if not self.trains:
             notes.append(f"{self.site} has no record to train on: it would add noise alone")
         elif self.look_alikes is not None and self.look_alikes.worth_telling:
@@ -86,14 +84,3 @@ def _look(site: SiteConfig, plan: Plan, *, roles: Collection[str], secret: bytes
     except SilotuneError as exc:
         return Surveyed(site.name, None, problem=exc)
     return Surveyed(site.name, records, find_look_alikes(records))
-
-
-def _worded(part: object) -> str:
-    """A fault with the labels that it is about, most frequent first."""
-    values: Mapping[str, int] = getattr(part, "values", {})
-    if not values:
-        return str(part)
-    counted = sorted(values.items(), key=lambda item: (-item[1], item[0]))
-    listed = ", ".join(f"{label!r} ({count})" for label, count in counted[:_MOST_LABELS])
-    more = len(counted) - _MOST_LABELS
-    return f"{part}: {listed}{f' and {more} more' if more > 0 else ''}"

@@ -105,6 +105,7 @@ class Vault:
     ) -> None:
         self.folder = folder
         create_private_folder(folder)
+        require_private(folder)
         self._path = folder / VAULT_FILE
         secret, kind = _secret(at_rest or AtRest(), folder, base or folder, self._path.exists())
         if not self._path.exists():
@@ -245,7 +246,7 @@ def _read_private(path: Path) -> bytes:
         credentials = os.environ.get("CREDENTIALS_DIRECTORY")
         # systemd guards that folder itself, and lets the service in by an access control list.
         if credentials is None or path.parent != Path(credentials):
-            require_private(path)
+            require_private(path.resolve())  # secrets are often mounted as links
         return path.read_bytes()
     except FileExposed:
         raise

@@ -9,21 +9,82 @@ from pathlib import Path
 from silotune.errors import FileExposed
 
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 def require_private(path: Path) -> None:
-    """Refuse a file that other accounts may touch.
+    """Refuse a file or folder that other accounts may touch, or that lies elsewhere.
 
     Raises
     ------
     FileExposed
-        The group or the world has any permission on it.
+        The group or the world has any permission on it, it is another account's, or a link.
     FileNotFoundError
         There is no such file.
     """
-    mode = stat.S_IMODE(path.stat().st_mode)
+    found = path.lstat()
+    _require_own(path, found)
+    mode = stat.S_IMODE(found.st_mode)
     if mode & _OTHERS:
-        raise FileExposed(f"{path} has mode {mode:04o}; it must be 0600")
+        wanted = "0700" if stat.S_ISDIR(found.st_mode) else "0600"
+        raise FileExposed(f"{path} has mode {mode:04o}; it must be {wanted}")
+
+
+def require_private_tree(folder: Path) -> None:
+    """Refuse a folder that other accounts may enter, or that holds a link or what is not ours.
+
+    What is in a folder of mode 0700 can't be reached by others, whatever its own mode: a link leads
+    out of it.
+
+    Raises
+    ------
+    FileExposed
+        It is so.
+    FileNotFoundError
+        There is no such folder.
+    """
+    require_private(folder)
+    for place, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path = Path(place, name)
+            try:
+                _require_own(path, path.lstat())
+            except FileNotFoundError:
+                continue  # a temporary file of somebody who writes
+
+
+def require_unwritable(path: Path) -> None:
+    """Refuse a file that other accounts may write, or replace in its folder; links are followed.
+
+    Raises
+    ------
+    FileExposed
+        Others than its owner and root may.
+    FileNotFoundError
+        There is no such file.
+    """
+    real = path.resolve(strict=True)
+    for place in (real, real.parent):
+        found = place.stat()
+        mode = stat.S_IMODE(found.st_mode)
+        shared = stat.S_ISDIR(found.st_mode) and mode & stat.S_ISVTX  # nobody may replace another's
+        if mode & _OTHERS_WRITE and not shared:
+            raise FileExposed(
+                f"{place} has mode {mode:04o}: other accounts may change what this one obeys",
+                remedy=f"Look at what it says, then `chmod go-w {place}`.",
+            )
+        if found.st_uid not in {os.geteuid(), 0} and os.geteuid() and not shared:
+            raise FileExposed(f"{place} belongs to another account, which may change it")
+
+
+def _require_own(path: Path, found: os.stat_result) -> None:
+    if stat.S_ISLNK(found.st_mode):
+        raise FileExposed(
+            f"{path} is a link; what is private must lie where it is looked for",
+            remedy="Find out who made the link, then put the file or folder itself there.",
+        )
+    if found.st_uid != os.geteuid() and os.geteuid():  # root may look after another account's
+        raise FileExposed(f"{path} belongs to another account")
 
 
 def sync_directory(folder: Path) -> None:

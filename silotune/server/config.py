@@ -16,6 +16,7 @@ from silotune.explain import explain
 from silotune.federation.audit_log import AUDIT_FILE
 from silotune.federation.sealed import AtRest
 from silotune.plan import Name, Section
+from silotune.privacy.durable import require_private, require_unwritable
 from silotune.server.errors import CoordinatorConfigInvalid
 
 CONFIG_FILE = "coordinator.toml"
@@ -207,7 +208,12 @@ class Home:
         ------
         CoordinatorConfigInvalid
             It is missing or wrong; the message lists every wrong key.
+        FileExposed
+            Other accounts may write it, or enter the folder.
         """
+        if self.config_path.exists():
+            require_unwritable(self.config_path)
+            require_private(self.root)
         try:
             raw = tomllib.loads(self.config_path.read_text(encoding="utf-8"))
         except FileNotFoundError as exc:

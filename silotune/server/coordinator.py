@@ -15,7 +15,7 @@ from silotune.federation import identity
 from silotune.federation.audit_log import AuditLog
 from silotune.federation.envelope import COORDINATOR
 from silotune.federation.sealed import Vault
-from silotune.privacy.durable import create_private_folder, replace_file
+from silotune.privacy.durable import create_private_folder, replace_file, require_private_tree
 from silotune.server.admin import AdminRoutes
 from silotune.server.arrival import Signal
 from silotune.server.books import Books
@@ -146,6 +146,7 @@ class Coordinator:
 
     def __init__(self, home: Home) -> None:
         self.home, self.config = home, home.load()
+        require_private_tree(home.root)
         self._lock = hold_folder(home.lock_path)
         vault = Vault(home.keys, self.config.at_rest, base=home.root)
         self.keys = load_keys(home, vault, hosts=self.config.listen.hosts)
