@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,8 +10,10 @@ from silotune.client.approvals import Approvals, Entry, difference
 from silotune.client.facts import facts_for
 from silotune.client.policy import Verdict, judge
 from silotune.client.runtime import local_time
+from silotune.client.terms import delta_notes
 from silotune.data.reader import require_declared
 from silotune.data.site import SiteConfig
+from silotune.data.survey import survey
 from silotune.errors import SilotuneError
 from silotune.models.fit import require_taken
 from silotune.models.layout import Layout
@@ -158,6 +161,17 @@ def describe(site: SiteConfig, entry: Entry, approvals: Approvals) -> dict[str, 
         for key, old, new in (difference(before.plan, plan) if before else [])
     ]
     return found
+
+
+def records_in_words(site: SiteConfig, plan: Plan) -> list[str]:
+    """What the plan makes of this site's records, in sentences for its own team alone.
+
+    They are read here and now. Look-alikes are counted on a split of the same shares.
+    """
+    roles, secrets = get_task(plan.model.task).roles, {site.name: os.urandom(32)}
+    (found,) = survey([site], plan, roles=roles, secrets=secrets)
+    own = [] if plan.data.dataset not in site.datasets else delta_notes(plan, site)
+    return [*found.notes(split_by=plan.data.split_by), *own]
 
 
 def _leaves(layout: Layout | None) -> dict[str, Any] | None:

@@ -271,10 +271,11 @@ def plans(
     """Show what the coordinator proposes, and what it would mean for this site.
 
     For each plan: its purpose, what leaves the site, the privacy in words, epsilon now and after it,
-    the policy's verdict clause by clause, and the difference from the plan that was approved last.
+    the policy's verdict clause by clause, and the difference from the plan that was approved last. Of
+    the one plan that RUN names also what it makes of this site's records, which are read for it.
     """
     from silotune.client.approvals import Approvals
-    from silotune.client.proposal_view import describe
+    from silotune.client.proposal_view import describe, records_in_words
 
     site = load_guarded(config)
     approvals = Approvals(site.state_folder)
@@ -285,6 +286,9 @@ def plans(
         and (not run or entry.run == run or entry.plan.sha256.startswith(run))
     ]
     described = [describe(site, entry, approvals) for entry in entries]
+    for found, entry in zip(described, entries, strict=True):
+        # Reading a dataset takes time: for the plan that was asked for.
+        found["records"] = records_in_words(site, entry.plan) if run else []
     if as_json:
         typer.echo(json.dumps({"plans": described}, indent=2))
         return

@@ -92,6 +92,8 @@ def print_proposal(found: Mapping[str, Any], console: Console) -> None:
         console.print(headed(f"{heading}.", sentence, indent=2))
     _print_leaves(found["leaves"], console)
     _print_spending(found["spending"], console)
+    for sentence in found.get("records", []):
+        console.print(headed("Records.", f"{sentence}.", style="yellow", indent=2))
     if found["problem"]:
         console.print(headed("Problem.", found["problem"], style="bold red", indent=2))
     _print_verdict(found["verdict"], console)

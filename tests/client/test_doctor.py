@@ -52,6 +52,16 @@ def test_a_healthy_site_has_no_findings(folder):
     assert "60 records" in found["dataset notes"].detail
 
 
+def test_records_that_are_left_out_are_told_with_their_labels(folder):
+    notes = folder / "notes.csv"
+    notes.write_text(notes.read_text() + "asthma of the left,perhaps\n,no\n")
+    found = examined(folder, lambda text: text.replace("path =", 'labels = ["no", "yes"]\npath ='))
+    assert failures(found) == {}
+    said = found["dataset notes"].detail
+    assert "column 'chronic': label is not declared in row 62: 'perhaps' (1)" in said
+    assert "column 'note': empty text in row 63" in said
+
+
 def repoint(text):
     return lambda folder: (folder / "state" / "federation.json").write_text(
         (folder / "state" / "federation.json").read_text().replace("127.0.0.1", text)

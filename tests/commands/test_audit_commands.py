@@ -208,3 +208,18 @@ def test_decisions_go_to_the_daemon(proposed, monkeypatch):
         ("decide", {"run": "second", "verdict": "approved", "reason": ""}),
         ("decide", {"run": "first", "verdict": "rejected", "reason": "too long"}),
     ]
+
+
+def test_the_plan_of_one_run_is_shown_with_what_it_makes_of_the_records(proposed):
+    config, _ = proposed
+    notes = config.parent / "notes.csv"
+    notes.write_text(notes.read_text() + "asthma of the left side,perhaps\n")
+    shown = " ".join(invoke("site", "plans", "second", "--config", config).output.split())
+    assert "alpha leaves out column 'chronic': label is not one of model.labels in row 62" in shown
+    assert "'perhaps' (1)" in shown
+    assert "leaves out" not in invoke("site", "plans", "--config", config).output
+    config.write_text(config.read_text().replace("path =", 'labels = ["no", "perhaps"]\npath ='))
+    refused = " ".join(invoke("site", "plans", "second", "--config", config).output.split())
+    assert "ST-210" in refused
+    result = invoke("site", "approve", "second", "--config", config)
+    assert "lacks 'perhaps', which labels of [datasets.notes] declares" in str(result.exception)
