@@ -54,7 +54,7 @@ def test_a_healthy_site_has_no_findings(folder):
 
 def test_records_that_are_left_out_are_told_with_their_labels(folder):
     notes = folder / "notes.csv"
-    notes.write_text(notes.read_text() + "asthma of the left,perhaps\n,no\n")
+    notes.write_text(notes.read_text() + "asthma of the left,perhaps,p\n,no,p\n")
     found = examined(folder, lambda text: text.replace("path =", 'labels = ["no", "yes"]\npath ='))
     assert failures(found) == {}
     said = found["dataset notes"].detail

@@ -213,7 +213,7 @@ def test_decisions_go_to_the_daemon(proposed, monkeypatch):
 def test_the_plan_of_one_run_is_shown_with_what_it_makes_of_the_records(proposed):
     config, _ = proposed
     notes = config.parent / "notes.csv"
-    notes.write_text(notes.read_text() + "asthma of the left side,perhaps\n")
+    notes.write_text(notes.read_text() + "asthma of the left side,perhaps,p\n")
     shown = " ".join(invoke("site", "plans", "second", "--config", config).output.split())
     assert "alpha leaves out column 'chronic': label is not one of model.labels in row 62" in shown
     assert "'perhaps' (1)" in shown
