@@ -86,7 +86,7 @@ _SPLITS: dict[HeldOut, _Choice] = {
     "code": _Choice(
         setting='split_by = "unit"               # the unit is on one side; its look-alikes are not',
         text="""\
-By random unit (the hash of its name). Diagnoses that differ in one word (left, right) may be on
+By random unit (a keyed hash of its name). Diagnoses that differ in one word (left, right) may be on
 both sides, so scores are stable and flattering.""",
     ),
     "category": _Choice(

@@ -24,7 +24,7 @@ from silotune.federation.authority import RENEW_DAYS
 from silotune.federation.errors import IdentityInvalid, VaultLocked
 from silotune.federation.findings import Check, Finding, Skipped, examine
 from silotune.federation.sealed import VAULT_FILE, Vault
-from silotune.privacy.durable import require_private
+from silotune.privacy.durable import require_private, require_private_tree
 from silotune.server.admin_client import AdminClient
 from silotune.server.config import CoordinatorConfig, Home, read_secret
 from silotune.server.errors import (
@@ -90,7 +90,8 @@ class Doctor:
     def _permissions(self) -> str:
         for folder in (self._home.root, self._home.keys, self._home.state):
             require_private(folder)
-        return "nobody but the owner can look into the folder"
+        require_private_tree(self._home.root)
+        return "nobody but the owner can look into the folder, and no link leads out of it"
 
     def _keys(self) -> str:
         if not (self._home.keys / VAULT_FILE).exists():

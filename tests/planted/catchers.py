@@ -418,3 +418,19 @@ def sums_are_exact(world: World) -> None:
     total = cohort.run({name: vector.copy() for name, vector in vectors.items()})
     expected = sum(vector.astype(np.uint64) for vector in vectors.values()) % (1 << 32)
     assert (total == expected).all()
+
+
+def a_withdrawn_record_is_forgotten(world: World) -> None:
+    """The next run in the same process sees the file as it is now."""
+    place, warm = world.fresh(), WarmModel(CHOICES)
+    path = place.folder / "alpha" / "notes.csv"
+
+    def features(run):
+        site = SiteRun(
+            place.sites[0], state=place.folder / "s", plan=place.plan, run=run, warm=warm
+        )
+        return site.trainer.frozen.features
+
+    before = features("first")
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    assert len(features("second")) == len(before) - 1

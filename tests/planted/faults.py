@@ -19,6 +19,7 @@ from silotune.client.gate import DpRelease, Gate, Public
 from silotune.client.runtime import SiteRun
 from silotune.client.sampling import MicroBatch, UnitSampler
 from silotune.client.trainer import TrainableModel, Trainer
+from silotune.client.warm import WarmModel
 from silotune.errors import SilotuneError, ValueUnaccounted
 from silotune.models.tasks.causal_lm import CausalLm
 from silotune.plan import Plan
@@ -396,5 +397,13 @@ FAULTS = [
         "a second survivor set opened",
         wrap(SiteRound, "sign", _forget_what_was_signed),
         catchers.one_survivor_set_is_opened,
+    ),
+    Fault(
+        "a stale cache",
+        both(
+            wrap(WarmModel, "frozen", lambda f, *a, **k: f(*a, **{**k, "content": ""})),
+            put(WarmModel, "forget_other_content", lambda *a: None),
+        ),
+        catchers.a_withdrawn_record_is_forgotten,
     ),
 ]
