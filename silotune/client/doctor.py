@@ -10,6 +10,7 @@ import shutil
 import socket
 import ssl
 from collections.abc import Callable
+from contextlib import suppress
 from urllib.parse import urlsplit
 
 import httpx
@@ -231,10 +232,16 @@ class Doctor:
         def check() -> str:
             from silotune.data.faults import Faults
             from silotune.data.sources import read_dataset
+            from silotune.errors import RecordInvalid
 
             dataset = self._site.dataset(name)
             columns = dataset.columns.by_role()
-            table = read_dataset(dataset, folder=self._site.folder, columns=list(columns.values()))
+            names, folder = list(columns.values()), self._site.folder
+            with suppress(
+                RecordInvalid
+            ):  # of single rows; a file that is not what it should be fails
+                read_dataset(dataset, folder=folder, columns=names, strict=True)
+            table = read_dataset(dataset, folder=folder, columns=names)
             faults = Faults(table.source, list(table.faults.found))
             for role, column in columns.items():
                 values = [value.strip() for value in table.columns[column]]

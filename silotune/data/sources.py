@@ -69,8 +69,12 @@ class Table:
     faults: Faults = field(default_factory=lambda: Faults(""))
 
 
-def read_dataset(dataset: DatasetConfig, *, folder: Path, columns: Collection[str]) -> Table:
+def read_dataset(
+    dataset: DatasetConfig, *, folder: Path, columns: Collection[str], strict: bool = False
+) -> Table:
     """Some columns of a dataset, without its bad rows; relative paths start from `folder`.
+
+    With `strict` a file is read as by `read_file`, and its first trouble raised.
 
     Raises
     ------
@@ -85,6 +89,8 @@ def read_dataset(dataset: DatasetConfig, *, folder: Path, columns: Collection[st
         return _read_query(expand_url(dataset.url), dataset.query, folder, columns)
     assert dataset.path is not None  # validated
     path = folder / dataset.path
+    if strict:
+        return read_file(path, kind=dataset.format, columns=columns, delimiter=dataset.delimiter)
     return _read(path, dataset.format, columns, dataset.delimiter, strict=False)
 
 

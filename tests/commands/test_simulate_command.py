@@ -133,13 +133,14 @@ def test_sites_of_one_record_one_kind_one_unit_and_none_are_in_one_run_with_heal
 
 def test_a_site_that_refused_is_in_no_figure_and_the_others_finish(tmp_path, bert_folder):
     federation = write_federation(tmp_path, bert_folder)
-    _keep(federation, "beta", lambda rows: [row.replace(",yes,", ",maybe,") for row in rows])
+    config = federation.folder / "beta" / "site.toml"
+    config.write_text(config.read_text().replace("path =", 'labels = ["no", "maybe"]\npath ='))
     found = shown("json", *words(federation, **PRIVATE, **LORA))
     assert found.code == 0, found.errors
     assert found.facts["sites_trained"] == ["alpha", "gamma"]
     assert {row["site"] for row in found.facts["by_site"]} == {"alpha", "gamma"}
-    assert any("beta (ST-205) refused to join" in line for line in found.facts["verdict"])
-    assert "beta (ST-205) refused to join" in newest(federation).report_path.read_text()
+    assert any("beta (ST-210) refused to join" in line for line in found.facts["verdict"])
+    assert "beta (ST-210) refused to join" in newest(federation).report_path.read_text()
 
 
 # --- how a run ends -------------------------------------------------------------------------------

@@ -162,7 +162,7 @@ BROKEN = {
     "list": ("jsonl", b'{"note":"x","outcome":"no","patient":"p1"}\n'
                       b'{"note":["z"],"outcome":"no","patient":"p3"}\n'
                       b'{"note":"y","outcome":"no","patient":"p2"}\n'),
-    "first": ("jsonl", b'\xff\xfe\n{"note":"x","outcome":"no","patient":"p1"}\n'
+    "first": ("jsonl", b'\xfa\xfe\n{"note":"x","outcome":"no","patient":"p1"}\n'
                        b'{"note":"y","outcome":"no","patient":"p2"}\n'),
 }  # fmt: skip
 

@@ -130,7 +130,7 @@ def test_a_column_that_is_there_twice_is_refused(tmp_path):
             RecordInvalid,
             "not a JSON object in row 3",
         ),
-        ("t.jsonl", f'["{SECRET}"]\n', RecordInvalid, "not a JSON object in row 1"),
+        ("t.jsonl", f'["{SECRET}"]\n', DatasetUnreadable, "is one JSON array"),
         (
             "t.jsonl",
             f'{{"a": ["{SECRET}"]}}\n',
