@@ -74,10 +74,12 @@ class WarmModel:
     ) -> Frozen:
         """What the base model makes of a site's records: the same for all plans of one model.
 
-        `content` names the records (`Records.content`): what was made of others is not given out.
+        `content` names the records (`Records.content`), so that what was made of others can be
+        forgotten. What is given out was made of exactly these tokens, whatever the name says.
         """
         lora = (plan.lora.last_layers, plan.lora.target_modules)
-        made = _digest(f"{plan.model!r} {plan.data!r} {lora}")
+        tokens = hashlib.sha256(encoded.ids.tobytes() + encoded.offsets.tobytes()).hexdigest()
+        made = _digest(f"{plan.model!r} {plan.data!r} {lora} {tokens}")
         key = _Made(_place(site, plan), content, made)
         if key not in self._frozen:
             if len(self._frozen) >= _MOST_FROZEN:

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from silotune.errors import BudgetExceeded
 from silotune.events.source import RunDirectories
 from silotune.simulation import run
 from silotune.simulation.grid import WorkerGrid
@@ -148,16 +149,14 @@ def test_a_site_that_refused_is_in_no_figure_and_the_others_finish(tmp_path, ber
 
 def test_a_run_that_every_site_refused_is_over_for_the_dashboard_too(tmp_path, bert_folder):
     federation = write_federation(tmp_path, bert_folder)
-    for site in ("alpha", "beta", "gamma"):
-        _keep(federation, site, lambda rows: [row.replace(",yes,", ",maybe,") for row in rows])
-    found = shown("plain", *words(federation, **LORA))
+    found = shown("plain", *words(federation, **{**PRIVATE, **LORA, "privacy.epsilon": 20.0}))
     assert found.code != 0
     root = newest(federation).root
     facts = RunDirectories(root).facts(root.name)
     assert (facts.state, facts.round) == ("failed", 0)
     page = browser(of(RunDirectories(root))).get(f"/runs/{root.name}", headers=HTML).text
     assert "failed" in page
-    assert "every site refused to join with ST-205" in page
+    assert f"every site refused to join with {BudgetExceeded.code}" in page
 
 
 def test_a_run_goes_on_after_it_was_stopped_and_ends_as_the_whole_one(federation, monkeypatch):

@@ -227,6 +227,15 @@ _SHARE_OF_VARIANCE = wrap(
 
 # --- the table -------------------------------------------------------------------------------------
 
+
+def _stale(honest: Any, warm: WarmModel, site: Any, plan: Plan, encoded: Any, **named: Any) -> Any:
+    """Features by the site's folder alone."""
+    kept = vars(warm).setdefault("_by_folder", {})
+    if site.folder not in kept:
+        kept[site.folder] = honest(warm, site, plan, encoded, **named)
+    return kept[site.folder]
+
+
 FAULTS = [
     Fault(
         "noise off",
@@ -400,10 +409,7 @@ FAULTS = [
     ),
     Fault(
         "a stale cache",
-        both(
-            wrap(WarmModel, "frozen", lambda f, *a, **k: f(*a, **{**k, "content": ""})),
-            put(WarmModel, "forget_other_content", lambda *a: None),
-        ),
+        wrap(WarmModel, "frozen", _stale),
         catchers.a_withdrawn_record_is_forgotten,
     ),
 ]
