@@ -35,6 +35,7 @@ from silotune.client.secure import RoundMemory, SecurePart, member_of
 from silotune.client.terms import (
     budget_for,
     metric_sigma,
+    require_small_delta,
     require_uncolluding,
     round_event,
     run_events,
@@ -168,7 +169,7 @@ class SiteRun:
     def join(self) -> RecordDict:
         """Check that the plan can be served here, reserve its budget, and declare the terms."""
         self._require_rank()
-        require_declared(self.site, self.plan, roles=get_task(self.plan.model.task).roles)
+        self.require_declared()
         model = self.trainable.model
         if self.plan.aggregation.secure:
             self.secure.require_fine_enough(self.trainable, sigma=self.sigma)
@@ -193,6 +194,11 @@ class SiteRun:
             # The site has agreed: whether its records can be used is for its own people.
             self.troubles.add("unprepared", round=0, error=exc)
         return self.gate.release(ReleaseKey(self.run, 0, "join"), fields=fields)
+
+    def require_declared(self) -> None:
+        """Judge the plan by what the site declares of its dataset. Raises as `data.reader` says."""
+        require_declared(self.site, self.plan, roles=get_task(self.plan.model.task).roles)
+        require_small_delta(self.plan, self.site)
 
     def train(self, adapter: Vector, server_round: int, *, clip: float | None = None) -> RecordDict:
         """The site's update of a round; a repeated request gets the first answer again."""

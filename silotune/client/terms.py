@@ -75,10 +75,7 @@ def budget_for(plan: Plan, site: SiteConfig, dataset: DatasetConfig) -> Budget:
     ------
     BudgetExceeded
         The dataset has no budget, or one for a smaller delta than the plan's.
-    DeltaTooLarge
-        The plan's delta is at or above 1/declared_units.
     """
-    require_small_delta(plan, site)
     delta = plan.privacy.delta
     assert delta is not None  # validated with the plan
     limit = dataset.budget
