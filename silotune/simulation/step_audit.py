@@ -270,9 +270,6 @@ class _AuditedSite(SiteRun):
         super().__init__(*args, **kwargs)
         self._canaries, self._size = canaries, size
 
-    def require_declared(self) -> None:
-        """Nothing: canaries are nobody's records, and their number is not a site's."""
-
     @cached_property
     def trainable(self) -> TrainableModel:
         """The canaries' model."""
