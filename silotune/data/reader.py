@@ -11,6 +11,7 @@ a unit in another group than its first; and what a unit has beyond the site's ``
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
@@ -232,8 +233,8 @@ def _split_keys(values: Mapping[str, list[str]], plan: Plan) -> list[str]:
     """What the split hashes for each row."""
     if plan.data.split_by == "group":
         return values["group"]
-    # A record without a unit is known by its text: equal texts then stay together.
-    return values["unit"] if "unit" in values else values[_identity_role(values)]
+    # A record without a unit is known by what it says: equal records then stay together.
+    return values["unit"] if "unit" in values else _identities(values)
 
 
 def _content(values: Mapping[str, list[str]]) -> str:
@@ -245,6 +246,14 @@ def _content(values: Mapping[str, list[str]]) -> str:
             encoded = value.encode()
             digest.update(b"%d:" % len(encoded) + encoded)
     return digest.hexdigest()
+
+
+def _identities(values: Mapping[str, list[str]]) -> list[str]:
+    """What tells records apart. A prompt alone would not: often it is the same for all of them."""
+    if "text" in values or "response" not in values:
+        return values[_identity_role(values)]
+    pairs = zip(values["prompt"], values["response"], strict=True)
+    return [json.dumps(pair) for pair in pairs]
 
 
 def _identity_role(columns: Collection[str]) -> str:

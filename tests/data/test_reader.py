@@ -287,8 +287,9 @@ def test_no_records_and_empty_sides_are_no_errors(tmp_path):
     assert records.split.tolist() == [Split.TEST]
 
 
-def test_instructions_are_split_by_their_prompt(tmp_path):
-    rows = [[f"question {i % 20}", f"answer {i}", "", ""] for i in range(200)]
+def test_instructions_are_split_by_prompt_and_response(tmp_path):
+    """One prompt for all records leaves none of them alone on its side; equal records stay together."""
+    rows = [["the question", f"answer {i % 100}", "", ""] for i in range(200)]
     site = site_of(
         tmp_path, rows, unit="record", text=None, label=None, group=None,
         prompt="note", response="outcome",
@@ -303,9 +304,10 @@ def test_instructions_are_split_by_their_prompt(tmp_path):
         }
     )
     records = load_records(site, plan, roles={"prompt", "response"})
-    assert records.examples[3] == {"prompt": "question 3", "response": "answer 3"}
-    sides = pd.Series(records.split).groupby([e["prompt"] for e in records.examples]).nunique()
-    assert (sides == 1).all()
+    assert records.examples[3] == {"prompt": "the question", "response": "answer 3"}
+    assert records.split[:100].tolist() == records.split[100:].tolist()
+    # Of 100 different records a fifth is held out for testing; all on one side: under 1e-9.
+    assert {Split.TRAIN, Split.TEST} <= set(records.split.tolist())
 
 
 def test_four_thousand_rows_load_in_well_under_a_third_of_a_second(tmp_path):
