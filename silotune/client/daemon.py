@@ -38,6 +38,7 @@ from silotune.client.errors import (
 from silotune.client.guarded import require_guarded
 from silotune.client.link import Link, backoff
 from silotune.client.runner import Runner
+from silotune.client.troubles import in_words, latest_troubles
 from silotune.data.site import SiteConfig
 from silotune.errors import LedgerDamaged, SilotuneError
 from silotune.federation.audit_log import AUDIT_FILE, AuditLog
@@ -305,6 +306,7 @@ class Daemon:
             "work": status.work,
             "paused": (self._state / PAUSED).exists(),
             "trouble": self._books.trouble,
+            "failures": [in_words(each) for each in latest_troubles(self._state)],
             "answered": status.answered,
             "refused": status.refused,
             "pid": os.getpid(),

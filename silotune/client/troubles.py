@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from silotune.errors import SilotuneError
 from silotune.privacy.durable import require_private
@@ -19,6 +21,11 @@ _log = logging.getLogger(__name__)
 TROUBLES_FILE = "troubles.jsonl"
 
 _MOST_BLANK, _MOST_DEATHS = 3, 1
+_IN_WORDS = {
+    "unprepared": "the records could not be made ready",
+    "blank": "could not be computed, noise alone was sent",
+    "died": "the process died after the charge; the round was done again",
+}
 
 
 class Troubles:
@@ -72,9 +79,26 @@ class Troubles:
         return rounds["blank"] >= _MOST_BLANK or rounds["died"] > _MOST_DEATHS
 
     def _count(self, kind: str) -> int:
-        if not self._path.exists():
-            return 0
-        require_private(self._path)
-        lines = self._path.read_text(encoding="utf-8").splitlines()
-        found = [json.loads(line) for line in lines if line.endswith("}")]
+        found = _lines(self._path)
         return sum((one["run"], one["kind"]) == (self._run, kind) for one in found)
+
+
+def latest_troubles(state: Path, *, most: int = 5) -> list[dict[str, Any]]:
+    """The newest troubles of all runs, oldest first: time, run, round, kind, error, detail."""
+    return _lines(state / TROUBLES_FILE)[-most:]
+
+
+def in_words(trouble: Mapping[str, Any]) -> str:
+    """A trouble as the site's people read it."""
+    what = _IN_WORDS[trouble["kind"]]
+    where = f"round {trouble['round']} of {trouble['run']}" if trouble["round"] else trouble["run"]
+    error = f" ({trouble['error']})" if trouble["error"] else ""
+    return f"{trouble['time'][:16]}Z, {where}: {what}{error}"
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    require_private(path)
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines if line.endswith("}")]

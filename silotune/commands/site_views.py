@@ -73,6 +73,8 @@ def print_status(found: Mapping[str, Any], console: Console) -> None:
         f"  Certificate  {found['certificate_days']:.0f} more days; roster version "
         f"{found['roster']}; process {found['pid']}",
     )
+    for sentence in found.get("failures", []):
+        console.print(headed("Failed", f"     {sentence}", style="red", indent=2))
     if found["proposed"]:
         console.print(f"  {found['proposed']} plans wait for you: silotune site plans")
 
