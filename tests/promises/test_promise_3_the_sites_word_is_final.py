@@ -80,7 +80,9 @@ def test_a_policy_that_has_changed_holds_from_the_next_message_on(rig, clause, m
 
 
 def test_every_clause_is_broken_here():
-    assert set(PLANS) | set(POLICIES) == set(PolicyConfig.model_fields) - {"approval"}
+    # No delta that a plan may have is 1/60 or more: `allow_large_delta` is broken in test_policy.
+    elsewhere = {"approval", "allow_large_delta"}
+    assert set(PLANS) | set(POLICIES) == set(PolicyConfig.model_fields) - elsewhere
 
 
 def test_a_refusal_carries_its_code_and_nothing_else(rig):
