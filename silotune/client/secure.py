@@ -12,7 +12,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -114,6 +114,14 @@ class RoundMemory:
         path = self._path(number)
         return self._vault.read(path) if path.exists() else None
 
+    def version(self, number: int) -> tuple[int, int] | None:
+        """Changes whenever a round is kept anew, by whichever process; None if there is none."""
+        try:
+            found = self._path(number).stat()
+        except FileNotFoundError:
+            return None
+        return found.st_ino, found.st_mtime_ns
+
     def prune(self, *, below: int) -> None:
         """Remove older rounds: keys that are gone can't be taken."""
         for path in self._folder.glob(f"{self._stem}-*.sealed"):
@@ -122,6 +130,13 @@ class RoundMemory:
 
     def _path(self, number: int) -> Path:
         return self._folder / f"{self._stem}-{number:08d}.sealed"
+
+
+class _Held(NamedTuple):
+    """A round in memory, and the version of its file that it is."""
+
+    part: SiteRound
+    version: tuple[int, int] | None
 
 
 class SecurePart:
@@ -155,7 +170,7 @@ class SecurePart:
     ) -> None:
         self._plan, self._member, self._layout, self._gate = plan, member, layout, gate
         self._memory = memory
-        self._rounds: dict[int, SiteRound] = {}
+        self._rounds: dict[int, _Held] = {}
         self._threads, self._method = threads, method_of(plan)
 
     def require_fine_enough(self, trainable: TrainableModel, *, sigma: float) -> None:
@@ -275,17 +290,23 @@ class SecurePart:
         return self._layout.spans(self._method.sent(self._plan, number))
 
     def _part(self, number: int) -> SiteRound:
-        """The round's state, from memory or from the disk."""
-        if number not in self._rounds:
-            dumped = self._memory.load(number)
-            if dumped is None:
-                raise RoundUsed(f"this site has no keys for round {number}; it was not in it")
-            self._rounds[number] = SiteRound.restore(self._member, dumped)
-        return self._rounds[number]
+        """The round's state: as it is on the disk, where other processes may have answered last.
+
+        Ray gives a site's next message to whichever of its actors is free.
+        """
+        version, held = self._memory.version(number), self._rounds.get(number)
+        if held is not None and held.version == version:
+            return held.part
+        dumped = self._memory.load(number)
+        if dumped is None:
+            raise RoundUsed(f"this site has no keys for round {number}; it was not in it")
+        part = SiteRound.restore(self._member, dumped)
+        self._rounds[number] = _Held(part, version)
+        return part
 
     def _keep(self, part: SiteRound) -> None:
-        self._rounds[part.number] = part
         self._memory.save(part.number, part.dump())
+        self._rounds[part.number] = _Held(part, self._memory.version(part.number))
 
     def _advertised(self, number: int) -> Public:
         """Keys of a round: those that are out, or fresh ones if a cohort with them came to nothing."""
@@ -304,7 +325,10 @@ class SecurePart:
         return Public(part.advertisement().to_bytes(), _PROTOCOL)
 
     def _shared(self, number: int, cohort: bytes) -> Public:
-        before = self._rounds.get(number - 1)
+        try:
+            before = self._part(number - 1)
+        except RoundUsed:
+            before = None
         seen = before.cohort.keys if before and before.stage > Stage.ADVERTISED else frozenset()
         part = self._part(number)
         sealed = part.share(cohort, seen=seen)

@@ -113,6 +113,25 @@ def test_a_site_restarted_between_sharing_and_masking_goes_on(federation):
     assert np.abs(total.view(np.int32)[:-1]).max() < 2**30
 
 
+def test_processes_of_one_site_that_answer_in_turn_are_one_site(federation):
+    """As Ray's actors do: one shares, another masks, the first opens, with what the other did."""
+    played = Round(federation, "turns")
+    first = dict(played.parts)
+    for name in SITES:
+        played.parts[name] = played.started(name)
+        reply = played.masked(name)
+        played.coordinator.add_masked(name, vector(reply), like=vector(reply))
+        again = first[name].train_masked(
+            played.adapter, 1, present=sorted(SITES), sealed=played.coordinator.sealed_for(name)
+        )
+        assert vector(again).tobytes() == vector(reply).tobytes()
+    for name in SITES:
+        opened = first[name].secure.opened(1, survivors=list(SITES), signatures={}, next_cohort=b"")
+        played.coordinator.add_opening(name, unpack_named(released(opened, "opened")))
+    total = played.coordinator.unmask()
+    assert np.abs(total.view(np.int32)[:-1]).max() < 2**30
+
+
 def test_the_charge_is_on_the_disk_before_the_masked_bytes_exist(federation, monkeypatch):
     played = Round(federation, "charge")
     part = played.parts["alpha"]
