@@ -16,7 +16,7 @@ SECURED = {
 MODELS = {
     "head": {"rounds.number": 3, "optimizer.site.head_rounds": 3},
     "lora": {"rounds.number": 3, "optimizer.site.head_rounds": 1},
-    "causal": {"rounds.number": 3, "privacy.clip": {"adapter": 1.0}},
+    "causal": {"rounds.number": 3, "privacy.clip": 1.0},
 }
 """Settings by what is trained."""
 
