@@ -8,11 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from typing import get_args
 
 import pytest
 
-from silotune.errors import PlanInvalid
+from silotune.errors import PlanInvalid, RunDirectoryInvalid
 from silotune.plan_sections import StrategyName
 from silotune.simulation import run
 from silotune.simulation.grid import WorkerGrid
@@ -72,11 +73,12 @@ def test_a_run_that_was_killed_is_resumed_by_its_command(federations, secured):
     try:
         deadline = time.monotonic() + 200
         while time.monotonic() < deadline:
-            cut = newest(federation)
-            finished = [e for e in cut.events if e["event"] == "round_finished"]
-            if not whole.endswith(cut.root.name) and len(finished) >= 2:
-                break
             time.sleep(0.02)
+            with suppress(RunDirectoryInvalid):  # it is just being made
+                cut = newest(federation)
+                finished = [e for e in cut.events if e["event"] == "round_finished"]
+                if not whole.endswith(cut.root.name) and len(finished) >= 2:
+                    break
         process.send_signal(signal.SIGKILL)
     finally:
         process.kill()
