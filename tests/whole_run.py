@@ -1,10 +1,14 @@
 """One whole simulation that several test modules look at, and what they compare it with."""
 
+from unittest.mock import patch
+
 import psutil
 import pytest
 from safetensors.numpy import load_file
 
-from silotune.simulation.run import Settings, simulate
+from silotune.simulation import run
+from silotune.simulation.grid import WorkerGrid
+from silotune.simulation.run import Settings
 from tests.federation import PRIVATE, write_federation
 
 
@@ -14,13 +18,16 @@ def final(directory):
 
 
 def play(federation, name, *, listener=lambda event: None, settings=None, **overrides):
-    return simulate(
-        federation.plan_path,
-        runs=federation.folder / name,
-        settings=settings or Settings(workers=2),
-        listener=listener,
-        overrides={**PRIVATE, **overrides},
-    )
+    """Simulate; without settings in this process: no worker has to start and import everything."""
+    grid = WorkerGrid if settings else lambda *a, **k: WorkerGrid(*a, **{**k, "workers": 0})
+    with patch.object(run, "WorkerGrid", grid):
+        return run.simulate(
+            federation.plan_path,
+            runs=federation.folder / name,
+            settings=settings or Settings(workers=1),
+            listener=listener,
+            overrides={**PRIVATE, **overrides},
+        )
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ from typer.testing import CliRunner
 from silotune.cli import app
 from silotune.errors import SilotuneError
 from silotune.release.statement import hashes_of
-from silotune.simulation.run import Settings
 from tests.whole_run import play
 
 
@@ -18,7 +17,6 @@ def run(federation):
     return play(
         federation,
         "released",
-        settings=Settings(workers=2),
         **{"plan.seed": None, "rounds.number": 2, "rounds.evaluate_every": 0},
     )
 
