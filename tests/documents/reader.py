@@ -226,7 +226,9 @@ class Reader:
         self.write_site()
         self.code = self.silotune("coordinator", "invite", SITE)["code"]
         self.cwd = self.site_folder
-        code = "sleep 1; until silotune coordinator approve ward7; do sleep 1; done"
+        if "operator" in self.running:
+            self.end("operator")
+        code = "for i in {1..60}; do sleep 1; silotune coordinator approve ward7 && break; done"
         self.running["operator"] = subprocess.Popen(
             ["bash", "-c", code], env=self.environment, start_new_session=True,
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
