@@ -14,6 +14,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from silotune.errors import ModelError, ModelHashMismatch, ModelNotFound
+from silotune.privacy.durable import file_sha256
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -88,8 +89,8 @@ def weights_sha256(folder: Path) -> str:
     """
     files = weight_files(folder)
     if [file.name for file in files] == [SINGLE]:
-        return _file_sha256(files[0])
-    lines = "".join(f"{file.name} {_file_sha256(file)}\n" for file in files)
+        return file_sha256(files[0])
+    lines = "".join(f"{file.name} {file_sha256(file)}\n" for file in files)
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
@@ -109,8 +110,3 @@ def require_weights(folder: Path, sha256: str | None) -> None:
     found = weights_sha256(folder)
     if found != sha256:
         raise ModelHashMismatch(f"{folder}: the weights hash to {found}, the plan says {sha256}")
-
-
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 from pathlib import Path
@@ -85,6 +86,12 @@ def _require_own(path: Path, found: os.stat_result) -> None:
         )
     if found.st_uid != os.geteuid() and os.geteuid():  # root may look after another account's
         raise FileExposed(f"{path} belongs to another account")
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hex; its content is never all in memory."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync_directory(folder: Path) -> None:

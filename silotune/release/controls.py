@@ -15,7 +15,8 @@ from typing import Any, Literal
 from silotune.errors import CertificateInvalid, PlanInvalid, RunDirectoryInvalid
 from silotune.plan import Plan
 from silotune.privacy import certificate
-from silotune.release.statement import Control, ControlName, Holder, file_sha256, hashes_of
+from silotune.privacy.durable import file_sha256
+from silotune.release.statement import Control, ControlName, Holder, hashes_of
 from silotune.simulation.run_directory import RunDirectory
 
 MOST_EXPOSURE = 10.0

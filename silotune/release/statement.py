@@ -7,7 +7,6 @@ output-checking standards ask (SATRE 2.0, 3.3.07 and 3.3.09).
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 from pathlib import Path
 from typing import Annotated, Literal
@@ -16,7 +15,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from silotune.privacy.durable import replace_file
+from silotune.privacy.durable import file_sha256, replace_file
 from silotune.privacy.signing import fingerprint
 from silotune.release.errors import ReleaseInvalid
 
@@ -85,12 +84,6 @@ def hashes_of(folder: Path) -> dict[str, str]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sign(statement: Statement, path: Path, *, key: Ed25519PrivateKey) -> None:
