@@ -92,36 +92,19 @@ def _run(
     attacked: bool,
 ) -> None:
     """Run or go on, with progress, and say where everything is."""
-    from silotune.simulation.progress import Progress
     from silotune.simulation.report import write_report
-    from silotune.simulation.run import Settings, resume, simulate
+    from silotune.simulation.run import Settings
     from silotune.simulation.run_directory import RunDirectory
     from silotune.simulation.summary import print_summary, summary
 
     console = terminal(stderr=as_json)
     chosen = Settings(**settings)
-
-    def note(sentence: str) -> None:
-        line = headed("Note.", f"{sentence}.", style="yellow")
-        console.print(line, soft_wrap=not console.is_terminal)
-
     if resumed is not None and attacked and _is_finished(resumed):
         directory = RunDirectory.open(resumed)
     else:
-        with Progress(console) as progress:
-            if plan is None:
-                assert resumed is not None
-                directory = resume(resumed, settings=chosen, listener=progress, note=note)
-            else:
-                directory = simulate(
-                    plan,
-                    runs=runs,
-                    settings=chosen,
-                    listener=progress,
-                    sites_folder=sites,
-                    overrides=parsed(sets or []),
-                    note=note,
-                )
+        directory = _played(
+            plan, resumed, sites=sites, runs=runs, chosen=chosen, sets=sets, console=console
+        )
     if attacked:
         _attack(directory, chosen, console)
     page = write_report(directory.root)
@@ -136,6 +119,39 @@ def _run(
         _print_attacks(directory, console)
     console.print(f"Run directory: {directory.root}", soft_wrap=True)  # to be copied whole
     console.print(f"Report:        {page}", soft_wrap=True)
+
+
+def _played(
+    plan: Path | None,
+    resumed: Path | None,
+    *,
+    sites: Path | None,
+    runs: Path,
+    chosen: Settings,
+    sets: list[str] | None,
+    console: Console,
+) -> RunDirectory:
+    """A new run, or the rest of one, with progress."""
+    from silotune.simulation.progress import Progress
+    from silotune.simulation.run import resume, simulate
+
+    def note(sentence: str) -> None:
+        line = headed("Note.", f"{sentence}.", style="yellow")
+        console.print(line, soft_wrap=not console.is_terminal)
+
+    with Progress(console) as progress:
+        if plan is None:
+            assert resumed is not None
+            return resume(resumed, settings=chosen, listener=progress, note=note)
+        return simulate(
+            plan,
+            runs=runs,
+            settings=chosen,
+            listener=progress,
+            sites_folder=sites,
+            overrides=parsed(sets or []),
+            note=note,
+        )
 
 
 def _is_finished(path: Path) -> bool:
