@@ -1,0 +1,388 @@
+"""How each golden file is read: by name of the file or folder, what it says as plain JSON data.
+
+A reader is given a copy, with the modes that private files have, and may write to it. What it says was
+written down in ``expected.json`` when the file was made.
+"""
+
+import json
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from flwr.app import RecordDict
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
+
+from silotune.client.approvals import Approvals, difference
+from silotune.client.control import Control
+from silotune.client.enrolled import Enrolment
+from silotune.client.keeping import Keeping
+from silotune.client.memory import SealedMemory
+from silotune.client.outbox import Outbox
+from silotune.client.reply import Reply
+from silotune.client.secret import own_secret
+from silotune.client.secure import RoundMemory
+from silotune.dashboard.accounts import Accounts
+from silotune.data.site import SiteConfig
+from silotune.events.schema import parse
+from silotune.events.view import RunView
+from silotune.federation.audit_log import AUDIT_FILE, AuditLog
+from silotune.federation.envelope import address_of, seal, seal_id, unseal
+from silotune.federation.identity import certificate_from_pem, six_words, subject_of
+from silotune.federation.invite import Invite
+from silotune.federation.roster import SignedRoster, follow
+from silotune.federation.sealed import AtRest, Vault
+from silotune.plan import Plan, SignedPlan
+from silotune.privacy.certificate import verify
+from silotune.privacy.ledger import Ledger
+from silotune.privacy.ledger_view import dataset_rows, entries, run_rows
+from silotune.privacy.secagg.member import Member
+from silotune.privacy.secagg.site import SiteRound
+from silotune.privacy.signing import fingerprint
+from silotune.release.statement import RELEASE_FILE, hashes_of, read
+from silotune.server.config import Home
+from silotune.server.secure_journal import Settled
+from tests.golden.material import (
+    ADDRESS,
+    DATASET,
+    DELTA,
+    FEDERATION_KEY,
+    LAYOUT,
+    MEMBERS,
+    PASSPHRASE,
+    RUN,
+    SITE,
+    UPDATE,
+    personal_plan,
+    scaffold_plan,
+    vector,
+)
+
+READERS = {}
+
+
+def reads(name):
+    """Register the reader of a golden file or folder."""
+
+    def register(function):
+        READERS[name] = function
+        return function
+
+    return register
+
+
+def given(model, **options):
+    """What a document says itself: settings that came later are not in it."""
+    return json.loads(model.model_dump_json(exclude_unset=True, **options))
+
+
+# --- the site's books ---
+
+
+@reads("ledger")
+def ledger(folder):
+    book = Ledger(folder / "ledger.sqlite", create=False)
+    head = book.verify(trusted=FEDERATION_KEY.public_key())
+    rows = entries(book)
+    told = {
+        "head": [head.seq, head.hash],
+        "witnessed": book.witnessed().seq,
+        "kinds": [row["kind"] for row in rows],
+        "times": [rows[0]["time"], rows[-1]["time"]],
+        "spent": book.spent(DATASET, DELTA),
+        "spent_by_run": book.spent(DATASET, DELTA, run=RUN),
+        "committed": book.committed(DATASET, DELTA),
+        "datasets": dataset_rows(book),
+        "runs": run_rows(book),
+        "standing": book.standing(),
+        "payload": book.payload_of(UPDATE),
+        "vouched": book.vouched,
+        "events": len(book.events(DATASET)),
+    }
+    again, _ = book.events(DATASET, run=RUN)
+    plan_sha256 = run_rows(book)[0]["plan_sha256"]
+    told["charged_again"] = book.charge(DATASET, UPDATE, plan_sha256, again)
+    book.settle(DATASET, "golden-0002")
+    told["goes_on_to"] = book.verify().seq
+    book.close()
+    return told
+
+
+@reads("audit_log")
+def audit_log(folder):
+    log = AuditLog(folder / AUDIT_FILE)
+    head = log.verify(trusted=FEDERATION_KEY.public_key())
+    told = {
+        "owner": log.owner,
+        "head": [head.seq, head.hash],
+        "lines": [[line.kind, dict(line.fields)] for line in log.lines()],
+        "first": log.lines()[0].time,
+    }
+    told["goes_on_to"] = log.append("round", round=2).seq
+    log.verify()
+    return told
+
+
+@reads("vault_key_file")
+def vault_key_file(folder):
+    vault = Vault(folder)
+    return [vault.opened_by, vault.read(folder / "note.sealed").decode()]
+
+
+@reads("vault_resealed")
+def vault_resealed(folder):
+    old = Vault(folder, AtRest(key_file="vault.key"))
+    new = Vault(folder, AtRest(passphrase_file="passphrase"))
+    told = [old.opened_by, new.opened_by, new.read(folder / "note.sealed").decode()]
+    return [*told, old.read(folder / "note.sealed").decode(), new.end_previous()]
+
+
+@reads("outbox")
+def outbox(folder):
+    told = {}
+    for name, vault in (("plain", None), ("sealed", Vault(folder))):
+        box = Outbox(folder / name, run=RUN, vault=vault)
+        (digest,) = box.stored(UPDATE)
+        payload = box.load(UPDATE, digest)
+        reply = Reply.from_bytes(payload)
+        assert reply.to_bytes() == payload
+        told[name] = {
+            "sha256": digest,
+            "arrays": {
+                name: [str(array.dtype), array.tolist()] for name, array in reply.arrays.items()
+            },
+            "scalars": {name: repr(value) for name, value in reply.scalars.items()},
+            "records": sorted(reply.records()),
+        }
+    return told
+
+
+@reads("memory")
+def memory(folder):
+    """What a strategy keeps at a site: control variates, and personal parts with their optimizer."""
+
+    def released(number):
+        return f"{number:x}" * 64
+
+    def kept(name):
+        place = folder / name
+        return SealedMemory(place, run=RUN, sealer=Vault(folder), released=released)
+
+    plan, variates = scaffold_plan(), kept("scaffold")
+    control = Control(plan, layout=LAYOUT, memory=variates)
+    parts = kept("personal")
+    keeping = Keeping(personal_plan(), layout=LAYOUT, memory=parts, batch=8.0)
+    return {
+        "scaffold": {
+            str(number): control.drift(vector(number), number).tolist() for number in (2, 3)
+        },
+        "personal": {
+            str(number): keeping.personal(vector(9), before=number).tolist() for number in (2, 3)
+        },
+        "kept": {
+            name: {key: array.tolist() for key, array in sorted(store.recall(before=3)[1].items())}
+            for name, store in (("scaffold", variates), ("personal", parts))
+        },
+    }
+
+
+# --- who is who ---
+
+
+@reads("site")
+def site(folder):
+    """The folder of a site that has joined: configuration, enrolment, plans and approvals."""
+    config = SiteConfig.load(folder / "site.toml")
+    state = config.state_folder
+    vault = Vault(state, config.at_rest, base=config.folder)
+    enrolment = Enrolment.open(config, vault)
+    enrolment.require_listed()
+    enrolment.tls()
+    approvals = Approvals(state, own=enrolment.keys.signing.public_key())
+    newest = approvals.entries()[0]
+    approved = approvals.require_approved(newest.run, newest.plan.sha256)
+    older = approvals.last_approved(but=newest.run)
+    return {
+        "config": given(config, exclude={"datasets"}),
+        "datasets": {name: given(dataset) for name, dataset in config.datasets.items()},
+        "facts": enrolment.facts.model_dump(),
+        "signing_key": fingerprint(enrolment.keys.signing.public_key()),
+        "authority": certificate_from_pem(enrolment.authority).subject.rfc4514_string(),
+        "certificate": subject_of(certificate_from_pem(enrolment.certificate)).role,
+        "roster": [enrolment.roster.version, enrolment.roster.sha256],
+        "words": enrolment.roster.active[SITE].words,
+        "signers": sorted(enrolment.signers),
+        "split_secret": own_secret(state, vault).hex(),
+        "runs": {
+            entry.run: [entry.state, entry.settled, entry.plan.sha256]
+            for entry in approvals.entries()
+        },
+        "reason": approved.decision.reason,
+        "changed": [list(change) for change in difference(older.plan, newest.plan)],
+    }
+
+
+@reads("rosters.jsonl")
+def rosters(path):
+    versions = [SignedRoster.model_validate_json(line) for line in path.read_text().splitlines()]
+    trusted = FEDERATION_KEY.public_key()
+    newest = follow(None, versions, trusted=trusted)
+    assert SignedRoster.sign(newest, FEDERATION_KEY) == versions[-1]
+    return {
+        "versions": [roster.verify(trusted).sha256 for roster in versions],
+        "members": {member.name: [member.status, member.words] for member in newest.members},
+    }
+
+
+@reads("invitation.txt")
+def invitation(path):
+    invite = Invite.decode(path.read_text())
+    assert invite.encode() == path.read_text().strip()
+    told = {name: getattr(invite, name) for name in ("url", "authority", "expires", "secret")}
+    words = six_words(name=SITE, signing_key="signing", node_key="node")
+    return {**told, "digest": invite.secret_digest, "words": words}
+
+
+@reads("accounts.json")
+def accounts(path):
+    """People who sign in to the pages with a password."""
+    found = Accounts(path)
+    return {
+        "people": {person.name: person.role for person in found.people()},
+        "right": found.check("ada", PASSPHRASE) is not None,
+        "wrong": found.check("ada", PASSPHRASE + "!") is not None,
+    }
+
+
+@reads("coordinator.toml")
+def coordinator_config(path):
+    return given(Home(path.parent).load())
+
+
+# --- plans, messages and events ---
+
+
+@reads("plans")
+def plans(folder):
+    """Plans as people write them, and as the federation's key signed them."""
+    told = {}
+    for path in sorted(folder.glob("*.toml")):
+        plan = Plan.load(path)
+        signed = SignedPlan.model_validate_json(path.with_suffix(".signed.json").read_bytes())
+        assert signed.verify(FEDERATION_KEY.public_key()) == plan
+        assert SignedPlan.sign(plan, FEDERATION_KEY) == signed
+        told[path.stem] = {"sha256": plan.sha256, "canonical": plan.canonical()}
+    return told
+
+
+@reads("message.bin")
+def message(path):
+    content = recorddict_from_proto(RecordDictProto.FromString(path.read_bytes()))
+    assert address_of(content) == ADDRESS
+    opened = unseal(content, address=ADDRESS, key=FEDERATION_KEY.public_key())
+    again = seal(opened, address=ADDRESS, key=FEDERATION_KEY)
+    same = recorddict_to_proto(again).SerializeToString(deterministic=True) == path.read_bytes()
+    return {"id": seal_id(content), "sealed_again": same, "content": plain(opened)}
+
+
+def plain(content: RecordDict):
+    """Records as JSON data."""
+    arrays = {
+        name: {key: [array.dtype, array.numpy().tolist()] for key, array in record.items()}
+        for name, record in content.array_records.items()
+    }
+    others = {**content.config_records, **content.metric_records}
+    return {
+        **arrays,
+        **{name: {k: repr(v) for k, v in record.items()} for name, record in others.items()},
+    }
+
+
+@reads("events.jsonl")
+def events(path):
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [parse(row).as_dict() for row in rows] == rows
+    view = RunView(RUN)
+    view.extend(rows)
+    return {
+        "kinds": {row["event"]: sorted(row) for row in rows},
+        "state": view.state,
+        "done": view.done,
+        "joined": view.joined,
+        "rounds": {str(found.number): [found.replied, found.failed] for found in view.every_round},
+        "curve": view.curve("macro_f1", view="released", split="validation"),
+        "epsilon": view.epsilon,
+        "troubles": len(view.troubles),
+        "last_id": view.last_id,
+    }
+
+
+@reads("secure_round")
+def secure_round(folder):
+    """A secure round that both sides go on with from their disks, behind the sites' shares."""
+    journal = (folder / "settled.bin").read_bytes()
+    settled = Settled.from_bytes(journal, threshold=2, largest_cohort=3)
+    assert settled.to_bytes() == journal
+    coordinator, members = settled.current, secure_members()
+    kept = RoundMemory(folder / "rounds", run=RUN, vault=Vault(folder))
+    states = json.loads(kept.load(3))
+    sites = {
+        name: SiteRound.restore(members[name], bytes.fromhex(states[name])) for name in MEMBERS
+    }
+    told = {
+        "nodes": dict(settled.nodes),
+        "survivors": sorted(settled.survivors),
+        "void": settled.void,
+        "following": sorted(settled.following.advertised),
+        "cohort": list(coordinator.cohort.names),
+        "stages": {name: int(part.stage) for name, part in sites.items()},
+        "other_round": kept.load(2),
+    }
+    for number, (name, part) in enumerate(sites.items(), start=1):
+        masked = vector(number, 4).astype("uint32")
+        like = masked.copy()
+        part.mask(masked, present=list(MEMBERS), sealed=coordinator.sealed_for(name))
+        coordinator.add_masked(name, masked, like=like)
+    for name, part in sites.items():
+        coordinator.add_opening(name, part.open(list(MEMBERS), {}))
+    return {**told, "sum": coordinator.unmask().tolist()}
+
+
+def secure_members():
+    """Three sites with keys that never change."""
+    keys = {
+        name: Ed25519PrivateKey.from_private_bytes(bytes([number]) * 32)
+        for number, name in enumerate(MEMBERS, start=1)
+    }
+    roster = {name: key.public_key().public_bytes_raw() for name, key in keys.items()}
+    return {
+        name: Member(
+            site=name,
+            identity=key,
+            roster=roster,
+            plan_sha256="ab" * 32,
+            run=RUN,
+            declared_units=100,
+            threshold=2,
+        )
+        for name, key in keys.items()
+    }
+
+
+# --- what leaves at the end ---
+
+
+@reads("certificate.json")
+def certificate(path):
+    found = verify(path, key_sha256=fingerprint(FEDERATION_KEY.public_key()))
+    return {
+        "body": given(found.body),
+        "epsilon": found.epsilon,
+        "statement": found.body.statement,
+        "exposed_to": found.body.exposed_to,
+    }
+
+
+@reads("release")
+def release(folder):
+    statement, key = read(folder / RELEASE_FILE)
+    assert statement.files == hashes_of(folder / "adapter")
+    return {"statement": given(statement), "key": key}
