@@ -38,6 +38,7 @@ from silotune.plan_sections import (
     ServerOptimizer,
     Share,
 )
+from silotune.plan_strategies import STRATEGIES, StrategyFacts
 
 __all__ = [
     "About",
@@ -149,6 +150,11 @@ class Plan(Section):
         return Plan.from_mapping(raw, source="plan with overrides")
 
     @property
+    def strategy(self) -> StrategyFacts:
+        """What the aggregation strategy is."""
+        return STRATEGIES[self.aggregation.strategy]
+
+    @property
     def private(self) -> bool:
         """Whether what a site sends is differentially private, and so charged to its ledger."""
         site = self.privacy.site
@@ -181,12 +187,7 @@ class Plan(Section):
     @property
     def freezes_a(self) -> bool:
         """Whether A is no part of the adapter that travels, as in FFA-LoRA."""
-        return self.aggregation.strategy == "ffa"
-
-    @property
-    def corrects_weights(self) -> bool:
-        """Whether the adapter that travels has a correction of each adapted weight."""
-        return self.aggregation.strategy in {"fedex", "flora"}
+        return self.strategy.freezes_a
 
     @property
     def steps(self) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from silotune.plan_strategies import STRATEGIES, not_dropped
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
@@ -99,7 +101,7 @@ class ClientOptimizer(Section):
 class ServerOptimizer(Section):
     """``[optimizer.server]``: what the coordinator does with the aggregate."""
 
-    name: Literal["none", "sgd", "adam", "yogi", "adagrad"] = "adam"
+    name: Annotated[Literal["none", "sgd", "adam"], BeforeValidator(not_dropped)] = "adam"
     lr: Positive = 1.0
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     beta2: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.999
@@ -155,30 +157,16 @@ class PrivacySection(Section):
     )
 
 
-StrategyName = Literal[
-    "fedavg",
-    "ffa",
-    "rolora",
-    "fedsvd",
-    "fedex",
-    "flora",
-    "flexlora",
-    "fedsa",
-    "scaffold",
-    "median",
-    "trimmed_mean",
-    "krum",
-    "multi_krum",
-    "geometric_median",
-    "bulyan",
-    "norm_bound",
-]
+if TYPE_CHECKING:
+    StrategyName = str
+else:
+    StrategyName = Literal[*STRATEGIES]
 
 
 class AggregationSection(Section):
     """``[aggregation]``: how updates become one adapter."""
 
-    strategy: StrategyName = "fedavg"
+    strategy: Annotated[StrategyName, BeforeValidator(not_dropped)] = "fedavg"
     weights: Literal["declared", "equal"] = "declared"
     head: Literal["shared", "local"] = Field(
         "shared", description="'local': each site keeps a head of its own."
@@ -187,7 +175,7 @@ class AggregationSection(Section):
         None, description="trimmed_mean: share of the sites cut from both ends of a coordinate."
     )
     byzantine: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="krum, multi_krum, bulyan: how many sites may lie."
+        None, description="multi_krum: how many sites may lie."
     )
     selected: Annotated[int, Field(ge=1)] | None = Field(
         None, description="multi_krum: how many updates are averaged."

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from silotune.plan_strategies import NOT_LINEAR
+from silotune.plan_strategies import STRATEGIES
 
 if TYPE_CHECKING:
     from silotune.plan import Plan
-
-
-# Strategies whose sites send the sum of all the gradients that they train with, unchanged.
-_SUMS_AS_THEY_ARE = frozenset({"fedavg", "ffa", "rolora", "fedsvd"})
 
 
 def sends_all_it_trains(plan: Plan) -> bool:
@@ -20,8 +16,7 @@ def sends_all_it_trains(plan: Plan) -> bool:
     A part that is kept, or an update that is changed after its noise, has the site's own noise only,
     and later rounds depend on it.
     """
-    aggregation = plan.aggregation
-    return aggregation.strategy in _SUMS_AS_THEY_ARE and aggregation.head == "shared"
+    return plan.strategy.sends_all and plan.aggregation.head == "shared"
 
 
 def secure_conflicts(plan: Plan) -> list[str]:
@@ -48,7 +43,7 @@ def _cohort_conflicts(plan: Plan) -> list[str]:
     aggregation, rounds = plan.aggregation, plan.rounds
     cohort, threshold = aggregation.cohort, aggregation.threshold
     found = []
-    if reason := NOT_LINEAR.get(aggregation.strategy):
+    if reason := plan.strategy.needs_each:
         found.append(
             f"aggregation.strategy: '{aggregation.strategy}' can't work with secure = true, which "
             f"gives the coordinator sums only: {reason}"
@@ -100,9 +95,10 @@ def _shared_conflicts(plan: Plan) -> list[str]:
             "they are: other weights would give sites different sensitivities"
         )
     if not sends_all_it_trains(plan):
+        names = sorted(name for name, facts in STRATEGIES.items() if facts.sends_all)
         found.append(
             "privacy.noise: 'shared' needs a strategy that sends all that it trains, as it is: "
-            f"{', '.join(sorted(_SUMS_AS_THEY_ARE))}, with aggregation.head = 'shared'; what a site "
+            f"{', '.join(names)}, with aggregation.head = 'shared'; what a site "
             "keeps or changes would be without enough noise"
         )
     if plan.aggregation.threshold is None:

@@ -1,176 +1,138 @@
-"""What a plan's aggregation strategy needs of the rest of the plan, and what it can't go with."""
+"""The strategies that a plan may name, in one table that plans, sites and the coordinator all ask.
+
+A new strategy is its file in `silotune.strategies`, its line in `STRATEGIES` and its test. The line
+names the class and does not import it: whoever reads a plan needs none of the libraries behind it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
-if TYPE_CHECKING:
-    from silotune.plan import Plan
-
-_PRODUCT = (
-    "it averages the products B_k A_k, which the coordinator computes from each site's update"
-)
 _VOTE = "it compares the sites' updates with each other"
 
-NOT_LINEAR: Mapping[str, str] = {
-    "fedex": _PRODUCT,
-    "flora": _PRODUCT,
-    "flexlora": _PRODUCT,
-    "median": _VOTE,
-    "trimmed_mean": _VOTE,
-    "krum": _VOTE,
-    "multi_krum": _VOTE,
-    "geometric_median": _VOTE,
-    "bulyan": _VOTE,
+
+@dataclass(frozen=True, kw_only=True)
+class StrategyFacts:
+    """What a strategy is, and what it can't go with. Reasons complete a sentence of `plan_rules`.
+
+    Attributes
+    ----------
+    made_by : str
+        ``module:Class`` in `silotune.strategies`.
+    needs_each : str or None
+        Why it needs each site's update; None for linear ones, which work on a weighted sum alone.
+    one_vote : bool
+        Whether every site counts the same, whatever it declares.
+    options : frozenset of str
+        Keys of ``[aggregation]`` that it needs and no other strategy has.
+    sends_all : bool
+        Whether sites send the sum of all the gradients that they train with, unchanged.
+    freezes_a : bool
+        Whether A is no part of the adapter that travels.
+    ranks : bool
+        Whether sites may have adapters of a smaller rank than the plan's.
+    keeps_parts : bool
+        Whether it has a form in which a part of the adapter stays at each site.
+    idle_in_one_step : str or None
+        Why it has nothing to do where sites take one local step.
+    no_server_optimizer : str or None
+        Why there can be no optimizer at the server.
+    needs_sgd : str or None
+        Why local steps must be plain SGD.
+    refused_by_site : str or None
+        Why it does not go with ``privacy.mode = "site"``, besides not being linear.
+    """
+
+    made_by: str
+    needs_each: str | None = None
+    one_vote: bool = False
+    options: frozenset[str] = frozenset()
+    sends_all: bool = False
+    freezes_a: bool = False
+    ranks: bool = False
+    keeps_parts: bool = True
+    idle_in_one_step: str | None = None
+    no_server_optimizer: str | None = None
+    needs_sgd: str | None = None
+    refused_by_site: str | None = None
+
+    @property
+    def linear(self) -> bool:
+        """Whether its aggregate is a function of the weighted sum of the updates."""
+        return self.needs_each is None
+
+
+STRATEGIES: Mapping[str, StrategyFacts] = {
+    "fedavg": StrategyFacts(made_by="fedavg:FedAvg", sends_all=True),
+    "ffa": StrategyFacts(made_by="ffa:FrozenA", sends_all=True, freezes_a=True),
+    "rolora": StrategyFacts(made_by="rolora:Alternating", sends_all=True),
+    "fedsvd": StrategyFacts(made_by="fedsvd:Refactored", sends_all=True),
+    "flexlora": StrategyFacts(
+        made_by="flexlora:Redistributed",
+        needs_each=(
+            "it averages the products B_k A_k, which the coordinator computes from each site's update"
+        ),
+        ranks=True,
+        keeps_parts=False,
+        idle_in_one_step="sites send gradients, whose mean is exact; 'flexlora' has nothing to mend",
+        no_server_optimizer="whose new adapter is no step from the old one",
+    ),
+    "fedsa": StrategyFacts(made_by="fedsa:KeptB"),
+    "scaffold": StrategyFacts(
+        made_by="scaffold:Scaffold",
+        keeps_parts=False,
+        idle_in_one_step="no site drifts; 'scaffold' has nothing to correct",
+        no_server_optimizer=(
+            "whose sites read the common control variate off the change of the adapter"
+        ),
+        needs_sgd=(
+            "its control variates are changes divided by the step size, which Adam doesn't have"
+        ),
+        refused_by_site=(
+            "the sites' control variates are of changes before clipping, and would not add up"
+        ),
+    ),
+    "median": StrategyFacts(made_by="median:Median", needs_each=_VOTE, one_vote=True),
+    "trimmed_mean": StrategyFacts(
+        made_by="trimmed_mean:TrimmedMean",
+        needs_each=_VOTE,
+        one_vote=True,
+        options=frozenset({"trim"}),
+    ),
+    "multi_krum": StrategyFacts(
+        made_by="multi_krum:MultiKrum",
+        needs_each=_VOTE,
+        one_vote=True,
+        options=frozenset({"byzantine", "selected"}),
+    ),
+    "geometric_median": StrategyFacts(
+        made_by="geometric_median:GeometricMedian", needs_each=_VOTE, one_vote=True
+    ),
+    "norm_bound": StrategyFacts(
+        made_by="norm_bound:NormBound",
+        options=frozenset({"bound"}),
+        refused_by_site="privacy.clip bounds the norms already; use 'fedavg'",
+    ),
 }
-"""Strategies that need each site's update, and why: they can't work on a sum alone."""
+"""Every strategy by its name in a plan."""
 
-_OPTIONS: Mapping[str, frozenset[str]] = {
-    "trim": frozenset({"trimmed_mean"}),
-    "byzantine": frozenset({"krum", "multi_krum", "bulyan"}),
-    "selected": frozenset({"multi_krum"}),
-    "bound": frozenset({"norm_bound"}),
+DROPPED: Mapping[str, str] = {
+    "krum": "'multi_krum'",
+    "bulyan": "'trimmed_mean' or 'multi_krum'",
+    "fedex": "'flexlora'",
+    "flora": "'flexlora'",
+    "yogi": "'adam'",
+    "adagrad": "'adam'",
 }
-_PRODUCTS = frozenset({"fedex", "flora", "flexlora"})
-_VOTES = frozenset(NOT_LINEAR) - _PRODUCTS
+"""Strategies and server optimizers of earlier versions, and what to use instead."""
 
 
-def strategy_conflicts(plan: Plan) -> list[str]:
-    """Impossible combinations of ``[aggregation]`` with itself and with other sections."""
-    return [*_options(plan), *_votes(plan), *_steps(plan), *_local_head(plan)]
-
-
-def _options(plan: Plan) -> list[str]:
-    name, found = plan.aggregation.strategy, []
-    for option, users in _OPTIONS.items():
-        given = getattr(plan.aggregation, option) is not None
-        if given and name not in users:
-            listed = " or ".join(f"'{user}'" for user in sorted(users))
-            found.append(f"aggregation.{option}: only for strategy {listed}; remove it")
-        if not given and name in users:
-            found.append(f"aggregation.{option}: needed by strategy '{name}'")
-    return found
-
-
-def _votes(plan: Plan) -> list[str]:
-    aggregation, found = plan.aggregation, []
-    name, liars, sites = aggregation.strategy, aggregation.byzantine, plan.rounds.min_sites
-    if name in _VOTES and aggregation.weights != "equal":
-        found.append(
-            f"aggregation.weights: must be 'equal' with strategy '{name}', which gives every site one "
-            "vote: a site that lies would declare the most units"
+def not_dropped(name: object) -> object:
+    """A name as it is. Raises `ValueError` for one that plans could have once."""
+    if isinstance(name, str) and name in DROPPED:
+        raise ValueError(
+            f"'{name}' was dropped: measured, it gained nothing (docs/strategies.md); "
+            f"use {DROPPED[name]}"
         )
-    if liars is None:
-        return found
-    least = 4 * liars + 3 if name == "bulyan" else 2 * liars + 3
-    if sites < least:
-        found.append(
-            f"rounds.min_sites: strategy '{name}' needs {least} sites to withstand {liars}, not {sites}"
-        )
-    if aggregation.selected is not None and aggregation.selected > sites - liars:
-        found.append(
-            f"aggregation.selected: at most {sites - liars}, which is rounds.min_sites without the "
-            f"{liars} that may lie"
-        )
-    return found
-
-
-def _steps(plan: Plan) -> list[str]:
-    name, server, found = plan.aggregation.strategy, plan.optimizer.server.name, []
-    if plan.sends_sums:
-        if name in _PRODUCTS:
-            found.append(
-                f"aggregation.strategy: with rounds.local_steps = 1 sites send gradients, whose mean is "
-                f"exact; '{name}' has nothing to mend. Use 'fedavg', or more local steps"
-            )
-        if name == "scaffold":
-            found.append(
-                "aggregation.strategy: with rounds.local_steps = 1 no site drifts; 'scaffold' has "
-                "nothing to correct. Use 'fedavg', or more local steps"
-            )
-        if plan.optimizer.site.prox:
-            found.append(
-                "optimizer.site.prox: with rounds.local_steps = 1 the one step starts at the global "
-                "adapter, where the proximal term is zero; remove it"
-            )
-    elif name in _PRODUCTS | {"scaffold"} and server != "none":
-        reason = (
-            "whose new adapter is no step from the old one"
-            if name in _PRODUCTS
-            else "whose sites read the common control variate off the change of the adapter"
-        )
-        found.append(f"optimizer.server.name: must be 'none' with strategy '{name}', {reason}")
-    if name == "scaffold" and plan.optimizer.site.local != "sgd":
-        found.append(
-            "optimizer.site.local: must be 'sgd' with strategy 'scaffold': its control variates are "
-            "changes divided by the step size, which Adam doesn't have"
-        )
-    return found
-
-
-def _local_head(plan: Plan) -> list[str]:
-    if plan.aggregation.head == "shared":
-        return []
-    found = []
-    if plan.model.task == "causal_lm":
-        found.append("aggregation.head: causal_lm has no head to keep; remove it")
-    if plan.optimizer.site.head_rounds:
-        found.append(
-            "optimizer.site.head_rounds: must be 0 when aggregation.head is 'local': in such a round "
-            "sites would have nothing to send"
-        )
-    if plan.aggregation.strategy in _PRODUCTS | {"scaffold"}:
-        found.append(
-            f"aggregation.head: '{plan.aggregation.strategy}' has no form that keeps a part at the "
-            "site; use 'shared'"
-        )
-    return found
-
-
-def site_privacy_conflicts(plan: Plan) -> list[str]:
-    """What client-level privacy needs, and what it can't go with."""
-    privacy, aggregation = plan.privacy, plan.aggregation
-    if privacy.mode != "site":
-        return (
-            []
-            if privacy.site is None
-            else ["privacy.site: only when privacy.mode is 'site'; remove it"]
-        )
-    found = []
-    if privacy.site is None:
-        found.append("privacy.site: needed when privacy.mode is 'site': say who adds the noise")
-    elif privacy.site.quantile is not None and privacy.site.noise == "site":
-        found.append(
-            "privacy.site.quantile: needs noise = 'coordinator'; each site's own count would need as "
-            "much noise as its update, and say nothing"
-        )
-    if not isinstance(privacy.clip, float | None):
-        found.append("privacy.clip: give one number when privacy.mode is 'site'")
-    if plan.sends_sums:
-        found.append(
-            "rounds.local_steps: at least 2 when privacy.mode is 'site', where whole changes of a site "
-            "are clipped"
-        )
-    if aggregation.weights != "equal":
-        found.append(
-            "aggregation.weights: must be 'equal' when privacy.mode is 'site': a weight would scale "
-            "what one site can do"
-        )
-    if aggregation.secure:
-        found.append(
-            "aggregation.secure: not with privacy.mode 'site': the noise on a sum of whole numbers is "
-            "that of clipped gradients, not of clipped changes"
-        )
-    if reason := _NOT_BY_SITE.get(aggregation.strategy, NOT_LINEAR.get(aggregation.strategy)):
-        found.append(
-            f"aggregation.strategy: '{aggregation.strategy}' does not go with privacy.mode 'site', "
-            f"which hides one site in a plain mean: {reason}"
-        )
-    return found
-
-
-_NOT_BY_SITE: Mapping[str, str] = {
-    "scaffold": "the sites' control variates are of changes before clipping, and would not add up",
-    "norm_bound": "privacy.clip bounds the norms already; use 'fedavg'",
-}
+    return name

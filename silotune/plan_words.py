@@ -77,13 +77,7 @@ def _optimizers(plan: Plan) -> str:
     site, server = plan.optimizer.site, plan.optimizer.server
     head = f", head {site.head_lr:g}" if plan.model.task == "text_classification" else ""
     rates = f"learning rates: adapter {site.adapter_lr:g}{head}, {site.schedule} schedule"
-    name = {
-        "none": "as it is",
-        "sgd": "by SGD with momentum",
-        "adam": "by Adam",
-        "yogi": "by Yogi",
-        "adagrad": "by Adagrad",
-    }[server.name]
+    name = {"none": "as it is", "sgd": "by SGD with momentum", "adam": "by Adam"}[server.name]
     scaled = "" if server.lr == 1 else f", scaled by {server.lr:g}"
     if plan.rounds.local_steps == 1:
         return f"The server applies the sites' summed gradients {name}{scaled}; {rates}."

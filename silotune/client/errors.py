@@ -200,7 +200,7 @@ class RankRefused(PolicyError):
     code = "ST-518"
     title = "The plan's rank is larger than the site's resources allow"
     cause = "resources.max_rank of site.toml is below lora.r, and the strategy needs one rank."
-    advice = "Lower lora.r, use strategy 'flora' or 'flexlora', or have max_rank raised."
+    advice = "Lower lora.r, use strategy 'flexlora', or have max_rank raised."
 
 
 class DeltaTooLarge(PolicyError):

@@ -69,7 +69,6 @@ from silotune.privacy.certificate import CertificateBody, issue
 from silotune.privacy.ledger import Ledger, ReleaseKey
 from silotune.privacy.noise import NoiseSource, SecureNoise, SeededNoise, derive_seed
 from silotune.privacy.signing import load_or_create
-from silotune.strategies import method_of
 
 _log = logging.getLogger(__name__)
 
@@ -542,7 +541,7 @@ class SiteRun:
         )
 
     def _require_rank(self) -> None:
-        if self.rank < self.plan.lora.r and not method_of(self.plan).ranks:
+        if self.rank < self.plan.lora.r and not self.plan.strategy.ranks:
             raise RankRefused(
                 f"resources.max_rank is {self.rank}, the plan's lora.r is {self.plan.lora.r}, and with "
                 f"strategy '{self.plan.aggregation.strategy}' all sites have the plan's"

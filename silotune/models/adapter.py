@@ -19,8 +19,7 @@ from torch import Tensor
 
 from silotune.errors import AdapterMismatch
 from silotune.models import card
-from silotune.models.correction import merged_factors
-from silotune.models.layout import Entry, Layout, Vector, initial_adapter
+from silotune.models.layout import Entry, Layout, Vector
 from silotune.models.lora import saved_name
 from silotune.models.tokens import end_ids, leading_ids, padding_id
 from silotune.plan import Plan
@@ -37,14 +36,12 @@ def layout_of(module: TaskModel) -> Layout:
     shapes = {name: tuple(p.shape) for name, p in module.trained.items()}
     head = [Entry(name, s, "head") for name, s in shapes.items() if name.startswith("head.")]
     adapter = [Entry(n, s, "adapter") for n, s in shapes.items() if not n.startswith("head.")]
-    extra = [Entry(name, c.shape, "correction") for name, c in module.corrections.items()]
-    return Layout((*adapter, *extra, *head))
+    return Layout((*adapter, *head))
 
 
 def read_adapter(model: LoadedModel) -> Vector:
     """The live trained parameters as a new flat vector, float32 [layout.size]."""
-    corrections = {name: c.read() for name, c in model.module.corrections.items()}
-    return model.layout.pack({**model.module.trained, **corrections})
+    return model.layout.pack(model.module.trained)
 
 
 def write_adapter(model: LoadedModel, flat: NDArray[Any]) -> None:
@@ -54,8 +51,6 @@ def write_adapter(model: LoadedModel, flat: NDArray[Any]) -> None:
     with torch.no_grad():
         for name, parameter in model.module.trained.items():
             parameter.copy_(torch.from_numpy(views[name]))
-    for name, correction in model.module.corrections.items():
-        correction.write(torch.from_numpy(views[name]))
 
 
 def save_adapter(model: LoadedModel, flat: NDArray[Any], folder: Path, *, plan: Plan) -> None:
@@ -79,11 +74,7 @@ def save_adapter(model: LoadedModel, flat: NDArray[Any], folder: Path, *, plan: 
     """
     arrays = {name: np.array(view) for name, view in model.layout.unpack(flat).items()}
     head = {name: arrays.pop(name) for name in list(arrays) if name.startswith("head.")}
-    config = _peft_config(model)
     matrices = {name: arrays.get(name, frozen) for name, frozen in _live_matrices(model).items()}
-    if model.module.corrections:
-        matrices, rank = merged_factors(arrays, scale=config["lora_alpha"] / config["r"])
-        config |= {"r": rank, "lora_alpha": rank}
     folder.mkdir(parents=True, exist_ok=True)
     _replace(folder / MATRICES, safetensors.numpy.save(matrices, metadata={"format": "pt"}))
     if head:
@@ -91,7 +82,7 @@ def save_adapter(model: LoadedModel, flat: NDArray[Any], folder: Path, *, plan: 
         _replace(folder / HEAD, safetensors.numpy.save(head, metadata={"format": "pt"}))
     _replace(folder / SETTINGS, _json(card.settings(plan, tokens=_control_tokens(model))))
     _replace(folder / "README.md", card.readme(plan, model.description).encode())
-    _replace(folder / CONFIG, _json(config))
+    _replace(folder / CONFIG, _json(_peft_config(model)))
 
 
 def load_adapter(model: LoadedModel, folder: Path) -> Vector:
@@ -104,38 +95,17 @@ def load_adapter(model: LoadedModel, folder: Path) -> Vector:
         task, pooling, centre or list of labels.
     """
     expected, config = _peft_config(model), _read_json(folder / CONFIG)
-    rank = () if model.module.corrections else ("r", "lora_alpha")
-    _require_equal(config, {key: expected[key] for key in (*rank, "use_rslora")})
+    _require_equal(config, {key: expected[key] for key in ("r", "lora_alpha", "use_rslora")})
     _require_equal(_read_json(folder / SETTINGS), card.meaning(model.plan))
     arrays = _read_arrays(folder / MATRICES)
     if model.module.head is not None:
         arrays |= _read_arrays(folder / HEAD)
         _require_close("centre", arrays.pop("centre", None), model.module.centre)
-    if model.module.corrections:
-        return _load_corrected(model, arrays, scale=config["lora_alpha"] / config["r"])
     trained = {entry.name for entry in model.layout.entries}
     for name, frozen in _live_matrices(model).items():
         if name not in trained:
             _require_close(name, arrays.pop(name, None), torch.from_numpy(frozen))
     return model.layout.pack(arrays)
-
-
-def _load_corrected(model: LoadedModel, arrays: dict[str, Vector], *, scale: float) -> Vector:
-    """All that was learned as corrections, with A and B where they start."""
-    flat = initial_adapter(model.layout, model.plan)
-    views = model.layout.unpack(flat)
-    for name in model.module.corrections:
-        stem = name.removesuffix(".correction")
-        A, B = (arrays.pop(f"{stem}.lora_{which}.weight", None) for which in "AB")
-        if A is None or B is None or (B.shape[0], A.shape[1]) != views[name].shape:
-            raise AdapterMismatch(f"{stem} has no matrices of the plan's model")
-        views[name][...] = scale * (B.astype(np.float64) @ A)
-    heads = {name: view for name, view in views.items() if name.startswith("head.")}
-    if {n: a.shape for n, a in arrays.items()} != {n: v.shape for n, v in heads.items()}:
-        raise AdapterMismatch("the head or other arrays are not those of the plan's model")
-    for name, view in heads.items():
-        view[...] = arrays[name]
-    return flat
 
 
 def _live_matrices(model: LoadedModel) -> dict[str, Vector]:

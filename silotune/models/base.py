@@ -22,7 +22,6 @@ from transformers import PreTrainedModel
 from silotune.errors import ModelError
 from silotune.models.adapter import layout_of
 from silotune.models.choices import Choices, choose, resolve_device
-from silotune.models.correction import corrections_of
 from silotune.models.layout import Group, Layout
 from silotune.models.lora import saved_name, wrap
 from silotune.models.prefix import FrozenPrefix
@@ -55,8 +54,6 @@ class TaskModel(nn.Module):
         How the tokens of a text become one vector: "mean", "first" or "last" token.
     feature_scale : float
         Factor of the features.
-    corrected : bool
-        Whether the adapted layers' frozen weights may be corrected.
     """
 
     centre: Tensor
@@ -68,7 +65,6 @@ class TaskModel(nn.Module):
         *,
         pooling: str,
         feature_scale: float,
-        corrected: bool = False,
     ) -> None:
         super().__init__()
         self.peft, self.head = peft, head
@@ -79,7 +75,6 @@ class TaskModel(nn.Module):
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
         self.prefix = FrozenPrefix.of(peft)
-        self.corrections = corrections_of(peft) if corrected else {}
         forward = inspect.signature(peft.get_base_model().forward)
         self._keeps = "logits_to_keep" in forward.parameters
 
@@ -290,7 +285,6 @@ def with_adapter(bare: PreTrainedModel, plan: Plan, *, rank: int | None = None) 
         head,
         pooling=plan.model.pooling,
         feature_scale=plan.model.feature_scale,
-        corrected=plan.corrects_weights,
     )
 
 

@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from silotune.models.batching import batches
-from silotune.models.correction import corrections_off
 from silotune.models.prefix import PrefixCache
 from silotune.models.task import Encoded, Rows
 
@@ -92,7 +91,7 @@ def compute_frozen(model: LoadedModel, encoded: Encoded, *, batch: int = 64) -> 
     features = torch.empty(len(encoded), size)
     kept = prefix is not None and PrefixCache.fits(encoded, size=size)
     cache = PrefixCache(encoded, size=size) if kept else None
-    with module.inference(), _adapter_off(module), corrections_off(module.corrections):
+    with module.inference(), _adapter_off(module):
         for rows in batches(encoded, range(len(encoded)), size=batch):
             inputs = encoded.padded(rows, model.device)
             if prefix is None or cache is None:

@@ -21,12 +21,12 @@ from numpy.typing import NDArray
 from silotune.errors import AdapterMismatch
 from silotune.plan import Plan
 
-Group = Literal["head", "adapter", "correction"]
-Part = Literal["A", "B", "head", "correction"]
+Group = Literal["head", "adapter"]
+Part = Literal["A", "B", "head"]
 Vector = NDArray[np.float32]
 
 _FLOAT = np.dtype("<f4")
-_ORDER: tuple[Group, ...] = ("adapter", "correction", "head")
+_ORDER: tuple[Group, ...] = ("adapter", "head")
 
 
 class Detachable(Protocol):
@@ -57,9 +57,9 @@ class Entry:
 
     @property
     def part(self) -> Part:
-        """Which of LoRA's two matrices it is, the head, or a correction of a frozen weight."""
-        if self.group != "adapter":
-            return self.group
+        """Which of LoRA's two matrices it is, or the head."""
+        if self.group == "head":
+            return "head"
         return "A" if ".lora_A." in self.name else "B"
 
 
@@ -80,10 +80,7 @@ def gathered(flat: Vector, spans: Iterable[Span]) -> Vector:
 
 @dataclass(frozen=True)
 class Layout:
-    """Names, shapes and order of the arrays in the flat vector.
-
-    The adapter comes first, then corrections of frozen weights if the strategy has them, then the head.
-    """
+    """Names, shapes and order of the arrays in the flat vector: the adapter, then the head."""
 
     entries: tuple[Entry, ...]
 

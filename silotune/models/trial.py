@@ -123,7 +123,7 @@ def trial_key(plan: Any, folder: Path, *, rest: str = "") -> str:
     files = sorted(path for path in folder.iterdir() if path.is_file())
     stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     lora = plan.lora.model_dump(exclude={"r", "alpha"})
-    shape = (plan.data.max_length, plan.per_unit, plan.freezes_a, plan.corrects_weights)
+    shape = (plan.data.max_length, plan.per_unit, plan.freezes_a)
     return repr((str(folder), stamps, plan.model, lora, shape, rest))
 
 

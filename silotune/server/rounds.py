@@ -23,7 +23,7 @@ from silotune.plan import Plan
 from silotune.server.anomaly import scores
 from silotune.server.exchange import exchange
 from silotune.server.secure_rounds import SecureRounds
-from silotune.strategies import method_of, strategy_for
+from silotune.strategies import strategy_for
 from silotune.strategies.base import AdapterStrategy, Terms, Vector, as_arrays, update_of
 from silotune.strategies.linear import LinearStrategy
 from silotune.strategies.schedule import phase_of
@@ -371,7 +371,7 @@ def _rank_of(released: Mapping[str, Any]) -> int | None:
 def _agreed_layout(layouts: Mapping[str, str], plan: Plan) -> Layout:
     """The layout that all sites derived from plan and model; only ranks may differ, where they may."""
     found = {site: Layout.from_json(text) for site, text in layouts.items()}
-    if method_of(plan).ranks:
+    if plan.strategy.ranks:
         found = {site: layout.at_rank(plan.lora.r) for site, layout in found.items()}
     if len(set(found.values())) != 1:
         raise SiteFailed(

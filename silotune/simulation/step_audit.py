@@ -227,7 +227,6 @@ class _CanaryModel(nn.Module):
     """One linear output a part, summed: the gradient of a record is its input."""
 
     prefix = None
-    corrections: Mapping[str, Any] = {}
 
     def __init__(self, parts: Sequence[str], size: int) -> None:
         super().__init__()

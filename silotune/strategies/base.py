@@ -3,7 +3,7 @@
 A strategy is additive by contract: a site's reply is one flat float32 vector that enters as one term
 of a sum, so memory is O(adapter) whatever the cohort and the order of replies does not matter. Where
 the term is the vector itself times a public factor the strategy is *linear* (`LinearStrategy`), and
-the sum may as well be computed under secure aggregation. All others say ``linear = False``.
+the sum may as well be computed under secure aggregation.
 
 A strategy's class methods say what a site trains, sends and keeps; the site's trainer asks the same
 class that the coordinator aggregates with.
@@ -14,7 +14,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -79,17 +79,7 @@ class AdapterStrategy(Strategy):
         The plan of the run.
     layout : Layout
         Of the global adapter: the vector that is broadcast.
-
-    Attributes
-    ----------
-    linear : bool
-        Whether `finish` needs no more of the updates than their weighted sum.
-    ranks : bool
-        Whether sites may have adapters of a smaller rank than the plan's.
     """
-
-    linear: ClassVar[bool]
-    ranks: ClassVar[bool] = False
 
     def __init__(self, plan: Plan, *, layout: Layout) -> None:
         self.plan, self.layout = plan, layout

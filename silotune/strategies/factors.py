@@ -23,14 +23,11 @@ class Pair:
         Of A, as in the layout.
     A : float32 array [r, in]
     B : float32 array [out, r]
-    correction : float32 array [out, in] or None
-        What is added to the frozen weight, for strategies that correct it.
     """
 
     name: str
     A: Matrix
     B: Matrix
-    correction: Matrix | None
 
 
 def pairs(layout: Layout, flat: NDArray[np.float32]) -> Iterator[Pair]:
@@ -39,4 +36,4 @@ def pairs(layout: Layout, flat: NDArray[np.float32]) -> Iterator[Pair]:
     for name, A in views.items():
         if ".lora_A." in name:
             stem, leaf = name.split(".lora_A.")
-            yield Pair(name, A, views[f"{stem}.lora_B.{leaf}"], views.get(f"{stem}.correction"))
+            yield Pair(name, A, views[f"{stem}.lora_B.{leaf}"])

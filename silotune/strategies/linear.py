@@ -6,7 +6,7 @@ These work under secure aggregation: what the coordinator needs is the sum, howe
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,8 +30,6 @@ class LinearStrategy(AdapterStrategy):
     divided by the expected batches, q times the declared units. Several: a site sends its change, and
     the mean is weighted by declared units. With equal weights each site's own mean counts the same.
     """
-
-    linear: ClassVar[bool] = True
 
     def __init__(self, plan: Plan, *, layout: Layout) -> None:
         super().__init__(plan, layout=layout)

@@ -8,7 +8,6 @@ cohort's updates in memory, and none works under secure aggregation.
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +20,6 @@ Rows = NDArray[np.float32]
 
 class RobustStrategy(AdapterStrategy):
     """Collects the updates, one row a site in the order of their names; then `combine`."""
-
-    linear: ClassVar[bool] = False
 
     def begin(self, server_round: int, adapter: Vector) -> None:
         """Forget the updates of the round before."""

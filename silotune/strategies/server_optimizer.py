@@ -4,8 +4,8 @@ Reddi et al., "Adaptive Federated Optimization" (ICLR 2021): the aggregate is a 
 local step it is one; with several, the negative mean change of the sites stands in for it. FedAvgM
 (Hsu et al., 2019) is "sgd". All are post-processing of releases.
 
-Second moments start at zero, and first ones are divided by what they still lack of their weight, in all
-three adaptive rules; the paper starts the second at tau squared and leaves the first as it is.
+Adam's moments start at zero and are divided by what they still lack of their weight; the paper starts
+the second at tau squared and leaves the first as it is.
 """
 
 from __future__ import annotations
@@ -71,51 +71,15 @@ class Adam(Rule):
         beta1 = np.float32(self.beta1)
         first *= beta1
         first += (1 - beta1) * gradient
-        self.gather(gradient, second)
-        corrected = first / np.float32(1 - self.beta1**count)
-        scale = np.sqrt(second / self.correction(count)) + np.float32(self.epsilon)
-        return np.asarray(corrected / scale, dtype=np.float32)
-
-    def gather(self, gradient: Vector, second: Vector) -> None:
-        """Add the squared gradient to the second moment."""
         beta2 = np.float32(self.beta2)
         second *= beta2
         second += (1 - beta2) * gradient * gradient
-
-    def correction(self, count: int) -> np.float32:
-        """What the second moment is divided by."""
-        return np.float32(1 - self.beta2**count)
-
-
-class Yogi(Adam):
-    """FedYogi: the second moment moves by a bounded step, so sparse gradients don't make it forget."""
-
-    def gather(self, gradient: Vector, second: Vector) -> None:
-        """Move the second moment towards the square, by a part of the square itself."""
-        square = gradient * gradient
-        second -= (1 - np.float32(self.beta2)) * square * np.sign(second - square)
+        corrected = first / np.float32(1 - self.beta1**count)
+        scale = np.sqrt(second / np.float32(1 - self.beta2**count)) + np.float32(self.epsilon)
+        return np.asarray(corrected / scale, dtype=np.float32)
 
 
-class Adagrad(Adam):
-    """FedAdagrad: the second moment is the sum of all squares."""
-
-    def gather(self, gradient: Vector, second: Vector) -> None:
-        """Add the square."""
-        second += gradient * gradient
-
-    def correction(self, count: int) -> np.float32:
-        """A sum needs none."""
-        del count
-        return np.float32(1.0)
-
-
-_RULES: Mapping[str, type[Rule]] = {
-    "none": Plain,
-    "sgd": Momentum,
-    "adam": Adam,
-    "yogi": Yogi,
-    "adagrad": Adagrad,
-}
+_RULES: Mapping[str, type[Rule]] = {"none": Plain, "sgd": Momentum, "adam": Adam}
 
 
 class ServerOptimizer:
@@ -189,5 +153,6 @@ class ServerOptimizer:
         """Go on from a saved `state`."""
         self.first = np.array(state["first"], dtype=np.float32)
         self.second = np.array(state["second"], dtype=np.float32)
-        for part, count in zip(_PARTS, state["counts"], strict=True):
+        # Older checkpoints count a fourth part, which no strategy trains any more.
+        for part, count in zip(_PARTS, state["counts"], strict=False):
             self.counts[part] = int(count)

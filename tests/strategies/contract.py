@@ -23,10 +23,6 @@ def layout_for(plan, *, inputs=IN, outputs=OUT, rank=RANK, layers=1):
         if not plan.freezes_a:
             entries.append(Entry(f"{stem}.lora_A.weight", (rank, inputs), "adapter"))
         entries.append(Entry(f"{stem}.lora_B.weight", (outputs, rank), "adapter"))
-    if plan.corrects_weights:
-        for n in range(layers):
-            name = f"base_model.model.layer.{n}.correction"
-            entries.append(Entry(name, (outputs, inputs), "correction"))
     entries += [Entry("head.weight", (2, 4), "head"), Entry("head.bias", (2,), "head")]
     return Layout(tuple(entries))
 
@@ -72,10 +68,7 @@ class StrategyContract:
 
     def start(self, layout=None, seed=5):
         layout = layout or self.layout()
-        start = np.random.default_rng(seed).normal(size=layout.size).astype(np.float32)
-        for view in layout.spans({"correction"}):
-            start[view.start : view.stop] = 0
-        return start
+        return np.random.default_rng(seed).normal(size=layout.size).astype(np.float32)
 
     def aggregate(self, terms, updates, *, adapter=None, layout=None, number=1, strategy=None):
         strategy = strategy or self.fresh(terms, layout)

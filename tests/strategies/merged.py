@@ -19,13 +19,12 @@ FROZEN_A = np.random.default_rng(8).normal(size=(9, 9))
 
 
 def whole(case, flat):
-    """The frozen weight's total change at the coordinator: scale B A and any correction."""
+    """The frozen weight's total change at the coordinator: scale B A."""
     layout, scale = case.layout(), case.plan.lora.alpha / case.plan.lora.r
     found = list(pairs(layout, flat))
     if found:
         (pair,) = found
-        extra = 0.0 if pair.correction is None else np.float64(pair.correction)
-        return scale * np.float64(pair.B) @ np.float64(pair.A) + extra
+        return scale * np.float64(pair.B) @ np.float64(pair.A)
     B = next(v for n, v in layout.unpack(flat).items() if ".lora_B." in n)
     return scale * np.float64(B) @ FROZEN_A[: case.plan.lora.r]
 

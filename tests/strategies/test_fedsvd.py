@@ -1,7 +1,6 @@
 """FedSVD: the mean of B, then orthonormal factors of the same product."""
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -90,12 +89,8 @@ class TestRefactoredInOneStep(Streaming):
         (first,) = pairs(self.layout(), strategy.optimizer.first)
         np.testing.assert_allclose(first.B, total @ after.A.T, rtol=1e-3, atol=1e-4)
 
-    @pytest.mark.parametrize("name", ["adam", "yogi", "adagrad"])
-    def test_second_moments_stay_positive(self, name):
+    def test_second_moments_stay_positive(self):
         strategy = self.fresh(cohort(1))
-        plan = self.plan.override({"optimizer.server.name": name})
-        strategy = type(strategy)(plan, layout=self.layout())
-        strategy.cohort = {t.node: t for t in cohort(1)}
         for number in (1, 2, 3):
             self.aggregate(cohort(1), self.updates(1, seed=number), strategy=strategy)
         assert (strategy.optimizer.second >= 0).all()

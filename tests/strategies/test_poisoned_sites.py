@@ -21,7 +21,6 @@ RULES = {
     "fedavg": {},
     "median": VOTE,
     "trimmed_mean": {**VOTE, "trim": 0.3},
-    "krum": {**VOTE, "byzantine": 2},
     "multi_krum": {**VOTE, "byzantine": 2, "selected": 4},
     "geometric_median": VOTE,
     "norm_bound": {"bound": 0.05},

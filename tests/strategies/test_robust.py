@@ -64,15 +64,6 @@ def krum_order(updates, liars):
     return np.argsort(scores, kind="stable")
 
 
-class TestKrum(Robust):
-    changes = {**SEVERAL, "aggregation.strategy": "krum", "aggregation.byzantine": 2}
-
-    def test_it_follows_the_update_with_the_closest_neighbours(self):
-        for seed in range(5):
-            updates, got = self.combined(seed=seed)
-            np.testing.assert_allclose(got, updates[krum_order(updates, 2)[0]], atol=1e-6)
-
-
 class TestMultiKrum(Robust):
     changes = {
         **SEVERAL,
@@ -103,25 +94,7 @@ class TestGeometricMedian(Robust):
         np.testing.assert_allclose(got, best.x, atol=1e-3)
 
 
-class TestBulyan(Robust):
-    changes = {
-        **SEVERAL,
-        "aggregation.strategy": "bulyan",
-        "aggregation.byzantine": 1,
-    }
-
-    def test_it_averages_the_selected_values_nearest_to_their_median(self):
-        updates, got = self.combined()
-        chosen = updates[krum_order(updates, 1)[:5]]
-        middle = np.median(chosen, axis=0)
-        nearest = np.argsort(np.abs(chosen - middle), axis=0)[:3]
-        want = np.take_along_axis(chosen, nearest, axis=0).mean(axis=0)
-        np.testing.assert_allclose(got, want, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    "case", [TestMedian, TestTrimmedMean, TestKrum, TestMultiKrum, TestGeometricMedian]
-)
+@pytest.mark.parametrize("case", [TestMedian, TestTrimmedMean, TestMultiKrum, TestGeometricMedian])
 def test_two_of_seven_sites_can_not_drag_the_aggregate_away(case):
     suite = case()
     truth = np.random.default_rng(0).normal(size=len(suite.updates(1)[0]))
@@ -131,15 +104,4 @@ def test_two_of_seven_sites_can_not_drag_the_aggregate_away(case):
     got = (
         suite.aggregate(cohort(7), [np.float32(u) for u in [*honest, *lies]], adapter=start) - start
     )
-    assert np.linalg.norm(got - truth) < 0.3 * np.linalg.norm(truth)
-
-
-def test_bulyan_withstands_two_of_eleven():
-    suite = TestBulyan()
-    suite.changes = {**TestBulyan.changes, "aggregation.byzantine": 2, "rounds.min_sites": 11}
-    truth = np.random.default_rng(0).normal(size=len(suite.updates(1)[0]))
-    honest = [truth + 0.1 * u for u in np.float64(suite.updates(9))]
-    start = suite.start()
-    updates = [np.float32(u) for u in [*honest, -1e4 * truth, 1e4 * truth]]
-    got = suite.aggregate(cohort(11), updates, adapter=start) - start
     assert np.linalg.norm(got - truth) < 0.3 * np.linalg.norm(truth)

@@ -40,7 +40,7 @@ class TestAlternatingInOneStep(Streaming):
             self.aggregate(
                 cohort(1), self.updates(1, number=number), number=number, strategy=strategy
             )
-        assert strategy.optimizer.counts == {"A": 1, "B": 2, "head": 3, "correction": 0}
+        assert strategy.optimizer.counts == {"A": 1, "B": 2, "head": 3}
 
 
 def test_b_comes_first_after_the_rounds_of_the_head():

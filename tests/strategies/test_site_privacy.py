@@ -120,7 +120,7 @@ def test_a_mark_says_only_whether_the_update_was_short():
         ({"privacy.site": None}, "privacy.site: needed"),
         ({"privacy.site": {"noise": "site", "quantile": 0.5}}, "privacy.site.quantile"),
         ({"aggregation.strategy": "median"}, "compares the sites' updates"),
-        ({"aggregation.strategy": "fedex"}, "averages the products"),
+        ({"aggregation.strategy": "flexlora"}, "averages the products"),
         ({"aggregation.strategy": "scaffold", "optimizer.site.local": "sgd"}, "before clipping"),
         (
             {"aggregation.strategy": "norm_bound", "aggregation.bound": 1.0},
