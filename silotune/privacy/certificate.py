@@ -409,9 +409,9 @@ def _mechanism(leaf: str, times: int) -> Mechanism:
     """Describe one event of the ledger."""
     from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
 
-    from silotune.privacy import accounting
+    from silotune.privacy.events import from_json
 
-    event, rate = accounting.from_json(leaf), 1.0
+    event, rate = from_json(leaf), 1.0
     if isinstance(event, PoissonSampledDpEvent):
         event, rate = event.event, event.sampling_probability
     if not isinstance(event, GaussianDpEvent | SharedGaussianDpEvent):

@@ -247,11 +247,10 @@ class Ledger:
         """
         from dp_accounting import ComposedDpEvent, SelfComposedDpEvent
 
-        from silotune.privacy import accounting
+        from silotune.privacy.events import from_json
 
         parts = [
-            SelfComposedDpEvent(accounting.from_json(leaf), count)
-            for leaf, count in sorted(missing.items())
+            SelfComposedDpEvent(from_json(leaf), count) for leaf, count in sorted(missing.items())
         ]
         entry = _entry("restore", dataset, name, event=_text(ComposedDpEvent(parts)))
         limits = json.dumps(asdict(budget), sort_keys=True, allow_nan=False)
@@ -301,10 +300,10 @@ class Ledger:
 
     def events(self, dataset: str, *, run: str | None = None) -> list[DpEvent]:
         """Charged events of a dataset, oldest first; of one run only, if named."""
-        from silotune.privacy import accounting
+        from silotune.privacy.events import from_json
 
         return [
-            accounting.from_json(row.entry.event)
+            from_json(row.entry.event)
             for row in self._chain.rows()
             if row.entry.kind in _CHARGING
             and row.entry.event is not None
@@ -457,9 +456,9 @@ def _cost(event: DpEvent) -> Tally:
 
 
 def _text(event: DpEvent) -> str:
-    from silotune.privacy import accounting
+    from silotune.privacy.events import to_json
 
-    return str(accounting.to_json(event))
+    return str(to_json(event))
 
 
 def _entry(

@@ -28,11 +28,11 @@ def tally_of(event: DpEvent) -> Tally:
     Raises
     ------
     Exception
-        Whatever `silotune.privacy.accounting.to_json` raises for an event it doesn't account for.
+        Whatever `silotune.privacy.events.to_json` raises for an event it doesn't account for.
     """
     from dp_accounting import ComposedDpEvent, NoOpDpEvent, SelfComposedDpEvent
 
-    from silotune.privacy import accounting
+    from silotune.privacy.events import to_json
 
     if isinstance(event, NoOpDpEvent):
         return Counter()
@@ -41,15 +41,15 @@ def tally_of(event: DpEvent) -> Tally:
     if isinstance(event, SelfComposedDpEvent):
         once = tally_of(event.event)
         return Counter({leaf: n * event.count for leaf, n in once.items()})
-    return Counter({accounting.to_json(event): 1})
+    return Counter({to_json(event): 1})
 
 
 @functools.lru_cache(maxsize=1024)
 def tally_of_text(text: str) -> Mapping[str, int]:
     """The tally of an event in JSON; most rows of a ledger share a few texts. Not to be changed."""
-    from silotune.privacy import accounting
+    from silotune.privacy.events import from_json
 
-    return tally_of(accounting.from_json(text))
+    return tally_of(from_json(text))
 
 
 def total(tallies: Iterable[Mapping[str, int]]) -> Tally:
@@ -86,10 +86,10 @@ def epsilon_at_two_sites(tally: Mapping[str, int], *, delta: float) -> float:
 def _events(tally: Mapping[str, int]) -> list[DpEvent]:
     from dp_accounting import SelfComposedDpEvent
 
-    from silotune.privacy import accounting
+    from silotune.privacy.events import from_json
 
     return [
-        SelfComposedDpEvent(event=accounting.from_json(leaf), count=n)
+        SelfComposedDpEvent(event=from_json(leaf), count=n)
         for leaf, n in sorted(tally.items())
         if n
     ]

@@ -29,6 +29,7 @@ from silotune.errors import (
 from silotune.privacy import accounting
 from silotune.privacy.accounting import gaussian_event, step_event
 from silotune.privacy.entry import Head
+from silotune.privacy.events import from_json, to_json
 from silotune.privacy.ledger import Budget, Ledger, ReleaseKey, dataset_key
 from silotune.privacy.tally import epsilon_of, fits, tally_of
 
@@ -315,7 +316,7 @@ def test_epsilon_is_nowhere_in_the_file(ledger):
         *("seq", "previous", "kind", "dataset", "run", "time", "round", "release"),
         *("plan_sha256", "event", "budget", "payload_sha256", "hash"),
     }
-    assert tally_of(accounting.from_json(stored["event"])) == tally_of(gaussian_event(1.0))
+    assert tally_of(from_json(stored["event"])) == tally_of(gaussian_event(1.0))
     assert stored["budget"] is None
 
 
@@ -344,7 +345,7 @@ def counted_by_hand(event):
         return [leaf for part in event.events for leaf in counted_by_hand(part)]
     if isinstance(event, SelfComposedDpEvent):
         return counted_by_hand(event.event) * event.count
-    return [accounting.to_json(event)]
+    return [to_json(event)]
 
 
 @given(events)
