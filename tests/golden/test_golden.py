@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from silotune.events.schema import KINDS, kind_of
-from tests.golden.make import GOLDEN, WRITERS, told_by
-from tests.golden.readers import READERS
+from tests.golden.make import GOLDEN, READERS, WRITERS, told_by
 
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text())
 KEPT = {path.name: path for path in GOLDEN.iterdir() if path.suffix != ".py"}

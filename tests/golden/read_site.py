@@ -1,8 +1,4 @@
-"""How each golden file is read: by name of the file or folder, what it says as plain JSON data.
-
-A reader is given a copy, with the modes that private files have, and may write to it. What it says was
-written down in ``expected.json`` when the file was made.
-"""
+"""How the golden files of a site, and of what sites and coordinator sign and send, are read."""
 
 import json
 
@@ -55,24 +51,7 @@ from tests.golden.material import (
     scaffold_plan,
     vector,
 )
-
-READERS = {}
-
-
-def reads(name):
-    """Register the reader of a golden file or folder."""
-
-    def register(function):
-        READERS[name] = function
-        return function
-
-    return register
-
-
-def given(model, **options):
-    """What a document says itself: settings that came later are not in it."""
-    return json.loads(model.model_dump_json(exclude_unset=True, **options))
-
+from tests.golden.registry import given, reads
 
 # --- the site's books ---
 

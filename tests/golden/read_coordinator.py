@@ -1,0 +1,162 @@
+"""How the golden files of a coordinator are read: its folder, databases of older schemas, messages."""
+
+import json
+import sqlite3
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+from silotune.federation.audit_log import AuditLog
+from silotune.federation.envelope import COORDINATOR
+from silotune.federation.identity import encode_signing_key
+from silotune.federation.sealed import Vault
+from silotune.federation.wire import Decision
+from silotune.server.books import Books
+from silotune.server.config import Home
+from silotune.server.enrolment import Registrar
+from silotune.server.federation_log import FederationLog
+from silotune.server.keys import load_keys
+from silotune.server.people import Actions, People
+from silotune.server.run_store import RunRecord, Runs
+from silotune.server.store import Store
+from silotune.server.superlink import Link
+from silotune.strategies import strategy_for
+from tests.golden.material import FEDERATION_KEY, LAYOUT, RUN
+from tests.golden.read_site import plain
+from tests.golden.registry import given, reads
+
+
+@contextmanager
+def opened(folder):
+    """A coordinator's parts over its folder, without a port."""
+    home = Home(folder)
+    config = home.load()
+    vault = Vault(home.keys, config.at_rest, base=home.root)
+    keys = load_keys(home, vault, hosts=config.listen.hosts)
+    audit = AuditLog(home.audit_path, owner=COORDINATOR)
+    store = Store(home.store_url(config), vault=vault)
+    link = Link(home.link_database, vault=vault)
+    parts = {"store": store, "keys": keys, "audit": audit}
+    registrar = Registrar(
+        federation=config.federation.name, link=link, changed=lambda: None, **parts
+    )
+    books = Books(registrar=registrar, alarm=lambda *a, **k: None, changed=lambda: None, **parts)
+    record = RunRecord(store, RUN, on_event=lambda: None, on_checkpoint=lambda number: None)
+    found = SimpleNamespace(registrar=registrar, books=books, link=link, record=record, **parts)
+    try:
+        yield found
+    finally:
+        store.close()
+
+
+@reads("coordinator")
+def coordinator(folder):
+    with opened(folder) as found:
+        return {
+            "authority": found.keys.fingerprint,
+            "signing_key": encode_signing_key(found.keys.signing.public_key()),
+            "audit": [line.kind for line in found.audit.lines()],
+            "audit_head": found.audit.verify().hash,
+            "roster": found.registrar.roster.sha256,
+            "rosters": [
+                one.verify(FEDERATION_KEY.public_key()).version
+                for one in found.registrar.rosters(after=0)
+            ],
+            "enrolled": {
+                name: [one.node, one.member.words] for name, one in found.registrar.enrolled.items()
+            },
+            "requests": [
+                [row["site"], row["state"], row["reason"]] for row in found.registrar.requests()
+            ],
+            "books": {
+                site: [
+                    given(found.books.of(site).known),
+                    [given(spent) for spent in found.books.of(site).spent],
+                    found.books.of(site).halted,
+                    found.books.serves(site),
+                ]
+                for site in ("alpha", "beta", "gamma")
+            },
+            "people": [
+                [row["name"], row["role"], row["status"]] for row in People(found.store).all()
+            ],
+            "actions": [
+                [row["who"], row["action"], row["target"], row["outcome"]]
+                for row in Actions(found.store).newest()
+            ],
+            **run(found),
+            **messages(found),
+        }
+
+
+def run(found):
+    """A run in the store: plan, decisions, events, adapter, checkpoint, secure round, certificate."""
+    runs = Runs(found.store)
+    plan = runs.signed_plan(RUN).verify(FEDERATION_KEY.public_key())
+    number, digest, arrays = runs.newest_adapter(RUN)
+    checkpoint, state = found.record.load_checkpoint()
+    strategy = strategy_for(plan, layout=LAYOUT)
+    strategy.restore(checkpoint)
+    row = runs.get(RUN)
+    return {
+        "runs": {one["run"]: [one["state"], one["round"], one["rounds"]] for one in runs.newest()},
+        "run": [row[key] for key in ("plan_sha256", "plan_name", "quorum", "link_run", "code")],
+        "approved": runs.approved(RUN),
+        "decisions": {
+            site: [row["reason"], Decision.model_validate_json(row["body"]).decided_at]
+            for site, row in runs.decisions(RUN).items()
+        },
+        "events": [[event.event, event.fields] for event in runs.events(RUN)],
+        "federation": [event.event for event in runs.events(None)],
+        "adapter": [number, digest, LAYOUT.pack(arrays).tolist()],
+        "checkpoint": [state, checkpoint["adapter"].tolist(), sorted(strategy.state())],
+        "optimizer": {key: array.tolist() for key, array in strategy.state().items()},
+        "secure_round": found.record.load_secure_round(2).decode(),
+        "certificates": {
+            site: json.loads(text)["certificate"]["epsilon"]
+            for site, text in runs.certificates(RUN).items()
+        },
+        "evaluated": [found.record.was_evaluated(number) for number in (1, 2)],
+    }
+
+
+def messages(found):
+    """Messages under way: what was sent to a node and not answered, and an answer nobody has read."""
+    link, row = found.link, Runs(found.store).get(RUN)
+    link_run = link.find_run(int(row["link_run"]))
+    asked = link.instructions(link_run)
+    answers = link.replies(link_run, {one.message_id for one in asked})
+    return {
+        "link_run": [link_run.run_id, link_run.task_id],
+        "instructions": [[one.message_id, one.node, one.kind, one.group] for one in asked],
+        "answers": [[to, node, plain(answer.content)] for to, node, answer in answers],
+        "readable": {
+            name: sorted(map(sorted, link.addressed_to(one.node).values()))
+            for name, one in found.registrar.enrolled.items()
+        },
+    }
+
+
+@reads("schemas")
+def schemas(folder):
+    """Databases of every schema there was, migrated to today's."""
+    told = {}
+    for path in sorted(folder.glob("*.sql")):
+        with sqlite3.connect(path.with_suffix(".sqlite")) as connection:
+            connection.executescript(path.read_text())
+        connection.close()
+        url = f"sqlite:///{path.with_suffix('.sqlite')}"
+        store = Store(url, vault=Vault(folder / "keys"))
+        runs, log = Runs(store), FederationLog(store, on_event=lambda: None)
+        told[path.stem] = {
+            "runs": [[row["run"], row["state"], row["round"]] for row in runs.newest()],
+            "plan": runs.plan_of(RUN).sha256,
+            "approved": runs.approved(RUN),
+            "events": [event.as_dict() for event in runs.events(RUN)],
+            "people": [row["name"] for row in People(store).all()],
+            "actions": [row["action"] for row in Actions(store).newest()],
+            "certificates": sorted(runs.certificates(RUN)),
+        }
+        log.append("alarm", kind="replay")
+        told[path.stem]["federation"] = [row["event"] for row in log.newest("alarm")]
+        store.close()
+    return told
