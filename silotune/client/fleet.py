@@ -1,6 +1,6 @@
 """Flower's fleet protocol from a site's side: the only module here that knows Flower's internals.
 
-It speaks the protocol of flwr 1.41.0 directly, outward over HTTPS: activate, heartbeat, pull a
+It speaks the protocol of flwr 1.41 and 1.42 directly, outward over HTTPS: activate, heartbeat, pull a
 message and its objects, push a reply. No Flower process, no FAB and no listening port is involved, so
 nothing that comes from outside is ever run. What comes is bounded before it is built: the size of
 every reply, the number and depth of objects, their hashes, and the bytes an array is assembled from.
@@ -52,7 +52,6 @@ from flwr.supercore.inflatable.inflatable_object import (
 from flwr.supercore.inflatable.inflatable_utils import (
     inflate_object_from_contents,
 )
-from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
@@ -140,10 +139,8 @@ class Fleet:
         self._public = public_key_to_bytes(node_key.public_key())
         self._client = FleetHttpClient(
             url,
-            interceptors=[
-                RuntimeVersionHttpInterceptor(component_name="SuperNode"),
-                NodeAuthHttpInterceptor(node_key, node_key.public_key()),
-            ],
+            # Not Flower's check of versions: at an answer that says they differ it ends the process.
+            interceptors=[NodeAuthHttpInterceptor(node_key, node_key.public_key())],
             verify=tls,
         )
         # Flower's own client follows redirects and reads replies of any size.

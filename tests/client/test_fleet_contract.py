@@ -1,4 +1,4 @@
-"""What the site's line takes for granted of flwr 1.41.0, and what it adds."""
+"""What the site's line takes for granted of Flower, and what it adds."""
 
 import contextlib
 import http.server
@@ -6,11 +6,11 @@ import itertools
 import socket
 import threading
 import time
-from importlib.metadata import version
 
 import pytest
 from flwr.proto.fleet_pb2 import PullMessagesResponse
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+from flwr.supercore.error import ApiErrorCode
 from flwr.supercore.inflatable.inflatable_utils import inflatable_class_registry
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
@@ -23,6 +23,7 @@ from silotune.client.errors import (
 from silotune.client.fleet import HEARTBEAT_SECONDS, Fleet, RunGone
 from silotune.client.transport import KEPT_SECONDS, https_client, proxy_for
 from silotune.federation.envelope import refusal_code
+from silotune.federation.errors import RequestDeclined
 from silotune.federation.wire import SESSION_HEADER
 from silotune.server import listener
 from tests.client.coordinator_double import NODE, CoordinatorDouble
@@ -46,8 +47,7 @@ def fleet(rig):
     fleet.close()
 
 
-def test_the_version_is_the_one_that_was_read():
-    assert version("flwr") == "1.41.0"
+def test_the_kinds_of_objects_are_those_that_were_read():
     assert set(inflatable_class_registry) == {
         "ArrayChunk", "Array", "ArrayRecord", "ConfigRecord", "Message", "MetricRecord", "RecordDict",
     }  # fmt: skip
@@ -97,6 +97,15 @@ def test_each_refusal_means_one_thing(rig, fleet, answer, error):
     fleet.connect()
     rig.double.hook = answer
     with pytest.raises(error):
+        fleet.receive()
+
+
+def test_a_coordinator_that_says_versions_differ_does_not_end_the_site(rig, fleet):
+    """Flower's own client leaves the process at this answer, in five seconds for good."""
+    code = int(ApiErrorCode.RUNTIME_VERSION_INCOMPATIBLE)
+    fleet.connect()
+    rig.double.hook = answering(412, b'{"code": %d, "detail": "versions differ"}' % code)
+    with pytest.raises(RequestDeclined, match="412"):
         fleet.receive()
 
 

@@ -21,7 +21,6 @@ from flwr.supercore.inflatable.inflatable_object import (
     no_object_id_recompute,
 )
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
-from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
@@ -127,10 +126,7 @@ class FleetSite:
         key = key or self.node_key
         client = FleetHttpClient(
             self.invite.url,
-            interceptors=[
-                RuntimeVersionHttpInterceptor(component_name="SuperNode"),
-                NodeAuthHttpInterceptor(key, key.public_key()),
-            ],
+            interceptors=[NodeAuthHttpInterceptor(key, key.public_key())],
             verify=self.context(),
             timeout=40.0,
         )
