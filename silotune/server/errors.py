@@ -75,7 +75,7 @@ class StoreUnusable(EnvironmentFault):
 
     code = "ST-723"
     title = "The coordinator's database can't be used"
-    cause = "It is not reachable, not writable, or was written by a newer version of silotune."
+    cause = "It is not reachable, not writable, or was written by a newer version of silotune or Flower."
     advice = "Check [store] url in coordinator.toml; never downgrade: restore a backup instead."
 
 

@@ -1,10 +1,10 @@
 """Flower's SuperLink inside our own process: its app, its link state, and nothing else of it.
 
 With `silotune.server.superlink_app` and `silotune.server.object_files` the only place of the coordinator
-that touches what Flower 1.41 does not promise to keep; a contract test
-(``tests/server/test_superlink_contract.py``) holds them to that version. Flower's process model is left
-out: no FAB, no ServerApp subprocess, no control or runtime API. What is used is the fleet API's request
-handlers, on the same link state that `Link` reads and writes directly.
+that touches what Flower does not promise to keep; a contract test
+(``tests/server/test_superlink_contract.py``) holds each admitted version to it. Flower's process model
+is left out: no FAB, no ServerApp subprocess, no control or runtime API. What is used is the fleet API's
+request handlers, on the same link state that `Link` reads and writes directly.
 """
 
 from __future__ import annotations
@@ -91,6 +91,11 @@ class Link:
         What they are made of lies in a folder beside it.
     vault : Vault
         Seals that folder's files.
+
+    Raises
+    ------
+    StoreUnusable
+        A newer version of Flower wrote the link state.
 
     Attributes
     ----------

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from alembic.util import CommandError
 from fastapi import FastAPI
 from flwr.supercore.object_store import ObjectStore
 from flwr.supercore.protobuf.translation import ProtobufTranslationMiddleware
@@ -17,6 +18,8 @@ from flwr.superlink.routers.fleet.node_auth import NodeAuthMiddleware
 from flwr.superlink.routers.fleet.router import router as fleet_router
 from sqlalchemy import event
 from starlette.middleware.base import BaseHTTPMiddleware
+
+from silotune.server.errors import StoreUnusable
 
 ACTIVATE, DEACTIVATE, HEARTBEAT, PULL, PUSH, PULL_OBJECT, PUSH_OBJECT, CONFIRM = (
     f"/v1/fleet/{name}"
@@ -45,10 +48,22 @@ def superlink_app(database: Path) -> FastAPI:
 
     Its other APIs are taken out, with the six of nine layers around every request that are there for
     them or for logs: each costs a task and a stream a request. The first that is kept translates errors.
+
+    Raises
+    ------
+    StoreUnusable
+        A newer version of Flower wrote the link state.
     """
     # The package attribute of that name is a function, so the module is asked for by name.
     lifespan = importlib.import_module("flwr.superlink.cli.flower_superlink").SuperLinkLifespan
-    app = create_app(_config(database), lifespan)
+    try:
+        app = create_app(_config(database), lifespan)
+    except CommandError as exc:
+        raise StoreUnusable(
+            f"{database} was written by a newer version of Flower than the installed one",
+            remedy=f"Install that version of Flower again, or remove {database.name}* in"
+            f" {database.parent}: what is lost are messages under way.",
+        ) from exc
     included = [(route, getattr(route, "original_router", None)) for route in app.router.routes]
     app.router.routes[:] = [route for route, router in included if router is fleet_router]
     app.user_middleware = [layer for layer in app.user_middleware if layer.cls in _NEEDED]
