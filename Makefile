@@ -9,7 +9,7 @@ export FLWR_TELEMETRY_ENABLED = 0
 export FLWR_DISABLE_UPDATE_CHECK = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo test test-slow lint format docs clean
+.PHONY: setup demo test test-slow test-newest test-lowest lint format docs clean
 
 setup: $(READY)
 
@@ -35,6 +35,24 @@ test: lint
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
 
+# What depends on other libraries' insides, with the newest and the lowest versions that pyproject.toml admits.
+ENDS := tests/client/test_fleet_contract.py tests/client/test_trainer.py tests/e2e/test_federation_over_tls.py \
+	tests/federation tests/models tests/privacy/test_accounting.py tests/privacy/test_clipping.py \
+	tests/privacy/test_engine.py tests/server/test_object_files.py tests/server/test_store.py \
+	tests/server/test_superlink_contract.py tests/simulation/test_grid.py tests/simulation/test_ray_engine.py \
+	tests/simulation/test_run.py tests/simulation/test_wire.py tests/strategies
+INSTALL = $(BIN)/uv venv --quiet --clear --python $(BIN)/python $(VENV)-$(1) && \
+	$(BIN)/uv pip install --quiet --python $(VENV)-$(1)/bin/python -e '.[demo,dev]' --resolution
+
+test-newest: $(READY)
+	$(call INSTALL,newest) highest
+	$(VENV)-newest/bin/python -m pytest $(ENDS)
+
+test-lowest: $(READY)
+	$(call INSTALL,lowest) lowest-direct
+	$(VENV)-lowest/bin/python tests/lowest_bounds.py
+	$(VENV)-lowest/bin/python -m pytest $(ENDS)
+
 lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -48,4 +66,4 @@ docs: $(READY)
 	$(BIN)/silotune errors --markdown > docs/errors.md
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(VENV)-newest $(VENV)-lowest .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

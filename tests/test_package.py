@@ -1,8 +1,16 @@
-"""What importing the package does, and does not."""
+"""What importing the package does, and does not; what its files say of versions and folders."""
 
 import os
+import re
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+HOUSE = Path(__file__).parents[1]
 
 
 def test_importing_the_package_turns_telemetry_off_and_loads_no_model_library():
@@ -35,3 +43,22 @@ def test_a_coordinator_starts_without_the_libraries_of_training():
         found.stdout.split()
     )
     assert loaded == {"silotune.server.coordinator"}
+
+
+def test_the_versions_that_are_tested_are_admitted():
+    project = tomllib.loads((HOUSE / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *extras["demo"], *extras["dev"], *extras["ray"]]
+    lines = (HOUSE / "requirements.lock").read_text().split()
+    locked = {
+        canonicalize_name(name): found for name, _, found in (x.partition("==") for x in lines)
+    }
+    for requirement in map(Requirement, wanted):
+        name = canonicalize_name(requirement.name)
+        assert requirement.specifier.contains(locked[name]), (str(requirement), locked[name])
+
+
+def test_the_folders_that_the_makefile_names_are_there():
+    named = re.findall(r"\btests/[\w/.]+", (HOUSE / "Makefile").read_text())
+    assert len(named) > 10
+    assert [name for name in named if not (HOUSE / name).exists()] == []

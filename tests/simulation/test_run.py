@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ def test_a_run_leaves_everything_that_is_promised(whole):
         assert (directory.root / name).is_file()
     assert len(directory.metrics.read()) == 5
     resolved = directory.read_json("resolved.json")
-    assert resolved["plan_sha256"] and resolved["versions"]["flwr"] == "1.41.0"
+    assert resolved["plan_sha256"] and resolved["versions"]["flwr"] == version("flwr")
 
 
 def test_training_and_everything_else_are_timed_apart(whole):
