@@ -19,8 +19,7 @@ def final(directory):
 
 def play(federation, name, *, listener=lambda event: None, settings=None, **overrides):
     """Simulate; without settings in this process: no worker has to start and import everything."""
-    grid = WorkerGrid if settings else lambda *a, **k: WorkerGrid(*a, **{**k, "workers": 0})
-    with patch.object(run, "WorkerGrid", grid):
+    with patch.object(run, "WorkerGrid", WorkerGrid if settings else in_this_process):
         return run.simulate(
             federation.plan_path,
             runs=federation.folder / name,
@@ -28,6 +27,16 @@ def play(federation, name, *, listener=lambda event: None, settings=None, **over
             listener=listener,
             overrides={**PRIVATE, **overrides},
         )
+
+
+def go_on(path):
+    """Resume a run in this process."""
+    with patch.object(run, "WorkerGrid", in_this_process):
+        return run.resume(path, settings=Settings(workers=1), listener=lambda event: None)
+
+
+def in_this_process(*args, **options):
+    return WorkerGrid(*args, **{**options, "workers": 0})
 
 
 @pytest.fixture(scope="session")

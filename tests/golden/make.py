@@ -10,10 +10,17 @@ import sqlite3
 import tempfile
 from pathlib import Path
 
-from tests.golden import make_coordinator, make_site, read_coordinator, read_site
+from tests.golden import (
+    make_coordinator,
+    make_runs,
+    make_site,
+    read_coordinator,
+    read_runs,
+    read_site,
+)
 from tests.golden.registry import GOLDEN, READERS, WRITERS, private_copy, told_by
 
-PARTS = (make_coordinator, make_site, read_coordinator, read_site)
+PARTS = (make_coordinator, make_runs, make_site, read_coordinator, read_runs, read_site)
 """Modules that register writers and readers."""
 
 

@@ -20,7 +20,7 @@ from silotune.server.run_store import RunRecord, Runs
 from silotune.server.store import Store
 from silotune.server.superlink import Link
 from silotune.strategies import strategy_for
-from tests.golden.material import FEDERATION_KEY, LAYOUT, RUN
+from tests.golden.material import FEDERATION_KEY, LAYOUT, RUN, vector
 from tests.golden.read_site import plain
 from tests.golden.registry import given, reads
 
@@ -109,7 +109,7 @@ def run(found):
         "federation": [event.event for event in runs.events(None)],
         "adapter": [number, digest, LAYOUT.pack(arrays).tolist()],
         "checkpoint": [state, checkpoint["adapter"].tolist(), sorted(strategy.state())],
-        "optimizer": {key: array.tolist() for key, array in strategy.state().items()},
+        "goes_on_to": strategy.step(checkpoint["adapter"], vector(3), server_round=3).tolist(),
         "secure_round": found.record.load_secure_round(2).decode(),
         "certificates": {
             site: json.loads(text)["certificate"]["epsilon"]

@@ -355,8 +355,7 @@ def certificate(path):
     return {
         "body": given(found.body),
         "epsilon": found.epsilon,
-        "statement": found.body.statement,
-        "exposed_to": found.body.exposed_to,
+        "private": found.body.private,
     }
 
 

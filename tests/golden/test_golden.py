@@ -4,10 +4,14 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from silotune.events.schema import KINDS, kind_of
 from tests.golden.make import GOLDEN, READERS, WRITERS, told_by
+from tests.golden.read_runs import run_in
+from tests.golden.registry import private_copy
+from tests.whole_run import go_on
 
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text())
 KEPT = {path.name: path for path in GOLDEN.iterdir() if path.suffix != ".py"}
@@ -61,3 +65,18 @@ def test_every_kind_of_event_of_then_is_one_of_now():
     kinds = {json.loads(line)["event"] for line in KEPT["events.jsonl"].read_text().splitlines()}
     assert kinds <= {kind_of(kind) for kind in KINDS}
     assert len(kinds) == 26
+
+
+def test_a_run_that_an_earlier_build_stopped_goes_on_to_the_end_of_one_that_was_not(
+    tmp_path, monkeypatch
+):
+    folder = private_copy(KEPT["run_stopped"], tmp_path / "stopped")
+    (folder / "base").symlink_to(KEPT["adapter"] / "base")
+    monkeypatch.chdir(folder)
+    directory = go_on(run_in(folder).root)
+    whole = run_in(private_copy(KEPT["run_finished"], tmp_path / "finished"))
+    assert directory.find_json("results.json") is not None
+    assert [e["from_round"] for e in directory.events if e["event"] == "run_resumed"] == [2]
+    assert directory.adapter_rounds() == whole.adapter_rounds() == [1, 2, 3]
+    for name, array in directory.load_adapter(3).items():
+        np.testing.assert_allclose(array, whole.load_adapter(3)[name], rtol=1e-3, atol=1e-5)
