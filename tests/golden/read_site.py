@@ -282,7 +282,9 @@ def events(path):
     view = RunView(RUN)
     view.extend(rows)
     return {
-        "kinds": {row["event"]: sorted(row) for row in rows},
+        "kinds": {
+            row["event"]: sorted(set(row) & set(type(parse(row)).model_fields)) for row in rows
+        },
         "state": view.state,
         "done": view.done,
         "joined": view.joined,
