@@ -36,11 +36,11 @@ test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
 
 # What depends on other libraries' insides, with the newest and the lowest versions that pyproject.toml admits.
-ENDS := tests/client/test_fleet_contract.py tests/client/test_trainer.py tests/e2e/test_federation_over_tls.py \
+ENDS := tests/client/test_admission.py tests/client/test_fleet_contract.py tests/client/test_trainer.py \
 	tests/federation tests/models tests/privacy/test_accounting.py tests/privacy/test_clipping.py \
-	tests/privacy/test_engine.py tests/server/test_object_files.py tests/server/test_store.py \
-	tests/server/test_superlink_contract.py tests/simulation/test_grid.py tests/simulation/test_ray_engine.py \
-	tests/simulation/test_run.py tests/simulation/test_wire.py tests/strategies
+	tests/privacy/test_engine.py tests/server/test_conductor.py tests/server/test_object_files.py \
+	tests/server/test_store.py tests/server/test_superlink_contract.py tests/simulation/test_grid.py \
+	tests/simulation/test_ray_engine.py tests/simulation/test_run.py tests/simulation/test_wire.py tests/strategies
 INSTALL = $(BIN)/uv venv --quiet --clear --python $(BIN)/python $(VENV)-$(1) && \
 	$(BIN)/uv pip install --quiet --python $(VENV)-$(1)/bin/python -e '.[demo,dev]' --resolution
 
