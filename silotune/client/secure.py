@@ -154,8 +154,6 @@ class SecurePart:
         The only door out.
     memory : RoundMemory
         Keeps rounds over a restart.
-    threads : int
-        For masking.
     """
 
     def __init__(
@@ -166,12 +164,11 @@ class SecurePart:
         layout: Layout,
         gate: Gate,
         memory: RoundMemory,
-        threads: int = 1,
     ) -> None:
         self._plan, self._member, self._layout, self._gate = plan, member, layout, gate
         self._memory = memory
         self._rounds: dict[int, _Held] = {}
-        self._threads, self._method = threads, method_of(plan)
+        self._method = method_of(plan)
 
     def require_fine_enough(self, trainable: TrainableModel, *, sigma: float) -> None:
         """Check before the first round that the ring can carry this site's share of the noise.
@@ -238,7 +235,7 @@ class SecurePart:
                 raise RoundUsed("this site masked its update of the round for another cohort")
             return again
         vector = self._encoding(number).zeros()
-        part.mask(vector, present=present, sealed=sealed, threads=self._threads)
+        part.mask(vector, present=present, sealed=sealed)
         charge()
         update = train()
         vector += self._encoded(part, update, noise)

@@ -77,7 +77,6 @@ def line_chart(
     last: float,
     limit: tuple[str, float] | None = None,
     from_zero: bool = False,
-    unit: str = "",
 ) -> Chart | None:
     """Curves over rounds 1 to `last`; `limit` is a dashed line with its name. None without points."""
     values = [value for points in series.values() for _, value in points if math.isfinite(value)]
@@ -109,7 +108,7 @@ def line_chart(
     if limit:
         legend.append((limit[0], "limit"))
     middle = (high + low) / 2
-    y = tuple(f"{_figure(value)}{unit}" for value in (high, middle, low))
+    y = tuple(_figure(value) for value in (high, middle, low))
     return Chart(title, _svg(title, drawn), y, _rounds(last), tuple(legend))
 
 

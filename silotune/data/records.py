@@ -80,38 +80,9 @@ class Records:
         """The rows of a split, ascending."""
         return np.flatnonzero(self.split == split)
 
-    def gather(self, units: NDArray[np.int64]) -> tuple[Rows, NDArray[np.int64]]:
-        """All rows of some units, unit by unit, without a Python loop.
-
-        Parameters
-        ----------
-        units : int64 array of shape [k]
-            Units, in any order, each at most once.
-
-        Returns
-        -------
-        rows : int64 array of shape [m]
-            The rows of ``units[0]``, then those of ``units[1]``, and so on.
-        position : int64 array of shape [m]
-            For each row the place of its unit in `units`: non-decreasing values in 0 .. k - 1.
-        """
-        starts, order = self._by_unit
-        sizes = starts[units + 1] - starts[units]
-        position = np.repeat(np.arange(len(units), dtype=np.int64), sizes)
-        first = np.cumsum(sizes) - sizes
-        within = np.arange(int(sizes.sum()), dtype=np.int64) - first[position]
-        return order[starts[units][position] + within], position
-
     @cached_property
     def _unit_split(self) -> NDArray[np.uint8]:
         n_units = int(self.unit_of.max()) + 1 if len(self.unit_of) else 0
         split = np.zeros(n_units, dtype=np.uint8)
         split[self.unit_of] = self.split
         return split
-
-    @cached_property
-    def _by_unit(self) -> tuple[Rows, Rows]:
-        """Offsets [units + 1] into the rows sorted by unit [n]."""
-        sizes = np.bincount(self.unit_of, minlength=self.n_units())
-        starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-        return starts, np.argsort(self.unit_of, kind="stable").astype(np.int64)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -74,10 +74,8 @@ class Encoded:
         ids = np.concatenate(chosen) if chosen else np.zeros(0, dtype=np.int32)
         return Encoded(ids, offsets, self.targets[np.asarray(rows, dtype=np.int64)], self.pad_id)
 
-    def padded(
-        self, rows: Rows, device: torch.device, *, side: Literal["left", "right"] = "right"
-    ) -> dict[str, Tensor]:
-        """A batch as long as its longest example.
+    def padded(self, rows: Rows, device: torch.device) -> dict[str, Tensor]:
+        """A batch padded on the right, as long as its longest example.
 
         Returns
         -------
@@ -86,8 +84,7 @@ class Encoded:
         """
         chosen = self.subset(rows)
         lengths, width = chosen.lengths[:, None], int(chosen.lengths.max(initial=0))
-        columns = np.arange(width)[None, :]
-        real = columns < lengths if side == "right" else columns >= width - lengths
+        real = np.arange(width)[None, :] < lengths
         ids = np.full(real.shape, self.pad_id, dtype=np.int64)
         ids[real] = chosen.ids
         return {

@@ -14,22 +14,12 @@ _RUN = re.compile(r".{1,200}")
 _RELEASE = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 
 
-def dataset_key(name: str, *, fingerprint: str | None = None) -> str:
-    """The key under which a dataset's spending adds up.
-
-    Parameters
-    ----------
-    name : str
-        As in site.toml and in plans.
-    fingerprint : str, optional
-        8 to 64 hex digits that identify the content. Sound only if contents with different
-        fingerprints have no privacy unit in common: each has a budget of its own.
-    """
-    return require_dataset_key(name if fingerprint is None else f"{name}@{fingerprint}")
-
-
 def require_dataset_key(key: str) -> str:
-    """The key itself, if it is one. Raises `ValueError`."""
+    """The key itself, if it is one: a name, or ``name@fingerprint`` of 8 to 64 hex digits.
+
+    A fingerprint is sound only if contents with different ones have no privacy unit in common: each has
+    a budget of its own. Raises `ValueError`.
+    """
     if not _DATASET.fullmatch(key):
         raise ValueError(f"not a dataset name with an optional fingerprint: {key!r}")
     return key

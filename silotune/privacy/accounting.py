@@ -2,7 +2,7 @@
 
 Releases are events of dp-accounting (`silotune.privacy.events`). Their cost comes from privacy loss
 distributions (`silotune.privacy.loss`), adjacency add/remove one unit; where these can't certify a
-finite number, and as a live upper bound, from Rényi divergences (Mironov, CSF 2017; Mironov, Talwar
+finite number, from Rényi divergences (Mironov, CSF 2017; Mironov, Talwar
 and Zhang, 2019) by dp-accounting.
 """
 
@@ -35,7 +35,6 @@ from silotune.privacy.events import (
 from silotune.privacy.loss import Sampled
 
 __all__ = [
-    "Accountant",
     "calibrate",
     "epsilon",
     "epsilon_at_two_sites",
@@ -171,38 +170,6 @@ def calibrate(
     step_event(rate=rate, sigma=1.0, steps=steps)  # checks the ranges
     others = _mechanisms(uses_of(extra))
     return _calibrate(float(epsilon), float(delta), float(rate), steps, others)
-
-
-class Accountant:
-    """A running account of releases: a certified epsilon, and an upper bound that costs nothing.
-
-    Parameters
-    ----------
-    events : iterable of DpEvent
-        What was released before.
-    """
-
-    def __init__(self, events: Iterable[DpEvent] = ()) -> None:
-        self._uses: Counter[tuple[float, float]] = Counter()
-        self._rdp = np.zeros(len(_ORDERS))
-        for event in events:
-            self.add(event)
-
-    def add(self, event: DpEvent) -> None:
-        """Charge an event. Raises `EventInvalid`, and then charges nothing."""
-        for key, uses in uses_of([event]).items():
-            self._uses[key] += uses
-            self._rdp = self._rdp + uses * _renyi(*key)
-
-    def epsilon(self, delta: float) -> float:
-        """What `epsilon` says of all events; some 50 ms once a mechanism is known."""
-        _require_delta(delta)
-        return _epsilon(_mechanisms(self._uses), delta)
-
-    def upper_bound(self, delta: float) -> float:
-        """A looser bound (Rényi), under a millisecond: for a display between two certified ones."""
-        _require_delta(delta)
-        return _from_renyi(self._rdp, delta)
 
 
 def _require_delta(delta: float) -> None:

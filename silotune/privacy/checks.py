@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from silotune.errors import SelfCheckFailed
 
 if TYPE_CHECKING:  # loaded where it is needed: a coordinator checks noise and has no PyTorch
-    from torch import Tensor, nn
+    from torch import Tensor
 
 # Chance that the check of correct noise fails all the same.
 _FALSE_ALARM = 1e-9
@@ -41,26 +41,3 @@ def require_finite(tensors: Sequence[Tensor], what: str) -> None:
 
     if not bool(torch.isfinite(torch.cat([tensor.flatten() for tensor in tensors])).all()):
         raise SelfCheckFailed(f"{what} is not finite")
-
-
-def snapshot(parameters: Iterable[nn.Parameter]) -> tuple[Tensor, ...]:
-    """Copies of parameters as they are now, for `require_moved`."""
-    return tuple(p.detach().clone() for p in parameters)
-
-
-def require_moved(before: tuple[Tensor, ...], named: Mapping[str, nn.Parameter]) -> None:
-    """Check that every trained tensor moved since `snapshot` of the same parameters.
-
-    A model that was moved or rebuilt after the optimizer saw it trains nothing while epsilon grows.
-
-    Raises
-    ------
-    SelfCheckFailed
-        Naming the tensors that did not move.
-    """
-    import torch
-
-    pairs = zip(before, named.items(), strict=True)
-    still = [name for old, (name, new) in pairs if torch.equal(old, new.detach())]
-    if still:
-        raise SelfCheckFailed(f"did not move in a training step: {', '.join(still)}")

@@ -22,7 +22,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from opacus.optimizers import DPOptimizer
@@ -67,20 +67,6 @@ class ClipGroup:
     def noise_std(self, sigma: float) -> float:
         """Standard deviation of the group's noise for a noise multiplier."""
         return sigma * self.clip / math.sqrt(self.share)
-
-
-class StepEngine(Protocol):
-    """What trains with `DpSgd` and `PlainSgd` alike."""
-
-    parameters: tuple[nn.Parameter, ...]
-
-    def accumulate(
-        self, losses: Tensor, *, units: Tensor | None = None, n_units: int | None = None
-    ) -> None:
-        """Add the gradients of one physical micro-batch to the step."""
-
-    def release(self) -> list[Tensor]:
-        """The step's sum, one tensor a parameter; the next step starts from zero."""
 
 
 class _UnitClipper(DPOptimizer):  # type: ignore[misc]

@@ -7,7 +7,7 @@ run *settles*, which frees what it did not use.
 
 Datasets are keyed by name, whatever their content: epsilon adds up over every version of the data,
 because most people are in most versions. A site that replaces a dataset by one with *none* of the
-same people in it may account for it apart by a key with a fingerprint, see `dataset_key`.
+same people in it may account for it apart by a key ``name@fingerprint``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from silotune.privacy.account import (
     Budget,
     ReleaseKey,
     RunAccount,
-    dataset_key,
     require_dataset_key,
 )
 from silotune.privacy.chain import Chain
@@ -42,7 +41,7 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
     from dp_accounting import DpEvent
 
-__all__ = ["Budget", "Ledger", "ReleaseKey", "RunAccount", "dataset_key"]
+__all__ = ["Budget", "Ledger", "ReleaseKey", "RunAccount"]
 
 
 _CHARGING = frozenset({"charge", "restore"})

@@ -101,8 +101,6 @@ class SecureRounds:
         Keeps what a round has settled.
     cohort : mapping of node to Terms
         Sites that joined the run.
-    threads : int
-        For removing masks.
     """
 
     def __init__(
@@ -114,10 +112,9 @@ class SecureRounds:
         log: EventLog,
         memory: RoundMemory,
         cohort: Mapping[int, Terms],
-        threads: int = 1,
     ) -> None:
         self._plan, self._run, self._grid, self._log = plan, run, grid, log
-        self._text, self._threads = plan.canonical(), threads
+        self._text = plan.canonical()
         self._nodes = {terms.site: node for node, terms in cohort.items()}
         self._sites = {node: terms.site for node, terms in cohort.items()}
         self._ready: dict[int, CoordinatorRound] = {}
@@ -161,7 +158,7 @@ class SecureRounds:
             self._agree(number, current, account)
             opened = True
             self._open(number, current, following, account)
-            total = current.unmask(threads=self._threads)
+            total = current.unmask()
         except SecureAggregationError as exc:
             if not settled.void:
                 self._settle(number, replace(settled, void=True))

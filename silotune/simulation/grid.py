@@ -27,6 +27,8 @@ from silotune.simulation.pool import SiteSlot, WorkerPool, WorkerReady
 
 __all__ = ["Receipt", "SiteSlot", "WorkerGrid", "WorkerReady"]
 
+_RUN_ID = 1  # Flower's; a grid has one run
+
 
 @dataclass(frozen=True)
 class Receipt:
@@ -84,10 +86,6 @@ class WorkerGrid(Grid):
     workers : int
         Processes. 0 for none, for tests and debugging: the calling thread plays the sites whenever
         it waits or pulls (and PyTorch is held to one thread in this process too).
-    run_id : int
-        Flower's run id.
-    run_config : Mapping[str, bool | int | float | str], optional
-        What every site finds in ``context.run_config``.
     log_folder : Path, optional
         Where ``worker-0.log`` and so on go; without it workers log to standard error.
     on_receipt : callable, optional
@@ -107,24 +105,21 @@ class WorkerGrid(Grid):
         sites: Sequence[SiteSlot],
         *,
         workers: int,
-        run_id: int = 1,
-        run_config: Mapping[str, bool | int | float | str] | None = None,
         log_folder: Path | None = None,
         on_receipt: Callable[[Receipt], object] | None = None,
     ) -> None:
-        self._run, self._on_receipt = wire.new_run(run_id), on_receipt
+        self._run, self._on_receipt = wire.new_run(_RUN_ID), on_receipt
         self._pending: dict[str, _Pending] = {}
         self._arrived: dict[str, _Arrived] = {}
         self._news = False
         self._open = [0] * max(1, workers)  # unanswered messages by worker; a push counts as one
-        wire.identify(run_id)
+        wire.identify(_RUN_ID)
         self._pool = WorkerPool(
             factory=factory,
             payload=payload,
             sites=sites,
             workers=workers,
-            run_id=run_id,
-            run_config=dict(run_config or {}),
+            run_id=_RUN_ID,
             log_folder=log_folder,
             on_frame=self._on_frame,
             on_death=self._on_death,

@@ -65,7 +65,7 @@ class WorkerPool:
 
     Parameters
     ----------
-    factory, payload, run_id, run_config
+    factory, payload, run_id
         As of `silotune.simulation.workers.Assignment`.
     sites : Sequence[SiteSlot]
         All sites.
@@ -98,7 +98,6 @@ class WorkerPool:
         sites: Sequence[SiteSlot],
         workers: int,
         run_id: int,
-        run_config: Mapping[str, bool | int | float | str],
         log_folder: Path | None,
         on_frame: Callable[[int, Frame], object],
         on_death: Callable[[int], object],
@@ -132,7 +131,6 @@ class WorkerPool:
                 sites={site: self.names[site] for site in link.sites},
                 num_sites=len(sites),
                 run_id=run_id,
-                run_config=run_config,
             )
             link.begin(assignment, on_frame=self._hear, on_end=self._end)
 

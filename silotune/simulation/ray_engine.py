@@ -36,7 +36,6 @@ from silotune.simulation.workers import (
 
 logger = logging.getLogger("silotune.simulation.ray")
 
-RunConfig = Mapping[str, bool | int | float | str]
 
 _SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -58,7 +57,6 @@ def run_with_ray(
     sites: Sequence[SiteSlot],
     workers: int,
     address: str | None = None,
-    run_config: RunConfig | None = None,
 ) -> None:
     """Run a ServerApp against simulated sites in Ray actors.
 
@@ -76,8 +74,6 @@ def run_with_ray(
         Actors on this machine. A cluster has one a CPU.
     address : str, optional
         An existing Ray cluster, such as ``"auto"`` or ``"10.0.0.1:6379"``.
-    run_config : Mapping[str, bool | int | float | str], optional
-        What the ServerApp and every site find in ``context.run_config``.
 
     Raises
     ------
@@ -92,9 +88,9 @@ def run_with_ray(
         raise EnvironmentFault(
             "the Ray engine needs the ray package", remedy="pip install 'silotune[ray]'"
         )
-    names, settings = tuple(slot.name for slot in sites), dict(run_config or {})
-    server = _Server(server_app, num_sites=len(names), run_config=settings)
-    site = _Site(factory, json.dumps(payload), names, settings)
+    names = tuple(slot.name for slot in sites)
+    server = _Server(server_app, num_sites=len(names))
+    site = _Site(factory, json.dumps(payload), names)
     where = {"address": address} if address else {"num_cpus": max(1, workers)}
     with _quiet_ray():
         _simulate(server, site, num_sites=len(names), where=where)
@@ -121,16 +117,15 @@ def _simulate(server: _Server, site: _Site, *, num_sites: int, where: dict[str, 
 
 
 class _Server(ServerApp):
-    """The real ServerApp, with its settings, on a grid that can be told of the engine's end."""
+    """The real ServerApp on a grid that can be told of the engine's end."""
 
-    def __init__(self, app: ServerApp, *, num_sites: int, run_config: RunConfig) -> None:
+    def __init__(self, app: ServerApp, *, num_sites: int) -> None:
         super().__init__()
-        self._app, self._num_sites, self._run_config = app, num_sites, run_config
+        self._app, self._num_sites = app, num_sites
         self._aborted, self._finished = threading.Event(), threading.Event()
         self.failure: BaseException | None = None
 
     def __call__(self, grid: Grid, context: Context) -> None:
-        context.run_config = dict(self._run_config)
         try:
             self._app(_EngineGrid(grid, self._num_sites, self._aborted), context)
         except _EngineEnded:
@@ -221,12 +216,9 @@ class _EngineGrid(Grid):
 class _Site(ClientApp):
     """Ships to the actors in place of the program, which each actor loads for itself."""
 
-    def __init__(
-        self, factory: str, payload: str, names: tuple[str, ...], run_config: RunConfig
-    ) -> None:
+    def __init__(self, factory: str, payload: str, names: tuple[str, ...]) -> None:
         super().__init__()
         self._program, self._names = (factory, payload), names
-        self._run_config = dict(run_config)
 
     def __call__(self, message: Message, context: Context) -> Message:
         site = int(context.node_config["partition-id"])
@@ -235,7 +227,7 @@ class _Site(ClientApp):
             node_id=context.node_id,
             node_config={**context.node_config, "site": self._names[site]},
             state=context.state,
-            run_config=dict(self._run_config),
+            run_config={},
         )
         try:
             program = _loaded(*self._program)

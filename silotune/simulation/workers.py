@@ -67,8 +67,6 @@ class Assignment:
         Sites in the whole simulation.
     run_id : int
         Flower's run id.
-    run_config : Mapping[str, bool | int | float | str]
-        What every site finds in ``context.run_config``.
     """
 
     factory: str
@@ -76,7 +74,6 @@ class Assignment:
     sites: Mapping[int, str]
     num_sites: int
     run_id: int
-    run_config: Mapping[str, bool | int | float | str]
 
     def to_header(self) -> dict[str, Any]:
         """JSON-able form."""
@@ -98,7 +95,7 @@ class Assignment:
                 "site": self.sites[site],
             },
             state=RecordDict(),
-            run_config=dict(self.run_config),
+            run_config={},
         )
 
 

@@ -26,19 +26,6 @@ def any_records(draw):
     return records_of([dense[owner] for owner in owners], splits)
 
 
-@given(any_records(), st.randoms(use_true_random=False))
-def test_gather_finds_the_rows_that_a_loop_finds(records, random):
-    units = random.sample(range(records.n_units()), random.randint(0, records.n_units()))
-    rows, position = records.gather(np.array(units, dtype=np.int64))
-    slow = [
-        (row, place)
-        for place, unit in enumerate(units)
-        for row in range(len(records))
-        if records.unit_of[row] == unit
-    ]
-    assert list(zip(rows.tolist(), position.tolist(), strict=True)) == slow
-
-
 @given(any_records())
 def test_rows_and_units_of_the_splits_make_up_the_whole(records):
     rows = np.concatenate([records.rows(split) for split in Split])

@@ -30,7 +30,7 @@ from silotune.privacy import accounting
 from silotune.privacy.accounting import gaussian_event, step_event
 from silotune.privacy.entry import Head
 from silotune.privacy.events import from_json, to_json
-from silotune.privacy.ledger import Budget, Ledger, ReleaseKey, dataset_key
+from silotune.privacy.ledger import Budget, Ledger, ReleaseKey
 from silotune.privacy.tally import epsilon_of, fits, tally_of
 
 PLAN = "ab" * 32
@@ -225,7 +225,7 @@ def test_a_settled_run_gets_its_rest_back_only_while_the_budget_has_it(ledger, c
 
 def test_datasets_have_accounts_of_their_own(ledger, counted):
     budget = Budget(1.0, DELTA)
-    other = dataset_key("notes", fingerprint="0123456789abcdef")
+    other = "notes@0123456789abcdef"
     for dataset in ("notes", "letters", other):
         ledger.reserve(dataset, "run", PLAN, times(1), budget=budget)
     charge(ledger, 1, dataset=other)

@@ -66,7 +66,6 @@ def who(message: Message, context) -> Message:
         {
             "run": context.run_id,
             "node": context.node_id,
-            "run-config": str(sorted(context.run_config.items())),
             **context.node_config,
         }
     )

@@ -28,7 +28,7 @@ def no_process_is_left_behind():
 
 @pytest.fixture(scope="module")
 def two_workers():
-    with grid(2, run_id=11, run_config={"rounds": 3, "fast": True}) as shared:
+    with grid(2) as shared:
         shared.wait_until_ready()
         yield shared
 
@@ -52,15 +52,14 @@ def test_sites_stay_with_the_worker_they_were_given_by_weight(two_workers):
     assert os.getpid() not in pids.values()
 
 
-def test_a_site_finds_itself_and_the_runs_settings_in_its_context(two_workers):
+def test_a_site_finds_itself_in_its_context(two_workers):
     reply = two_workers.send_and_receive(messages([3], kind="query.who"), timeout=120)[0]
     assert dict(reply.content["who"]) == {
-        "run": 11,
+        "run": 1,
         "node": 3,
         "partition-id": 2,
         "num-partitions": 4,
         "site": "skin",
-        "run-config": "[('fast', True), ('rounds', 3)]",
     }
 
 

@@ -15,7 +15,6 @@ from silotune.simulation.grid import SiteSlot, WorkerGrid
 from silotune.simulation.ray_engine import run_with_ray
 
 SITES = [SiteSlot("eye"), SiteSlot("heart"), SiteSlot("skin")]
-CONFIG = {"rounds": 2, "fast": True}
 
 
 def instructions(nodes, kind, **config):
@@ -30,13 +29,12 @@ def conversation(told):
 
     @app.main()
     def main(grid, context):
-        told["run-config"] = context.run_config
         nodes = grid.get_node_ids()
         names = {}
         for reply in grid.send_and_receive(instructions(nodes, "query.who"), timeout=60):
             who = dict(reply.content["who"])
             names[reply.metadata.src_node_id] = who["site"]
-            told[who["site"]] = [(who["partition-id"], who["num-partitions"], who["run-config"])]
+            told[who["site"]] = [(who["partition-id"], who["num-partitions"])]
         for how in ("", "", "coded", "text"):
             sent = instructions(nodes, "train", do=how)
             ids = set(grid.push_messages(sent))
@@ -67,13 +65,11 @@ def test_sites_say_the_same_on_ray_as_on_worker_grid():
         {},
         sites=SITES,
         workers=2,
-        run_config=CONFIG,
     )
-    with WorkerGrid("grid_programs:build", {}, SITES, workers=0, run_config=CONFIG) as grid:
-        context = Context(1, 0, {}, RecordDict(), dict(CONFIG))
+    with WorkerGrid("grid_programs:build", {}, SITES, workers=0) as grid:
+        context = Context(1, 0, {}, RecordDict(), {})
         conversation(on_grid)(grid=grid, context=context)
     assert on_ray == on_grid
-    assert on_ray["run-config"] == CONFIG
     assert on_ray["heart"] == [
         (1, 3, "[('fast', True), ('rounds', 2)]"),
         (1, [0.0, 1.0, 2.0, 3.0]),

@@ -15,9 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import log_ndtr
 
-UNSEEN = 1.0 / np.log(2.0)
-"""Mean exposure in bits of secrets that were never seen, among many candidates."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Memorisation:

@@ -174,7 +174,7 @@ class CoordinatorRound:
             element(share)
         self._opened[site] = dict(shares)
 
-    def unmask(self, *, threads: int = 1) -> Ring:
+    def unmask(self) -> Ring:
         """The sum of the survivors' encoded updates. Call it once.
 
         Raises
@@ -195,7 +195,7 @@ class CoordinatorRound:
                 weights[openers] = Interpolation([points[opener] for opener in openers])
             shares = {points[opener]: self._opened[opener][name] for opener in openers}
             masks += self._masks_of(name, self._combined(name, weights[openers], shares))
-        apply_masks(self._sum, masks, threads=threads)
+        apply_masks(self._sum, masks)
         return self._sum
 
     # --- inside ---

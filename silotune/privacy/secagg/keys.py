@@ -26,7 +26,6 @@ from silotune.privacy.errors import MessageMalformed, TranscriptMismatch
 from silotune.privacy.secagg.masks import Mask
 
 PUBLIC_BYTES = 32
-TAG_BYTES = 16
 _NONCE = bytes(12)
 
 

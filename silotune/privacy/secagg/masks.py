@@ -8,7 +8,6 @@ is read from memory once, whatever the number of peers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,14 +15,11 @@ import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 
-KEY_BYTES = 32
 Ring = NDArray[np.uint32] | NDArray[np.uint16]
 
 _BLOCK_BYTES = 1 << 17  # keystream and vector block together stay in a second-level cache
 _AES_BLOCK = 16
 _ZEROS = memoryview(bytes(_BLOCK_BYTES))
-# Starting a pool costs about as much as this much keystream on one core.
-_THREADED_BYTES = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -46,7 +42,7 @@ class Mask:
         return Mask(self.key, not self.plus)
 
 
-def apply_masks(vector: Ring, masks: Sequence[Mask], *, threads: int = 1) -> None:
+def apply_masks(vector: Ring, masks: Sequence[Mask]) -> None:
     """Add masks to a vector, in place, modulo ``2**32`` or ``2**16`` as its type says.
 
     Parameters
@@ -55,34 +51,14 @@ def apply_masks(vector: Ring, masks: Sequence[Mask], *, threads: int = 1) -> Non
         One-dimensional and contiguous.
     masks : sequence of Mask
         Any number.
-    threads : int
-        Parts of the vector that are worked on at a time; the result is the same.
     """
     if vector.dtype not in (np.uint32, np.uint16) or vector.ndim != 1:
         raise ValueError("masks are added to a flat vector of uint32 or uint16")
     if not vector.flags.c_contiguous or not vector.flags.writeable:
         raise ValueError("masks are added in place")
-    if threads < 2 or vector.nbytes * len(masks) < _THREADED_BYTES:
-        _apply(vector, masks, first_byte=0)
-        return
-    blocks = -(-vector.nbytes // _BLOCK_BYTES)
-    stride = -(-blocks // threads) * _BLOCK_BYTES
-    parts = range(0, vector.nbytes, stride)
-    with ThreadPoolExecutor(threads) as pool:
-        size = vector.itemsize
-        jobs = [
-            pool.submit(_apply, vector[at // size : (at + stride) // size], masks, first_byte=at)
-            for at in parts
-        ]
-        for job in jobs:
-            job.result()
-
-
-def _apply(vector: Ring, masks: Sequence[Mask], *, first_byte: int) -> None:
-    counter = (first_byte // _AES_BLOCK).to_bytes(_AES_BLOCK, "big")
     streams = [
         (
-            Cipher(algorithms.AES(mask.key), modes.CTR(counter)).encryptor(),
+            Cipher(algorithms.AES(mask.key), modes.CTR(bytes(_AES_BLOCK))).encryptor(),
             np.add if mask.plus else np.subtract,
         )
         for mask in masks

@@ -167,9 +167,7 @@ class SiteRound:
             if name != self._own
         }
 
-    def mask(
-        self, vector: Ring, *, present: Sequence[str], sealed: Mapping[str, bytes], threads: int = 1
-    ) -> None:
+    def mask(self, vector: Ring, *, present: Sequence[str], sealed: Mapping[str, bytes]) -> None:
         """Mask an encoded update, in place. Once.
 
         Parameters
@@ -197,7 +195,7 @@ class SiteRound:
         held = {name: self._opened(name, sealed[name]) for name in sorted(near)}
         held[self._own] = self._own_shares()[self._own]
         self._state.held, self._state.present = held, sorted(present)
-        apply_masks(vector, self._masks(near), threads=threads)
+        apply_masks(vector, self._masks(near))
         self._state.stage = Stage.MASKED
 
     def sign(self, survivors: Sequence[str]) -> bytes:
