@@ -11,9 +11,6 @@ from matplotlib.ticker import MaxNLocator
 
 from silotune.simulation.charting import INK, MUTED, Canvas
 
-# A chart of more sites than this is no longer read; the report's table has them all.
-MOST_SITES = 24
-
 
 def frame(canvas: Canvas, *, height: float) -> tuple[Figure, Any]:
     """A figure of the canvas' width and `height` inches, with one set of axes."""

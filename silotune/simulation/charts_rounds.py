@@ -17,7 +17,6 @@ from matplotlib.ticker import MaxNLocator
 
 from silotune.events.view import RoundView, RunView
 from silotune.simulation.chart_parts import (
-    MOST_SITES,
     frame,
     key,
     rounds_axis,
@@ -37,6 +36,7 @@ from silotune.simulation.charting import (
     Chart,
     render,
 )
+from silotune.simulation.figures import MOST_SITES
 from silotune.simulation.wording import printable
 
 _UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "bytes"))

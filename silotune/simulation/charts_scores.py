@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 
 from silotune.events.view import Evaluation, RoundView
 from silotune.simulation.chart_parts import (
-    MOST_SITES,
     frame,
     key,
     note,
@@ -33,7 +32,7 @@ from silotune.simulation.charting import (
     Chart,
     render,
 )
-from silotune.simulation.figures import Curves, Metric, SiteRow
+from silotune.simulation.figures import MOST_SITES, Curves, Metric, SiteRow
 from silotune.simulation.wording import printable
 
 _BARS = (

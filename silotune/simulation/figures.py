@@ -19,6 +19,8 @@ from silotune.simulation.run_record import Method, RunRecord, Scores
 Curves = Mapping[str, Sequence[tuple[int, float]]]
 """Epsilon by site: pairs of a round's number and what is spent after it."""
 
+# A chart of more sites than this is no longer read; the report's table has them all.
+MOST_SITES = 24
 # Two epsilons this close (relative) are the same budget, calibrated by two searches.
 _SAME_EPSILON = 0.02
 

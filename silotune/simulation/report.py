@@ -6,10 +6,11 @@ mailed, archived and opened on a machine without a network.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
@@ -17,15 +18,14 @@ from markupsafe import Markup
 from silotune import __version__
 from silotune.simulation import page
 from silotune.simulation.attack_words import attack_sentences
-from silotune.simulation.chart_parts import MOST_SITES
-from silotune.simulation.charting import Chart
-from silotune.simulation.charts_rounds import bytes_chart, time_chart, timeline_chart
-from silotune.simulation.charts_scores import epsilon_chart, learning_chart, site_chart
-from silotune.simulation.figures import Summary, summarise
+from silotune.simulation.figures import MOST_SITES, Summary, summarise
 from silotune.simulation.run_directory import write_atomically
 from silotune.simulation.run_record import RunRecord, read_beside, read_record
 from silotune.simulation.verdict import site_verdict, verdict
 from silotune.simulation.wording import octets, plural, power
+
+if TYPE_CHECKING:
+    from silotune.simulation.charting import Chart
 
 
 def write_report(run_dir: Path, *, beside: Sequence[Path] = ()) -> Path:
@@ -61,7 +61,12 @@ def write_report(run_dir: Path, *, beside: Sequence[Path] = ()) -> Path:
 
 
 def draw_charts(record: RunRecord, found: Summary) -> dict[str, Chart]:
-    """Every chart that there is something to draw for, by name."""
+    """Every chart that there is something to draw for, by name; none without matplotlib."""
+    if not _can_draw():
+        return {}
+    from silotune.simulation.charts_rounds import bytes_chart, time_chart, timeline_chart
+    from silotune.simulation.charts_scores import epsilon_chart, learning_chart, site_chart
+
     history = record.history
     drawn = (
         learning_chart(page.view(record, "simulator"), found.metric, history.every_round),
@@ -72,6 +77,10 @@ def draw_charts(record: RunRecord, found: Summary) -> dict[str, Chart]:
         bytes_chart(history.finished_rounds),
     )
     return {chart.name: chart for chart in drawn if chart is not None}
+
+
+def _can_draw() -> bool:
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 def render_page(record: RunRecord, found: Summary, charts: Mapping[str, Chart]) -> str:
@@ -106,6 +115,7 @@ def _words(record: RunRecord, found: Summary) -> dict[str, Any]:
     alarm, alarm_words = _alarm(found)
     return {
         "found": found,
+        "can_draw": _can_draw(),
         "version": __version__,
         "minus": "\N{MINUS SIGN}",
         "sites_in_words": plural(len(found.sites), "site"),

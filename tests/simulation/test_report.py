@@ -1,6 +1,8 @@
 """The report says what the files say, fetches nothing, runs nothing, and survives anything."""
 
 import re
+import subprocess
+import sys
 from html import unescape
 from html.parser import HTMLParser
 from importlib.resources import files
@@ -337,6 +339,29 @@ def test_charts_lie_beside_the_page_as_pictures(report):
     expected = ("learning", "sites", "epsilon", "bytes", "time", "timeline")
     assert names == {f"report-{name}.png" for name in expected}
     assert all((folder / name).read_bytes().startswith(b"\x89PNG\r\n") for name in names)
+
+
+def test_without_matplotlib_a_report_has_its_tables_and_says_how_to_get_the_charts(tmp_path):
+    folder = Synthetic(**VARIANTS["private"]).write(tmp_path)
+    code = f"""import sys
+from pathlib import Path
+class Absent:
+    def find_spec(self, name, *rest):
+        if name.split(".")[0] == "matplotlib":
+            raise ModuleNotFoundError(name=name)
+sys.meta_path.insert(0, Absent())
+import importlib.util as u
+found = u.find_spec
+u.find_spec = lambda name, *rest: None if name == "matplotlib" else found(name, *rest)
+from silotune.simulation.report import write_report
+write_report(Path({str(folder)!r}))"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    page = Page((folder / "report.html").read_text(encoding="utf-8"))
+    assert "pip install 'silotune[report]'" in page.text
+    assert "Every round in figures" in page.text and "Bytes" in page.text
+    assert "No round" not in page.text
+    assert not [tag for tag, _ in page.tags if tag == "svg"]
+    assert not list(folder.glob("report-*.png"))
 
 
 def test_writing_twice_gives_the_same_bytes(report):
