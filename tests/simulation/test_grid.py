@@ -68,7 +68,7 @@ def test_a_reply_names_its_message_its_run_and_its_round(two_workers):
     [message_id] = two_workers.push_messages(sent)
     [reply] = pull_all(two_workers, [message_id])
     assert sent[0].metadata.message_id == message_id == reply.metadata.reply_to_message_id
-    assert reply.metadata.run_id == 11
+    assert reply.metadata.run_id == 1
     assert (reply.metadata.group_id, reply.metadata.message_type) == ("17", "train.step")
     assert reply.metadata.message_id != ""
 

@@ -71,7 +71,7 @@ def test_sites_say_the_same_on_ray_as_on_worker_grid():
         conversation(on_grid)(grid=grid, context=context)
     assert on_ray == on_grid
     assert on_ray["heart"] == [
-        (1, 3, "[('fast', True), ('rounds', 2)]"),
+        (1, 3),
         (1, [0.0, 1.0, 2.0, 3.0]),
         (2, [0.0, 1.0, 2.0, 3.0]),  # a site's state lasts
         (2, "ST-401"),
