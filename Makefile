@@ -25,7 +25,7 @@ demo: $(READY)
 	$(BIN)/silotune simulate ./hospitals/plan.toml --baselines
 
 # Two processes, one a core: what talks to real processes, and everything else.
-PROCESSES := tests/client tests/commands tests/dashboard tests/e2e tests/events tests/export tests/server
+PROCESSES := tests/client tests/commands tests/dashboard tests/e2e tests/events tests/flower tests/server tests/test_export.py
 
 test: lint
 	@log=$$(mktemp); $(BIN)/python -m pytest --durations=10 $(PROCESSES) > $$log 2>&1 & other=$$!; \
@@ -36,11 +36,11 @@ test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
 
 # What depends on other libraries' insides, with the newest and the lowest versions that pyproject.toml admits.
-ENDS := tests/client/test_admission.py tests/client/test_fleet_contract.py tests/client/test_trainer.py \
-	tests/federation tests/models tests/privacy/test_accounting.py tests/privacy/test_clipping.py \
-	tests/privacy/test_engine.py tests/server/test_conductor.py tests/server/test_object_files.py \
-	tests/server/test_store.py tests/server/test_superlink_contract.py tests/simulation/test_grid.py \
-	tests/simulation/test_ray_engine.py tests/simulation/test_run.py tests/simulation/test_wire.py tests/strategies
+ENDS := tests/client/test_admission.py tests/flower tests/client/test_trainer.py \
+	tests/protocol tests/models tests/privacy/test_accounting.py tests/privacy/test_clipping.py \
+	tests/privacy/test_engine.py tests/server/test_conductor.py tests/server/store/test_store.py \
+	tests/trust tests/simulation/test_grid.py \
+	tests/simulation/test_ray_engine.py tests/simulation/test_run.py tests/strategies
 INSTALL = $(BIN)/uv venv --quiet --clear --python $(BIN)/python $(VENV)-$(1) && \
 	$(BIN)/uv pip install --quiet --python $(VENV)-$(1)/bin/python -e '.[demo,dev]' --resolution
 

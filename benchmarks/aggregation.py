@@ -18,8 +18,8 @@ import tracemalloc
 
 import numpy as np
 
-from silotune.models.layout import Entry, Layout
-from silotune.plan import Plan
+from silotune.models.layout import ArrayEntry, Layout
+from silotune.plan.plan import Plan
 from silotune.strategies import strategy_for
 from silotune.strategies.base import Terms
 
@@ -46,8 +46,8 @@ def layout_for(plan: Plan, parameters: int) -> Layout:
     entries = []
     for number in range(max(1, parameters // (2 * RANK * 1024))):
         if not plan.freezes_a:
-            entries.append(Entry(f"layer.{number}.lora_A.weight", (RANK, 1024), "adapter"))
-        entries.append(Entry(f"layer.{number}.lora_B.weight", (1024, RANK), "adapter"))
+            entries.append(ArrayEntry(f"layer.{number}.lora_A.weight", (RANK, 1024), "adapter"))
+        entries.append(ArrayEntry(f"layer.{number}.lora_B.weight", (1024, RANK), "adapter"))
     return Layout(tuple(entries))
 
 

@@ -13,15 +13,15 @@ from pathlib import Path
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
-from silotune.client.coordinator_api import CoordinatorApi
+from silotune.client.daemon.api import CoordinatorApi
+from silotune.client.daemon.joining import Joining
 from silotune.client.errors import CoordinatorUnavailable
-from silotune.client.fleet import Fleet
-from silotune.client.joining import Joining
 from silotune.data.site import SiteConfig
 from silotune.errors import SilotuneError
-from silotune.federation import wire
-from silotune.federation.envelope import address_of, seal, seal_id, unseal
-from silotune.models.layout import Entry, Layout
+from silotune.flower.site_link import Fleet
+from silotune.models.layout import ArrayEntry, Layout
+from silotune.protocol import http
+from silotune.protocol.envelope import address_of, seal, seal_id, unseal
 
 _MOST_BYTES = 1 << 30
 PAUSE = float(os.environ.get("SILOTUNE_BENCHMARK_PAUSE", "0"))  # as if it trained
@@ -37,7 +37,7 @@ def approve_all(enrolment, stop):
             for proposal in api.plans().proposals:
                 if proposal.state == "proposed" and proposal.decided is None:
                     api.decide(
-                        wire.Decision.make(
+                        http.Decision.make(
                             enrolment.keys.signing,
                             federation=enrolment.facts.federation,
                             site=enrolment.facts.site,
@@ -67,7 +67,7 @@ def main(folder, code, values):
     joining = Joining(site, code)
     joining.ask()
     enrolment = joining.wait(seconds=600)
-    layout = Layout((Entry("x.lora_A.weight", (8, int(values) // 8), "adapter"),))
+    layout = Layout((ArrayEntry("x.lora_A.weight", (8, int(values) // 8), "adapter"),))
     stop = threading.Event()
     threading.Thread(target=approve_all, args=(enrolment, stop), daemon=True).start()
     fleet = Fleet(

@@ -21,13 +21,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from silotune.client.runtime import SiteRun
-from silotune.client.warm import WarmModel
+from silotune.client.model_cache import ModelCache
+from silotune.client.site_run import SiteRun
 from silotune.data.demo import write_hospitals
 from silotune.data.site import load_sites
 from silotune.models.choices import choose
 from silotune.models.layout import initial_adapter
-from silotune.plan import Plan
+from silotune.plan.plan import Plan
 from silotune.simulation.baselines import in_the_clear
 
 OPEN = {
@@ -42,7 +42,7 @@ CLOCKS = {"cpu": time.process_time, "wall": time.perf_counter}
 
 def sites_of(plan: Plan, folder: Path, state: Path, *, most: int) -> list[SiteRun]:
     """The hospitals' parts in a run, ready to train."""
-    warm = WarmModel(choose(plan), shared=folder / "shared")
+    warm = ModelCache(choose(plan), shared=folder / "shared")
     runs = [
         SiteRun(site, state=state / site.name, plan=plan, run="benchmark", warm=warm)
         for site in load_sites(folder)[:most]

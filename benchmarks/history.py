@@ -30,7 +30,7 @@ import json, inspect, statistics, sys, time
 from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from silotune.client import clerk
-from silotune.federation.audit_log import AuditLog
+from silotune.trust.audit import AuditLog
 from silotune.privacy.ledger import Ledger
 folder, calls, lines, rows = Path(sys.argv[1]), *map(int, sys.argv[2:])
 key = Ed25519PrivateKey.generate()

@@ -33,7 +33,7 @@ WATCH = """
 import os, sys, threading, time
 os.nice(19)
 from pathlib import Path
-from silotune.server.control_client import ControlClient
+from silotune.server.admin.client import ControlClient
 folder, run, count = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 seen = [0] * count
 def watch(index):
@@ -53,10 +53,10 @@ def store(*, sites, rounds):
     """CPU and wall seconds of what a round writes, on SQLite, with the disk waited for."""
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-    from silotune.federation.sealed import Vault
-    from silotune.plan import SignedPlan
-    from silotune.server.run_store import RunRecord, Runs
-    from silotune.server.store import Store
+    from silotune.plan.plan import SignedPlan
+    from silotune.server.store.database import Store
+    from silotune.server.store.runs import Runs, RunWriter
+    from silotune.trust.vault import Vault
     from tests.server.monitored import plan_of, tell_round
 
     folder = Path(tempfile.mkdtemp(dir=ROOT))
@@ -65,7 +65,7 @@ def store(*, sites, rounds):
         plan = plan_of(rounds=rounds + 5)
         signed = SignedPlan.sign(plan, Ed25519PrivateKey.generate())
         Runs(made).propose(plan, signed, run="r", quorum=2)
-        record = RunRecord(
+        record = RunWriter(
             made, "r", on_event=lambda: None, on_checkpoint=lambda number: None, gathers=True
         )
         names = [f"site-{number}" for number in range(sites)]
@@ -170,7 +170,7 @@ def page(folder):
     """Seconds until a large run is drawn, and until a further round is seen."""
     from playwright.sync_api import sync_playwright
 
-    from silotune.simulation.run_directory import RunDirectory
+    from silotune.rounds.run_directory import RunDirectory
     from tests.simulation.synthetic_run import Synthetic
 
     sites = {f"site-{number:02d}": 500 for number in range(50)}

@@ -34,11 +34,11 @@ from flwr.supercore.primitives.asymmetric import (
 )
 
 from silotune.privacy.secagg.coordinator import CoordinatorRound
-from silotune.privacy.secagg.field import Interpolation, split
+from silotune.privacy.secagg.encoding import Mask, apply_masks
 from silotune.privacy.secagg.graph import quorum_for, topology
-from silotune.privacy.secagg.keys import RoundSecrets, pairwise_mask
-from silotune.privacy.secagg.masks import Mask, apply_masks
-from silotune.privacy.secagg.site import Member, SiteRound
+from silotune.privacy.secagg.keys import Interpolation, RoundSecrets, pairwise_mask, split
+from silotune.privacy.secagg.messages import Member
+from silotune.privacy.secagg.site import SiteRound
 
 Numbers = dict[str, float]
 

@@ -23,7 +23,7 @@ import torch
 from silotune.data.demo import write_hospitals
 from silotune.data.site import load_sites
 from silotune.models.choices import choose
-from silotune.plan import Plan
+from silotune.plan.plan import Plan
 from silotune.simulation.baselines import Job, head_only, in_the_clear, run_jobs
 from silotune.simulation.run import Settings, simulate
 from silotune.simulation.spectator import metrics_of

@@ -45,10 +45,11 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from silotune.data.demo import write_hospitals
-from silotune.plan import Plan
-from silotune.simulation import wire
+from silotune.flower import messages as wire
+from silotune.plan.plan import Plan
 from silotune.simulation.baselines import IN_THE_CLEAR
-from silotune.simulation.grid import SiteSlot, WorkerGrid
+from silotune.simulation.grid import WorkerGrid
+from silotune.simulation.pool import SiteSlot
 from silotune.simulation.run import Settings, simulate
 
 PATIENCE = 600.0  # seconds for the other contender, before the benchmark gives up

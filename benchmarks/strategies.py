@@ -37,15 +37,16 @@ import numpy as np
 import torch
 from strategies_grid import COMMON, POISON, Case, grid
 
-from silotune.client.runtime import SiteRun, WarmModel
+from silotune.client.model_cache import ModelCache
+from silotune.client.site_run import SiteRun
 from silotune.data.demo import write_hospitals
+from silotune.data.partition import Iid, partition_file
+from silotune.data.records import Split
 from silotune.data.site import BudgetConfig, SiteConfig, load_sites
-from silotune.data.splits import Split
 from silotune.models.choices import Choices, choose
 from silotune.models.layout import initial_adapter
-from silotune.plan import Plan
+from silotune.plan.plan import Plan
 from silotune.simulation.baselines import in_the_clear
-from silotune.simulation.partition import Iid, partition_file
 from silotune.simulation.program import score
 from silotune.simulation.spectator import metrics_of
 from silotune.strategies import strategy_for
@@ -82,8 +83,8 @@ def prepare(folder: Path, *, rows: int) -> None:
 
 
 @lru_cache(maxsize=1)
-def warm_model(choices: str, folder: str) -> WarmModel:
-    return WarmModel(Choices(**json.loads(choices)), shared=Path(folder) / "shared")
+def warm_model(choices: str, folder: str) -> ModelCache:
+    return ModelCache(Choices(**json.loads(choices)), shared=Path(folder) / "shared")
 
 
 @cache
@@ -93,7 +94,7 @@ def material(folder: str, base: str) -> dict[str, object]:
     return {}
 
 
-def parts_of(case: Case, plan: Plan, folder: Path, warm: WarmModel, state: Path) -> list[SiteRun]:
+def parts_of(case: Case, plan: Plan, folder: Path, warm: ModelCache, state: Path) -> list[SiteRun]:
     kept, parts = material(str(folder), case.records), []
     for number, site in enumerate(load_sites(folder / case.records)):
         # A site's own budget is not what is measured here.
@@ -169,7 +170,7 @@ def base_rate(folder: Path, split: str) -> float:
     with tempfile.TemporaryDirectory() as state:
         tally: dict[str, int] = defaultdict(int)
         for site in load_sites(folder / split):
-            part = SiteRun(site, state=Path(state), plan=plan, run="r", warm=WarmModel())
+            part = SiteRun(site, state=Path(state), plan=plan, run="r", warm=ModelCache())
             for row in held_out(part, site):
                 tally[row] += 1
     most = max(tally.values())

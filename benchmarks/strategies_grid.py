@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 
-from silotune.plan import Plan
+from silotune.plan.plan import Plan
 
 HEAD_ROUNDS, ROUNDS = 12, 24
 POISONED_SITES, POISON = 2, -10

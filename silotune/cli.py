@@ -16,17 +16,13 @@ from silotune.commands import (
     audit,
     certificate,
     coordinator,
-    dashboard,
-    demo,
-    errors_page,
-    events_page,
-    export,
+    data,
     ledger,
-    partition,
     plan,
     predict,
+    reference,
     release,
-    report,
+    results,
     simulate,
     site,
 )
@@ -42,23 +38,23 @@ app = typer.Typer(
     help="Fine-tune one language model across organisations that may not pool their records.",
     epilog="Start with: silotune demo hospitals ./hospitals, then silotune simulate hospitals/plan.toml",
 )
-app.add_typer(demo.app, name="demo")
-app.command("partition")(partition.partition)
+app.add_typer(data.app, name="demo")
+app.command("partition")(data.partition)
 app.add_typer(plan.app, name="plan")
 app.command("simulate")(simulate.simulate)
 app.add_typer(coordinator.app, name="coordinator")
-app.command("report")(report.report)
-app.command("export")(export.export)
+app.command("report")(results.report)
+app.command("export")(results.export)
 app.command("release")(release.release)
-app.command("dashboard")(dashboard.dashboard)
+app.command("dashboard")(results.dashboard)
 app.command("predict")(predict.predict)
 app.add_typer(site.app, name="site")
 app.add_typer(ledger.app, name="ledger")
 app.add_typer(certificate.app, name="certificate")
 app.add_typer(audit.app, name="audit")
 app.add_typer(admin.app, name="admin")
-app.command("errors")(errors_page.errors)
-app.command("events")(events_page.events)
+app.command("errors")(reference.errors)
+app.command("events")(reference.events)
 
 
 def _version(wanted: bool) -> None:

@@ -2,6 +2,16 @@
 
 A family groups the codes of one part of the product and owns one exit code of the command line. The
 page ``docs/errors.md`` is generated from these classes, so a class is the only place to edit.
+
+What a base model is refused for once it is tried on texts.
+
+What only a site's own data and configuration can be wrong with.
+
+Errors of events, of where they are read from, and of where they are sent.
+
+Errors of exports.
+
+Errors of releasing an adapter.
 """
 
 from __future__ import annotations
@@ -361,7 +371,7 @@ class WorkerDied(RunError):
     advice = "Use fewer --workers or a smaller privacy.max_physical_batch, then resume."
 
 
-class SiteFailed(RunError):
+class SiteReportedError(RunError):
     """A site answered with an error; only its code crossed the wire."""
 
     code = "ST-605"
@@ -402,3 +412,153 @@ def catalogue() -> list[type[SilotuneError]]:
 
     named = [cls for cls in below(SilotuneError) if "code" in cls.__dict__]
     return sorted(named, key=lambda cls: cls.code)
+
+
+class LengthRefused(ModelError):
+    """data.max_length is more than the model takes."""
+
+    code = "ST-306"
+    title = "The plan's texts are longer than the model takes"
+    cause = "data.max_length is above the number of tokens that the base model has positions for."
+    advice = "Lower data.max_length in the plan to the number that the message gives."
+
+
+class TextRefused(ModelError):
+    """The model fails on texts."""
+
+    code = "ST-307"
+    title = "The model fails on texts"
+    cause = "It takes no token ids, its tokenizer is another model's, or a layer of it failed."
+    advice = "Use a text model together with its own tokenizer; the message names what failed."
+
+
+class RecordsMixed(ModelError):
+    """What the model makes of a record depends on other records."""
+
+    code = "ST-308"
+    title = "The model mixes the records of a batch"
+    cause = "A public text's loss or gradient changed with the texts beside it or with its padding."
+    advice = "Use another base model: clipping can't bound what one record does to the others."
+
+
+class TokensSeenEarly(ModelError):
+    """A model that sees the answer can't be taught to give it."""
+
+    code = "ST-309"
+    title = "The model sees the tokens that it is to predict"
+    cause = "Another last token changed what the model predicts at earlier ones: it is an encoder."
+    advice = "Use a decoder for causal_lm, or this model for text_classification."
+
+
+class SiteConfigInvalid(DataError):
+    """site.toml is wrong."""
+
+    code = "ST-201"
+    title = "The site configuration is not valid"
+    cause = "site.toml is missing, is not TOML, or has an unknown or wrong setting."
+    advice = "Correct the keys that the message lists; examples/site.toml explains each."
+
+
+class UnitMismatch(DataError):
+    """The plan protects another unit than the one the site offers its dataset under."""
+
+    code = "ST-208"
+    title = "The plan's privacy unit is not the site's"
+    cause = "privacy.unit of the plan differs from the unit of the dataset in site.toml."
+    advice = "Set privacy.unit to the site's unit; its budget and declared_units count that one."
+
+
+class LabelsUnfit(DataError):
+    """The site declares a label that the plan lacks."""
+
+    code = "ST-210"
+    title = "The plan lacks a label that the site declares"
+    cause = "A label in labels of the dataset in site.toml is not one of model.labels of the plan."
+    advice = "Add the label to model.labels, spelled as in site.toml, or take it out of site.toml."
+
+
+class HeldOutTooMuch(DataError):
+    """The plan holds out more than the site lends for it."""
+
+    code = "ST-211"
+    title = "The plan holds out too large a share"
+    cause = "test_share and validation_share together are above max_held_out of the dataset."
+    advice = "Lower the shares in the plan, or raise max_held_out in site.toml."
+
+
+class RecordsChanged(DataError):
+    """A run can't go on with other records than it began with."""
+
+    code = "ST-212"
+    title = "The records changed since the run began"
+    cause = "A site's records are not those that the first rounds of this run were trained on."
+    advice = "Put the old records back, or start a new run."
+
+
+class EventMalformed(RunError):
+    """An event lacks a field of its kind or has one of another type."""
+
+    code = "ST-630"
+    title = "An event is not of its schema"
+    cause = (
+        "A field is missing or of another type; the file was edited, or the writer has a defect."
+    )
+    advice = "Compare the fields named with docs/events.md; restore the file if it was edited."
+
+
+class RunNotFound(RunError):
+    """There is no run of that name where one was looked for."""
+
+    code = "ST-631"
+    title = "There is no such run here"
+    cause = "The name is wrong, or the run is in another folder or federation."
+    advice = "Choose one from the list of runs."
+
+
+class FileNotOffered(RunError):
+    """The run has no such file to download."""
+
+    code = "ST-632"
+    title = "The run does not offer this file"
+    cause = "The file is not there yet, or is not one that may be downloaded."
+    advice = "Choose one from the run's page; adapters come with the first finished round."
+
+
+class ExtraMissing(EnvironmentFault):
+    """An optional package that the user asked for is not installed."""
+
+    code = "ST-701"
+    title = "An optional part of silotune is not installed"
+    cause = (
+        "Some connections to other tools need packages that silotune does not install by itself."
+    )
+    advice = "Install the extra that the message names into the environment that silotune runs in."
+
+
+class ExportInTheWay(EnvironmentFault):
+    """The place to write to holds this very run already."""
+
+    code = "ST-760"
+    title = "This run was exported there before"
+    cause = "A second copy of the same curves would be drawn on top of the first."
+    advice = "Give another folder with --out, or remove the earlier export."
+
+
+class ReleaseRefused(PrivacyError):
+    """A control that an adapter has to pass before it leaves was not passed."""
+
+    code = "ST-415"
+    title = "The adapter does not pass the gate"
+    cause = (
+        "A certificate, an attack or a bound says that it should not leave the consortium as it is."
+    )
+    advice = "Read the control that the message names; `silotune release RUN` lists all of them."
+
+
+class ReleaseInvalid(PrivacyError):
+    """A signed release doesn't fit the adapter beside it."""
+
+    code = "ST-416"
+    title = "The signed release does not verify"
+    cause = "Its signature does not fit, or the adapter or a certificate was changed after signing."
+    advice = "Use the adapter that was signed, or have this one pass the gate again."

@@ -6,12 +6,12 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from silotune.client.runtime import SiteRun
-from silotune.client.warm import WarmModel
+from silotune.client.model_cache import ModelCache
+from silotune.client.site_run import SiteRun
 from silotune.data.site import SiteConfig, load_sites
 from silotune.models.choices import Choices
-from silotune.models.weights import weights_sha256
-from silotune.plan import Plan
+from silotune.models.pretrained import weights_sha256
+from silotune.plan.plan import Plan
 
 CHOICES = Choices(device="cpu", dtype="float32", attention="eager")
 SITES = ("alpha", "beta", "gamma")
@@ -52,7 +52,7 @@ class Federation:
 
     def runs(self, plan: Plan | None = None, *, run: str = "r", state: str = "s") -> list[SiteRun]:
         """The sites' parts in a run, in one process."""
-        warm = WarmModel(CHOICES)
+        warm = ModelCache(CHOICES)
         return [
             SiteRun(
                 site,

@@ -3,11 +3,10 @@
 import json
 import os
 
-from silotune.federation.audit_line import START, Line
-from silotune.privacy.accounting import gaussian_event, to_json
-from silotune.privacy.chain import _INSERT
-from silotune.privacy.entry import GENESIS, Entry, Row
+from silotune.privacy.chain import _INSERT, GENESIS, LedgerEntry, Row
+from silotune.privacy.events import gaussian_event, to_json
 from silotune.privacy.ledger import Ledger
+from silotune.trust.audit import START, Line
 
 _THEN = "2026-01-01T00:00:00.000+00:00"
 
@@ -30,7 +29,7 @@ def write_audit_log(path, *, lines):
 def write_ledger(path, *, rows, rounds=49):
     """A ledger of so many rows: runs of so many rounds each."""
     ledger = Ledger(path, to_disk=False)
-    base = Entry("charge", "d", "r", _THEN, plan_sha256="ab" * 32)
+    base = LedgerEntry("charge", "d", "r", _THEN, plan_sha256="ab" * 32)
     event, budget = str(to_json(gaussian_event(40.0))), '{"delta": 1e-05, "epsilon": 1000000.0}'
     head, database = GENESIS, ledger._chain._db
     database.execute("BEGIN IMMEDIATE")
@@ -41,7 +40,7 @@ def write_ledger(path, *, rows, rounds=49):
             changes |= {"round": turn, "release": "update", "payload_sha256": "cd" * 32}
         else:
             changes |= {"kind": "reserve", "budget": budget}
-        row = Row.after(head, Entry(**{**vars(base), **changes}))
+        row = Row.after(head, LedgerEntry(**{**vars(base), **changes}))
         database.execute(_INSERT, row.as_dict())
         head = row.head
     database.execute("COMMIT")

@@ -13,12 +13,12 @@ import numpy as np
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from silotune.client.runtime import SiteRun
 from silotune.client.secure import SecurePart
+from silotune.client.site_run import SiteRun
 from silotune.client.trainer import Vector
 from silotune.errors import PlanInvalid
 from silotune.events import tracing
-from silotune.plan import Plan
+from silotune.plan.plan import Plan
 from silotune.privacy.errors import MessageMalformed
 from silotune.privacy.secagg.messages import unpack_named, unpack_names
 

@@ -70,7 +70,7 @@ class SecureAggregationRequired(PolicyError):
     advice = "Set aggregation.secure in the plan, or have the site's owner change the clause."
 
 
-class CohortTooSmall(PolicyError):
+class CohortBelowPolicy(PolicyError):
     """Too few sites would take part."""
 
     code = "ST-508"
@@ -151,7 +151,7 @@ class ApprovalMissing(PolicyError):
     advice = "At the site: `silotune site plans`, then `silotune site approve HASH`."
 
 
-class PlanRejected(PolicyError):
+class PlanRejectedHere(PolicyError):
     """Somebody at the site has rejected this plan."""
 
     code = "ST-517"
@@ -223,7 +223,7 @@ class MessageRefused(RunError):
     advice = "The two sides probably run different versions of silotune; align them."
 
 
-class RunUnknown(RunError):
+class RunNotProposed(RunError):
     """A message names a run that was never proposed to this site."""
 
     code = "ST-642"

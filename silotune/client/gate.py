@@ -10,25 +10,35 @@ Anything else is stopped before it becomes bytes. What a private reply costs is 
 are touched for it (`Gate.charge`); its bytes are on the disk before the ledger names them, and returned
 after that. A crash leaves a charge without content, whose content may be made anew because none ever
 left, or a charged reply that can be sent again.
+
+A reply as plain values, as bytes on the disk, and as Flower records.
+
+Both forms come from the same values by rules without choice: a reply read back from its bytes gives
+records of the same content, to the last bit.
+
+The outbox: stored replies, so that a reply asked for again is the same bytes again.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import json
 import logging
 import math
 import re
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from flwr.app import RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from numpy.typing import NDArray
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
 
-from silotune.client.outbox import Outbox
-from silotune.client.reply import RELEASED, Reply, Scalar
 from silotune.errors import (
     PrivacyError,
     ReleaseConflict,
@@ -37,12 +47,172 @@ from silotune.errors import (
     ValueUnaccounted,
 )
 from silotune.events import tracing
-from silotune.federation.sealed import Vault
-from silotune.plan import Plan
+from silotune.plan.plan import Plan
 from silotune.privacy.ledger import Ledger, ReleaseKey
+from silotune.trust.errors import SealBroken
+from silotune.trust.files import create_private_folder, replace_file, require_private
+from silotune.trust.vault import Vault
 
 if TYPE_CHECKING:
     from dp_accounting import DpEvent
+
+
+Scalar = str | int | float | bool | bytes
+
+RELEASED = "released"
+"""The record of all scalars. Every array has a record of its own, named like its field."""
+
+FLAT = "flat"
+"""The one array of an array's record."""
+
+_SCALARS = "scalars"
+_ARRAY = "array:"
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a site says, as named arrays and named scalars."""
+
+    arrays: dict[str, NDArray[Any]]
+    scalars: dict[str, Scalar]
+
+    def to_bytes(self) -> bytes:
+        """A safetensors file: the arrays, and the scalars as a tensor of JSON text."""
+        text = json.dumps(
+            {name: _plain(value) for name, value in self.scalars.items()},
+            sort_keys=True,
+            allow_nan=False,
+        )
+        tensors = {_ARRAY + name: array for name, array in self.arrays.items()}
+        tensors[_SCALARS] = np.frombuffer(text.encode(), dtype=np.uint8)
+        return bytes(save_tensors(tensors))
+
+    @classmethod
+    def from_bytes(cls, payload: bytes) -> Reply:
+        """Read what `to_bytes` wrote."""
+        tensors = load_tensors(payload)
+        scalars = json.loads(tensors.pop(_SCALARS).tobytes())
+        return cls(
+            arrays={name.removeprefix(_ARRAY): array for name, array in tensors.items()},
+            scalars={name: _unplain(value) for name, value in scalars.items()},
+        )
+
+    def records(self) -> RecordDict:
+        """Flower's records: one `ArrayRecord` an array, and ``released`` for the scalars.
+
+        ``released`` is a `MetricRecord` if all scalars are numbers, otherwise a `ConfigRecord`.
+        """
+        records = RecordDict()
+        for name in sorted(self.arrays):
+            records[name] = ArrayRecord({FLAT: Array(self.arrays[name])})
+        scalars = {name: self.scalars[name] for name in sorted(self.scalars)}
+        numbers = {
+            name: value
+            for name, value in scalars.items()
+            if isinstance(value, int | float) and not isinstance(value, bool)
+        }
+        if len(numbers) == len(scalars):
+            records[RELEASED] = MetricRecord({**numbers})
+        else:
+            records[RELEASED] = ConfigRecord({**scalars})
+        return records
+
+
+def _plain(value: Scalar) -> object:
+    return {"bytes": base64.b64encode(value).decode()} if isinstance(value, bytes) else value
+
+
+def _unplain(value: Any) -> Scalar:
+    return base64.b64decode(value["bytes"]) if isinstance(value, dict) else value
+
+
+_KEPT_ROUNDS = 3
+_KEPT_SECONDS = 30 * 24 * 3600.0
+
+
+class Outbox:
+    """A folder of replies, one private file each, named by run, round, release and content.
+
+    A file is complete and on the disk, or not there. That a file *is* there means nothing yet: what
+    was released is for the caller to say (the ledger knows the SHA-256 it charged).
+
+    Parameters
+    ----------
+    folder : Path
+        In the site's state; made if missing.
+    run : str
+        The run that writes. Files of other runs are removed when they are a month old.
+    vault : Vault or None
+        Seals the files; without one they are written as they are.
+    to_disk : bool
+        Force files to the disk; False in simulations only.
+    """
+
+    def __init__(
+        self, folder: Path, *, run: str, vault: Vault | None = None, to_disk: bool = True
+    ) -> None:
+        self._folder, self._vault, self._to_disk = folder, vault, to_disk
+        # The id comes from the coordinator: its digest is a safe file name, it may not be.
+        self._prefix = hashlib.sha256(run.encode()).hexdigest()[:16]
+        create_private_folder(folder)
+        self._remove_old_runs()
+
+    def store(self, key: ReleaseKey, payload: bytes) -> str:
+        """Write a reply to the disk; returns its SHA-256, in hex."""
+        digest = hashlib.sha256(payload).hexdigest()
+        path = self._path(key, digest)
+        content = self._vault.seal(payload, name=path.name) if self._vault else payload
+        replace_file(path, content, to_disk=self._to_disk)
+        return digest
+
+    def load(self, key: ReleaseKey, digest: str) -> bytes | None:
+        """The stored reply with this SHA-256, or None if it is gone or damaged.
+
+        Raises
+        ------
+        FileExposed
+            Other accounts of the machine may read or write it.
+        """
+        path = self._path(key, digest)
+        if not path.exists():
+            return None
+        require_private(path)
+        payload = path.read_bytes()
+        if self._vault:
+            try:
+                payload = self._vault.unseal(payload, name=path.name)
+            except SealBroken:
+                return None
+        return payload if hashlib.sha256(payload).hexdigest() == digest else None
+
+    def discard(self, key: ReleaseKey, digest: str) -> None:
+        """Remove a reply that was not released after all."""
+        self._path(key, digest).unlink(missing_ok=True)
+
+    def stored(self, key: ReleaseKey) -> list[str]:
+        """SHA-256 of every reply stored under `key`."""
+        return sorted(
+            path.stem.rpartition("-")[2] for path in self._folder.glob(f"{self._stem(key)}-*")
+        )
+
+    def prune(self, *, newest_round: int) -> None:
+        """Remove this run's replies that are more than a few rounds old."""
+        for path in self._folder.glob(f"{self._prefix}-*.safetensors"):
+            if int(path.name.split("-")[1]) < newest_round - _KEPT_ROUNDS:
+                path.unlink(missing_ok=True)
+
+    def _stem(self, key: ReleaseKey) -> str:
+        return f"{self._prefix}-{key.round:08d}-{key.release}"
+
+    def _path(self, key: ReleaseKey, digest: str) -> Path:
+        return self._folder / f"{self._stem(key)}-{digest}.safetensors"
+
+    def _remove_old_runs(self) -> None:
+        oldest = time.time() - _KEPT_SECONDS
+        for path in self._folder.iterdir():
+            if not path.name.startswith(self._prefix) and path.stat().st_mtime < oldest:
+                path.unlink(missing_ok=True)
+
 
 _log = logging.getLogger(__name__)
 

@@ -3,6 +3,8 @@
 The site's word is final (promise 3): a plan passes only if every clause of site.toml's ``[policy]``
 lets it pass, and a clause that is not written lets nothing pass. The same judgement is made of a plan
 that is proposed, before every answer in a run, and in a simulation.
+
+What a site knows when it judges a plan: what would leave, and where the ledger would be.
 """
 
 from __future__ import annotations
@@ -11,10 +13,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 
+from dp_accounting import ComposedDpEvent
+
 from silotune.client import errors
-from silotune.data.site_terms import PolicyConfig
+from silotune.client.terms import run_events, sigma_for
+from silotune.data.site import PolicyConfig, SiteConfig
 from silotune.errors import PolicyError
-from silotune.plan import Plan
+from silotune.models.layout import Layout
+from silotune.plan.plan import Plan
+from silotune.privacy.ledger import Ledger
+from silotune.privacy.tally import epsilon_of, tally_of, total
 
 _MB = 1_000_000
 
@@ -64,7 +72,7 @@ class Clause:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class PlanVerdict:
     """Every clause's word on a plan."""
 
     clauses: tuple[Clause, ...]
@@ -93,7 +101,7 @@ class Verdict:
             raise refusals[0].error(listed)
 
 
-def judge(policy: PolicyConfig, plan: Plan, facts: Facts) -> Verdict:
+def judge(policy: PolicyConfig, plan: Plan, facts: Facts) -> PlanVerdict:
     """The verdict of every clause on a plan.
 
     Parameters
@@ -105,7 +113,7 @@ def judge(policy: PolicyConfig, plan: Plan, facts: Facts) -> Verdict:
     facts : Facts
         What else has to be known.
     """
-    return Verdict(tuple(clause(policy, plan, facts) for clause in _CLAUSES))
+    return PlanVerdict(tuple(clause(policy, plan, facts) for clause in _CLAUSES))
 
 
 def judge_moment(policy: PolicyConfig, moment: datetime) -> Clause:
@@ -223,7 +231,7 @@ def _secure(policy: PolicyConfig, plan: Plan, facts: Facts) -> Clause:
 
 
 def _cohort(policy: PolicyConfig, plan: Plan, facts: Facts) -> Clause:
-    name, error = "min_cohort", errors.CohortTooSmall
+    name, error = "min_cohort", errors.CohortBelowPolicy
     if policy.min_cohort is None:
         return _clause(name, error, False, _unstated(name))
     # What the plan promises; the cohort that a secure round shows is held to it in `client.secure`.
@@ -293,3 +301,57 @@ _CLAUSES: tuple[Callable[[PolicyConfig, Plan, Facts], Clause], ...] = (
     _upload,
     _hours,
 )
+
+
+def facts_for(
+    site: SiteConfig,
+    plan: Plan,
+    *,
+    run: str,
+    ledger: Ledger | None,
+    layout: Layout | None,
+    moment: datetime,
+) -> Facts:
+    """Facts about a plan at a site, before or during its run.
+
+    Parameters
+    ----------
+    site : SiteConfig
+        Whose policy will judge.
+    plan : Plan
+        What is asked.
+    run : str
+        The run's name; what it has reserved itself is not counted twice.
+    ledger : Ledger or None
+        The site's; None if it is empty, or if the plan has no privacy.
+    layout : Layout or None
+        Of the adapter; None if it can't be told.
+    moment : datetime
+        Now, local time.
+
+    Raises
+    ------
+    DatasetUnknown
+        The site doesn't offer the plan's dataset.
+    CalibrationImpossible
+        No noise reaches the plan's epsilon.
+    """
+    upload = None if layout is None else layout.nbytes
+    reached = total_epsilon(site, plan, run=run, ledger=ledger) if plan.private else None
+    return Facts(
+        moment=moment,
+        upload_bytes=upload,
+        total_epsilon=reached,
+        declared_units=site.dataset(plan.data.dataset).declared_units,
+    )
+
+
+def total_epsilon(site: SiteConfig, plan: Plan, *, run: str, ledger: Ledger | None) -> float:
+    """Epsilon of all the dataset's runs, reservations included, with the whole of this one."""
+    name = plan.data.dataset
+    declared = site.dataset(name).declared_units
+    assert plan.privacy.delta is not None  # a validated private plan has it
+    events = run_events(plan, declared, sigma=sigma_for(plan, declared))
+    accounts = [] if ledger is None else ledger.runs(name)
+    others = total(account.committed for account in accounts if account.run != run)
+    return epsilon_of(others + tally_of(ComposedDpEvent(events)), delta=plan.privacy.delta)

@@ -19,22 +19,20 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import RecordDict
 
 from silotune.client.gate import DpRelease, Field, Gate, Public, Unprotected
-from silotune.federation.sealed import Vault
 from silotune.models.layout import Layout, Span
-from silotune.plan import Plan
-from silotune.privacy.durable import create_private_folder, replace_file
+from silotune.plan.plan import Plan
 from silotune.privacy.errors import RoundUsed, SignerUnknown
 from silotune.privacy.ledger import ReleaseKey
 from silotune.privacy.noise import NoiseSource
-from silotune.privacy.secagg.encoding import Encoding
+from silotune.privacy.secagg.encoding import Encoding, Ring
 from silotune.privacy.secagg.keys import digest
-from silotune.privacy.secagg.masks import Ring
-from silotune.privacy.secagg.member import Member
-from silotune.privacy.secagg.messages import pack_named
+from silotune.privacy.secagg.messages import Member, pack_named
 from silotune.privacy.secagg.site import SiteRound, Stage
 from silotune.strategies import method_of
+from silotune.strategies.base import weight_in
 from silotune.strategies.secure import encoding_for
-from silotune.strategies.weights import weight_in
+from silotune.trust.files import create_private_folder, replace_file
+from silotune.trust.vault import Vault
 
 if TYPE_CHECKING:
     from silotune.client.trainer import RoundUpdate, TrainableModel
@@ -83,7 +81,7 @@ def member_of(
     )
 
 
-class RoundMemory:
+class RoundStates:
     """States of rounds on the disk, sealed; they hold keys and shares.
 
     Parameters
@@ -132,7 +130,7 @@ class RoundMemory:
         return self._folder / f"{self._stem}-{number:08d}.sealed"
 
 
-class _Held(NamedTuple):
+class _HeldRound(NamedTuple):
     """A round in memory, and the version of its file that it is."""
 
     part: SiteRound
@@ -163,11 +161,11 @@ class SecurePart:
         member: Member,
         layout: Layout,
         gate: Gate,
-        memory: RoundMemory,
+        memory: RoundStates,
     ) -> None:
         self._plan, self._member, self._layout, self._gate = plan, member, layout, gate
         self._memory = memory
-        self._rounds: dict[int, _Held] = {}
+        self._rounds: dict[int, _HeldRound] = {}
         self._method = method_of(plan)
 
     def require_fine_enough(self, trainable: TrainableModel, *, sigma: float) -> None:
@@ -298,12 +296,12 @@ class SecurePart:
         if dumped is None:
             raise RoundUsed(f"this site has no keys for round {number}; it was not in it")
         part = SiteRound.restore(self._member, dumped)
-        self._rounds[number] = _Held(part, version)
+        self._rounds[number] = _HeldRound(part, version)
         return part
 
     def _keep(self, part: SiteRound) -> None:
         self._memory.save(part.number, part.dump())
-        self._rounds[part.number] = _Held(part, self._memory.version(part.number))
+        self._rounds[part.number] = _HeldRound(part, self._memory.version(part.number))
 
     def _advertised(self, number: int) -> Public:
         """Keys of a round: those that are out, or fresh ones if a cohort with them came to nothing."""

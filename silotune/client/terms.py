@@ -10,13 +10,9 @@ from dp_accounting import DpEvent
 from silotune.client.errors import DeltaTooLarge
 from silotune.data.site import DatasetConfig, SiteConfig
 from silotune.errors import BudgetExceeded
-from silotune.plan import Plan
-from silotune.privacy.accounting import (
-    calibrate,
-    gaussian_event,
-    shared_step_event,
-    step_event,
-)
+from silotune.plan.plan import Plan
+from silotune.privacy.accounting import calibrate
+from silotune.privacy.events import gaussian_event, shared_step_event, step_event
 from silotune.privacy.ledger import Budget
 from silotune.privacy.tally import Tally, epsilon_of, tally_of, total
 from silotune.strategies.secure import shared_noise

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from silotune.errors import SilotuneError
-from silotune.privacy.durable import require_private
+from silotune.trust.files import require_private
 
 _log = logging.getLogger(__name__)
 

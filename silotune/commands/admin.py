@@ -13,7 +13,7 @@ import typer
 from silotune.terminal import show_rows, terminal
 
 if TYPE_CHECKING:
-    from silotune.server.control_client import ControlClient
+    from silotune.server.admin.client import ControlClient
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -78,7 +78,7 @@ def submit(
 ) -> None:
     """Propose a plan to the sites (operators); it is tried first if its base model is here."""
     from silotune.commands.plan import untried
-    from silotune.plan import Plan
+    from silotune.plan.plan import Plan
 
     checked = Plan.load(plan)
     untried(checked)
@@ -119,7 +119,7 @@ def watch(
 
     On a terminal the view is redrawn in place; elsewhere each event is a line. Exit 60 if it failed.
     """
-    from silotune.server.watch import watch_lines, watch_live
+    from silotune.commands.watch import watch_lines, watch_live
 
     client, console = _client(credentials), terminal()
     notes = terminal(stderr=True)
@@ -195,7 +195,7 @@ def download(
     credentials: Credentials = _HERE,
 ) -> None:
     """Fetch the adapter, the signed plan or the events of a run."""
-    from silotune.privacy.durable import replace_file
+    from silotune.trust.files import replace_file
 
     content = _client(credentials).download(run, file)
     replace_file(out, content)
@@ -212,7 +212,7 @@ def actions(credentials: Credentials = _HERE, as_json: AsJson = False) -> None:
 
 
 def _client(credentials: Path) -> ControlClient:
-    from silotune.server.control_client import ControlClient
+    from silotune.server.admin.client import ControlClient
 
     return ControlClient(credentials)
 

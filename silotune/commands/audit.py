@@ -9,11 +9,11 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from silotune.federation import audit_view
-from silotune.federation.audit_view import ExportFormat
-from silotune.federation.identity import decode_signing_key
-from silotune.privacy.durable import replace_file
 from silotune.terminal import terminal
+from silotune.trust import audit
+from silotune.trust.audit import ExportFormat
+from silotune.trust.files import replace_file
+from silotune.trust.identity import decode_signing_key
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -56,9 +56,9 @@ def verify(
 
     With --against it is also checked that neither side has lost or changed what the other signed.
     """
-    log = audit_view.open_log(place)
+    log = audit.open_log(place)
     head = log.verify(trusted=decode_signing_key(key) if key else None)
-    shared = audit_view.compare(log, audit_view.open_log(against)) if against else None
+    shared = audit.compare(log, audit.open_log(against)) if against else None
     found = {"path": str(log.path), "owner": log.owner, "lines": head.seq, "head": head.hash}
     if as_json:
         typer.echo(json.dumps({**found, "intact": True, "signed_by_the_other_side": shared}))
@@ -80,8 +80,8 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Show what happened, oldest first."""
-    log = audit_view.open_log(place)
-    lines = audit_view.select(log.lines(), kind=kind, run=run, since=since, until=until)[-last:]
+    log = audit.open_log(place)
+    lines = audit.select(log.lines(), kind=kind, run=run, since=since, until=until)[-last:]
     if as_json:
         typer.echo(json.dumps([line.as_dict() for line in lines], indent=2))
         return
@@ -113,10 +113,10 @@ def export(
     The log is verified first. A whole export as jsonl is itself a log that `verify` checks, if the
     head file is put beside it.
     """
-    log = audit_view.open_log(place)
+    log = audit.open_log(place)
     log.verify()
-    lines = audit_view.select(log.lines(), kind=kind, run=run, since=since, until=until)
-    text = audit_view.export(lines, form)
+    lines = audit.select(log.lines(), kind=kind, run=run, since=since, until=until)
+    text = audit.export(lines, form)
     if out is None:
         typer.echo(text, nl=False)
         return

@@ -47,7 +47,7 @@ def verify(
     Without --key this shows that nothing was changed after signing, not who signed: compare the
     fingerprint with the one the site tells you.
     """
-    from silotune.privacy import certificate  # not needed to start any other command
+    from silotune.privacy import certificate
 
     verified = certificate.verify(path, key_sha256=key)
     if as_json:

@@ -9,15 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
-from silotune.commands import coordinator_people, coordinator_runs, sealing, site_views
-from silotune.commands.coordinator_folder import (
-    HERE,
-    AsJson,
-    Folder,
-    checked_name,
-    client_of,
-    moment,
-)
+from silotune.commands import coordinator_people, coordinator_runs
+from silotune.commands import folder as sealing
+from silotune.commands import site as site_views
+from silotune.commands.folder import HERE, AsJson, Folder, checked_name, client_of, moment
 from silotune.terminal import say, show_rows
 
 app = typer.Typer(
@@ -144,9 +139,9 @@ def doctor(folder: Folder = HERE, as_json: AsJson = False) -> None:
     files with secrets, and disk. Each trouble has a code and a remedy.
     """
     from silotune.server.config import Home
-    from silotune.server.doctor import Doctor
+    from silotune.server.doctor import CoordinatorDoctor
 
-    site_views.tell_findings(Doctor(Home(folder)).examine(), as_json=as_json)
+    site_views.tell_findings(CoordinatorDoctor(Home(folder)).examine(), as_json=as_json)
 
 
 @app.command()
@@ -244,11 +239,11 @@ def reseal(
     anew. Then name the new secret under [at_rest] in coordinator.toml and start: from that start on
     the old one opens nothing. Until then both do, so that no crash locks the folder.
     """
-    from silotune.federation.audit_log import AuditLog
-    from silotune.federation.envelope import COORDINATOR
-    from silotune.federation.sealed import Vault
+    from silotune.protocol.envelope import COORDINATOR
     from silotune.server.config import Home
     from silotune.server.coordinator import hold_folder
+    from silotune.trust.audit import AuditLog
+    from silotune.trust.vault import Vault
 
     home = Home(folder)
     config = home.load()

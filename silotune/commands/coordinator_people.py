@@ -9,14 +9,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from silotune.commands.coordinator_folder import (
-    HERE,
-    AsJson,
-    Folder,
-    checked_name,
-    client_of,
-    moment,
-)
+from silotune.commands.folder import HERE, AsJson, Folder, checked_name, client_of, moment
 from silotune.terminal import terminal
 
 app = typer.Typer(
@@ -43,8 +36,8 @@ def add(
 
     The folder holds the private key: give it to the person over a safe way, and to nobody else.
     """
-    from silotune.federation import identity
-    from silotune.server.control_client import Address, save_credentials
+    from silotune.server.admin.client import AdminAddress, save_credentials
+    from silotune.trust import identity
 
     if role not in {"viewer", "operator"}:
         raise typer.BadParameter("is viewer or operator", param_hint="--role")
@@ -53,7 +46,7 @@ def add(
     found = client_of(folder).post("/people", name=name, role=role, request=request)
     save_credentials(
         out,
-        address=Address(address=found["address"], server_name=found["server_name"]),
+        address=AdminAddress(address=found["address"], server_name=found["server_name"]),
         key=identity.private_pem(key),
         certificate=found["certificate"],
         authority=found["authority"],
@@ -110,9 +103,9 @@ def password(
     from typing import cast
 
     from silotune.dashboard.accounts import Accounts
-    from silotune.federation.person import PersonRole
     from silotune.server.config import Home
-    from silotune.server.dashboard import ACCOUNTS_FILE
+    from silotune.server.monitoring import ACCOUNTS_FILE
+    from silotune.trust.identity import PersonRole
 
     if role not in {"viewer", "operator"}:
         raise typer.BadParameter("is viewer or operator", param_hint="--role")

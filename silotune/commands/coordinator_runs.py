@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from silotune.commands.coordinator_folder import HERE, AsJson, Folder, client_of, moment
+from silotune.commands.folder import HERE, AsJson, Folder, client_of, moment
 from silotune.commands.plan import untried
-from silotune.events.wording import in_a_line
-from silotune.plan import Plan
+from silotune.events.schema import in_a_line
+from silotune.plan.plan import Plan
 from silotune.terminal import terminal
 
 if TYPE_CHECKING:
-    from silotune.server.admin_client import AdminClient
+    from silotune.server.admin.socket_client import AdminClient
 
 runs = typer.Typer(no_args_is_help=True, help="Look at runs; pause, resume or stop one.")
 
@@ -158,7 +158,7 @@ def adapter(
     """Write a run's newest adapter: after its last finished round, or the final one."""
     import hashlib
 
-    from silotune.privacy.durable import replace_file
+    from silotune.trust.files import replace_file
 
     client = client_of(folder)
     content, headers = client.download(f"/runs/{run}/adapter")

@@ -9,9 +9,9 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from silotune.privacy import ledger_view
-from silotune.privacy.durable import replace_file
+from silotune.privacy import spent
 from silotune.terminal import terminal
+from silotune.trust.files import replace_file
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -39,8 +39,8 @@ def show(place: Place, as_json: AsJson = False) -> None:
     "spent" is what was released; "committed" adds what running trainings may still release. Their
     epsilons don't simply add up: composition is tighter than the sum.
     """
-    ledger = ledger_view.open_ledger(place)
-    datasets, runs = ledger_view.dataset_rows(ledger), ledger_view.run_rows(ledger)
+    ledger = spent.open_ledger(place)
+    datasets, runs = spent.dataset_rows(ledger), spent.run_rows(ledger)
     if as_json:
         typer.echo(json.dumps({"datasets": datasets, "runs": runs}, indent=2))
         return
@@ -85,7 +85,7 @@ def verify(place: Place, as_json: AsJson = False) -> None:
     A truncated, edited or rolled-back ledger is found here, and also each time a site opens it:
     training is refused until the newest ledger and head are restored from backup.
     """
-    result = ledger_view.verification(ledger_view.open_ledger(place))
+    result = spent.verification(spent.open_ledger(place))
     if as_json:
         typer.echo(json.dumps(result, indent=2))
         return
@@ -103,7 +103,7 @@ def export(
 
     Each row's hash is the SHA-256 of its other columns as JSON with sorted keys and no white space.
     """
-    rows = ledger_view.entries(ledger_view.open_ledger(place))
+    rows = spent.entries(spent.open_ledger(place))
     text = "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows)
     if out is None:
         typer.echo(text, nl=False)

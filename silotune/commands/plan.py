@@ -12,11 +12,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from silotune.commands.plan_settings import Overrides, parsed
 from silotune.data.site import SiteConfig, load_sites
 from silotune.errors import ModelNotFound
-from silotune.plan import Plan, schema
-from silotune.plan_words import notes_on, plan_in_words
+from silotune.plan.explain import Overrides, parsed
+from silotune.plan.plan import Plan, schema
+from silotune.plan.words import notes_on, plan_in_words
 from silotune.terminal import headed, terminal
 
 app = typer.Typer(no_args_is_help=True, help="Check plans and print their schema.")
@@ -78,7 +78,7 @@ def _declared(sites: Sequence[SiteConfig], plan: Plan) -> dict[str, int]:
 def _notes(plan: Plan, sites: Sequence[SiteConfig]) -> list[str]:
     """What the plan leaves open, and what each site would say of it to its own team."""
     from silotune.client.terms import delta_notes
-    from silotune.data.survey import survey
+    from silotune.data.checks import survey
     from silotune.models.tasks import get_task
 
     notes = notes_on(plan)
@@ -113,8 +113,8 @@ def assess(plan: Plan, declared: dict[str, int]) -> dict[str, Any]:
 
 def _model_facts(plan: Plan) -> dict[str, Any]:
     from silotune.models.base import load_model
-    from silotune.models.weights import locate
-    from silotune.simulation.kept_adapters import most_kept
+    from silotune.models.pretrained import locate
+    from silotune.rounds.run_directory import most_kept
 
     try:
         locate(plan.model.base)
@@ -142,8 +142,8 @@ def _model_facts(plan: Plan) -> dict[str, Any]:
 def untried(plan: Plan) -> str:
     """Why the plan can't be tried here; empty if it was. Raises `ModelError` if the model fails."""
     try:
-        from silotune.models.fit import require_taken
-        from silotune.models.weights import locate
+        from silotune.models.outline import require_taken
+        from silotune.models.pretrained import locate
     except ImportError:  # a coordinator needs no PyTorch
         return "for this machine has no PyTorch"
     try:
@@ -174,8 +174,8 @@ def _site_facts(plan: Plan, units: int) -> dict[str, Any]:
 
 
 def _print(plan: Plan, facts: dict[str, Any], console: Console) -> None:
-    from silotune.simulation.kept_adapters import every, most_kept
-    from silotune.simulation.wording import octets, plural
+    from silotune.report.verdict import octets, plural
+    from silotune.rounds.run_directory import every, most_kept
 
     console.print(headed(plan.plan.name, f"is a valid plan. SHA-256 {plan.sha256}"))
     for heading, sentence in plan_in_words(plan):

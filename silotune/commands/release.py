@@ -15,8 +15,8 @@ from silotune import __version__
 from silotune.terminal import say, terminal
 
 if TYPE_CHECKING:
-    from silotune.release.controls import Examined
-    from silotune.simulation.run_directory import RunDirectory
+    from silotune.release import Examined
+    from silotune.rounds.run_directory import RunDirectory
 
 
 def release(  # noqa: PLR0917 - one a command-line option
@@ -46,9 +46,9 @@ def release(  # noqa: PLR0917 - one a command-line option
     Without --by nothing is signed: the table says what passes, who holds each control, and which numbers
     were compared. Exit 40 if one is not passed; none can be waived. docs/release.md explains them.
     """
-    from silotune.release.controls import examine
-    from silotune.release.errors import ReleaseRefused
-    from silotune.simulation.run_directory import RunDirectory
+    from silotune.errors import ReleaseRefused
+    from silotune.release import examine
+    from silotune.rounds.run_directory import RunDirectory
 
     _require_whole(person, role, key, verify=verify)
     directory = RunDirectory.open(run)
@@ -75,8 +75,8 @@ def _require_whole(person: str | None, role: str | None, key: Path | None, *, ve
 def _sign(
     directory: RunDirectory, found: Examined, *, person: str, role: str, key: Path
 ) -> tuple[Path, str]:
-    from silotune.privacy.signing import fingerprint, load_or_create
-    from silotune.release.statement import RELEASE_FILE, Control, Statement, sign
+    from silotune.release import RELEASE_FILE, ReleaseControl, Statement, sign
+    from silotune.trust.identity import fingerprint, load_or_create
 
     private = load_or_create(key)
     statement = Statement(
@@ -84,7 +84,7 @@ def _sign(
         plan_sha256=found.plan_sha256,
         files=dict(found.files),
         certificates=dict(found.certificates),
-        controls=(*found.controls, Control(name="signature", held_by="person", passed=True)),
+        controls=(*found.controls, ReleaseControl(name="signature", held_by="person", passed=True)),
         person=person,
         role=role,
         code_version=__version__,
@@ -96,7 +96,7 @@ def _sign(
 
 
 def _show(found: Examined, signed: tuple[Path, str] | None, *, as_json: bool) -> None:
-    from silotune.release import words
+    from silotune import release as words
 
     if as_json:
         shown = {
@@ -127,9 +127,8 @@ def _show(found: Examined, signed: tuple[Path, str] | None, *, as_json: bool) ->
 
 def _verify(directory: RunDirectory, *, as_json: bool) -> None:
     """Whether the adapter and the certificates here are those that were signed."""
-    from silotune.release.controls import examine
-    from silotune.release.errors import ReleaseInvalid
-    from silotune.release.statement import RELEASE_FILE, read
+    from silotune.errors import ReleaseInvalid
+    from silotune.release import RELEASE_FILE, examine, read
 
     statement, signer = read(directory.root / RELEASE_FILE)
     now = examine(directory)

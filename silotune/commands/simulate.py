@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from silotune.commands.plan_settings import Overrides, parsed
+from silotune.plan.explain import Overrides, parsed
 from silotune.terminal import headed, terminal
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from silotune.rounds.run_directory import RunDirectory
     from silotune.simulation.run import Settings
-    from silotune.simulation.run_directory import RunDirectory
 
 
 def simulate(  # noqa: PLR0917 - one a command-line option
@@ -92,10 +92,9 @@ def _run(
     attacked: bool,
 ) -> None:
     """Run or go on, with progress, and say where everything is."""
-    from silotune.simulation.report import write_report
+    from silotune.report.report import print_summary, summary, write_report
+    from silotune.rounds.run_directory import RunDirectory
     from silotune.simulation.run import Settings
-    from silotune.simulation.run_directory import RunDirectory
-    from silotune.simulation.summary import print_summary, summary
 
     console = terminal(stderr=as_json)
     chosen = Settings(**settings)
@@ -155,7 +154,7 @@ def _played(
 
 
 def _is_finished(path: Path) -> bool:
-    from silotune.simulation.run_directory import RunDirectory
+    from silotune.rounds.run_directory import RunDirectory
 
     return RunDirectory.open(path).find_json("results.json") is not None
 
@@ -175,7 +174,7 @@ def _attack(directory: RunDirectory, settings: Settings, console: Console) -> No
 
 
 def _print_attacks(directory: RunDirectory, console: Console) -> None:
-    from silotune.simulation.attack_words import attack_sentences
+    from silotune.report.verdict import attack_sentences
 
     console.print()
     for sentence in attack_sentences(directory.find_json("attacks.json")):

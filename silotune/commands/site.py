@@ -1,22 +1,173 @@
-"""``silotune site``: join a federation, run the daemon, judge plans, look after it."""
+"""``silotune site``: join a federation, run the daemon, judge plans, look after it.
+
+What ``silotune site`` prints.
+"""
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
-from silotune.client.admin_socket import ask
-from silotune.client.errors import RunUnknown, SiteNotEnrolled
-from silotune.client.guarded import load_guarded
-from silotune.commands import sealing, site_views
-from silotune.data.site import SiteConfig
+from silotune.client.daemon.socket import ask
+from silotune.client.errors import RunNotProposed, SiteNotEnrolled
+from silotune.commands import folder
+from silotune.data.site import SiteConfig, load_guarded
 from silotune.logs import Format, configure
-from silotune.terminal import terminal
+from silotune.terminal import headed, terminal
+
+if TYPE_CHECKING:
+    from silotune.findings import Finding
+
+
+_MARKS = {"ok": "green", "failed": "bold red", "skipped": "dim"}
+_MOST_TENSORS = 6
+
+
+_UNHEALTHY = 70
+
+
+def tell_findings(findings: Sequence[Finding], *, as_json: bool) -> None:
+    """A doctor's findings, then the remedies; exits with 70 if a check failed."""
+    failed = [finding for finding in findings if finding.state == "failed"]
+    if as_json:
+        rows = [vars(finding) for finding in findings]
+        typer.echo(json.dumps({"healthy": not failed, "findings": rows}, indent=2))
+    else:
+        _print_findings(findings, terminal())
+    if failed:
+        raise typer.Exit(_UNHEALTHY)
+
+
+def _print_findings(findings: Sequence[Finding], console: Console) -> None:
+    table = Table("check", "", "found", box=None)
+    for finding in findings:
+        code = f"{finding.code} " if finding.code else ""
+        table.add_row(
+            finding.check, Text(finding.state, _MARKS[finding.state]), code + finding.detail
+        )
+    console.print(table)
+    failed = [finding for finding in findings if finding.state == "failed"]
+    for finding in failed:
+        console.print(f"{finding.code}  Do: {finding.remedy}")
+    console.print(
+        Text("Everything is in place.", "green")
+        if not failed
+        else f"{len(failed)} to be corrected."
+    )
+
+
+def print_status(found: Mapping[str, Any], console: Console) -> None:
+    """The daemon's state in a few lines."""
+    since = f"for {found['seconds']:.0f} s"
+    link = {"online": "online", "waiting": "waiting", "connecting": "connecting"}[found["link"]]
+    console.print(headed(found["site"], f"in federation {found['federation']}"))
+    console.print(f"  Coordinator  {found['coordinator']}, {link} {since}")
+    if found["trouble"]:
+        console.print(f"  Books        not the newest (ST-807): {found['trouble']}")
+    if found["reason"]:
+        console.print(f"  Because      {found['reason']}")
+    work = found["work"] or (
+        "nothing, it is paused" if found["paused"] else "nothing at the moment"
+    )
+    console.print(f"  Works on     {work}")
+    console.print(f"  Answered     {found['answered']}, refused {found['refused']}")
+    console.print(
+        f"  Certificate  {found['certificate_days']:.0f} more days; roster version "
+        f"{found['roster']}; process {found['pid']}",
+    )
+    for sentence in found.get("failures", []):
+        console.print(headed("Failed", f"     {sentence}", style="red", indent=2))
+    if found["proposed"]:
+        console.print(f"  {found['proposed']} plans wait for you: silotune site plans")
+
+
+def print_proposal(found: Mapping[str, Any], console: Console) -> None:
+    """One proposal, from what it is to what it changes."""
+    console.print("\n", headed(found["run"], found["state"]), sep="")
+    console.print(f"  Plan {found['name']}, SHA-256 {found['plan_sha256']}")
+    when = datetime.fromtimestamp(found["proposed_at"]).astimezone()
+    console.print(
+        f"  Proposed {when:%Y-%m-%d %H:%M} by the coordinator, signed with the federation's key "
+        f"{found['signed_by'][:12]}…",
+    )
+    if found["reason"]:
+        console.print(f"  Reason: {found['reason']}")
+    for heading, sentence in found["words"]:
+        console.print(headed(f"{heading}.", sentence, indent=2))
+    _print_leaves(found["leaves"], console)
+    _print_spending(found["spending"], console)
+    for sentence in found.get("records", []):
+        console.print(headed("Records.", f"{sentence}.", style="yellow", indent=2))
+    if found["problem"]:
+        console.print(headed("Problem.", found["problem"], style="bold red", indent=2))
+    _print_verdict(found["verdict"], console)
+    _print_changes(found, console)
+    if found["state"] == "proposed" and found["allowed"]:
+        digest = found["plan_sha256"][:12]
+        console.print(
+            f"  silotune site approve {digest}   or   silotune site reject {digest} --reason '…'",
+        )
+
+
+def _print_leaves(leaves: Mapping[str, Any] | None, console: Console) -> None:
+    if leaves is None:
+        console.print(
+            headed("What leaves.", "It can't be told without an allowed base model.", indent=2)
+        )
+        return
+    tensors = leaves["tensors"]
+    shown = ", ".join(f"{t['name']} {t['shape']}" for t in tensors[:_MOST_TENSORS])
+    more = f" and {len(tensors) - _MOST_TENSORS} more" if len(tensors) > _MOST_TENSORS else ""
+    sentence = (
+        f"{leaves['bytes']:,} bytes a round at most, in {len(tensors)} tensors: {shown}{more}."
+    )
+    console.print(headed("What leaves.", sentence, indent=2))
+
+
+def _print_spending(spending: Mapping[str, Any] | None, console: Console) -> None:
+    if spending is None:
+        return
+    left = "" if spending["left"] is None else f", {spending['left']:.3f} of the budget left"
+    sentence = f"{spending['now']:.3f} now, {spending['after']:.3f} with this run{left}."
+    console.print(headed("Epsilon.", sentence, indent=2))
+
+
+def _print_verdict(clauses: Sequence[Mapping[str, Any]], console: Console) -> None:
+    if not clauses:
+        return
+    table = Table("policy", "", "because", box=None)
+    for clause in clauses:
+        mark = (
+            Text("pass", "green")
+            if clause["allowed"]
+            else Text(f"refuse {clause['code']}", "bold red")
+        )
+        table.add_row(clause["clause"], mark, clause["reason"])
+    console.print(table)
+
+
+def _print_changes(found: Mapping[str, Any], console: Console) -> None:
+    before = found["compared_with"]
+    if before is None:
+        console.print("  No plan was approved before.")
+        return
+    if not found["changes"]:
+        console.print(f"  The same plan as that of run {before}, approved before.")
+        return
+    table = Table(f"changed since {before}", "approved then", "proposed now", box=None)
+    for change in found["changes"]:
+        table.add_row(change["key"], str(change["old"]), str(change["new"]))
+    console.print(table)
+
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -53,7 +204,7 @@ def join(
     that invited, and asks to be let in. Six words appear: read them to the coordinator's operator,
     over the telephone say, who must see the same six. Interrupted, it goes on with the same code.
     """
-    from silotune.client.joining import Joining
+    from silotune.client.daemon.joining import Joining
 
     console = terminal(stderr=as_json)
     joining = Joining(load_guarded(config), code)
@@ -81,9 +232,9 @@ def doctor(config: ConfigPath = _CONFIG, as_json: AsJson = False) -> None:
     port, proxy, TLS, certificate, clock, disk, device, base models, datasets, ledger and audit log.
     Each trouble has a code and a remedy.
     """
-    from silotune.client.doctor import Doctor
+    from silotune.client.daemon.doctor import SiteDoctor
 
-    site_views.tell_findings(Doctor(SiteConfig.load(config)).examine(), as_json=as_json)
+    tell_findings(SiteDoctor(SiteConfig.load(config)).examine(), as_json=as_json)
 
 
 @app.command()
@@ -103,8 +254,7 @@ def start(
     message at a time, and reconnects for ever; `status` says what it waits for. SIGTERM lets the step
     in progress finish; what is abandoned has released nothing.
     """
-    from silotune.client.daemon import Daemon
-    from silotune.client.limits import apply_limits
+    from silotune.client.daemon.daemon import Daemon, apply_limits
     from silotune.events import tracing
 
     configure(style=log_format, level=log_level)
@@ -124,7 +274,7 @@ def status(config: ConfigPath = _CONFIG, as_json: AsJson = False) -> None:
     if as_json:
         typer.echo(json.dumps(found))
         return
-    site_views.print_status(found, terminal())
+    print_status(found, terminal())
 
 
 @app.command()
@@ -161,9 +311,9 @@ def leave(
 
 @app.command()
 def reseal(
-    key_file: sealing.KeyFile = None,
-    passphrase_file: sealing.PassphraseFile = None,
-    passphrase_env: sealing.PassphraseEnv = None,
+    key_file: folder.KeyFile = None,
+    passphrase_file: folder.PassphraseFile = None,
+    passphrase_env: folder.PassphraseEnv = None,
     config: ConfigPath = _CONFIG,
     as_json: AsJson = False,
 ) -> None:
@@ -175,9 +325,9 @@ def reseal(
     """
     import os
 
-    from silotune.client.daemon import hold_state
-    from silotune.federation.audit_log import AUDIT_FILE, AuditLog
-    from silotune.federation.sealed import Vault
+    from silotune.client.daemon.daemon import hold_state
+    from silotune.trust.audit import AUDIT_FILE, AuditLog
+    from silotune.trust.vault import Vault
 
     site = load_guarded(config)
     state = site.state_folder
@@ -185,9 +335,9 @@ def reseal(
         raise SiteNotEnrolled(f"there is no state folder {state}, so nothing is sealed yet")
     held = hold_state(state)
     try:
-        sealing.reseal(
+        folder.reseal(
             Vault(state, site.at_rest, base=site.folder),
-            sealing.at_rest_of(key_file, passphrase_file, passphrase_env),
+            folder.at_rest_of(key_file, passphrase_file, passphrase_env),
             audit=AuditLog(state / AUDIT_FILE, owner=site.name),
             config=config,
             base=site.folder,
@@ -213,7 +363,7 @@ def restore(
     """
     import getpass
 
-    from silotune.client.restoring import restore as restored
+    from silotune.client.daemon.restoring import restore as restored
 
     site = SiteConfig.load(config)
     if not yes:
@@ -253,8 +403,8 @@ def dashboard(
     """
     from functools import partial
 
-    from silotune.client.dashboard import build
-    from silotune.dashboard.serve import serve_here
+    from silotune.client.daemon.page import build
+    from silotune.dashboard.page_guard import serve_here
 
     application = partial(build, load_guarded(config))
     role: Literal["viewer", "operator"] = "operator" if decide else "viewer"
@@ -274,8 +424,7 @@ def plans(
     the policy's verdict clause by clause, and the difference from the plan that was approved last. Of
     the one plan that RUN names also what it makes of this site's records, which are read for it.
     """
-    from silotune.client.approvals import Approvals
-    from silotune.client.proposal_view import describe, records_in_words
+    from silotune.client.approvals import Approvals, describe, records_in_words
 
     site = load_guarded(config)
     approvals = Approvals(site.state_folder)
@@ -300,7 +449,7 @@ def plans(
             else f"No proposal fits {run}; --all shows runs that are over, too."
         )
     for found in described:
-        site_views.print_proposal(found, console)
+        print_proposal(found, console)
 
 
 @app.command()
@@ -316,7 +465,7 @@ def approve(
     A plan that the policy refuses can't be approved: change the policy first. An approval is for one
     run of exactly this plan; if the plan changes, it has to be approved again.
     """
-    from silotune.client.proposal_view import judge_proposal
+    from silotune.client.approvals import judge_proposal
 
     site, run = _proposed(config, plan)
     approvals_entry = _entry(site, run)
@@ -348,18 +497,18 @@ def _proposed(config: Path, wanted: str) -> tuple[SiteConfig, str]:
     named = [entry for entry in entries if entry.run == wanted]
     fitting = named or [entry for entry in entries if entry.plan.sha256.startswith(wanted.lower())]
     if not named and len(wanted) < _LEAST_DIGITS:
-        raise RunUnknown(
+        raise RunNotProposed(
             f"{wanted!r} is too short for a plan's hash and is no run's name",
             remedy=f"Give {_LEAST_DIGITS} digits of the hash or more; `silotune site plans` shows it.",
         )
     if len(fitting) > 1:
         listed = ", ".join(f"{entry.run} (plan {entry.plan.sha256[:12]})" for entry in fitting)
-        raise RunUnknown(
+        raise RunNotProposed(
             f"{wanted!r} means more than one open proposal: {listed}",
             remedy="Give the run's name, or more digits of the plan's hash.",
         )
     if not fitting:
-        raise RunUnknown(
+        raise RunNotProposed(
             f"no open proposal has the name or the hash {wanted!r}",
             remedy="`silotune site plans` lists what is proposed.",
         )

@@ -30,7 +30,7 @@ class Lane:
 
 
 @dataclass(frozen=True)
-class Chart:
+class PageChart:
     """A picture, the words at its axes (from top to bottom, from left to right), and its legend."""
 
     title: str
@@ -77,7 +77,7 @@ def line_chart(
     last: float,
     limit: tuple[str, float] | None = None,
     from_zero: bool = False,
-) -> Chart | None:
+) -> PageChart | None:
     """Curves over rounds 1 to `last`; `limit` is a dashed line with its name. None without points."""
     values = [value for points in series.values() for _, value in points if math.isfinite(value)]
     if not values:
@@ -109,10 +109,10 @@ def line_chart(
         legend.append((limit[0], "limit"))
     middle = (high + low) / 2
     y = tuple(_figure(value) for value in (high, middle, low))
-    return Chart(title, _svg(title, drawn), y, _rounds(last), tuple(legend))
+    return PageChart(title, _svg(title, drawn), y, _rounds(last), tuple(legend))
 
 
-def stacked_bars(title: str, parts: Mapping[str, Points], *, last: float) -> Chart | None:
+def stacked_bars(title: str, parts: Mapping[str, Points], *, last: float) -> PageChart | None:
     """Bars over rounds, one part on top of the other. None without any."""
     totals: dict[float, float] = {}
     for points in parts.values():
@@ -134,7 +134,7 @@ def stacked_bars(title: str, parts: Mapping[str, Points], *, last: float) -> Cha
             bottom[number] += value
         drawn += f'<path class="bar c{index}" d="{"".join(path)}"/>'
     legend = tuple((name, f"c{index}") for index, name in enumerate(parts))
-    return Chart(
+    return PageChart(
         title, _svg(title, drawn), (_figure(high), _figure(high / 2), "0"), _rounds(last), legend
     )
 

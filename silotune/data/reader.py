@@ -17,14 +17,11 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from silotune.data.errors import HeldOutTooMuch, LabelsUnfit, UnitMismatch
-from silotune.data.faults import Faults
-from silotune.data.records import Records
+from silotune.data.records import Records, assign, salt_for
 from silotune.data.site import DatasetConfig, SiteConfig
-from silotune.data.sources import Table, read_dataset
-from silotune.data.splits import assign, salt_for
-from silotune.errors import ColumnMissing, TooFewRecords
-from silotune.plan import Plan
+from silotune.data.sources import Faults, Table, read_dataset
+from silotune.errors import ColumnMissing, HeldOutTooMuch, LabelsUnfit, TooFewRecords, UnitMismatch
+from silotune.plan.plan import Plan
 
 _LEAST_UNITS = 1.0
 

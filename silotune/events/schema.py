@@ -12,16 +12,19 @@ Rules that keep readers and writers of different versions together:
 - `SCHEMA_VERSION` grows when a kind or field is added. A line without ``v`` is of version 1.
 
 ``docs/events.md`` is generated from these classes (`silotune events --markdown`).
+
+An event in one line, for terminals and logs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from datetime import UTC, datetime
 from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from silotune.events.errors import EventMalformed
+from silotune.errors import EventMalformed
 
 SCHEMA_VERSION = 1
 """Version of the schema that this package writes."""
@@ -371,3 +374,25 @@ def written(kind: str, fields: Mapping[str, Any]) -> dict[str, Any]:
         raise EventMalformed(f"{kind[:40]}: there is no such kind")
     parse(event)
     return event
+
+
+_TOLD_APART = ("id", "time", "event")
+
+
+def in_a_line(event: Mapping[str, Any], *, hidden: Collection[str] = ()) -> str:
+    """Time, kind, and every field that says something, but for the `hidden` ones."""
+    fields = "  ".join(
+        f"{key}={_short(value)}"
+        for key, value in event.items()
+        if key not in _TOLD_APART and key not in hidden and value not in ("", None)
+    )
+    when = f"{datetime.fromtimestamp(event['time'], UTC):%H:%M:%S}"
+    return f"{when}  {event['event']:<15} {fields}"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list):
+        return ",".join(str(item) for item in value)
+    return str(value)

@@ -16,8 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from silotune.errors import RunDirectoryInvalid
-from silotune.events.errors import FileNotOffered, RunNotFound
+from silotune.errors import FileNotOffered, RunDirectoryInvalid, RunNotFound
 from silotune.events.view import RunView
 
 Row = dict[str, Any]
@@ -51,7 +50,7 @@ class RunFacts:
 
 
 @dataclass(frozen=True)
-class Offer:
+class FileOffer:
     """A file that may be downloaded."""
 
     name: str
@@ -73,7 +72,7 @@ class Source(Protocol):
         """Events behind an id, oldest first; ids only grow. Raises `RunNotFound`."""
         ...
 
-    def files(self, run: str) -> Sequence[Offer]:
+    def files(self, run: str) -> Sequence[FileOffer]:
         """What can be downloaded of a run now."""
         ...
 
@@ -176,12 +175,12 @@ class RunDirectories:
                 raise RunDirectoryInvalid(f"{path}, line {number}: not a JSON object") from exc
         return found
 
-    def files(self, run: str) -> list[Offer]:
+    def files(self, run: str) -> list[FileOffer]:
         """What can be downloaded now: the adapter, the report, plan, privacy and results."""
         folder = self._folder(run)
-        offers = [Offer(name, title) for name, title in _FILES if (folder / name).is_file()]
+        offers = [FileOffer(name, title) for name, title in _FILES if (folder / name).is_file()]
         if newest := self._adapter(folder):
-            offers.insert(0, Offer("adapter.safetensors", f"Adapter, {newest.stem}"))
+            offers.insert(0, FileOffer("adapter.safetensors", f"Adapter, {newest.stem}"))
         return offers
 
     def read(self, run: str, name: str) -> bytes:

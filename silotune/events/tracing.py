@@ -22,8 +22,7 @@ from contextlib import contextmanager
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
-from silotune.errors import SilotuneError
-from silotune.events.errors import ExtraMissing
+from silotune.errors import ExtraMissing, SilotuneError
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
@@ -37,7 +36,7 @@ _HEADER = re.compile(r"00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})")
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 
 
-class _State:
+class _TracerState:
     """The process's tracer; None while nothing is traced."""
 
     tracer: Tracer | None = None
@@ -91,21 +90,21 @@ def start(*exporters: SpanExporter, service: str, batched: bool = True) -> None:
     except ImportError as exc:
         raise ExtraMissing("the OpenTelemetry SDK is not installed", remedy=INSTALL) from exc
     named = os.environ.get("OTEL_SERVICE_NAME") or service
-    _State.ids = Ids()
+    _TracerState.ids = Ids()
     provider = TracerProvider(
-        resource=Resource.create({"service.name": named}), id_generator=_State.ids
+        resource=Resource.create({"service.name": named}), id_generator=_TracerState.ids
     )
     for exporter in exporters:
         processor = BatchSpanProcessor if batched else SimpleSpanProcessor
         provider.add_span_processor(processor(exporter))
-    _State.provider, _State.tracer = provider, provider.get_tracer("silotune")
+    _TracerState.provider, _TracerState.tracer = provider, provider.get_tracer("silotune")
 
 
 def stop() -> None:
     """Deliver what is left, and trace no longer."""
-    if _State.provider is not None:
-        _State.provider.shutdown()
-    _State.provider = _State.tracer = _State.ids = None
+    if _TracerState.provider is not None:
+        _TracerState.provider.shutdown()
+    _TracerState.provider = _TracerState.tracer = _TracerState.ids = None
 
 
 @contextmanager
@@ -125,14 +124,14 @@ def span(
     begins : bool
         Begin the run's own trace.
     """
-    tracer = _State.tracer
+    tracer = _TracerState.tracer
     if tracer is None:
         yield
         return
     from opentelemetry import trace
 
     if begins:
-        _State.ids.next.trace = _hashed(16, run)
+        _TracerState.ids.next.trace = _hashed(16, run)
     made = tracer.start_span(
         name,
         context=_context(parent, begins=begins),
@@ -155,12 +154,12 @@ def exchange(kind: str, *, run: str, round: int) -> Iterator[str]:
 
     It does not become the current span: the block may be left and entered again, as a generator is.
     """
-    tracer = _State.tracer
+    tracer = _TracerState.tracer
     if tracer is None:
         yield ""
         return
-    _State.ids.next.trace = _hashed(16, run)
-    _State.ids.next.span = _hashed(8, run, str(round), kind)
+    _TracerState.ids.next.trace = _hashed(16, run)
+    _TracerState.ids.next.span = _hashed(8, run, str(round), kind)
     made = tracer.start_span(
         f"exchange {kind}",
         attributes=_attributes(run, round),

@@ -22,23 +22,24 @@ from transformers import PreTrainedModel
 from silotune.errors import ModelError
 from silotune.models.adapter import layout_of
 from silotune.models.choices import Choices, choose, resolve_device
+from silotune.models.features import FrozenPrefix
 from silotune.models.layout import Group, Layout
 from silotune.models.lora import saved_name, wrap
-from silotune.models.prefix import FrozenPrefix
 from silotune.models.pretrained import (
     fixed_rng,
     load_base,
     load_config,
     load_tokenizer,
+    locate,
     quiet,
     require_length,
     require_text,
+    require_weights,
 )
 from silotune.models.task import Batch, Encoded, Task
 from silotune.models.tasks import get_task
 from silotune.models.trial import require_fit
-from silotune.models.weights import locate, require_weights
-from silotune.plan import Plan
+from silotune.plan.plan import Plan
 
 
 class TaskModel(nn.Module):
@@ -97,7 +98,7 @@ class TaskModel(nn.Module):
         ----------
         batch : mapping
             ``input_ids`` and ``attention_mask`` [n, tokens], padded on the right, and perhaps
-            ``prefix`` [n, tokens, hidden], see `silotune.models.prefix`.
+            ``prefix`` [n, tokens, hidden], see `silotune.models.features`.
 
         Returns
         -------

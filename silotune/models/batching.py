@@ -1,12 +1,22 @@
-"""Micro-batches of examples of like length, so that little of a batch is padding."""
+"""Micro-batches of examples of like length, so that little of a batch is padding.
+
+Texts as token ids, in one place: for training, for `predict`, and for the code in an adapter's card.
+
+What stands in a text is text. A literal ``</s>`` in a note becomes the tokens of its characters, never
+the control token of that name; the only control tokens of a sequence are those that are put around
+texts here. A record whose prompt a chat template has rendered is therefore text too: its markers are
+no markers, and none is doubled.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from silotune.errors import ModelError
 from silotune.models.task import Encoded, Rows
 
 
@@ -69,3 +79,81 @@ def _whole_units(
         taken = end
     result.append(rows[order[start:]].tolist())
     return result
+
+
+PROMPT_END = "\n"  # between prompt and response, part of the prompt
+_PROBE = "a"
+
+
+def text_ids(tokenizer: Any, texts: Sequence[str], *, limit: int) -> list[list[int]]:
+    """Ids of whole texts, with what the tokenizer puts around each, at most `limit` of them."""
+    if not texts:
+        return []
+    found: list[list[int]] = tokenizer(
+        list(texts), truncation=True, max_length=limit, split_special_tokens=True
+    )["input_ids"]
+    # A tokenizer without special tokens may find nothing in a text; a row needs one position.
+    return [row or [padding_id(tokenizer)] for row in found]
+
+
+def prompt_ids(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
+    """Ids of prompts: what the tokenizer puts before a text, the prompt, and `PROMPT_END`."""
+    lead = leading_ids(tokenizer)
+    found = bare_ids(tokenizer, [prompt + PROMPT_END for prompt in prompts])
+    return [lead + row or [end_id(tokenizer)] for row in found]
+
+
+def bare_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of texts with nothing around them; the tokenizer's warning about long ones is not wanted."""
+    if not texts:
+        return []
+    found: list[list[int]] = tokenizer(
+        list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False
+    )["input_ids"]
+    return found
+
+
+def keep_end(prompt: list[int], room: int, *, lead: int) -> list[int]:
+    """At most `room` ids of a prompt: the `lead` first ones, as far as they fit, and the last ones."""
+    if len(prompt) <= room:
+        return prompt
+    start = min(lead, room)
+    return prompt[:start] + prompt[len(prompt) - (room - start) :]
+
+
+def leading_ids(tokenizer: Any) -> list[int]:
+    """What the tokenizer puts before every text, a begin-of-sequence token mostly; perhaps nothing.
+
+    What it puts behind a text is left out: a response has an end of its own, and a prompt none.
+    """
+    (whole,) = tokenizer([_PROBE])["input_ids"]
+    (bare,) = bare_ids(tokenizer, [_PROBE])
+    places = range(len(whole) - len(bare) + 1)
+    start = next((i for i in places if whole[i : i + len(bare)] == bare), 0)
+    return [int(token) for token in whole[:start]]
+
+
+def padding_id(tokenizer: Any) -> int:
+    """Token to fill a batch with. Padding is masked, so without one any token serves."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    return 0
+
+
+def end_id(tokenizer: Any) -> int:
+    """Token that ends a response. Raises `ModelError` where there is none."""
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            "the tokenizer has no end-of-sequence token, so the model can't learn where to stop",
+            remedy="Set eos_token in the base model's tokenizer_config.json.",
+        )
+    return int(tokenizer.eos_token_id)
+
+
+def end_ids(tokenizer: Any, model: Any) -> list[int]:
+    """Where a response is over: at its own end, or at any that the base model was taught before."""
+    stated = model.generation_config.eos_token_id
+    more: Iterable[int] = stated if isinstance(stated, list) else [stated]
+    found = [end_id(tokenizer), *(int(token) for token in more if token is not None)]
+    return list(dict.fromkeys(found))

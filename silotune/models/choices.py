@@ -21,9 +21,8 @@ from torch.nn.functional import linear
 from transformers import MODEL_MAPPING, AutoModel
 
 from silotune.errors import EnvironmentFault
-from silotune.models.pretrained import fixed_rng, load_config, quiet
-from silotune.models.weights import locate
-from silotune.plan import Plan
+from silotune.models.pretrained import fixed_rng, load_config, locate, quiet
+from silotune.plan.plan import Plan
 
 _BF16_GAIN = 1.3  # bf16 products cost accuracy, so they must be worth it
 _REPEATS = 3  # of which the first only warms up

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from silotune.errors import AdapterMismatch
-from silotune.plan import Plan
+from silotune.plan.plan import Plan
 
 Group = Literal["head", "adapter"]
 Part = Literal["A", "B", "head"]
@@ -43,7 +43,7 @@ class Detachable(Protocol):
 
 
 @dataclass(frozen=True)
-class Entry:
+class ArrayEntry:
     """One array of an adapter: its name in PEFT's files (or the head's), shape and group."""
 
     name: str
@@ -82,7 +82,7 @@ def gathered(flat: Vector, spans: Iterable[Span]) -> Vector:
 class Layout:
     """Names, shapes and order of the arrays in the flat vector: the adapter, then the head."""
 
-    entries: tuple[Entry, ...]
+    entries: tuple[ArrayEntry, ...]
 
     @cached_property
     def size(self) -> int:
@@ -263,15 +263,15 @@ def initial_matrix(name: str, shape: tuple[int, ...], plan: Plan) -> NDArray[np.
     return start
 
 
-def _entry(raw: Any) -> Entry:
+def _entry(raw: Any) -> ArrayEntry:
     shape = tuple(raw["shape"])
     whole = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in shape)
     if not isinstance(raw["name"], str) or raw["group"] not in _ORDER or not whole:
         raise ValueError
-    return Entry(raw["name"], shape, raw["group"])
+    return ArrayEntry(raw["name"], shape, raw["group"])
 
 
-def _ranked(entry: Entry, rank: int) -> tuple[int, ...]:
+def _ranked(entry: ArrayEntry, rank: int) -> tuple[int, ...]:
     if entry.part == "A":
         return (rank, *entry.shape[1:])
     return (*entry.shape[:-1], rank) if entry.part == "B" else entry.shape

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from silotune.errors import ModelError, TargetModulesUnknown
 from silotune.models.layout import initial_matrix
 from silotune.models.pretrained import told
-from silotune.plan import Plan
+from silotune.plan.plan import Plan
 
 # Query and value projections as the model families call them; the first group found is taken.
 _AUTO = (

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from silotune.plan import Plan
+from silotune.plan.plan import Plan
 
 if TYPE_CHECKING:
     from silotune.models.base import LoadedModel, TaskModel

@@ -4,13 +4,15 @@ Everything that privacy rests on is a property of the model that can be tried: i
 gradients, a record's loss and gradient are its own whatever stands beside it in a batch, and a causal
 language model does not see the token it is to predict. The texts are fixed and public, so the
 verdict is the same at every site and tells nothing of any record.
+
+Which layer of a model it is: where a computation failed, or two of them parted.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -19,9 +21,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from silotune.errors import LayerUnsupported, ModelError, SelfCheckFailed, SilotuneError
-from silotune.models.differences import differs, first_difference, plain, running_layer, shown
-from silotune.models.errors import LengthRefused, RecordsMixed, TextRefused, TokensSeenEarly
+from silotune.errors import (
+    LayerUnsupported,
+    LengthRefused,
+    ModelError,
+    RecordsMixed,
+    SelfCheckFailed,
+    SilotuneError,
+    TextRefused,
+    TokensSeenEarly,
+)
 from silotune.models.features import compute_frozen
 from silotune.models.pretrained import fixed_rng, quiet, told
 from silotune.models.task import Encoded
@@ -29,6 +38,110 @@ from silotune.privacy.clipping import Attached, attach
 
 if TYPE_CHECKING:
     from silotune.models.base import LoadedModel
+
+
+def running_layer(module: nn.Module, run: Callable[[], object]) -> str:
+    """Name of the innermost layer that `run` was in when it failed; empty if in none."""
+    entered: list[str] = []
+
+    def enter(name: str) -> Callable[..., None]:
+        return lambda *args: entered.append(name)
+
+    def leave(*args: Any) -> None:
+        entered.pop()
+
+    handles = []
+    for name, layer in module.named_modules():
+        if name:
+            handles += [
+                layer.register_forward_pre_hook(enter(name)),
+                layer.register_forward_hook(leave),
+            ]
+    try:
+        with suppress(Exception):
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return shown(entered[-1]) if entered else ""
+
+
+def first_difference(
+    module: nn.Module,
+    one: Callable[[], object],
+    other: Callable[[], object],
+    *,
+    views: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]],
+    tolerance: float,
+) -> str:
+    """Name of the first layer whose outputs differ between two computations; empty if none does.
+
+    Parameters
+    ----------
+    module : nn.Module
+    one, other : callable
+        Run the module once.
+    views : pair of callables
+        The parts of an output [n, ...] of each that ought to agree.
+    tolerance : float
+        Largest difference in parts of the largest number.
+    """
+    found = []
+    for run, view in zip((one, other), views, strict=True):
+        with _outputs(module, view) as seen:
+            run()
+        found.append(seen)
+    for (name, a), (again, b) in zip(*found, strict=False):
+        if name != again:
+            break
+        if a.shape == b.shape and differs(a, b, tolerance=tolerance):
+            return shown(name)
+    return ""
+
+
+def differs(a: Tensor, b: Tensor, *, tolerance: float) -> bool:
+    """Whether the largest difference is above a part of the largest number."""
+    if not a.numel():
+        return False
+    return not bool((a - b).abs().max() <= tolerance * a.abs().max())
+
+
+@contextmanager
+def _outputs(
+    module: nn.Module, view: Callable[[Tensor], Tensor]
+) -> Iterator[list[tuple[str, Tensor]]]:
+    """Collect a part of every layer's output, in the order in which they finish."""
+    seen: list[tuple[str, Tensor]] = []
+
+    def look(name: str) -> Callable[..., None]:
+        def hook(layer: nn.Module, args: Any, output: Any) -> None:
+            first = output[0] if isinstance(output, tuple) and output else output
+            if isinstance(first, Tensor) and first.is_floating_point():
+                with suppress(IndexError, RuntimeError):  # its first dimension is not the batch
+                    seen.append((name, view(first.detach()).clone()))
+
+        return hook
+
+    handles = [m.register_forward_hook(look(name)) for name, m in module.named_modules() if name]
+    try:
+        with torch.no_grad():
+            yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def plain(name: str) -> str:
+    """A name without what PEFT puts before it, which the plan's reader never sees."""
+    for lead in ("peft.base_model.model.", "peft.base_model.", "base_model.model."):
+        name = name.removeprefix(lead)
+    return name
+
+
+def shown(name: str) -> str:
+    """A layer's name, whichever of PEFT's parts of it was meant."""
+    return plain(name).replace(".base_layer", "").split(".lora_", 1)[0]
+
 
 # Relative; rounding is some 1e-6, rows that depend on each other differ by 1e-3 and more.
 _AGREE = 1e-4
@@ -66,7 +179,7 @@ class Refusal:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class TrialResult:
     """What a trial found.
 
     Attributes
@@ -81,7 +194,7 @@ class Verdict:
     prefix: bool = False
 
 
-_KNOWN: dict[str, Verdict] = {}
+_KNOWN: dict[str, TrialResult] = {}
 
 
 def require_fit(model: LoadedModel, folder: Path) -> None:
@@ -127,7 +240,7 @@ def trial_key(plan: Any, folder: Path, *, rest: str = "") -> str:
     return repr((str(folder), stamps, plan.model, lora, shape, rest))
 
 
-def _tried(model: LoadedModel) -> Verdict:
+def _tried(model: LoadedModel) -> TrialResult:
     with _untouched(model), fixed_rng(), quiet():
         try:
             trial = _Trial(model)
@@ -136,11 +249,11 @@ def _tried(model: LoadedModel) -> Verdict:
                 trial.require_causal()
             if model.plan.per_unit:
                 trial.require_own_rows()
-            return Verdict(None, prefix=trial.prefix_agrees())
+            return TrialResult(None, prefix=trial.prefix_agrees())
         except SilotuneError as exc:
-            return Verdict(Refusal.of(exc))
+            return TrialResult(Refusal.of(exc))
         except Exception as exc:
-            return Verdict(Refusal.of(TextRefused(f"trying it failed: {told(exc)}")))
+            return TrialResult(Refusal.of(TextRefused(f"trying it failed: {told(exc)}")))
 
 
 @contextmanager

@@ -24,27 +24,11 @@ from scipy.special import ndtri
 from silotune.errors import CalibrationImpossible
 from silotune.privacy import loss
 from silotune.privacy.events import (
-    from_json,
-    gaussian_event,
     is_shared,
-    shared_step_event,
     step_event,
-    to_json,
     uses_of,
 )
 from silotune.privacy.loss import Sampled
-
-__all__ = [
-    "calibrate",
-    "epsilon",
-    "epsilon_at_two_sites",
-    "epsilon_curve",
-    "from_json",
-    "gaussian_event",
-    "shared_step_event",
-    "step_event",
-    "to_json",
-]
 
 _CALIBRATED_RANGE = (0.1, 1e6)
 _TOLERANCE = 2e-4  # of log sigma

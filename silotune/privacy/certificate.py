@@ -2,6 +2,12 @@
 
 It carries the privacy events themselves, so anybody can recompute its epsilon offline, without the
 site, the coordinator or the ledger.
+
+What a run's releases are worth to whom: the published adapter's readers, the coordinator, colluders.
+
+Under secure aggregation only sums over sites are seen, so other sites' noise protects a unit too, as far
+as those sites keep it to themselves. A site can vouch for its own noise alone: hence one epsilon for
+each number of sites that might collude with the coordinator.
 """
 
 from __future__ import annotations
@@ -17,17 +23,120 @@ from typing import Annotated, Any, Literal
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from dp_accounting import DpEvent, GaussianDpEvent, PoissonSampledDpEvent
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from silotune import __version__
 from silotune.errors import CertificateInvalid
-from silotune.plan import Clip, Plan
-from silotune.privacy import exposure
-from silotune.privacy.durable import replace_file
-from silotune.privacy.events import SharedGaussianDpEvent
+from silotune.plan.plan import Plan
+from silotune.plan.rules import sends_all_it_trains
+from silotune.plan.sections import Clip
+from silotune.privacy.events import SharedGaussianDpEvent, from_json, to_json
 from silotune.privacy.ledger import Ledger
-from silotune.privacy.signing import fingerprint
-from silotune.privacy.tally import epsilon_of, total
+from silotune.privacy.secagg.graph import tolerated_collusion
+from silotune.privacy.tally import Tally, epsilon_of, total
+from silotune.trust.files import replace_file
+from silotune.trust.identity import fingerprint
+
+ALL_OTHERS = -1
+"""In place of a number: all other sites collude."""
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Sums that the coordinator sees, of which every site's noise has the same scale.
+
+    Attributes
+    ----------
+    threshold : int
+        Sites in a sum, at least.
+    tolerated : int
+        Sites that may collude with the coordinator without opening single updates.
+    shared : bool
+        Whether the sites share the noise; if not, each adds all of its own.
+    """
+
+    threshold: int
+    tolerated: int
+    shared: bool
+
+
+def sums_of(plan: Plan) -> Sums | None:
+    """How the plan's training updates are summed; None if what a site sends counts on its own.
+
+    That other sites' noise counts takes one step a round, one rate, declared weights (so that all
+    noise multipliers are one), updates that are sent whole and unchanged, and a threshold that the
+    plan fixes.
+    """
+    aggregation = plan.aggregation
+    common = (
+        plan.rounds.local_steps == 1
+        and plan.privacy.rate
+        and aggregation.weights == "declared"
+        and sends_all_it_trains(plan)
+    )
+    if not (aggregation.secure and common and aggregation.threshold and aggregation.cohort):
+        return None
+    return Sums(
+        threshold=aggregation.threshold,
+        tolerated=tolerated_collusion(aggregation.threshold, aggregation.cohort),
+        shared=plan.privacy.noise == "shared",
+    )
+
+
+def exposures(
+    tally: Mapping[str, int], *, delta: float, sums: Sums | None
+) -> list[tuple[int, float]]:
+    """Epsilon by number of sites that collude with the coordinator.
+
+    Parameters
+    ----------
+    tally : mapping of str to int
+        What was released, as the ledger counts it.
+    delta : float
+        Of every epsilon.
+    sums : Sums or None
+        See `sums_of`.
+
+    Returns
+    -------
+    list of (colluding, epsilon)
+        From 0 up to what the aggregation tolerates, then `ALL_OTHERS`; only that if nothing is summed.
+    """
+    if sums is None:
+        return [(ALL_OTHERS, epsilon_of(tally, delta=delta))]
+    seen = dict(tally) if sums.shared else _in_sums(tally, sums)
+    counts = range(sums.tolerated + 1)
+    rows = [(c, epsilon_of(seen, delta=delta, colluding=c)) for c in counts]
+    return [*rows, (ALL_OTHERS, epsilon_of(seen, delta=delta, colluding=sums.threshold))]
+
+
+def _in_sums(tally: Mapping[str, int], sums: Sums) -> Tally:
+    """Training steps with the noise of all sites in a sum, of which each has a share."""
+    found: Tally = Tally()
+    for leaf, times in tally.items():
+        found[to_json(_in_sum(from_json(leaf), sums))] += times
+    return found
+
+
+def _in_sum(event: DpEvent, sums: Sums) -> DpEvent:
+    if not isinstance(event, PoissonSampledDpEvent) or type(event.event) is not GaussianDpEvent:
+        return event
+    together = event.event.noise_multiplier * math.sqrt(sums.threshold)
+    shared = SharedGaussianDpEvent(together, sums.threshold, sums.tolerated)
+    return PoissonSampledDpEvent(event.sampling_probability, shared)
+
+
+def in_words(colluding: int, *, sums: Sums | None) -> str:
+    """Against whom an epsilon of `exposures` holds."""
+    if colluding == ALL_OTHERS:
+        return "the coordinator, whoever colludes with it"
+    if colluding == 0:
+        return "readers of the adapter, and the coordinator alone"
+    assert sums is not None  # otherwise there is no such row
+    sites = "1 site" if colluding == 1 else f"{colluding} sites"
+    return f"the coordinator with {sites} of {sums.threshold} or more"
+
 
 _CONTEXT = b"silotune certificate v2\0"
 
@@ -47,11 +156,11 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Positive = Annotated[float, Field(gt=0.0)]
 
 
-class _Part(BaseModel):
+class _CertificatePart(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class Mechanism(_Part):
+class Mechanism(_CertificatePart):
     """One kind of mechanism of the run, readable: how often, at which rate, with which noise.
 
     Attributes
@@ -72,7 +181,7 @@ class Mechanism(_Part):
     sigma: Positive
 
 
-class Exposure(_Part):
+class Exposure(_CertificatePart):
     """What the run is worth to somebody.
 
     Attributes
@@ -83,11 +192,11 @@ class Exposure(_Part):
         At the certificate's delta.
     """
 
-    colluding: Annotated[int, Field(ge=exposure.ALL_OTHERS)]
+    colluding: Annotated[int, Field(ge=ALL_OTHERS)]
     epsilon: Annotated[float, Field(ge=0.0)]
 
 
-class Aggregation(_Part):
+class Aggregation(_CertificatePart):
     """Secure aggregation over sites whose noise is of one scale.
 
     Attributes
@@ -105,7 +214,7 @@ class Aggregation(_Part):
     shared_noise: bool
 
 
-class Bound(_Part):
+class Bound(_CertificatePart):
     """What one attack measured of the epsilon that is claimed against it.
 
     Attributes
@@ -123,7 +232,7 @@ class Bound(_Part):
     canaries: Annotated[int, Field(ge=1)]
 
 
-class Measured(_Part):
+class Measured(_CertificatePart):
     """What was tried against the run, beside what is proven. A low bound proves nothing.
 
     Attributes
@@ -141,7 +250,7 @@ class Measured(_Part):
     confidence: Annotated[float, Field(gt=0.0, lt=1.0)]
 
 
-class CertificateBody(_Part):
+class CertificateBody(_CertificatePart):
     """Everything that is signed: names, numbers and fixed terms. Sentences are made of them."""
 
     format: Literal["silotune certificate 2"] = "silotune certificate 2"
@@ -208,7 +317,7 @@ class CertificateBody(_Part):
     def exposed_to(self) -> list[tuple[str, float]]:
         """Against whom each epsilon of `exposures` holds, in words."""
         sums = _sums(self.aggregation)
-        return [(exposure.in_words(e.colluding, sums=sums), e.epsilon) for e in self.exposures]
+        return [(in_words(e.colluding, sums=sums), e.epsilon) for e in self.exposures]
 
 
 @dataclass(frozen=True)
@@ -306,7 +415,7 @@ def _charged(ledger: Ledger, dataset: str, *, run: str, plan: Plan) -> Mapping[s
 
 def _guarantee(tally: Mapping[str, int], plan: Plan, delta: float) -> dict[str, Any]:
     """The fields that state what is guaranteed, to whom and against whom, and by what."""
-    sums = exposure.sums_of(plan)
+    sums = sums_of(plan)
     return {
         "unit": plan.privacy.unit if plan.per_unit else _WHOLE_SITE,
         "adjacency": "add_remove_unit" if plan.per_unit else "replace_site",
@@ -419,24 +528,22 @@ def _mechanism(leaf: str, times: int) -> Mechanism:
     return Mechanism(event=leaf, times=times, rate=rate, sigma=event.noise_multiplier)
 
 
-def _aggregation(sums: exposure.Sums | None) -> Aggregation | None:
+def _aggregation(sums: Sums | None) -> Aggregation | None:
     if sums is None:
         return None
     return Aggregation(threshold=sums.threshold, tolerated=sums.tolerated, shared_noise=sums.shared)
 
 
-def _sums(body: Aggregation | None) -> exposure.Sums | None:
+def _sums(body: Aggregation | None) -> Sums | None:
     if body is None:
         return None
-    return exposure.Sums(body.threshold, body.tolerated, body.shared_noise)
+    return Sums(body.threshold, body.tolerated, body.shared_noise)
 
 
-def _exposures(
-    tally: Mapping[str, int], delta: float, sums: exposure.Sums | None
-) -> tuple[Exposure, ...]:
+def _exposures(tally: Mapping[str, int], delta: float, sums: Sums | None) -> tuple[Exposure, ...]:
     return tuple(
         Exposure(colluding=colluding, epsilon=epsilon)
-        for colluding, epsilon in exposure.exposures(tally, delta=delta, sums=sums)
+        for colluding, epsilon in exposures(tally, delta=delta, sums=sums)
     )
 
 

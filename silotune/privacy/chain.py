@@ -9,31 +9,106 @@ the head file. A row is committed first and the head follows, both forced to the
 
 Whoever restores *both* from one old backup is found out by the head that the other side has
 counter-signed (`Chain.witness`), which the other side keeps too.
+
+What the ledger's table holds: entries, and their places in the hash chain.
 """
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from silotune.errors import LedgerDamaged, PrivacyError
-from silotune.privacy.durable import (
-    create_file,
-    create_private_folder,
-    replace_file,
-    require_private,
-)
-from silotune.privacy.entry import GENESIS, Entry, Head, Row
+from silotune.trust.files import create_file, create_private_folder, replace_file, require_private
 
 if TYPE_CHECKING:
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import (
+        Ed25519PrivateKey,
+        Ed25519PublicKey,
+    )
+
+
+_WITNESS_CONTEXT = b"silotune ledger head v1\0"
+
+
+@dataclass(frozen=True)
+class LedgerEntry:
+    """What a row says, without its place in the chain; unused columns are None."""
+
+    kind: str
+    dataset: str
+    run: str
+    time: str
+    round: int | None = None
+    release: str | None = None
+    plan_sha256: str | None = None
+    event: str | None = None
+    budget: str | None = None
+    payload_sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Head:
+    """The end of a chain: how many rows, and the hash of the last."""
+
+    seq: int
+    hash: str
+
+    def signed_bytes(self) -> bytes:
+        """What a counter-signature covers."""
+        return _WITNESS_CONTEXT + f"{self.seq} {self.hash}".encode()
+
+    def sign(self, key: Ed25519PrivateKey) -> bytes:
+        """Counter-sign this head (Ed25519, RFC 8032), as the coordinator does."""
+        return key.sign(self.signed_bytes())
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table: an entry in its place."""
+
+    seq: int
+    previous: str
+    entry: LedgerEntry
+    hash: str
+
+    @classmethod
+    def after(cls, head: Head, entry: LedgerEntry) -> Row:
+        """The row that appends `entry` to a chain that ends at `head`."""
+        seq = head.seq + 1
+        return cls(seq, head.hash, entry, _row_hash(seq, head.hash, entry))
+
+    @property
+    def head(self) -> Head:
+        """The head of a chain that ends with this row."""
+        return Head(self.seq, self.hash)
+
+    def as_dict(self) -> dict[str, str | int | None]:
+        """Plain columns, in the order of the table."""
+        return {
+            "seq": self.seq,
+            "previous": self.previous,
+            **vars(self.entry),
+            "hash": self.hash,
+        }
+
+
+GENESIS = Head(0, "0" * 64)
+
+
+def _row_hash(seq: int, previous: str, entry: LedgerEntry) -> str:
+    columns = {"seq": seq, "previous": previous, **vars(entry)}
+    canonical = json.dumps(columns, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
 
 _BUSY_SECONDS = 60.0
 _SCHEMA = (
@@ -66,7 +141,7 @@ _REMEDY = "Nothing was released. Free the disk or end the other process, then st
 _GUARDS = {"no_update", "no_delete", "only_at_the_end", "one_charge_a_release"}
 
 
-_ENTRY_COLUMNS = tuple(Entry.__dataclass_fields__)
+_ENTRY_COLUMNS = tuple(LedgerEntry.__dataclass_fields__)
 _NAMES = ("seq", "previous", *_ENTRY_COLUMNS, "hash")
 _COLUMNS = ", ".join(_NAMES)
 _PLACES = ", ".join(f":{name}" for name in _NAMES)
@@ -147,7 +222,7 @@ class Chain:
             return self._tail
 
     @contextmanager
-    def transaction(self) -> Iterator[Callable[[Entry], None]]:
+    def transaction(self) -> Iterator[Callable[[LedgerEntry], None]]:
         """Hold the only right to append; yields the function that does, for at most one row.
 
         Inside, every committed row of every process has been observed. The row is on the disk, and
@@ -162,7 +237,7 @@ class Chain:
         """
         appended: list[Row] = []
 
-        def append(entry: Entry) -> None:
+        def append(entry: LedgerEntry) -> None:
             assert not appended, "a transaction appends one row: the head may lag by one only"
             row = Row.after(self._tail, entry)
             self._db.execute(_INSERT, row.as_dict())
@@ -325,7 +400,7 @@ class Chain:
         """Rows from number `first` on, unchecked."""
         for seq, previous, *columns, row_hash in self._db.execute(_SELECT, (first,)):
             named = dict(zip(_ENTRY_COLUMNS, columns, strict=True))
-            yield Row(seq, previous, Entry(**named), row_hash)
+            yield Row(seq, previous, LedgerEntry(**named), row_hash)
 
     def _read_head(self) -> Head:
         try:

@@ -27,13 +27,13 @@ from silotune.errors import LayerUnsupported, SelfCheckFailed
 from silotune.privacy.layers import (
     CastCache,
     FrozenLinear,
+    GradientSink,
     InputCast,
     LoraSite,
     MergedLora,
     SplitLora,
     TrainedLinear,
 )
-from silotune.privacy.samples import GradientSink
 
 _Forward = Callable[..., Any]
 # Below this many weights a reduced-precision copy saves no time worth its conversion.

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from silotune.errors import SelfCheckFailed
 from silotune.privacy.checks import noise_is_plausible, require_finite
 from silotune.privacy.clipping import Attached
-from silotune.privacy.samples import as_rows, shaped_as, unit_norms, weighted_sum
+from silotune.privacy.layers import as_rows, shaped_as, unit_norms, weighted_sum
 
 if TYPE_CHECKING:
     from silotune.privacy.noise import NoiseSource
@@ -212,7 +212,7 @@ class DpSgd:
         Noise multiplier, above 0.
     noise : NoiseSource or None
         None if `release` is to give clipped sums without noise, which must not leave before
-        `silotune.privacy.shared_noise` has added some.
+        `silotune.privacy.secagg.encoding` has added some.
 
     Attributes
     ----------

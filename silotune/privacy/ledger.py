@@ -8,14 +8,17 @@ run *settles*, which frees what it did not use.
 Datasets are keyed by name, whatever their content: epsilon adds up over every version of the data,
 because most people are in most versions. A site that replaces a dataset by one with *none* of the
 same people in it may account for it apart by a key ``name@fingerprint``.
+
+What the ledger speaks of: datasets, budgets, releases and the accounts of runs.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,21 +30,91 @@ from silotune.errors import (
     ReleaseConflict,
     ReservationInvalid,
 )
-from silotune.privacy.account import (
-    Budget,
-    ReleaseKey,
-    RunAccount,
-    require_dataset_key,
-)
-from silotune.privacy.chain import Chain
-from silotune.privacy.entry import Entry, Head, Row
+from silotune.privacy.chain import Chain, Head, LedgerEntry, Row
 from silotune.privacy.tally import Tally, epsilon_of, fits, tally_of, tally_of_text, total
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
     from dp_accounting import DpEvent
 
-__all__ = ["Budget", "Ledger", "ReleaseKey", "RunAccount"]
+
+_DATASET = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}(@[0-9a-f]{8,64})?")
+_RUN = re.compile(r".{1,200}")
+_RELEASE = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
+
+
+def require_dataset_key(key: str) -> str:
+    """The key itself, if it is one: a name, or ``name@fingerprint`` of 8 to 64 hex digits.
+
+    A fingerprint is sound only if contents with different ones have no privacy unit in common: each has
+    a budget of its own. Raises `ValueError`.
+    """
+    if not _DATASET.fullmatch(key):
+        raise ValueError(f"not a dataset name with an optional fingerprint: {key!r}")
+    return key
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a dataset may spend over its whole life."""
+
+    epsilon: float
+    delta: float
+
+
+@dataclass(frozen=True)
+class ReleaseKey:
+    """What makes a release the same release: asked again, it is sent again and not charged again.
+
+    Parameters
+    ----------
+    run : str
+        The run's id: at most 200 printable characters.
+    round : int
+        From 1; 0 for what comes before the first round.
+    release : str
+        What it is within the round, e.g. ``"update"`` or ``"metrics"``: a short lower-case name.
+    """
+
+    run: str
+    round: int
+    release: str
+
+    def __post_init__(self) -> None:
+        if not _RUN.fullmatch(self.run) or not self.run.isprintable():
+            raise ValueError("a run's id is 1 to 200 printable characters")
+        if self.round < 0 or not _RELEASE.fullmatch(self.release):
+            raise ValueError(f"not a release: round {self.round}, {self.release!r}")
+
+
+@dataclass(frozen=True)
+class RunAccount:
+    """One run's account on one dataset.
+
+    Attributes
+    ----------
+    reserved, charged : Mapping[str, int]
+        Tallies: canonical JSON of a mechanism -> how often.
+    open : bool
+        Whether it may still charge what it reserved.
+    charges : int
+        Number of charged releases.
+    """
+
+    dataset: str
+    run: str
+    plan_sha256: str
+    budget: Budget
+    reserved: Mapping[str, int]
+    open: bool = True
+    charged: Mapping[str, int] = field(default_factory=dict)
+    charges: int = 0
+
+    @property
+    def committed(self) -> Tally:
+        """Charges, and what the reservation still allows on top of them."""
+        charged = Counter(self.charged)
+        return charged | Counter(self.reserved) if self.open else charged
 
 
 _CHARGING = frozenset({"charge", "restore"})
@@ -343,7 +416,7 @@ class Ledger:
         """
         self._chain.witness(head, signature, key)
 
-    def _append_within(self, entry: Entry, demand: Callable[[], _Demand | None]) -> bool:
+    def _append_within(self, entry: LedgerEntry, demand: Callable[[], _Demand | None]) -> bool:
         """Append `entry` once what it leads to is covered by a reservation or by the budget.
 
         Returns False if there was nothing to append.
@@ -363,14 +436,14 @@ class Ledger:
             self._require_within(entry, whole, wish.budget)
             approved = (whole, wish.budget)
 
-    def _others(self, entry: Entry) -> Tally:
+    def _others(self, entry: LedgerEntry) -> Tally:
         return total(
             account.committed
             for account in self._runs.values()
             if account.dataset == entry.dataset and account.run != entry.run
         )
 
-    def _require_within(self, entry: Entry, whole: Tally, budget: Budget) -> None:
+    def _require_within(self, entry: LedgerEntry, whole: Tally, budget: Budget) -> None:
         reached = epsilon_of(whole, delta=budget.delta)
         if reached <= budget.epsilon:
             return
@@ -396,7 +469,7 @@ class Ledger:
                 f"{self.path}: row {row.seq} has a valid hash but makes no sense to this version"
             ) from exc
 
-    def _fold(self, entry: Entry) -> None:
+    def _fold(self, entry: LedgerEntry) -> None:
         place = (entry.dataset, entry.run)
         if entry.kind == "settle":
             self._runs[place] = replace(self._runs[place], open=False)
@@ -443,7 +516,7 @@ class Ledger:
             raise ValueError(entry.kind)
 
 
-def _key_of(entry: Entry) -> ReleaseKey:
+def _key_of(entry: LedgerEntry) -> ReleaseKey:
     return ReleaseKey(entry.run, int(entry.round or 0), entry.release or "")
 
 
@@ -462,9 +535,9 @@ def _text(event: DpEvent) -> str:
 
 def _entry(
     kind: str, dataset: str, run: str, *, plan_sha256: str | None = None, event: str | None = None
-) -> Entry:
+) -> LedgerEntry:
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
-    return Entry(
+    return LedgerEntry(
         kind=kind,
         dataset=require_dataset_key(dataset),
         run=ReleaseKey(run, 0, kind).run,

@@ -2,28 +2,36 @@
 
 Rules look at the same events and views as the pages. What was told is remembered by where in the events
 it came from: after a restart nothing is told again, and nothing that happened meanwhile is left out.
+
+Where alerts go: webhooks with a signature, and e-mail.
 """
 
 from __future__ import annotations
 
 import hashlib
+import hmac
+import json
 import logging
+import smtplib
+import ssl
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from email.message import EmailMessage
+from pathlib import Path
 from typing import Any, Literal
 
+import httpx
 from sqlalchemy import delete, insert, select
 
-from silotune.dashboard.spending import Spending, left
+from silotune.dashboard.run_page import Spending, left
 from silotune.errors import catalogue
 from silotune.events import schema
 from silotune.events.feed import OVER, Readable
 from silotune.events.source import RunFacts, Source, Views
-from silotune.server.config import AlertsSection
-from silotune.server.operations import SiteRow
-from silotune.server.store import Store
-from silotune.server.tables import CURSORS
+from silotune.server.admin.operations import SiteOverview
+from silotune.server.config import AlertsSection, read_secret
+from silotune.server.store.database import CURSORS, Store
 
 _log = logging.getLogger(__name__)
 
@@ -89,7 +97,7 @@ class Rules:
     """
 
     def __init__(
-        self, source: Source, sites: Callable[[], Sequence[SiteRow]], config: AlertsSection
+        self, source: Source, sites: Callable[[], Sequence[SiteOverview]], config: AlertsSection
     ) -> None:
         self._source, self._sites, self._config = source, sites, config
         self._views, self._spending = Views(source), Spending()
@@ -268,3 +276,70 @@ def _explained(code: str) -> str:
     """A code with its title and what to do."""
     error = next((found for found in catalogue() if found.code == code), None)
     return f"{code} {error.title}. {error.advice}" if error else code
+
+
+_SECONDS = 10.0
+
+SIGNATURE = "silotune-signature"
+"""Header of a webhook: ``sha256=`` and the HMAC-SHA256 of the body under the shared key, in hex."""
+
+
+class Webhook:
+    """POSTs an alert as JSON; any answer but 2xx is a failure.
+
+    Parameters
+    ----------
+    url : str
+        Where to.
+    secret : bytes
+        Key of the signature; empty for none.
+    """
+
+    def __init__(self, url: str, *, secret: bytes) -> None:
+        self._url, self._secret = url, secret
+
+    def __call__(self, alert: Alert) -> None:
+        """Tell. Raises `httpx.HTTPError`."""
+        # The redirect of a hook could lead anywhere, so none is followed.
+        body = json.dumps(asdict(alert), sort_keys=True).encode()
+        headers = {"content-type": "application/json", "user-agent": "silotune"}
+        if self._secret:
+            digest = hmac.new(self._secret, body, hashlib.sha256).hexdigest()
+            headers[SIGNATURE] = f"sha256={digest}"
+        httpx.post(self._url, content=body, headers=headers, timeout=_SECONDS).raise_for_status()
+
+
+class Mail:
+    """Sends an alert through an SMTP server, over TLS unless the configuration says otherwise."""
+
+    def __init__(self, config: AlertsSection, *, password: str) -> None:
+        self._config, self._password = config, password
+
+    def __call__(self, alert: Alert) -> None:
+        """Tell. Raises `smtplib.SMTPException` or `OSError`."""
+        config, message = self._config, EmailMessage()
+        # Header values are made of our own words: names of runs and sites have no line breaks.
+        message["Subject"] = " ".join(f"silotune: {alert.kind} {alert.run or alert.site}".split())
+        message["From"], message["To"] = config.mail_from, ", ".join(config.mail_to)
+        message.set_content(alert.text + "\n")
+        with smtplib.SMTP(config.smtp_host, config.smtp_port, timeout=_SECONDS) as server:
+            if config.smtp_starttls:
+                server.starttls(context=ssl.create_default_context())
+            if config.smtp_user:
+                server.login(config.smtp_user, self._password)
+            server.send_message(message)
+
+
+def sinks_of(config: AlertsSection, *, base: Path) -> list[Sink]:
+    """Everybody whom the configuration names. Raises `CoordinatorConfigInvalid`."""
+    secret = b""
+    if config.webhook_secret_file is not None:
+        secret = read_secret(base / config.webhook_secret_file, key="alerts.webhook_secret_file")
+    found: list[Sink] = [Webhook(url, secret=secret) for url in config.webhooks]
+    if config.smtp_host and config.mail_to:
+        password = ""
+        if config.smtp_password_file is not None:
+            path = base / config.smtp_password_file
+            password = read_secret(path, key="alerts.smtp_password_file").decode()
+        found.append(Mail(config, password=password))
+    return found

@@ -6,6 +6,8 @@ it is served no more, and both teams are told. It comes back with the newest cop
 older one with everything charged that the newest signature says was spent.
 
 The coordinator's audit log has every head that was signed; the store has the newest, with the account.
+
+Privacy certificates that sites hand in when a run is over, for people to download.
 """
 
 from __future__ import annotations
@@ -20,22 +22,24 @@ from typing import Any
 
 from sqlalchemy import delete, insert, select
 
-from silotune.federation import identity, wire
-from silotune.federation.audit_line import AuditHead
-from silotune.federation.audit_log import COUNTER_SIGNED, AuditLog
-from silotune.federation.envelope import COORDINATOR
-from silotune.federation.errors import BooksDisagree, FederationError
-from silotune.privacy.entry import Head
+from silotune.errors import CertificateInvalid
+from silotune.privacy.chain import Head
+from silotune.protocol import http
+from silotune.protocol.envelope import COORDINATOR
+from silotune.server.config import CoordinatorKeys
 from silotune.server.enrolment import Registrar
-from silotune.server.keys import Keys
-from silotune.server.store import Store
-from silotune.server.tables import SITE_BOOKS
+from silotune.server.store.database import CERTIFICATES, SITE_BOOKS, Store
+from silotune.server.store.runs import Runs
+from silotune.trust import identity
+from silotune.trust.audit import COUNTER_SIGNED, AuditHead, AuditLog
+from silotune.trust.errors import BooksDisagree, FederationError
+from silotune.trust.identity import fingerprint
 
 LEDGER_SIGNED, RESTORED = "ledger_signed", "books_restored"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Memory:
+class KnownBooks:
     """What the coordinator knows of one site's books.
 
     Attributes
@@ -48,8 +52,8 @@ class Memory:
         Why the site is not served; empty if it is.
     """
 
-    known: wire.Known = field(default_factory=wire.Known)
-    spent: tuple[wire.Spent, ...] = ()
+    known: http.Known = field(default_factory=http.Known)
+    spent: tuple[http.Spent, ...] = ()
     halted: str = ""
 
 
@@ -70,7 +74,7 @@ class Books:
         self,
         *,
         store: Store,
-        keys: Keys,
+        keys: CoordinatorKeys,
         registrar: Registrar,
         audit: AuditLog,
         alarm: Callable[..., None],
@@ -83,18 +87,18 @@ class Books:
 
     # --- questions ---
 
-    def of(self, site: str) -> Memory:
+    def of(self, site: str) -> KnownBooks:
         """What is known of a site's books."""
-        return self._memory.get(site, Memory())
+        return self._memory.get(site, KnownBooks())
 
     def serves(self, site: str) -> bool:
         """Whether a site is in the federation, with books that are the newest."""
         return self._registrar.is_active(site) and not self.of(site).halted
 
-    def heads(self, site: str) -> wire.SignedHeads:
+    def heads(self, site: str) -> http.SignedHeads:
         """The newest heads of a site, signed, for the site to hold its own books against."""
         memory = self.of(site)
-        return wire.SignedHeads.make(
+        return http.SignedHeads.make(
             self._keys.signing,
             federation=self._registrar.federation,
             site=site,
@@ -104,7 +108,7 @@ class Books:
 
     # --- exchange ---
 
-    def exchange(self, site: str, theirs: wire.HeadExchange) -> wire.HeadExchange:
+    def exchange(self, site: str, theirs: http.HeadExchange) -> http.HeadExchange:
         """Keep the site's signature of our head, sign theirs if they continue the last, send ours.
 
         Raises
@@ -124,9 +128,9 @@ class Books:
             if theirs.yours is not None:
                 self._keep_signature(site, theirs.yours)
             # Remembered before it is signed: what is signed is never more than what is known.
-            known = wire.Known(log=theirs.mine, ledger=theirs.ledger or memory.known.ledger)
-            self._remember(site, Memory(known=known, spent=theirs.spent or memory.spent))
-            signed = wire.HeadExchange(
+            known = http.Known(log=theirs.mine, ledger=theirs.ledger or memory.known.ledger)
+            self._remember(site, KnownBooks(known=known, spent=theirs.spent or memory.spent))
+            signed = http.HeadExchange(
                 mine=_own_head(self._audit),
                 yours=self._sign_log(theirs.mine),
                 ledger_signed=None
@@ -135,7 +139,7 @@ class Books:
             )
         return signed.model_copy(update={"mine": _own_head(self._audit)})
 
-    def restore(self, site: str, asked: wire.Restored) -> None:
+    def restore(self, site: str, asked: http.Restored) -> None:
         """Take older books in the place of lost ones, if all that was spent is charged in them.
 
         Raises
@@ -169,46 +173,46 @@ class Books:
                 lost_ledger_seq=_seq(memory.known.ledger),
                 reason=asked.reason,
             )
-            known = wire.Known(log=asked.log, ledger=asked.ledger)
-            self._remember(site, Memory(known=known, spent=asked.spent))
+            known = http.Known(log=asked.log, ledger=asked.ledger)
+            self._remember(site, KnownBooks(known=known, spent=asked.spent))
         lost = f"from ledger row {_seq(memory.known.ledger)} to {asked.ledger.seq}: {asked.reason}"
         self._alarm(RESTORED, site=site, detail=lost)
         self._changed()
 
     # --- inside ---
 
-    def _halt(self, site: str, memory: Memory, wrong: str) -> None:
+    def _halt(self, site: str, memory: KnownBooks, wrong: str) -> None:
         if memory.halted:
             return
-        self._save(site, Memory(known=memory.known, spent=memory.spent, halted=wrong))
+        self._save(site, KnownBooks(known=memory.known, spent=memory.spent, halted=wrong))
         self._alarm("books_disagree", site=site, detail=f"{BooksDisagree.code}: {wrong}")
         self._changed()
 
-    def _remember(self, site: str, memory: Memory) -> None:
+    def _remember(self, site: str, memory: KnownBooks) -> None:
         back = self.of(site).halted
         self._save(site, memory)
         if back:
             self._audit.append("books_agree_again", site=site)
             self._changed()
 
-    def _keep_signature(self, site: str, yours: wire.CounterSignature) -> None:
+    def _keep_signature(self, site: str, yours: http.CounterSignature) -> None:
         member = self._registrar.enrolled[site].member
         head = AuditHead(yours.owner, yours.seq, yours.hash)
         signature = base64.b64decode(yours.signature)
         self._audit.witness(head, signature, identity.decode_signing_key(member.signing_key))
 
-    def _sign_log(self, mine: wire.LogHead) -> wire.CounterSignature:
+    def _sign_log(self, mine: http.LogHead) -> http.CounterSignature:
         head = AuditHead(mine.owner, mine.seq, mine.hash)
         signature = head.sign(self._keys.signing)
         self._audit.counter_signed(head, signature, self._keys.signing.public_key())
-        return wire.CounterSignature(**mine.model_dump(), signature=_text(signature))
+        return http.CounterSignature(**mine.model_dump(), signature=_text(signature))
 
-    def _sign_ledger(self, site: str, head: wire.LedgerHead) -> wire.LedgerSignature:
+    def _sign_ledger(self, site: str, head: http.LedgerHead) -> http.LedgerSignature:
         signature = Head(head.seq, head.hash).sign(self._keys.signing)
         self._audit.append(LEDGER_SIGNED, site=site, ledger_seq=head.seq, ledger_hash=head.hash)
-        return wire.LedgerSignature(seq=head.seq, hash=head.hash, signature=_text(signature))
+        return http.LedgerSignature(seq=head.seq, hash=head.hash, signature=_text(signature))
 
-    def _save(self, site: str, memory: Memory) -> None:
+    def _save(self, site: str, memory: KnownBooks) -> None:
         row = {
             "site": site,
             "known": memory.known.model_dump_json(),
@@ -221,26 +225,26 @@ class Books:
             connection.execute(insert(SITE_BOOKS).values(row))
         self._memory[site] = memory
 
-    def _load(self) -> dict[str, Memory]:
+    def _load(self) -> dict[str, KnownBooks]:
         """Of the store; heads of the audit log, if the store is an older copy."""
         with self._store.transaction() as connection:
             rows = list(connection.execute(select(SITE_BOOKS)).mappings())
         found = {
-            row["site"]: Memory(
-                known=wire.Known.model_validate_json(row["known"]),
-                spent=tuple(wire.Spent(**entry) for entry in json.loads(row["spent"])),
+            row["site"]: KnownBooks(
+                known=http.Known.model_validate_json(row["known"]),
+                spent=tuple(http.Spent(**entry) for entry in json.loads(row["spent"])),
                 halted=row["halted"],
             )
             for row in rows
         }
         for site, known in _signed_in(self._audit).items():
-            stored = found.get(site, Memory())
+            stored = found.get(site, KnownBooks())
             if stored.known != known:
-                found[site] = Memory(known=known, spent=stored.spent, halted=stored.halted)
+                found[site] = KnownBooks(known=known, spent=stored.spent, halted=stored.halted)
         return found
 
 
-def _contradiction(memory: Memory, theirs: wire.HeadExchange) -> str:
+def _contradiction(memory: KnownBooks, theirs: http.HeadExchange) -> str:
     """What is wrong with heads, after those that were signed last; empty if they continue them."""
     known, after = memory.known, theirs.after
     for what, signed, shown, held in (
@@ -264,19 +268,19 @@ def _contradiction(memory: Memory, theirs: wire.HeadExchange) -> str:
     return ""
 
 
-def _lacking(now: tuple[wire.Spent, ...], before: tuple[wire.Spent, ...]) -> str:
+def _lacking(now: tuple[http.Spent, ...], before: tuple[http.Spent, ...]) -> str:
     """The first dataset on which less is charged than could have been spent; empty if there is none."""
     charged = {(e.dataset, e.mechanism): e.charged for e in now}
     short = (e.dataset for e in before if charged.get((e.dataset, e.mechanism), 0) < e.held)
     return next(short, "")
 
 
-def _signed_in(audit: AuditLog) -> dict[str, wire.Known]:
+def _signed_in(audit: AuditLog) -> dict[str, http.Known]:
     """The newest heads of each site that an audit log says were signed."""
-    found: dict[str, wire.Known] = {}
+    found: dict[str, http.Known] = {}
     for line in audit.lines():
         fields: Mapping[str, Any] = line.fields
-        parts: dict[str, wire.LogHead | wire.LedgerHead]
+        parts: dict[str, http.LogHead | http.LedgerHead]
         if line.kind == COUNTER_SIGNED and fields["log"] != COORDINATOR:
             site, parts = str(fields["log"]), {"log": _logged(fields)}
         elif line.kind == LEDGER_SIGNED:
@@ -287,26 +291,65 @@ def _signed_in(audit: AuditLog) -> dict[str, wire.Known]:
             parts = {"log": _logged(log), "ledger": _ledgered(fields)}
         else:
             continue
-        found[site] = found.get(site, wire.Known()).model_copy(update=parts)
+        found[site] = found.get(site, http.Known()).model_copy(update=parts)
     return found
 
 
-def _logged(fields: Mapping[str, Any]) -> wire.LogHead:
-    return wire.LogHead(owner=fields["log"], seq=fields["log_seq"], hash=fields["log_hash"])
+def _logged(fields: Mapping[str, Any]) -> http.LogHead:
+    return http.LogHead(owner=fields["log"], seq=fields["log_seq"], hash=fields["log_hash"])
 
 
-def _ledgered(fields: Mapping[str, Any]) -> wire.LedgerHead:
-    return wire.LedgerHead(seq=fields["ledger_seq"], hash=fields["ledger_hash"])
+def _ledgered(fields: Mapping[str, Any]) -> http.LedgerHead:
+    return http.LedgerHead(seq=fields["ledger_seq"], hash=fields["ledger_hash"])
 
 
-def _own_head(audit: AuditLog) -> wire.LogHead:
+def _own_head(audit: AuditLog) -> http.LogHead:
     own = audit.head
-    return wire.LogHead(owner=own.owner, seq=own.seq, hash=own.hash)
+    return http.LogHead(owner=own.owner, seq=own.seq, hash=own.hash)
 
 
-def _seq(head: wire.LogHead | wire.LedgerHead | None) -> int:
+def _seq(head: http.LogHead | http.LedgerHead | None) -> int:
     return head.seq if head is not None else 0
 
 
 def _text(signature: bytes) -> str:
     return base64.b64encode(signature).decode()
+
+
+class Certificates:
+    """Takes certificates in; `silotune.server.store.runs.StoredRuns` offers them.
+
+    Parameters
+    ----------
+    store, registrar, audit
+        The coordinator's.
+    """
+
+    def __init__(self, store: Store, registrar: Registrar, audit: AuditLog) -> None:
+        self._store, self._registrar, self._audit = store, registrar, audit
+
+    def take(self, site: str, handed: http.HandedIn) -> None:
+        """Keep a site's certificate of a run; a later one replaces it.
+
+        Raises
+        ------
+        CertificateInvalid
+            It is not signed by that site's key, does not hold, or is of another site, run or plan.
+        RunUnknown
+            There is no such run.
+        """
+        from silotune.privacy.certificate import verify_content
+
+        row = Runs(self._store).get(handed.run)
+        key = identity.decode_signing_key(self._registrar.enrolled[site].member.signing_key)
+        found = verify_content(
+            handed.certificate.encode(), called="the certificate", key_sha256=fingerprint(key)
+        ).body
+        if (found.site, found.run, found.plan_sha256) != (site, handed.run, row["plan_sha256"]):
+            raise CertificateInvalid("the certificate is of another site, run or plan")
+        kept = {"run": handed.run, "site": site, "time": time.time()}
+        same = (CERTIFICATES.c.run == handed.run) & (CERTIFICATES.c.site == site)
+        with self._store.transaction() as connection:
+            connection.execute(delete(CERTIFICATES).where(same))
+            connection.execute(insert(CERTIFICATES).values({**kept, "content": handed.certificate}))
+        self._audit.append("certificate_taken", run=handed.run, site=site, epsilon=found.epsilon)

@@ -2,6 +2,8 @@
 
 A run is a thread. Its state is in the store before anything is done about it, so that a process that
 starts finds every run where the last one left it and goes on.
+
+One run being performed: a thread with a round loop over a grid, from here to its end.
 """
 
 from __future__ import annotations
@@ -11,20 +13,217 @@ import re
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from flwr.app import Context, RecordDict
 from sqlalchemy import RowMapping
 
 from silotune.errors import RunError, SilotuneError
-from silotune.federation import identity
-from silotune.federation.audit_log import AuditLog
-from silotune.federation.errors import FederationError
-from silotune.federation.wire import Decision, PlansReply, Proposal
-from silotune.plan import Plan, SignedPlan
-from silotune.server.errors import ApprovalsMissing, RunStopped, RunUnknown
-from silotune.server.performance import Performance, Stage
+from silotune.flower.link_grid import LinkGrid, Peer
+from silotune.flower.superlink import LinkRun, LinkState, Signal
+from silotune.plan.plan import Plan, SignedPlan
+from silotune.protocol.http import Decision, PlansReply, Proposal
+from silotune.rounds.rounds import build_server_app
+from silotune.server.config import CoordinatorKeys
+from silotune.server.enrolment import Registrar
+from silotune.server.errors import ApprovalsMissing, NotPossibleNow, StoppedByOperator
+from silotune.server.store.database import Store
+from silotune.server.store.runs import Runs, RunWriter
+from silotune.strategies.base import Vector
+from silotune.trust import identity
+from silotune.trust.audit import AuditLog
+from silotune.trust.errors import FederationError
 
 _log = logging.getLogger(__name__)
+
+_PAUSE_LOOK_SECONDS = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunParts:
+    """What runs are performed on: the coordinator's parts that a run needs.
+
+    Attributes
+    ----------
+    serves : callable
+        Whether a site, by name, is in the federation with books that are the newest.
+    patience : float
+        Seconds that a site may be offline before its round goes on.
+    events : Signal
+        Fired after each event and each change of a run.
+    alarm : callable
+        ``alarm(kind, site=…, …)`` for what only an attack or a mistake explains.
+    """
+
+    store: Store
+    runs: Runs
+    link: LinkState
+    keys: CoordinatorKeys
+    registrar: Registrar
+    serves: Callable[[str], bool]
+    patience: float
+    events: Signal
+    alarm: Callable[..., None]
+
+    def record(self, run: str) -> RunWriter:
+        """The store of one run, for a line now and then."""
+        return RunWriter(
+            self.store, run, on_event=self.events.fire, on_checkpoint=lambda number: None
+        )
+
+    def link_run(self, run: str) -> LinkRun:
+        """Flower's run behind ours: the one from before a restart, or a new one."""
+        found = self._find(run)
+        if found is None:
+            found = self.link.new_run()
+            self.runs.change(run, link_run=str(found.run_id))
+        return found
+
+    def drop_link_run(self, run: str) -> None:
+        """End Flower's run behind ours, with all its messages."""
+        found = self._find(run)
+        if found is not None:
+            self.link.finish_run(found)
+
+    def _find(self, run: str) -> LinkRun | None:
+        number = self.runs.get(run)["link_run"]
+        return self.link.find_run(int(number)) if number else None
+
+
+class _Newcomer(Exception):
+    """A site that approves is there and in nobody's cohort: the loop begins anew, with it."""
+
+
+class RunThread(threading.Thread):
+    """The thread of one run.
+
+    A loop fixes its cohort when it begins. A site that approves later, or was away just then, is let
+    in between two rounds: the loop begins again behind the last checkpoint, as after a restart.
+
+    Parameters
+    ----------
+    stage : Stage
+        Where.
+    run : str
+        The run's name.
+    ended : callable
+        ``ended(run, error)``: called at the end, from this thread; without an error it is finished.
+    """
+
+    def __init__(
+        self, stage: RunParts, run: str, *, ended: Callable[[str, Exception | None], None]
+    ) -> None:
+        super().__init__(daemon=True, name=f"run {run}")
+        self._stage, self._run, self._report = stage, run, ended
+        self._leaving, self._rounds = threading.Event(), 0
+        self._grid: LinkGrid | None = None
+        self._lock = threading.Lock()
+
+    def stop(self) -> None:
+        """End the loop soon. Whether for good, or until the next process, the run's state says."""
+        with self._lock:
+            self._leaving.set()
+            if self._grid is not None:
+                self._grid.stop()
+        self._stage.events.fire()
+
+    def run(self) -> None:
+        """Perform, and report how it ended."""
+        error: Exception | None = None
+        try:
+            while self._again():
+                pass
+        except Exception as exc:
+            error = exc
+        self._report(self._run, error)
+
+    def after_round(self, server_round: int, adapter: Vector, *, seconds: float) -> None:
+        """Between rounds: wait here while the run is paused, and let newcomers in."""
+        del adapter, seconds
+        seen = self._stage.events.count
+        while not self._leaving.is_set() and self._state() == "paused":
+            _log.info("run %s is paused after round %d", self._run, server_round)
+            seen = self._stage.events.wait(since=seen, seconds=_PAUSE_LOOK_SECONDS)
+        if self._leaving.is_set():
+            raise StoppedByOperator(f"{self._run} was stopped")
+        newcomers = self._newcomers() if server_round < self._rounds else []
+        if newcomers:
+            raise _Newcomer(", ".join(newcomers))
+
+    def _newcomers(self) -> list[str]:
+        """Sites that approve and are there, and were not when the loop asked who joins."""
+        assert self._grid is not None
+        enrolled = self._stage.registrar.enrolled
+        nodes = {enrolled[s].node: s for s in self._stage.runs.approved(self._run) if s in enrolled}
+        missed = nodes.keys() - self._grid.asked
+        sightings = self._stage.link.sightings() if missed else {}
+        return sorted(nodes[n] for n in missed if n in sightings and sightings[n].online)
+
+    def _again(self) -> bool:
+        """Perform; whether to do it again, because of a newcomer."""
+        try:
+            self._perform()
+        except _Newcomer as sites:
+            _log.info("run %s goes on with %s", self._run, sites)
+            return True
+        finally:
+            with self._lock:
+                grid, self._grid = self._grid, None
+            if grid is not None:
+                grid.close()
+        return False
+
+    def _state(self) -> str:
+        return str(self._stage.runs.get(self._run)["state"])
+
+    def _perform(self) -> None:
+        plan = self._stage.runs.plan_of(self._run)
+        self._rounds = plan.rounds.number
+        grid = self._make_grid(plan)
+        with self._lock:
+            self._grid = grid
+            if self._leaving.is_set():
+                grid.stop()
+        record = RunWriter(
+            self._stage.store,
+            self._run,
+            on_event=self._stage.events.fire,
+            on_checkpoint=grid.settle,
+            gathers=True,
+        )
+        saved = record.load_checkpoint()
+        if saved is not None:
+            # The process before may have died between the checkpoint and forgetting its messages.
+            grid.settle(int(saved[1]["round"]))
+        app = build_server_app(plan=plan, run=self._run, store=record, observer=self)
+        context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config={})
+        try:
+            app(grid=grid, context=context)
+        finally:
+            record.close()
+
+    def _make_grid(self, plan: Plan) -> LinkGrid:
+        stage = self._stage
+        approved = set(stage.runs.approved(self._run))
+        peers = [
+            Peer(node=e.node, site=name, key=identity.decode_signing_key(e.member.signing_key))
+            for name, e in stage.registrar.enrolled.items()
+            if name in approved
+        ]
+        return LinkGrid(
+            link=stage.link,
+            link_run=stage.link_run(self._run),
+            run=self._run,
+            federation=stage.registrar.federation,
+            peers=peers,
+            is_active=stage.serves,
+            key=stage.keys.signing,
+            ttl=plan.rounds.deadline,
+            patience=stage.patience,
+            alarm=stage.alarm,
+        )
+
 
 _SHOWN_SECONDS = 30 * 24 * 3600.0  # how long sites see a run that is over
 _JOIN_SECONDS = 10.0
@@ -43,13 +242,13 @@ class Conductor:
         Called when sites should look at the plans again.
     """
 
-    def __init__(self, stage: Stage, *, audit: AuditLog, changed: Callable[[], None]) -> None:
+    def __init__(self, stage: RunParts, *, audit: AuditLog, changed: Callable[[], None]) -> None:
         self.runs, self.events = stage.runs, stage.events
         self.version = int(time.time())  # grows over restarts too, so that no site misses a change
         self._stage, self._registrar = stage, stage.registrar
         self._audit, self._changed = audit, changed
         self._lock = threading.RLock()
-        self._active: dict[str, Performance] = {}
+        self._active: dict[str, RunThread] = {}
 
     # --- operator ---
 
@@ -95,7 +294,7 @@ class Conductor:
         return run
 
     def pause(self, run: str) -> None:
-        """Pause after the round that is under way. Raises `RunUnknown`."""
+        """Pause after the round that is under way. Raises `NotPossibleNow`."""
         with self._lock:
             self._require(run, "running")
             self.runs.change(run, state="paused")
@@ -104,7 +303,7 @@ class Conductor:
             self._announce()
 
     def resume(self, run: str) -> None:
-        """Go on with a paused or failed run, from its last finished round. Raises `RunUnknown`."""
+        """Go on with a paused or failed run, from its last finished round. Raises `NotPossibleNow`."""
         with self._lock:
             self._require(run, "paused", "failed")
             self.runs.change(run, state="running", code=None, detail=None, finished_at=None)
@@ -114,10 +313,12 @@ class Conductor:
             self._announce()
 
     def stop(self, run: str) -> None:
-        """End a run for good; its last finished adapter is kept. Raises `RunUnknown`."""
+        """End a run for good; its last finished adapter is kept. Raises `NotPossibleNow`."""
         with self._lock:
             self._require(run, "proposed", "running", "paused", "failed")
-            self.runs.change(run, state="stopped", finished_at=time.time(), code=RunStopped.code)
+            self.runs.change(
+                run, state="stopped", finished_at=time.time(), code=StoppedByOperator.code
+            )
             self._audit.append("run_stopped", run=run)
             performance = self._active.get(run)
             if performance is not None:
@@ -242,7 +443,7 @@ class Conductor:
             self._fail(run, error)
 
     def _perform(self, run: str) -> None:
-        performance = Performance(self._stage, run, ended=self._ended)
+        performance = RunThread(self._stage, run, ended=self._ended)
         self._active[run] = performance
         performance.start()
 
@@ -255,7 +456,7 @@ class Conductor:
                 self.runs.change(run, state="finished", finished_at=time.time())
                 self._audit.append("run_finished", run=run)
                 self._announce()
-            elif not isinstance(error, RunStopped):
+            elif not isinstance(error, StoppedByOperator):
                 self._fail(run, error)
             if error is None or state == "stopped":
                 self._stage.drop_link_run(run)
@@ -273,7 +474,7 @@ class Conductor:
     def _require(self, run: str, *states: str) -> RowMapping:
         row = self.runs.get(run)
         if row["state"] not in states:
-            raise RunUnknown(f"{run} is {row['state']}, not {' or '.join(states)}")
+            raise NotPossibleNow(f"{run} is {row['state']}, not {' or '.join(states)}")
         return row
 
     def _new_name(self, plan: Plan) -> str:

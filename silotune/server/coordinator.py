@@ -11,35 +11,32 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from silotune.federation import identity
-from silotune.federation.audit_log import AuditLog
-from silotune.federation.envelope import COORDINATOR
-from silotune.federation.sealed import Vault
-from silotune.privacy.durable import create_private_folder, replace_file, require_private_tree
-from silotune.server.admin import AdminRoutes
-from silotune.server.arrival import Signal
-from silotune.server.books import Books
-from silotune.server.certificates import Certificates
-from silotune.server.conductor import Conductor
-from silotune.server.config import CoordinatorConfig, Home
-from silotune.server.enrolment import Registrar
-from silotune.server.errors import CoordinatorConfigInvalid, CoordinatorRunning, FolderInUse
-from silotune.server.federation_log import FederationLog
-from silotune.server.guard import Guard
-from silotune.server.keys import (
+from silotune.flower.superlink import LinkState, Signal
+from silotune.protocol.envelope import COORDINATOR
+from silotune.server.admin.socket import AdminRoutes
+from silotune.server.books import Books, Certificates
+from silotune.server.conductor import Conductor, RunParts
+from silotune.server.config import (
     AUTHORITY_CERTIFICATE,
     SERVER_CERTIFICATE,
-    Keys,
+    CoordinatorConfig,
+    CoordinatorKeys,
+    Home,
     create_keys,
     load_keys,
 )
+from silotune.server.enrolment import Registrar
+from silotune.server.errors import CoordinatorConfigInvalid, CoordinatorRunning, FolderInUse
+from silotune.server.guard import Guard
 from silotune.server.listener import Listener, bind_private, bind_public, tls_context
 from silotune.server.monitoring import Monitoring
-from silotune.server.performance import Stage
 from silotune.server.routes import SiteRoutes
-from silotune.server.run_store import Runs
-from silotune.server.store import Store
-from silotune.server.superlink import Link
+from silotune.server.store.database import Store
+from silotune.server.store.runs import FederationLog, Runs
+from silotune.trust import identity
+from silotune.trust.audit import AuditLog
+from silotune.trust.files import create_private_folder, replace_file, require_private_tree
+from silotune.trust.vault import Vault
 
 _log = logging.getLogger(__name__)
 
@@ -86,7 +83,7 @@ hosts = [{hosts}]              # names and addresses in the certificate; the fir
 
 def create(
     home: Home, *, name: str, hosts: Sequence[str], listen: str, port: int, at_rest: str = ""
-) -> tuple[CoordinatorConfig, Keys]:
+) -> tuple[CoordinatorConfig, CoordinatorKeys]:
     """Make a federation: folder, configuration, authority, keys, store, audit log.
 
     Parameters
@@ -155,7 +152,7 @@ class Coordinator:
             self.audit.append("resealed", opened_by=vault.opened_by)
         self.store = Store(home.store_url(self.config), vault=vault)
         home.link_database.touch(mode=0o600)
-        self.link = Link(home.link_database, vault=vault)
+        self.link = LinkState(home.link_database, vault=vault)
         self.signal = Signal()
         self.log = FederationLog(self.store, on_event=self.signal.fire)
         self._alarms: dict[tuple[str, str], float] = {}
@@ -194,7 +191,7 @@ class Coordinator:
             alarm=self.alarm,
             changed=self._sites_changed,
         )
-        stage = Stage(
+        stage = RunParts(
             store=self.store,
             runs=Runs(self.store),
             link=self.link,

@@ -18,37 +18,39 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from silotune.errors import EnvironmentFault
-from silotune.federation import identity
-from silotune.federation.audit_log import AuditLog
-from silotune.federation.authority import RENEW_DAYS
-from silotune.federation.errors import IdentityInvalid, VaultLocked
-from silotune.federation.findings import Check, Finding, Skipped, examine
-from silotune.federation.sealed import VAULT_FILE, Vault
-from silotune.privacy.durable import require_private, require_private_tree
-from silotune.server.admin_client import AdminClient
-from silotune.server.config import CoordinatorConfig, Home, read_secret
+from silotune.findings import Check, Finding, Skipped, examine
+from silotune.server.admin.socket_client import AdminClient
+from silotune.server.config import (
+    AUTHORITY_CERTIFICATE,
+    AUTHORITY_KEY,
+    FEDERATION_KEY,
+    SERVER_CERTIFICATE,
+    SERVER_KEY,
+    CoordinatorConfig,
+    Home,
+    read_secret,
+)
 from silotune.server.errors import (
     CoordinatorConfigInvalid,
     CoordinatorNotRunning,
     PortTaken,
     StoreUnusable,
 )
-from silotune.server.keys import (
-    AUTHORITY_CERTIFICATE,
-    AUTHORITY_KEY,
-    FEDERATION_KEY,
-    SERVER_CERTIFICATE,
-    SERVER_KEY,
-)
 from silotune.server.listener import bind_public
-from silotune.server.store import MIGRATIONS
+from silotune.server.store.database import MIGRATIONS
+from silotune.trust import identity
+from silotune.trust.audit import AuditLog
+from silotune.trust.authority import RENEW_DAYS
+from silotune.trust.errors import IdentityInvalid, VaultLocked
+from silotune.trust.files import require_private, require_private_tree
+from silotune.trust.vault import VAULT_FILE, Vault
 
 _LEAST_DISK = 500_000_000
 _CONNECT_SECONDS = 5.0
 _ANYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - where a listener there answers
 
 
-class Doctor:
+class CoordinatorDoctor:
     """Looks at one coordinator.
 
     Parameters

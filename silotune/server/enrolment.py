@@ -11,14 +11,9 @@ from dataclasses import dataclass
 from cryptography import x509
 from sqlalchemy import Connection, RowMapping, delete, insert, select, update
 
-from silotune.federation import identity
-from silotune.federation.audit_log import AuditLog
-from silotune.federation.envelope import COORDINATOR
-from silotune.federation.errors import IdentityInvalid, InviteInvalid
-from silotune.federation.identity import Subject
-from silotune.federation.invite import Invite, secret_digest
-from silotune.federation.roster import Member, Roster, SignedRoster
-from silotune.federation.wire import (
+from silotune.flower.superlink import LinkState
+from silotune.protocol.envelope import COORDINATOR
+from silotune.protocol.http import (
     EnrolmentQuery,
     EnrolmentReply,
     EnrolReply,
@@ -27,13 +22,17 @@ from silotune.federation.wire import (
     RenewReply,
     RenewRequest,
 )
-from silotune.server.errors import RunUnknown
-from silotune.server.event_writer import add_events, event_row
+from silotune.server.config import CoordinatorKeys
+from silotune.server.errors import NotPossibleNow
 from silotune.server.guard import Caller
-from silotune.server.keys import Keys
-from silotune.server.store import Store
-from silotune.server.superlink import Link
-from silotune.server.tables import ENROLMENTS, INVITES, MEMBERS, ROSTERS
+from silotune.server.store.database import ENROLMENTS, INVITES, MEMBERS, ROSTERS, Store
+from silotune.server.store.events import add_events, event_row
+from silotune.trust import identity
+from silotune.trust.audit import AuditLog
+from silotune.trust.errors import IdentityInvalid, InviteInvalid
+from silotune.trust.identity import Subject
+from silotune.trust.invite import Invite, secret_digest
+from silotune.trust.roster import Roster, RosterEntry, SignedRoster
 
 INVITE_SECONDS = 7 * 24 * 3600.0
 """How long an invitation is valid unless said otherwise."""
@@ -43,7 +42,7 @@ INVITE_SECONDS = 7 * 24 * 3600.0
 class Enrolled:
     """An active site: who it is, and its node in the link state."""
 
-    member: Member
+    member: RosterEntry
     node: int
 
 
@@ -65,8 +64,8 @@ class Registrar:
         *,
         federation: str,
         store: Store,
-        keys: Keys,
-        link: Link,
+        keys: CoordinatorKeys,
+        link: LinkState,
         audit: AuditLog,
         changed: Callable[[], None],
     ) -> None:
@@ -134,7 +133,7 @@ class Registrar:
         if site == COORDINATOR:
             raise InviteInvalid(f"no site can be called {COORDINATOR!r}")
         if self.is_active(site) != rotate:
-            raise RunUnknown(
+            raise NotPossibleNow(
                 f"{site!r} is {'not ' if rotate else ''}an active site",
                 remedy="`invite SITE` is for new sites, `sites rotate SITE` for active ones.",
             )
@@ -223,7 +222,7 @@ class Registrar:
             rosters=self.rosters(after=0)[-1:],
         )
 
-    def approve(self, number: str) -> Member:
+    def approve(self, number: str) -> RosterEntry:
         """Let a waiting site in: certificate, node, roster.
 
         Raises
@@ -244,7 +243,7 @@ class Registrar:
         return self._enrolled[row["site"]].member
 
     def refuse(self, number: str, *, reason: str) -> str:
-        """Turn a waiting site away; its name. Raises `RunUnknown`."""
+        """Turn a waiting site away; its name. Raises `NotPossibleNow`."""
         with self._lock, self._store.transaction() as connection:
             row = self._waiting(connection, number)
             self._decide(connection, number, "refused", reason)
@@ -279,11 +278,11 @@ class Registrar:
         return RenewReply(certificate=pem)
 
     def revoke(self, site: str, *, reason: str) -> None:
-        """Shut a site out, now and for good. Raises `RunUnknown`."""
+        """Shut a site out, now and for good. Raises `NotPossibleNow`."""
         with self._lock:
             enrolled = self._enrolled.get(site)
             if enrolled is None:
-                raise RunUnknown(f"there is no active site {site!r}")
+                raise NotPossibleNow(f"there is no active site {site!r}")
             with self._store.transaction() as connection:
                 mine = update(MEMBERS).where(MEMBERS.c.site == site)
                 connection.execute(mine.values(status="revoked"))
@@ -331,7 +330,7 @@ class Registrar:
         query = select(ENROLMENTS).where(ENROLMENTS.c.id == number)
         row = connection.execute(query).mappings().first()
         if row is None or row["state"] != "waiting":
-            raise RunUnknown(f"there is no waiting request {number!r}")
+            raise NotPossibleNow(f"there is no waiting request {number!r}")
         return row
 
     def _decide(self, connection: Connection, number: str, state: str, reason: str) -> None:
@@ -394,9 +393,9 @@ class Registrar:
         self._changed()
 
 
-def _member(row: RowMapping) -> Member:
+def _member(row: RowMapping) -> RosterEntry:
     certificate = identity.certificate_from_pem(row["certificate"])
-    return Member(
+    return RosterEntry(
         name=row["site"],
         signing_key=row["signing_key"],
         node_key=row["node_key"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 from silotune.errors import EnvironmentFault, RunError
 
 
-class SiteSilent(RunError):
+class SiteOffline(RunError):
     """A site was offline for longer than the coordinator waits."""
 
     code = "ST-620"
@@ -14,7 +14,7 @@ class SiteSilent(RunError):
     advice = "Ask the site's team whether its daemon runs: `silotune site status`; then resume."
 
 
-class RunStopped(RunError):
+class StoppedByOperator(RunError):
     """The operator stopped the run."""
 
     code = "ST-621"
@@ -23,7 +23,7 @@ class RunStopped(RunError):
     advice = "Start a new run; what finished is kept: `silotune coordinator runs show RUN`."
 
 
-class RunUnknown(RunError):
+class NotPossibleNow(RunError):
     """There is no such run, site or request, or it is not in the state that the action needs."""
 
     code = "ST-622"

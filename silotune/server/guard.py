@@ -36,12 +36,12 @@ from google.protobuf.message import DecodeError, Message
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
-from silotune.federation import wire
-from silotune.federation.envelope import OBJECT_KINDS
-from silotune.federation.errors import BodyInvalid, BooksDisagree, FederationError, IdentityInvalid
-from silotune.server import superlink_app as paths
-from silotune.server.doorbell import Doorbell
-from silotune.server.superlink import Link, object_ids
+from silotune.flower import superlink
+from silotune.flower.superlink import LinkState, object_ids
+from silotune.protocol import http
+from silotune.protocol.envelope import OBJECT_KINDS
+from silotune.server.long_poll import LongPoll
+from silotune.trust.errors import BodyInvalid, BooksDisagree, FederationError, IdentityInvalid
 
 _log = logging.getLogger(__name__)
 
@@ -57,21 +57,21 @@ CALLER = "silotune.caller"
 """Key of the scope under which our own routes find the `Caller`."""
 
 _REQUESTS: Mapping[str, Any] = {
-    paths.ACTIVATE: ActivateNodeRequest,
-    paths.DEACTIVATE: DeactivateNodeRequest,
-    paths.HEARTBEAT: SendNodeHeartbeatRequest,
-    paths.PULL: PullMessagesRequest,
-    paths.PUSH: PushMessagesRequest,
-    paths.PULL_OBJECT: PullObjectRequest,
-    paths.PUSH_OBJECT: PushObjectRequest,
-    paths.CONFIRM: ConfirmMessageReceivedRequest,
+    superlink.ACTIVATE: ActivateNodeRequest,
+    superlink.DEACTIVATE: DeactivateNodeRequest,
+    superlink.HEARTBEAT: SendNodeHeartbeatRequest,
+    superlink.PULL: PullMessagesRequest,
+    superlink.PUSH: PushMessagesRequest,
+    superlink.PULL_OBJECT: PullObjectRequest,
+    superlink.PUSH_OBJECT: PushObjectRequest,
+    superlink.CONFIRM: ConfirmMessageReceivedRequest,
 }
 _SMALL, _LIST, _OBJECT = 16 << 10, 1 << 20, 5 << 20  # a seal's pieces are of 4 MB
 _LIMITS = {
-    paths.PUSH: _LIST,
-    paths.PUSH_OBJECT: _OBJECT,
-    wire.AUDIT: wire.MOST_BOOKS_BYTES,
-    wire.RESTORED: wire.MOST_BOOKS_BYTES,
+    superlink.PUSH: _LIST,
+    superlink.PUSH_OBJECT: _OBJECT,
+    http.AUDIT: http.MOST_BOOKS_BYTES,
+    http.RESTORED: http.MOST_BOOKS_BYTES,
 }
 _BODY_SECONDS = 60.0
 _KIND = 32  # bytes of an object that its kind is looked for in
@@ -123,7 +123,7 @@ class Guard:
     link : Link
         Has Flower's app, and knows what is addressed to whom.
     routes : ASGI application
-        Our own routes, under `wire.PREFIX`.
+        Our own routes, under `http.PREFIX`.
     admission : Admission
         Who may come in.
     alarm : callable
@@ -135,7 +135,7 @@ class Guard:
     def __init__(
         self,
         *,
-        link: Link,
+        link: LinkState,
         routes: App,
         admission: Admission,
         alarm: Callable[..., None],
@@ -148,7 +148,7 @@ class Guard:
         self._announced: dict[int, frozenset[str]] = {}
         self._roots: dict[int, str] = {}
         self._readable: dict[int, frozenset[str]] = {}
-        self.doorbell = Doorbell()
+        self.doorbell = LongPoll()
         link.on_push(self.doorbell.ring)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -166,7 +166,7 @@ class Guard:
             await Response(content, media_type=PROTOBUF_MEDIA_TYPE)(scope, receive, send)
         except _Refused as refused:
             _log.info("refused %s: %s", scope["path"], refused.error.detail)
-            body = wire.Failure(code=refused.error.code, detail=refused.error.detail)
+            body = http.Failure(code=refused.error.code, detail=refused.error.detail)
             response = Response(
                 body.model_dump_json(), refused.status, media_type="application/json"
             )
@@ -174,17 +174,17 @@ class Guard:
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"]
-        if path in wire.OPEN_PATHS:
-            body = await _read(receive, limit=wire.MOST_BYTES)
+        if path in http.OPEN_PATHS:
+            body = await _read(receive, limit=http.MOST_BYTES)
             await self._routes(scope, _replay(body, receive), send)
             return
         fleet = path in _REQUESTS
-        if not fleet and path not in wire.SITE_PATHS:
+        if not fleet and path not in http.SITE_PATHS:
             raise _Refused(404, FederationError("there is no such path here"))
         caller = self._caller(scope)
         if fleet and not self._serves(caller.site):
             raise _Refused(403, BooksDisagree(f"{caller.site} showed older books than were signed"))
-        usual = _SMALL if fleet else wire.MOST_BYTES
+        usual = _SMALL if fleet else http.MOST_BYTES
         body = await _read(receive, limit=_LIMITS.get(path, usual))
         if not fleet:
             scope[CALLER] = caller
@@ -194,10 +194,10 @@ class Guard:
             raise _Refused(405, BodyInvalid("the fleet API takes POST only"))
         request = _parse(path, body)
         await self._judge(path, request, caller, _session(scope))
-        if path == paths.PULL and not await self._hold(caller, receive):
+        if path == superlink.PULL and not await self._hold(caller, receive):
             return
         await self._link.app(scope, _replay(body, receive), send)
-        if path == paths.PUSH_OBJECT and request.object_id == self._roots.get(
+        if path == superlink.PUSH_OBJECT and request.object_id == self._roots.get(
             caller.node, request.object_id
         ):
             self._link.arrived.fire()  # the root comes last: the reply is complete
@@ -222,12 +222,12 @@ class Guard:
 
     async def _judge(self, path: str, request: Any, caller: Caller, session: str) -> None:
         """Raise `_Refused` unless this site may ask this."""
-        if path == paths.ACTIVATE:
+        if path == superlink.ACTIVATE:
             if request.public_key != caller.node_key.encode():
                 raise self._forged(caller, "a node key that is not the certificate's")
             self._sessions[caller.node] = session
             return
-        node = request.node_id if path == paths.DEACTIVATE else request.node.node_id
+        node = request.node_id if path == superlink.DEACTIVATE else request.node.node_id
         if node != caller.node:
             raise self._forged(caller, "the node id of another site")
         if self._sessions.setdefault(caller.node, session) != session:
@@ -235,11 +235,11 @@ class Guard:
             raise _Refused(
                 409, IdentityInvalid("a newer process of this site took over; stop one of the two")
             )
-        if path == paths.PUSH:
+        if path == superlink.PUSH:
             self._judge_reply(request, caller)
-        elif path == paths.PUSH_OBJECT:
+        elif path == superlink.PUSH_OBJECT:
             await self._judge_write(request, caller)
-        elif path in {paths.PULL_OBJECT, paths.CONFIRM}:
+        elif path in {superlink.PULL_OBJECT, superlink.CONFIRM}:
             await self._judge_read(path, request, caller)
 
     def _judge_reply(self, request: Any, caller: Caller) -> None:
@@ -265,7 +265,7 @@ class Guard:
             raise _Refused(400, BodyInvalid("an object of a kind that no sealed message has"))
 
     async def _judge_read(self, path: str, request: Any, caller: Caller) -> None:
-        confirms = path == paths.CONFIRM
+        confirms = path == superlink.CONFIRM
         asked = request.message_object_id if confirms else request.object_id
         if not confirms and asked in self._readable.get(caller.node, frozenset()):
             return
@@ -282,10 +282,10 @@ class Guard:
 
 
 def _session(scope: Scope) -> str:
-    wanted = wire.SESSION_HEADER.encode()
+    wanted = http.SESSION_HEADER.encode()
     found = next((v.decode("latin-1") for k, v in scope["headers"] if k == wanted), "")
     if not _SESSION.fullmatch(found):
-        raise _Refused(400, BodyInvalid(f"the header {wire.SESSION_HEADER} names no session"))
+        raise _Refused(400, BodyInvalid(f"the header {http.SESSION_HEADER} names no session"))
     return found
 
 

@@ -1,11 +1,16 @@
-"""Who has fallen silent and who is back: told once each, in the federation's log and in the runs."""
+"""Who has fallen silent and who is back: told once each, in the federation's log and in the runs.
+
+Looks at something every few seconds, in a thread of its own.
+"""
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Callable, Iterable, Sequence
 
-from silotune.server.federation_log import FederationLog
-from silotune.server.operations import SiteRow
+from silotune.server.admin.operations import SiteOverview
+from silotune.server.store.runs import FederationLog
 
 
 class Heartbeats:
@@ -25,7 +30,7 @@ class Heartbeats:
 
     def __init__(
         self,
-        sites: Callable[[], Sequence[SiteRow]],
+        sites: Callable[[], Sequence[SiteOverview]],
         *,
         log: FederationLog,
         runs_of: Callable[[str], Iterable[Callable[..., object]]],
@@ -64,3 +69,43 @@ class Heartbeats:
         self._log.append(kind, **fields)
         for append in self._runs_of(str(fields["site"])):
             append(kind, **fields)
+
+
+_log = logging.getLogger(__name__)
+
+_LOOK_SECONDS = 5.0
+_LAST_SECONDS = 15.0  # for a look that is under way
+
+
+class Periodic:
+    """Calls `look` until it is stopped; a look that fails is logged, and the next one comes.
+
+    Parameters
+    ----------
+    look : callable
+        One look at everything.
+    name : str
+        Of the thread, and in the log.
+    """
+
+    def __init__(self, look: Callable[[], None], *, name: str) -> None:
+        self._look, self._name = look, name
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._main, daemon=True, name=name)
+
+    def start(self) -> None:
+        """Begin to look."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End."""
+        self._ending.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=_LAST_SECONDS)
+
+    def _main(self) -> None:
+        while not self._ending.wait(_LOOK_SECONDS):
+            try:
+                self._look()
+            except Exception:
+                _log.exception("%s could not be looked at", self._name)

@@ -112,7 +112,7 @@ async def _with_peer(
     await app(scope, receive, send)
 
 
-class _Server(uvicorn.Server):
+class _Uvicorn(uvicorn.Server):
     """Looks once a second whether it is to stop, or when it is told; uvicorn's own looks ten times."""
 
     def __init__(self, config: uvicorn.Config) -> None:
@@ -172,7 +172,7 @@ class Listener:
         config.load()
         config.ssl = tls
         self._bound = bound
-        self._server = _Server(config)
+        self._server = _Uvicorn(config)
         self._thread = threading.Thread(
             target=self._server.run, kwargs={"sockets": [bound]}, daemon=True, name="listener"
         )

@@ -19,21 +19,29 @@ from numpy.typing import NDArray
 
 from silotune.data.site import SiteConfig
 from silotune.errors import AttackRefused, RunDirectoryInvalid
-from silotune.plan import Plan
-from silotune.privacy.attacks.audit import CONFIDENCE, Finding, audit_run, audit_step
-from silotune.privacy.attacks.membership import Separation, separation
-from silotune.privacy.attacks.memorisation import Memorisation, exposures, memorisation
-from silotune.privacy.attacks.planted import Planted, code, plant
+from silotune.plan.plan import Plan
+from silotune.privacy.attacks.bounds import CONFIDENCE, AuditResult, audit_run, audit_step
+from silotune.privacy.attacks.canaries import (
+    Memorisation,
+    Planted,
+    Separation,
+    code,
+    exposures,
+    memorisation,
+    plant,
+    separation,
+)
 from silotune.privacy.certificate import Bound, Measured, add_measured
-from silotune.privacy.signing import load_or_create
-from silotune.release.statement import hashes_of
-from silotune.server.rounds import RoundLoop
-from silotune.simulation.grid import SiteSlot, WorkerGrid
+from silotune.release import hashes_of
+from silotune.rounds.rounds import RoundLoop
+from silotune.rounds.run_directory import RunDirectory
+from silotune.simulation.grid import WorkerGrid
+from silotune.simulation.pool import SiteSlot
 from silotune.simulation.program import payload_for
 from silotune.simulation.run import Recorded, Settings, recorded
-from silotune.simulation.run_directory import RunDirectory
 from silotune.simulation.spectator import LoggedStore
 from silotune.simulation.step_audit import step_scores
+from silotune.trust.identity import load_or_create
 
 RESULT = "attacks.json"
 
@@ -70,8 +78,8 @@ class Attacks:
     """
 
     delta: float
-    audit: Finding | None
-    membership: Finding
+    audit: AuditResult | None
+    membership: AuditResult
     separation: Separation
     memorisation: Memorisation | None
 
@@ -95,7 +103,7 @@ class Attacks:
         }
 
 
-def _shown(finding: Finding | None) -> Any:
+def _shown(finding: AuditResult | None) -> Any:
     return finding and asdict(finding) | {"lower_bound": finding.lower_bound}
 
 
@@ -145,7 +153,7 @@ def _certify(directory: RunDirectory, found: Attacks, sites: Sequence[str]) -> N
             add_measured(state / "certificate.json", measured, key=key)
 
 
-def _bound(finding: Finding | None) -> Bound | None:
+def _bound(finding: AuditResult | None) -> Bound | None:
     if finding is None or finding.claimed is None:
         return None
     return Bound(
@@ -302,7 +310,7 @@ def _tried(found: Attacks) -> list[str]:
 def _measured(found: Attacks) -> dict[str, Any]:
     """What ``privacy.json`` says beside its claims."""
 
-    def bound(finding: Finding | None) -> dict[str, Any] | None:
+    def bound(finding: AuditResult | None) -> dict[str, Any] | None:
         if finding is None:
             return None
         return {"claimed_epsilon": finding.claimed, "measured_lower_bound": finding.lower_bound}

@@ -23,26 +23,24 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from silotune.client.runtime import SiteRun
-from silotune.client.secret import own_secret
+from silotune.client.model_cache import ModelCache
+from silotune.client.site_run import SiteRun
 from silotune.client.terms import sigma_for
 from silotune.client.trainer import RoundUpdate, SiteData, Trainer, Vector
-from silotune.client.warm import WarmModel
-from silotune.data.records import Records
+from silotune.data.records import Records, Split, own_secret
 from silotune.data.site import SiteConfig
-from silotune.data.splits import Split
-from silotune.federation.sealed import Vault
 from silotune.models.adapter import write_adapter
 from silotune.models.batching import batches
 from silotune.models.choices import Choices
 from silotune.models.features import Frozen
 from silotune.models.layout import Layout, initial_adapter
 from silotune.models.task import Encoded
-from silotune.plan import Plan
+from silotune.plan.plan import Plan
 from silotune.privacy.noise import NoiseSource, SecureNoise, SeededNoise, derive_seed
 from silotune.simulation.program import score
 from silotune.strategies import method_of, strategy_for
 from silotune.strategies.base import Terms
+from silotune.trust.vault import Vault
 
 Counts = NDArray[np.float64]
 Kind = Literal["federated", "own", "pooled", "personal"]
@@ -224,7 +222,7 @@ def run_job(job: Job) -> Outcome:
     return Outcome(job=job, counts=counts, seconds=seconds, examples=examples)
 
 
-def _parts(job: Job, plan: Plan, *, warm: WarmModel, scratch: Path) -> list[SiteRun]:
+def _parts(job: Job, plan: Plan, *, warm: ModelCache, scratch: Path) -> list[SiteRun]:
     """The sites under a job's plan, with the records that the process has read already."""
     found = []
     for number, path in enumerate(job.sites):
@@ -252,9 +250,9 @@ _READ: dict[str, tuple[Records, Encoded]] = {}
 
 
 @lru_cache(maxsize=1)
-def _warm(choices: str, shared: str | None) -> WarmModel:
+def _warm(choices: str, shared: str | None) -> ModelCache:
     """The process's model: what it made of the records once serves every job."""
-    return WarmModel(Choices(**json.loads(choices)), shared=Path(shared) if shared else None)
+    return ModelCache(Choices(**json.loads(choices)), shared=Path(shared) if shared else None)
 
 
 def _trainers(job: Job, plan: Plan, parts: list[SiteRun]) -> list[tuple[Terms, Trainer]]:

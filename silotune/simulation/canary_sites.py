@@ -10,12 +10,11 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from silotune.client.runtime import SiteRun
-from silotune.data.records import Records
-from silotune.data.splits import Split
+from silotune.client.site_run import SiteRun
+from silotune.data.records import Records, Split
 from silotune.models.adapter import write_adapter
 from silotune.models.batching import batches
-from silotune.privacy.attacks.planted import Example
+from silotune.privacy.attacks.canaries import Example
 from silotune.simulation.program import Arrays, SimulatedSites
 
 _BATCH = 64

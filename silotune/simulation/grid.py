@@ -21,11 +21,9 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from silotune.errors import WorkerDied
-from silotune.simulation import wire
-from silotune.simulation.frames import Arrays, Frame
-from silotune.simulation.pool import SiteSlot, WorkerPool, WorkerReady
-
-__all__ = ["Receipt", "SiteSlot", "WorkerGrid", "WorkerReady"]
+from silotune.flower import messages as wire
+from silotune.simulation.pool import SiteSlot, WorkerPool, WorkerUp
+from silotune.simulation.workers import Arrays, Frame
 
 _RUN_ID = 1  # Flower's; a grid has one run
 
@@ -142,7 +140,7 @@ class WorkerGrid(Grid):
         """End the workers, whatever they are doing. Does nothing the second time."""
         self._pool.close()
 
-    def wait_until_ready(self, on_ready: Callable[[WorkerReady], object] | None = None) -> None:
+    def wait_until_ready(self, on_ready: Callable[[WorkerUp], object] | None = None) -> None:
         """Wait until every worker has loaded its program, telling `on_ready` of each that has.
 
         Raises

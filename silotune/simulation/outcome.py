@@ -15,21 +15,15 @@ import numpy as np
 from silotune.data.site import SiteConfig
 from silotune.events.view import RunView
 from silotune.models.scores import constant, recall_of
-from silotune.plan import Plan
-from silotune.privacy.accounting import epsilon_curve, step_event
+from silotune.plan.plan import Plan
+from silotune.privacy.accounting import epsilon_curve
 from silotune.privacy.certificate import CertificateBody
+from silotune.privacy.events import step_event
 from silotune.privacy.tally import epsilon_at_two_sites
-from silotune.simulation.baselines import (
-    Counts,
-    Job,
-    Outcome,
-    jobs_for,
-    run_jobs,
-    trains_head_only,
-)
-from silotune.simulation.run_directory import RunDirectory
+from silotune.report.verdict import quoted
+from silotune.rounds.run_directory import RunDirectory
+from silotune.simulation.baselines import Counts, Job, Outcome, jobs_for, run_jobs, trains_head_only
 from silotune.simulation.spectator import LoggedStore, metrics_of, pooled_metrics, size_of
-from silotune.simulation.wording import quoted
 from silotune.strategies.base import Vector
 
 _CURVE_POINTS = 12

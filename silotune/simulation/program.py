@@ -16,17 +16,17 @@ from flwr.app import Context
 from numpy.typing import NDArray
 
 from silotune.client.app import build_client_app
-from silotune.client.runtime import SiteRun
+from silotune.client.model_cache import ModelCache
+from silotune.client.site_run import SiteRun
 from silotune.client.trainer import Vector
-from silotune.client.warm import WarmModel
+from silotune.data.records import Split
 from silotune.data.site import SiteConfig
-from silotune.data.splits import Split
 from silotune.errors import RunError
 from silotune.models.adapter import save_adapter, write_adapter
 from silotune.models.batching import batches
 from silotune.models.choices import Choices
-from silotune.plan import Plan
-from silotune.privacy.signing import load_or_create
+from silotune.plan.plan import Plan
+from silotune.trust.identity import load_or_create
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -49,7 +49,7 @@ class SimulatedSites:
         self._run = str(payload["run"])
         self._configs = [Path(path) for path in payload["sites"]]
         self._states = [Path(path) for path in payload["states"]]
-        self._warm = WarmModel(Choices(**payload["choices"]), shared=Path(payload["shared"]))
+        self._warm = ModelCache(Choices(**payload["choices"]), shared=Path(payload["shared"]))
         self._roster = {name: bytes.fromhex(key) for name, key in payload["roster"].items()}
         self._runs: dict[int, SiteRun] = {}
         self._warm.for_plan(self._plan)

@@ -21,7 +21,7 @@ from rich.text import Text
 
 from silotune.errors import catalogue
 from silotune.events.view import RunView, SiteView
-from silotune.simulation.wording import DASH, clock_time, plural, printable
+from silotune.report.verdict import DASH, clock_time, plural, printable
 from silotune.terminal import terminal
 
 _MOST_SITES = 12

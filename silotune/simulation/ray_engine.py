@@ -24,7 +24,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from silotune.errors import EnvironmentFault, WorkerDied
-from silotune.simulation import wire
+from silotune.flower import messages as wire
 from silotune.simulation.pool import SiteSlot
 from silotune.simulation.workers import (
     SiteProgram,
@@ -89,7 +89,7 @@ def run_with_ray(
             "the Ray engine needs the ray package", remedy="pip install 'silotune[ray]'"
         )
     names = tuple(slot.name for slot in sites)
-    server = _Server(server_app, num_sites=len(names))
+    server = _RayServerApp(server_app, num_sites=len(names))
     site = _Site(factory, json.dumps(payload), names)
     where = {"address": address} if address else {"num_cpus": max(1, workers)}
     with _quiet_ray():
@@ -98,7 +98,7 @@ def run_with_ray(
         raise server.failure
 
 
-def _simulate(server: _Server, site: _Site, *, num_sites: int, where: dict[str, Any]) -> None:
+def _simulate(server: _RayServerApp, site: _Site, *, num_sites: int, where: dict[str, Any]) -> None:
     from flwr.simulation import run_simulation
 
     try:
@@ -116,7 +116,7 @@ def _simulate(server: _Server, site: _Site, *, num_sites: int, where: dict[str, 
             raise WorkerDied("Flower's Ray engine ended early; its log has the reason") from exc
 
 
-class _Server(ServerApp):
+class _RayServerApp(ServerApp):
     """The real ServerApp on a grid that can be told of the engine's end."""
 
     def __init__(self, app: ServerApp, *, num_sites: int) -> None:

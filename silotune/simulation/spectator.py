@@ -13,11 +13,10 @@ from numpy.typing import NDArray
 
 from silotune.events.view import RunView
 from silotune.models.tasks import get_task
-from silotune.plan import Plan
-from silotune.privacy.live_epsilon import LiveEpsilon
+from silotune.plan.plan import Plan
+from silotune.privacy.spent import LiveEpsilon
+from silotune.rounds.run_directory import RunDirectory, spare
 from silotune.simulation.grid import Receipt
-from silotune.simulation.kept_adapters import spare
-from silotune.simulation.run_directory import RunDirectory
 from silotune.strategies.base import Vector
 
 Counts = NDArray[np.float64]

@@ -25,24 +25,26 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from silotune.client.app import build_client_app
-from silotune.client.runtime import SiteRun
+from silotune.client.model_cache import ModelCache
+from silotune.client.site_run import SiteRun
 from silotune.client.terms import sigma_for
 from silotune.client.trainer import TrainableModel, Vector
-from silotune.client.warm import WarmModel
-from silotune.data.records import Records
+from silotune.data.records import Records, Split
 from silotune.data.site import SiteConfig
-from silotune.data.splits import Split
 from silotune.models.base import LoadedModel
 from silotune.models.choices import Choices
-from silotune.models.layout import Entry, Layout
+from silotune.models.layout import ArrayEntry, Layout
 from silotune.models.task import Encoded, Rows
-from silotune.plan import Clip, Plan
-from silotune.privacy.accounting import epsilon, gaussian_event
+from silotune.plan.plan import Plan
+from silotune.plan.sections import Clip
+from silotune.privacy.accounting import epsilon
 from silotune.privacy.attacks.bounds import Coins, Scores
-from silotune.server.rounds import RoundLoop
-from silotune.simulation.grid import SiteSlot, WorkerGrid
+from silotune.privacy.events import gaussian_event
+from silotune.rounds.rounds import RoundLoop
+from silotune.rounds.run_directory import RunDirectory
+from silotune.simulation.grid import WorkerGrid
+from silotune.simulation.pool import SiteSlot
 from silotune.simulation.program import enrol
-from silotune.simulation.run_directory import RunDirectory
 
 CANARIES = 10_000
 
@@ -274,7 +276,7 @@ class _AuditedSite(SiteRun):
         """The canaries' model."""
         module = _CanaryModel(_sizes(self.plan), self._size)
         entries = [
-            Entry(n, tuple(p.shape), cast(Any, _PARTS[n])) for n, p in module.trained.items()
+            ArrayEntry(n, tuple(p.shape), cast(Any, _PARTS[n])) for n, p in module.trained.items()
         ]
         loaded = LoadedModel(
             module=cast(Any, module),
@@ -316,7 +318,7 @@ class _Canaries:
     ) -> None:
         keys = enrol(list(sites), list(states)) if plan.aggregation.secure else {}
         roster = {name: bytes.fromhex(key) for name, key in keys.items()}
-        warm = WarmModel(Choices(device="cpu", dtype="float32", attention="eager"))
+        warm = ModelCache(Choices(device="cpu", dtype="float32", attention="eager"))
         self.runs = [
             _AuditedSite(
                 site,

@@ -4,21 +4,33 @@ A worker loads the program (base model and all) once and plays each of its sites
 frames over a socket. A thread of its own reads the socket at all times, so that the simulator never
 blocks on a worker that trains, and so that the worker learns at once of the end of its parent. What
 goes wrong inside a site stays here, in the log; a stable code goes back.
+
+Frames between the simulator and its workers: a JSON header and raw blobs, and nothing else.
+
+``<u32 length of the header> <u32 length of all small blobs> <header, UTF-8 JSON> <small blobs> <large
+blobs>``; the header's ``sizes`` lists the lengths of all blobs, in bytes and in their order. No frame
+can carry code.
+
+One setting of the C library's allocator that message passing depends on.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import importlib
+import io
 import json
 import logging
 import os
 import re
 import signal
 import socket
+import struct
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any, Protocol, cast
@@ -28,9 +40,130 @@ from flwr.app import Array, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from silotune.errors import EnvironmentFault, SilotuneError
-from silotune.simulation import wire
-from silotune.simulation.frames import Frame, pack_arrays, receive_frame, send_frame, unpack_arrays
-from silotune.simulation.memory import keep_freed_memory
+from silotune.flower import messages
+
+_LENGTHS = struct.Struct("<II")
+_LARGE = 1 << 16  # bytes; large blobs are sent and received by themselves, without being copied
+_PLAIN_KINDS = frozenset("biufc")
+
+Arrays = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One frame.
+
+    Parameters
+    ----------
+    kind : str
+        What the frame is for.
+    header : Mapping[str, Any]
+        JSON values; ``kind`` and ``sizes`` are reserved.
+    blobs : Sequence[bytes]
+        Raw content.
+    """
+
+    kind: str
+    header: Mapping[str, Any] = field(default_factory=dict)
+    blobs: Sequence[bytes] = ()
+
+
+def encode(frame: Frame) -> list[bytes]:
+    """The frame's bytes, in pieces: head and small blobs, then each large blob."""
+    sizes = [len(blob) for blob in frame.blobs]
+    header = json.dumps({**frame.header, "kind": frame.kind, "sizes": sizes}).encode()
+    small = b"".join(blob for blob in frame.blobs if len(blob) < _LARGE)
+    large = [blob for blob in frame.blobs if len(blob) >= _LARGE]
+    return [_LENGTHS.pack(len(header), len(small)) + header + small, *large]
+
+
+def decode(read: Callable[[int], bytes]) -> Frame:
+    """A frame from a function that gives so many of the next bytes."""
+    header_length, small_length = _LENGTHS.unpack(read(_LENGTHS.size))
+    start = read(header_length + small_length)
+    header, position, blobs = json.loads(start[:header_length]), header_length, []
+    kind, sizes = header.pop("kind"), header.pop("sizes")
+    for size in sizes:
+        if size < _LARGE:
+            blobs.append(start[position : position + size])
+            position += size
+        else:
+            blobs.append(read(size))
+    return Frame(kind, header, blobs)
+
+
+def through_bytes(frame: Frame) -> Frame:
+    """The frame as the other side would see it."""
+    return decode(io.BytesIO(b"".join(encode(frame))).read)
+
+
+def send_frame(connection: socket.socket, frame: Frame) -> None:
+    """Send a frame. Raises `OSError` when the other side is gone."""
+    for piece in encode(frame):
+        connection.sendall(piece)
+
+
+def receive_frame(connection: socket.socket) -> Frame:
+    """Receive a frame; blocks until it is complete. Raises `EOFError` at the end."""
+
+    def read(size: int) -> bytes:
+        # One system call where possible: a thread that reads in small pieces has to get the
+        # interpreter's lock back after each of them, from a thread that computes.
+        content = connection.recv(size, socket.MSG_WAITALL)
+        while len(content) < size:
+            more = connection.recv(size - len(content), socket.MSG_WAITALL)
+            if not more:
+                raise EOFError
+            content += more
+        return content
+
+    return decode(read)
+
+
+def pack_arrays(arrays: Arrays) -> tuple[list[list[Any]], list[bytes]]:
+    """Arrays as JSON descriptions ``[name, dtype, shape]`` and their bytes in C order.
+
+    Raises
+    ------
+    TypeError
+        An array holds objects or text rather than numbers.
+    """
+    for name, array in arrays.items():
+        if array.dtype.kind not in _PLAIN_KINDS:
+            raise TypeError(f"array {name!r} has dtype {array.dtype}, which is not numeric")
+    described = [[name, array.dtype.str, list(array.shape)] for name, array in arrays.items()]
+    return described, [array.tobytes() for array in arrays.values()]
+
+
+def unpack_arrays(
+    described: Sequence[Sequence[Any]], blobs: Sequence[bytes]
+) -> dict[str, np.ndarray]:
+    """Arrays from what `pack_arrays` gave: writable, and each call gives its own copy."""
+    return {
+        name: np.frombuffer(blob, dtype=np.dtype(dtype)).reshape(shape).copy()
+        for (name, dtype, shape), blob in zip(described, blobs, strict=True)
+    }
+
+
+# malloc.h of glibc
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
+_LARGEST_MMAP_THRESHOLD = 1 << 25  # a larger value is refused
+_KEPT_BYTES = 1 << 28
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep up to 256 MiB of freed memory instead of returning it at once.
+
+    Adapters and activations of a megabyte and more come and go all the time. By default their pages
+    go back to the kernel, which has to clear them again for the next message: a third of the cost of
+    a message on a virtual machine. Does nothing where the C library has no such setting.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
+        mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+
 
 logger = logging.getLogger("silotune.simulation.worker")
 
@@ -100,7 +233,7 @@ class Assignment:
 
 
 @dataclass
-class _Held:
+class _HeldObjects:
     """What the simulator will not send again before it says `forget`: objects by id."""
 
     contents: dict[str, bytes] = field(default_factory=dict)
@@ -114,7 +247,7 @@ class _Instruction:
     site: int
     root: str
     objects: list[str]
-    held: _Held
+    held: _HeldObjects
     expires: float
 
 
@@ -167,7 +300,7 @@ def stable_code(exc: BaseException) -> str:
 
 def answer(app: ClientApp, message: Message, context: Context) -> Message:
     """Let a site's app handle a message; what it raises becomes an error with a code only."""
-    asked, site = wire.outline(message), context.node_config.get("site")
+    asked, site = messages.outline(message), context.node_config.get("site")
     try:
         reply = app(message=message, context=context)
         addressed = reply.metadata.src_node_id, reply.metadata.reply_to_message_id
@@ -176,7 +309,7 @@ def answer(app: ClientApp, message: Message, context: Context) -> Message:
     except (Exception, SystemExit) as exc:
         code = stable_code(exc)
         logger.exception("site %s: %s failed (%s)", site, asked.metadata.message_type, code)
-        return wire.error_reply(asked, kind=wire.APP_RAISED, code=code)
+        return messages.error_reply(asked, kind=messages.APP_RAISED, code=code)
     return reply
 
 
@@ -199,16 +332,18 @@ class Host:
         if time.time() > task.expires:  # as Flower: an expired instruction is never delivered
             return Frame("lapsed", {"to": task.root})
         contents = {key: task.held.contents[key] for key in task.objects}
-        message = wire.unpack(task.root, contents, arrays=task.held.arrays)
-        asked, started = wire.outline(message), time.perf_counter()
+        message = messages.unpack(task.root, contents, arrays=task.held.arrays)
+        asked, started = messages.outline(message), time.perf_counter()
         reply = answer(self._program.client_app, message, self._contexts[task.site])
         seconds = time.perf_counter() - started
         try:
-            packed = wire.pack(reply)
+            packed = messages.pack(reply)
             blobs = [packed.deflate(key) for key in packed.objects]
         except Exception:
             logger.exception("site %s: its reply can't be serialised", self._names[task.site])
-            packed = wire.pack(wire.error_reply(asked, kind=wire.APP_RAISED, code=_UNNAMED))
+            packed = messages.pack(
+                messages.error_reply(asked, kind=messages.APP_RAISED, code=_UNNAMED)
+            )
             blobs = [packed.deflate(key) for key in packed.objects]
         header = {"to": task.root, "root": packed.root, "objects": list(packed.objects)}
         return Frame("reply", {**header, "seconds": seconds}, blobs)
@@ -232,7 +367,7 @@ class Inbox:
     def __init__(self) -> None:
         self.tasks: SimpleQueue[_Task | None] = SimpleQueue()
         self.orphaned = threading.Event()
-        self._held = _Held()
+        self._held = _HeldObjects()
 
     def receive(self, connection: socket.socket) -> None:
         """Read until the parent is gone."""
@@ -251,12 +386,12 @@ class Inbox:
         head = frame.header
         if frame.kind == "message":
             for object_id, content in zip(head["new"], frame.blobs, strict=True):
-                wire.verify(object_id, content)
+                messages.verify(object_id, content)
                 self._held.contents[object_id] = content
             what = head["site"], head["root"], head["objects"]
             self.tasks.put(_Instruction(*what, self._held, head["expires"]))
         elif frame.kind == "forget":
-            self._held = _Held()
+            self._held = _HeldObjects()
         else:
             sites, asked = tuple(head["sites"]), (head["request"], head["arrays"])
             self.tasks.put(_Question(head["ticket"], sites, *asked, list(frame.blobs)))

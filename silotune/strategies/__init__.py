@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 
 from silotune.models.layout import Layout
-from silotune.plan import Plan
+from silotune.plan.plan import Plan
 from silotune.strategies.base import AdapterStrategy
 
 

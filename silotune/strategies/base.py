@@ -7,6 +7,8 @@ the sum may as well be computed under secure aggregation.
 
 A strategy's class methods say what a site trains, sends and keeps; the site's trainer asks the same
 class that the coordinator aggregates with.
+
+What a site's update counts for, from public numbers: one rule for sites and coordinator.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from numpy.typing import NDArray
 from silotune.errors import UpdateRejected
 from silotune.models.layout import Layout, Part, Span
 from silotune.models.scores import metrics_of
-from silotune.plan import Plan
+from silotune.plan.plan import Plan
 from silotune.strategies.schedule import phase_of
 from silotune.strategies.server_optimizer import ServerOptimizer
 
@@ -254,3 +256,21 @@ def update_of(reply: Message) -> Vector:
     if flat.ndim != 1:
         raise UpdateRejected(f"the update has {flat.ndim} dimensions, not one")
     return flat
+
+
+def weight_in(plan: Plan, *, declared_units: int, largest: int) -> Weight:
+    """Factor of a site's update in a sum, and what the site adds to the divisor.
+
+    Parameters
+    ----------
+    declared_units : int
+        The site's.
+    largest : int
+        The most that a member of the cohort declares.
+    """
+    equal = plan.aggregation.weights == "equal"
+    if plan.sends_sums:
+        batch = plan.expected_batch(declared_units)
+        return Weight(factor=1.0 / batch, mass=1.0) if equal else Weight(factor=1.0, mass=batch)
+    share = 1.0 if equal else declared_units / largest
+    return Weight(factor=share, mass=share)

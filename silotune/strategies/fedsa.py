@@ -21,7 +21,7 @@ The global adapter has no trained B: a site that joins later starts with A, the 
 from __future__ import annotations
 
 from silotune.models.layout import Part
-from silotune.plan import Plan
+from silotune.plan.plan import Plan
 from silotune.strategies.linear import LinearStrategy
 
 

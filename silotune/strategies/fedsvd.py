@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from silotune.models.layout import Part
-from silotune.plan import Plan
+from silotune.plan.plan import Plan
 from silotune.strategies.base import Vector
 from silotune.strategies.factors import pairs
 from silotune.strategies.linear import LinearStrategy

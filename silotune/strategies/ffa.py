@@ -18,7 +18,7 @@ Head
 from __future__ import annotations
 
 from silotune.models.layout import Part
-from silotune.plan import Plan
+from silotune.plan.plan import Plan
 from silotune.strategies.linear import LinearStrategy
 from silotune.strategies.schedule import phase_of
 

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from silotune.errors import UpdateRejected
 from silotune.models.layout import Layout, gathered
-from silotune.plan import Plan
+from silotune.plan.plan import Plan
 from silotune.strategies.base import AdapterStrategy, Terms, Vector, as_arrays
 from silotune.strategies.factors import Pair, pairs
 from silotune.strategies.reproducible_sum import ReproducibleSum

@@ -13,11 +13,10 @@ from numpy.typing import NDArray
 
 from silotune.errors import UpdateRejected
 from silotune.models.layout import Layout
-from silotune.plan import Plan
-from silotune.strategies.base import AdapterStrategy, Terms, Vector, Weight
+from silotune.plan.plan import Plan
+from silotune.strategies.base import AdapterStrategy, Terms, Vector, Weight, weight_in
 from silotune.strategies.reproducible_sum import ReproducibleSum
 from silotune.strategies.site_privacy import SitePrivacy
-from silotune.strategies.weights import weight_in
 
 # Grids of the exact sum: gradient sums grow with the batch, weighted mean changes stay small.
 _SUM_EXPONENT, _CHANGE_EXPONENT = -26, -36

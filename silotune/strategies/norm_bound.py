@@ -27,7 +27,7 @@ import math
 
 import numpy as np
 
-from silotune.plan import Plan
+from silotune.plan.plan import Plan
 from silotune.strategies.base import Terms, Vector
 from silotune.strategies.linear import LinearStrategy
 from silotune.strategies.site_privacy import shortened

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from silotune.plan import ClientOptimizer, Plan
+from silotune.plan.plan import Plan
+from silotune.plan.sections import ClientOptimizer
 
 Phase = Literal["head", "adapter"]
 Group = Literal["adapter", "head"]

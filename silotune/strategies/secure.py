@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from silotune.models.layout import Layout, Part
-from silotune.plan import Clip, Plan
-from silotune.privacy.secagg.encoding import Encoding, Span
+from silotune.plan.plan import Plan
+from silotune.plan.sections import Clip
+from silotune.privacy.secagg.encoding import BoundedSpan, Encoding
 from silotune.privacy.secagg.graph import tolerated_collusion
 from silotune.strategies import method_of
 
@@ -51,7 +52,7 @@ def encoding_for(plan: Plan, *, layout: Layout, server_round: int) -> Encoding:
     cohort = plan.aggregation.cohort
     assert cohort is not None  # validated with the plan
     sent = layout.spans(method_of(plan).sent(plan, server_round))
-    spans = [Span(size=s.stop - s.start, bound=update_bound(plan, s.part)) for s in sent]
+    spans = [BoundedSpan(size=s.stop - s.start, bound=update_bound(plan, s.part)) for s in sent]
     return Encoding(ring=plan.aggregation.encoding, spans=tuple(spans), cohort=cohort)
 
 

@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from silotune.models.layout import Part, Span
-from silotune.plan import Plan
-from silotune.plan import ServerOptimizer as Settings
+from silotune.plan.plan import Plan
+from silotune.plan.sections import ServerOptimizerSettings as Settings
 from silotune.strategies.schedule import Group, learning_rate
 
 Vector = NDArray[np.float32]

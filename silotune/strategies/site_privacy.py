@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from silotune.plan import Plan
+from silotune.plan.plan import Plan
 from silotune.privacy.noise import NoiseSource, SecureNoise, SeededNoise, derive_seed
 
 Vector = NDArray[np.float32]
@@ -45,7 +45,7 @@ class SitePrivacy:
     """
 
     def __init__(self, plan: Plan) -> None:
-        from silotune.privacy.accounting import calibrate  # SciPy: only where it is needed
+        from silotune.privacy.accounting import calibrate
 
         privacy = plan.privacy
         assert isinstance(privacy.clip, float)  # validated with the plan, like the next ones

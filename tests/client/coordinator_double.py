@@ -25,11 +25,13 @@ from flwr.supercore.inflatable.inflatable_object import (
 )
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 
-from silotune.federation import wire
-from silotune.federation.audit_line import AuditHead
-from silotune.federation.authority import Authority
-from silotune.federation.envelope import COORDINATOR, Address, seal
-from silotune.federation.identity import (
+from silotune.plan.plan import Plan, SignedPlan
+from silotune.privacy.chain import Head
+from silotune.protocol import http as wire
+from silotune.protocol.envelope import COORDINATOR, MessagePlace, seal
+from silotune.trust.audit import AuditHead
+from silotune.trust.authority import Authority
+from silotune.trust.identity import (
     Subject,
     certificate_fingerprint,
     chain_pem,
@@ -40,10 +42,8 @@ from silotune.federation.identity import (
     read_request,
     six_words,
 )
-from silotune.federation.invite import Invite
-from silotune.federation.roster import Member, Roster, SignedRoster
-from silotune.plan import Plan, SignedPlan
-from silotune.privacy.entry import Head
+from silotune.trust.invite import Invite
+from silotune.trust.roster import Roster, RosterEntry, SignedRoster
 
 NODE, RUN_ID = 77, 5
 _LONG_POLL = 2.0
@@ -163,7 +163,7 @@ class CoordinatorDouble:
             request.request, subject=Subject(name=request.name, role="site")
         )
         if self.member is None:
-            self.member = Member(
+            self.member = RosterEntry(
                 name=request.name,
                 signing_key=request.signing_key,
                 node_key=public_pem(read_request(request.request, name=request.name)),
@@ -331,7 +331,7 @@ class CoordinatorDouble:
             "sender": COORDINATOR,
             "receiver": self.member.name,
         }
-        return Address(**{**fields, **changes})
+        return MessagePlace(**{**fields, **changes})
 
     def sealed(self, content, *, address, key=None):
         return seal(content, address=address, key=key or self.key)

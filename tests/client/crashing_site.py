@@ -13,8 +13,8 @@ import numpy as np
 from dp_accounting import SelfComposedDpEvent
 
 from silotune.client.gate import DpRelease, Gate
-from silotune.plan import Plan
-from silotune.privacy.accounting import gaussian_event
+from silotune.plan.plan import Plan
+from silotune.privacy.events import gaussian_event
 from silotune.privacy.ledger import Budget, Ledger, ReleaseKey
 
 DELTA = 1e-5

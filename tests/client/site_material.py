@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from silotune.models.weights import weights_sha256
-from silotune.plan import Plan
+from silotune.models.pretrained import weights_sha256
+from silotune.plan.plan import Plan
 from tests.federation import write_federation, write_policy
 
 PRIVATE = {

@@ -61,7 +61,7 @@ class SiteProcess:
         return self.wait_until(lambda s: s["link"] == "online", seconds=seconds)
 
     def wait_until(self, wanted, *, seconds=60.0):
-        from silotune.client.admin_socket import ask
+        from silotune.client.daemon.socket import ask
         from silotune.client.errors import DaemonAbsent
 
         ends, found = time.monotonic() + seconds, None

@@ -7,19 +7,19 @@ import numpy as np
 from flwr.app import Array, ArrayRecord
 
 from silotune.client.approvals import Approvals
-from silotune.client.books import SiteBooks
-from silotune.client.clerk import Clerk
-from silotune.client.coordinator_api import closing_api
-from silotune.client.joining import Joining
-from silotune.client.link import Link
-from silotune.client.runner import Runner
+from silotune.client.daemon.api import closing_api
+from silotune.client.daemon.books import SiteBooks
+from silotune.client.daemon.connection import SiteConnection
+from silotune.client.daemon.documents import DocumentExchange
+from silotune.client.daemon.joining import Joining
+from silotune.client.daemon.runner import Runner
 from silotune.data.site import SiteConfig
-from silotune.federation.audit_log import AUDIT_FILE, AuditLog
-from silotune.federation.envelope import address_of, seal_id, unseal
-from silotune.federation.identity import decode_signing_key
-from silotune.federation.sealed import Vault
 from silotune.models.outline import outline
 from silotune.privacy.ledger import Ledger
+from silotune.protocol.envelope import address_of, seal_id, unseal
+from silotune.trust.audit import AUDIT_FILE, AuditLog
+from silotune.trust.identity import decode_signing_key
+from silotune.trust.vault import Vault
 from tests.client.coordinator_double import CoordinatorDouble
 from tests.client.site_material import write_site_folder
 
@@ -49,7 +49,7 @@ class Rig:
             paused=lambda: self.paused,
         )
         self.books = SiteBooks(enrolment=self.enrolment, audit=self.audit)
-        self.clerk = Clerk(
+        self.clerk = DocumentExchange(
             enrolment=self.enrolment,
             approvals=self.approvals,
             audit=self.audit,
@@ -57,7 +57,7 @@ class Rig:
             judge=None,
             settle=lambda entry: self.runner.finish(entry, self.state / "certificate.json"),
         )
-        self.link = Link(
+        self.link = SiteConnection(
             self.site,
             enrolment=self.enrolment,
             runner=self.runner,

@@ -8,17 +8,18 @@ from flwr.app import ConfigRecord, RecordDict
 from flwr.app.message import make_message
 from flwr.app.metadata import Metadata
 
-from silotune.client import errors, runtime, warm
+from silotune.client import errors, model_cache
+from silotune.client import site_run as runtime
 from silotune.client.app import MESSAGE_TYPES, build_client_app
-from silotune.client.facts import total_epsilon
-from silotune.client.runtime import SiteRun
-from silotune.client.warm import WarmModel
+from silotune.client.model_cache import ModelCache
+from silotune.client.policy import total_epsilon
+from silotune.client.site_run import SiteRun
 from silotune.data.site import SiteConfig
 from silotune.errors import BudgetExceeded, ModelNotFound, SilotuneError
 from silotune.models.base import load_model
 from silotune.models.outline import outline
-from silotune.models.weights import weights_sha256
-from silotune.plan import Plan
+from silotune.models.pretrained import weights_sha256
+from silotune.plan.plan import Plan
 from silotune.privacy.ledger import Ledger
 from tests.federation import CHOICES, PRIVATE, write_federation, write_policy
 
@@ -46,7 +47,7 @@ def run_of(federation, plan=None, *, state="s", run="r", edit=lambda text: text)
         state=federation.folder / state,
         plan=plan or federation.plan,
         run=run,
-        warm=WarmModel(CHOICES),
+        warm=ModelCache(CHOICES),
     )
 
 
@@ -71,7 +72,7 @@ def test_an_allowed_plan_runs_on_the_weights_at_the_sites_own_place(federation):
 
 def test_nothing_is_loaded_charged_or_reserved_for_a_refused_plan(federation, monkeypatch):
     loaded = []
-    monkeypatch.setattr(warm, "load_model", lambda *a, **k: loaded.append(a))
+    monkeypatch.setattr(model_cache, "load_model", lambda *a, **k: loaded.append(a))
     monkeypatch.setattr(runtime, "load_records", lambda *a, **k: loaded.append(a))
     part = run_of(federation, federation.plan.override({"rounds.number": 11}))
     app = build_client_app(lambda context, plan, run: part)
@@ -84,7 +85,7 @@ def test_nothing_is_loaded_charged_or_reserved_for_a_refused_plan(federation, mo
 
 def test_a_base_model_that_is_not_listed_is_not_even_looked_for(federation, monkeypatch):
     looked = []
-    monkeypatch.setattr(warm, "outline", lambda *a, **k: looked.append(a))
+    monkeypatch.setattr(model_cache, "outline", lambda *a, **k: looked.append(a))
     plan = federation.plan.override({"model.sha256": "00" * 32, "model.base": "/etc"})
     with pytest.raises(errors.BaseModelRefused):
         run_of(federation, plan).admit()

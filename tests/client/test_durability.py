@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from silotune.client.runtime import SiteRun, WarmModel
+from silotune.client.model_cache import ModelCache
+from silotune.client.site_run import SiteRun
 from silotune.models.layout import initial_adapter
 from silotune.privacy.ledger import Ledger
 from tests.federation import CHOICES, PRIVATE, write_federation
@@ -20,7 +21,7 @@ def started(tmp_path, bert_folder, **settings):
         state=tmp_path / "s",
         plan=plan,
         run="r",
-        warm=WarmModel(CHOICES),
+        warm=ModelCache(CHOICES),
         **settings,
     )
     run.join()

@@ -4,7 +4,7 @@ import resource
 import signal
 from contextlib import contextmanager
 
-from silotune.federation.envelope import refusal_code
+from silotune.protocol.envelope import refusal_code
 from tests.client.coordinator_double import CoordinatorDouble
 from tests.client.site_rig import Rig
 

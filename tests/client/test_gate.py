@@ -14,9 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from silotune.client import gate as gate_module
-from silotune.client.gate import DpRelease, Gate, Public, Unprotected, refusal
-from silotune.client.outbox import Outbox
-from silotune.client.reply import Reply
+from silotune.client.gate import DpRelease, Gate, Outbox, Public, Reply, Unprotected, refusal
 from silotune.errors import (
     BudgetExceeded,
     LedgerDamaged,
@@ -26,9 +24,9 @@ from silotune.errors import (
     ValueUnaccounted,
     catalogue,
 )
-from silotune.plan import Plan
+from silotune.plan.plan import Plan
 from silotune.privacy import accounting
-from silotune.privacy.accounting import gaussian_event, step_event
+from silotune.privacy.events import gaussian_event, step_event
 from silotune.privacy.ledger import Budget, Ledger, ReleaseKey
 from silotune.privacy.tally import tally_of
 

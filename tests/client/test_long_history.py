@@ -6,11 +6,10 @@ import time
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from silotune.federation.audit_line import Line
-from silotune.federation.audit_log import AuditLog
-from silotune.federation.errors import AuditLogDamaged
-from silotune.privacy.entry import Head, Row
+from silotune.privacy.chain import Head, Row
 from silotune.privacy.ledger import Ledger
+from silotune.trust.audit import AuditLog, Line
+from silotune.trust.errors import AuditLogDamaged
 from tests.client.coordinator_double import CoordinatorDouble
 from tests.client.site_rig import Rig
 from tests.long_history import write_audit_log, write_ledger
@@ -89,7 +88,7 @@ def test_a_ledgers_head_is_signed_without_reading_its_rows_again(tmp_path, count
 def test_an_exchange_of_a_site_reads_what_is_new_and_nothing_else(tmp_path, bert_folder, counted):
     double = CoordinatorDouble(tmp_path / "coordinator")
     with double, Rig(tmp_path / "sites", bert_folder, double) as rig:
-        from silotune.client.coordinator_api import closing_api
+        from silotune.client.daemon.api import closing_api
 
         write_ledger(rig.state / "ledger.sqlite", rows=ROWS)
         with closing_api(rig.enrolment.facts.url, rig.enrolment.tls()) as api:

@@ -7,9 +7,9 @@ import pytest
 
 from silotune.client import errors
 from silotune.client.policy import Facts, judge, judge_moment
-from silotune.data.site_terms import PolicyConfig
+from silotune.data.site import PolicyConfig
 from silotune.errors import PolicyError
-from silotune.plan import Plan
+from silotune.plan.plan import Plan
 
 SHA = "ab" * 32
 PLAN = {
@@ -132,7 +132,7 @@ def test_a_large_delta_passes_where_the_policy_says_so_in_so_many_words():
 
 def test_a_refusal_names_all_clauses_that_refuse():
     found = verdict({"rounds.number": 11, "rounds.min_sites": 1}, {}, {"upload_bytes": None})
-    with pytest.raises(errors.CohortTooSmall) as error:
+    with pytest.raises(errors.CohortBelowPolicy) as error:
         found.require()
     for name in ("min_cohort", "max_rounds", "max_upload_mb"):
         assert f"policy.{name}: " in error.value.detail

@@ -5,14 +5,14 @@ import pytest
 from flwr.app import RecordDict
 
 from silotune.client.errors import RoundUnanswered
-from silotune.client.runtime import SiteRun
-from silotune.client.warm import WarmModel
+from silotune.client.model_cache import ModelCache
+from silotune.client.site_run import SiteRun
 from silotune.errors import BudgetExceeded
-from silotune.federation.errors import SealBroken
 from silotune.models.layout import initial_adapter
 from silotune.privacy.errors import CohortTooSmall, RoundUsed, TooFewSurvivors
 from silotune.privacy.secagg.coordinator import CoordinatorRound
 from silotune.privacy.secagg.messages import unpack_named
+from silotune.trust.errors import SealBroken
 from tests.federation import CHOICES, PRIVATE, SITES, write_federation, write_policy
 
 SECURE = {
@@ -36,7 +36,7 @@ class Round:
     def __init__(self, federation, name):
         self.federation, self.folder = federation, federation.folder / name
         self.plan = federation.plan.override(SECURE)
-        self.warm = WarmModel(CHOICES)
+        self.warm = ModelCache(CHOICES)
         bare = federation.runs(self.plan, state=name)
         self.roster = {p.site.name: p._keys.signing.public_key().public_bytes_raw() for p in bare}
         self.parts = {name: self.started(name) for name in SITES}

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from silotune.client.memory import ProcessMemory, SealedMemory
-from silotune.federation.sealed import Vault
+from silotune.client.run_files import ProcessMemory, SealedMemory
+from silotune.trust.vault import Vault
 
 SECRET = np.arange(1000, 1064, dtype=np.float32)
 

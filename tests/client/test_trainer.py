@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from silotune.client.sampling import UnitSampler
+from silotune.client.trainer import UnitSampler
 from silotune.errors import SelfCheckFailed
 from silotune.models.adapter import write_adapter
 from silotune.models.layout import initial_adapter

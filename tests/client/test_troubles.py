@@ -3,7 +3,7 @@
 import stat
 
 from silotune.client.troubles import TROUBLES_FILE, Troubles, in_words, latest_troubles
-from silotune.commands.site_views import print_status
+from silotune.commands.site import print_status
 from tests.consoles import console
 
 STATUS = {

@@ -2,7 +2,7 @@
 
 import json
 
-from silotune.simulation.run_directory import RunDirectory
+from silotune.rounds.run_directory import RunDirectory
 from tests.federation import PRIVATE, write_federation
 
 SECURE = {"aggregation.secure": True, "aggregation.cohort": 3, "aggregation.threshold": 2}

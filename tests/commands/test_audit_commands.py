@@ -9,14 +9,14 @@ from typer.testing import CliRunner
 
 from silotune import cli
 from silotune.client.approvals import Approvals
-from silotune.client.errors import DaemonAbsent, RunUnknown
+from silotune.client.errors import DaemonAbsent, RunNotProposed
 from silotune.commands import site as site_commands
 from silotune.data.site import SiteConfig
-from silotune.federation.audit_log import AuditLog
-from silotune.federation.errors import AuditLogDamaged
-from silotune.federation.identity import encode_signing_key
-from silotune.federation.wire import Proposal
-from silotune.plan import SignedPlan
+from silotune.plan.plan import SignedPlan
+from silotune.protocol.http import Proposal
+from silotune.trust.audit import AuditLog
+from silotune.trust.errors import AuditLogDamaged
+from silotune.trust.identity import encode_signing_key
 from tests.client.site_material import write_site_folder
 
 KEY = Ed25519PrivateKey.generate()
@@ -181,10 +181,12 @@ def test_a_plan_that_the_policy_refuses_is_shown_so_and_can_not_be_approved(prop
 
 def test_a_hash_must_mean_one_open_plan(proposed):
     config, plans = proposed
-    assert isinstance(invoke("site", "approve", "ab" * 6, "--config", config).exception, RunUnknown)
+    assert isinstance(
+        invoke("site", "approve", "ab" * 6, "--config", config).exception, RunNotProposed
+    )
     for short in ("", plans["first"].sha256[:3]):
         assert isinstance(
-            invoke("site", "approve", short, "--config", config).exception, RunUnknown
+            invoke("site", "approve", short, "--config", config).exception, RunNotProposed
         )
 
 

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from silotune import cli
 from silotune.errors import BudgetExceeded, SilotuneError
-from silotune.plan import Plan, schema
+from silotune.plan.plan import Plan, schema
 from tests.federation import PRIVATE, SITES, write_federation
 
 

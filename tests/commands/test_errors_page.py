@@ -7,7 +7,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from silotune.commands.errors_page import errors, errors_page, families
+from silotune.commands.reference import errors, errors_page, families
 from silotune.errors import SilotuneError, catalogue
 
 DOCS = Path(__file__).parents[2] / "docs" / "errors.md"

@@ -9,14 +9,15 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from typer.testing import CliRunner
 
-from silotune.commands import certificate as certificate_command
+from silotune.commands import certificate
 from silotune.commands import ledger as ledger_command
 from silotune.errors import CertificateInvalid, LedgerDamaged
-from silotune.plan import Plan
-from silotune.privacy.accounting import epsilon, gaussian_event
+from silotune.plan.plan import Plan
+from silotune.privacy.accounting import epsilon
 from silotune.privacy.certificate import issue
+from silotune.privacy.events import gaussian_event
 from silotune.privacy.ledger import Budget, Ledger, ReleaseKey
-from silotune.privacy.signing import fingerprint
+from silotune.trust.identity import fingerprint
 
 DELTA = 1e-5
 EVENT = gaussian_event(4.0)
@@ -137,12 +138,12 @@ def test_an_export_can_be_checked_without_silotune(state, tmp_path):
 def test_a_certificate_is_shown_with_what_it_stands_for(state, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     path = state / "certificate.json"
-    text = run(certificate_command, "verify", path)
+    text = run(certificate, "verify", path)
     for part in ("Valid.", "north", "sigma 4.0000", "Compare the key", PLAN.sha256):
         assert part in text
     known = fingerprint(KEY.public_key())
-    assert "Compare the key" not in run(certificate_command, "verify", path, "--key", known)
-    shown = json.loads(run(certificate_command, "verify", path, "--json"))
+    assert "Compare the key" not in run(certificate, "verify", path, "--key", known)
+    shown = json.loads(run(certificate, "verify", path, "--json"))
     assert shown["valid"]
     assert shown["epsilon"] == shown["certificate"]["epsilon"] == epsilon([EVENT], delta=DELTA)
     assert (shown["key_sha256"], shown["key_known"]) == (known, False)
@@ -152,4 +153,4 @@ def test_a_changed_certificate_is_an_error(state):
     path = state / "certificate.json"
     path.write_text(path.read_text().replace('"north"', '"south"'))
     with pytest.raises(CertificateInvalid):
-        run(certificate_command, "verify", path)
+        run(certificate, "verify", path)

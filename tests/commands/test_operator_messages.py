@@ -13,13 +13,13 @@ from typer.testing import CliRunner
 
 from silotune import cli, terminal
 from silotune.client.approvals import Approvals
-from silotune.commands import site as site_commands
+from silotune.commands import site
 from silotune.data.site import SiteConfig
-from silotune.federation.identity import six_words
-from silotune.federation.wire import Proposal
-from silotune.plan import SignedPlan
+from silotune.plan.plan import SignedPlan
+from silotune.protocol.http import Proposal
 from silotune.server.config import Home
 from silotune.server.coordinator import Coordinator
+from silotune.trust.identity import six_words
 from tests.client.site_material import write_site_folder
 
 KEY = Ed25519PrivateKey.generate()
@@ -73,9 +73,7 @@ def proposed(tmp_path, bert_folder, monkeypatch):
     propose(config, plans)
     decided = []
     told = {"sent": True}
-    monkeypatch.setattr(
-        site_commands, "ask", lambda state, command, **f: decided.append(f["run"]) or told
-    )
+    monkeypatch.setattr(site, "ask", lambda state, command, **f: decided.append(f["run"]) or told)
     return config, plans, decided
 
 
@@ -109,7 +107,7 @@ def test_digits_that_two_plans_share_name_both(proposed):
     shared = first.sha256[:2]
     propose(config, {"twin": twin})
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(site_commands, "_LEAST_DIGITS", 2)  # four would take a minute to find
+        patched.setattr(site, "_LEAST_DIGITS", 2)  # four would take a minute to find
         error = failure("site", "approve", shared, "--config", config)
     assert "run-0" in error.detail
     assert "twin" in error.detail

@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 
 from silotune import cli
 from silotune.client.approvals import Approvals
-from silotune.client.doctor import Doctor
+from silotune.client.daemon.doctor import SiteDoctor
 from silotune.data.site import SiteConfig
-from silotune.federation.wire import Proposal
-from silotune.models import fit
-from silotune.plan import Plan, SignedPlan
+from silotune.models import outline
+from silotune.plan.plan import Plan, SignedPlan
+from silotune.protocol.http import Proposal
 from tests.client.site_material import write_site_folder
 
 BAD = {
@@ -108,7 +108,7 @@ def test_a_coordinator_without_the_base_model_says_what_it_did_not_look_at(site,
 def test_the_sites_doctor_and_its_list_of_plans_tell_it(site, kind):
     plan, code, words = plan_of(site, kind)
     config = proposed(site, plan)
-    finding = {found.check: found for found in Doctor(config).examine()}["plan of r-1"]
+    finding = {found.check: found for found in SiteDoctor(config).examine()}["plan of r-1"]
     assert (finding.state, finding.code) == ("failed", code)
     assert words in finding.detail
     path = str(site.folder / "site.toml")
@@ -122,9 +122,9 @@ def test_the_sites_doctor_and_its_list_of_plans_tell_it(site, kind):
 
 
 def test_a_plan_that_the_model_takes_is_tried_once_and_passes(site, monkeypatch):
-    monkeypatch.setattr(fit, "_ANSWERS", {})
+    monkeypatch.setattr(outline, "_ANSWERS", {})
     config = proposed(site, site.plan)
     for _ in range(2):
-        finding = {found.check: found for found in Doctor(config).examine()}["plan of r-1"]
+        finding = {found.check: found for found in SiteDoctor(config).examine()}["plan of r-1"]
         assert finding.state == "ok", finding.detail
-    assert len(fit._ANSWERS) == 1
+    assert len(outline._ANSWERS) == 1

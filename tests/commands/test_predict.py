@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from silotune import cli
 from silotune.models.adapter import save_adapter
 from silotune.models.base import load_model
-from silotune.simulation.run_directory import RunDirectory
+from silotune.rounds.run_directory import RunDirectory
 from tests.federation import CHOICES
 from tests.models.model_material import a_plan
 

@@ -7,8 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from silotune.cli import app
-from silotune.data.errors import RecordsChanged, UnitMismatch
-from silotune.errors import TooFewRecords
+from silotune.errors import RecordsChanged, TooFewRecords, UnitMismatch
 from tests.federation import write_federation
 
 

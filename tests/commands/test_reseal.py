@@ -11,18 +11,17 @@ import pytest
 from typer.testing import CliRunner
 
 from silotune import cli
-from silotune.client.daemon import hold_state
+from silotune.client.daemon.daemon import hold_state
 from silotune.client.errors import DaemonRunning, SiteNotEnrolled
 from silotune.data.site import SiteConfig
 from silotune.errors import FileExposed
-from silotune.federation import sealed
-from silotune.federation.audit_log import AuditLog
-from silotune.federation.errors import VaultLocked
-from silotune.federation.sealed import AtRest, Vault
-from silotune.server.config import Home
+from silotune.server.config import Home, load_keys
 from silotune.server.coordinator import hold_folder
 from silotune.server.errors import CoordinatorRunning
-from silotune.server.keys import load_keys
+from silotune.trust import vault as sealed
+from silotune.trust.audit import AuditLog
+from silotune.trust.errors import VaultLocked
+from silotune.trust.vault import AtRest, Vault
 from tests.client.site_material import write_site_folder
 
 ROOT = Path(__file__).parents[2]

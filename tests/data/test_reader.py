@@ -9,12 +9,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from silotune.data.errors import HeldOutTooMuch, LabelsUnfit, UnitMismatch
 from silotune.data.reader import load_records as load
+from silotune.data.records import Split, assign, salt_for
 from silotune.data.site import SiteConfig
-from silotune.data.splits import Split, assign, salt_for
-from silotune.errors import ColumnMissing, DatasetUnknown, TooFewRecords
-from silotune.plan import Plan
+from silotune.errors import (
+    ColumnMissing,
+    DatasetUnknown,
+    HeldOutTooMuch,
+    LabelsUnfit,
+    TooFewRecords,
+    UnitMismatch,
+)
+from silotune.plan.plan import Plan
 
 ROLES = {"text", "label"}
 HEADER = ["note", "outcome", "patient", "ward"]

@@ -5,8 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from silotune.data.records import Records
-from silotune.data.splits import Split
+from silotune.data.records import Records, Split
 
 
 def records_of(unit_of: list[int], split_of_unit: list[int]) -> Records:

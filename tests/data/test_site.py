@@ -3,9 +3,8 @@ from __future__ import annotations
 import pytest
 from pydantic import SecretStr, ValidationError
 
-from silotune.data.errors import SiteConfigInvalid
 from silotune.data.site import SiteConfig, expand_url, load_sites
-from silotune.errors import DatasetUnknown
+from silotune.errors import DatasetUnknown, SiteConfigInvalid
 
 GOOD = """
 name = "north"

@@ -6,9 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from silotune.data.errors import SiteConfigInvalid
-from silotune.data.site import SiteConfig
-from silotune.data.site_terms import PolicyConfig, parse_window
+from silotune.data.site import PolicyConfig, SiteConfig, parse_window
+from silotune.errors import SiteConfigInvalid
 
 DAYS = ["Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun"]
 MONDAY = datetime(2026, 11, 23)

@@ -10,10 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import SecretStr
 
-from silotune.data.errors import SiteConfigInvalid
 from silotune.data.site import DatasetConfig
 from silotune.data.sources import read_dataset, read_file
-from silotune.errors import ColumnMissing, DatasetUnreadable, RecordInvalid
+from silotune.errors import ColumnMissing, DatasetUnreadable, RecordInvalid, SiteConfigInvalid
 
 SECRET = "Mrs Smith has gout"
 

@@ -7,7 +7,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from silotune.data.splits import Split, assign, fractions, salt_for
+from silotune.data.records import Split, assign, fractions, salt_for
 
 names = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 shares = st.floats(0.0, 0.45)

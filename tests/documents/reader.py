@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 
-from silotune.models.weights import weights_sha256
+from silotune.models.pretrained import weights_sha256
 from tests.documents.blocks import ROOT
 from tests.e2e.harness import CLI, PRIVATE, as_toml, environment, free_port, wait_for
 from tests.federation import write_federation, write_policy

@@ -11,8 +11,8 @@ import signal
 import sys
 from pathlib import Path
 
-from silotune.server.link_grid import LinkGrid
-from silotune.server.run_store import RunRecord
+from silotune.flower.link_grid import LinkGrid
+from silotune.server.store.runs import RunWriter
 
 DEATHS, MARK = json.loads(sys.argv[1]), Path(sys.argv[2])
 
@@ -50,7 +50,7 @@ def pulling(self, ids):
 
 
 def beside(name, word, number_of):
-    real = getattr(RunRecord, name)
+    real = getattr(RunWriter, name)
 
     def writing(self, first, second):
         number = number_of(first, second)
@@ -58,7 +58,7 @@ def beside(name, word, number_of):
         real(self, first, second)
         strikes(number, word, "after")
 
-    setattr(RunRecord, name, writing)
+    setattr(RunWriter, name, writing)
 
 
 LinkGrid.push_messages, LinkGrid.pull_messages = pushing, pulling

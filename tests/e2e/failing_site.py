@@ -10,8 +10,8 @@ import os
 import signal
 import sys
 
-from silotune.client.runner import Runner
-from silotune.federation.envelope import address_of, refusal, seal, seal_id
+from silotune.client.daemon.runner import Runner
+from silotune.protocol.envelope import address_of, refusal, seal, seal_id
 from tests.simulation.plain_rounds import PHASES
 
 FAULTS = {(number, PHASES.index(phase)): how for number, phase, how in json.loads(sys.argv[1])}

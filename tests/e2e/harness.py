@@ -17,8 +17,8 @@ import psutil
 from safetensors.numpy import load_file
 
 from silotune.errors import SilotuneError
-from silotune.models.weights import weights_sha256
-from silotune.server.admin_client import AdminClient
+from silotune.models.pretrained import weights_sha256
+from silotune.server.admin.socket_client import AdminClient
 from silotune.server.config import Home
 from silotune.simulation.run import Settings, simulate
 from tests.federation import SITES, write_federation, write_policy
@@ -150,7 +150,7 @@ class CoordinatorProcess(Daemon):
             return self.cli("invite", site)["code"]
         from dataclasses import replace
 
-        from silotune.federation.invite import Invite
+        from silotune.trust.invite import Invite
 
         code = Invite.decode(self.cli("invite", site)["code"])
         return replace(code, url=f"https://127.0.0.1:{port}").encode()

@@ -7,10 +7,10 @@ import time
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from silotune.federation import identity
-from silotune.federation.authority import Authority
-from silotune.federation.envelope import address_of, seal, unseal
-from silotune.federation.sealed import Vault
+from silotune.protocol.envelope import address_of, seal, unseal
+from silotune.trust import identity
+from silotune.trust.authority import Authority
+from silotune.trust.vault import Vault
 from tests.e2e.cable import Cable
 from tests.e2e.harness import CoordinatorProcess, as_toml, cli, same, wait_for
 from tests.server.coordinator_material import scripted, small_plan

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from silotune.client.warm import WarmModel
+from silotune.client.model_cache import ModelCache
 from silotune.data.site import load_sites
 from silotune.models.layout import initial_adapter
 from tests.e2e.harness import same, wait_for
@@ -119,7 +119,7 @@ def test_ten_rounds_of_five_sites_that_drop_out_and_die_equal_the_plain_run(fede
         site.terminate()
     sites = load_sites(made.folder / "sites")
     plain = plainly(sites, made.plan, present, tmp_path / "plain")
-    layout = WarmModel(CHOICES).for_plan(made.plan, base=str(made.plan.model.base)).model.layout
+    layout = ModelCache(CHOICES).for_plan(made.plan, base=str(made.plan.model.base)).model.layout
     names = sorted(deployed)
     start, plain = layout.unpack(initial_adapter(layout, made.plan)), layout.unpack(plain)
     moved = max(np.abs(plain[name] - start[name]).max() for name in names)

@@ -8,11 +8,11 @@ import psutil
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-from silotune.federation.audit_log import AuditLog
-from silotune.federation.envelope import refusal_code, seal_id, unseal
-from silotune.federation.identity import decode_signing_key
 from silotune.models.outline import outline
 from silotune.privacy.ledger import Ledger
+from silotune.protocol.envelope import refusal_code, seal_id, unseal
+from silotune.trust.audit import AuditLog
+from silotune.trust.identity import decode_signing_key
 from tests.client.coordinator_double import CoordinatorDouble
 from tests.client.site_material import write_site_folder
 from tests.client.site_process import SiteProcess

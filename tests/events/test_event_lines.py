@@ -1,6 +1,6 @@
 """An event in one line says all that it says, once."""
 
-from silotune.events.wording import in_a_line
+from silotune.events.schema import in_a_line
 
 EVENT = {
     "id": 7,

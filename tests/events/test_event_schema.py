@@ -6,10 +6,10 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from silotune.commands.events_page import events_page, json_schema
-from silotune.events.errors import EventMalformed
+from silotune.commands.reference import events_page, json_schema
+from silotune.errors import EventMalformed
 from silotune.events.schema import KINDS, Event, RoundFinished, kind_of, parse
-from silotune.simulation.run_directory import RunDirectory
+from silotune.rounds.run_directory import RunDirectory
 from tests.simulation.synthetic_run import Synthetic
 
 ROOT = Path(__file__).parents[2]

@@ -4,10 +4,9 @@ import json
 
 import pytest
 
-from silotune.errors import RunDirectoryInvalid
-from silotune.events.errors import FileNotOffered, RunNotFound
+from silotune.errors import FileNotOffered, RunDirectoryInvalid, RunNotFound
 from silotune.events.source import RunDirectories, Views, held
-from silotune.simulation.run_directory import RunDirectory
+from silotune.rounds.run_directory import RunDirectory
 from tests.simulation.synthetic_run import Synthetic
 
 

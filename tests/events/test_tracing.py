@@ -9,9 +9,8 @@ import sys
 import pytest
 from opentelemetry.trace import StatusCode
 
-from silotune.errors import BudgetExceeded
+from silotune.errors import BudgetExceeded, ExtraMissing
 from silotune.events import tracing
-from silotune.events.errors import ExtraMissing
 from tests.events.tracing_material import traced
 
 REMOTE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"  # the W3C's own example
@@ -27,7 +26,7 @@ def no_environment(monkeypatch):
 
 def test_nothing_is_traced_unless_the_environment_asks():
     tracing.configure("s")
-    assert tracing._State.tracer is None
+    assert tracing._TracerState.tracer is None
     with tracing.span("x"), tracing.exchange("train", run="r", round=1) as header:
         assert header == ""
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from dp_accounting import ComposedDpEvent
 
-from silotune.plan import Plan
-from silotune.privacy.accounting import gaussian_event, shared_step_event
+from silotune.plan.plan import Plan
 from silotune.privacy.certificate import issue
+from silotune.privacy.events import gaussian_event, shared_step_event
 from silotune.privacy.ledger import Budget, Ledger, ReleaseKey
 
 DELTA = 1e-5

@@ -15,11 +15,12 @@ from flwr.supercore.inflatable.inflatable_object import (
 )
 from sqlalchemy import create_engine, inspect
 
-from silotune.federation.identity import encode_signing_key, make_request, new_node_key
-from silotune.federation.invite import Invite
-from silotune.federation.person import Person
-from silotune.federation.sealed import Vault
-from silotune.federation.wire import (
+from silotune.flower.superlink import reply
+from silotune.plan.plan import SignedPlan
+from silotune.privacy.certificate import issue
+from silotune.privacy.events import gaussian_event
+from silotune.privacy.ledger import Budget, Ledger
+from silotune.protocol.http import (
     Decision,
     EnrolRequest,
     HandedIn,
@@ -28,20 +29,17 @@ from silotune.federation.wire import (
     LogHead,
     Spent,
 )
-from silotune.plan import SignedPlan
-from silotune.privacy.accounting import gaussian_event
-from silotune.privacy.certificate import issue
-from silotune.privacy.ledger import Budget, Ledger
-from silotune.server.certificates import Certificates
+from silotune.server.books import Certificates
+from silotune.server.config import FEDERATION_KEY as FEDERATION_KEY_FILE
 from silotune.server.config import Home
 from silotune.server.coordinator import create
-from silotune.server.keys import FEDERATION_KEY as FEDERATION_KEY_FILE
-from silotune.server.people import Actions, People
-from silotune.server.run_store import Runs
-from silotune.server.store import migrate
-from silotune.server.superlink import reply
-from silotune.server.tables import METADATA
+from silotune.server.store.database import METADATA, migrate
+from silotune.server.store.people import Actions, People
+from silotune.server.store.runs import Runs
 from silotune.strategies import strategy_for
+from silotune.trust.identity import Person, encode_signing_key, make_request, new_node_key
+from silotune.trust.invite import Invite
+from silotune.trust.vault import Vault
 from tests.golden.material import (
     BARE,
     DATASET,

@@ -8,22 +8,27 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.common.serde import recorddict_to_proto
 
 from silotune.client.approvals import Approvals
-from silotune.client.control import Control
-from silotune.client.enrolled import Enrolment, Federation, SiteKeys
-from silotune.client.keeping import Keeping
-from silotune.client.memory import SealedMemory
-from silotune.client.outbox import Outbox
-from silotune.client.reply import Reply
-from silotune.client.secret import own_secret
-from silotune.client.secure import RoundMemory
+from silotune.client.daemon.enrolled import Enrolment, Federation, SiteKeys
+from silotune.client.gate import Outbox, Reply
+from silotune.client.run_files import ControlVariate, PersonalParts, SealedMemory
+from silotune.client.secure import RoundStates
 from silotune.dashboard.accounts import Accounts
+from silotune.data.records import own_secret
 from silotune.data.site import SiteConfig
 from silotune.events.schema import written
-from silotune.federation.audit_line import AuditHead
-from silotune.federation.audit_log import AUDIT_FILE, AuditLog
-from silotune.federation.authority import Authority
-from silotune.federation.envelope import seal
-from silotune.federation.identity import (
+from silotune.plan.plan import Plan, SignedPlan
+from silotune.privacy.events import gaussian_event, step_event
+from silotune.privacy.ledger import Budget, Ledger, ReleaseKey
+from silotune.privacy.secagg.coordinator import CoordinatorRound
+from silotune.privacy.secagg.site import SiteRound
+from silotune.protocol.envelope import seal
+from silotune.protocol.http import Proposal
+from silotune.release import RELEASE_FILE, Statement, hashes_of, sign
+from silotune.release import ReleaseControl as Criterion
+from silotune.rounds.secure_rounds import Settled
+from silotune.trust.audit import AUDIT_FILE, AuditHead, AuditLog
+from silotune.trust.authority import Authority
+from silotune.trust.identity import (
     Subject,
     certificate_fingerprint,
     chain_pem,
@@ -32,18 +37,9 @@ from silotune.federation.identity import (
     new_node_key,
     public_pem,
 )
-from silotune.federation.invite import Invite
-from silotune.federation.roster import Member, Roster, SignedRoster
-from silotune.federation.sealed import AtRest, Vault
-from silotune.federation.wire import Proposal
-from silotune.plan import Plan, SignedPlan
-from silotune.privacy.accounting import gaussian_event, step_event
-from silotune.privacy.ledger import Budget, Ledger, ReleaseKey
-from silotune.privacy.secagg.coordinator import CoordinatorRound
-from silotune.privacy.secagg.site import SiteRound
-from silotune.release.statement import RELEASE_FILE, Statement, hashes_of, sign
-from silotune.release.statement import Control as Criterion
-from silotune.server.secure_journal import Settled
+from silotune.trust.invite import Invite
+from silotune.trust.roster import Roster, RosterEntry, SignedRoster
+from silotune.trust.vault import AtRest, Vault
 from tests.golden.material import (
     ADDRESS,
     BARE,
@@ -134,8 +130,8 @@ def memory(folder):
         return f"{number:x}" * 64
 
     variates, parts = kept("scaffold"), kept("personal")
-    control = Control(scaffold_plan(), layout=LAYOUT, memory=variates)
-    keeping = Keeping(personal_plan(), layout=LAYOUT, memory=parts, batch=8.0)
+    control = ControlVariate(scaffold_plan(), layout=LAYOUT, memory=variates)
+    keeping = PersonalParts(personal_plan(), layout=LAYOUT, memory=parts, batch=8.0)
     for number in (1, 2):
         control.learn(vector(number), vector(number) * np.float32(0.25), number)
         variates.promote(number, released(number))
@@ -219,7 +215,7 @@ def site(folder):
     keys, authority = SiteKeys(state, vault), Authority.create(FEDERATION)
     request, subject = make_request(SITE, keys.node), Subject(name=SITE, role="site")
     certificate = authority.issue_client(request, subject=subject)
-    member = Member(
+    member = RosterEntry(
         name=SITE,
         signing_key=encode_signing_key(keys.signing.public_key()),
         node_key=public_pem(keys.node.public_key()),
@@ -264,7 +260,7 @@ def site(folder):
 def rosters(path):
     def member(name, number):
         signing = Ed25519PrivateKey.from_private_bytes(bytes([number]) * 32)
-        return Member(
+        return RosterEntry(
             name=name,
             signing_key=encode_signing_key(signing.public_key()),
             node_key=public_pem(new_node_key().public_key()),
@@ -521,7 +517,7 @@ def secure_round(folder):
     )
     (folder / "settled.bin").write_bytes(settled.to_bytes())
     states = {name: part.dump().hex() for name, part in sites.items()}
-    kept = RoundMemory(folder / "rounds", run=RUN, vault=Vault(folder))
+    kept = RoundStates(folder / "rounds", run=RUN, vault=Vault(folder))
     kept.save(3, json.dumps(states).encode())
 
 

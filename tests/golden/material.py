@@ -5,10 +5,10 @@ import base64
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from silotune.federation.envelope import Address
-from silotune.models.layout import Entry, Layout
-from silotune.plan import Plan
+from silotune.models.layout import ArrayEntry, Layout
+from silotune.plan.plan import Plan
 from silotune.privacy.ledger import ReleaseKey
+from silotune.protocol.envelope import MessagePlace
 
 FEDERATION, SITE, RUN, DATASET = "golden", "alpha", "golden-0001", "notes"
 DELTA = 1e-5
@@ -16,7 +16,7 @@ FEDERATION_KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 SITE_KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(1, 33)))
 PASSPHRASE = "not a secret: golden files"
 UPDATE = ReleaseKey(RUN, 1, "update")
-ADDRESS = Address(
+ADDRESS = MessagePlace(
     federation=FEDERATION, run=RUN, round=3, kind="train", sender="coordinator", receiver=SITE
 )
 SCHEMAS = ("0001", "0002", "0003", "0004", "0005", "0006")
@@ -24,10 +24,10 @@ MEMBERS = ("alpha", "beta", "gamma")
 
 LAYOUT = Layout(
     (
-        Entry("base_model.model.layer.0.lora_A.weight", (2, 6), "adapter"),
-        Entry("base_model.model.layer.0.lora_B.weight", (6, 2), "adapter"),
-        Entry("head.weight", (2, 6), "head"),
-        Entry("head.bias", (2,), "head"),
+        ArrayEntry("base_model.model.layer.0.lora_A.weight", (2, 6), "adapter"),
+        ArrayEntry("base_model.model.layer.0.lora_B.weight", (6, 2), "adapter"),
+        ArrayEntry("head.weight", (2, 6), "head"),
+        ArrayEntry("head.bias", (2,), "head"),
     )
 )
 

@@ -5,21 +5,19 @@ import sqlite3
 from contextlib import contextmanager
 from types import SimpleNamespace
 
-from silotune.federation.audit_log import AuditLog
-from silotune.federation.envelope import COORDINATOR
-from silotune.federation.identity import encode_signing_key
-from silotune.federation.sealed import Vault
-from silotune.federation.wire import Decision
+from silotune.flower.superlink import LinkState
+from silotune.protocol.envelope import COORDINATOR
+from silotune.protocol.http import Decision
 from silotune.server.books import Books
-from silotune.server.config import Home
+from silotune.server.config import Home, load_keys
 from silotune.server.enrolment import Registrar
-from silotune.server.federation_log import FederationLog
-from silotune.server.keys import load_keys
-from silotune.server.people import Actions, People
-from silotune.server.run_store import RunRecord, Runs
-from silotune.server.store import Store
-from silotune.server.superlink import Link
+from silotune.server.store.database import Store
+from silotune.server.store.people import Actions, People
+from silotune.server.store.runs import FederationLog, Runs, RunWriter
 from silotune.strategies import strategy_for
+from silotune.trust.audit import AuditLog
+from silotune.trust.identity import encode_signing_key
+from silotune.trust.vault import Vault
 from tests.golden.material import FEDERATION_KEY, LAYOUT, RUN, vector
 from tests.golden.read_site import plain
 from tests.golden.registry import given, reads
@@ -34,13 +32,13 @@ def opened(folder):
     keys = load_keys(home, vault, hosts=config.listen.hosts)
     audit = AuditLog(home.audit_path, owner=COORDINATOR)
     store = Store(home.store_url(config), vault=vault)
-    link = Link(home.link_database, vault=vault)
+    link = LinkState(home.link_database, vault=vault)
     parts = {"store": store, "keys": keys, "audit": audit}
     registrar = Registrar(
         federation=config.federation.name, link=link, changed=lambda: None, **parts
     )
     books = Books(registrar=registrar, alarm=lambda *a, **k: None, changed=lambda: None, **parts)
-    record = RunRecord(store, RUN, on_event=lambda: None, on_checkpoint=lambda number: None)
+    record = RunWriter(store, RUN, on_event=lambda: None, on_checkpoint=lambda number: None)
     found = SimpleNamespace(registrar=registrar, books=books, link=link, record=record, **parts)
     try:
         yield found

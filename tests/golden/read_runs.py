@@ -3,21 +3,19 @@
 import hashlib
 import os
 
-from silotune.client.secret import own_secret
+from silotune.data.records import own_secret
 from silotune.events.source import RunDirectories
-from silotune.federation.sealed import Vault
 from silotune.models.adapter import load_adapter
 from silotune.models.base import load_model
-from silotune.plan import Plan
+from silotune.plan.plan import Plan
 from silotune.privacy.certificate import verify
 from silotune.privacy.ledger import Ledger
-from silotune.privacy.ledger_view import run_rows
-from silotune.privacy.signing import fingerprint, load_or_create
-from silotune.simulation.records_check import require_same_records
-from silotune.simulation.run import recorded
-from silotune.simulation.run_directory import RunDirectory
-from silotune.simulation.run_record import read_record
-from silotune.simulation.summary import summary
+from silotune.privacy.spent import run_rows
+from silotune.report.report import summary
+from silotune.rounds.run_directory import RunDirectory, read_record
+from silotune.simulation.run import recorded, require_same_records
+from silotune.trust.identity import fingerprint, load_or_create
+from silotune.trust.vault import Vault
 from tests.golden.registry import reads
 
 HERE = "@HERE@"

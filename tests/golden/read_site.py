@@ -8,34 +8,30 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
 
 from silotune.client.approvals import Approvals, difference
-from silotune.client.control import Control
-from silotune.client.enrolled import Enrolment
-from silotune.client.keeping import Keeping
-from silotune.client.memory import SealedMemory
-from silotune.client.outbox import Outbox
-from silotune.client.reply import Reply
-from silotune.client.secret import own_secret
-from silotune.client.secure import RoundMemory
+from silotune.client.daemon.enrolled import Enrolment
+from silotune.client.gate import Outbox, Reply
+from silotune.client.run_files import ControlVariate, PersonalParts, SealedMemory
+from silotune.client.secure import RoundStates
 from silotune.dashboard.accounts import Accounts
+from silotune.data.records import own_secret
 from silotune.data.site import SiteConfig
 from silotune.events.schema import parse
 from silotune.events.view import RunView
-from silotune.federation.audit_log import AUDIT_FILE, AuditLog
-from silotune.federation.envelope import address_of, seal, seal_id, unseal
-from silotune.federation.identity import certificate_from_pem, six_words, subject_of
-from silotune.federation.invite import Invite
-from silotune.federation.roster import SignedRoster, follow
-from silotune.federation.sealed import AtRest, Vault
-from silotune.plan import Plan, SignedPlan
+from silotune.plan.plan import Plan, SignedPlan
 from silotune.privacy.certificate import verify
 from silotune.privacy.ledger import Ledger
-from silotune.privacy.ledger_view import dataset_rows, entries, run_rows
-from silotune.privacy.secagg.member import Member
+from silotune.privacy.secagg.messages import Member
 from silotune.privacy.secagg.site import SiteRound
-from silotune.privacy.signing import fingerprint
-from silotune.release.statement import RELEASE_FILE, hashes_of, read
+from silotune.privacy.spent import dataset_rows, entries, run_rows
+from silotune.protocol.envelope import address_of, seal, seal_id, unseal
+from silotune.release import RELEASE_FILE, hashes_of, read
+from silotune.rounds.secure_rounds import Settled
 from silotune.server.config import Home
-from silotune.server.secure_journal import Settled
+from silotune.trust.audit import AUDIT_FILE, AuditLog
+from silotune.trust.identity import certificate_from_pem, fingerprint, six_words, subject_of
+from silotune.trust.invite import Invite
+from silotune.trust.roster import SignedRoster, follow
+from silotune.trust.vault import AtRest, Vault
 from tests.golden.material import (
     ADDRESS,
     DATASET,
@@ -146,9 +142,9 @@ def memory(folder):
         return SealedMemory(place, run=RUN, sealer=Vault(folder), released=released)
 
     plan, variates = scaffold_plan(), kept("scaffold")
-    control = Control(plan, layout=LAYOUT, memory=variates)
+    control = ControlVariate(plan, layout=LAYOUT, memory=variates)
     parts = kept("personal")
-    keeping = Keeping(personal_plan(), layout=LAYOUT, memory=parts, batch=8.0)
+    keeping = PersonalParts(personal_plan(), layout=LAYOUT, memory=parts, batch=8.0)
     return {
         "scaffold": {
             str(number): control.drift(vector(number), number).tolist() for number in (2, 3)
@@ -303,7 +299,7 @@ def secure_round(folder):
     settled = Settled.from_bytes(journal, threshold=2, largest_cohort=3)
     assert settled.to_bytes() == journal
     coordinator, members = settled.current, secure_members()
-    kept = RoundMemory(folder / "rounds", run=RUN, vault=Vault(folder))
+    kept = RoundStates(folder / "rounds", run=RUN, vault=Vault(folder))
     states = json.loads(kept.load(3))
     sites = {
         name: SiteRound.restore(members[name], bytes.fromhex(states[name])) for name in MEMBERS

@@ -6,7 +6,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from silotune.plan import Plan
+from silotune.plan.plan import Plan
 
 CORPUS = [
     "acute bronchitis due to streptococcus",

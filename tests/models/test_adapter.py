@@ -17,8 +17,8 @@ from transformers import AutoModel, AutoModelForCausalLM
 from silotune.errors import AdapterMismatch
 from silotune.models.adapter import load_adapter, read_adapter, save_adapter, write_adapter
 from silotune.models.base import load_model
-from silotune.models.layout import Entry, Layout, initial_adapter
-from silotune.models.tokens import keep_end, leading_ids, prompt_ids
+from silotune.models.batching import keep_end, leading_ids, prompt_ids
+from silotune.models.layout import ArrayEntry, Layout, initial_adapter
 from tests.models.model_material import TEXTS, a_plan, minilm, trained_tokenizer
 
 names = st.text(st.characters(codec="ascii", categories=["L", "N"]), min_size=1, max_size=6)
@@ -30,7 +30,7 @@ def layouts(draw):
     chosen = draw(st.lists(st.tuples(names, shapes), min_size=1, unique_by=lambda e: e[0]))
     cut = draw(st.integers(0, len(chosen)))
     groups = ["adapter"] * cut + ["head"] * (len(chosen) - cut)
-    return Layout(tuple(Entry(n, s, g) for (n, s), g in zip(chosen, groups, strict=True)))
+    return Layout(tuple(ArrayEntry(n, s, g) for (n, s), g in zip(chosen, groups, strict=True)))
 
 
 def random_flat(layout: Layout, seed: int = 0) -> np.ndarray:
@@ -72,8 +72,8 @@ def test_a_layout_survives_json_and_the_fingerprint_tells_layouts_apart(layout):
     assert again.fingerprint == layout.fingerprint
     first = layout.entries[0]
     for other in (
-        Entry(first.name + "x", first.shape, first.group),
-        Entry(first.name, (*first.shape, 1), first.group),
+        ArrayEntry(first.name + "x", first.shape, first.group),
+        ArrayEntry(first.name, (*first.shape, 1), first.group),
     ):
         assert Layout((other, *layout.entries[1:])).fingerprint != layout.fingerprint
 
@@ -102,7 +102,7 @@ def test_text_that_is_no_layout_is_refused(text):
 
 
 def test_arrays_that_do_not_fit_are_refused():
-    layout = Layout((Entry("a", (2, 3), "adapter"), Entry("b", (4,), "head")))
+    layout = Layout((ArrayEntry("a", (2, 3), "adapter"), ArrayEntry("b", (4,), "head")))
     a, b = np.zeros((2, 3)), np.zeros(4)
     for arrays in ({"a": a}, {"a": a, "b": b, "c": b}, {"a": a.T, "b": b}):
         with pytest.raises(AdapterMismatch):

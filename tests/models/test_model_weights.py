@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 from silotune.errors import ModelError, ModelHashMismatch, ModelNotFound
-from silotune.models.weights import locate, require_weights, weight_files, weights_sha256
+from silotune.models.pretrained import locate, require_weights, weight_files, weights_sha256
 from tests.models.model_material import minilm
 
 

@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from silotune.models.base import load_model
-from silotune.models.features import Frozen, compute_frozen
-from silotune.models.prefix import PrefixCache
+from silotune.models.features import Frozen, PrefixCache, compute_frozen
 from silotune.privacy.clipping import attach
 from tests.models.model_material import CORPUS, a_plan
 
@@ -92,7 +91,7 @@ def test_what_is_kept_comes_back_padded_with_zeros(bert_folder):
 
 def test_records_beyond_the_memory_bound_are_not_kept(bert_folder, monkeypatch):
     model, encoded = loaded(bert_folder, lora__last_layers=1)
-    monkeypatch.setattr("silotune.models.prefix._MOST_BYTES", 1000)
+    monkeypatch.setattr("silotune.models.features._MOST_BYTES", 1000)
     assert compute_frozen(model, encoded).prefix is None
 
 

@@ -6,8 +6,8 @@ import pytest
 from tokenizers import processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from silotune.models.batching import leading_ids, prompt_ids, text_ids
 from silotune.models.tasks import get_task
-from silotune.models.tokens import leading_ids, prompt_ids, text_ids
 from tests.models.model_material import a_plan, minilm, trained_tokenizer
 
 TEMPLATES = ["<s> $A", "<s> $A </s>", "$A </s>", "<s> </s> $A", "$A"]

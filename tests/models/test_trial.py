@@ -8,11 +8,18 @@ import pytest
 import torch
 import transformers as hf
 
-from silotune.errors import LayerUnsupported, ModelError, TargetModulesUnknown
+from silotune.errors import (
+    LayerUnsupported,
+    LengthRefused,
+    ModelError,
+    RecordsMixed,
+    TargetModulesUnknown,
+    TextRefused,
+    TokensSeenEarly,
+)
 from silotune.models import trial
 from silotune.models.adapter import read_adapter
 from silotune.models.base import load_model
-from silotune.models.errors import LengthRefused, RecordsMixed, TextRefused, TokensSeenEarly
 from silotune.models.features import compute_frozen
 from tests.models.model_material import CORPUS, a_plan, trained_tokenizer
 

@@ -19,16 +19,16 @@ from dp_accounting import ComposedDpEvent, DpEvent, PoissonSampledDpEvent, SelfC
 from dp_accounting.pld import PLDAccountant
 from flwr.app import RecordDict
 
-from silotune.client.runtime import SiteRun
-from silotune.client.sampling import UnitSampler
-from silotune.client.warm import WarmModel
+from silotune.client.model_cache import ModelCache
+from silotune.client.site_run import SiteRun
+from silotune.client.trainer import UnitSampler
 from silotune.data.site import load_sites
 from silotune.errors import BudgetExceeded, LedgerDamaged, ReleaseConflict, SilotuneError
 from silotune.models.base import load_model
 from silotune.models.layout import initial_adapter
-from silotune.privacy.accounting import from_json
-from silotune.privacy.attacks.audit import audit_step
+from silotune.privacy.attacks.bounds import audit_step
 from silotune.privacy.errors import RoundUsed
+from silotune.privacy.events import from_json
 from silotune.privacy.ledger import Budget, Ledger, ReleaseKey
 from silotune.privacy.noise import SecureNoise, SeededNoise
 from silotune.privacy.secagg.site import SiteRound
@@ -368,7 +368,7 @@ def changed_records_are_trained_on(world: World) -> None:
     """A process that goes on after a site's file changed sees the new records."""
     place = world.fresh()
     plan = place.plan.override(PRIVATE)
-    warm = WarmModel(CHOICES)
+    warm = ModelCache(CHOICES)
 
     def features():
         site = load_sites(place.folder)[0]
@@ -422,7 +422,7 @@ def sums_are_exact(world: World) -> None:
 
 def a_withdrawn_record_is_forgotten(world: World) -> None:
     """The next run in the same process sees the file as it is now."""
-    place, warm = world.fresh(), WarmModel(CHOICES)
+    place, warm = world.fresh(), ModelCache(CHOICES)
     path = place.folder / "alpha" / "notes.csv"
 
     def features(run):

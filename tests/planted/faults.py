@@ -13,24 +13,24 @@ import numpy as np
 import pytest
 import torch
 
-from silotune.client import runtime, sampling, trainer
+from silotune.client import site_run, trainer
+from silotune.client import trainer as sampling
 from silotune.client.errors import RoundUnanswered
 from silotune.client.gate import DpRelease, Gate, Public
-from silotune.client.runtime import SiteRun
-from silotune.client.sampling import MicroBatch, UnitSampler
-from silotune.client.trainer import TrainableModel, Trainer
-from silotune.client.warm import WarmModel
+from silotune.client.model_cache import ModelCache
+from silotune.client.site_run import SiteRun
+from silotune.client.trainer import MicroBatch, TrainableModel, Trainer, UnitSampler
 from silotune.errors import SilotuneError, ValueUnaccounted
 from silotune.models.tasks.causal_lm import CausalLm
-from silotune.plan import Plan
+from silotune.plan.plan import Plan
 from silotune.privacy import accounting, engine
 from silotune.privacy.chain import Chain
 from silotune.privacy.engine import ClipGroup, DpSgd
 from silotune.privacy.ledger import Ledger
 from silotune.privacy.noise import SeededNoise, _KeyedNoise
-from silotune.privacy.secagg import masks
+from silotune.privacy.secagg import encoding
 from silotune.privacy.secagg import site as secagg_site
-from silotune.privacy.secagg.masks import Mask
+from silotune.privacy.secagg.encoding import Mask
 from silotune.privacy.secagg.site import SiteRound
 from tests.planted import catchers
 
@@ -228,7 +228,7 @@ _SHARE_OF_VARIANCE = wrap(
 # --- the table -------------------------------------------------------------------------------------
 
 
-def _stale(honest: Any, warm: WarmModel, site: Any, plan: Plan, encoded: Any, **named: Any) -> Any:
+def _stale(honest: Any, warm: ModelCache, site: Any, plan: Plan, encoded: Any, **named: Any) -> Any:
     """Features by the site's folder alone."""
     kept = vars(warm).setdefault("_by_folder", {})
     if site.folder not in kept:
@@ -339,12 +339,12 @@ FAULTS = [
     ),
     Fault(
         "the root of two tables of metrics dropped",
-        put(runtime, "math", _no_sqrt),
+        put(site_run, "math", _no_sqrt),
         catchers.metrics_have_the_noise_they_are_charged_for,
     ),
     Fault(
         "metrics charged as with twice their noise",
-        wrap(runtime, "gaussian_event", lambda f, sigma: f(2 * sigma)),
+        wrap(site_run, "gaussian_event", lambda f, sigma: f(2 * sigma)),
         catchers.metrics_have_the_noise_they_are_charged_for,
     ),
     Fault(
@@ -396,7 +396,9 @@ FAULTS = [
         wrap(Chain, "_read_head", _head_follows_the_table),
         catchers.a_rolled_back_ledger_is_refused,
     ),
-    Fault("a constant mask", wrap(masks, "_apply", _constant_masks), catchers.masks_hide_an_update),
+    Fault(
+        "a constant mask", wrap(encoding, "_apply", _constant_masks), catchers.masks_hide_an_update
+    ),
     Fault(
         "both sites of a pair add their mask",
         wrap(secagg_site, "pairwise_mask", lambda f, *a, **k: Mask(f(*a, **k).key, True)),
@@ -409,7 +411,7 @@ FAULTS = [
     ),
     Fault(
         "a stale cache",
-        wrap(WarmModel, "frozen", _stale),
+        wrap(ModelCache, "frozen", _stale),
         catchers.a_withdrawn_record_is_forgotten,
     ),
 ]

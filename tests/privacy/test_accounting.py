@@ -18,13 +18,8 @@ from scipy.special import log_ndtr, ndtr
 
 from silotune.errors import CalibrationImpossible
 from silotune.privacy import accounting
-from silotune.privacy.accounting import (
-    calibrate,
-    epsilon,
-    epsilon_curve,
-    gaussian_event,
-    step_event,
-)
+from silotune.privacy.accounting import calibrate, epsilon, epsilon_curve
+from silotune.privacy.events import gaussian_event, step_event
 
 DELTA = 1e-5
 RATES = st.floats(0.005, 0.6)

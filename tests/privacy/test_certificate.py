@@ -10,11 +10,11 @@ from dp_accounting import ComposedDpEvent
 from dp_accounting.pld import PLDAccountant
 
 from silotune.errors import CertificateInvalid
-from silotune.plan import Plan
-from silotune.privacy.accounting import gaussian_event, step_event
+from silotune.plan.plan import Plan
 from silotune.privacy.certificate import Bound, Measured, add_measured, issue, verify
+from silotune.privacy.events import gaussian_event, step_event
 from silotune.privacy.ledger import Budget, Ledger, ReleaseKey
-from silotune.privacy.signing import fingerprint
+from silotune.trust.identity import fingerprint
 
 DELTA = 1e-5
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))

@@ -15,14 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from silotune.errors import FileExposed, LedgerDamaged
-from silotune.privacy.chain import Chain
-from silotune.privacy.entry import GENESIS, Entry, Head, Row
+from silotune.privacy.chain import GENESIS, Chain, Head, LedgerEntry, Row
 
 COORDINATOR = Ed25519PrivateKey.from_private_bytes(bytes(32))
 
 
 def entry(number):
-    return Entry(
+    return LedgerEntry(
         kind="charge", dataset="notes", run="r", time="now", round=number, release="update"
     )
 
@@ -115,7 +114,7 @@ def test_a_block_that_fails_appends_nothing(path):
 texts = st.text(max_size=8)
 maybe = st.none() | texts
 entries = st.builds(
-    Entry,
+    LedgerEntry,
     kind=texts,
     dataset=texts,
     run=texts,

@@ -14,8 +14,8 @@ from silotune.errors import SelfCheckFailed
 from silotune.privacy.checks import noise_is_plausible
 from silotune.privacy.clipping import attach
 from silotune.privacy.engine import ClipGroup, DpSgd, PlainSgd
+from silotune.privacy.layers import row_norms
 from silotune.privacy.noise import SeededNoise
-from silotune.privacy.samples import row_norms
 
 TOLERANCE = 1e-5
 

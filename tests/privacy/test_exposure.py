@@ -12,9 +12,9 @@ from scipy import stats
 
 from silotune.client.terms import run_events
 from silotune.errors import PlanInvalid
-from silotune.plan import Plan
-from silotune.plan_strategies import STRATEGIES
-from silotune.privacy import exposure
+from silotune.plan.plan import Plan
+from silotune.plan.strategies import STRATEGIES
+from silotune.privacy import certificate
 from silotune.privacy.accounting import calibrate
 from silotune.privacy.tally import tally_of
 from silotune.strategies import method_of
@@ -93,8 +93,8 @@ def test_no_certificate_claims_less_than_a_coordinator_can_see(case):
     plan = case[-1]
     sigma = sigma_of(plan)
     tally = tally_of(run_events(plan, UNITS, sigma=sigma)[0])
-    rows = dict(exposure.exposures(tally, delta=DELTA, sums=exposure.sums_of(plan)))
-    claimed = rows.get(0, rows[exposure.ALL_OTHERS])
+    rows = dict(certificate.exposures(tally, delta=DELTA, sums=certificate.sums_of(plan)))
+    claimed = rows.get(0, rows[certificate.ALL_OTHERS])
     rng = np.random.default_rng(7)
     present = seen_by_the_coordinator(plan, sigma, rng, present=True)
     absent = seen_by_the_coordinator(plan, sigma, rng, present=False)
@@ -105,10 +105,10 @@ def test_the_attack_wins_where_the_claim_is_the_noise_of_a_sum():
     """The attack is sharp: it refutes, for each that keeps or changes, what a plain sum may claim."""
     fedavg = secure_plan("fedavg", "shared", "local")
     claimed = dict(
-        exposure.exposures(
+        certificate.exposures(
             tally_of(run_events(fedavg, UNITS, sigma=sigma_of(fedavg))[0]),
             delta=DELTA,
-            sums=exposure.sums_of(fedavg),
+            sums=certificate.sums_of(fedavg),
         )
     )[0]
     for strategy, head in (("fedsa", "shared"), ("fedavg", "local"), ("norm_bound", "shared")):

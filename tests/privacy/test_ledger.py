@@ -27,9 +27,8 @@ from silotune.errors import (
     ReservationInvalid,
 )
 from silotune.privacy import accounting
-from silotune.privacy.accounting import gaussian_event, step_event
-from silotune.privacy.entry import Head
-from silotune.privacy.events import from_json, to_json
+from silotune.privacy.chain import Head
+from silotune.privacy.events import from_json, gaussian_event, step_event, to_json
 from silotune.privacy.ledger import Budget, Ledger, ReleaseKey
 from silotune.privacy.tally import epsilon_of, fits, tally_of
 

@@ -2,8 +2,9 @@
 
 import pytest
 
-from silotune.privacy.accounting import epsilon, step_event
-from silotune.privacy.live_epsilon import LiveEpsilon
+from silotune.privacy.accounting import epsilon
+from silotune.privacy.events import step_event
+from silotune.privacy.spent import LiveEpsilon
 
 DELTA, ROUNDS, STEPS = 1e-5, 40, 2
 

@@ -10,12 +10,12 @@ import shutil
 import numpy as np
 import pytest
 
-from silotune.client import runtime
+from silotune.client import site_run
 from silotune.client.errors import BroadcastRefused, RoundUnanswered
-from silotune.client.runtime import SiteRun
+from silotune.client.model_cache import ModelCache
+from silotune.client.site_run import SiteRun
 from silotune.client.trainer import Trainer
-from silotune.client.warm import WarmModel
-from silotune.data.splits import Split
+from silotune.data.records import Split
 from silotune.errors import RecordInvalid, SilotuneError
 from silotune.models.layout import initial_adapter
 from silotune.privacy.ledger import ReleaseKey
@@ -28,7 +28,7 @@ ROUNDS = 20
 
 @pytest.fixture(scope="module")
 def warm():
-    return WarmModel(CHOICES)
+    return ModelCache(CHOICES)
 
 
 class Pair:
@@ -219,7 +219,7 @@ def test_records_that_cannot_be_read_are_answered_with_noise_and_then_the_run_st
     def unreadable(*args, **kwargs):
         raise RecordInvalid("row 7")
 
-    monkeypatch.setattr(runtime, "load_records", unreadable)
+    monkeypatch.setattr(site_run, "load_records", unreadable)
     assert shown(run.join) == shown(honest.join)
     adapter = warm_start(run)
     answers = [shown(lambda n=n: run.train(adapter, n)) for n in range(1, 6)]

@@ -9,13 +9,13 @@ import csv
 import numpy as np
 import pytest
 
-from silotune.client.runner import Runner
-from silotune.client.runtime import SiteRun
-from silotune.client.warm import WarmModel
+from silotune.client.daemon.runner import Runner
+from silotune.client.model_cache import ModelCache
+from silotune.client.site_run import SiteRun
+from silotune.data.records import Split
 from silotune.data.site import SiteConfig
-from silotune.data.splits import Split
-from silotune.federation.audit_log import AUDIT_FILE, AuditLog
 from silotune.models.layout import initial_adapter
+from silotune.trust.audit import AUDIT_FILE, AuditLog
 from tests.federation import CHOICES, PRIVATE, write_federation
 
 ONE = [["cough on the left", "no"]]
@@ -38,7 +38,7 @@ def federation(tmp_path, bert_folder):
 
 @pytest.fixture(scope="module")
 def warm():
-    return WarmModel(CHOICES)
+    return ModelCache(CHOICES)
 
 
 def part_of(federation, rows, *, warm, state, told=None, **settings):
@@ -142,7 +142,7 @@ def test_the_audit_log_tells_the_content_in_one_line_whatever_was_left_out(feder
 
 
 def test_a_withdrawn_record_is_gone_from_memory_at_the_next_run(federation):
-    warm, rows = WarmModel(CHOICES), NOTES
+    warm, rows = ModelCache(CHOICES), NOTES
     before = part_of(federation, rows, warm=warm, state="1")
     kept = before.trainer.frozen.features
     after = part_of(federation, [*rows[1:], ["lupus", "no"], ["copd", "yes"]], warm=warm, state="1")
@@ -153,10 +153,10 @@ def test_a_withdrawn_record_is_gone_from_memory_at_the_next_run(federation):
 
 
 def test_a_withdrawn_record_is_gone_from_the_disk_at_the_next_run(federation, tmp_path):
-    warm = WarmModel(CHOICES, shared=tmp_path / "shared")
+    warm = ModelCache(CHOICES, shared=tmp_path / "shared")
     part_of(federation, NOTES, warm=warm, state="1").trainer.prepare()
     (old,) = (tmp_path / "shared").iterdir()
-    again = WarmModel(CHOICES, shared=tmp_path / "shared")
+    again = ModelCache(CHOICES, shared=tmp_path / "shared")
     part_of(federation, NOTES[1:], warm=again, state="1").trainer.prepare()
     (new,) = (tmp_path / "shared").iterdir()
     assert new.name != old.name

@@ -19,7 +19,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.inflatable.inflatable_object import get_object_id
 
-from silotune.federation.envelope import refusal_code
+from silotune.protocol.envelope import refusal_code
 from tests.client.coordinator_double import CoordinatorDouble
 from tests.client.site_rig import Rig
 

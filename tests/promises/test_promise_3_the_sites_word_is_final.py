@@ -7,11 +7,10 @@ import json
 
 import pytest
 
-from silotune.client.daemon import Daemon
+from silotune.client.daemon.daemon import Daemon
 from silotune.client.errors import PolicyMissing
-from silotune.data.site import SiteConfig
-from silotune.data.site_terms import PolicyConfig
-from silotune.federation.envelope import refusal_code
+from silotune.data.site import PolicyConfig, SiteConfig
+from silotune.protocol.envelope import refusal_code
 from tests.client.coordinator_double import CoordinatorDouble
 from tests.client.site_rig import Rig
 from tests.federation import write_federation

@@ -11,8 +11,8 @@ from scipy import stats
 
 from silotune.client.errors import MessageRefused
 from silotune.privacy.noise import SeededNoise
-from silotune.privacy.secagg.encoding import Encoding, Span
-from silotune.privacy.secagg.field import PRIME, Interpolation, split
+from silotune.privacy.secagg.encoding import BoundedSpan, Encoding
+from silotune.privacy.secagg.keys import PRIME, Interpolation, split
 from silotune.strategies.base import as_arrays
 from tests.federation import PRIVATE, write_federation
 from tests.privacy.secagg.secagg_world import World, vectors_for
@@ -24,7 +24,7 @@ SECURE = {"aggregation.secure": True, "aggregation.cohort": 3, "aggregation.thre
 @pytest.fixture(scope="module")
 def spied():
     """A round of five in which one site sends a plain signal, and all the coordinator has of it."""
-    code = Encoding(ring="uint32", spans=(Span(size=SIZE - 1, bound=8.0),), cohort=5)
+    code = Encoding(ring="uint32", spans=(BoundedSpan(size=SIZE - 1, bound=8.0),), cohort=5)
     planted = np.zeros(SIZE - 1)
     planted[:1000] = 4.0
     world = World(5, threshold=3)
@@ -70,8 +70,8 @@ def test_all_that_was_received_does_not_give_a_planted_update(spied):
     """
     from itertools import combinations
 
+    from silotune.privacy.secagg.encoding import apply_masks
     from silotune.privacy.secagg.keys import self_mask
-    from silotune.privacy.secagg.masks import apply_masks
 
     world, code, planted, vectors, total = spied
     assert correlation(code, vectors[world.names[0]], planted) > 0.99

@@ -12,19 +12,19 @@ import pytest
 from typer.testing import CliRunner
 
 from silotune import cli
-from silotune.client.books import SiteBooks, verify_books
-from silotune.client.coordinator_api import closing_api
-from silotune.client.daemon import Daemon
-from silotune.client.doctor import Doctor
-from silotune.client.enrolled import Enrolment
-from silotune.client.joining import Joining
+from silotune.client.daemon.api import closing_api
+from silotune.client.daemon.books import SiteBooks, verify_books
+from silotune.client.daemon.daemon import Daemon
+from silotune.client.daemon.doctor import SiteDoctor
+from silotune.client.daemon.enrolled import Enrolment
+from silotune.client.daemon.joining import Joining
 from silotune.data.site import SiteConfig
 from silotune.errors import LedgerDamaged
-from silotune.federation.audit_log import AUDIT_FILE, AuditLog
-from silotune.federation.errors import AuditLogDamaged, BooksDisagree
-from silotune.federation.sealed import Vault
-from silotune.privacy.accounting import gaussian_event
+from silotune.privacy.events import gaussian_event
 from silotune.privacy.ledger import Budget, Ledger, ReleaseKey
+from silotune.trust.audit import AUDIT_FILE, AuditLog
+from silotune.trust.errors import AuditLogDamaged, BooksDisagree
+from silotune.trust.vault import Vault
 from tests.server.coordinator_material import Town, town  # noqa: F401 - a fixture
 
 BUDGET = Budget(8.0, 1e-5)
@@ -270,7 +270,7 @@ def test_a_coordinator_with_an_older_store_still_knows_what_it_signed(north, tmp
     coordinator, known = north.town.coordinator, north.town.coordinator.books.of("north").known
     from sqlalchemy import delete
 
-    from silotune.server.tables import SITE_BOOKS
+    from silotune.server.store.database import SITE_BOOKS
 
     with coordinator.store.transaction() as connection:
         connection.execute(delete(SITE_BOOKS))
@@ -296,7 +296,7 @@ def test_a_halt_outlives_the_coordinators_process_and_ends_with_the_newest_copy(
 @pytest.mark.slow
 def test_the_guard_lets_no_message_out_to_a_site_whose_books_went_back(north):
     from silotune.client.errors import CoordinatorRefused
-    from silotune.client.fleet import Fleet
+    from silotune.flower.site_link import Fleet
 
     def connect():
         keys = north.enrolment.keys
@@ -380,7 +380,7 @@ def test_restoring_from_nothing_charges_everything(north, lost):
 
 def test_restoring_twice_charges_once(north, monkeypatch):
     """As after a connection that broke before the coordinator had been told."""
-    from silotune.client.coordinator_api import CoordinatorApi
+    from silotune.client.daemon.api import CoordinatorApi
     from silotune.errors import RunError
 
     north.put_back(north.old)
@@ -399,16 +399,16 @@ def test_restoring_twice_charges_once(north, monkeypatch):
 
 def test_a_restoration_that_does_not_charge_is_refused(north):
     """A site whose software lies about it; the coordinator compares with what it signed."""
-    from silotune.federation import wire
+    from silotune.protocol import http
 
     known = north.town.coordinator.books.of("north").known
-    lie = wire.Restored.make(
+    lie = http.Restored.make(
         north.enrolment.keys.signing,
         federation="demo",
         site="north",
         replaces=known,
-        log=wire.LogHead(owner="north", seq=1, hash="ab" * 32),
-        ledger=wire.LedgerHead(seq=1, hash="ab" * 32),
+        log=http.LogHead(owner="north", seq=1, hash="ab" * 32),
+        ledger=http.LedgerHead(seq=1, hash="ab" * 32),
         spent=(),
         reason="trust me",
         sent_at=0,
@@ -430,7 +430,7 @@ def test_there_is_nothing_to_restore_in_the_newest_books(north):
 
 def test_the_doctor_says_only_what_it_checked(north):
     def told():
-        return next(f for f in Doctor(north.site).examine() if f.check == "ledger")
+        return next(f for f in SiteDoctor(north.site).examine() if f.check == "ledger")
 
     good = told()
     assert good.state == "ok"

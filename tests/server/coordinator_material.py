@@ -13,18 +13,18 @@ import pytest
 import sqlalchemy
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from silotune.models.layout import Entry, Layout
-from silotune.plan import Plan
+from silotune.models.layout import ArrayEntry, Layout
+from silotune.plan.plan import Plan
 from silotune.server.config import Home
 from silotune.server.coordinator import Coordinator, create
 from tests.server.fleet_site import FleetSite
 
 LAYOUT = Layout(
     (
-        Entry("base_model.model.layer.0.lora_A.weight", (2, 6), "adapter"),
-        Entry("base_model.model.layer.0.lora_B.weight", (6, 2), "adapter"),
-        Entry("head.weight", (2, 6), "head"),
-        Entry("head.bias", (2,), "head"),
+        ArrayEntry("base_model.model.layer.0.lora_A.weight", (2, 6), "adapter"),
+        ArrayEntry("base_model.model.layer.0.lora_B.weight", (6, 2), "adapter"),
+        ArrayEntry("head.weight", (2, 6), "head"),
+        ArrayEntry("head.bias", (2,), "head"),
     )
 )
 

@@ -24,9 +24,10 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-from silotune.federation import identity, wire
-from silotune.federation.envelope import address_of, seal, seal_id, unseal
-from silotune.federation.invite import Invite
+from silotune.protocol import http as wire
+from silotune.protocol.envelope import address_of, seal, seal_id, unseal
+from silotune.trust import identity
+from silotune.trust.invite import Invite
 
 
 class FleetSite:

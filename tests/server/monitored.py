@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from silotune.federation import identity
-from silotune.federation.invite import Invite
-from silotune.federation.wire import EnrolRequest
-from silotune.plan import Plan, SignedPlan
+from silotune.plan.plan import Plan, SignedPlan
+from silotune.protocol.http import EnrolRequest
+from silotune.server.admin.client import AdminAddress, ControlClient, save_credentials
 from silotune.server.config import Home
-from silotune.server.control_client import Address, ControlClient, save_credentials
 from silotune.server.coordinator import Coordinator, create
+from silotune.trust import identity
+from silotune.trust.invite import Invite
 
 
 def free_port():
@@ -73,7 +73,7 @@ class Office:
             certificate = signer.issue_client(request, subject=subject, days=days or 1)
         save_credentials(
             folder,
-            address=Address(address=self.coordinator.control_address, server_name="127.0.0.1"),
+            address=AdminAddress(address=self.coordinator.control_address, server_name="127.0.0.1"),
             key=identity.private_pem(key),
             certificate=identity.chain_pem([certificate]),
             authority=identity.chain_pem([keys.authority.certificate]),

@@ -12,13 +12,12 @@ from socketserver import StreamRequestHandler, TCPServer
 import pytest
 
 from silotune.events.source import RunFacts
-from silotune.federation.sealed import AtRest, Vault
-from silotune.server.alert_sinks import SIGNATURE, Mail, Webhook
-from silotune.server.alerts import Alert, Alerting, Rules
+from silotune.server.admin.operations import SiteOverview
+from silotune.server.alerts import SIGNATURE, Alert, Alerting, Mail, Rules, Webhook
 from silotune.server.config import AlertsSection
-from silotune.server.federation_log import FederationLog
-from silotune.server.operations import SiteRow
-from silotune.server.store import Store
+from silotune.server.store.database import Store
+from silotune.server.store.runs import FederationLog
+from silotune.trust.vault import AtRest, Vault
 
 PLAN = {"privacy": {"mode": "record", "epsilon": 8.0, "delta": 1e-5}}
 
@@ -134,9 +133,11 @@ def test_a_run_that_is_paused_or_over_is_not_stuck(source, store):
 
 
 def test_a_silent_site_and_a_small_budget_are_told(source, store):
-    gone = SiteRow(site="a", status="active", online=False, last_seen=time.time() - 400, words="")
-    fresh = SiteRow(site="b", status="active", online=True, last_seen=time.time(), words="")
-    left = SiteRow(site="c", status="revoked", online=False, last_seen=1.0, words="")
+    gone = SiteOverview(
+        site="a", status="active", online=False, last_seen=time.time() - 400, words=""
+    )
+    fresh = SiteOverview(site="b", status="active", online=True, last_seen=time.time(), words="")
+    left = SiteOverview(site="c", status="revoked", online=False, last_seen=1.0, words="")
     source.tell("round_started", round=1, cohort=["a", "b"])
     source.tell("round_finished", round=1, epsilon={"a": 7.3, "b": 7.1})
     told = []

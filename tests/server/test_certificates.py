@@ -6,13 +6,13 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from silotune.errors import CertificateInvalid
-from silotune.federation import wire
-from silotune.plan import SignedPlan
-from silotune.privacy.accounting import gaussian_event
+from silotune.plan.plan import SignedPlan
 from silotune.privacy.certificate import issue
+from silotune.privacy.events import gaussian_event
 from silotune.privacy.ledger import Budget, Ledger, ReleaseKey
-from silotune.server.certificates import Certificates
-from silotune.server.errors import RunUnknown
+from silotune.protocol import http
+from silotune.server.books import Certificates
+from silotune.server.errors import NotPossibleNow
 from tests.server.coordinator_material import town
 from tests.server.monitored import plan_of
 
@@ -47,7 +47,7 @@ def scene(town):
 
 
 def handed(text, run="demo-1"):
-    return wire.HandedIn(run=run, certificate=text)
+    return http.HandedIn(run=run, certificate=text)
 
 
 def offered(town, run="demo-1"):
@@ -59,7 +59,7 @@ def test_a_certificate_is_handed_in_over_the_wire_and_offered_byte_for_byte(town
     text = certificate(tmp_path / "c", key=north.signing)
     assert "certificate-north.json" not in offered(town)
     with north.http() as client:
-        answer = client.post(wire.CERTIFICATE, content=handed(text).model_dump_json())
+        answer = client.post(http.CERTIFICATE, content=handed(text).model_dump_json())
     assert answer.status_code == 200
     source = town.coordinator.monitoring.operations.source
     assert source.read("demo-1", "certificate-north.json") == text.encode()
@@ -93,7 +93,7 @@ def test_a_certificate_that_is_not_the_sites_own_for_this_run_is_refused(
 def test_a_run_that_is_not_there_takes_none(scene, tmp_path):
     north, desk = scene
     text = certificate(tmp_path / "c", run="nothing", key=north.signing)
-    with pytest.raises(RunUnknown):
+    with pytest.raises(NotPossibleNow):
         desk.take("north", handed(text, run="nothing"))
 
 

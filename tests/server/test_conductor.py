@@ -5,9 +5,9 @@ import pytest
 from flwr.app import ConfigRecord, RecordDict
 
 from silotune.errors import RunError
-from silotune.federation.envelope import refusal
 from silotune.models.layout import initial_adapter
-from silotune.server.errors import RunUnknown
+from silotune.protocol.envelope import refusal
+from silotune.server.errors import NotPossibleNow
 from silotune.strategies import strategy_for
 from silotune.strategies.base import Terms
 from tests.server.coordinator_material import LAYOUT, scripted, small_plan, town
@@ -196,7 +196,7 @@ def test_a_stopped_run_ends_at_once_and_cannot_be_resumed(town):
     town.coordinator.conductor.stop(run)
     wait_for(lambda: run not in town.coordinator.conductor._active, seconds=5, what="the end")
     assert state_of(town, run) == "stopped"
-    with pytest.raises(RunUnknown, match="is stopped"):
+    with pytest.raises(NotPossibleNow, match="is stopped"):
         town.coordinator.conductor.resume(run)
 
 

@@ -7,7 +7,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from silotune.dashboard.accounts import Accounts
-from silotune.server.dashboard import ACCOUNTS_FILE
+from silotune.server.monitoring import ACCOUNTS_FILE
 from tests.server.monitored import office, tell_round  # noqa: F401 - a fixture
 
 PASSWORD = "correct horse battery"
@@ -137,7 +137,7 @@ def test_the_store_says_that_a_round_is_saved_in_the_transaction_that_saves_it(o
     record = office.told_run("run-f")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "silotune.server.run_store.RunRecord._write_adapter",
+            "silotune.server.store.runs.RunWriter._write_adapter",
             lambda *_: (_ for _ in ()).throw(OSError("the disk is full")),
         )
         with pytest.raises(OSError, match="full"):

@@ -6,7 +6,7 @@ import ssl
 import httpx
 import pytest
 
-from silotune.federation.authority import Authority
+from silotune.trust.authority import Authority
 from tests.server.monitored import Office, tell_round
 
 HTML = {"accept": "text/html"}
@@ -19,7 +19,7 @@ POST = ["/runs/demo-1/stop", "/enrolments/0/approve", "/sites/north/revoke", "/s
 def office(tmp_path_factory):
     """As if it listened on another address: this machine has none but loopback."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("silotune.server.dashboard.LOOPBACK", frozenset())
+        patch.setattr("silotune.server.monitoring.LOOPBACK", frozenset())
         made = Office(tmp_path_factory.mktemp("office"))
         tell_round(made.told_run("demo-1"), 1, ["a", "b"])
         yield made

@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-from silotune.server.metrics import _Families
+from silotune.server.monitoring import _Families
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 OTHERS = {

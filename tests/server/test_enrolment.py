@@ -4,12 +4,13 @@ import time
 
 import pytest
 
-from silotune.federation import identity, wire
-from silotune.federation.authority import SITE_DAYS
-from silotune.federation.errors import InviteInvalid
-from silotune.federation.invite import Invite
-from silotune.federation.roster import follow
-from silotune.server.errors import RunUnknown
+from silotune.protocol import http
+from silotune.server.errors import NotPossibleNow
+from silotune.trust import identity
+from silotune.trust.authority import SITE_DAYS
+from silotune.trust.errors import InviteInvalid
+from silotune.trust.invite import Invite
+from silotune.trust.roster import follow
 from tests.server.coordinator_material import town
 
 __all__ = ["town"]
@@ -74,7 +75,7 @@ def test_a_refused_site_is_told_why_and_stays_out(town):
     town.coordinator.registrar.refuse(site.enrolment, reason="the words differ")
     found = site.collect()
     assert (found.state, found.reason, found.certificate) == ("refused", "the words differ", None)
-    with pytest.raises(RunUnknown):
+    with pytest.raises(NotPossibleNow):
         town.coordinator.registrar.approve(site.enrolment)
 
 
@@ -93,7 +94,7 @@ def test_a_second_site_leaves_the_first_as_it_is(town):
     town.enrolled("beta")
     assert town.coordinator.registrar.enrolled["alpha"] == before
     with alpha.http() as client:
-        assert client.get(wire.PLANS).status_code == 200
+        assert client.get(http.PLANS).status_code == 200
 
 
 def test_every_change_is_a_roster_that_sites_can_follow(town):
@@ -102,8 +103,8 @@ def test_every_change_is_a_roster_that_sites_can_follow(town):
     town.enrolled("beta")
     town.coordinator.registrar.revoke("beta", reason="test")
     with alpha.http() as client:
-        reply = client.get(wire.ROSTER, params={"after": seen.version})
-    rosters = wire.parse(wire.RosterReply, reply.content).rosters
+        reply = client.get(http.ROSTER, params={"after": seen.version})
+    rosters = http.parse(http.RosterReply, reply.content).rosters
     newest = follow(seen, rosters, trusted=alpha.federation_key)
     assert newest.version == seen.version + 2
     assert list(newest.active) == ["alpha"]
@@ -114,14 +115,14 @@ def test_a_certificate_is_renewed_over_the_same_key_only(town):
     site = town.enrolled("alpha")
 
     def renew(key, name="alpha", signer=None):
-        body = wire.RenewRequest.make(
+        body = http.RenewRequest.make(
             signer or site.signing,
             name=name,
             request=identity.make_request(name, key),
             sent_at=int(time.time()),
         )
         with site.http() as client:
-            return client.post(wire.RENEW, content=body.model_dump_json())
+            return client.post(http.RENEW, content=body.model_dump_json())
 
     assert renew(identity.new_node_key()).status_code == 409
     assert renew(site.node_key, signer=town.invited("x").signing).status_code == 409
@@ -130,25 +131,25 @@ def test_a_certificate_is_renewed_over_the_same_key_only(town):
     site.certificate = renew(site.node_key).json()["certificate"]
     assert site.certificate != old
     with site.http() as client:
-        assert client.get(wire.PLANS).status_code == 200
+        assert client.get(http.PLANS).status_code == 200
 
 
 def test_rotated_keys_replace_the_old_ones_when_approved(town):
     registrar = town.coordinator.registrar
     old = town.enrolled("alpha").activate()
-    with pytest.raises(RunUnknown, match="not an active"):
+    with pytest.raises(NotPossibleNow, match="not an active"):
         registrar.invite("beta", url=town.coordinator.url, rotate=True)
-    with pytest.raises(RunUnknown, match="is an active"):
+    with pytest.raises(NotPossibleNow, match="is an active"):
         registrar.invite("alpha", url=town.coordinator.url)
     new = type(old)("alpha", registrar.invite("alpha", url=town.coordinator.url, rotate=True))
     town.sites.append(new)
     assert new.ask().status_code == 200
     with old.http() as client:
-        assert client.get(wire.PLANS).status_code == 200
+        assert client.get(http.PLANS).status_code == 200
     registrar.approve(new.enrolment)
     assert new.collect().state == "approved"
     with old.http() as client:
-        assert client.get(wire.PLANS).status_code == 403
+        assert client.get(http.PLANS).status_code == 403
     assert new.activate().node.node_id != old.node.node_id
 
 
@@ -165,11 +166,11 @@ def test_a_site_can_leave_and_only_by_its_own_signature(town):
     alpha, beta = town.enrolled("alpha"), town.enrolled("beta")
 
     def leave(site, signer):
-        body = wire.Leave.make(
+        body = http.Leave.make(
             signer.signing, federation="demo", name=site.name, sent_at=int(time.time())
         )
         with site.http() as client:
-            return client.post(wire.LEAVE, content=body.model_dump_json()).status_code
+            return client.post(http.LEAVE, content=body.model_dump_json()).status_code
 
     assert leave(alpha, beta) == 409
     assert leave(alpha, alpha) == 200
@@ -182,7 +183,7 @@ def test_the_list_of_sites_survives_a_restart(town):
     town.restart()
     assert town.coordinator.registrar.enrolled == before
     with site.http() as client:
-        assert client.get(wire.PLANS).status_code == 200
+        assert client.get(http.PLANS).status_code == 200
 
 
 def test_no_site_can_be_called_like_the_coordinator(town):
@@ -204,10 +205,10 @@ def test_news_is_held_until_something_changes(town):
 
     alpha = town.enrolled("alpha")
     with alpha.http() as client:
-        now = client.get(wire.NEWS).json()
+        now = client.get(http.NEWS).json()
         answers = []
         asked = threading.Thread(
-            target=lambda: answers.append(client.get(wire.NEWS, params=now).json()), daemon=True
+            target=lambda: answers.append(client.get(http.NEWS, params=now).json()), daemon=True
         )
         asked.start()
         time.sleep(0.5)
@@ -218,8 +219,7 @@ def test_news_is_held_until_something_changes(town):
 
 
 def test_audit_heads_are_counter_signed_both_ways(town):
-    from silotune.federation.audit_line import AuditHead
-    from silotune.federation.audit_log import AuditLog
+    from silotune.trust.audit import AuditHead, AuditLog
 
     site = town.enrolled("alpha")
     log = AuditLog(town.home.root / "alpha.jsonl", owner="alpha")
@@ -227,10 +227,10 @@ def test_audit_heads_are_counter_signed_both_ways(town):
 
     def exchange(**fields):
         with site.http() as client:
-            return client.post(wire.AUDIT, json=fields)
+            return client.post(http.AUDIT, json=fields)
 
     mine = {"owner": head.owner, "seq": head.seq, "hash": head.hash}
-    reply = wire.parse(wire.HeadExchange, exchange(mine=mine).content)
+    reply = http.parse(http.HeadExchange, exchange(mine=mine).content)
     import base64
 
     signature = base64.b64decode(reply.yours.signature)

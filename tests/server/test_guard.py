@@ -11,10 +11,11 @@ from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.proto import fleet_pb2, heartbeat_pb2, message_pb2, node_pb2
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 
-from silotune.federation import identity, wire
-from silotune.federation.authority import Authority
-from silotune.federation.identity import Subject
+from silotune.protocol import http
 from silotune.server import listener
+from silotune.trust import identity
+from silotune.trust.authority import Authority
+from silotune.trust.identity import Subject
 from tests.server.coordinator_material import scripted, small_plan, town
 from tests.server.fleet_site import approve_all, wait_for
 
@@ -79,11 +80,11 @@ def member(open_town):
     return open_town.enrolled("member").activate()
 
 
-@pytest.mark.parametrize("path", [*sorted(wire.SITE_PATHS), "/v1/fleet/pull-messages"])
+@pytest.mark.parametrize("path", [*sorted(http.SITE_PATHS), "/v1/fleet/pull-messages"])
 def test_without_a_certificate_only_the_way_in_is_open(path, open_town, member):
     with member.http(certificate=False) as client:
         assert client.post(path).status_code == 401
-        assert client.get(wire.AUTHORITY).status_code == 200
+        assert client.get(http.AUTHORITY).status_code == 200
 
 
 def test_a_certificate_of_another_authority_does_not_get_past_the_handshake(open_town, member):
@@ -94,7 +95,7 @@ def test_a_certificate_of_another_authority_does_not_get_past_the_handshake(open
     member.certificate = identity.chain_pem([foreign.issue_client(request, subject=subject)])
     try:
         with member.http() as client, pytest.raises(httpx.TransportError):
-            client.get(wire.PLANS)
+            client.get(http.PLANS)
     finally:
         member.certificate = real
 
@@ -108,7 +109,7 @@ def test_a_certificate_that_expired_does_not_get_past_the_handshake(open_town, m
     member.certificate = identity.chain_pem([expired])
     try:
         with member.http() as client, pytest.raises(httpx.TransportError):
-            client.get(wire.PLANS)
+            client.get(http.PLANS)
     finally:
         member.certificate = real
 
@@ -123,7 +124,7 @@ def test_a_valid_certificate_of_no_active_site_is_refused(open_town, member, nam
     member.certificate = identity.chain_pem([issued])
     try:
         with member.http() as client:
-            assert client.get(wire.PLANS).status_code == 403
+            assert client.get(http.PLANS).status_code == 403
     finally:
         member.certificate, member.node_key = real, real_key
 
@@ -132,15 +133,15 @@ def test_older_tls_is_refused(open_town, member):
     context = ssl.create_default_context(cadata=member.authority)
     context.maximum_version = ssl.TLSVersion.TLSv1_2
     with pytest.raises(httpx.TransportError), httpx.Client(verify=context) as client:
-        client.get(member.invite.url + wire.AUTHORITY)
+        client.get(member.invite.url + http.AUTHORITY)
 
 
 def test_bodies_are_bounded_whoever_sends_them(open_town, member):
     with member.http(certificate=False) as client:
-        large = b"x" * (wire.MOST_BYTES + 1)
-        assert client.post(wire.ENROL, content=large).status_code == 413
-        assert client.post(wire.ENROL, content=iter([b"x" * 1000] * 100)).status_code == 413
-        assert client.post(wire.ENROL, content=b"{}").status_code == 400
+        large = b"x" * (http.MOST_BYTES + 1)
+        assert client.post(http.ENROL, content=large).status_code == 413
+        assert client.post(http.ENROL, content=iter([b"x" * 1000] * 100)).status_code == 413
+        assert client.post(http.ENROL, content=b"{}").status_code == 400
     with member.http() as client:
         for path, size in (("pull-messages", 20_000), ("push-object", 7 << 20)):
             response = client.post(f"/v1/fleet/{path}", content=b"\0" * size)
@@ -175,7 +176,7 @@ def test_connections_without_a_certificate_are_few_and_short(open_town, member, 
 
         def answered():
             try:
-                return client.get(wire.AUTHORITY).status_code == 200
+                return client.get(http.AUTHORITY).status_code == 200
             except httpx.TransportError:
                 return False
 
@@ -289,9 +290,9 @@ def test_a_request_that_names_no_session_is_refused(town, pair):
     alpha, _ = pair
     headers = alpha.client._client.headers
     for session in (None, "", "e" * 31, "E" * 32):
-        headers.pop(wire.SESSION_HEADER, None)
+        headers.pop(http.SESSION_HEADER, None)
         if session is not None:
-            headers[wire.SESSION_HEADER] = session
+            headers[http.SESSION_HEADER] = session
         with pytest.raises(httpx.HTTPStatusError) as caught:
             alpha.client.PullMessages(fleet_pb2.PullMessagesRequest(node=alpha.node))
         assert caught.value.response.status_code == 400
@@ -301,9 +302,9 @@ def test_a_request_that_names_no_session_is_refused(town, pair):
 def test_a_revoked_site_is_out_at_once_even_on_an_open_connection(town):
     alpha = town.enrolled("alpha").activate()
     with alpha.http() as client:
-        assert client.get(wire.PLANS).status_code == 200
+        assert client.get(http.PLANS).status_code == 200
         town.coordinator.registrar.revoke("alpha", reason="test")
-        assert client.get(wire.PLANS).status_code == 403
+        assert client.get(http.PLANS).status_code == 403
     with pytest.raises(httpx.HTTPStatusError) as caught:
         alpha.client.PullMessages(fleet_pb2.PullMessagesRequest(node=alpha.node))
     assert caught.value.response.status_code == 403

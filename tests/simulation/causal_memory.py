@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from silotune.client.runtime import SiteRun
-from silotune.client.warm import WarmModel
+from silotune.client.model_cache import ModelCache
+from silotune.client.site_run import SiteRun
+from silotune.data.records import Split
 from silotune.data.site import SiteConfig
-from silotune.data.splits import Split
 from silotune.models.layout import initial_adapter
-from silotune.plan import Plan
+from silotune.plan.plan import Plan
 from silotune.simulation.program import score
 from tests.federation import CHOICES
 from tests.models.model_material import a_plan, trained_tokenizer
@@ -74,7 +74,7 @@ def site(folder: Path) -> int:
         state=folder / "state",
         plan=plan,
         run="r",
-        warm=WarmModel(CHOICES),
+        warm=ModelCache(CHOICES),
         to_disk=False,
     )
     run.join()

@@ -6,7 +6,8 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from silotune.errors import WorkerDied
-from silotune.simulation.grid import SiteSlot, WorkerGrid
+from silotune.simulation.grid import WorkerGrid
+from silotune.simulation.pool import SiteSlot
 
 FOUR = [SiteSlot("eye", 4.0), SiteSlot("heart", 3.0), SiteSlot("skin", 2.0), SiteSlot("bone", 2.0)]
 

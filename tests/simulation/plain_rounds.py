@@ -2,9 +2,9 @@
 
 import random
 
-from silotune.client.memory import ProcessMemory
-from silotune.client.runtime import SiteRun
-from silotune.client.warm import WarmModel
+from silotune.client.model_cache import ModelCache
+from silotune.client.run_files import ProcessMemory
+from silotune.client.site_run import SiteRun
 from silotune.models.layout import initial_adapter
 from silotune.strategies import strategy_for
 from silotune.strategies.base import Terms
@@ -25,7 +25,7 @@ def replied(events):
 
 def plainly(sites, plan, present, folder):
     """The same rounds without messages or masks: the updates of those who were there, folded."""
-    warm = WarmModel(CHOICES)
+    warm = ModelCache(CHOICES)
     runs = {
         site.name: SiteRun(site, state=folder / site.name, plan=plan, run="plain", warm=warm)
         for site in sites

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from silotune.plan import Plan
-from silotune.simulation.run_directory import RunDirectory
+from silotune.plan.plan import Plan
+from silotune.rounds.run_directory import RunDirectory
 
 HOSPITALS = {
     "Eye & ENT": 1893,
@@ -339,7 +339,7 @@ VARIANTS = {
 }
 
 if __name__ == "__main__":
-    from silotune.simulation.report import write_report
+    from silotune.report.report import write_report
 
     variant = sys.argv[2] if len(sys.argv) > 2 else "private"
     print(write_report(Synthetic(**VARIANTS[variant]).write(Path(sys.argv[1]))))

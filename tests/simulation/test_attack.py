@@ -6,11 +6,11 @@ import pytest
 
 from silotune.errors import AttackRefused, RunDirectoryInvalid
 from silotune.privacy.certificate import verify
-from silotune.release.controls import examine
+from silotune.release import examine
+from silotune.report.report import write_report
+from silotune.rounds.run_directory import RunDirectory
 from silotune.simulation.attack import CAVEAT, attack
-from silotune.simulation.report import write_report
 from silotune.simulation.run import Settings, simulate
-from silotune.simulation.run_directory import RunDirectory
 from tests.commands.terminal import shown
 from tests.federation import write_federation
 

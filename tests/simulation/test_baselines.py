@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from silotune.client.model_cache import ModelCache
 from silotune.client.terms import sigma_for
-from silotune.client.warm import WarmModel
 from silotune.models.features import compute_frozen
 from silotune.models.layout import initial_adapter
-from silotune.plan import Plan
+from silotune.plan.plan import Plan
 from silotune.simulation.baselines import (
     _features,
     _own_head,
@@ -152,7 +152,7 @@ def test_a_job_is_repeatable_and_scores_every_site(federation):
 
 
 def test_frozen_features_are_shared_between_plans_of_one_model(federation):
-    warm = WarmModel(CHOICES)
+    warm = ModelCache(CHOICES)
     site = federation.sites[0]
     run = federation.runs()[0]
     first = warm.frozen(site, federation.plan, run.encoded)

@@ -4,11 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from silotune.data.splits import Split
+from silotune.data.records import Split
 from silotune.models.adapter import read_adapter
 from silotune.models.layout import initial_adapter
-from silotune.privacy.attacks.memorisation import exposures
-from silotune.privacy.attacks.planted import code, plant
+from silotune.privacy.attacks.canaries import code, exposures, plant
 from silotune.simulation.canary_sites import build
 from silotune.simulation.program import payload_for
 from tests.federation import CHOICES, write_federation

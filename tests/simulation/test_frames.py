@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from silotune.simulation.frames import (
+from silotune.simulation.workers import (
     Frame,
     encode,
     pack_arrays,

@@ -11,7 +11,7 @@ from flwr.app import Array, ArrayRecord
 from flwr.serverapp.strategy import FedAvg
 from grid_material import FOUR, by_id, by_node, grid, messages, pull_all, reasons
 
-from silotune.simulation import links
+from silotune.simulation import pool
 from silotune.simulation.grid import Receipt
 
 
@@ -204,9 +204,9 @@ def test_bits_do_not_depend_on_the_number_of_workers(monkeypatch):
 
 def test_what_all_sites_get_is_sent_to_a_worker_once_and_dropped_after_the_round(monkeypatch):
     frames = []
-    send = links.send_frame
+    send = pool.send_frame
     monkeypatch.setattr(
-        links, "send_frame", lambda to, frame: (frames.append(frame), send(to, frame))
+        pool, "send_frame", lambda to, frame: (frames.append(frame), send(to, frame))
     )
     with grid(2) as some:
         for _ in range(2):
@@ -219,9 +219,9 @@ def test_what_all_sites_get_is_sent_to_a_worker_once_and_dropped_after_the_round
 
 
 def test_content_does_not_pile_up_where_messages_overlap_without_end(monkeypatch):
-    monkeypatch.setattr(links, "_MOST_STALE_BYTES", 10_000)
-    forgotten, forget = [], links.Link.forget
-    monkeypatch.setattr(links.Link, "forget", lambda link: forgotten.append(forget(link)))
+    monkeypatch.setattr(pool, "_MOST_STALE_BYTES", 10_000)
+    forgotten, forget = [], pool.Worker.forget
+    monkeypatch.setattr(pool.Worker, "forget", lambda link: forgotten.append(forget(link)))
     with grid(0) as inline:
         ids = []
         for value in range(10):  # nothing is pulled, so that there is always an open message

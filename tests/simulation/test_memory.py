@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from silotune.data.splits import Split
+from silotune.data.records import Split
 from silotune.models.layout import initial_adapter
 from silotune.simulation.program import score
 from tests.federation import write_federation
@@ -15,7 +15,7 @@ CYCLES, BLOCKS, SIZE, PAGE = 4, 12, 4 << 20, 4096
 
 _SCRIPT = f"""
 import resource, sys
-from silotune.simulation.memory import keep_freed_memory
+from silotune.simulation.workers import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 def cycle():

@@ -9,10 +9,10 @@ import pytest
 from dp_accounting.dp_event import ComposedDpEvent, MixtureOfGaussiansDpEvent
 from dp_accounting.pld import PLDAccountant
 
-from silotune.plan import Plan
-from silotune.privacy.accounting import gaussian_event, step_event
+from silotune.plan.plan import Plan
+from silotune.privacy.events import gaussian_event, step_event
+from silotune.rounds.run_directory import RunDirectory
 from silotune.simulation.outcome import _trivial, write_privacy
-from silotune.simulation.run_directory import RunDirectory
 from silotune.simulation.spectator import Spectator
 from tests.golden.make_certificate import DELTA, PLAN
 

@@ -17,9 +17,8 @@ from grid_material import by_node, grid, messages, pull_all, reasons
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from silotune.errors import EnvironmentFault, ModelNotFound, SiteFailed, WorkerDied
-from silotune.simulation.grid import SiteSlot
-from silotune.simulation.pool import spread
+from silotune.errors import EnvironmentFault, ModelNotFound, SiteReportedError, WorkerDied
+from silotune.simulation.pool import SiteSlot, spread
 
 
 @pytest.fixture(autouse=True)
@@ -146,7 +145,7 @@ def test_inspection_asks_every_site_and_no_site_sees_anothers_arrays(workers):
 
 def test_an_inspection_that_fails_names_the_site_and_the_code_only(caplog):
     with grid(0) as inline:
-        with pytest.raises(SiteFailed, match=r"heart.*ST-401") as caught:
+        with pytest.raises(SiteReportedError, match=r"heart.*ST-401") as caught:
             inline.inspect_all({"fail": 1}, {"x": np.zeros(1)})
         assert "4711" not in str(caught.value)
         assert "patient 4711" in caplog.text

@@ -3,11 +3,11 @@
 import re
 
 import pytest
-from synthetic_run import VARIANTS, Synthetic
 
+from silotune.rounds.run_directory import RunDirectory
 from silotune.simulation.progress import Progress
-from silotune.simulation.run_directory import RunDirectory
 from tests.consoles import console
+from tests.simulation.synthetic_run import VARIANTS, Synthetic
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,8 @@ from flwr.serverapp import ServerApp
 
 from silotune.errors import EnvironmentFault, QuorumLost, WorkerDied
 from silotune.simulation import ray_engine
-from silotune.simulation.grid import SiteSlot, WorkerGrid
+from silotune.simulation.grid import WorkerGrid
+from silotune.simulation.pool import SiteSlot
 from silotune.simulation.ray_engine import run_with_ray
 
 SITES = [SiteSlot("eye"), SiteSlot("heart"), SiteSlot("skin")]

@@ -5,10 +5,11 @@ import itertools
 import pytest
 
 from silotune.privacy.ledger import Ledger
-from silotune.server.rounds import RoundLoop
-from silotune.simulation.grid import SiteSlot, WorkerGrid
+from silotune.rounds.rounds import RoundLoop
+from silotune.rounds.run_directory import RunDirectory
+from silotune.simulation.grid import WorkerGrid
+from silotune.simulation.pool import SiteSlot
 from silotune.simulation.program import payload_for
-from silotune.simulation.run_directory import RunDirectory
 from tests.federation import CHOICES, PRIVATE, write_federation
 from tests.simulation.plain_rounds import PHASES, replied
 from tests.simulation.test_secure_simulation import FIVE, SECURE

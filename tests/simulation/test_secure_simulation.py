@@ -6,16 +6,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from silotune.client.warm import WarmModel
+from silotune.client.model_cache import ModelCache
 from silotune.errors import QuorumLost
 from silotune.events.view import RunView
 from silotune.models.layout import initial_adapter
 from silotune.privacy import certificate
 from silotune.privacy.ledger import Ledger
-from silotune.server.rounds import RoundLoop
-from silotune.simulation.grid import SiteSlot, WorkerGrid
+from silotune.rounds.rounds import RoundLoop
+from silotune.rounds.run_directory import RunDirectory
+from silotune.simulation.grid import WorkerGrid
+from silotune.simulation.pool import SiteSlot
 from silotune.simulation.program import payload_for
-from silotune.simulation.run_directory import RunDirectory
 from silotune.strategies import strategy_for
 from tests.federation import CHOICES, PRIVATE, write_federation
 from tests.simulation.plain_rounds import plainly, random_faults, replied
@@ -103,7 +104,7 @@ def test_ten_rounds_with_dropouts_in_every_phase_equal_the_plain_run(federation,
 
 
 def _layout(federation, plan):
-    warm = WarmModel(CHOICES)
+    warm = ModelCache(CHOICES)
     return warm.for_plan(plan, base=str(plan.model.base)).model.layout
 
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from silotune.plan import Clip
-from silotune.privacy.attacks.audit import audit_step
+from silotune.plan.sections import Clip
+from silotune.privacy.attacks.bounds import audit_step
 from silotune.privacy.engine import ClipGroup
 from silotune.simulation.step_audit import step_plan, step_scores
 from tests.federation import PRIVATE, write_federation

@@ -8,7 +8,7 @@ from safetensors.numpy import load_file
 
 from silotune.errors import QuorumLost
 from silotune.models.base import load_model
-from silotune.plan import Plan
+from silotune.plan.plan import Plan
 from silotune.simulation import run
 from silotune.simulation.grid import WorkerGrid
 from silotune.simulation.run import Settings, resume, simulate

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from silotune.errors import UpdateRejected
-from silotune.models.layout import Entry, Layout
-from silotune.plan import Plan
+from silotune.models.layout import ArrayEntry, Layout
+from silotune.plan.plan import Plan
 from silotune.strategies import method_of, strategy_for
 from silotune.strategies.base import Terms
 
@@ -21,9 +21,9 @@ def layout_for(plan, *, inputs=IN, outputs=OUT, rank=RANK, layers=1):
     for n in range(layers):
         stem = f"base_model.model.layer.{n}"
         if not plan.freezes_a:
-            entries.append(Entry(f"{stem}.lora_A.weight", (rank, inputs), "adapter"))
-        entries.append(Entry(f"{stem}.lora_B.weight", (outputs, rank), "adapter"))
-    entries += [Entry("head.weight", (2, 4), "head"), Entry("head.bias", (2,), "head")]
+            entries.append(ArrayEntry(f"{stem}.lora_A.weight", (rank, inputs), "adapter"))
+        entries.append(ArrayEntry(f"{stem}.lora_B.weight", (outputs, rank), "adapter"))
+    entries += [ArrayEntry("head.weight", (2, 4), "head"), ArrayEntry("head.bias", (2,), "head")]
     return Layout(tuple(entries))
 
 

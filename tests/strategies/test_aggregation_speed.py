@@ -7,7 +7,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from silotune.models.layout import Entry, Layout
+from silotune.models.layout import ArrayEntry, Layout
 from silotune.strategies import strategy_for
 from tests.strategies.contract import cohort, plan_with
 
@@ -16,8 +16,8 @@ LAYOUT = Layout(
         entry
         for n in range(60)
         for entry in (
-            Entry(f"layer.{n}.lora_A.weight", (8, 1024), "adapter"),
-            Entry(f"layer.{n}.lora_B.weight", (1024, 8), "adapter"),
+            ArrayEntry(f"layer.{n}.lora_A.weight", (8, 1024), "adapter"),
+            ArrayEntry(f"layer.{n}.lora_B.weight", (1024, 8), "adapter"),
         )
     )
 )

@@ -9,13 +9,13 @@ from functools import cache
 import numpy as np
 import pytest
 
-from silotune.models.layout import Entry, Layout
-from silotune.plan import Plan
+from silotune.models.layout import ArrayEntry, Layout
+from silotune.plan.plan import Plan
 from silotune.strategies import strategy_for
 from silotune.strategies.base import Terms
 
 CLASSES, INPUTS, SITES, RECORDS, ROUNDS = 3, 8, 7, 200, 40
-LAYOUT = Layout((Entry("head.weight", (CLASSES, INPUTS), "head"),))
+LAYOUT = Layout((ArrayEntry("head.weight", (CLASSES, INPUTS), "head"),))
 VOTE = {"weights": "equal"}
 RULES = {
     "fedavg": {},

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from silotune.privacy.accounting import epsilon, gaussian_event
+from silotune.privacy.accounting import epsilon
+from silotune.privacy.events import gaussian_event
 from silotune.strategies import strategy_for
 from silotune.strategies.site_privacy import SitePrivacy, marked, shortened
 from tests.strategies.contract import StrategyContract, cohort, layout_for, plan_with

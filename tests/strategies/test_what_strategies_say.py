@@ -7,7 +7,7 @@ from importlib import import_module
 
 import pytest
 
-from silotune.plan_strategies import STRATEGIES
+from silotune.plan.strategies import STRATEGIES
 from silotune.strategies.linear import LinearStrategy
 
 HEADINGS = ("Good for", "Bytes", "Linear", "Privacy", "Head")

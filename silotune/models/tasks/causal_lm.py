@@ -20,8 +20,7 @@ from transformers import GenerationConfig
 
 from silotune.errors import ModelError
 from silotune.models import scores
-from silotune.models.task import Batch, Encoded, Rows
-from silotune.models.tokens import (
+from silotune.models.batching import (
     bare_ids,
     end_id,
     end_ids,
@@ -30,7 +29,8 @@ from silotune.models.tokens import (
     padding_id,
     prompt_ids,
 )
-from silotune.plan import Plan
+from silotune.models.task import Batch, Encoded, Rows
+from silotune.plan.plan import Plan
 
 if TYPE_CHECKING:
     from silotune.models.base import LoadedModel, TaskModel

@@ -15,10 +15,9 @@ from torch.nn.functional import cross_entropy
 
 from silotune.errors import RecordInvalid
 from silotune.models import scores
-from silotune.models.batching import batches
+from silotune.models.batching import batches, padding_id, text_ids
 from silotune.models.task import Batch, Encoded, Rows
-from silotune.models.tokens import padding_id, text_ids
-from silotune.plan import Plan
+from silotune.plan.plan import Plan
 
 if TYPE_CHECKING:
     from silotune.models.base import LoadedModel, TaskModel

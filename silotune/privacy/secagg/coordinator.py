@@ -21,10 +21,15 @@ from silotune.privacy.errors import (
     SurvivorsInvalid,
     TooFewSurvivors,
 )
-from silotune.privacy.secagg.field import Interpolation, element
+from silotune.privacy.secagg.encoding import Mask, Ring, apply_masks
 from silotune.privacy.secagg.graph import Topology, neighbours, topology
-from silotune.privacy.secagg.keys import commitment, pairwise_mask, self_mask
-from silotune.privacy.secagg.masks import Mask, Ring, apply_masks
+from silotune.privacy.secagg.keys import (
+    Interpolation,
+    commitment,
+    element,
+    pairwise_mask,
+    self_mask,
+)
 from silotune.privacy.secagg.messages import (
     SIGNATURE_BYTES,
     Advertisement,

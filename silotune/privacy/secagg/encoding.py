@@ -4,6 +4,28 @@ A number x becomes ``floor(x / step + u)`` with u uniform in [0, 1): stochastic 
 on average. Numbers beyond a bound are set to it and counted; the bound times the cohort is below half
 the ring, so no sum can overflow, whatever the sites send honestly. Steps are powers of two: integer sums
 decode without rounding.
+
+Masks: the keystream of AES-256 in counter mode (NIST SP 800-38A), added in the ring of the vector.
+
+Every mask has a key of its own (HKDF over an X25519 agreement of this round's keys, or a fresh seed), so
+the counter starts at zero each time. All masks of a block are added while it is in the cache: the vector
+is read from memory once, whatever the number of peers.
+
+Each site's share of one Gaussian, added in the integers of secure aggregation.
+
+The release is the *sum* of what the sites send, so what has to be proven is a statement on the sum.
+Let site i have the clipped sum x_i, in steps of the ring, and send ``y_i = round(x_i + n_i)``, where n_i
+is Gaussian with standard deviation t. By Poisson summation y_i has the characteristic function
+``sum over m of f(w + 2 pi m) exp(i (w + 2 pi m) x_i)`` with ``f(w) = exp(-t^2 w^2 / 2) sinc(w / 2)``.
+For t >= 6 all terms but m = 0 together are below 2**-250 on [-pi, pi], so the sum of the y_i has, but
+for that, the law of ``round(sum x_i + N + V)``: N Gaussian of variance (number of sites) t^2, V a sum of
+independent uniform numbers. That is post-processing of the Gaussian mechanism on ``sum x_i``: rounding
+at the sites costs no privacy and adds nothing to the sensitivity, in any dimension (docs/privacy.md has
+the proof and what it leaves to whom). Discrete Gaussians or Skellam noise would need an inflated
+sensitivity of their own (Kairouz, Liu and Steinke, ICML 2021; Agarwal, Kairouz and Liu, NeurIPS 2021).
+
+All arithmetic behind the noise is on integers: a step is a whole number of units of the sampler of
+`silotune.privacy.noise`, whose discretisation and proof are those of that module.
 """
 
 from __future__ import annotations
@@ -14,12 +36,145 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 
-from silotune.errors import CalibrationImpossible
-from silotune.privacy.noise import NoiseSource
-from silotune.privacy.secagg.masks import Ring
-from silotune.privacy.shared_noise import add_and_round, largest_noise
+from silotune.errors import CalibrationImpossible, SelfCheckFailed
+from silotune.privacy.checks import noise_is_plausible
+from silotune.privacy.noise import DRAW_LIMIT, DRAW_STD, INFLATION, NoiseSource
+
+Ring = NDArray[np.uint32] | NDArray[np.uint16]
+
+_BLOCK_BYTES = 1 << 17  # keystream and vector block together stay in a second-level cache
+_AES_BLOCK = 16
+_ZEROS = memoryview(bytes(_BLOCK_BYTES))
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A keystream to be added to a vector, or taken from it.
+
+    Attributes
+    ----------
+    key : bytes
+        32 bytes, used for this mask only.
+    plus : bool
+        Whether it is added.
+    """
+
+    key: bytes
+    plus: bool
+
+    def inverse(self) -> Mask:
+        """What undoes this mask."""
+        return Mask(self.key, not self.plus)
+
+
+def apply_masks(vector: Ring, masks: Sequence[Mask]) -> None:
+    """Add masks to a vector, in place, modulo ``2**32`` or ``2**16`` as its type says.
+
+    Parameters
+    ----------
+    vector : uint32 or uint16 array
+        One-dimensional and contiguous.
+    masks : sequence of Mask
+        Any number.
+    """
+    if vector.dtype not in (np.uint32, np.uint16) or vector.ndim != 1:
+        raise ValueError("masks are added to a flat vector of uint32 or uint16")
+    if not vector.flags.c_contiguous or not vector.flags.writeable:
+        raise ValueError("masks are added in place")
+    streams = [
+        (
+            Cipher(algorithms.AES(mask.key), modes.CTR(bytes(_AES_BLOCK))).encryptor(),
+            np.add if mask.plus else np.subtract,
+        )
+        for mask in masks
+    ]
+    buffer = bytearray(_BLOCK_BYTES + _AES_BLOCK)
+    little = vector.dtype.newbyteorder("<")
+    keystream: NDArray[Any] = np.frombuffer(buffer, little, _BLOCK_BYTES // vector.itemsize)
+    for start in range(0, vector.size, len(keystream)):
+        block = vector[start : start + len(keystream)]
+        zeros = _ZEROS[: block.nbytes]
+        part = keystream[: block.size]
+        for stream, combine in streams:
+            stream.update_into(zeros, buffer)
+            combine(block, part, out=block)
+
+
+LEAST_STEPS = 6.0
+"""Standard deviation of a share, in steps of the ring, below which the proof does not hold."""
+
+Integers = NDArray[np.int64]
+
+
+def units_per_step(std: float) -> int:
+    """Sampler units in a step of the ring, for noise of at least `std` steps.
+
+    Raises
+    ------
+    CalibrationImpossible
+        The ring is too coarse: the noise would be below `LEAST_STEPS`.
+    """
+    if not std >= LEAST_STEPS:
+        raise CalibrationImpossible(
+            f"a site's share of the noise is {std:.3g} steps of the ring; it must be {LEAST_STEPS:g}",
+            remedy="Use aggregation.encoding = 'uint32', or a smaller aggregation.update_bound.",
+        )
+    units = math.floor(DRAW_STD / (std * INFLATION))
+    if units < 1 << 8:
+        raise CalibrationImpossible(f"the ring is finer than the noise sampler: {std:.3g} steps")
+    return units
+
+
+def largest_noise(std: float) -> int:
+    """Steps that noise of `std` steps never passes, rounding included."""
+    return DRAW_LIMIT // units_per_step(std) + 2
+
+
+def add_and_round(values: NDArray[np.float64], *, std: float, noise: NoiseSource) -> Integers:
+    """Add Gaussian noise to numbers and round to whole ones.
+
+    Parameters
+    ----------
+    values : float64 array
+        In steps of the ring; below ``2**40`` in size.
+    std : float
+        Standard deviation in steps.
+    noise : NoiseSource
+        Secure in earnest.
+
+    Raises
+    ------
+    CalibrationImpossible
+        See `units_per_step`.
+    SelfCheckFailed
+        A value is out of range, or the noise is not what was asked for (false alarms: 1e-9).
+    """
+    if values.size and not np.abs(values).max() < 2.0**40:
+        raise SelfCheckFailed("a number is NaN or too large to be given noise")
+    units = units_per_step(std)
+    noisy = np.empty(values.size, dtype=np.int64)
+    for start, draws in noise.draws(values.size):
+        here = slice(start, start + draws.size)
+        whole = np.floor(values[here])
+        part = np.rint((values[here] - whole) * units).astype(np.int64)
+        part += draws
+        part += units // 2
+        np.floor_divide(part, units, out=part)
+        np.add(part, whole.astype(np.int64), out=noisy[here])
+    _require_plausible(noisy - values, std)
+    return noisy
+
+
+def _require_plausible(added: NDArray[np.float64], std: float) -> None:
+    """Noise and rounding together have variance std^2 + 1/12, to a millionth."""
+    if added.size and not noise_is_plausible(
+        float(np.dot(added, added)) / (std**2 + 1 / 12), added.size
+    ):
+        raise SelfCheckFailed("the share of the noise is not what was asked for")
+
 
 RingName = Literal["uint32", "uint16"]
 
@@ -27,7 +182,7 @@ _BLOCK = 1 << 15
 
 
 @dataclass(frozen=True, kw_only=True)
-class Span:
+class BoundedSpan:
     """Consecutive numbers of an update that have one bound.
 
     Attributes
@@ -62,7 +217,7 @@ class Encoding:
     """
 
     ring: RingName
-    spans: Sequence[Span]
+    spans: Sequence[BoundedSpan]
     cohort: int
 
     @property
@@ -80,7 +235,7 @@ class Encoding:
         """Elements of an encoded update."""
         return sum(span.size for span in self.spans) + 1
 
-    def step(self, span: Span) -> float:
+    def step(self, span: BoundedSpan) -> float:
         """Distance of two neighbouring values: a power of two, so that bound + 1 step fits."""
         return 2.0 ** math.ceil(math.log2(span.bound / (self.largest - 1)))
 
@@ -159,7 +314,7 @@ class Encoding:
         for span, std in zip(self.spans, stds, strict=True):
             self._limit(span, std)
 
-    def _limit(self, span: Span, std: float) -> int:
+    def _limit(self, span: BoundedSpan, std: float) -> int:
         """Largest number, in steps, that noise may be added to."""
         step = self.step(span)
         limit = min(math.floor(span.bound / step), self.largest - largest_noise(std / step))

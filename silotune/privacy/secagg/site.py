@@ -29,9 +29,10 @@ from silotune.privacy.errors import (
     TooFewSurvivors,
     TranscriptMismatch,
 )
-from silotune.privacy.secagg.field import SHARE_BYTES, split
+from silotune.privacy.secagg.encoding import Mask, Ring, apply_masks
 from silotune.privacy.secagg.graph import Topology, neighbours, topology
 from silotune.privacy.secagg.keys import (
+    SHARE_BYTES,
     RoundSecrets,
     commitment,
     digest,
@@ -39,12 +40,12 @@ from silotune.privacy.secagg.keys import (
     pairwise_mask,
     seal,
     self_mask,
+    split,
 )
-from silotune.privacy.secagg.masks import Mask, Ring, apply_masks
-from silotune.privacy.secagg.member import Member
 from silotune.privacy.secagg.messages import (
     Advertisement,
     Cohort,
+    Member,
     require_signature,
     signed,
 )
@@ -60,7 +61,7 @@ class Stage(IntEnum):
 
 
 @dataclass
-class _State:
+class _RoundState:
     """Everything a restarted site must know of a round; secrets among it."""
 
     number: int
@@ -76,7 +77,7 @@ class _State:
 class SiteRound:
     """One round at one site. Make it with `SiteRound.begin`, or from `dump` after a restart."""
 
-    def __init__(self, member: Member, state: _State) -> None:
+    def __init__(self, member: Member, state: _RoundState) -> None:
         self._member, self._state = member, state
         self._context = member.context(state.number)
 
@@ -85,7 +86,7 @@ class SiteRound:
     @classmethod
     def begin(cls, member: Member, number: int) -> SiteRound:
         """Fresh keys for a round."""
-        return cls(member, _State(number, RoundSecrets.fresh()))
+        return cls(member, _RoundState(number, RoundSecrets.fresh()))
 
     def dump(self) -> bytes:
         """The whole state; it holds secrets, so it must be encrypted where it is kept."""
@@ -99,7 +100,7 @@ class SiteRound:
         raw["held"] = {name: bytes.fromhex(part) for name, part in raw["held"].items()}
         for name in ("cohort", "signed_for", "opened_for"):
             raw[name] = bytes.fromhex(raw[name])
-        return cls(member, _State(secrets=secrets, **raw))
+        return cls(member, _RoundState(secrets=secrets, **raw))
 
     @property
     def number(self) -> int:

@@ -8,10 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import norm
 
-from silotune.privacy.accounting import calibrate, epsilon, gaussian_event
-from silotune.privacy.attacks.audit import audit_run, audit_step
+from silotune.privacy.accounting import calibrate, epsilon
 from silotune.privacy.attacks.bounds import (
     Guesses,
+    audit_run,
+    audit_step,
     epsilon_of,
     gaussian,
     gaussian_alone,
@@ -20,6 +21,7 @@ from silotune.privacy.attacks.bounds import (
     steinke,
     steinke_p_value,
 )
+from silotune.privacy.events import gaussian_event
 
 DELTA = 1e-5
 

@@ -7,13 +7,7 @@ import venv
 import numpy as np
 import pytest
 
-from silotune.privacy.attacks.bounds import (
-    Guesses,
-    epsilon_of,
-    gaussian,
-    gaussian_alone,
-    steinke,
-)
+from silotune.privacy.attacks.bounds import Guesses, epsilon_of, gaussian, gaussian_alone, steinke
 
 PINNED = ("jax-privacy==2.0.0", "dp-accounting==0.6.0", "numpy==2.4.6", "scipy==1.17.1")
 DELTA, ALPHA = 1e-5, 0.05

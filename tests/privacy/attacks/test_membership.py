@@ -3,9 +3,7 @@
 import numpy as np
 import pytest
 
-from silotune.privacy.attacks.membership import separation
-from silotune.privacy.attacks.memorisation import exposures, memorisation
-from silotune.privacy.attacks.planted import plant
+from silotune.privacy.attacks.canaries import exposures, memorisation, plant, separation
 
 
 def test_separate_scores_are_told_apart_and_equal_ones_are_not():

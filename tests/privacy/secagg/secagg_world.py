@@ -6,7 +6,7 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from silotune.privacy.secagg.coordinator import CoordinatorRound
-from silotune.privacy.secagg.member import Member
+from silotune.privacy.secagg.messages import Member
 from silotune.privacy.secagg.site import SiteRound
 
 # Made once: fresh identities for every example would be most of a test's time.

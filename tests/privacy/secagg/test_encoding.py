@@ -7,12 +7,11 @@ from hypothesis import strategies as st
 
 from silotune.errors import CalibrationImpossible
 from silotune.privacy.noise import SeededNoise
-from silotune.privacy.secagg.encoding import Encoding, Span
-from silotune.privacy.shared_noise import LEAST_STEPS, largest_noise
+from silotune.privacy.secagg.encoding import LEAST_STEPS, BoundedSpan, Encoding, largest_noise
 
 
 def encoding(ring="uint32", *, sizes=(3, 2), bounds=(4.0, 0.5), cohort=7):
-    spans = tuple(Span(size=s, bound=b) for s, b in zip(sizes, bounds, strict=True))
+    spans = tuple(BoundedSpan(size=s, bound=b) for s, b in zip(sizes, bounds, strict=True))
     return Encoding(ring=ring, spans=spans, cohort=cohort)
 
 

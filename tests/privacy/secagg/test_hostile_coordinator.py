@@ -18,7 +18,7 @@ from silotune.privacy.errors import (
     TooFewSurvivors,
     TranscriptMismatch,
 )
-from silotune.privacy.secagg.field import Interpolation, split
+from silotune.privacy.secagg.keys import Interpolation, split
 from silotune.privacy.secagg.messages import (
     Advertisement,
     Cohort,

@@ -143,7 +143,7 @@ def test_one_dropout_too_many_and_nothing_is_opened(phase):
 
 
 def test_inverse_masks_in_any_order_take_the_masks_off_again():
-    from silotune.privacy.secagg.masks import Mask, apply_masks
+    from silotune.privacy.secagg.encoding import Mask, apply_masks
 
     plain = np.random.default_rng(0).integers(0, 2**32, 300_001, dtype=np.uint32)
     masked, masks = plain.copy(), [Mask(bytes([i]) * 32, i % 2 == 0) for i in range(3)]

@@ -1,0 +1,352 @@
+"""A site's daemon: one process that connects outward, works on what was approved, and listens to nobody.
+
+Threads: the main one waits for signals; *fleet* pulls messages, works on them one at a time and pushes
+the answers; *heartbeat* (in `Fleet`) says that the site lives, also while it trains; *news* waits for
+changes of roster and plans; *clerk* sends decisions, exchanges audit heads and renews the certificate;
+*control* serves the Unix socket. A failed connection is tried again for ever, and `status` says why it
+waits. Nothing of the protocol's state is in memory alone: killed at any instant, the daemon goes on
+where the ledger, the outbox and the plans on the disk say.
+
+``[resources]`` made to hold for this process.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import queue
+import resource
+import secrets
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, suppress
+from pathlib import Path
+from typing import Any
+
+from silotune.client.approvals import Approvals, ProposalRecord
+from silotune.client.daemon.api import CoordinatorApi, closing_api
+from silotune.client.daemon.books import SiteBooks, tell_damage, verify_books
+from silotune.client.daemon.connection import SiteConnection, backoff
+from silotune.client.daemon.documents import DocumentExchange
+from silotune.client.daemon.enrolled import Enrolment
+from silotune.client.daemon.runner import Runner
+from silotune.client.daemon.socket import ControlSocket, Request
+from silotune.client.errors import DaemonRunning, PolicyMissing, RunNotProposed, SiteCommandFailed
+from silotune.client.troubles import in_words, latest_troubles
+from silotune.data.site import ResourcesConfig, SiteConfig, require_guarded
+from silotune.errors import LedgerDamaged, SilotuneError
+from silotune.trust.audit import AUDIT_FILE, AuditLog
+from silotune.trust.errors import AuditLogDamaged
+from silotune.trust.files import create_file, create_private_folder
+from silotune.trust.identity import certificate_from_pem, days_left
+from silotune.trust.vault import Vault
+
+logger = logging.getLogger(__name__)
+
+PAUSED, CERTIFICATES = "paused", "certificates"
+
+_CLERK_SECONDS = 60.0
+_LEAST_NEWS = 0.2
+
+
+class Daemon:
+    """One site, from its start to SIGTERM.
+
+    Parameters
+    ----------
+    site : SiteConfig
+        The site's own word.
+    grace : float
+        Seconds that a step in progress is waited for at the end.
+
+    Raises
+    ------
+    PolicyMissing
+        site.toml has no policy.
+    DaemonRunning
+        Another daemon has the state folder.
+    SiteNotEnrolled, VaultLocked, LedgerDamaged, AuditLogDamaged, FileExposed, …
+        Something that must be whole is not.
+    """
+
+    def __init__(self, site: SiteConfig, *, grace: float = 30.0) -> None:
+        if site.policy is None:
+            raise PolicyMissing(f"{site.folder / 'site.toml'} has no [policy]")
+        self._site, self._grace = site, grace
+        self._state = site.state_folder
+        create_private_folder(self._state)
+        require_guarded(site)
+        self._lock_file = hold_state(self._state)
+        self._vault = Vault(self._state, site.at_rest, base=site.folder)
+        self._enrolment = Enrolment.open(site, self._vault)
+        self._audit = self._verified_books()
+        if self._vault.end_previous():
+            self._audit.append("resealed", opened_by=self._vault.opened_by)
+        self._books = SiteBooks(enrolment=self._enrolment, audit=self._audit)
+        own = self._enrolment.keys.signing.public_key()
+        self._approvals = Approvals(self._state, own=own)
+        self._session = secrets.token_hex(16)
+        self._bell: queue.SimpleQueue[str] = queue.SimpleQueue()
+        runner = Runner(
+            site,
+            enrolment=self._enrolment,
+            approvals=self._approvals,
+            vault=self._vault,
+            audit=self._audit,
+            paused=(self._state / PAUSED).exists,
+            agree=self._agree,
+        )
+        self._runner = runner
+        self._link = SiteConnection(
+            site,
+            enrolment=self._enrolment,
+            runner=runner,
+            audit=self._audit,
+            session=self._session,
+            answered=lambda: self._bell.put("answered"),
+        )
+        self._stop, self.status = self._link.stop, self._link.status
+        self._clerk = DocumentExchange(
+            enrolment=self._enrolment,
+            approvals=self._approvals,
+            audit=self._audit,
+            books=self._books,
+            judge=self._judge if site.policy.approval == "auto" else None,
+            settle=self._settle,
+            certificate=self._certificate,
+        )
+
+    def run(self) -> None:
+        """Serve until SIGTERM or SIGINT, or until the coordinator says that the site has left.
+
+        Raises
+        ------
+        SessionTaken
+            Another process with this site's keys took its place.
+        """
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self._stop.set())
+        self._audit.append("started", version=_version(), session=self._session[:8])
+        self._bell.put("started")
+        control = ControlSocket(self._state, self._command)
+        threads = [
+            threading.Thread(target=target, name=name, daemon=True)
+            for name, target in (
+                ("fleet", self._link.serve),
+                ("news", self._serve_news),
+                ("clerk", self._serve_clerk),
+            )
+        ]
+        for thread in threads:
+            thread.start()
+        while not self._stop.wait(1.0):  # a wait without end would hold signals back
+            pass
+        control.close()
+        abandoned = self._link.end(grace=self._grace)
+        self._audit.append("stopped", abandoned=abandoned)
+        logger.info("stopped%s", f"; {abandoned} was abandoned" if abandoned else "")
+        if self._link.failed is not None:
+            raise self._link.failed
+        if abandoned:
+            logging.shutdown()
+            os._exit(0)  # a thread inside PyTorch can't be ended in any other way
+
+    # --- news and clerk ---
+
+    def _serve_news(self) -> None:
+        self._with_api(self._follow_news)
+
+    def _serve_clerk(self) -> None:
+        self._with_api(self._keep_books)
+
+    def _follow_news(self, api: CoordinatorApi) -> None:
+        roster = self._enrolment.roster
+        known = roster.version if roster else 0
+        asked = time.monotonic()
+        news = api.news(roster=known, plans=self._clerk.plans_version)
+        if time.monotonic() - asked < _LEAST_NEWS:  # neither held nor quiet: don't run in circles
+            self._stop.wait(_LEAST_NEWS)
+        if news.roster != known:
+            self._clerk.take_rosters(api)
+        if news.plans != self._clerk.plans_version:
+            self._clerk.take_plans(api)
+            self._bell.put("plans")
+
+    def _keep_books(self, api: CoordinatorApi) -> None:
+        with suppress(queue.Empty):
+            self._bell.get(timeout=_CLERK_SECONDS)
+            while True:
+                self._bell.get_nowait()
+        if self._stop.is_set():
+            return
+        if self._clerk.renew_if_due(api):
+            self._link.reconnect.set()
+        self._clerk.exchange_heads(api)
+
+    def _with_api(self, turn: Callable[[CoordinatorApi], None]) -> None:
+        """Take turns for ever, with a connection that is made anew after each failure."""
+        waits = 0
+        while not self._stop.is_set():
+            try:
+                with self._api() as api:
+                    while not self._stop.is_set():
+                        turn(api)
+                        waits = 0
+            except SilotuneError as exc:
+                waits += 1
+                logger.debug("%s: %s", threading.current_thread().name, exc)
+            except Exception:
+                waits += 1
+                logger.exception("%s failed", threading.current_thread().name)
+            self._stop.wait(backoff(waits))
+
+    def _api(self) -> AbstractContextManager[CoordinatorApi]:
+        return closing_api(self._enrolment.facts.url, self._enrolment.tls())
+
+    def _agree(self, entry: ProposalRecord) -> None:
+        """Ask, before a run's first training here, whether these books are the newest."""
+        with self._api() as api:
+            self._books.agree(api, entry.run, entry.plan.data.dataset)
+
+    def _verified_books(self) -> AuditLog:
+        """The audit log, once it and the ledger are whole; if not, the coordinator's team is told."""
+        try:
+            audit = AuditLog(self._state / AUDIT_FILE, owner=self._site.name)
+            verify_books(self._state, audit, trusted=self._enrolment.federation_key)
+        except (LedgerDamaged, AuditLogDamaged):
+            with suppress(SilotuneError), self._api() as api:
+                tell_damage(api, self._enrolment)
+            raise
+        return audit
+
+    def _judge(self, entry: ProposalRecord) -> None:
+        """Let the policy judge a proposal by itself; hours are for the time of training."""
+        from silotune.client.approvals import judge_proposal
+
+        judge_proposal(self._site, entry).require()
+
+    def _settle(self, entry: ProposalRecord) -> None:
+        folder = self._state / CERTIFICATES
+        create_private_folder(folder)
+        with self._link.working:
+            self._runner.finish(entry, folder / f"{entry.run}.json")
+
+    def _certificate(self, entry: ProposalRecord) -> str | None:
+        """What is handed in of a run that is over: nothing unless site.toml says so."""
+        path = self._state / CERTIFICATES / f"{entry.run}.json"
+        if not self._site.share_certificates or not path.is_file():
+            return None
+        return path.read_text(encoding="utf-8")
+
+    # --- control ---
+
+    def _command(self, request: Request, uid: int) -> Mapping[str, Any]:
+        match request.get("command"):
+            case "status":
+                return self._describe()
+            case "pause":
+                return self._pause(uid)
+            case "resume":
+                (self._state / PAUSED).unlink(missing_ok=True)
+                self._audit.append("resumed", by=f"uid {uid}")
+                return {"paused": False}
+            case "decide":
+                return self._decide(request, uid)
+            case "leave":
+                return self._leave(uid)
+            case other:
+                raise SiteCommandFailed(f"there is no command {str(other)[:40]!r}")
+
+    def _pause(self, uid: int) -> Mapping[str, Any]:
+        create_file(self._state / PAUSED, b"")
+        self._audit.append("paused", by=f"uid {uid}")
+        return {"paused": True, "work": self.status.work}
+
+    def _decide(self, request: Request, uid: int) -> Mapping[str, Any]:
+        run, verdict = str(request["run"]), str(request["verdict"])
+        if self._approvals.find(run).over:
+            raise RunNotProposed(f"run {run!r} is over")
+        reason = str(request.get("reason", ""))[:500]
+        decision = self._clerk.decide(run, verdict, reason=reason, by=f"uid {uid}")
+        sent = True
+        try:
+            with self._api() as api:
+                api.decide(decision)
+        except SilotuneError as exc:
+            logger.warning("the decision could not be sent yet: %s", exc)
+            sent = False
+            self._clerk.plans_version = 0  # sent again with the next news
+        self._bell.put("decided")
+        return {"run": run, "verdict": decision.verdict, "sent": sent}
+
+    def _leave(self, uid: int) -> Mapping[str, Any]:
+        with self._api() as api:
+            api.leave(self._enrolment)
+        self._audit.append("left", federation=self._enrolment.facts.federation, by=f"uid {uid}")
+        self._enrolment.forget()
+        self._stop.set()
+        return {"left": self._enrolment.facts.federation}
+
+    def _describe(self) -> Mapping[str, Any]:
+        status, facts = self.status, self._enrolment.facts
+        roster = self._enrolment.roster
+        return {
+            "site": facts.site,
+            "federation": facts.federation,
+            "coordinator": facts.url,
+            "link": status.link,
+            "reason": status.reason,
+            "seconds": round(time.time() - status.since, 1),
+            "work": status.work,
+            "paused": (self._state / PAUSED).exists(),
+            "trouble": self._books.trouble,
+            "failures": [in_words(each) for each in latest_troubles(self._state)],
+            "answered": status.answered,
+            "refused": status.refused,
+            "pid": os.getpid(),
+            "roster": roster.version if roster else 0,
+            "certificate_days": round(
+                days_left(certificate_from_pem(self._enrolment.certificate)), 1
+            ),
+            "proposed": sum(e.state == "proposed" for e in self._approvals.entries()),
+        }
+
+
+def hold_state(state: Path) -> int:
+    """Hold the state folder until the descriptor is closed; the kernel lets go when the process dies.
+
+    Raises
+    ------
+    DaemonRunning
+        Another process holds it.
+    """
+    descriptor = os.open(state / "daemon.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as exc:
+        os.close(descriptor)
+        raise DaemonRunning(f"another process uses {state}") from exc
+    return descriptor
+
+
+def _version() -> str:
+    from silotune import __version__
+
+    return __version__
+
+
+def apply_limits(resources: ResourcesConfig) -> None:
+    """Bound the process's memory; asking for more then fails like a full machine would.
+
+    The limit is on private writable memory (``RLIMIT_DATA``, Linux 4.7 and later); what a GPU has is
+    not counted.
+    """
+    if resources.memory_mb is not None:
+        limit = resources.memory_mb * 1_000_000
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        if hard != resource.RLIM_INFINITY:
+            limit = min(limit, hard)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))

@@ -1,0 +1,569 @@
+"""A site at run time: its records, ledger and gate around the warm model of its process."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from dp_accounting import ComposedDpEvent, DpEvent
+from flwr.app import RecordDict
+from numpy.typing import NDArray
+
+from silotune.client import evaluation
+from silotune.client.errors import BroadcastRefused, MessageRefused, RankRefused, RoundUnanswered
+from silotune.client.gate import DpRelease, Field, Gate, Public, Unprotected
+from silotune.client.model_cache import ModelCache
+from silotune.client.policy import Facts, facts_for, judge
+from silotune.client.run_files import SealedMemory
+from silotune.client.secure import RoundStates, SecurePart, member_of
+from silotune.client.terms import (
+    budget_for,
+    metric_sigma,
+    require_small_delta,
+    require_uncolluding,
+    round_event,
+    run_events,
+    sigma_for,
+)
+from silotune.client.trainer import RoundUpdate, SiteData, TrainableModel, Trainer, Vector
+from silotune.client.troubles import Troubles
+from silotune.data.reader import load_records, require_declared
+from silotune.data.records import Records, Split, own_secret
+from silotune.data.site import DatasetConfig, Role, SiteConfig
+from silotune.errors import (
+    EnvironmentFault,
+    ModelError,
+    PolicyError,
+    PrivacyError,
+    RunError,
+    SelfCheckFailed,
+    ValueUnaccounted,
+)
+from silotune.models.adapter import write_adapter
+from silotune.models.batching import padding_id
+from silotune.models.pretrained import locate, weights_sha256
+from silotune.models.task import Encoded
+from silotune.models.tasks import get_task
+from silotune.plan.plan import Plan
+from silotune.privacy.certificate import CertificateBody, issue
+from silotune.privacy.events import gaussian_event
+from silotune.privacy.ledger import Ledger, ReleaseKey
+from silotune.privacy.noise import NoiseSource, SecureNoise, SeededNoise, derive_seed
+from silotune.trust.identity import load_or_create
+from silotune.trust.vault import Vault
+
+_log = logging.getLogger(__name__)
+
+_MOST_WEIGHT = 1e6  # of a number in an adapter: far more than any that is of use
+
+_TELLABLE = (PolicyError, PrivacyError, RunError, ModelError, EnvironmentFault)
+_UNTELLABLE = (SelfCheckFailed, ValueUnaccounted)
+
+
+def local_time() -> datetime:
+    """Now, in the machine's time zone: what a policy's hours are compared with."""
+    return datetime.now().astimezone()
+
+
+@dataclass(frozen=True)
+class SealingKeys:
+    """What a site seals and signs with."""
+
+    vault: Vault
+    signing: Ed25519PrivateKey
+
+    @classmethod
+    def beside(cls, state: Path) -> SealingKeys:
+        """Keys that lie in the state itself, made on first use: those of a simulated site."""
+        return cls(Vault(state), load_or_create(state / "signing.key"))
+
+
+class SiteRun:
+    """One site's part in one run: answers the coordinator's three kinds of message.
+
+    Parameters
+    ----------
+    site : SiteConfig
+        The site's own word: datasets, declared units, budgets.
+    state : Path
+        Folder of the ledger, outbox and certificate.
+    plan : Plan
+        The run's plan.
+    run : str
+        The run's name.
+    warm : WarmModel
+        The process's model.
+    keys : Keys, optional
+        What to seal and sign with; by default `SealingKeys.beside` the state.
+    to_disk : bool
+        Force ledger and outbox to the disk before anything leaves. False is for simulations, whose
+        sites release nothing to anybody: a run then survives any kill, but not a power cut.
+    roster : mapping of site to bytes, optional
+        Raw Ed25519 public keys of all enrolled sites, which secure aggregation needs.
+    secret : bytes, optional
+        The site's own (`silotune.data.records`), if not the one in the state.
+    on_records : callable, optional
+        Given the records and their fingerprint each time they were read.
+
+    Attributes
+    ----------
+    train_seconds : dict of int to float
+        Time spent training, by round: for the site's own log and the simulator.
+    """
+
+    def __init__(
+        self,
+        site: SiteConfig,
+        *,
+        state: Path,
+        plan: Plan,
+        run: str,
+        warm: ModelCache,
+        keys: SealingKeys | None = None,
+        to_disk: bool = True,
+        roster: Mapping[str, bytes] | None = None,
+        secret: bytes | None = None,
+        on_records: Callable[[Records, str], None] | None = None,
+    ) -> None:
+        self.site, self.plan, self.run, self._to_disk = site, plan, run, to_disk
+        self._roster, self._given_secret, self._on_records = roster, secret, on_records
+        self._keys = keys or SealingKeys.beside(state)
+        self._state, self._warm = state, warm
+        self.dataset: DatasetConfig = site.dataset(plan.data.dataset)
+        self.train_seconds: dict[int, float] = {}
+
+    # --- what the coordinator may ask ---
+
+    def admit(self) -> None:
+        """Let the site's policy judge the plan, before anything is loaded or computed for it.
+
+        Called for every message, whatever it asks.
+
+        Raises
+        ------
+        PolicyError
+            Of the first clause that refuses.
+        """
+        if self.site.policy is not None:
+            judge(self.site.policy, self.plan, replace(self._facts, moment=local_time())).require()
+
+    def join(self) -> RecordDict:
+        """Check that the plan can be served here, reserve its budget, and declare the terms."""
+        self._require_rank()
+        self.require_declared()
+        model = self.trainable.model
+        if self.plan.aggregation.secure:
+            self.secure.require_fine_enough(self.trainable, sigma=self.sigma)
+        self._reserve()
+        declared = self.dataset.declared_units
+        fields: dict[str, Field] = {
+            "site": Public(self.site.name, "site.toml: name"),
+            "declared_units": Public(declared, "site.toml: declared_units"),
+            "layout": Public(model.layout.to_json(), "plan: model and lora"),
+            "dtype": Public(str(model.dtype).removeprefix("torch."), "plan: dtype; this machine"),
+            "rate": Public(self.plan.release_rate(declared), "plan: privacy.rate or privacy.batch"),
+        }
+        if self.rank != self.plan.lora.r:
+            fields["rank"] = Public(self.rank, "site.toml: resources.max_rank")
+        if self.plan.private:
+            fields["sigma"] = Public(self.sigma, "plan: privacy.epsilon over the declared units")
+        try:
+            self.trainer.prepare()
+        except Exception as exc:
+            if not self.plan.private or not self._to_disk:
+                raise  # nothing is kept from the coordinator, or there is none
+            # The site has agreed: whether its records can be used is for its own people.
+            self.troubles.add("unprepared", round=0, error=exc)
+        return self.gate.release(ReleaseKey(self.run, 0, "join"), fields=fields)
+
+    def require_declared(self) -> None:
+        """Judge the plan by what the site declares of its dataset. Raises as `data.reader` says."""
+        require_declared(self.site, self.plan, roles=get_task(self.plan.model.task).roles)
+        require_small_delta(self.plan, self.site)
+
+    def train(self, adapter: Vector, server_round: int, *, clip: float | None = None) -> RecordDict:
+        """The site's update of a round; a repeated request gets the first answer again."""
+        self._require_round(server_round, secure=False)
+        key = ReleaseKey(self.run, server_round, "update")
+        if (again := self.gate.recall(key)) is not None:
+            return again
+        self._require_usable(adapter)
+        event = self._round_event
+        with self._untold():
+            if event is None:
+                update = self._trained(adapter, server_round, clip=clip)
+                fields: dict[str, Field] = {"update": Unprotected(update.flat)}
+                return self.gate.release(key, fields=fields, beside=self._promote(server_round))
+            self._charge(key, {"steps": event})
+            update = self._trained(adapter, server_round, clip=clip)
+            return self.gate.release(
+                key,
+                fields={"update": DpRelease(update.flat, "steps")},
+                mechanisms={"steps": event},
+                beside=self._promote(server_round),
+            )
+
+    def train_masked(
+        self, adapter: Vector, number: int, *, present: Sequence[str], sealed: Mapping[str, bytes]
+    ) -> RecordDict:
+        """The site's update of a secure round, masked: see `SecurePart.masked`."""
+        part, key = self.in_secure(number), ReleaseKey(self.run, number, "update")
+        self._require_usable(adapter)
+        event = self._round_event
+
+        def charge() -> None:
+            if event is not None:
+                self._charge(key, {"steps": event})
+
+        with self._untold():
+            return part.masked(
+                number,
+                present=present,
+                sealed=sealed,
+                charge=charge,
+                train=lambda: self._trained(adapter, number),
+                noise=self._noise("ring", number),
+                beside=self._promote(number),
+            )
+
+    def in_secure(self, server_round: int) -> SecurePart:
+        """The site's part in a secure round. Raises `MessageRefused` if the plan has no such round."""
+        self._require_round(server_round, secure=True)
+        return self.secure
+
+    def _trained(
+        self, adapter: Vector, server_round: int, *, clip: float | None = None
+    ) -> RoundUpdate:
+        started = time.monotonic()
+        try:
+            update = self.trainer.round(adapter, server_round, clip=clip)
+            if self.plan.private and not np.isfinite(update.flat).all():
+                raise SelfCheckFailed("the update is not finite")
+        except Exception as exc:
+            if not self.plan.private:
+                raise
+            self.troubles.add("blank", round=server_round, error=exc)
+            update = self._idle.round(adapter, server_round, clip=clip)
+        self.train_seconds[server_round] = time.monotonic() - started
+        return update
+
+    # --- what can be seen from outside, whatever the records are ---
+
+    def _require_usable(self, adapter: Vector) -> None:
+        """Look at what was sent before any record is touched, so that none can make it fail."""
+        size = self.trainable.model.layout.size
+        if adapter.shape != (size,):
+            raise BroadcastRefused(f"the adapter has shape {list(adapter.shape)}, not [{size}]")
+        if not np.isfinite(adapter).all() or np.abs(adapter).max(initial=0.0) > _MOST_WEIGHT:
+            raise BroadcastRefused("a number of the adapter is not finite, or beyond a million")
+
+    def _charge(self, key: ReleaseKey, mechanisms: Mapping[str, DpEvent]) -> None:
+        """Charge a release before it is worked on; at most one that was cut short is tried again.
+
+        Raises
+        ------
+        RoundUnanswered
+            The run failed here, or its process died, too often: its people must look at it.
+        """
+        if self.troubles.too_many:
+            raise RoundUnanswered
+        if self.gate.charge(key, mechanisms) or not self._to_disk:
+            return
+        # Charged, and nothing released: whoever worked on it died. One content only ever leaves.
+        self.troubles.add("died", round=key.round)
+        if self.troubles.too_many:
+            raise RoundUnanswered
+
+    @contextmanager
+    def _untold(self) -> Iterator[None]:
+        """Of a private plan's errors only those cross whose reasons are messages and books."""
+        try:
+            yield
+        except _UNTELLABLE as exc:
+            if not self.plan.private:
+                raise
+            raise RoundUnanswered from exc
+        except _TELLABLE:
+            raise
+        except Exception as exc:
+            if not self.plan.private:
+                raise
+            raise RoundUnanswered from exc
+
+    def _promote(self, server_round: int) -> Callable[[str], None]:
+        return lambda digest: self._memory.promote(server_round, digest)
+
+    @property
+    def _round_event(self) -> DpEvent | None:
+        return round_event(self.plan, self.dataset.declared_units, sigma=self.sigma)
+
+    @cached_property
+    def troubles(self) -> Troubles:
+        """What went wrong in this run, for the site's own people."""
+        return Troubles(self._state, run=self.run)
+
+    @cached_property
+    def _idle(self) -> Trainer:
+        """A trainer without records: its rounds are noise alone."""
+        model = self.trainable.model
+        nothing = np.zeros(0, dtype=np.int64)
+        data = SiteData(
+            site=self.site.name,
+            encoded=Encoded.of([], [], padding_id(model.tokenizer)),
+            unit_of=nothing,
+            train=nothing,
+            declared_units=self.dataset.declared_units,
+        )
+        return Trainer(self.trainable, data, sigma=self.sigma, memory=self._memory)
+
+    @cached_property
+    def _memory(self) -> SealedMemory:
+        return SealedMemory(
+            self._state / "memory",
+            run=self.run,
+            sealer=self._keys.vault,
+            released=lambda number: self.gate.released(ReleaseKey(self.run, number, "update")),
+        )
+
+    def evaluate(self, adapter: Vector, server_round: int) -> RecordDict:
+        """Counts on the validation units, noisy unless the plan is not private."""
+        self._require_round(server_round)
+        every = self.plan.rounds.evaluate_every
+        if not every or server_round % every:
+            raise MessageRefused(f"the plan has no evaluation after round {server_round}")
+        key = ReleaseKey(self.run, server_round, "metrics")
+        if (again := self.gate.recall(key)) is not None:
+            return again
+        self._require_usable(adapter)
+        if not self.plan.private:
+            found = self._tables(adapter, server_round)
+            return self.gate.release(key, fields={n: Unprotected(v) for n, v in found.items()})
+        with self._untold():
+            return self._noisy_tables(key, adapter)
+
+    def _tables(self, adapter: Vector, server_round: int) -> dict[str, NDArray[np.float64]]:
+        """Counts of the shared adapter, and of the site's own where it keeps parts."""
+        found, keeping = {"counts": self._counts(adapter)}, self._idle.keeping
+        if keeping.any:
+            found["personal"] = self._counts(keeping.personal(adapter, before=server_round + 1))
+        return found
+
+    def _noisy_tables(self, key: ReleaseKey, adapter: Vector) -> RecordDict:
+        sigma, noise = metric_sigma(self.plan), self._noise("metrics", key.round)
+        event = gaussian_event(sigma)
+        self._charge(key, {"counts": event})
+        try:
+            found = self._tables(adapter, key.round)
+        except Exception as exc:
+            self.troubles.add("blank", round=key.round, error=exc)
+            names = ("counts", "personal") if self._idle.keeping.any else ("counts",)
+            found = {name: evaluation.nothing(self.trainable.model) for name in names}
+        # One unit moves every table: together they are one release of sqrt(tables) the sensitivity.
+        reach = evaluation.sensitivity(self.trainable.model) * math.sqrt(len(found))
+        released = {
+            name: DpRelease(
+                evaluation.noisy(v, sigma=sigma, sensitivity=reach, noise=noise), "counts"
+            )
+            for name, v in found.items()
+        }
+        return self.gate.release(key, fields=released, mechanisms={"counts": event})
+
+    def _counts(self, adapter: Vector) -> NDArray[np.float64]:
+        """Counts of an adapter on the validation units."""
+        model = self.trainable.model
+        write_adapter(model, adapter)
+        rows = self.records.rows(Split.VALIDATION)
+        units = self.records.unit_of[rows]
+        return evaluation.counts(model, self.encoded, rows=rows, units=units)
+
+    def finish(self, certificate: Path | None = None) -> CertificateBody | None:
+        """Settle the reservation and write the certificate; None if nothing was charged.
+
+        It is written to ``certificate.json`` of the state unless another place is given.
+        """
+        if self.ledger is None:
+            return None
+        self.ledger.settle(self.plan.data.dataset, self.run)
+        if not self.ledger.events(self.plan.data.dataset, run=self.run):
+            return None
+        return issue(
+            certificate or self._state / "certificate.json",
+            ledger=self.ledger,
+            dataset=self.plan.data.dataset,
+            run=self.run,
+            plan=self.plan,
+            site=self.site.name,
+            model_sha256=weights_sha256(locate(self.site.model_place(self.plan))),
+            secure_noise=self.plan.plan.seed is None,
+            key=self._keys.signing,
+        )
+
+    # --- parts, each made on first use ---
+
+    @property
+    def trainable(self) -> TrainableModel:
+        """The process's model, ready for this plan."""
+        place = self.site.model_place(self.plan)
+        return self._warm.for_plan(self.plan, base=place, rank=self.rank)
+
+    @property
+    def rank(self) -> int:
+        """Rank of this site's adapter: the plan's, or less if its resources say so."""
+        return min(self.plan.lora.r, self.site.resources.max_rank or self.plan.lora.r)
+
+    def at_own_rank(self, adapter: Vector) -> Vector:
+        """A global adapter as it arrives at this site."""
+        own = self.trainable.model.layout
+        if self.rank == self.plan.lora.r:
+            return adapter
+        return own.at_rank(self.plan.lora.r).cut(adapter, own)
+
+    @cached_property
+    def ledger(self) -> Ledger | None:
+        """The site's ledger; None for a plan without privacy."""
+        if not self.plan.private:
+            return None
+        return Ledger(self._state / "ledger.sqlite", to_disk=self._to_disk)
+
+    @cached_property
+    def gate(self) -> Gate:
+        """The only door out."""
+        return Gate(
+            ledger=self.ledger,
+            dataset=self.plan.data.dataset,
+            plan=self.plan,
+            run=self.run,
+            outbox=self._state / "outbox",
+            vault=self._keys.vault,
+            to_disk=self._to_disk,
+        )
+
+    @cached_property
+    def secure(self) -> SecurePart:
+        """The site's part in secure rounds. Raises `SignerUnknown` if it is not enrolled."""
+        member = member_of(
+            self.plan,
+            run=self.run,
+            site=self.site.name,
+            declared_units=self.dataset.declared_units,
+            identity=self._keys.signing,
+            roster=self._roster,
+            min_cohort=self.site.policy.min_cohort if self.site.policy else None,
+        )
+        return SecurePart(
+            self.plan,
+            member=member,
+            layout=self.trainable.model.layout,
+            gate=self.gate,
+            memory=RoundStates(
+                self._state / "rounds",
+                run=self.run,
+                vault=self._keys.vault,
+                to_disk=self._to_disk,
+            ),
+        )
+
+    @cached_property
+    def sigma(self) -> float:
+        """Noise multiplier for the plan's epsilon; 0 without privacy."""
+        return sigma_for(self.plan, self.dataset.declared_units) if self.plan.private else 0.0
+
+    @cached_property
+    def records(self) -> Records:
+        """The site's records."""
+        roles = cast("frozenset[Role]", self.trainable.model.task.roles)
+        found = load_records(self.site, self.plan, roles=roles, secret=self.secret)
+        self._warm.forget_other_content(self.site, self.plan, found.content)
+        if self._on_records is not None:
+            self._on_records(found, found.fingerprint(self.secret))
+        return found
+
+    @cached_property
+    def secret(self) -> bytes:
+        """What decides which side of the split a unit is on: the site's own, and always the same."""
+        return self._given_secret or own_secret(self._state, self._keys.vault)
+
+    @cached_property
+    def encoded(self) -> Encoded:
+        """The records as token ids."""
+        model = self.trainable.model
+        return model.task.encode(self.records.examples, model.tokenizer, plan=self.plan)
+
+    @cached_property
+    def trainer(self) -> Trainer:
+        """Trains this site's share."""
+        data = SiteData(
+            site=self.site.name,
+            encoded=self.encoded,
+            unit_of=self.records.unit_of,
+            train=self.records.rows(Split.TRAIN),
+            declared_units=self.dataset.declared_units,
+        )
+        return Trainer(
+            self.trainable,
+            data,
+            sigma=self.sigma,
+            frozen=lambda: self._warm.frozen(
+                self.site, self.plan, self.encoded, content=self.records.content
+            ),
+            memory=self._memory,
+        )
+
+    @cached_property
+    def _facts(self) -> Facts:
+        """What the policy's judgement rests on, but for the time."""
+        policy, layout = self.site.policy, None
+        if policy and self.plan.model.sha256 in policy.base_models:
+            layout = self._warm.layout(self.plan, base=self.site.model_place(self.plan))
+        return facts_for(
+            self.site,
+            self.plan,
+            run=self.run,
+            ledger=self.ledger,
+            layout=layout,
+            moment=local_time(),
+        )
+
+    def _require_rank(self) -> None:
+        if self.rank < self.plan.lora.r and not self.plan.strategy.ranks:
+            raise RankRefused(
+                f"resources.max_rank is {self.rank}, the plan's lora.r is {self.plan.lora.r}, and with "
+                f"strategy '{self.plan.aggregation.strategy}' all sites have the plan's"
+            )
+
+    def _require_round(self, number: int, *, secure: bool | None = None) -> None:
+        if secure is not None and secure != self.plan.aggregation.secure:
+            raise MessageRefused("the plan's updates are sent " + ("bare" if secure else "masked"))
+        if not 1 <= number <= self.plan.rounds.number:
+            raise MessageRefused(f"the plan has no round {number}")
+
+    def _reserve(self) -> None:
+        """Set the whole run's cost aside in the ledger, within the site's own budget."""
+        if self.ledger is None:
+            return
+        budget = budget_for(self.plan, self.site, self.dataset)
+        events = run_events(self.plan, self.dataset.declared_units, sigma=self.sigma)
+        event = events[0] if len(events) == 1 else ComposedDpEvent(events)
+        others = [
+            a.committed for a in self.ledger.runs(self.plan.data.dataset) if a.run != self.run
+        ]
+        require_uncolluding([event, *others], dataset=self.dataset, delta=budget.delta)
+        self.ledger.reserve(
+            self.plan.data.dataset, self.run, self.plan.sha256, event, budget=budget
+        )
+
+    def _noise(self, purpose: str, server_round: int) -> NoiseSource:
+        seed = self.plan.plan.seed
+        if seed is None:
+            return SecureNoise()
+        return SeededNoise(derive_seed(seed, purpose, self.site.name, server_round))

@@ -1,0 +1,316 @@
+"""In front of every page: who asks, from which page, for which host; and the security headers.
+
+Written as plain ASGI, so that nothing behind it can be reached around it.
+
+A link that signs in whoever started the dashboard on their own machine.
+
+Serving the pages of a folder of simulations, or of a site, to whoever sits at this machine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import secrets
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from dataclasses import dataclass, field
+from http.cookies import CookieError, SimpleCookie
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import uvicorn
+from cryptography import x509
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import PlainTextResponse, RedirectResponse, Response
+from starlette.types import ASGIApp
+
+from silotune.dashboard.accounts import Accounts, Session, Sessions
+from silotune.dashboard.errors import PageUnknown, RequestForged
+from silotune.errors import SilotuneError
+from silotune.trust.errors import NotPermitted, SignInNeeded
+from silotune.trust.identity import Person, PersonRole
+
+
+class OwnerLink:
+    """A secret in a link, for who started the dashboard on their own machine.
+
+    It works any number of times for as long as the process lives; only its hash could be guessed at.
+    """
+
+    def __init__(self, person: Person) -> None:
+        self.person, self.secret = person, secrets.token_urlsafe(32)
+
+    def fits(self, given: str) -> bool:
+        """Whether it is the secret; compared in constant time."""
+        return hmac.compare_digest(given.encode(), self.secret.encode())
+
+
+_log = logging.getLogger(__name__)
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+PEER = "silotune.peer"
+"""Key of the scope under which the TLS layer puts the client's certificate (DER)."""
+
+SESSION, FORM = "silotune.session", "silotune.form"
+"""Keys of the scope under which pages find the `Session` and the form's fields."""
+
+HEADERS: Mapping[str, str] = {
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "img-src 'self'; connect-src 'self'; form-action 'self'; base-uri 'none'; "
+    "frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+    "referrer-policy": "same-origin",  # with none, browsers say "Origin: null" in our own forms
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "permissions-policy": "camera=(), microphone=(), geolocation=()",
+    "cache-control": "no-store",
+}
+_MOST_BYTES = 64 << 10
+_OPEN = ("/signin", "/static/")
+_OWN_CREDENTIALS = "/metrics"
+_STATUS: tuple[tuple[type[SilotuneError], int], ...] = (
+    (SignInNeeded, 401),
+    (NotPermitted, 403),
+    (RequestForged, 403),
+    (PageUnknown, 404),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Door:
+    """Who may come in, and how.
+
+    Attributes
+    ----------
+    hosts : frozenset of str
+        Host names under which browsers may ask; others are refused, against DNS rebinding.
+    tls : bool
+        Whether the connection is TLS; then cookies are for TLS alone.
+    accounts : Accounts or None
+        Passwords.
+    holder : callable or None
+        ``holder(certificate)``: the person of a client certificate, or raises `SignInNeeded`.
+    link : Link or None
+        The secret of a link that the command printed.
+    refused : callable or None
+        ``refused(person, path)``: told of a person who tried what their role does not allow.
+    sessions : Sessions
+        Who is in.
+    """
+
+    hosts: frozenset[str]
+    tls: bool = False
+    accounts: Accounts | None = None
+    holder: Callable[[x509.Certificate], Person] | None = None
+    link: OwnerLink | None = None
+    refused: Callable[[Person, str], None] | None = None
+    sessions: Sessions = field(default_factory=Sessions)
+
+    @property
+    def cookie(self) -> str:
+        """The cookie's name; a browser takes ``__Host-`` only over TLS, and for this host alone."""
+        return "__Host-silotune" if self.tls else "silotune"
+
+    def set_cookie(self, response: Response, value: str) -> None:
+        """Give the browser a session."""
+        response.set_cookie(
+            self.cookie, value, path="/", httponly=True, samesite="strict", secure=self.tls
+        )
+
+
+class PageGuard:
+    """ASGI middleware: nothing passes that has no right to.
+
+    Parameters
+    ----------
+    app : ASGI application
+        The pages.
+    door : Door
+        Who may come in.
+    failure : callable
+        ``failure(scope, error, status)``: a page that tells an error.
+    """
+
+    def __init__(
+        self, app: App, *, door: Door, failure: Callable[[Scope, SilotuneError, int], Response]
+    ) -> None:
+        self._app, self._door, self._failure = app, door, failure
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        send = self._with_headers(send)
+        try:
+            await self._serve(scope, receive, send)
+        except SilotuneError as error:
+            status = next((s for kind, s in _STATUS if isinstance(error, kind)), 409)
+            await self._failure(scope, error, status)(scope, receive, send)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = _headers(scope)
+        if _host_name(headers.get("host", "")) not in self._door.hosts:
+            refusal = PlainTextResponse("This dashboard is not served under that name.", 421)
+            await refusal(scope, receive, send)
+            return
+        path, method = scope["path"], scope["method"]
+        session = await run_in_threadpool(self._session, scope, headers)
+        scope[SESSION] = session
+        is_open = path.startswith(_OPEN) or path == _OWN_CREDENTIALS
+        if session is None and not is_open:
+            if method == "GET" and "text/html" in headers.get("accept", ""):
+                await RedirectResponse("/signin", 303)(scope, receive, send)
+                return
+            raise SignInNeeded("this needs a sign-in")
+        if method not in {"GET", "HEAD"}:
+            body = await _body(receive)
+            if body is None:
+                await PlainTextResponse("The form is too large.", 413)(scope, receive, send)
+                return
+            scope[FORM] = _form(body)
+            await run_in_threadpool(self._judge_form, scope, headers, session, path)
+        await self._app(scope, receive, send)
+
+    def _session(self, scope: Scope, headers: Mapping[str, str]) -> Session | None:
+        """The session of the cookie, or one begun by a certificate for this request alone."""
+        cookies: SimpleCookie = SimpleCookie()
+        try:
+            cookies.load(headers.get("cookie", ""))
+        except CookieError:
+            cookies = SimpleCookie()
+        value = cookies[self._door.cookie].value if self._door.cookie in cookies else ""
+        if value:
+            # A page that looks for news by itself must not keep a session alive for ever.
+            watching = headers.get("silotune-live") == "1" or scope["path"].endswith("/stream")
+            return self._door.sessions.find(value, touch=not watching)
+        return None
+
+    def _judge_form(
+        self, scope: Scope, headers: Mapping[str, str], session: Session | None, path: str
+    ) -> None:
+        """Refuse what another page sent, and what a viewer may not do."""
+        origin = headers.get("origin")
+        scheme = "https" if self._door.tls else "http"
+        if origin is not None and origin != f"{scheme}://{headers.get('host', '')}":
+            raise RequestForged("the request came from another page")
+        if headers.get("sec-fetch-site", "same-origin") not in {"same-origin", "none"}:
+            raise RequestForged("the request came from another site")
+        if session is None:
+            return  # only the sign-in itself gets here
+        given = scope[FORM].get("token", "")
+        if not hmac.compare_digest(given.encode(), session.token.encode()):
+            raise RequestForged("the form's token is missing or old")
+        if path not in {"/signout", "/signin"}:
+            try:
+                session.person.require_operator()
+            except NotPermitted:
+                if self._door.refused is not None:
+                    self._door.refused(session.person, path)
+                raise
+
+    def _with_headers(self, send: Send) -> Send:
+        extra = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
+        if self._door.tls:
+            extra.append((b"strict-transport-security", b"max-age=31536000"))
+
+        async def sending(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                own = {name for name, _ in extra}
+                kept = [pair for pair in message.get("headers", []) if pair[0] not in own]
+                message["headers"] = kept + extra
+            await send(message)
+
+        return sending
+
+
+def certificate_of(scope: Scope) -> x509.Certificate | None:
+    """The client's certificate, as the TLS layer left it in the scope."""
+    shown = scope.get(PEER)
+    return x509.load_der_x509_certificate(shown) if shown else None
+
+
+def _headers(scope: Scope) -> dict[str, str]:
+    return {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in scope["headers"]}
+
+
+def _host_name(host: str) -> str:
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
+
+
+async def _body(receive: Receive) -> bytes | None:
+    """The whole body; None if it is too large or was cut off."""
+    parts, size = [], 0
+    while True:
+        event = await receive()
+        if event["type"] == "http.disconnect":
+            return None
+        parts.append(event.get("body", b""))
+        size += len(parts[-1])
+        if size > _MOST_BYTES:
+            return None
+        if not event.get("more_body", False):
+            return b"".join(parts)
+
+
+def _form(body: bytes) -> dict[str, str]:
+    """Fields of an urlencoded form; the first of each name."""
+    try:
+        found = parse_qs(body.decode(), keep_blank_values=True, max_num_fields=50)
+    except (UnicodeDecodeError, ValueError):
+        return {}
+    return {name: values[0] for name, values in found.items()}
+
+
+LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
+"""Names under which a page on this machine alone is asked for."""
+
+
+def serve_here(
+    build: Callable[[Door], ASGIApp],
+    *,
+    port: int,
+    role: PersonRole,
+    said: Callable[[str], None],
+) -> None:
+    """Serve on loopback until Ctrl-C; only the link that `said` is given lets anybody in.
+
+    Other accounts of the machine can reach a loopback port too, so the link carries a secret.
+    """
+    link = OwnerLink(Person(name="you", role=role))
+    app = build(Door(hosts=LOOPBACK, link=link))
+    config = uvicorn.Config(
+        app,
+        host="127.0.0.1",
+        port=port,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        lifespan="off",
+        ws="none",
+        timeout_graceful_shutdown=2,
+    )
+    server = uvicorn.Server(config)
+
+    async def run() -> None:
+        serving = asyncio.create_task(server.serve())
+        while not server.started and not serving.done():
+            await asyncio.sleep(0.02)
+        if server.started:
+            bound = server.servers[0].sockets[0].getsockname()[1]
+            said(f"http://127.0.0.1:{bound}/signin?link={link.secret}")
+        await serving
+
+    asyncio.run(run())

@@ -1,0 +1,162 @@
+"""What sites have for a plan, told to whoever looks at them from the same machine.
+
+At a real site that is its own team; in a simulation, whoever simulates. Nothing of it is ever sent.
+
+Held-out texts that have a look-alike among the training texts.
+
+A split by record or by unit puts near-copies of a text (a template, left for right, a copied note) on
+both sides. The model is then tested on what it was trained on, and scores flatter.
+
+Two texts of one label are look-alikes if they are the same, case, digits and punctuation aside, or
+differ in one word; a text of many words is cut into equal stretches, one of which may differ. At most
+so many texts are compared, in the order of the records, that it takes a second or two.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from silotune.data.reader import load_records
+from silotune.data.records import Records, Split
+from silotune.data.site import SiteConfig
+from silotune.errors import SilotuneError
+from silotune.plan.plan import Plan
+
+_WORD = re.compile(r"[^\W\d_]+")
+_STRETCHES, _FEWEST = 24, 4
+_MOST_HELD_OUT, _MOST_TRAINED = 2_000, 50_000
+_WORTH_TELLING = 0.05
+
+
+@dataclass(frozen=True)
+class LookAlikes:
+    """What was found at one site: private.
+
+    Attributes
+    ----------
+    compared : int
+        Held-out texts that were looked at.
+    found : int
+        How many of them have a look-alike among the training texts.
+    """
+
+    compared: int
+    found: int
+
+    @property
+    def share(self) -> float:
+        """Found of compared."""
+        return self.found / self.compared if self.compared else 0.0
+
+    @property
+    def worth_telling(self) -> bool:
+        """Whether scores are flattered by more than a little."""
+        return self.share >= _WORTH_TELLING
+
+    def __str__(self) -> str:
+        return (
+            f"{self.share:.0%} of the held-out texts ({self.found} of {self.compared} looked at) "
+            "differ from a training text in one word at most: scores will flatter"
+        )
+
+
+def find_look_alikes(records: Records) -> LookAlikes:
+    """Compare the held-out texts of some records with the training texts."""
+    held_out = records.split != Split.TRAIN
+    tested = np.flatnonzero(held_out)[:_MOST_HELD_OUT].tolist()
+    trained = np.flatnonzero(~held_out)[:_MOST_TRAINED].tolist()
+    where: dict[int, list[int]] = {}
+    for number in tested:
+        for signature in _signatures(records.examples[number]):
+            where.setdefault(signature, []).append(number)
+    hit: set[int] = set()
+    for number in trained:
+        for signature in _signatures(records.examples[number]):
+            hit.update(where.pop(signature, ()))
+    return LookAlikes(len(tested), len(hit))
+
+
+def _signatures(example: Mapping[str, str]) -> Iterator[int]:
+    """The text's words with one of them left out, each in turn; all of them, if they are few."""
+    text, label = example.get("text") or example.get("prompt", ""), example.get("label")
+    words = _WORD.findall(text.casefold())
+    size = -(-len(words) // _STRETCHES) or 1
+    parts = [tuple(words[start : start + size]) for start in range(0, len(words), size)]
+    if len(parts) < _FEWEST:  # without one of two words, many texts would look alike
+        yield hash((label, tuple(parts)))
+        return
+    for place in range(len(parts)):
+        yield hash((label, place, tuple(parts[:place]), tuple(parts[place + 1 :])))
+
+
+@dataclass(frozen=True)
+class Surveyed:
+    """One site's records, seen with a plan.
+
+    Attributes
+    ----------
+    site : str
+        Its name.
+    records : Records or None
+        What it would train and test on; None if it refuses the plan or can't read its dataset.
+    look_alikes : LookAlikes or None
+        Across its split.
+    problem : SilotuneError or None
+        Why there are no records.
+    """
+
+    site: str
+    records: Records | None
+    look_alikes: LookAlikes | None = None
+    problem: SilotuneError | None = None
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is anything to train on."""
+        return self.records is not None and self.records.n_units(Split.TRAIN) > 0
+
+    def notes(self, *, split_by: str) -> list[str]:
+        """What somebody at the site should know before the run, in sentences."""
+        if self.problem is not None:
+            return [f"{self.site} can't take part: {self.problem.code} {self.problem.detail}"]
+        assert self.records is not None
+        notes = [f"{self.site} leaves out {part.told}" for part in self.records.left_out]
+        if not self.trains:
+            notes.append(f"{self.site} has no record to train on: it would add noise alone")
+        elif self.look_alikes is not None and self.look_alikes.worth_telling:
+            hint = '; data.split_by = "group" keeps a group on one side' * (split_by == "unit")
+            notes.append(f"{self.site}: {self.look_alikes}{hint}")
+        return notes
+
+
+def survey(
+    sites: Sequence[SiteConfig],
+    plan: Plan,
+    *,
+    roles: Collection[str],
+    secrets: Mapping[str, bytes],
+) -> tuple[Surveyed, ...]:
+    """Read what each site has for a plan.
+
+    Parameters
+    ----------
+    sites, plan
+        Who is asked, and for what.
+    roles : collection of str
+        What the plan's task reads.
+    secrets : mapping of site to bytes
+        Each site's own, which decides its split.
+    """
+    return tuple(_look(site, plan, roles=roles, secret=secrets[site.name]) for site in sites)
+
+
+def _look(site: SiteConfig, plan: Plan, *, roles: Collection[str], secret: bytes) -> Surveyed:
+    try:
+        records = load_records(site, plan, roles=roles, secret=secret)
+    except SilotuneError as exc:
+        return Surveyed(site.name, None, problem=exc)
+    return Surveyed(site.name, records, find_look_alikes(records))

@@ -1,1 +1,0 @@
-"""Curves of runs, written for other tools: TensorBoard and MLflow."""

@@ -1,1 +1,0 @@
-"""What a site and the coordinator have in common: identities, messages, sealed files, audit logs."""

@@ -1,0 +1,1 @@
+"""All that touches the inside of Flower, and nothing else does."""

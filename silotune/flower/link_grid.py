@@ -1,0 +1,398 @@
+"""The grid of one run: Flower's `Grid` over the link state of this very process.
+
+Everything that goes out is sealed for its receiver, and nothing comes in that its site did not seal
+for this run, round, kind and request. Replies stay in the link state until the round they belong to is
+durable; after a crash the same round finds them, and the instructions still under way, and asks nobody
+twice.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+
+from silotune.flower import superlink
+from silotune.flower.superlink import Instruction, LinkRun, LinkState
+from silotune.protocol.envelope import (
+    COORDINATOR,
+    MessagePlace,
+    refusal_code,
+    seal,
+    seal_id,
+    unseal,
+)
+from silotune.server.errors import SiteOffline, StoppedByOperator
+from silotune.trust.errors import EnvelopeInvalid
+
+_log = logging.getLogger(__name__)
+
+_MOST_SECONDS_TO_GATHER = 60.0  # for sites that are on their way back after a restart
+_LONGEST_WAIT = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peer:
+    """A site that takes part: its node, and the key its replies are signed with."""
+
+    node: int
+    site: str
+    key: Ed25519PublicKey
+
+
+@dataclass
+class _AwaitedReply:
+    """An instruction whose reply is awaited; `current` changes when it had to be sent again.
+
+    The content is kept as it was before it was sealed: so the sites' share their arrays.
+    """
+
+    current: str
+    peer: Peer
+    address: MessagePlace
+    content: RecordDict
+    seal: str
+
+    @property
+    def group(self) -> str:
+        """Round and seal: the same instruction has the same group, also in another process."""
+        return f"{self.address.round}.{self.seal}"
+
+
+class LinkGrid(Grid):
+    """Messages of one run.
+
+    Parameters
+    ----------
+    link : Link
+        The link state.
+    link_run : LinkRun
+        Flower's numbers of the run.
+    run, federation : str
+        Names, for the addresses.
+    peers : iterable of Peer
+        The sites that approved.
+    is_active : callable
+        Whether a site, by name, still belongs to the federation.
+    key : Ed25519PrivateKey
+        The federation's.
+    ttl : float
+        Seconds after which an unanswered instruction is void: the plan's deadline of a round.
+    patience : float
+        Seconds that a site may be offline before a round stops waiting for it.
+    alarm : callable
+        ``alarm(kind, site=…)``: called when a reply is not trusted.
+
+    Attributes
+    ----------
+    asked : frozenset of int
+        The nodes that `get_node_ids` told of last: those of a loop's cohort, or who refused to join.
+    """
+
+    def __init__(
+        self,
+        *,
+        link: LinkState,
+        link_run: LinkRun,
+        run: str,
+        federation: str,
+        peers: Iterable[Peer],
+        is_active: Callable[[str], bool],
+        key: Ed25519PrivateKey,
+        ttl: float,
+        patience: float,
+        alarm: Callable[..., None],
+    ) -> None:
+        self._link, self._link_run = link, link_run
+        self._run_name, self._federation, self._key = run, federation, key
+        self._peers = {peer.node: peer for peer in peers}
+        self._is_active, self._alarm = is_active, alarm
+        self._ttl, self._patience = ttl, patience
+        self.asked: frozenset[int] = frozenset()
+        self._pending: dict[str, _AwaitedReply] = {}
+        self._restarted: set[int] = set()  # nodes that began a session since this grid began
+        self._to_repush: set[int] = set()
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._began, self._began_wall = time.monotonic(), time.time()
+        self._seen = link.arrived.count
+        self._looked = self._began
+        link.requeue_unconfirmed(link_run)
+        link.on_activation(self._on_activation)
+
+    def close(self) -> None:
+        """Listen no more."""
+        self._link.remove_listener(self._on_activation)
+
+    def stop(self) -> None:
+        """Have the round loop end with `StoppedByOperator` at its next look at this grid."""
+        self._stop.set()
+        self._link.arrived.fire()
+
+    # --- Flower's interface ---
+
+    def set_run(self, run: Run) -> None:
+        """Nothing: a grid is made for its run."""
+
+    @property
+    def run(self) -> Run:
+        """Flower's description of the run."""
+        return superlink.empty_run(self._link_run)
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """A message to a node; group and ttl are set when it is pushed."""
+        return superlink.instruction(
+            self._link_run,
+            node=dst_node_id,
+            kind=message_type,
+            group=group_id,
+            ttl=ttl or self._ttl,
+            content=content,
+        )
+
+    def get_node_ids(self) -> list[int]:
+        """Sites that are online; none before all that approve are, or a minute is over.
+
+        A loop fixes its cohort from the first answer. Without the minute, the slowest site to come
+        back after a restart would be left out of the rest of the run.
+        """
+        self._require_going()
+        sightings = self._link.sightings()
+        online = [
+            node
+            for node, peer in self._peers.items()
+            if node in sightings and sightings[node].online and self._is_active(peer.site)
+        ]
+        expected = [node for node, peer in self._peers.items() if self._is_active(peer.site)]
+        patience = min(_MOST_SECONDS_TO_GATHER, self._ttl / 2)
+        gathered = len(online) == len(expected) or time.monotonic() - self._began > patience
+        self.asked = frozenset(online) if gathered else frozenset()
+        return sorted(self.asked)
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """Seal and send messages, but adopt what an earlier process sent already.
+
+        Returns
+        -------
+        list of str
+            Ids to pull with; "" for a node that was never there.
+        """
+        self._require_going()
+        known = {(i.node, i.kind, i.group): i for i in self._link.instructions(self._link_run)}
+        ids = []
+        for message in messages:
+            if message.metadata.dst_node_id not in self._peers:  # of a site that was shut out since
+                ids.append("")
+                continue
+            pending, sealed = self._sealed(message)
+            key = (pending.peer.node, pending.address.kind, pending.group)
+            pending.current = self._adopted(known.get(key)) or self._push(pending, sealed)
+            if pending.current:
+                with self._lock:
+                    self._pending[pending.current] = pending
+            ids.append(pending.current)
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """Replies that came since the last call: verified, without their envelopes.
+
+        A reply that is not trusted, a refusal and a site that is silent for too long are error
+        messages whose reason is the error's code.
+
+        Raises
+        ------
+        RunStopped
+            `stop` was called.
+        """
+        self._require_going()
+        self._repush()
+        with self._lock:
+            asked = {i: self._pending[i] for i in message_ids if i in self._pending}
+        wanted = {pending.current: original for original, pending in asked.items()}
+        found = []
+        for current, node, message in self._link.replies(self._link_run, wanted):
+            original = wanted[current]
+            found.append(self._opened(original, asked.pop(original), node, message))
+        if asked and time.monotonic() - self._looked >= _LONGEST_WAIT:
+            self._looked = time.monotonic()
+            found += [self._silent(original, p) for original, p in self._given_up(asked)]
+        return found
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> list[Message]:
+        """Push, and pull until all replied or time is up."""
+        ends = time.monotonic() + (self._ttl if timeout is None else timeout)
+        waiting = {message_id for message_id in self.push_messages(messages) if message_id}
+        found: list[Message] = []
+        while waiting and time.monotonic() < ends:
+            replies = self.pull_messages(waiting)
+            found += replies
+            waiting -= {reply.metadata.reply_to_message_id for reply in replies}
+            if not replies:
+                self.wait(_LONGEST_WAIT)
+        return found
+
+    def wait(self, seconds: float) -> None:
+        """Until something arrived since the last wait, or a second is over."""
+        del seconds  # an arrival wakes us: there is no need to look every few milliseconds
+        self._seen = self._link.arrived.wait(since=self._seen, seconds=_LONGEST_WAIT)
+
+    # --- durability ---
+
+    def settle(self, finished_round: int) -> None:
+        """A round is durable: forget its messages and those of earlier ones, answered or not."""
+        old = [
+            i.message_id
+            for i in self._link.instructions(self._link_run)
+            if (int(i.group.partition(".")[0]), i.kind == "evaluate") < (finished_round, True)
+        ]  # a round's evaluation comes after its checkpoint
+        self._link.forget(old)
+        with self._lock:
+            gone = set(old)
+            self._pending = {k: p for k, p in self._pending.items() if p.current not in gone}
+
+    # --- sending ---
+
+    def _sealed(self, message: Message) -> tuple[_AwaitedReply, RecordDict]:
+        peer = self._peers[message.metadata.dst_node_id]
+        address = MessagePlace(
+            federation=self._federation,
+            run=self._run_name,
+            round=_round_of(message.content),
+            kind=message.metadata.message_type,
+            sender=COORDINATOR,
+            receiver=peer.site,
+        )
+        sealed = seal(message.content, address=address, key=self._key)
+        pending = _AwaitedReply("", peer, address, message.content, seal_id(sealed))
+        return pending, sealed
+
+    def _adopted(self, known: Instruction | None) -> str:
+        """The id of an earlier process's instruction, if its answer can still come."""
+        if known is None:
+            return ""
+        answered = any(True for _ in self._link.replies(self._link_run, [known.message_id]))
+        lost = known.expired or (known.delivered and known.node in self._restarted)
+        if answered or not lost:
+            return known.message_id
+        self._link.forget([known.message_id])
+        return ""
+
+    def _push(self, pending: _AwaitedReply, sealed: RecordDict) -> str:
+        return self._link.push(
+            self._link_run,
+            node=pending.peer.node,
+            kind=pending.address.kind,
+            group=pending.group,
+            ttl=self._ttl,
+            content=sealed,
+        )
+
+    def _on_activation(self, node: int, was_online: bool) -> None:
+        del was_online
+        with self._lock:
+            self._restarted.add(node)
+            self._to_repush.add(node)
+
+    def _repush(self) -> None:
+        """Send again what a site that began a new session had been given and not answered.
+
+        Whatever it had worked out it recalls from its outbox: it neither trains nor charges twice.
+        """
+        with self._lock:
+            nodes, self._to_repush = self._to_repush, set()
+            affected = [p for p in self._pending.values() if p.peer.node in nodes]
+        if not affected:
+            return
+        known = {i.message_id: i for i in self._link.instructions(self._link_run)}
+        for pending in affected:
+            old = known.get(pending.current)
+            answered = any(True for _ in self._link.replies(self._link_run, [pending.current]))
+            if answered or (old is not None and not old.delivered):
+                continue
+            self._link.forget([pending.current])
+            sealed = seal(pending.content, address=pending.address, key=self._key)
+            pending.current = self._push(pending, sealed)
+            _log.info(
+                "sent %s of round %d to %s again: its daemon was restarted",
+                pending.address.kind,
+                pending.address.round,
+                pending.peer.site,
+            )
+
+    # --- receiving ---
+
+    def _opened(
+        self, original: str, pending: _AwaitedReply, node: int, message: Message
+    ) -> Message:
+        """A reply as the round loop may see it."""
+        with self._lock:
+            self._pending.pop(original, None)
+        try:
+            if node != pending.peer.node or not message.has_content():
+                raise EnvelopeInvalid("the reply is not signed by its site")
+            address = pending.address.reply(to=pending.seal)
+            content = unseal(message.content, address=address, key=pending.peer.key)
+        except EnvelopeInvalid as exc:
+            _log.warning("a reply of %s is not trusted: %s", pending.peer.site, exc.detail)
+            self._alarm("reply_not_trusted", site=pending.peer.site, detail=exc.detail)
+            self._link.forget([pending.current])
+            return self._reply(original, pending, exc.code)
+        code = refusal_code(content)
+        if code is not None:
+            self._link.forget([pending.current])  # asked again after a resume, not adopted
+        return self._reply(original, pending, content if code is None else code)
+
+    def _reply(self, original: str, pending: _AwaitedReply, content: RecordDict | str) -> Message:
+        return superlink.reply(
+            self._link_run,
+            node=pending.peer.node,
+            kind=pending.address.kind,
+            group=str(pending.address.round),
+            to=original,
+            content=content,
+        )
+
+    def _given_up(self, asked: Mapping[str, _AwaitedReply]) -> list[tuple[str, _AwaitedReply]]:
+        """Instructions to sites that are gone: revoked, or offline for longer than is patient."""
+        sightings = self._link.sightings()
+        gone = []
+        for original, pending in asked.items():
+            seen = sightings.get(pending.peer.node)
+            since = max(seen.until if seen else 0.0, self._began_wall)
+            offline = seen is None or not seen.online
+            if not self._is_active(pending.peer.site) or (
+                offline and time.time() - since > self._patience
+            ):
+                gone.append((original, pending))
+        return gone
+
+    def _silent(self, original: str, pending: _AwaitedReply) -> Message:
+        with self._lock:
+            self._pending.pop(original, None)
+        self._link.forget([pending.current])
+        return self._reply(original, pending, SiteOffline.code)
+
+    def _require_going(self) -> None:
+        if self._stop.is_set():
+            raise StoppedByOperator(f"{self._run_name} was stopped")
+
+
+def _round_of(content: RecordDict) -> int:
+    value = content.config_records["config"].get("round", 0) if "config" in content else 0
+    return value if isinstance(value, int) else 0

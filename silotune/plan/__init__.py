@@ -1,0 +1,1 @@
+"""The plan: what is to be trained, as data that everybody signs."""

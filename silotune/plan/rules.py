@@ -1,0 +1,302 @@
+"""Combinations of settings that a plan can't have, each with its reason.
+
+Which plans secure aggregation and shared noise can serve, and why not the others.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from silotune.plan.sections import Clip
+from silotune.plan.strategies import STRATEGIES
+
+if TYPE_CHECKING:
+    from silotune.plan.plan import Plan
+
+
+def sends_all_it_trains(plan: Plan) -> bool:
+    """Whether sites send the sum of all that they train, as it is: other sites' noise then counts.
+
+    A part that is kept, or an update that is changed after its noise, has the site's own noise only,
+    and later rounds depend on it.
+    """
+    return plan.strategy.sends_all and plan.aggregation.head == "shared"
+
+
+def secure_conflicts(plan: Plan) -> list[str]:
+    """Settings of secure aggregation and shared noise that contradict each other or the rest."""
+    shared = plan.privacy.noise == "shared"
+    if not plan.aggregation.secure:
+        found = [
+            f"aggregation.{key}: has no meaning without aggregation.secure = true; remove it"
+            for key in ("cohort", "threshold", "update_bound")
+            if getattr(plan.aggregation, key) is not None
+        ]
+        if plan.aggregation.encoding != "uint32":
+            found.append("aggregation.encoding: has no meaning without aggregation.secure = true")
+        if shared:
+            found.append(
+                "privacy.noise: 'shared' needs aggregation.secure = true: alone, a site's share of "
+                "the noise does not protect what it sends"
+            )
+        return found
+    return [*_cohort_conflicts(plan), *(_shared_conflicts(plan) if shared else [])]
+
+
+def _cohort_conflicts(plan: Plan) -> list[str]:
+    aggregation, rounds = plan.aggregation, plan.rounds
+    cohort, threshold = aggregation.cohort, aggregation.threshold
+    found = []
+    if reason := plan.strategy.needs_each:
+        found.append(
+            f"aggregation.strategy: '{aggregation.strategy}' can't work with secure = true, which "
+            f"gives the coordinator sums only: {reason}"
+        )
+    if cohort is None:
+        found.append(
+            "aggregation.cohort: needed with secure = true; the most sites that a round may have, "
+            "for which the sum must have room"
+        )
+    elif threshold is not None and not cohort < 2 * threshold <= 2 * cohort:
+        found.append(
+            f"aggregation.threshold: must be more than half of aggregation.cohort = {cohort}, and at "
+            "most all; with less, two disjoint halves of a round could be opened"
+        )
+    if cohort is not None and cohort < rounds.min_sites:
+        found.append("aggregation.cohort: less than rounds.min_sites")
+    if threshold is not None and threshold < rounds.min_sites:
+        found.append("aggregation.threshold: less than rounds.min_sites")
+    if aggregation.update_bound is None and not _bounded(plan):
+        found.append(
+            "aggregation.update_bound: needed here: neither clipping nor Adam's step bounds the "
+            "updates, and a sum in whole numbers must not overflow"
+        )
+    return found
+
+
+def _bounded(plan: Plan) -> bool:
+    several = plan.rounds.local_steps > 1
+    return plan.private or (several and plan.optimizer.site.local == "adam")
+
+
+def _shared_conflicts(plan: Plan) -> list[str]:
+    found = []
+    if not plan.private:
+        found.append("privacy.noise: there is no noise to share when privacy.mode is 'none'")
+    if plan.rounds.local_steps > 1:
+        found.append(
+            "privacy.noise: 'shared' needs rounds.local_steps = 1: after a step of its own a site's "
+            "next gradient depends on a model with less noise than the guarantee counts on"
+        )
+    if plan.privacy.rate is None:
+        found.append(
+            "privacy.noise: 'shared' needs privacy.rate instead of privacy.batch: only with one "
+            "rate for all sites is the round one mechanism on one sample of all units"
+        )
+    if plan.aggregation.weights != "declared":
+        found.append(
+            "privacy.noise: 'shared' needs aggregation.weights = 'declared', which adds the sums as "
+            "they are: other weights would give sites different sensitivities"
+        )
+    if not sends_all_it_trains(plan):
+        names = sorted(name for name, facts in STRATEGIES.items() if facts.sends_all)
+        found.append(
+            "privacy.noise: 'shared' needs a strategy that sends all that it trains, as it is: "
+            f"{', '.join(names)}, with aggregation.head = 'shared'; what a site "
+            "keeps or changes would be without enough noise"
+        )
+    if plan.aggregation.threshold is None:
+        found.append(
+            "aggregation.threshold: needed when privacy.noise is 'shared': each site's share of the "
+            "noise is sized for so many honest sites"
+        )
+    return found
+
+
+def conflicts(plan: Plan) -> list[str]:
+    """Every impossible combination of a plan: the key's path and the reason."""
+    return [
+        *_model_conflicts(plan),
+        *_site_privacy_conflicts(plan),
+        *_privacy_conflicts(plan),
+        *_step_conflicts(plan),
+        *_strategy_conflicts(plan),
+        *secure_conflicts(plan),
+    ]
+
+
+def _model_conflicts(plan: Plan) -> list[str]:
+    labels, task = plan.model.labels, plan.model.task
+    found = []
+    if task == "text_classification" and len(labels) < 2:
+        found.append("model.labels: text_classification needs at least two labels")
+    if len(set(labels)) != len(labels):
+        found.append("model.labels: a label is listed twice")
+    if task == "causal_lm" and labels:
+        found.append("model.labels: causal_lm has no labels; remove them")
+    if task == "causal_lm" and plan.optimizer.site.head_rounds:
+        found.append("optimizer.site.head_rounds: causal_lm has no head to train; set 0")
+    if plan.data.test_share + plan.data.validation_share >= 1.0:
+        found.append("data.test_share: with data.validation_share it leaves nothing to train on")
+    return found
+
+
+def _privacy_conflicts(plan: Plan) -> list[str]:
+    privacy, found = plan.privacy, []
+    protected = {"epsilon": privacy.epsilon, "delta": privacy.delta, "clip": privacy.clip}
+    for key, value in protected.items():
+        if privacy.mode != "none" and value is None:
+            found.append(f"privacy.{key}: needed when privacy.mode is '{privacy.mode}'")
+        if privacy.mode == "none" and value is not None:
+            found.append(f"privacy.{key}: has no meaning when privacy.mode is 'none'; remove it")
+    if (privacy.rate is None) == (privacy.batch is None):
+        found.append("privacy.rate: give exactly one of privacy.rate and privacy.batch")
+    if privacy.unit == "record" and privacy.max_records_per_unit != 1:
+        found.append("privacy.max_records_per_unit: must be 1 when privacy.unit is 'record'")
+    if privacy.max_records_per_unit > privacy.max_physical_batch:
+        found.append("privacy.max_physical_batch: must hold the records of one unit")
+    if not plan.private and privacy.metrics_share:
+        found.append("privacy.metrics_share: has no meaning when privacy.mode is 'none'")
+    if isinstance(privacy.clip, Clip) and plan.model.task == "causal_lm":
+        found.append("privacy.clip: causal_lm has no head; give one number")
+    return found
+
+
+def _step_conflicts(plan: Plan) -> list[str]:
+    found = []
+    if plan.rounds.local_steps == 1 and plan.optimizer.server.name == "none":
+        found.append(
+            "optimizer.server.name: with rounds.local_steps = 1 sites send gradients, "
+            "which need 'sgd' or 'adam' at the server"
+        )
+    if plan.optimizer.site.head_rounds > plan.rounds.number:
+        found.append("optimizer.site.head_rounds: more than rounds.number")
+    return found
+
+
+def _strategy_conflicts(plan: Plan) -> list[str]:
+    """Impossible combinations of ``[aggregation]`` with itself and with other sections."""
+    return [*_options(plan), *_votes(plan), *_local_steps(plan), *_local_head(plan)]
+
+
+def _options(plan: Plan) -> list[str]:
+    name, found = plan.aggregation.strategy, []
+    for option in sorted({option for facts in STRATEGIES.values() for option in facts.options}):
+        given = getattr(plan.aggregation, option) is not None
+        needed = option in plan.strategy.options
+        if given and not needed:
+            users = [user for user, facts in STRATEGIES.items() if option in facts.options]
+            listed = " or ".join(f"'{user}'" for user in sorted(users))
+            found.append(f"aggregation.{option}: only for strategy {listed}; remove it")
+        if needed and not given:
+            found.append(f"aggregation.{option}: needed by strategy '{name}'")
+    return found
+
+
+def _votes(plan: Plan) -> list[str]:
+    aggregation, found = plan.aggregation, []
+    name, liars, sites = aggregation.strategy, aggregation.byzantine, plan.rounds.min_sites
+    if plan.strategy.one_vote and aggregation.weights != "equal":
+        found.append(
+            f"aggregation.weights: must be 'equal' with strategy '{name}', which gives every site one "
+            "vote: a site that lies would declare the most units"
+        )
+    if liars is None:
+        return found
+    least = 2 * liars + 3
+    if sites < least:
+        found.append(
+            f"rounds.min_sites: strategy '{name}' needs {least} sites to withstand {liars}, not {sites}"
+        )
+    if aggregation.selected is not None and aggregation.selected > sites - liars:
+        found.append(
+            f"aggregation.selected: at most {sites - liars}, which is rounds.min_sites without the "
+            f"{liars} that may lie"
+        )
+    return found
+
+
+def _local_steps(plan: Plan) -> list[str]:
+    name, facts, found = plan.aggregation.strategy, plan.strategy, []
+    if plan.sends_sums:
+        if facts.idle_in_one_step:
+            found.append(
+                f"aggregation.strategy: with rounds.local_steps = 1 {facts.idle_in_one_step}. "
+                "Use 'fedavg', or more local steps"
+            )
+        if plan.optimizer.site.prox:
+            found.append(
+                "optimizer.site.prox: with rounds.local_steps = 1 the one step starts at the global "
+                "adapter, where the proximal term is zero; remove it"
+            )
+    elif facts.no_server_optimizer and plan.optimizer.server.name != "none":
+        found.append(
+            f"optimizer.server.name: must be 'none' with strategy '{name}', "
+            f"{facts.no_server_optimizer}"
+        )
+    if facts.needs_sgd and plan.optimizer.site.local != "sgd":
+        found.append(
+            f"optimizer.site.local: must be 'sgd' with strategy '{name}': {facts.needs_sgd}"
+        )
+    return found
+
+
+def _local_head(plan: Plan) -> list[str]:
+    if plan.aggregation.head == "shared":
+        return []
+    found = []
+    if plan.model.task == "causal_lm":
+        found.append("aggregation.head: causal_lm has no head to keep; remove it")
+    if plan.optimizer.site.head_rounds:
+        found.append(
+            "optimizer.site.head_rounds: must be 0 when aggregation.head is 'local': in such a round "
+            "sites would have nothing to send"
+        )
+    if not plan.strategy.keeps_parts:
+        found.append(
+            f"aggregation.head: '{plan.aggregation.strategy}' has no form that keeps a part at the "
+            "site; use 'shared'"
+        )
+    return found
+
+
+def _site_privacy_conflicts(plan: Plan) -> list[str]:
+    """What client-level privacy needs, and what it can't go with."""
+    privacy, aggregation = plan.privacy, plan.aggregation
+    if privacy.mode != "site":
+        return (
+            []
+            if privacy.site is None
+            else ["privacy.site: only when privacy.mode is 'site'; remove it"]
+        )
+    found = []
+    if privacy.site is None:
+        found.append("privacy.site: needed when privacy.mode is 'site': say who adds the noise")
+    elif privacy.site.quantile is not None and privacy.site.noise == "site":
+        found.append(
+            "privacy.site.quantile: needs noise = 'coordinator'; each site's own count would need as "
+            "much noise as its update, and say nothing"
+        )
+    if not isinstance(privacy.clip, float | None):
+        found.append("privacy.clip: give one number when privacy.mode is 'site'")
+    if plan.sends_sums:
+        found.append(
+            "rounds.local_steps: at least 2 when privacy.mode is 'site', where whole changes of a site "
+            "are clipped"
+        )
+    if aggregation.weights != "equal":
+        found.append(
+            "aggregation.weights: must be 'equal' when privacy.mode is 'site': a weight would scale "
+            "what one site can do"
+        )
+    if aggregation.secure:
+        found.append(
+            "aggregation.secure: not with privacy.mode 'site': the noise on a sum of whole numbers is "
+            "that of clipped gradients, not of clipped changes"
+        )
+    if reason := plan.strategy.refused_by_site or plan.strategy.needs_each:
+        found.append(
+            f"aggregation.strategy: '{aggregation.strategy}' does not go with privacy.mode 'site', "
+            f"which hides one site in a plain mean: {reason}"
+        )
+    return found

@@ -1,0 +1,198 @@
+"""The sections of a plan: one frozen, strict pydantic model a table of the TOML file."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from silotune.plan.strategies import STRATEGIES, not_dropped
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
+Share = Annotated[float, Field(gt=0.0, lt=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+
+
+class Section(BaseModel):
+    """Base of every table of a plan: frozen, strict, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class About(Section):
+    """``[plan]``: what this is and what for."""
+
+    name: Name
+    purpose: str = Field(min_length=1, max_length=2000)
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = Field(
+        None,
+        description="Repeatable initialisation, sampling and noise. A seeded run is NOT private.",
+    )
+
+
+class ModelSection(Section):
+    """``[model]``: the base model and the task it is tuned for."""
+
+    base: str = Field(
+        min_length=1, description="Hugging Face model id or a folder on this machine."
+    )
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    task: Literal["text_classification", "causal_lm"]
+    labels: tuple[str, ...] = ()
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    pooling: Literal["mean", "first", "last"] = "mean"
+    centre_texts: tuple[str, ...] = Field(
+        (), description="Public texts whose mean embedding is subtracted from every feature."
+    )
+    feature_scale: Positive = 4.0
+
+
+class LoraSection(Section):
+    """``[lora]``: the adapter's shape."""
+
+    r: Annotated[int, Field(ge=1, le=512)] = 8
+    alpha: Positive = 16.0
+    target_modules: Literal["auto", "all-linear"] | tuple[str, ...] = "auto"
+    last_layers: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Adapt only this many of the last layers; all of them when absent."
+    )
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+
+
+class DataSection(Section):
+    """``[data]``: the dataset each site must offer under this name."""
+
+    dataset: Name
+    max_length: Annotated[int, Field(ge=8, le=131072)] = 128
+    test_share: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.2
+    validation_share: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    split_by: Literal["unit", "group"] = Field(
+        "unit", description="What is kept whole by the held-out split."
+    )
+
+
+class RoundsSection(Section):
+    """``[rounds]``: how long, with whom, how patiently."""
+
+    number: Annotated[int, Field(ge=1, le=100_000)]
+    min_sites: Annotated[int, Field(ge=1)] = 1
+    deadline: Positive = Field(3600.0, description="Seconds a round waits for its sites.")
+    local_steps: Annotated[int, Field(ge=1, le=10_000)] = 1
+    evaluate_every: Annotated[int, Field(ge=0)] = 0
+
+
+class ClientOptimizer(Section):
+    """``[optimizer.site]``: learning rates, schedule, and the optimizer of local steps."""
+
+    adapter_lr: Positive = 1e-3
+    head_lr: Positive = 5e-2
+    schedule: Literal["linear", "constant", "cosine"] = "linear"
+    warmup_share: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    final_share: Annotated[float, Field(ge=0.0, le=1.0)] = 0.2
+    head_rounds: Annotated[int, Field(ge=0)] = Field(
+        0, description="First rounds that train only the head, on features computed once."
+    )
+    local: Literal["sgd", "adam"] = "adam"
+    prox: Annotated[float, Field(ge=0.0)] = Field(
+        0.0, description="FedProx: pull of local steps towards the global adapter."
+    )
+
+
+class ServerOptimizerSettings(Section):
+    """``[optimizer.server]``: what the coordinator does with the aggregate."""
+
+    name: Annotated[Literal["none", "sgd", "adam"], BeforeValidator(not_dropped)] = "adam"
+    lr: Positive = 1.0
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    beta2: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.999
+    epsilon: Positive = 1e-8
+
+
+class OptimizerSection(Section):
+    """``[optimizer]``: the two optimizers."""
+
+    site: ClientOptimizer = ClientOptimizer()
+    server: ServerOptimizerSettings = ServerOptimizerSettings()
+
+
+class Clip(Section):
+    """``[privacy.clip]``: one norm a group, composed to one Gaussian mechanism."""
+
+    head: Positive
+    adapter: Positive
+    head_share: Share = Field(
+        0.5, description="Part of the squared sensitivity that the head may use."
+    )
+
+
+class SitePrivacySection(Section):
+    """``[privacy.site]``: client-level privacy, for ``mode = "site"``."""
+
+    noise: Literal["coordinator", "site"] = Field(
+        "coordinator",
+        description="Who adds it: the coordinator, once, and is trusted; or each site, to its own.",
+    )
+    quantile: Share | None = Field(
+        None, description="Adaptive clipping: the norm follows this quantile of the sites' norms."
+    )
+    clip_lr: Positive = Field(0.2, description="How fast the norm follows.")
+
+
+class PrivacySection(Section):
+    """``[privacy]``: whose data is protected and how well."""
+
+    mode: Literal["record", "site", "none"]
+    unit: Name = Field("record", description="'record', or what one value of the unit column is.")
+    epsilon: Positive | None = None
+    delta: Annotated[float, Field(gt=0.0, lt=0.01)] | None = None
+    clip: Positive | Clip | None = None
+    site: SitePrivacySection | None = None
+    rate: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    batch: Annotated[int, Field(ge=1)] | None = Field(None, description="Expected units a step.")
+    max_records_per_unit: Annotated[int, Field(ge=1)] = 1
+    metrics_share: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    max_physical_batch: Annotated[int, Field(ge=1)] = 128
+    noise: Literal["local", "shared"] = Field(
+        "local", description="Who adds the noise: each site all of it, or each its share."
+    )
+
+
+if TYPE_CHECKING:
+    StrategyName = str
+else:
+    StrategyName = Literal[*STRATEGIES]
+
+
+class AggregationSection(Section):
+    """``[aggregation]``: how updates become one adapter."""
+
+    strategy: Annotated[StrategyName, BeforeValidator(not_dropped)] = "fedavg"
+    weights: Literal["declared", "equal"] = "declared"
+    head: Literal["shared", "local"] = Field(
+        "shared", description="'local': each site keeps a head of its own."
+    )
+    trim: Annotated[float, Field(gt=0.0, lt=0.5)] | None = Field(
+        None, description="trimmed_mean: share of the sites cut from both ends of a coordinate."
+    )
+    byzantine: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="multi_krum: how many sites may lie."
+    )
+    selected: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="multi_krum: how many updates are averaged."
+    )
+    secure: bool = Field(False, description="The coordinator sees sums over sites, no update.")
+    cohort: Annotated[int, Field(ge=3, le=4096)] | None = Field(
+        None, description="Sites in a secure round, at most: what the sum must have room for."
+    )
+    threshold: Annotated[int, Field(ge=2)] | None = Field(
+        None,
+        description="Sites that a secure round needs; more than two thirds of it when absent.",
+    )
+    encoding: Literal["uint32", "uint16"] = "uint32"
+    update_bound: Positive | None = Field(
+        None, description="Largest absolute value of a number in an update; more is cut off."
+    )
+    bound: Positive | None = Field(
+        None,
+        description="norm_bound: length that no update may pass; of a mean gradient or change.",
+    )

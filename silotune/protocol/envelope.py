@@ -1,0 +1,196 @@
+"""The envelope: every payload signed by who sends it, for one receiver, run, round and kind.
+
+Flower authenticates connections, not content. A sealed content is the sender's records as bytes, and a
+record with the address in clear and an Ed25519 signature (RFC 8032) over address and bytes. Nothing of
+the bytes is read before the signature fits. The address fixes the place in the protocol, and a reply
+names the very request it answers, so no message can be replayed, redirected or exchanged for another.
+Sealing is deterministic: the same content at the same place gives the same bytes again.
+
+Flower moves each part of a content as an object of its own, a request and some ten statements of SQL
+apiece. One run of bytes makes four objects of what were eight, whatever is in it. The bytes are not in
+the record with the address, so that what every site is sent alike is stored once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from flwr.app import ConfigRecord, RecordDict
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
+from google.protobuf.message import DecodeError
+
+from silotune.trust.errors import EnvelopeInvalid
+
+ENVELOPE = "envelope"
+"""Name of the record with the address and the signature; ``bytes.0`` and so on hold the content."""
+
+OBJECT_KINDS = frozenset({"Message", "RecordDict", "ConfigRecord"})
+"""What Flower's objects of a sealed message are; others, such as arrays, only ever lie in the bytes."""
+
+COORDINATOR = "coordinator"
+"""The coordinator's name as sender and receiver; no site may have it."""
+
+REFUSAL = "refusal"
+"""Name of the one record of a reply that is an error: it holds the code, and nothing else."""
+
+_CONTEXT = b"silotune envelope v2\0"
+_PIECE = 4 << 20
+_BYTES = "bytes"
+_MOST_TEXT = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class MessagePlace:
+    """A message's place in the protocol.
+
+    Attributes
+    ----------
+    federation, run : str
+        Names.
+    round : int
+        Round number; 0 before the first.
+    kind : str
+        Flower's message type, such as ``train`` or ``query.join``.
+    sender, receiver : str
+        Names of sites, or `COORDINATOR`.
+    in_reply_to : str
+        `seal_id` of the request that this answers; empty in a request.
+    """
+
+    federation: str
+    run: str
+    round: int
+    kind: str
+    sender: str
+    receiver: str
+    in_reply_to: str = ""
+
+    def reply(self, *, to: str) -> MessagePlace:
+        """The address of the answer to a message at this address, whose seal has the id `to`."""
+        return replace(self, sender=self.receiver, receiver=self.sender, in_reply_to=to)
+
+
+def seal(content: RecordDict, *, address: MessagePlace, key: Ed25519PrivateKey) -> RecordDict:
+    """The content as bytes, in pieces of at most 4 MB, and its envelope.
+
+    Raises
+    ------
+    EnvelopeInvalid
+        The content holds an envelope already.
+    """
+    if ENVELOPE in content:
+        raise EnvelopeInvalid("the content is sealed already")
+    packed = recorddict_to_proto(_in_order(content)).SerializeToString(deterministic=True)
+    signature = key.sign(_signed(address, packed))
+    sealed = RecordDict({ENVELOPE: ConfigRecord({**asdict(address), "signature": signature})})
+    for number, start in enumerate(range(0, max(len(packed), 1), _PIECE)):
+        sealed[_piece(number)] = ConfigRecord({_BYTES: packed[start : start + _PIECE]})
+    return sealed
+
+
+def address_of(content: RecordDict) -> MessagePlace:
+    """What an envelope claims, not verified. Raises `EnvelopeInvalid`."""
+    return _parse(content)[0]
+
+
+def seal_id(content: RecordDict) -> str:
+    """Which message exactly: SHA-256 of its signature, in hex. Raises `EnvelopeInvalid`."""
+    return hashlib.sha256(_parse(content)[1]).hexdigest()
+
+
+def unseal(content: RecordDict, *, address: MessagePlace, key: Ed25519PublicKey) -> RecordDict:
+    """The content without its envelope, if `key` signed it for exactly this address.
+
+    Parameters
+    ----------
+    content : RecordDict
+        As it came.
+    address : Address
+        What the receiver expects. One that does not know the run or round beforehand takes them from
+        `address_of`, judges them, and then asks for exactly that.
+    key : Ed25519PublicKey
+        The sender's.
+
+    Raises
+    ------
+    EnvelopeInvalid
+        There is no envelope, it is for another place, or the signature is wrong.
+    """
+    claimed, signature = _parse(content)
+    wrong = [name for name, value in asdict(address).items() if getattr(claimed, name) != value]
+    if wrong:
+        raise EnvelopeInvalid(f"the message is for another place: {', '.join(wrong)} differ")
+    packed = _packed(content)
+    try:
+        key.verify(signature, _signed(claimed, packed))
+    except InvalidSignature as exc:
+        raise EnvelopeInvalid(f"the signature of {claimed.sender!r} does not fit") from exc
+    try:
+        return recorddict_from_proto(RecordDictProto.FromString(packed))
+    except (DecodeError, ValueError, TypeError) as exc:
+        raise EnvelopeInvalid("what is signed are no records") from exc
+
+
+def refusal(code: str) -> RecordDict:
+    """The content of a reply that is an error: a stable code is all that crosses the wire."""
+    return RecordDict({REFUSAL: ConfigRecord({"code": code})})
+
+
+def refusal_code(content: RecordDict) -> str | None:
+    """The code of a refusal; None for any other content."""
+    record = content.config_records.get(REFUSAL)
+    return None if record is None else str(record.get("code", ""))[:_MOST_TEXT]
+
+
+def _in_order(content: RecordDict) -> RecordDict:
+    """The same content: in what order it was put together is not sealed."""
+    ordered = RecordDict()
+    for name in sorted(content):
+        record: Any = content[name]
+        ordered[name] = type(record)({key: record[key] for key in sorted(record)})
+    return ordered
+
+
+def _piece(number: int) -> str:
+    return f"{_BYTES}.{number}"
+
+
+def _packed(content: RecordDict) -> bytes:
+    """The signed bytes, if there is nothing else beside the envelope."""
+    names = [_piece(number) for number in range(len(content) - 1)]
+    pieces = [content.config_records.get(name, ConfigRecord()).get(_BYTES) for name in names]
+    if not pieces or not all(isinstance(piece, bytes) for piece in pieces):
+        raise EnvelopeInvalid("the content is not in pieces of bytes")
+    return b"".join(piece for piece in pieces if isinstance(piece, bytes))
+
+
+def _signed(address: MessagePlace, packed: bytes) -> bytes:
+    text = json.dumps(asdict(address), sort_keys=True, separators=(",", ":"))
+    return _CONTEXT + text.encode() + b"\0" + hashlib.sha256(packed).digest()
+
+
+def _parse(content: RecordDict) -> tuple[MessagePlace, bytes]:
+    record = content.config_records.get(ENVELOPE)
+    if record is None:
+        raise EnvelopeInvalid("the message is not signed")
+    found = dict(record)
+    signature = found.pop("signature", None)
+    number = found.pop("round", None)
+    texts = ("federation", "run", "kind", "sender", "receiver", "in_reply_to")
+    good = (
+        isinstance(signature, bytes)
+        and isinstance(number, int)
+        and not isinstance(number, bool)
+        and set(found) == set(texts)
+        and all(isinstance(v, str) and len(v) <= _MOST_TEXT for v in found.values())
+    )
+    if not good:
+        raise EnvelopeInvalid("the envelope has missing, unknown or wrong fields")
+    assert isinstance(signature, bytes) and isinstance(number, int)
+    return MessagePlace(round=number, **{name: str(found[name]) for name in texts}), signature

@@ -1,1 +1,0 @@
-"""The gate that a finished adapter passes before it leaves the consortium."""

@@ -1,0 +1,1 @@
+"""A finished run for people: figures, charts, tables, sentences, one HTML file."""

@@ -1,0 +1,348 @@
+"""The report of a run: one HTML file that needs nothing else, and its charts as PNG files.
+
+The page fetches nothing and runs no script (its content security policy forbids both), so it can be
+mailed, archived and opened on a machine without a network.
+
+A run in a few numbers: ``silotune report --json``, and the table at the end of a run.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from silotune import __version__
+from silotune.report import page
+from silotune.report.figures import MOST_SITES, Metric, SiteScores, Summary, summarise
+from silotune.report.verdict import (
+    DASH,
+    attack_sentences,
+    epsilon,
+    octets,
+    plural,
+    power,
+    printable,
+    score,
+    signed,
+    site_verdict,
+    verdict,
+)
+from silotune.rounds.run_directory import (
+    RunRecord,
+    jsonable,
+    read_beside,
+    read_record,
+    write_atomically,
+)
+
+if TYPE_CHECKING:
+    from silotune.report.charting import Chart
+
+
+def write_report(run_dir: Path, *, beside: Sequence[Path] = ()) -> Path:
+    """Write ``report.html`` and ``report-*.png`` into a run directory, finished or not.
+
+    Equal runs give equal bytes: nothing in the report is the time it was written at.
+
+    Parameters
+    ----------
+    run_dir : Path
+        The run.
+    beside : sequence of Path
+        Other runs of its plan, seeds apart, for the spread of the scores.
+
+    Returns
+    -------
+    Path
+        The HTML file.
+
+    Raises
+    ------
+    RunDirectoryInvalid
+        A folder is no run or damaged, or a run beside it is of another plan.
+    """
+    record = read_record(run_dir)
+    found = summarise(record, beside=read_beside(record, beside))
+    charts = draw_charts(record, found)
+    for chart in charts.values():
+        write_atomically(run_dir / f"report-{chart.name}.png", chart.png)
+    path = record.directory.report_path
+    write_atomically(path, render_page(record, found, charts).encode())
+    return path
+
+
+def draw_charts(record: RunRecord, found: Summary) -> dict[str, Chart]:
+    """Every chart that there is something to draw for, by name; none without matplotlib."""
+    if not _can_draw():
+        return {}
+    from silotune.report.charts import (
+        bytes_chart,
+        epsilon_chart,
+        learning_chart,
+        site_chart,
+        time_chart,
+        timeline_chart,
+    )
+
+    history = record.history
+    drawn = (
+        learning_chart(page.view(record, "simulator"), found.metric, history.every_round),
+        site_chart(found.by_site, found.metric),
+        epsilon_chart(found.epsilon_curves, found.privacy.budget),
+        timeline_chart(history, record.sites),
+        time_chart(history.finished_rounds, found.time.workers),
+        bytes_chart(history.finished_rounds),
+    )
+    return {chart.name: chart for chart in drawn if chart is not None}
+
+
+def _can_draw() -> bool:
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def render_page(record: RunRecord, found: Summary, charts: Mapping[str, Chart]) -> str:
+    """The page as text. Everything but our own CSS and SVG is escaped by Jinja."""
+    templates = files("silotune.report") / "templates"
+    # The template is the package's own file, and autoescape is on for every value it prints.
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = environment.from_string((templates / "report.html").read_text(encoding="utf-8"))
+    css = (templates / "report.css").read_text(encoding="utf-8")
+    inline = {name: _Inline(chart) for name, chart in charts.items()}
+    return template.render(css=Markup(css), charts=inline, **_words(record, found))  # noqa: S704
+
+
+class _Inline:
+    """A chart's SVG, marked as ours so that it isn't escaped."""
+
+    def __init__(self, chart: Chart) -> None:
+        self.wide_markup = self._classed(chart.wide, "wide")
+        self.narrow_markup = self._classed(chart.narrow, "narrow")
+
+    @staticmethod
+    def _classed(svg: str, kind: str) -> Markup:
+        # Written by an XML serialiser, which escaped every text and attribute in it.
+        return Markup(svg.replace("<svg ", f'<svg class="{kind}" ', 1))  # noqa: S704
+
+
+def _words(record: RunRecord, found: Summary) -> dict[str, Any]:
+    """Everything that the template places."""
+    curve, released = page.view(record, "simulator"), page.view(record, "released")
+    alarm, alarm_words = _alarm(found)
+    return {
+        "found": found,
+        "can_draw": _can_draw(),
+        "version": __version__,
+        "minus": "\N{MINUS SIGN}",
+        "sites_in_words": plural(len(found.sites), "site"),
+        "alarm": alarm,
+        "alarm_words": alarm_words,
+        "attacks": attack_sentences(record.directory.find_json("attacks.json")),
+        "verdict": verdict(found),
+        "tiles": page.tiles(found),
+        "methods": page.method_table(found),
+        "recall": page.recall_table(found),
+        "chance": page.chance(found),
+        "curve_split": curve[-1].split if curve else "",
+        "released": released[-1] if released else None,
+        "sites": page.site_table(found),
+        "site_words": site_verdict(found),
+        "sites_left_out": len(found.by_site) > MOST_SITES,
+        "protected": found.privacy.guarantee in {"secret", "seeded"},
+        "released_words": page.released_words(found),
+        "two_sites": page.two_sites_words(found),
+        "exposed": page.exposure_table(found),
+        "delta": power(found.privacy.delta),
+        "certified": bool(record.privacy),
+        "mechanism": page.privacy_table(record),
+        "spent": page.epsilon_table(found),
+        "timeline_left_out": max(0, len(record.sites) - MOST_SITES),
+        "time_words": _time_words(found),
+        "bytes_words": _bytes_words(found),
+        "rounds": page.round_table(record.history.finished_rounds),
+        "faults": page.fault_rows(found.faults),
+        "resumed": _resumed(record),
+        "plan": page.plan_rows(record),
+        "facts": page.facts(record),
+    }
+
+
+def _alarm(found: Summary) -> tuple[str, str]:
+    """What must be read before anything else: that a run gives no privacy."""
+    facts = found.privacy
+    match facts.guarantee:
+        case "none":
+            return "Not private.", "This run was made without differential privacy, for comparison."
+        case "seeded":
+            return (
+                f"{facts.statement[:1].upper()}{facts.statement[1:]}.",
+                "Whoever knows the seed can remove the noise. Use this run to look at accuracy and "
+                "to repeat it, never as a guarantee.",
+            )
+        case "coordinator":
+            return "Private from all but the coordinator.", "It sees the updates without noise."
+        case "secret":
+            return "", ""
+
+
+def _time_words(found: Summary) -> str:
+    time = found.time
+    if time.rounds <= 0:
+        return ""
+
+    def part(seconds: float, what: str) -> str:
+        return f"{what} {seconds:.1f} s ({seconds / time.rounds:.1%})"
+
+    if time.train_all_sites is None:
+        waited = part(time.wait, "waiting for the sites, which train meanwhile,")
+        head = f"Of {time.rounds:.1f} s in rounds: {waited}"
+    else:
+        trained = part(time.train, "training")
+        waited = part(time.wait, "waiting for replies beyond that")
+        head = f"Of {time.rounds:.1f} s in rounds: {trained}, {waited}"
+    spread = (
+        f" Training adds up to {time.train_all_sites:.1f} s over all sites, on "
+        f"{plural(time.workers, 'worker')} at a time."
+        if time.train_all_sites is not None
+        else ""
+    )
+    rest = f"{part(time.aggregate, 'aggregating')}, {part(time.other, 'everything else')}"
+    return f"{head}, {rest}.{spread}"
+
+
+def _bytes_words(found: Summary) -> str:
+    rounds = max(1, found.rounds_finished)
+    return (
+        f"{octets(found.bytes_down)} to the sites and {octets(found.bytes_up)} from them "
+        f"in all, {octets((found.bytes_down + found.bytes_up) / rounds)} a round."
+    )
+
+
+def _resumed(record: RunRecord) -> str:
+    rounds = record.history.resumed_at
+    if not rounds:
+        return ""
+    after = ", ".join(map(str, rounds))
+    return (
+        f"The run was interrupted and resumed {plural(len(rounds), 'time')}, after round {after}."
+    )
+
+
+_MOST_SITES = 12
+_EPSILON = "\N{GREEK SMALL LETTER EPSILON}"
+
+
+def summary(run_dir: Path, *, beside: Sequence[Path] = ()) -> dict[str, Any]:
+    """Summarise a run, finished or not, as plain JSON data.
+
+    Returns
+    -------
+    dict
+        The fields of `silotune.report.figures.Summary`, and ``verdict``: its sentences.
+
+    Raises
+    ------
+    RunDirectoryInvalid
+        The folder is no run, or one of its files is damaged.
+    """
+    record = read_record(run_dir)
+    found = summarise(record, beside=read_beside(record, beside))
+    plain = jsonable({**asdict(found), "verdict": verdict(found)})
+    assert isinstance(plain, dict)
+    return plain
+
+
+def print_summary(run_dir: Path, console: Console) -> None:
+    """Print methods, sites and the verdict, within the console's width.
+
+    Raises
+    ------
+    RunDirectoryInvalid
+        The folder is no run, or one of its files is damaged.
+    """
+    found = summarise(read_record(run_dir))
+    if found.methods:
+        console.print(_methods(found))
+        console.print()
+    if found.by_site and found.method("own"):
+        console.print(_sites(found))
+    if found.methods:
+        console.print()
+    if found.privacy.guarantee in {"none", "seeded"}:
+        console.print(Text(f"NOT PRIVATE: {found.privacy.statement}", style="bold red"))
+    for sentence in verdict(found):
+        console.print(Text(sentence), soft_wrap=False)
+
+
+def _methods(found: Summary) -> Table:
+    metric = found.metric
+    titles = ["accuracy"] if metric.key == "macro_f1" else ["perplexity"]
+    table = _table(
+        "all sites' held-out test data", [metric.title, *titles, "over own", _EPSILON, "s"]
+    )
+    for row in found.methods:
+        table.add_row(
+            Text(row.title),
+            score(row.test.get(metric.key)),
+            *(score(row.test.get(title)) for title in titles),
+            signed(row.gain_over_own),
+            epsilon(row.epsilon),
+            DASH if row.seconds is None else f"{row.seconds:,.1f}",
+            style="bold" if row.key == "federated" else "",
+        )
+    return table
+
+
+_COLUMNS = (
+    ("trivial", "trivial"),
+    ("own", "own"),
+    ("federated", "federated"),
+    ("own head", "personal"),
+)
+
+
+def _sites(found: Summary) -> Table:
+    """Each site at home, and the gain there (red where it is none) beside that on everybody's data."""
+    columns = [(n, key) for n, key in _COLUMNS if any(getattr(r, key) for r in found.by_site)]
+    names = [name for name, _ in columns]
+    table = _table("each site's own test data", [*names, "at home", "on all"])
+    shown = sorted(found.by_site, key=_gain)[:_MOST_SITES]
+    for row in [site for site in found.by_site if site in shown]:
+        scores = [score(_value(row, key, found.metric)) for _, key in columns]
+        gains = [_signed(gain) for gain in (row.gain, row.gain_everywhere)]
+        table.add_row(Text(printable(row.site)), *scores, *gains)
+    if len(found.by_site) > len(shown):
+        table.add_row(f"and {len(found.by_site) - len(shown)} with larger gains")
+    return table
+
+
+def _signed(gain: float | None) -> Text:
+    return Text(signed(gain), style="red" if gain is not None and gain < 0 else "")
+
+
+def _table(first: str, numbers: list[str]) -> Table:
+    table = Table(box=None, padding=(0, 1), show_edge=False)
+    table.add_column(first, no_wrap=True, overflow="ellipsis", min_width=20)
+    for name in numbers:
+        table.add_column(name, no_wrap=True, justify="right", min_width=max(len(name), 6))
+    return table
+
+
+def _gain(row: SiteScores) -> float:
+    return 0.0 if row.gain is None else row.gain
+
+
+def _value(row: SiteScores, kind: str, metric: Metric) -> float | None:
+    value = getattr(row, kind).get(metric.key)
+    return None if value is None else float(value)

@@ -1,0 +1,1 @@
+"""Doors for people of the coordinator's side: the admin socket, the gRPC admin API."""

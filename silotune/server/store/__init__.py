@@ -1,0 +1,1 @@
+"""The coordinator's durable store, and what is written to it."""

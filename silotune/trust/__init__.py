@@ -1,0 +1,1 @@
+"""What people and machines sign, chain and seal: identities, rosters, audit logs, files at rest."""
