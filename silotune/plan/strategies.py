@@ -14,7 +14,9 @@ _VOTE = "it compares the sites' updates with each other"
 
 @dataclass(frozen=True, kw_only=True)
 class StrategyFacts:
-    """What a strategy is, and what it can't go with. Reasons complete a sentence of `plan_rules`.
+    """What a strategy is, and what it can't go with.
+
+    Reasons complete a sentence of `silotune.plan.rules`.
 
     Attributes
     ----------

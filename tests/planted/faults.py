@@ -28,7 +28,7 @@ from silotune.privacy.chain import Chain
 from silotune.privacy.engine import ClipGroup, DpSgd
 from silotune.privacy.ledger import Ledger
 from silotune.privacy.noise import SeededNoise, _KeyedNoise
-from silotune.privacy.secagg import encoding
+from silotune.privacy.secagg import coordinator as secagg_coordinator
 from silotune.privacy.secagg import site as secagg_site
 from silotune.privacy.secagg.encoding import Mask
 from silotune.privacy.secagg.site import SiteRound
@@ -197,9 +197,9 @@ def _lower(honest: Any, *args: Any, **kwargs: Any) -> float:
     return 0.8 * honest(*args, **kwargs)
 
 
-def _constant_masks(honest: Any, vector: Any, given: Any, *, first_byte: int) -> None:
+def _constant_masks(honest: Any, vector: Any, given: Any) -> None:
     """Every mask the same number over and over: sums are right, and nothing is hidden."""
-    del honest, first_byte
+    del honest
     for mask in given:
         combine = np.add if mask.plus else np.subtract
         combine(vector, vector.dtype.type(mask.key[0]), out=vector)
@@ -397,7 +397,12 @@ FAULTS = [
         catchers.a_rolled_back_ledger_is_refused,
     ),
     Fault(
-        "a constant mask", wrap(encoding, "_apply", _constant_masks), catchers.masks_hide_an_update
+        "a constant mask",
+        both(
+            wrap(secagg_site, "apply_masks", _constant_masks),
+            wrap(secagg_coordinator, "apply_masks", _constant_masks),
+        ),
+        catchers.masks_hide_an_update,
     ),
     Fault(
         "both sites of a pair add their mask",
