@@ -3,7 +3,7 @@
 A `Message` is a tree of objects (message, record dict, records, arrays, chunks of arrays); each
 object's id is the SHA-256 of its deflated bytes, so equal content has equal ids and need travel to
 a worker only once. This is the one module of the simulation that imports Flower's internals; its
-tests are the contract with the pinned release of Flower.
+tests are the contract with the admitted versions of Flower.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 With `silotune.flower.superlink` and `silotune.flower.objects` the only place of the coordinator
 that touches what Flower does not promise to keep; a contract test
-(``tests/server/test_superlink_contract.py``) holds each admitted version to it. Flower's process model
+(``tests/flower/test_superlink.py``) holds each admitted version to it. Flower's process model
 is left out: no FAB, no ServerApp subprocess, no control or runtime API. What is used is the fleet API's
 request handlers, on the same link state that `LinkState` reads and writes directly.
 
