@@ -28,8 +28,8 @@ from silotune.data.checks import survey
 from silotune.data.reader import require_declared
 from silotune.data.site import SiteConfig
 from silotune.errors import PlanSignatureInvalid, SilotuneError
+from silotune.models.base import outline, require_taken
 from silotune.models.layout import Layout
-from silotune.models.outline import outline, require_taken
 from silotune.models.tasks import get_task
 from silotune.plan.plan import Plan, dotted
 from silotune.plan.words import plan_in_words

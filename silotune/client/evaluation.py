@@ -14,9 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from silotune.models.base import LoadedModel
-from silotune.models.batching import batches
-from silotune.models.task import Encoded
+from silotune.models.batching import Encoded, batches
+from silotune.models.task import LoadedModel
 from silotune.privacy.noise import NoiseSource
 
 _log = logging.getLogger(__name__)

@@ -9,12 +9,11 @@ from typing import NamedTuple
 
 from silotune.client.trainer import TrainableModel
 from silotune.data.site import SiteConfig
-from silotune.models.base import load_model
+from silotune.models.base import load_model, outline
+from silotune.models.batching import Encoded
 from silotune.models.choices import Choices
 from silotune.models.features import Frozen, compute_frozen
 from silotune.models.layout import Layout
-from silotune.models.outline import outline
-from silotune.models.task import Encoded
 from silotune.plan.plan import Plan
 
 _MOST_FROZEN = 16  # sites whose frozen features are kept at a time

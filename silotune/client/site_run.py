@@ -50,9 +50,8 @@ from silotune.errors import (
     ValueUnaccounted,
 )
 from silotune.models.adapter import write_adapter
-from silotune.models.batching import padding_id
+from silotune.models.batching import Encoded, padding_id
 from silotune.models.pretrained import locate, weights_sha256
-from silotune.models.task import Encoded
 from silotune.models.tasks import get_task
 from silotune.plan.plan import Plan
 from silotune.privacy.certificate import CertificateBody, issue

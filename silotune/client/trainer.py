@@ -25,11 +25,10 @@ from silotune.client.run_files import ControlVariate, PersonalParts, ProcessMemo
 from silotune.client.terms import round_event
 from silotune.errors import SelfCheckFailed
 from silotune.models.adapter import write_adapter
-from silotune.models.base import LoadedModel
-from silotune.models.batching import batches
+from silotune.models.batching import Encoded, batches
 from silotune.models.features import Frozen, compute_frozen
 from silotune.models.layout import Layout, Part
-from silotune.models.task import Encoded
+from silotune.models.task import LoadedModel
 from silotune.plan.plan import Plan
 from silotune.plan.sections import Clip
 from silotune.privacy.clipping import Attached, attach

@@ -142,7 +142,7 @@ def _model_facts(plan: Plan) -> dict[str, Any]:
 def untried(plan: Plan) -> str:
     """Why the plan can't be tried here; empty if it was. Raises `ModelError` if the model fails."""
     try:
-        from silotune.models.outline import require_taken
+        from silotune.models.base import require_taken
         from silotune.models.pretrained import locate
     except ImportError:  # a coordinator needs no PyTorch
         return "for this machine has no PyTorch"

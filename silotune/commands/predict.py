@@ -19,7 +19,7 @@ import typer
 from silotune.errors import ColumnMissing, DatasetUnreadable, RunDirectoryInvalid
 
 if TYPE_CHECKING:
-    from silotune.models.base import LoadedModel
+    from silotune.models.task import LoadedModel
     from silotune.rounds.run_directory import RunDirectory
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import safetensors
@@ -25,11 +25,8 @@ from silotune.errors import AdapterMismatch
 from silotune.models.batching import PROMPT_END, end_ids, leading_ids, padding_id
 from silotune.models.layout import ArrayEntry, Layout, Vector
 from silotune.models.lora import saved_name
+from silotune.models.task import LoadedModel, TaskModel
 from silotune.plan.plan import Plan
-
-if TYPE_CHECKING:
-    from silotune.models.base import LoadedModel, TaskModel
-
 
 _POOLED = {
     "mean": "(hidden * mask).sum(1) / mask.sum(1)",

@@ -1,30 +1,28 @@
 """A base model with an adapter, and a head where the task has one, ready to be trained.
 
+Before anybody approves a plan or waits for it: whether a base model takes it, and the layout of its
+adapter, without the base model's weights.
+
 The backbone is a plain Hugging Face model inside a plain `PeftModel`; the head stands beside it. An
 adapter saved from it therefore loads with Transformers and PEFT alone.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import normalize
-from transformers import PreTrainedModel
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
-from silotune.errors import ModelError
+from silotune.errors import ModelError, SilotuneError
 from silotune.models.adapter import layout_of
+from silotune.models.batching import Encoded
 from silotune.models.choices import Choices, choose, resolve_device
-from silotune.models.features import FrozenPrefix
-from silotune.models.layout import Group, Layout
-from silotune.models.lora import saved_name, wrap
+from silotune.models.layout import Layout
+from silotune.models.lora import wrap
 from silotune.models.pretrained import (
     fixed_rng,
     load_base,
@@ -35,162 +33,17 @@ from silotune.models.pretrained import (
     require_length,
     require_text,
     require_weights,
+    told,
+    weight_files,
 )
-from silotune.models.task import Batch, Encoded, Task
+from silotune.models.task import LoadedModel, Task, TaskModel
 from silotune.models.tasks import get_task
-from silotune.models.trial import require_fit
+from silotune.models.trial import Refusal, require_fit, trial_key
 from silotune.plan.plan import Plan
 
-
-class TaskModel(nn.Module):
-    """Backbone, adapter and head as one module.
-
-    Parameters
-    ----------
-    peft : PeftModel
-        Around ``AutoModel``, or around ``AutoModelForCausalLM`` where there is no head.
-    head : nn.Linear or None
-        Classifies features; starts at zero.
-    pooling : str
-        How the tokens of a text become one vector: "mean", "first" or "last" token.
-    feature_scale : float
-        Factor of the features.
-    """
-
-    centre: Tensor
-
-    def __init__(
-        self,
-        peft: Any,
-        head: nn.Linear | None,
-        *,
-        pooling: str,
-        feature_scale: float,
-    ) -> None:
-        super().__init__()
-        self.peft, self.head = peft, head
-        self.pooling, self.feature_scale = pooling, feature_scale
-        hidden = 0 if head is None else head.in_features
-        self.register_buffer("centre", torch.zeros(hidden))
-        if head is not None:
-            nn.init.zeros_(head.weight)
-            nn.init.zeros_(head.bias)
-        self.prefix = FrozenPrefix.of(peft)
-        forward = inspect.signature(peft.get_base_model().forward)
-        self._keeps = "logits_to_keep" in forward.parameters
-
-    @cached_property
-    def trained(self) -> dict[str, nn.Parameter]:
-        """The trained parameters by their layout names, in the order of the layout."""
-        found = {
-            saved_name(name): parameter
-            for name, parameter in self.peft.named_parameters()
-            if parameter.requires_grad
-        }
-        if self.head is not None:
-            found |= {f"head.{name}": p for name, p in self.head.named_parameters()}
-        return found
-
-    def embed(self, batch: Batch) -> Tensor:
-        """Pooled token vectors of unit length.
-
-        Parameters
-        ----------
-        batch : mapping
-            ``input_ids`` and ``attention_mask`` [n, tokens], padded on the right, and perhaps
-            ``prefix`` [n, tokens, hidden], see `silotune.models.features`.
-
-        Returns
-        -------
-        Tensor
-            Float32 of shape [n, hidden].
-        """
-        ids, mask = batch["input_ids"], batch["attention_mask"]
-        with self.prefix.replay(batch.get("prefix")) if self.prefix else nullcontext():
-            hidden = self.peft(input_ids=ids, attention_mask=mask).last_hidden_state.float()
-        return normalize(_pool(hidden, mask, self.pooling), dim=-1)
-
-    def features(self, batch: Batch) -> Tensor:
-        """What the head sees: embeddings minus the centre, times the scale; [n, hidden].
-
-        Unit length bounds the gradient of the head; the centre takes out what all texts share.
-        """
-        return (self.embed(batch) - self.centre) * self.feature_scale
-
-    def forward(self, batch: Batch) -> Tensor:
-        """Logits.
-
-        Returns
-        -------
-        Tensor
-            With a head [n, labels]; without [n, k, vocabulary] at the positions ``batch["kept"]``.
-        """
-        if self.head is not None:
-            return self.head(self.features(batch))  # type: ignore[no-any-return]
-        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-        kept = batch["kept"]
-        if self._keeps:  # logits of a large vocabulary are most of a step's memory
-            logits: Tensor = self.peft(**inputs, use_cache=False, logits_to_keep=kept).logits
-            return logits
-        every: Tensor = self.peft(**inputs, use_cache=False).logits
-        return every[:, kept]
-
-    @contextmanager
-    def inference(self) -> Iterator[None]:
-        """Without gradients and LoRA dropout; training mode is as before afterwards."""
-        training = self.training
-        self.eval()
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            self.train(training)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoadedModel:
-    """A model on a device, with all that goes with it.
-
-    Attributes
-    ----------
-    module : TaskModel
-        Float32, in training mode.
-    tokenizer : PreTrainedTokenizerBase
-        Of the base model.
-    task : Task
-        What it is trained for.
-    layout : Layout
-        The trained parameters as one flat vector.
-    device : torch.device
-        Where the module is.
-    dtype : torch.dtype
-        For matrix products with frozen weights; the weights themselves are float32.
-    attention : str
-        Transformers' name of the implementation in use.
-    description : str
-        All this in one line, for people.
-    plan : Plan
-        What it was loaded for.
-    """
-
-    module: TaskModel
-    tokenizer: Any
-    task: Task
-    layout: Layout
-    device: torch.device
-    dtype: torch.dtype
-    attention: str
-    description: str
-    plan: Plan
-
-    def parameters(self, group: Group | None = None) -> tuple[nn.Parameter, ...]:
-        """The trained parameters, of one group or all, in the order of the layout."""
-        trained = self.module.trained
-        return tuple(
-            trained[entry.name]
-            for entry in self.layout.entries
-            if entry.name in trained and group in {None, entry.group}
-        )
+# Weights of larger models are not loaded to answer a question; the site's own trial does it later.
+_MOST_BYTES = 4_000_000_000
+_ANSWERS: dict[str, Refusal | None] = {}
 
 
 def load_model(
@@ -267,6 +120,72 @@ def _assembled(plan: Plan, folder: Path, choices: Choices, *, rank: int | None) 
     )
 
 
+def outline(plan: Plan, *, base: str) -> Layout:
+    """What the plan's adapter consists of; of the base model no weight is read.
+
+    Parameters
+    ----------
+    plan : Plan
+        What is to be trained.
+    base : str
+        Where the base model is on this machine: a folder, or an id in the local cache.
+
+    Raises
+    ------
+    ModelError
+        Of some kind: the model is not here, the adapter does not fit it, or its texts.
+    """
+    folder = locate(base)
+    config, tokenizer = load_config(folder), load_tokenizer(folder)
+    kind = AutoModelForCausalLM if plan.model.task == "causal_lm" else AutoModel
+    with fixed_rng(), quiet(), torch.device("meta"):
+        try:
+            model = kind.from_config(config)
+        except Exception as exc:
+            raise ModelError(f"{base}: Transformers can't build the model: {told(exc)}") from exc
+        require_text(model, tokenizer)
+        require_length(model, tokenizer, plan)
+        return layout_of(with_adapter(model, plan))
+
+
+def require_taken(plan: Plan, *, base: str | None = None) -> None:
+    """Check that a base model on this machine can be trained as a plan says; asked once a process.
+
+    Names and numbers are compared without the weights. A model of up to 4 GB is loaded too, and tried
+    as it is before training (`silotune.models.trial`).
+
+    Parameters
+    ----------
+    plan : Plan
+        What is to be trained.
+    base : str, optional
+        Where the base model is on this machine, if not where ``model.base`` says.
+
+    Raises
+    ------
+    ModelNotFound
+        It is not here.
+    ModelError
+        It can't; the message has the number, the nearest name or the layer.
+    """
+    folder = locate(base or plan.model.base)
+    key = trial_key(plan, folder)
+    if key not in _ANSWERS:
+        _ANSWERS[key] = _asked(plan, folder)
+    if (refusal := _ANSWERS[key]) is not None:
+        raise refusal.error()
+
+
+def _asked(plan: Plan, folder: Path) -> Refusal | None:
+    try:
+        outline(plan, base=str(folder))
+        if sum(path.stat().st_size for path in weight_files(folder)) <= _MOST_BYTES:
+            load_model(plan, base=str(folder), device="cpu", attention="eager", dtype="float32")
+    except SilotuneError as exc:
+        return Refusal.of(exc)
+    return None
+
+
 def with_adapter(bare: PreTrainedModel, plan: Plan, *, rank: int | None = None) -> TaskModel:
     """A base model with the plan's adapter, and head where the task has one.
 
@@ -298,16 +217,6 @@ def _complete(
             return found
         attention, dtype = attention or found.attention, dtype or found.dtype
     return Choices(device=str(resolve_device(device)), dtype=dtype, attention=attention)
-
-
-def _pool(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
-    """[n, tokens, hidden] to [n, hidden], for texts padded on the right."""
-    if pooling == "first":
-        return hidden[:, 0]
-    if pooling == "last":
-        return hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(1) - 1]
-    weight = mask[..., None].to(hidden.dtype)
-    return (hidden * weight).sum(1) / weight.sum(1)
 
 
 def _centre(module: TaskModel, tokenizer: Any, task: Task, plan: Plan, place: torch.device) -> None:

@@ -1,6 +1,6 @@
-"""Micro-batches of examples of like length, so that little of a batch is padding.
+"""Texts as token ids, in one place: for training, for `predict`, and for the code of an adapter's card.
 
-Texts as token ids, in one place: for training, for `predict`, and for the code in an adapter's card.
+Examples of like length come into one micro-batch, so that little of it is padding.
 
 What stands in a text is text. A literal ``</s>`` in a note becomes the tokens of its characters, never
 the control token of that name; the only control tokens of a sequence are those that are put around
@@ -10,14 +10,88 @@ no markers, and none is doubled.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from silotune.errors import ModelError
-from silotune.models.task import Encoded, Rows
+
+Batch = Mapping[str, Tensor]
+Rows = Sequence[int] | NDArray[np.integer[Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """Token ids of every example, ragged, and one integer of task-specific target each.
+
+    Attributes
+    ----------
+    ids : int32 array [tokens]
+        The token ids of all examples, one after the other.
+    offsets : int64 array [n + 1]
+        Example ``i`` is ``ids[offsets[i]:offsets[i + 1]]``.
+    targets : int64 array [n]
+        Classification: the label's index. Causal LM: the number of prompt tokens.
+    pad_id : int
+        Token that fills up a batch; its positions are masked, so any id will do.
+    """
+
+    ids: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+    targets: NDArray[np.int64]
+    pad_id: int
+
+    @classmethod
+    def of(cls, sequences: Sequence[Sequence[int]], targets: Sequence[int], pad_id: int) -> Encoded:
+        """From one list of token ids an example."""
+        offsets = np.zeros(len(sequences) + 1, dtype=np.int64)
+        np.cumsum([len(s) for s in sequences], out=offsets[1:])
+        ids = np.fromiter((t for s in sequences for t in s), dtype=np.int32, count=int(offsets[-1]))
+        return cls(ids, offsets, np.asarray(targets, dtype=np.int64), pad_id)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each example, shape [n]."""
+        return np.diff(self.offsets)
+
+    def tokens(self, row: int) -> NDArray[np.int32]:
+        """Token ids of one example."""
+        return self.ids[self.offsets[row] : self.offsets[row + 1]]
+
+    def subset(self, rows: Rows) -> Encoded:
+        """The given examples, in the given order."""
+        chosen = [self.tokens(int(row)) for row in rows]
+        offsets = np.zeros(len(chosen) + 1, dtype=np.int64)
+        np.cumsum([len(c) for c in chosen], out=offsets[1:])
+        ids = np.concatenate(chosen) if chosen else np.zeros(0, dtype=np.int32)
+        return Encoded(ids, offsets, self.targets[np.asarray(rows, dtype=np.int64)], self.pad_id)
+
+    def padded(self, rows: Rows, device: torch.device) -> dict[str, Tensor]:
+        """A batch padded on the right, as long as its longest example.
+
+        Returns
+        -------
+        dict
+            ``input_ids`` and ``attention_mask``, int64 of shape [len(rows), longest].
+        """
+        chosen = self.subset(rows)
+        lengths, width = chosen.lengths[:, None], int(chosen.lengths.max(initial=0))
+        real = np.arange(width)[None, :] < lengths
+        ids = np.full(real.shape, self.pad_id, dtype=np.int64)
+        ids[real] = chosen.ids
+        return {
+            "input_ids": torch.from_numpy(ids).to(device),
+            "attention_mask": torch.from_numpy(real.astype(np.int64)).to(device),
+        }
 
 
 def batches(

@@ -1,96 +1,32 @@
-"""What a task is: records to tokens, tokens to losses, predictions to counts.
+"""A task, and the model that is trained for it: what the two ask of each other.
 
-Tasks hold no state. A new one is one file in ``silotune/models/tasks`` and a line in its registry.
+A task turns records into tokens, tokens into losses and predictions into counts, and holds no state. A
+new one is one file in ``silotune/models/tasks`` and a line in its registry.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import normalize
 
+from silotune.models.batching import Batch, Encoded, Rows
+from silotune.models.layout import Group, Layout
+from silotune.models.lora import saved_name
 from silotune.plan.plan import Plan
 
-if TYPE_CHECKING:
-    from silotune.models.base import LoadedModel, TaskModel
-
-Batch = Mapping[str, Tensor]
-Rows = Sequence[int] | NDArray[np.integer[Any]]
-
-
-@dataclass(frozen=True, eq=False)
-class Encoded:
-    """Token ids of every example, ragged, and one integer of task-specific target each.
-
-    Attributes
-    ----------
-    ids : int32 array [tokens]
-        The token ids of all examples, one after the other.
-    offsets : int64 array [n + 1]
-        Example ``i`` is ``ids[offsets[i]:offsets[i + 1]]``.
-    targets : int64 array [n]
-        Classification: the label's index. Causal LM: the number of prompt tokens.
-    pad_id : int
-        Token that fills up a batch; its positions are masked, so any id will do.
-    """
-
-    ids: NDArray[np.int32]
-    offsets: NDArray[np.int64]
-    targets: NDArray[np.int64]
-    pad_id: int
-
-    @classmethod
-    def of(cls, sequences: Sequence[Sequence[int]], targets: Sequence[int], pad_id: int) -> Encoded:
-        """From one list of token ids an example."""
-        offsets = np.zeros(len(sequences) + 1, dtype=np.int64)
-        np.cumsum([len(s) for s in sequences], out=offsets[1:])
-        ids = np.fromiter((t for s in sequences for t in s), dtype=np.int32, count=int(offsets[-1]))
-        return cls(ids, offsets, np.asarray(targets, dtype=np.int64), pad_id)
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    @cached_property
-    def lengths(self) -> NDArray[np.int64]:
-        """Tokens of each example, shape [n]."""
-        return np.diff(self.offsets)
-
-    def tokens(self, row: int) -> NDArray[np.int32]:
-        """Token ids of one example."""
-        return self.ids[self.offsets[row] : self.offsets[row + 1]]
-
-    def subset(self, rows: Rows) -> Encoded:
-        """The given examples, in the given order."""
-        chosen = [self.tokens(int(row)) for row in rows]
-        offsets = np.zeros(len(chosen) + 1, dtype=np.int64)
-        np.cumsum([len(c) for c in chosen], out=offsets[1:])
-        ids = np.concatenate(chosen) if chosen else np.zeros(0, dtype=np.int32)
-        return Encoded(ids, offsets, self.targets[np.asarray(rows, dtype=np.int64)], self.pad_id)
-
-    def padded(self, rows: Rows, device: torch.device) -> dict[str, Tensor]:
-        """A batch padded on the right, as long as its longest example.
-
-        Returns
-        -------
-        dict
-            ``input_ids`` and ``attention_mask``, int64 of shape [len(rows), longest].
-        """
-        chosen = self.subset(rows)
-        lengths, width = chosen.lengths[:, None], int(chosen.lengths.max(initial=0))
-        real = np.arange(width)[None, :] < lengths
-        ids = np.full(real.shape, self.pad_id, dtype=np.int64)
-        ids[real] = chosen.ids
-        return {
-            "input_ids": torch.from_numpy(ids).to(device),
-            "attention_mask": torch.from_numpy(real.astype(np.int64)).to(device),
-        }
+_LAYER = re.compile(r"^(.*)\.(\d+)\.")
 
 
 class Task(Protocol):
@@ -139,3 +75,236 @@ class Task(Protocol):
 
     def predict(self, model: LoadedModel, texts: Sequence[str]) -> list[Any]:
         """What the model says of new texts."""
+
+
+class FrozenPrefix:
+    """The layers of a model below its first trained one.
+
+    Parameters
+    ----------
+    layers : list of nn.Module
+        At least one, each a function of the hidden states before it.
+    first : nn.Module
+        The first layer that is trained.
+    """
+
+    def __init__(self, layers: list[nn.Module], first: nn.Module) -> None:
+        self._first = first
+        self._given: Tensor | None = None
+        self._layers = layers
+        for number, layer in enumerate(layers):
+            self._replace(layer, entry=number == 0)
+
+    @classmethod
+    def of(cls, model: nn.Module) -> FrozenPrefix | None:
+        """The frozen prefix of a model with its adapter in place; None if it has none."""
+        trained = [name for name, p in model.named_parameters() if p.requires_grad]
+        matches = [_LAYER.match(name) for name in trained]
+        stacks = {match[1] for match in matches if match}
+        if not trained or not all(matches) or len(stacks) != 1:
+            return None
+        stack = model.get_submodule(stacks.pop())
+        lowest = min(int(match[2]) for match in matches if match)
+        if not isinstance(stack, nn.ModuleList) or lowest == 0:
+            return None
+        return cls([stack[number] for number in range(lowest)], stack[lowest])
+
+    def _replace(self, layer: nn.Module, *, entry: bool) -> None:
+        plain = layer.forward
+
+        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if self._given is None:
+                return plain(hidden_states, *args, **kwargs)
+            return self._given if entry else hidden_states
+
+        layer.forward = forward
+
+    def remove(self) -> None:
+        """Give every layer its own forward back."""
+        for layer in self._layers:
+            del layer.forward
+
+    @contextmanager
+    def replay(self, hidden: Tensor | None) -> Iterator[None]:
+        """Have the lower layers give `hidden` [n, tokens, size] for the time being, if not None."""
+        self._given = hidden
+        try:
+            yield
+        finally:
+            self._given = None
+
+    @contextmanager
+    def capture(self) -> Iterator[list[Tensor]]:
+        """Collect what the first trained layer is given, one tensor a forward pass."""
+        seen: list[Tensor] = []
+
+        def look(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            del layer
+            seen.append((args[0] if args else kwargs["hidden_states"]).detach())
+
+        handle = self._first.register_forward_pre_hook(look, with_kwargs=True)
+        try:
+            yield seen
+        finally:
+            handle.remove()
+
+
+class TaskModel(nn.Module):
+    """Backbone, adapter and head as one module.
+
+    Parameters
+    ----------
+    peft : PeftModel
+        Around ``AutoModel``, or around ``AutoModelForCausalLM`` where there is no head.
+    head : nn.Linear or None
+        Classifies features; starts at zero.
+    pooling : str
+        How the tokens of a text become one vector: "mean", "first" or "last" token.
+    feature_scale : float
+        Factor of the features.
+    """
+
+    centre: Tensor
+
+    def __init__(
+        self,
+        peft: Any,
+        head: nn.Linear | None,
+        *,
+        pooling: str,
+        feature_scale: float,
+    ) -> None:
+        super().__init__()
+        self.peft, self.head = peft, head
+        self.pooling, self.feature_scale = pooling, feature_scale
+        hidden = 0 if head is None else head.in_features
+        self.register_buffer("centre", torch.zeros(hidden))
+        if head is not None:
+            nn.init.zeros_(head.weight)
+            nn.init.zeros_(head.bias)
+        self.prefix = FrozenPrefix.of(peft)
+        forward = inspect.signature(peft.get_base_model().forward)
+        self._keeps = "logits_to_keep" in forward.parameters
+
+    @cached_property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The trained parameters by their layout names, in the order of the layout."""
+        found = {
+            saved_name(name): parameter
+            for name, parameter in self.peft.named_parameters()
+            if parameter.requires_grad
+        }
+        if self.head is not None:
+            found |= {f"head.{name}": p for name, p in self.head.named_parameters()}
+        return found
+
+    def embed(self, batch: Batch) -> Tensor:
+        """Pooled token vectors of unit length.
+
+        Parameters
+        ----------
+        batch : mapping
+            ``input_ids`` and ``attention_mask`` [n, tokens], padded on the right, and perhaps
+            ``prefix`` [n, tokens, hidden], see `silotune.models.features`.
+
+        Returns
+        -------
+        Tensor
+            Float32 of shape [n, hidden].
+        """
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        with self.prefix.replay(batch.get("prefix")) if self.prefix else nullcontext():
+            hidden = self.peft(input_ids=ids, attention_mask=mask).last_hidden_state.float()
+        return normalize(_pool(hidden, mask, self.pooling), dim=-1)
+
+    def features(self, batch: Batch) -> Tensor:
+        """What the head sees: embeddings minus the centre, times the scale; [n, hidden].
+
+        Unit length bounds the gradient of the head; the centre takes out what all texts share.
+        """
+        return (self.embed(batch) - self.centre) * self.feature_scale
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits.
+
+        Returns
+        -------
+        Tensor
+            With a head [n, labels]; without [n, k, vocabulary] at the positions ``batch["kept"]``.
+        """
+        if self.head is not None:
+            return self.head(self.features(batch))  # type: ignore[no-any-return]
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        kept = batch["kept"]
+        if self._keeps:  # logits of a large vocabulary are most of a step's memory
+            logits: Tensor = self.peft(**inputs, use_cache=False, logits_to_keep=kept).logits
+            return logits
+        every: Tensor = self.peft(**inputs, use_cache=False).logits
+        return every[:, kept]
+
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        """Without gradients and LoRA dropout; training mode is as before afterwards."""
+        training = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.train(training)
+
+
+def _pool(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
+    """[n, tokens, hidden] to [n, hidden], for texts padded on the right."""
+    if pooling == "first":
+        return hidden[:, 0]
+    if pooling == "last":
+        return hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(1) - 1]
+    weight = mask[..., None].to(hidden.dtype)
+    return (hidden * weight).sum(1) / weight.sum(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedModel:
+    """A model on a device, with all that goes with it.
+
+    Attributes
+    ----------
+    module : TaskModel
+        Float32, in training mode.
+    tokenizer : PreTrainedTokenizerBase
+        Of the base model.
+    task : Task
+        What it is trained for.
+    layout : Layout
+        The trained parameters as one flat vector.
+    device : torch.device
+        Where the module is.
+    dtype : torch.dtype
+        For matrix products with frozen weights; the weights themselves are float32.
+    attention : str
+        Transformers' name of the implementation in use.
+    description : str
+        All this in one line, for people.
+    plan : Plan
+        What it was loaded for.
+    """
+
+    module: TaskModel
+    tokenizer: Any
+    task: Task
+    layout: Layout
+    device: torch.device
+    dtype: torch.dtype
+    attention: str
+    description: str
+    plan: Plan
+
+    def parameters(self, group: Group | None = None) -> tuple[nn.Parameter, ...]:
+        """The trained parameters, of one group or all, in the order of the layout."""
+        trained = self.module.trained
+        return tuple(
+            trained[entry.name]
+            for entry in self.layout.entries
+            if entry.name in trained and group in {None, entry.group}
+        )

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -31,13 +31,11 @@ from silotune.errors import (
     TextRefused,
     TokensSeenEarly,
 )
+from silotune.models.batching import Encoded
 from silotune.models.features import compute_frozen
 from silotune.models.pretrained import fixed_rng, quiet, told
-from silotune.models.task import Encoded
+from silotune.models.task import LoadedModel
 from silotune.privacy.clipping import Attached, attach
-
-if TYPE_CHECKING:
-    from silotune.models.base import LoadedModel
 
 
 def running_layer(module: nn.Module, run: Callable[[], object]) -> str:

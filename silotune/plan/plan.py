@@ -21,33 +21,13 @@ from pydantic import ValidationError, model_validator
 from silotune.errors import PlanInvalid, PlanSignatureInvalid, PlanUnreadable
 from silotune.plan.explain import explain
 from silotune.plan.rules import conflicts
-from silotune.plan.sections import (
-    About,
-    AggregationSection,
-    DataSection,
-    LoraSection,
-    ModelSection,
-    OptimizerSection,
-    PrivacySection,
-    RoundsSection,
-    Section,
-)
-from silotune.plan.strategies import STRATEGIES, StrategyFacts
+from silotune.plan.sections import Section, Sections
 
 _SIGNING_CONTEXT = b"silotune plan v1\0"
 
 
-class Plan(Section):
+class Plan(Sections):
     """A whole plan. Build it with `Plan.load` or `Plan.from_mapping`."""
-
-    plan: About
-    model: ModelSection
-    lora: LoraSection = LoraSection()
-    data: DataSection
-    rounds: RoundsSection
-    optimizer: OptimizerSection = OptimizerSection()
-    privacy: PrivacySection
-    aggregation: AggregationSection = AggregationSection()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -121,66 +101,6 @@ class Plan(Section):
             else:
                 table[leaf] = value
         return Plan.from_mapping(raw, source="plan with overrides")
-
-    @property
-    def strategy(self) -> StrategyFacts:
-        """What the aggregation strategy is."""
-        return STRATEGIES[self.aggregation.strategy]
-
-    @property
-    def private(self) -> bool:
-        """Whether what a site sends is differentially private, and so charged to its ledger."""
-        site = self.privacy.site
-        return self.per_unit or (site is not None and site.noise == "site")
-
-    @property
-    def per_unit(self) -> bool:
-        """Whether training steps clip and hide single privacy units."""
-        return self.privacy.mode == "record"
-
-    @property
-    def trusts_coordinator(self) -> bool:
-        """Whether it is the coordinator that adds the noise, to updates it sees without."""
-        return self.privacy.site is not None and not self.private
-
-    @property
-    def releases_a_round(self) -> int:
-        """Noisy releases that a site's update of a round is composed of."""
-        return self.rounds.local_steps if self.per_unit else 1
-
-    def release_rate(self, declared_units: int) -> float:
-        """Poisson sampling rate of each of these: 1 where a whole site is what is hidden."""
-        return 1.0 if self.privacy.mode == "site" else self.rate_for(declared_units)
-
-    @property
-    def sends_sums(self) -> bool:
-        """Whether a site sends the gradient sum of its one step, not a change of the adapter."""
-        return self.rounds.local_steps == 1
-
-    @property
-    def freezes_a(self) -> bool:
-        """Whether A is no part of the adapter that travels, as in FFA-LoRA."""
-        return self.strategy.freezes_a
-
-    @property
-    def steps(self) -> int:
-        """Training steps of a whole run, head-only rounds included."""
-        return self.rounds.number * self.rounds.local_steps
-
-    def training_units(self, declared_units: int) -> float:
-        """Units that are expected to be trained on, of so many declared: public, like both factors."""
-        return declared_units * (1.0 - self.data.test_share - self.data.validation_share)
-
-    def rate_for(self, declared_units: int) -> float:
-        """Poisson sampling rate q at a site that declares so many units (at most 1)."""
-        if self.privacy.rate is not None:
-            return self.privacy.rate
-        assert self.privacy.batch is not None  # validated
-        return min(1.0, self.privacy.batch / self.training_units(declared_units))
-
-    def expected_batch(self, declared_units: int) -> float:
-        """Expected units in a step, from public numbers alone: the divisor of gradient sums."""
-        return self.rate_for(declared_units) * self.training_units(declared_units)
 
 
 class SignedPlan(Section):

@@ -1,20 +1,12 @@
-"""Combinations of settings that a plan can't have, each with its reason.
-
-Which plans secure aggregation and shared noise can serve, and why not the others.
-"""
+"""Combinations of settings that a plan can't have, each with its reason."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from silotune.plan.sections import Clip
+from silotune.plan.sections import Clip, Sections
 from silotune.plan.strategies import STRATEGIES
 
-if TYPE_CHECKING:
-    from silotune.plan.plan import Plan
 
-
-def sends_all_it_trains(plan: Plan) -> bool:
+def sends_all_it_trains(plan: Sections) -> bool:
     """Whether sites send the sum of all that they train, as it is: other sites' noise then counts.
 
     A part that is kept, or an update that is changed after its noise, has the site's own noise only,
@@ -23,7 +15,7 @@ def sends_all_it_trains(plan: Plan) -> bool:
     return plan.strategy.sends_all and plan.aggregation.head == "shared"
 
 
-def secure_conflicts(plan: Plan) -> list[str]:
+def secure_conflicts(plan: Sections) -> list[str]:
     """Settings of secure aggregation and shared noise that contradict each other or the rest."""
     shared = plan.privacy.noise == "shared"
     if not plan.aggregation.secure:
@@ -43,7 +35,7 @@ def secure_conflicts(plan: Plan) -> list[str]:
     return [*_cohort_conflicts(plan), *(_shared_conflicts(plan) if shared else [])]
 
 
-def _cohort_conflicts(plan: Plan) -> list[str]:
+def _cohort_conflicts(plan: Sections) -> list[str]:
     aggregation, rounds = plan.aggregation, plan.rounds
     cohort, threshold = aggregation.cohort, aggregation.threshold
     found = []
@@ -74,12 +66,12 @@ def _cohort_conflicts(plan: Plan) -> list[str]:
     return found
 
 
-def _bounded(plan: Plan) -> bool:
+def _bounded(plan: Sections) -> bool:
     several = plan.rounds.local_steps > 1
     return plan.private or (several and plan.optimizer.site.local == "adam")
 
 
-def _shared_conflicts(plan: Plan) -> list[str]:
+def _shared_conflicts(plan: Sections) -> list[str]:
     found = []
     if not plan.private:
         found.append("privacy.noise: there is no noise to share when privacy.mode is 'none'")
@@ -113,7 +105,7 @@ def _shared_conflicts(plan: Plan) -> list[str]:
     return found
 
 
-def conflicts(plan: Plan) -> list[str]:
+def conflicts(plan: Sections) -> list[str]:
     """Every impossible combination of a plan: the key's path and the reason."""
     return [
         *_model_conflicts(plan),
@@ -125,7 +117,7 @@ def conflicts(plan: Plan) -> list[str]:
     ]
 
 
-def _model_conflicts(plan: Plan) -> list[str]:
+def _model_conflicts(plan: Sections) -> list[str]:
     labels, task = plan.model.labels, plan.model.task
     found = []
     if task == "text_classification" and len(labels) < 2:
@@ -141,7 +133,7 @@ def _model_conflicts(plan: Plan) -> list[str]:
     return found
 
 
-def _privacy_conflicts(plan: Plan) -> list[str]:
+def _privacy_conflicts(plan: Sections) -> list[str]:
     privacy, found = plan.privacy, []
     protected = {"epsilon": privacy.epsilon, "delta": privacy.delta, "clip": privacy.clip}
     for key, value in protected.items():
@@ -162,7 +154,7 @@ def _privacy_conflicts(plan: Plan) -> list[str]:
     return found
 
 
-def _step_conflicts(plan: Plan) -> list[str]:
+def _step_conflicts(plan: Sections) -> list[str]:
     found = []
     if plan.rounds.local_steps == 1 and plan.optimizer.server.name == "none":
         found.append(
@@ -174,12 +166,12 @@ def _step_conflicts(plan: Plan) -> list[str]:
     return found
 
 
-def _strategy_conflicts(plan: Plan) -> list[str]:
+def _strategy_conflicts(plan: Sections) -> list[str]:
     """Impossible combinations of ``[aggregation]`` with itself and with other sections."""
     return [*_options(plan), *_votes(plan), *_local_steps(plan), *_local_head(plan)]
 
 
-def _options(plan: Plan) -> list[str]:
+def _options(plan: Sections) -> list[str]:
     name, found = plan.aggregation.strategy, []
     for option in sorted({option for facts in STRATEGIES.values() for option in facts.options}):
         given = getattr(plan.aggregation, option) is not None
@@ -193,7 +185,7 @@ def _options(plan: Plan) -> list[str]:
     return found
 
 
-def _votes(plan: Plan) -> list[str]:
+def _votes(plan: Sections) -> list[str]:
     aggregation, found = plan.aggregation, []
     name, liars, sites = aggregation.strategy, aggregation.byzantine, plan.rounds.min_sites
     if plan.strategy.one_vote and aggregation.weights != "equal":
@@ -216,7 +208,7 @@ def _votes(plan: Plan) -> list[str]:
     return found
 
 
-def _local_steps(plan: Plan) -> list[str]:
+def _local_steps(plan: Sections) -> list[str]:
     name, facts, found = plan.aggregation.strategy, plan.strategy, []
     if plan.sends_sums:
         if facts.idle_in_one_step:
@@ -241,7 +233,7 @@ def _local_steps(plan: Plan) -> list[str]:
     return found
 
 
-def _local_head(plan: Plan) -> list[str]:
+def _local_head(plan: Sections) -> list[str]:
     if plan.aggregation.head == "shared":
         return []
     found = []
@@ -260,7 +252,7 @@ def _local_head(plan: Plan) -> list[str]:
     return found
 
 
-def _site_privacy_conflicts(plan: Plan) -> list[str]:
+def _site_privacy_conflicts(plan: Sections) -> list[str]:
     """What client-level privacy needs, and what it can't go with."""
     privacy, aggregation = plan.privacy, plan.aggregation
     if privacy.mode != "site":

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from silotune.plan.strategies import STRATEGIES, not_dropped
+from silotune.plan.strategies import STRATEGIES, StrategyFacts, not_dropped
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
@@ -196,3 +196,76 @@ class AggregationSection(Section):
         None,
         description="norm_bound: length that no update may pass; of a mean gradient or change.",
     )
+
+
+class Sections(Section):
+    """All that a plan states, and what follows from it."""
+
+    plan: About
+    model: ModelSection
+    lora: LoraSection = LoraSection()
+    data: DataSection
+    rounds: RoundsSection
+    optimizer: OptimizerSection = OptimizerSection()
+    privacy: PrivacySection
+    aggregation: AggregationSection = AggregationSection()
+
+    @property
+    def strategy(self) -> StrategyFacts:
+        """What the aggregation strategy is."""
+        return STRATEGIES[self.aggregation.strategy]
+
+    @property
+    def private(self) -> bool:
+        """Whether what a site sends is differentially private, and so charged to its ledger."""
+        site = self.privacy.site
+        return self.per_unit or (site is not None and site.noise == "site")
+
+    @property
+    def per_unit(self) -> bool:
+        """Whether training steps clip and hide single privacy units."""
+        return self.privacy.mode == "record"
+
+    @property
+    def trusts_coordinator(self) -> bool:
+        """Whether it is the coordinator that adds the noise, to updates it sees without."""
+        return self.privacy.site is not None and not self.private
+
+    @property
+    def releases_a_round(self) -> int:
+        """Noisy releases that a site's update of a round is composed of."""
+        return self.rounds.local_steps if self.per_unit else 1
+
+    def release_rate(self, declared_units: int) -> float:
+        """Poisson sampling rate of each of these: 1 where a whole site is what is hidden."""
+        return 1.0 if self.privacy.mode == "site" else self.rate_for(declared_units)
+
+    @property
+    def sends_sums(self) -> bool:
+        """Whether a site sends the gradient sum of its one step, not a change of the adapter."""
+        return self.rounds.local_steps == 1
+
+    @property
+    def freezes_a(self) -> bool:
+        """Whether A is no part of the adapter that travels, as in FFA-LoRA."""
+        return self.strategy.freezes_a
+
+    @property
+    def steps(self) -> int:
+        """Training steps of a whole run, head-only rounds included."""
+        return self.rounds.number * self.rounds.local_steps
+
+    def training_units(self, declared_units: int) -> float:
+        """Units that are expected to be trained on, of so many declared: public, like both factors."""
+        return declared_units * (1.0 - self.data.test_share - self.data.validation_share)
+
+    def rate_for(self, declared_units: int) -> float:
+        """Poisson sampling rate q at a site that declares so many units (at most 1)."""
+        if self.privacy.rate is not None:
+            return self.privacy.rate
+        assert self.privacy.batch is not None  # validated
+        return min(1.0, self.privacy.batch / self.training_units(declared_units))
+
+    def expected_batch(self, declared_units: int) -> float:
+        """Expected units in a step, from public numbers alone: the divisor of gradient sums."""
+        return self.rate_for(declared_units) * self.training_units(declared_units)

@@ -30,11 +30,10 @@ from silotune.client.trainer import RoundUpdate, SiteData, Trainer, Vector
 from silotune.data.records import Records, Split, own_secret
 from silotune.data.site import SiteConfig
 from silotune.models.adapter import write_adapter
-from silotune.models.batching import batches
+from silotune.models.batching import Encoded, batches
 from silotune.models.choices import Choices
 from silotune.models.features import Frozen
 from silotune.models.layout import Layout, initial_adapter
-from silotune.models.task import Encoded
 from silotune.plan.plan import Plan
 from silotune.privacy.noise import NoiseSource, SecureNoise, SeededNoise, derive_seed
 from silotune.simulation.program import score

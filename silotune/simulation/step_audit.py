@@ -31,10 +31,10 @@ from silotune.client.terms import sigma_for
 from silotune.client.trainer import TrainableModel, Vector
 from silotune.data.records import Records, Split
 from silotune.data.site import SiteConfig
-from silotune.models.base import LoadedModel
+from silotune.models.batching import Encoded, Rows
 from silotune.models.choices import Choices
 from silotune.models.layout import ArrayEntry, Layout
-from silotune.models.task import Encoded, Rows
+from silotune.models.task import LoadedModel
 from silotune.plan.plan import Plan
 from silotune.plan.sections import Clip
 from silotune.privacy.accounting import epsilon

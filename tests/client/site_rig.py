@@ -14,7 +14,7 @@ from silotune.client.daemon.documents import DocumentExchange
 from silotune.client.daemon.joining import Joining
 from silotune.client.daemon.runner import Runner
 from silotune.data.site import SiteConfig
-from silotune.models.outline import outline
+from silotune.models.base import outline
 from silotune.privacy.ledger import Ledger
 from silotune.protocol.envelope import address_of, seal_id, unseal
 from silotune.trust.audit import AUDIT_FILE, AuditLog

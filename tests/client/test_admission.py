@@ -16,8 +16,7 @@ from silotune.client.policy import total_epsilon
 from silotune.client.site_run import SiteRun
 from silotune.data.site import SiteConfig
 from silotune.errors import BudgetExceeded, ModelNotFound, SilotuneError
-from silotune.models.base import load_model
-from silotune.models.outline import outline
+from silotune.models.base import load_model, outline
 from silotune.models.pretrained import weights_sha256
 from silotune.plan.plan import Plan
 from silotune.privacy.ledger import Ledger

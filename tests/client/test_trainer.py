@@ -7,8 +7,8 @@ import torch
 from silotune.client.trainer import UnitSampler
 from silotune.errors import SelfCheckFailed
 from silotune.models.adapter import write_adapter
+from silotune.models.batching import Encoded
 from silotune.models.layout import initial_adapter
-from silotune.models.task import Encoded
 from silotune.privacy.noise import SeededNoise, derive_seed
 from silotune.simulation.baselines import federate
 from silotune.strategies.base import Terms

@@ -21,7 +21,7 @@ from silotune.data.reader import load_records, require_declared
 from silotune.data.records import Records, Split
 from silotune.data.site import SiteConfig, load_sites
 from silotune.errors import EnvironmentFault, FolderOccupied
-from silotune.models.outline import outline
+from silotune.models.base import outline
 from silotune.plan.plan import Plan
 
 KEY = b"k" * 32

@@ -8,7 +8,7 @@ import psutil
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-from silotune.models.outline import outline
+from silotune.models.base import outline
 from silotune.privacy.ledger import Ledger
 from silotune.protocol.envelope import refusal_code, seal_id, unseal
 from silotune.trust.audit import AuditLog

@@ -4,8 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from silotune.models.batching import batches
-from silotune.models.task import Encoded
+from silotune.models.batching import Encoded, batches
 
 lengths_of = st.lists(st.integers(1, 60), min_size=1, max_size=80)
 

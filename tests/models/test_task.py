@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from silotune.models.task import Encoded
+from silotune.models.batching import Encoded
 
 ragged = st.lists(st.lists(st.integers(1, 900), min_size=1, max_size=12), min_size=1, max_size=9)
 CPU = torch.device("cpu")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from silotune.models.task import Encoded, Task
+from silotune.models.task import Task
 from silotune.models.tasks.causal_lm import CausalLm
 from silotune.models.tasks.text_classification import TextClassification
 
@@ -15,6 +15,3 @@ _TASKS: dict[str, Task] = {
 def get_task(name: str) -> Task:
     """The task that ``model.task`` of a plan names; the plan has validated the name."""
     return _TASKS[name]
-
-
-__all__ = ["CausalLm", "Encoded", "Task", "TextClassification", "get_task"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +21,9 @@ from transformers import GenerationConfig
 from silotune.errors import ModelError
 from silotune.models import scores
 from silotune.models.batching import (
+    Batch,
+    Encoded,
+    Rows,
     bare_ids,
     end_id,
     end_ids,
@@ -29,11 +32,8 @@ from silotune.models.batching import (
     padding_id,
     prompt_ids,
 )
-from silotune.models.task import Batch, Encoded, Rows
+from silotune.models.task import LoadedModel, TaskModel
 from silotune.plan.plan import Plan
-
-if TYPE_CHECKING:
-    from silotune.models.base import LoadedModel, TaskModel
 
 _PREDICT_BATCH = 16
 _LOGITS = 1 << 24  # that a score makes at a time: 64 MB

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,12 +15,9 @@ from torch.nn.functional import cross_entropy
 
 from silotune.errors import RecordInvalid
 from silotune.models import scores
-from silotune.models.batching import batches, padding_id, text_ids
-from silotune.models.task import Batch, Encoded, Rows
+from silotune.models.batching import Batch, Encoded, Rows, batches, padding_id, text_ids
+from silotune.models.task import LoadedModel, TaskModel
 from silotune.plan.plan import Plan
-
-if TYPE_CHECKING:
-    from silotune.models.base import LoadedModel, TaskModel
 
 _PREDICT_BATCH = 64
 
