@@ -15,13 +15,13 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 
 from silotune.client.daemon.api import CoordinatorApi
 from silotune.client.daemon.joining import Joining
-from silotune.client.errors import CoordinatorUnavailable
 from silotune.data.site import SiteConfig
 from silotune.errors import SilotuneError
 from silotune.flower.site_link import Fleet
 from silotune.models.layout import ArrayEntry, Layout
 from silotune.protocol import http
 from silotune.protocol.envelope import address_of, seal, seal_id, unseal
+from silotune.protocol.errors import CoordinatorUnavailable
 
 _MOST_BYTES = 1 << 30
 PAUSE = float(os.environ.get("SILOTUNE_BENCHMARK_PAUSE", "0"))  # as if it trained

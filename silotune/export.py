@@ -21,7 +21,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from silotune.dashboard.run_page import Spending
 from silotune.errors import ExportInTheWay, ExtraMissing
@@ -29,10 +29,6 @@ from silotune.events.schema import Evaluated, RoundFinished, RoundStarted, parse
 from silotune.events.source import Row, RunDirectories, RunFacts
 from silotune.events.view import RunView
 from silotune.plan.plan import dotted
-
-if TYPE_CHECKING:
-    from silotune.server.admin.client import ControlClient
-
 
 _PER_ROUND = ("seconds", "wait_seconds", "aggregate_seconds", "bytes_up", "bytes_down")
 
@@ -87,7 +83,21 @@ def of_directory(folder: Path) -> RunCurves:
     return collect(source.facts(run), source.events(run))
 
 
-def of_coordinator(client: ControlClient, run: str) -> RunCurves:
+class RunsApi(Protocol):
+    """A coordinator's admin API, of which this needs two calls."""
+
+    messages: Any
+
+    def call(self, name: str, request: Any) -> dict[str, Any]:
+        """A call's reply as plain data."""
+        ...
+
+    def download(self, run: str, file: str) -> bytes:
+        """A file of a run."""
+        ...
+
+
+def of_coordinator(client: RunsApi, run: str) -> RunCurves:
     """The curves of a coordinator's run, through its admin API. Raises what the coordinator names."""
     row = client.call("GetRun", client.messages.RunRef(run=run))
     signed = json.loads(client.download(run, "plan.json"))

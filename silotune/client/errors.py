@@ -214,15 +214,6 @@ class DeltaTooLarge(PolicyError):
     )
 
 
-class MessageRefused(RunError):
-    """A message is of no kind that this site knows, or breaks its form."""
-
-    code = "ST-641"
-    title = "A message was refused unread"
-    cause = "It is too large, of an unknown kind, or has records that the protocol does not have."
-    advice = "The two sides probably run different versions of silotune; align them."
-
-
 class RunNotProposed(RunError):
     """A message names a run that was never proposed to this site."""
 
@@ -268,15 +259,6 @@ class EnrolmentRefused(RunError):
     advice = "Ask the operator for the reason and for a new code."
 
 
-class CoordinatorRefused(RunError):
-    """The coordinator doesn't let this site in."""
-
-    code = "ST-647"
-    title = "The coordinator does not let this site in"
-    cause = "The certificate was revoked or is unknown there."
-    advice = "Ask the coordinator's operator; a revoked site has to join again."
-
-
 class SiteCommandFailed(RunError):
     """The daemon could not do what it was told."""
 
@@ -284,17 +266,6 @@ class SiteCommandFailed(RunError):
     title = "The site's daemon could not do that"
     cause = "The daemon answered the command with an error, whose code the message has."
     advice = "Read the detail; `silotune errors CODE` explains the code that it names."
-
-
-class SessionTaken(RunError):
-    """Another process with this site's keys has connected."""
-
-    code = "ST-649"
-    title = "Another process has taken the site's place"
-    cause = "A process with the same keys connected later; the coordinator serves the newest."
-    advice = (
-        "If it was not you: somebody has the site's keys. Tell the operator to revoke the site."
-    )
 
 
 # --- surroundings, as the doctor finds them ----------------------------------------------------
@@ -309,33 +280,6 @@ class NameUnresolved(EnvironmentFault):
     advice = "Check /etc/resolv.conf and the address; ask the coordinator's operator for it."
 
 
-class PortUnreachable(EnvironmentFault):
-    """TCP."""
-
-    code = "ST-741"
-    title = "The coordinator's port can't be reached"
-    cause = "No TCP connection: a firewall is in between, or the coordinator is down."
-    advice = "Have the firewall allow this one outbound port, or set HTTPS_PROXY to the proxy."
-
-
-class ProxyFailed(EnvironmentFault):
-    """The proxy doesn't connect."""
-
-    code = "ST-742"
-    title = "The proxy does not connect to the coordinator"
-    cause = "HTTPS_PROXY names a proxy that is unreachable or refuses the CONNECT."
-    advice = "Check HTTPS_PROXY, and have the proxy allow CONNECT to the coordinator's port."
-
-
-class ServerUntrusted(EnvironmentFault):
-    """TLS."""
-
-    code = "ST-743"
-    title = "The server is not the federation's coordinator"
-    cause = "Its certificate is not of the federation's authority, or is for another host name."
-    advice = "A proxy may be opening TLS: have it pass this host through. Else ask the operator."
-
-
 class CertificateExpired(EnvironmentFault):
     """The site's own certificate."""
 
@@ -343,15 +287,6 @@ class CertificateExpired(EnvironmentFault):
     title = "The site's certificate is expired or not valid yet"
     cause = "Its dates do not include this moment; it is renewed only while the daemon runs."
     advice = "Check the clock; if the certificate is really old, join again with a new code."
-
-
-class ClockWrong(EnvironmentFault):
-    """Clock skew."""
-
-    code = "ST-745"
-    title = "The machine's clock is wrong"
-    cause = "It differs from the coordinator's by more than the fleet protocol bears."
-    advice = "Start time synchronisation: `timedatectl set-ntp true`."
 
 
 class DiskLow(EnvironmentFault):
@@ -370,15 +305,6 @@ class DeviceMissing(EnvironmentFault):
     title = "The configured device is not there"
     cause = "resources.device names a GPU that PyTorch does not see."
     advice = "Check the driver with `nvidia-smi`, or set resources.device to 'cpu'."
-
-
-class CoordinatorUnavailable(EnvironmentFault):
-    """The coordinator doesn't answer as one."""
-
-    code = "ST-748"
-    title = "The coordinator does not answer"
-    cause = "The connection stands, but what answers is no coordinator, or it is starting up."
-    advice = "Try again in a minute; then ask the coordinator's operator."
 
 
 class RestoreNotNeeded(RunError):

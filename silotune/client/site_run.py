@@ -20,7 +20,7 @@ from flwr.app import RecordDict
 from numpy.typing import NDArray
 
 from silotune.client import evaluation
-from silotune.client.errors import BroadcastRefused, MessageRefused, RankRefused, RoundUnanswered
+from silotune.client.errors import BroadcastRefused, RankRefused, RoundUnanswered
 from silotune.client.gate import DpRelease, Field, Gate, Public, Unprotected
 from silotune.client.model_cache import ModelCache
 from silotune.client.policy import Facts, facts_for, judge
@@ -58,6 +58,7 @@ from silotune.privacy.certificate import CertificateBody, issue
 from silotune.privacy.events import gaussian_event
 from silotune.privacy.ledger import Ledger, ReleaseKey
 from silotune.privacy.noise import NoiseSource, SecureNoise, SeededNoise, derive_seed
+from silotune.protocol.errors import MessageRefused
 from silotune.trust.identity import load_or_create
 from silotune.trust.vault import Vault
 

@@ -29,7 +29,7 @@ from silotune.protocol.envelope import (
     seal_id,
     unseal,
 )
-from silotune.server.errors import SiteOffline, StoppedByOperator
+from silotune.protocol.errors import SiteOffline, StoppedByOperator
 from silotune.trust.errors import EnvelopeInvalid
 
 _log = logging.getLogger(__name__)

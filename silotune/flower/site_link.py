@@ -56,10 +56,10 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-from silotune.client.daemon.api import connection_errors, failure, https_client
-from silotune.client.errors import CoordinatorUnavailable, MessageRefused, SessionTaken
 from silotune.protocol.envelope import OBJECT_KINDS
+from silotune.protocol.errors import CoordinatorUnavailable, MessageRefused, SessionTaken
 from silotune.protocol.http import SESSION_HEADER
+from silotune.protocol.https import connection_errors, failure, https_client
 
 logger = logging.getLogger(__name__)
 

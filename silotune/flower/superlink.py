@@ -1,14 +1,9 @@
-"""Flower's SuperLink inside our own process: its app, its link state, and nothing else of it.
+"""Flower's SuperLink inside our own process: its fleet API, its link state, and nothing else of it.
 
-With `silotune.flower.superlink` and `silotune.flower.objects` the only place of the coordinator
-that touches what Flower does not promise to keep; a contract test
-(``tests/flower/test_superlink.py``) holds each admitted version to it. Flower's process model
-is left out: no FAB, no ServerApp subprocess, no control or runtime API. What is used is the fleet API's
-request handlers, on the same link state that `LinkState` reads and writes directly.
-
-Flower's SuperLink as an ASGI application: how it is made, and the paths that sites need of it.
-
-Waking threads that wait for something to arrive.
+A contract test (``tests/flower/test_superlink.py``) holds each admitted version of Flower to what is
+used here and is not promised. Flower's process model is left out: no FAB, no ServerApp subprocess, no
+control or runtime API. What is used is the fleet API's request handlers, on the same link state that
+`LinkState` reads and writes directly.
 """
 
 from __future__ import annotations
@@ -18,7 +13,7 @@ import os
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +33,22 @@ from flwr.common.constant import (
     Status,
     SubStatus,
 )
-from flwr.proto.message_pb2 import ObjectTree
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    DeactivateNodeRequest,
+    PullMessagesRequest,
+    PushMessagesRequest,
+)
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+from flwr.proto.message_pb2 import (
+    ConfirmMessageReceivedRequest,
+    ConfirmMessageReceivedResponse,
+    ObjectTree,
+    PullObjectRequest,
+    PullObjectResponse,
+    PushObjectRequest,
+    PushObjectResponse,
+)
 from flwr.supercore.constant import NOOP_FEDERATION_ID, NodeStatus, TaskType
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
@@ -49,6 +59,7 @@ from flwr.supercore.inflatable.inflatable_object import (
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.object_store import NoObjectInStoreError, ObjectStore
 from flwr.supercore.primitives.asymmetric import bytes_to_public_key, uses_nist_ec_curve
+from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from flwr.supercore.protobuf.translation import ProtobufTranslationMiddleware
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
@@ -63,22 +74,31 @@ from starlette.middleware.base import BaseHTTPMiddleware
 
 from silotune.errors import EnvironmentFault
 from silotune.flower.objects import ObjectFiles, Seals
-from silotune.server.errors import StoreUnusable
+from silotune.protocol.errors import StoreUnusable
 
-ACTIVATE, DEACTIVATE, HEARTBEAT, PULL, PUSH, PULL_OBJECT, PUSH_OBJECT, CONFIRM = (
-    f"/v1/fleet/{name}"
-    for name in (
-        "activate-node",
-        "deactivate-node",
-        "send-node-heartbeat",
-        "pull-messages",
-        "push-messages",
-        "pull-object",
-        "push-object",
-        "confirm-message-received",
+REQUESTS: Mapping[str, Any] = {
+    f"/v1/fleet/{name}": kind
+    for name, kind in (
+        ("activate-node", ActivateNodeRequest),
+        ("deactivate-node", DeactivateNodeRequest),
+        ("send-node-heartbeat", SendNodeHeartbeatRequest),
+        ("pull-messages", PullMessagesRequest),
+        ("push-messages", PushMessagesRequest),
+        ("pull-object", PullObjectRequest),
+        ("push-object", PushObjectRequest),
+        ("confirm-message-received", ConfirmMessageReceivedRequest),
     )
-)
+}
+"""The paths of the fleet API that sites need, and the message that each takes."""
 
+MEDIA_TYPE = PROTOBUF_MEDIA_TYPE
+
+ACTIVATE, DEACTIVATE, HEARTBEAT, PULL, PUSH, PULL_OBJECT, PUSH_OBJECT, CONFIRM = REQUESTS
+
+NOT_STORED = PushObjectResponse(stored=False)
+NOT_FOUND = PullObjectResponse(object_found=False, object_available=False)
+CONFIRMED = ConfirmMessageReceivedResponse()
+"""Answers about what is not the caller's: as if it did not exist."""
 
 _NEEDED: tuple[Any, ...] = (
     BaseHTTPMiddleware,

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from silotune.events import tracing
-from silotune.server.errors import StoreUnusable
+from silotune.protocol.errors import StoreUnusable
 
 _POLL_SECONDS = 0.05
 

@@ -23,11 +23,12 @@ from silotune.errors import RunError, SilotuneError
 from silotune.flower.link_grid import LinkGrid, Peer
 from silotune.flower.superlink import LinkRun, LinkState, Signal
 from silotune.plan.plan import Plan, SignedPlan
+from silotune.protocol.errors import StoppedByOperator
 from silotune.protocol.http import Decision, PlansReply, Proposal
 from silotune.rounds.rounds import build_server_app
 from silotune.server.config import CoordinatorKeys
 from silotune.server.enrolment import Registrar
-from silotune.server.errors import ApprovalsMissing, NotPossibleNow, StoppedByOperator
+from silotune.server.errors import ApprovalsMissing, NotPossibleNow
 from silotune.server.store.database import Store
 from silotune.server.store.runs import Runs, RunWriter
 from silotune.strategies.base import Vector

@@ -19,6 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from silotune.errors import EnvironmentFault
 from silotune.findings import Check, Finding, Skipped, examine
+from silotune.protocol.errors import StoreUnusable
 from silotune.server.admin.socket_client import AdminClient
 from silotune.server.config import (
     AUTHORITY_CERTIFICATE,
@@ -30,12 +31,7 @@ from silotune.server.config import (
     Home,
     read_secret,
 )
-from silotune.server.errors import (
-    CoordinatorConfigInvalid,
-    CoordinatorNotRunning,
-    PortTaken,
-    StoreUnusable,
-)
+from silotune.server.errors import CoordinatorConfigInvalid, CoordinatorNotRunning, PortTaken
 from silotune.server.listener import bind_public
 from silotune.server.store.database import MIGRATIONS
 from silotune.trust import identity

@@ -5,24 +5,6 @@ from __future__ import annotations
 from silotune.errors import EnvironmentFault, RunError
 
 
-class SiteOffline(RunError):
-    """A site was offline for longer than the coordinator waits."""
-
-    code = "ST-620"
-    title = "A site is silent"
-    cause = "The site's daemon has sent no sign of life for longer than link.patience."
-    advice = "Ask the site's team whether its daemon runs: `silotune site status`; then resume."
-
-
-class StoppedByOperator(RunError):
-    """The operator stopped the run."""
-
-    code = "ST-621"
-    title = "The run was stopped"
-    cause = "The coordinator's operator stopped it."
-    advice = "Start a new run; what finished is kept: `silotune coordinator runs show RUN`."
-
-
 class NotPossibleNow(RunError):
     """There is no such run, site or request, or it is not in the state that the action needs."""
 
@@ -68,15 +50,6 @@ class CoordinatorRunning(EnvironmentFault):
     title = "The coordinator runs already"
     cause = "Another process holds the lock of this folder."
     advice = "Use the running one, or stop it first."
-
-
-class StoreUnusable(EnvironmentFault):
-    """The database can't be opened, or was written by a newer version."""
-
-    code = "ST-723"
-    title = "The coordinator's database can't be used"
-    cause = "It is not reachable, not writable, or was written by a newer version of silotune or Flower."
-    advice = "Check [store] url in coordinator.toml; never downgrade: restore a backup instead."
 
 
 class FolderInUse(EnvironmentFault):

@@ -12,26 +12,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from flwr.proto.fleet_pb2 import (
-    ActivateNodeRequest,
-    DeactivateNodeRequest,
-    PullMessagesRequest,
-    PushMessagesRequest,
-)
-from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
-from flwr.proto.message_pb2 import (
-    ConfirmMessageReceivedRequest,
-    ConfirmMessageReceivedResponse,
-    PullObjectRequest,
-    PullObjectResponse,
-    PushObjectRequest,
-    PushObjectResponse,
-)
-from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from google.protobuf.message import DecodeError, Message
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
@@ -56,16 +40,6 @@ PEER = "silotune.peer"
 CALLER = "silotune.caller"
 """Key of the scope under which our own routes find the `Caller`."""
 
-_REQUESTS: Mapping[str, Any] = {
-    superlink.ACTIVATE: ActivateNodeRequest,
-    superlink.DEACTIVATE: DeactivateNodeRequest,
-    superlink.HEARTBEAT: SendNodeHeartbeatRequest,
-    superlink.PULL: PullMessagesRequest,
-    superlink.PUSH: PushMessagesRequest,
-    superlink.PULL_OBJECT: PullObjectRequest,
-    superlink.PUSH_OBJECT: PushObjectRequest,
-    superlink.CONFIRM: ConfirmMessageReceivedRequest,
-}
 _SMALL, _LIST, _OBJECT = 16 << 10, 1 << 20, 5 << 20  # a seal's pieces are of 4 MB
 _LIMITS = {
     superlink.PUSH: _LIST,
@@ -163,7 +137,7 @@ class Guard:
             await self._serve(scope, receive, send)
         except _Nothing as nothing:
             content = nothing.answer.SerializeToString()
-            await Response(content, media_type=PROTOBUF_MEDIA_TYPE)(scope, receive, send)
+            await Response(content, media_type=superlink.MEDIA_TYPE)(scope, receive, send)
         except _Refused as refused:
             _log.info("refused %s: %s", scope["path"], refused.error.detail)
             body = http.Failure(code=refused.error.code, detail=refused.error.detail)
@@ -178,7 +152,7 @@ class Guard:
             body = await _read(receive, limit=http.MOST_BYTES)
             await self._routes(scope, _replay(body, receive), send)
             return
-        fleet = path in _REQUESTS
+        fleet = path in superlink.REQUESTS
         if not fleet and path not in http.SITE_PATHS:
             raise _Refused(404, FederationError("there is no such path here"))
         caller = self._caller(scope)
@@ -258,7 +232,7 @@ class Guard:
             # This process may be younger than the upload.
             known = await run_in_threadpool(self._link.announced_by, caller.node)
             if request.object_id not in known:
-                raise _Nothing(PushObjectResponse(stored=False))
+                raise _Nothing(superlink.NOT_STORED)
             self._announced[caller.node] = known
         if request.object_content[:_KIND].partition(b" ")[0].decode("latin-1") not in OBJECT_KINDS:
             # An array names its chunks, may name one a million times, and would be built here.
@@ -272,9 +246,9 @@ class Guard:
         own = await run_in_threadpool(self._link.addressed_to, caller.node)
         self._readable[caller.node] = frozenset().union(*own.values())
         if confirms and asked not in own:
-            raise _Nothing(ConfirmMessageReceivedResponse())
+            raise _Nothing(superlink.CONFIRMED)
         if not confirms and asked not in self._readable[caller.node]:
-            raise _Nothing(PullObjectResponse(object_found=False, object_available=False))
+            raise _Nothing(superlink.NOT_FOUND)
 
     def _forged(self, caller: Caller, what: str) -> _Refused:
         self._alarm("forged_request", site=caller.site, detail=what)
@@ -291,7 +265,7 @@ def _session(scope: Scope) -> str:
 
 def _parse(path: str, body: bytes) -> Any:
     try:
-        return _REQUESTS[path].FromString(body)
+        return superlink.REQUESTS[path].FromString(body)
     except DecodeError as exc:
         raise _Refused(400, BodyInvalid("not the message that this path takes")) from exc
 

@@ -14,16 +14,16 @@ from flwr.supercore.error import ApiErrorCode
 from flwr.supercore.inflatable.inflatable_utils import inflatable_class_registry
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
-from silotune.client.daemon.api import KEPT_SECONDS, https_client, proxy_for
-from silotune.client.errors import (
+from silotune.flower.site_link import HEARTBEAT_SECONDS, Fleet, RunGone
+from silotune.protocol.envelope import refusal_code
+from silotune.protocol.errors import (
     ClockWrong,
     CoordinatorRefused,
     CoordinatorUnavailable,
     SessionTaken,
 )
-from silotune.flower.site_link import HEARTBEAT_SECONDS, Fleet, RunGone
-from silotune.protocol.envelope import refusal_code
 from silotune.protocol.http import SESSION_HEADER
+from silotune.protocol.https import KEPT_SECONDS, https_client, proxy_for
 from silotune.server import listener
 from silotune.trust.errors import RequestDeclined
 from tests.client.coordinator_double import NODE, CoordinatorDouble

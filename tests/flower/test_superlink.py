@@ -9,8 +9,8 @@ from flwr.supercore.error import http_error_translator
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
 from sqlalchemy import event
 
-from silotune.flower.superlink import LinkState, superlink_app
-from silotune.server.errors import StoreUnusable
+from silotune.flower.superlink import REQUESTS, LinkState, superlink_app
+from silotune.protocol.errors import StoreUnusable
 from silotune.trust import identity
 from silotune.trust.vault import Vault
 
@@ -64,12 +64,11 @@ def test_signatures_that_are_called_by_position_are_as_they_were():
 
 
 def test_the_app_has_the_fleet_paths_that_the_guard_lets_through(tmp_path):
-    from silotune.server.guard import _REQUESTS
 
     app = superlink_app(tmp_path / "x.sqlite")
     schema = app.openapi()["paths"]
-    assert set(_REQUESTS) <= set(schema)
-    assert set(schema) - set(_REQUESTS) == {  # nothing of the control and the runtime API
+    assert set(REQUESTS) <= set(schema)
+    assert set(schema) - set(REQUESTS) == {  # nothing of the control and the runtime API
         "/v1/fleet/register-node",
         "/v1/fleet/unregister-node",
         "/v1/fleet/get-run",

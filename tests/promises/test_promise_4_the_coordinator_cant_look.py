@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from silotune.client.errors import MessageRefused
 from silotune.privacy.noise import SeededNoise
 from silotune.privacy.secagg.encoding import BoundedSpan, Encoding
 from silotune.privacy.secagg.keys import PRIME, Interpolation, split
+from silotune.protocol.errors import MessageRefused
 from silotune.strategies.base import as_arrays
 from tests.federation import PRIVATE, write_federation
 from tests.privacy.secagg.secagg_world import World, vectors_for

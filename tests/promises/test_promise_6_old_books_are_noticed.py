@@ -295,8 +295,8 @@ def test_a_halt_outlives_the_coordinators_process_and_ends_with_the_newest_copy(
 
 @pytest.mark.slow
 def test_the_guard_lets_no_message_out_to_a_site_whose_books_went_back(north):
-    from silotune.client.errors import CoordinatorRefused
     from silotune.flower.site_link import Fleet
+    from silotune.protocol.errors import CoordinatorRefused
 
     def connect():
         keys = north.enrolment.keys

@@ -19,10 +19,10 @@ from flwr.app import Message
 
 from silotune.client.daemon.enrolled import Enrolment
 from silotune.client.daemon.runner import Runner
-from silotune.client.errors import CoordinatorRefused, MessageRefused, SessionTaken
 from silotune.data.site import SiteConfig
 from silotune.errors import SilotuneError
 from silotune.flower.site_link import Delivery, Fleet, RunGone, error_reply
+from silotune.protocol.errors import CoordinatorRefused, MessageRefused, SessionTaken
 from silotune.trust.audit import AuditLog
 
 logger = logging.getLogger(__name__)

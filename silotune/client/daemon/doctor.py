@@ -16,30 +16,32 @@ from urllib.parse import urlsplit
 import httpx
 
 from silotune.client.approvals import Approvals, ProposalRecord
-from silotune.client.daemon.api import (
+from silotune.client.daemon.books import verify_books
+from silotune.client.daemon.enrolled import Enrolment, trusting
+from silotune.client.errors import (
+    CertificateExpired,
+    DeviceMissing,
+    DiskLow,
+    NameUnresolved,
+    PolicyMissing,
+    SiteNotEnrolled,
+)
+from silotune.data.site import SiteConfig, require_guarded
+from silotune.findings import Check, Finding, Skipped, examine
+from silotune.protocol import http
+from silotune.protocol.errors import (
+    ClockWrong,
+    CoordinatorUnavailable,
+    PortUnreachable,
+    ProxyFailed,
+)
+from silotune.protocol.https import (
     CONNECT_SECONDS,
     clock_skew,
     connection_errors,
     https_client,
     proxy_for,
 )
-from silotune.client.daemon.books import verify_books
-from silotune.client.daemon.enrolled import Enrolment, trusting
-from silotune.client.errors import (
-    CertificateExpired,
-    ClockWrong,
-    CoordinatorUnavailable,
-    DeviceMissing,
-    DiskLow,
-    NameUnresolved,
-    PolicyMissing,
-    PortUnreachable,
-    ProxyFailed,
-    SiteNotEnrolled,
-)
-from silotune.data.site import SiteConfig, require_guarded
-from silotune.findings import Check, Finding, Skipped, examine
-from silotune.protocol import http
 from silotune.trust.audit import AUDIT_FILE, AuditLog
 from silotune.trust.identity import certificate_from_pem, days_left, issued_by
 from silotune.trust.vault import Vault

@@ -14,15 +14,11 @@ from collections.abc import Callable
 
 from silotune.client.daemon.api import closing_api
 from silotune.client.daemon.enrolled import Enrolment, Federation, SiteKeys, trusting
-from silotune.client.errors import (
-    CoordinatorUnavailable,
-    EnrolmentRefused,
-    PortUnreachable,
-    SiteNotEnrolled,
-)
+from silotune.client.errors import EnrolmentRefused, SiteNotEnrolled
 from silotune.data.site import SiteConfig
 from silotune.errors import EnvironmentFault
 from silotune.protocol import http
+from silotune.protocol.errors import CoordinatorUnavailable, PortUnreachable
 from silotune.trust.audit import AUDIT_FILE, AuditLog
 from silotune.trust.errors import IdentityInvalid, InviteInvalid
 from silotune.trust.files import create_private_folder, replace_file

@@ -23,7 +23,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from silotune.client.approvals import Approvals, ProposalRecord
 from silotune.client.daemon.enrolled import Enrolment
-from silotune.client.errors import MessageRefused, SitePaused
+from silotune.client.errors import SitePaused
 from silotune.errors import PlanInvalid, SilotuneError
 from silotune.plan.plan import Plan
 from silotune.protocol.envelope import (
@@ -35,6 +35,7 @@ from silotune.protocol.envelope import (
     seal_id,
     unseal,
 )
+from silotune.protocol.errors import MessageRefused
 from silotune.trust.audit import AuditLog, Value
 from silotune.trust.vault import Vault
 

@@ -33,7 +33,7 @@ from sqlalchemy import (
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError
 
-from silotune.server.errors import StoreUnusable
+from silotune.protocol.errors import StoreUnusable
 from silotune.trust.vault import Vault
 
 MIGRATIONS = Path(__file__).parent / "migrations"

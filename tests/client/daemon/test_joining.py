@@ -8,15 +8,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from silotune.client.daemon.enrolled import Enrolment
 from silotune.client.daemon.joining import Joining
-from silotune.client.errors import (
-    CoordinatorUnavailable,
-    EnrolmentRefused,
-    ServerUntrusted,
-    SiteNotEnrolled,
-)
+from silotune.client.errors import EnrolmentRefused, SiteNotEnrolled
 from silotune.data.site import SiteConfig
 from silotune.errors import EnvironmentFault
 from silotune.protocol import http
+from silotune.protocol.errors import CoordinatorUnavailable, ServerUntrusted
 from silotune.trust.audit import AuditLog
 from silotune.trust.authority import Authority
 from silotune.trust.errors import IdentityInvalid, InviteInvalid, RosterInvalid

@@ -9,8 +9,9 @@ from alembic.migration import MigrationContext
 from sqlalchemy import create_engine, insert
 
 from silotune.plan.plan import SignedPlan
+from silotune.protocol.errors import StoreUnusable
 from silotune.rounds.exchange import packed, unpacked
-from silotune.server.errors import NotPossibleNow, StoreUnusable
+from silotune.server.errors import NotPossibleNow
 from silotune.server.store import database
 from silotune.server.store.database import Store, migrate
 from silotune.server.store.runs import Runs, RunWriter
