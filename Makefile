@@ -56,6 +56,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 format: $(READY)
 	$(BIN)/ruff format .
@@ -65,4 +66,4 @@ docs: $(READY)
 	$(BIN)/silotune errors --markdown > docs/errors.md
 
 clean:
-	rm -rf $(VENV) $(VENV)-newest $(VENV)-lowest .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	rm -rf $(VENV) .import_linter_cache $(VENV)-newest $(VENV)-lowest .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
