@@ -1,6 +1,8 @@
 """The house: rooms, one subject a file, one way to go. Layers are held by ``lint-imports``."""
 
 import ast
+import re
+import tomllib
 from collections import defaultdict
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -60,3 +62,35 @@ def test_only_one_room_knows_flowers_insides():
 @pytest.mark.parametrize("path", MODULES, ids=of)
 def test_a_file_has_at_most_600_lines(path):
     assert len(path.read_text().splitlines()) <= 600
+
+
+def blocks():
+    """The page's fenced blocks: the tree, the layers."""
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text()
+    return re.findall(r"^```\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+
+
+def test_the_page_shows_every_room_and_no_other():
+    shown, room = set(), ""
+    for line in blocks()[0].splitlines()[1:]:
+        indent, name = len(line) - len(line.lstrip()), line.split()[0]
+        room = name if indent == 2 else room
+        shown.add(name if indent == 2 else room + name)
+    rooms = {f"{of(path.parent)}/" for path in MODULES if path.name == "__init__.py"} - {"./"}
+    rooms = {name for name in rooms if not name.startswith("server/store/")} | {"server/store/"}
+    single = {of(path) for path in PACKAGE.glob("*.py")} - {"__init__.py"}
+    assert shown == rooms | single
+
+
+def test_the_page_shows_the_layers_that_are_held():
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())
+    held = project["tool"]["importlinter"]["contracts"][0]["layers"]
+    assert blocks()[1].splitlines() == held
+
+
+def test_every_path_that_the_page_names_is_there():
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text()
+    named = set(re.findall(r"`([\w/]+(?:\.py|/))`", page))
+    missing = {n for n in named if not (PACKAGE / n).exists() and not (PACKAGE.parent / n).exists()}
+    assert len(named) > 40
+    assert not missing
