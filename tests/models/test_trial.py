@@ -158,7 +158,8 @@ def test_a_good_model_stands_the_trial_by_a_wide_margin(saved, kind, task, monke
 def test_a_model_whose_rows_depend_on_each_other_is_refused(
     saved, kind, where, settings, monkeypatch
 ):
-    monkeypatch.setattr(trial, "_AGREE", 1e-3)  # it is far off, not by rounding
+    # Not by rounding: BigBird is off by .0012 to .0056 in 42 loads, whose heads are drawn anew.
+    monkeypatch.setattr(trial, "_AGREE", 3 * trial._AGREE)
     monkeypatch.setattr(trial, "_KNOWN", {})
     with pytest.raises(RecordsMixed, match="changed by") as caught:
         load(saved(kind), **settings)
