@@ -59,14 +59,19 @@ class ProposalRecord:
         Its plan, whose signature was verified when it came.
     decision : Decision or None
         The site's signed word.
-    settled : bool
-        Whether the run is over and its books are closed.
+    settled_at : float or None
+        When its books were closed, in seconds since the epoch, if the run is over.
     """
 
     proposal: Proposal
     plan: Plan
     decision: Decision | None = None
-    settled: bool = False
+    settled_at: float | None = None
+
+    @property
+    def settled(self) -> bool:
+        """Whether the run is over and its books are closed."""
+        return self.settled_at is not None
 
     @property
     def run(self) -> str:
@@ -133,10 +138,11 @@ class Approvals:
             known = proposal.model_copy(update={"decided": None})
             if old is not None and old.proposal == known:
                 return None
-            kept = old if old is not None and old.plan == plan else None
-            entry = ProposalRecord(
-                known, plan, kept.decision if kept else None, kept.settled if kept else False
-            )
+            entry = ProposalRecord(known, plan)
+            if old is not None and old.plan == plan:
+                entry = replace(old, proposal=known)
+            if not entry.over:  # a failed run may be resumed: its books are closed again at its end
+                entry = replace(entry, settled_at=None)
             self._write(entry)
             self._drop_oldest()
             return entry
@@ -170,7 +176,7 @@ class Approvals:
     def settle(self, run: str) -> None:
         """Note that a run's books are closed."""
         with self._lock:
-            self._write(replace(self.find(run), settled=True))
+            self._write(replace(self.find(run), settled_at=time.time()))
 
     def require_approved(self, run: str, plan_sha256: str) -> ProposalRecord:
         """The entry of a run that may be worked on.
@@ -223,7 +229,9 @@ class Approvals:
         except (ValueError, KeyError, ValidationError) as exc:
             raise SealBroken(f"{path} is not a stored proposal") from exc
         plan = Plan.from_canonical(proposal.plan.plan)
-        return ProposalRecord(proposal, plan, decision, bool(found.get("settled")))
+        # Where the time is not written, the file is from when the books were closed.
+        settled_at = found.get("settled_at", path.stat().st_mtime) if found.get("settled") else None
+        return ProposalRecord(proposal, plan, decision, settled_at)
 
     def _write(self, entry: ProposalRecord) -> None:
         create_private_folder(self._folder)
@@ -232,6 +240,7 @@ class Approvals:
             "proposal": entry.proposal.model_dump(mode="json"),
             "decision": decision.model_dump(mode="json") if decision else None,
             "settled": entry.settled,
+            "settled_at": entry.settled_at,
         }
         replace_file(self._path(entry.run), json.dumps(content, indent=1).encode())
 

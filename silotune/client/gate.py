@@ -15,8 +15,6 @@ A reply as plain values, as bytes on the disk, and as Flower records.
 
 Both forms come from the same values by rules without choice: a reply read back from its bytes gives
 records of the same content, to the last bit.
-
-The outbox: stored replies, so that a reply asked for again is the same bytes again.
 """
 
 from __future__ import annotations
@@ -27,10 +25,8 @@ import json
 import logging
 import math
 import re
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,6 +35,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
+from silotune.client.run_files import RunFiles
 from silotune.errors import (
     PrivacyError,
     ReleaseConflict,
@@ -50,8 +47,6 @@ from silotune.events import tracing
 from silotune.plan.plan import Plan
 from silotune.privacy.ledger import Ledger, ReleaseKey
 from silotune.trust.errors import SealBroken
-from silotune.trust.files import create_private_folder, replace_file, require_private
-from silotune.trust.vault import Vault
 
 if TYPE_CHECKING:
     from dp_accounting import DpEvent
@@ -127,93 +122,6 @@ def _unplain(value: Any) -> Scalar:
 
 
 _KEPT_ROUNDS = 3
-_KEPT_SECONDS = 30 * 24 * 3600.0
-
-
-class Outbox:
-    """A folder of replies, one private file each, named by run, round, release and content.
-
-    A file is complete and on the disk, or not there. That a file *is* there means nothing yet: what
-    was released is for the caller to say (the ledger knows the SHA-256 it charged).
-
-    Parameters
-    ----------
-    folder : Path
-        In the site's state; made if missing.
-    run : str
-        The run that writes. Files of other runs are removed when they are a month old.
-    vault : Vault or None
-        Seals the files; without one they are written as they are.
-    to_disk : bool
-        Force files to the disk; False in simulations only.
-    """
-
-    def __init__(
-        self, folder: Path, *, run: str, vault: Vault | None = None, to_disk: bool = True
-    ) -> None:
-        self._folder, self._vault, self._to_disk = folder, vault, to_disk
-        # The id comes from the coordinator: its digest is a safe file name, it may not be.
-        self._prefix = hashlib.sha256(run.encode()).hexdigest()[:16]
-        create_private_folder(folder)
-        self._remove_old_runs()
-
-    def store(self, key: ReleaseKey, payload: bytes) -> str:
-        """Write a reply to the disk; returns its SHA-256, in hex."""
-        digest = hashlib.sha256(payload).hexdigest()
-        path = self._path(key, digest)
-        content = self._vault.seal(payload, name=path.name) if self._vault else payload
-        replace_file(path, content, to_disk=self._to_disk)
-        return digest
-
-    def load(self, key: ReleaseKey, digest: str) -> bytes | None:
-        """The stored reply with this SHA-256, or None if it is gone or damaged.
-
-        Raises
-        ------
-        FileExposed
-            Other accounts of the machine may read or write it.
-        """
-        path = self._path(key, digest)
-        if not path.exists():
-            return None
-        require_private(path)
-        payload = path.read_bytes()
-        if self._vault:
-            try:
-                payload = self._vault.unseal(payload, name=path.name)
-            except SealBroken:
-                return None
-        return payload if hashlib.sha256(payload).hexdigest() == digest else None
-
-    def discard(self, key: ReleaseKey, digest: str) -> None:
-        """Remove a reply that was not released after all."""
-        self._path(key, digest).unlink(missing_ok=True)
-
-    def stored(self, key: ReleaseKey) -> list[str]:
-        """SHA-256 of every reply stored under `key`."""
-        return sorted(
-            path.stem.rpartition("-")[2] for path in self._folder.glob(f"{self._stem(key)}-*")
-        )
-
-    def prune(self, *, newest_round: int) -> None:
-        """Remove this run's replies that are more than a few rounds old."""
-        for path in self._folder.glob(f"{self._prefix}-*.safetensors"):
-            if int(path.name.split("-")[1]) < newest_round - _KEPT_ROUNDS:
-                path.unlink(missing_ok=True)
-
-    def _stem(self, key: ReleaseKey) -> str:
-        return f"{self._prefix}-{key.round:08d}-{key.release}"
-
-    def _path(self, key: ReleaseKey, digest: str) -> Path:
-        return self._folder / f"{self._stem(key)}-{digest}.safetensors"
-
-    def _remove_old_runs(self) -> None:
-        oldest = time.time() - _KEPT_SECONDS
-        for path in self._folder.iterdir():
-            if not path.name.startswith(self._prefix) and path.stat().st_mtime < oldest:
-                path.unlink(missing_ok=True)
-
-
 _log = logging.getLogger(__name__)
 
 _SOURCE = re.compile(r"(plan|site\.toml|protocol): \S.*")
@@ -276,14 +184,9 @@ class Gate:
         The dataset's key in the ledger.
     plan : Plan
         The approved plan.
-    run : str
-        The run's id.
-    outbox : Path
-        Folder for stored replies, in the site's state.
-    vault : Vault or None
-        Seals the stored replies.
-    to_disk : bool
-        Force stored replies to the disk; False in simulations only.
+    outbox : RunFiles
+        Stored replies of the run, so that one asked for again is the same bytes again. That one *is*
+        there means nothing yet: the ledger knows the SHA-256 of what was released.
 
     Raises
     ------
@@ -297,18 +200,14 @@ class Gate:
         ledger: Ledger | None,
         dataset: str,
         plan: Plan,
-        run: str,
-        outbox: Path,
-        vault: Vault | None = None,
-        to_disk: bool = True,
+        outbox: RunFiles,
     ) -> None:
         if plan.private != (ledger is not None):
             raise PrivacyError("a private plan needs a ledger, and no other plan may have one")
         self._ledger = ledger
         self._dataset = dataset
         self._plan_sha256 = plan.sha256
-        self._run = run
-        self._outbox = Outbox(outbox, run=run, vault=vault, to_disk=to_disk)
+        self._outbox = outbox
 
     def recall(self, key: ReleaseKey) -> RecordDict | None:
         """The reply that was released under `key` before, or None if there was none.
@@ -324,7 +223,7 @@ class Gate:
         digest = self.released(key)
         if digest is None:
             return None
-        payload = self._outbox.load(key, digest)
+        payload = self._stored(key, digest)
         if payload is None:
             raise ReleaseConflict(f"the stored reply of {key} is gone or damaged")
         return Reply.from_bytes(payload).records()
@@ -334,7 +233,7 @@ class Gate:
         self._require_own(key)
         if self._ledger is not None:
             return self._ledger.payload_of(key)
-        return next(iter(self._outbox.stored(key)), None)
+        return next(iter(self._digests(key)), None)
 
     def charge(self, key: ReleaseKey, mechanisms: Mapping[str, DpEvent]) -> bool:
         """Charge what a reply will cost, before records are touched for it.
@@ -417,7 +316,7 @@ class Gate:
         payload: bytes,
         beside: Callable[[str], None] | None,
     ) -> None:
-        digest = self._outbox.store(key, payload)
+        digest = self._store(key, payload)
         try:
             if beside is not None:
                 beside(digest)
@@ -425,22 +324,42 @@ class Gate:
         except Exception:
             # A failed commit may have reached the disk all the same: the ledger knows.
             if ledger.payload_of(key) != digest:
-                self._outbox.discard(key, digest)
+                self._outbox.remove(key.round, name=f"{key.release}-{digest}")
             raise
-        self._outbox.prune(newest_round=key.round)
+        self._outbox.prune(below=key.round - _KEPT_ROUNDS)
 
     def _keep(self, key: ReleaseKey, payload: bytes, beside: Callable[[str], None] | None) -> None:
         """Without a ledger the stored file itself is what was released."""
-        stored = self._outbox.stored(key)
+        stored = self._digests(key)
         if beside is not None and not stored:
             beside(hashlib.sha256(payload).hexdigest())
-        digest = self._outbox.store(key, payload) if not stored else stored[0]
-        if self._outbox.load(key, digest) != payload:
+        digest = self._store(key, payload) if not stored else stored[0]
+        if self._stored(key, digest) != payload:
             raise ReleaseConflict(f"{key} was released with other content")
-        self._outbox.prune(newest_round=key.round)
+        self._outbox.prune(below=key.round - _KEPT_ROUNDS)
+
+    def _store(self, key: ReleaseKey, payload: bytes) -> str:
+        """Write a reply to the disk; returns its SHA-256, in hex."""
+        digest = hashlib.sha256(payload).hexdigest()
+        self._outbox.write(key.round, payload, name=f"{key.release}-{digest}")
+        return digest
+
+    def _stored(self, key: ReleaseKey, digest: str) -> bytes | None:
+        """The stored reply with this SHA-256, or None if it is gone or damaged."""
+        try:
+            payload = self._outbox.read(key.round, name=f"{key.release}-{digest}")
+        except SealBroken:
+            return None
+        sound = payload is not None and hashlib.sha256(payload).hexdigest() == digest
+        return payload if sound else None
+
+    def _digests(self, key: ReleaseKey) -> list[str]:
+        """SHA-256 of every reply stored under a key."""
+        found = [name.rpartition("-") for name in self._outbox.names(key.round)]
+        return [digest for release, _, digest in found if release == key.release]
 
     def _require_own(self, key: ReleaseKey) -> None:
-        if key.run != self._run:
+        if key.run != self._outbox.run:
             raise ValueUnaccounted("a release belongs to another run than its gate")
 
     def _account_for(self, fields: Mapping[str, Field], mechanisms: Mapping[str, DpEvent]) -> Reply:

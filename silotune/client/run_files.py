@@ -1,25 +1,22 @@
-"""What a site remembers from one round of a run to the next, and nobody else ever sees.
+"""Files of a run at a site: sealed, by kind and round, and what is kept in them between rounds.
 
-Personal parts of an adapter and control variates are made of private records. A deployed site keeps
-them sealed on its own disk. Two rounds are kept: a round that is asked for again after a crash starts
-from what the site remembered before it, as it did the first time.
+All that a site writes for a run, and needs for no longer than the run, goes through `RunFiles`: answers
+that may be asked for again, keys and shares of secure rounds, and what a strategy keeps at the site. A
+file is whole and on the disk, or not there. `remove_old` takes them away some time after the run's end.
 
-Parts of the adapter that stay at a site: put in before a round, taken out after it.
-
-Under differential privacy these parts are trained under the same clipping, noise and charge as if they
-were sent. Later releases are computed with them; noise on the sent parts alone would not cover that.
-
-SCAFFOLD's control variates, as one site sees them; see `silotune.strategies.scaffold`.
-
-With option II, plain SGD at the sites and no optimizer at the server, the common variate is the mean
-change of the last round over the summed learning rates of its steps, negated: a site reads it off two
-successive global adapters, and nothing beside them has to travel.
+What a strategy keeps is made of private records and never leaves: parts of an adapter that stay at the
+site (`PersonalParts`), and the control variates of SCAFFOLD (`ControlVariate`). Two rounds of it are
+kept: one that is asked for again after a crash starts from what the site had before it, as it did the
+first time. Under differential privacy personal parts are trained under the same clipping, noise and
+charge as if they were sent: later releases are computed with them, and noise on the sent parts alone
+would not cover that.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,22 +29,183 @@ from silotune.plan.plan import Plan
 from silotune.strategies import method_of
 from silotune.strategies.schedule import Group, learning_rate, phase_of
 from silotune.strategies.server_optimizer import ServerOptimizer
+from silotune.trust.files import (
+    create_private_folder,
+    replace_file,
+    require_private,
+    sync_directory,
+)
+from silotune.trust.vault import Vault
 
 Arrays = Mapping[str, NDArray[Any]]
 
-_KEPT_ROUNDS = 2
+KEPT_DAYS = 30
+"""Files of a run are kept so long after its end."""
+
+_KEPT_ROUNDS, _DIGEST = 2, 32
+_DAY = 24 * 3600.0
 
 
-class Sealer(Protocol):
-    """Writes and reads private files, as `silotune.trust.vault.Vault` does."""
+@dataclass(frozen=True)
+class FileKind:
+    """A kind of files, whose names begin with the run's digest and the round.
 
-    def write(self, path: Path, content: bytes) -> None:
-        """Put content at a path, whole or not at all."""
-        ...
+    Attributes
+    ----------
+    folder : str
+        In the site's state.
+    digits : int
+        Of the round in a name.
+    suffix : str
+        What names end with.
+    """
 
-    def read(self, path: Path) -> bytes:
-        """Content of a file."""
-        ...
+    folder: str
+    digits: int = 8
+    suffix: str = ".sealed"
+
+
+OUTBOX = FileKind("outbox", suffix=".safetensors")
+"""Answers that may be asked for again, named by release and content."""
+
+ROUNDS = FileKind("rounds")
+"""Keys and shares of secure rounds."""
+
+MEMORY = FileKind("memory", digits=6)
+"""What a strategy keeps at the site, named by the update that it belongs to."""
+
+KINDS = (OUTBOX, ROUNDS, MEMORY)
+
+
+class RunFiles:
+    """Files of one kind and one run: a round has one, or several with names of their own.
+
+    Parameters
+    ----------
+    state : Path
+        The site's state folder.
+    kind : FileKind
+        What they are.
+    run : str
+        The run's id.
+    vault : Vault or None
+        Seals the files; without one they are written as they are.
+    to_disk : bool
+        Force files to the disk; False in simulations only.
+    """
+
+    def __init__(
+        self,
+        state: Path,
+        kind: FileKind,
+        *,
+        run: str,
+        vault: Vault | None = None,
+        to_disk: bool = True,
+    ) -> None:
+        self.run, self._kind = run, kind
+        self._folder, self._vault, self._to_disk = state / kind.folder, vault, to_disk
+        create_private_folder(self._folder)
+
+    def write(self, number: int, content: bytes, *, name: str = "") -> None:
+        """Put a round's file on the disk, whole or not at all."""
+        path = self._path(number, name)
+        sealed = self._vault.seal(content, name=path.name) if self._vault else content
+        replace_file(path, sealed, to_disk=self._to_disk)
+
+    def read(self, number: int, *, name: str = "") -> bytes | None:
+        """Content of a round's file; None if there is none.
+
+        Raises
+        ------
+        SealBroken
+            It was changed, renamed, or sealed by another vault.
+        FileExposed
+            Other accounts of the machine may read or write it.
+        """
+        path = self._path(number, name)
+        if not path.exists():
+            return None
+        if self._vault is not None:
+            return self._vault.read(path)
+        require_private(path)
+        return path.read_bytes()
+
+    def remove(self, number: int, *, name: str = "") -> None:
+        """Remove a round's file, if there is one."""
+        self._path(number, name).unlink(missing_ok=True)
+
+    def version(self, number: int) -> tuple[int, int] | None:
+        """Changes whenever a round is written anew, by whichever process; None if there is none."""
+        try:
+            found = self._path(number).stat()
+        except FileNotFoundError:
+            return None
+        return found.st_ino, found.st_mtime_ns
+
+    def names(self, number: int) -> list[str]:
+        """Names of a round's files."""
+        return sorted(name for found, name, _ in self._found() if found == number)
+
+    def rounds(self) -> list[int]:
+        """Rounds that have files, the newest last."""
+        return sorted({number for number, _, _ in self._found()})
+
+    def prune(self, *, below: int) -> None:
+        """Remove files of older rounds: keys that are gone can't be taken."""
+        for number, _, path in self._found():
+            if number < below:
+                path.unlink(missing_ok=True)
+
+    def _found(self) -> Iterator[tuple[int, str, Path]]:
+        for path in self._folder.glob(f"{_stem(self.run)}-*{self._kind.suffix}"):
+            _, number, *name = path.name.removesuffix(self._kind.suffix).split("-", 2)
+            yield int(number), "".join(name), path
+
+    def _path(self, number: int, name: str = "") -> Path:
+        stem = f"{_stem(self.run)}-{number:0{self._kind.digits}d}"
+        return self._folder / f"{stem}{'-' if name else ''}{name}{self._kind.suffix}"
+
+
+def _stem(run: str) -> str:
+    # The id comes from the coordinator: its digest is a safe file name, it may not be.
+    return hashlib.sha256(run.encode()).hexdigest()[:16]
+
+
+def remove_old(state: Path, *, ended: Mapping[str, float | None], now: float) -> list[str]:
+    """Remove the files of runs that are over for `KEPT_DAYS`; cut short, it goes on when called again.
+
+    Parameters
+    ----------
+    state : Path
+        The site's state folder.
+    ended : mapping of str to float or None
+        When each run ended, in seconds since the epoch; None for a run that has not: nothing of it
+        is touched. Of a run that is not named, whatever was written so long ago goes.
+    now : float
+        The time.
+
+    Returns
+    -------
+    list of str
+        Named runs of which something was removed.
+    """
+    run_of = {_stem(run): run for run in ended}
+    removed: set[str] = set()
+    for folder in [found for kind in KINDS if (found := state / kind.folder).is_dir()]:
+        gone = 0
+        for path in list(folder.iterdir()):
+            # What a crash left half written begins with a dot.
+            run = run_of.get(path.name.removeprefix(".").partition("-")[0])
+            since = path.lstat().st_mtime if run is None else ended[run]
+            if since is None or now - since < KEPT_DAYS * _DAY:
+                continue
+            path.unlink(missing_ok=True)
+            gone += 1
+            removed |= set() if run is None else {run}
+        if gone:
+            sync_directory(folder)
+    return sorted(removed)
 
 
 class RoundArrays(Protocol):
@@ -89,29 +247,23 @@ class SealedMemory:
 
     Parameters
     ----------
-    folder : Path
-        In the site's state.
-    run : str
-        The run's name; its digest is the files' prefix.
-    sealer : Sealer
-        Encrypts at rest.
+    files : RunFiles
+        Of kind `MEMORY`.
     released : callable
         SHA-256 of the update that was released in a round, or None.
     """
 
-    def __init__(
-        self, folder: Path, *, run: str, sealer: Sealer, released: Callable[[int], str | None]
-    ) -> None:
-        self._folder, self._sealer, self._released = folder, sealer, released
-        self._prefix = hashlib.sha256(run.encode()).hexdigest()[:16]
+    def __init__(self, files: RunFiles, *, released: Callable[[int], str | None]) -> None:
+        self._files, self._released = files, released
         self._staged: dict[int, bytes] = {}
 
     def recall(self, *, before: int) -> tuple[int, Arrays] | None:
         """The newest released round before one."""
-        for number in sorted({n for n, _ in self._files() if n < before}, reverse=True):
+        for number in reversed([n for n in self._files.rounds() if n < before]):
             digest = self._released(number)
-            if digest is not None and (path := self._path(number, digest)).exists():
-                return number, load(self._sealer.read(path))
+            content = digest and self._files.read(number, name=digest[:_DIGEST])
+            if content:
+                return number, load(content)
         return None
 
     def keep(self, server_round: int, arrays: Arrays) -> None:
@@ -121,23 +273,14 @@ class SealedMemory:
 
     def promote(self, server_round: int, digest: str) -> None:
         """Write what a round ended with, as that of the update about to be released."""
-        content = self._staged.pop(server_round, None)
+        content, own = self._staged.pop(server_round, None), digest[:_DIGEST]
         if content is None:
             return
-        self._sealer.write(self._path(server_round, digest), content)
-        files = self._files()
-        kept = sorted({number for number, _ in files})[-_KEPT_ROUNDS:]
-        for number, name in files:
-            stale = number == server_round and name != self._path(server_round, digest).name
-            if number not in kept or stale:
-                (self._folder / name).unlink(missing_ok=True)
-
-    def _files(self) -> list[tuple[int, str]]:
-        found = self._folder.glob(f"{self._prefix}-*-*.sealed")
-        return [(int(path.name.split("-")[1]), path.name) for path in found]
-
-    def _path(self, server_round: int, digest: str) -> Path:
-        return self._folder / f"{self._prefix}-{server_round:06d}-{digest[:32]}.sealed"
+        self._files.write(server_round, content, name=own)
+        for name in self._files.names(server_round):
+            if name != own:
+                self._files.remove(server_round, name=name)
+        self._files.prune(below=self._files.rounds()[-_KEPT_ROUNDS:][0])
 
 
 Vector = NDArray[np.float32]
@@ -152,7 +295,7 @@ class PersonalParts:
         Names the strategy.
     layout : Layout
         Of the site's adapter.
-    memory : Memory
+    memory : RoundArrays
         Where the kept parts are between rounds.
     batch : float
         Expected units in a step: the divisor of gradient sums.
@@ -220,7 +363,11 @@ class PersonalParts:
 
 
 class ControlVariate:
-    """One site's control variate.
+    """One site's control variate, see `silotune.strategies.scaffold`.
+
+    With option II, plain SGD at the sites and no optimizer at the server, the common variate is the
+    mean change of the last round over the summed learning rates of its steps, negated: a site reads
+    it off two successive global adapters, and nothing beside them has to travel.
 
     Parameters
     ----------
@@ -228,7 +375,7 @@ class ControlVariate:
         With strategy "scaffold".
     layout : Layout
         Of the site's adapter.
-    memory : Memory
+    memory : RoundArrays
         Where the variate is between rounds.
     """
 

@@ -8,10 +8,8 @@ masking and charging: then it drops out, and masks nothing again in that round.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -19,6 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import RecordDict
 
 from silotune.client.gate import DpRelease, Field, Gate, Public, Unprotected
+from silotune.client.run_files import RunFiles
 from silotune.models.layout import Layout, Span
 from silotune.plan.plan import Plan
 from silotune.privacy.errors import RoundUsed, SignerUnknown
@@ -31,8 +30,6 @@ from silotune.privacy.secagg.site import SiteRound, Stage
 from silotune.strategies import method_of
 from silotune.strategies.base import weight_in
 from silotune.strategies.secure import encoding_for
-from silotune.trust.files import create_private_folder, replace_file
-from silotune.trust.vault import Vault
 
 if TYPE_CHECKING:
     from silotune.client.trainer import RoundUpdate, TrainableModel
@@ -81,55 +78,6 @@ def member_of(
     )
 
 
-class RoundStates:
-    """States of rounds on the disk, sealed; they hold keys and shares.
-
-    Parameters
-    ----------
-    folder : Path
-        In the site's state.
-    run : str
-        The run's id.
-    vault : Vault
-        Seals and opens the files.
-    to_disk : bool
-        As for the ledger: False is for simulations.
-    """
-
-    def __init__(self, folder: Path, *, run: str, vault: Vault, to_disk: bool = True) -> None:
-        # The id comes from the coordinator: its digest is a safe file name, it may not be.
-        self._stem = hashlib.sha256(run.encode()).hexdigest()[:16]
-        self._folder, self._vault, self._to_disk = folder, vault, to_disk
-        create_private_folder(folder)
-
-    def save(self, number: int, state: bytes) -> None:
-        """Keep a round, durably."""
-        path = self._path(number)
-        replace_file(path, self._vault.seal(state, name=path.name), to_disk=self._to_disk)
-
-    def load(self, number: int) -> bytes | None:
-        """A round's state, if there is one."""
-        path = self._path(number)
-        return self._vault.read(path) if path.exists() else None
-
-    def version(self, number: int) -> tuple[int, int] | None:
-        """Changes whenever a round is kept anew, by whichever process; None if there is none."""
-        try:
-            found = self._path(number).stat()
-        except FileNotFoundError:
-            return None
-        return found.st_ino, found.st_mtime_ns
-
-    def prune(self, *, below: int) -> None:
-        """Remove older rounds: keys that are gone can't be taken."""
-        for path in self._folder.glob(f"{self._stem}-*.sealed"):
-            if int(path.stem.rpartition("-")[2]) < below:
-                path.unlink(missing_ok=True)
-
-    def _path(self, number: int) -> Path:
-        return self._folder / f"{self._stem}-{number:08d}.sealed"
-
-
 class _HeldRound(NamedTuple):
     """A round in memory, and the version of its file that it is."""
 
@@ -150,8 +98,8 @@ class SecurePart:
         Of the adapter.
     gate : Gate
         The only door out.
-    memory : RoundMemory
-        Keeps rounds over a restart.
+    files : RunFiles
+        Of kind `ROUNDS`: keep the state of rounds, with its keys and shares, over a restart.
     """
 
     def __init__(
@@ -161,10 +109,10 @@ class SecurePart:
         member: Member,
         layout: Layout,
         gate: Gate,
-        memory: RoundStates,
+        files: RunFiles,
     ) -> None:
         self._plan, self._member, self._layout, self._gate = plan, member, layout, gate
-        self._memory = memory
+        self._files = files
         self._rounds: dict[int, _HeldRound] = {}
         self._method = method_of(plan)
 
@@ -289,10 +237,10 @@ class SecurePart:
 
         Ray gives a site's next message to whichever of its actors is free.
         """
-        version, held = self._memory.version(number), self._rounds.get(number)
+        version, held = self._files.version(number), self._rounds.get(number)
         if held is not None and held.version == version:
             return held.part
-        dumped = self._memory.load(number)
+        dumped = self._files.read(number)
         if dumped is None:
             raise RoundUsed(f"this site has no keys for round {number}; it was not in it")
         part = SiteRound.restore(self._member, dumped)
@@ -300,8 +248,8 @@ class SecurePart:
         return part
 
     def _keep(self, part: SiteRound) -> None:
-        self._memory.save(part.number, part.dump())
-        self._rounds[part.number] = _HeldRound(part, self._memory.version(part.number))
+        self._files.write(part.number, part.dump())
+        self._rounds[part.number] = _HeldRound(part, self._files.version(part.number))
 
     def _advertised(self, number: int) -> Public:
         """Keys of a round: those that are out, or fresh ones if a cohort with them came to nothing."""
@@ -332,7 +280,7 @@ class SecurePart:
 
     def _forget(self, number: int) -> None:
         """Only a round and the one before it are ever asked about."""
-        self._memory.prune(below=number - 1)
+        self._files.prune(below=number - 1)
         self._rounds = {n: part for n, part in self._rounds.items() if n >= number - 1}
 
     def _encoded(self, part: SiteRound, update: RoundUpdate, noise: NoiseSource) -> Ring:

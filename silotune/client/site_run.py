@@ -24,8 +24,8 @@ from silotune.client.errors import BroadcastRefused, RankRefused, RoundUnanswere
 from silotune.client.gate import DpRelease, Field, Gate, Public, Unprotected
 from silotune.client.model_cache import ModelCache
 from silotune.client.policy import Facts, facts_for, judge
-from silotune.client.run_files import SealedMemory
-from silotune.client.secure import RoundStates, SecurePart, member_of
+from silotune.client.run_files import MEMORY, OUTBOX, ROUNDS, FileKind, RunFiles, SealedMemory
+from silotune.client.secure import SecurePart, member_of
 from silotune.client.terms import (
     budget_for,
     metric_sigma,
@@ -329,9 +329,7 @@ class SiteRun:
     @cached_property
     def _memory(self) -> SealedMemory:
         return SealedMemory(
-            self._state / "memory",
-            run=self.run,
-            sealer=self._keys.vault,
+            self._files(MEMORY),
             released=lambda number: self.gate.released(ReleaseKey(self.run, number, "update")),
         )
 
@@ -442,10 +440,12 @@ class SiteRun:
             ledger=self.ledger,
             dataset=self.plan.data.dataset,
             plan=self.plan,
-            run=self.run,
-            outbox=self._state / "outbox",
-            vault=self._keys.vault,
-            to_disk=self._to_disk,
+            outbox=self._files(OUTBOX),
+        )
+
+    def _files(self, kind: FileKind) -> RunFiles:
+        return RunFiles(
+            self._state, kind, run=self.run, vault=self._keys.vault, to_disk=self._to_disk
         )
 
     @cached_property
@@ -465,12 +465,7 @@ class SiteRun:
             member=member,
             layout=self.trainable.model.layout,
             gate=self.gate,
-            memory=RoundStates(
-                self._state / "rounds",
-                run=self.run,
-                vault=self._keys.vault,
-                to_disk=self._to_disk,
-            ),
+            files=self._files(ROUNDS),
         )
 
     @cached_property

@@ -13,6 +13,7 @@ import numpy as np
 from dp_accounting import SelfComposedDpEvent
 
 from silotune.client.gate import DpRelease, Gate
+from silotune.client.run_files import OUTBOX, RunFiles
 from silotune.plan.plan import Plan
 from silotune.privacy.events import gaussian_event
 from silotune.privacy.ledger import Budget, Ledger, ReleaseKey
@@ -38,7 +39,9 @@ def open_site(folder: Path) -> tuple[Ledger, Gate]:
     ledger = Ledger(folder / "ledger.sqlite")
     whole = SelfComposedDpEvent(EVENT, 1000)
     ledger.reserve("notes", "run", PLAN.sha256, whole, budget=Budget(1000.0, DELTA))
-    gate = Gate(ledger=ledger, dataset="notes", plan=PLAN, run="run", outbox=folder / "outbox")
+    gate = Gate(
+        ledger=ledger, dataset="notes", plan=PLAN, outbox=RunFiles(folder, OUTBOX, run="run")
+    )
     return ledger, gate
 
 

@@ -1,9 +1,8 @@
 """Claims about the only door out of a site."""
 
+import hashlib
 import logging
-import os
 import stat
-import time
 
 import numpy as np
 import pytest
@@ -14,7 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from silotune.client import gate as gate_module
-from silotune.client.gate import DpRelease, Gate, Outbox, Public, Reply, Unprotected, refusal
+from silotune.client.gate import DpRelease, Gate, Public, Reply, Unprotected, refusal
+from silotune.client.run_files import OUTBOX, RunFiles
 from silotune.errors import (
     BudgetExceeded,
     LedgerDamaged,
@@ -75,8 +75,7 @@ class Site:
             ledger=self.ledger,
             dataset="notes",
             plan=self.plan,
-            run=self.run,
-            outbox=self.folder / "outbox",
+            outbox=RunFiles(self.folder, OUTBOX, run=self.run),
         )
 
     def key(self, number=1, release="update"):
@@ -235,7 +234,12 @@ def test_a_release_of_another_run_is_refused(site):
 def test_a_gate_needs_a_ledger_exactly_if_the_plan_is_private(tmp_path, mode):
     ledger = Ledger(tmp_path / "ledger.sqlite") if mode == "none" else None
     with pytest.raises(PrivacyError):
-        Gate(ledger=ledger, dataset="notes", plan=make_plan(mode), run="r", outbox=tmp_path / "out")
+        Gate(
+            ledger=ledger,
+            dataset="notes",
+            plan=make_plan(mode),
+            outbox=RunFiles(tmp_path, OUTBOX, run="r"),
+        )
 
 
 # --- charged before it leaves -------------------------------------------------------------------
@@ -253,7 +257,8 @@ def test_a_charge_comes_before_the_reply_and_the_reply_is_on_the_disk_when_it_is
 
     def watched(self, dataset, key, payload_sha256):
         assert self.payload_of(key) is None
-        seen.append(Outbox(site.folder / "outbox", run="run").load(key, payload_sha256))
+        name = f"{key.release}-{payload_sha256}"
+        seen.append(RunFiles(site.folder, OUTBOX, run="run").read(key.round, name=name))
         real(self, dataset, key, payload_sha256)
 
     monkeypatch.setattr(Ledger, "bind", watched)
@@ -311,7 +316,8 @@ def test_another_reply_under_a_used_key_is_refused_and_the_first_is_kept(site):
 def test_nothing_is_recalled_that_was_not_released(site):
     assert site.gate.recall(site.key()) is None
     payload = Reply(arrays={"update": FLAT}, scalars={}).to_bytes()
-    Outbox(site.folder / "outbox", run="run").store(site.key(), payload)
+    name = f"update-{hashlib.sha256(payload).hexdigest()}"
+    RunFiles(site.folder, OUTBOX, run="run").write(1, payload, name=name)
     assert site.gate.recall(site.key()) is None
 
 
@@ -386,26 +392,16 @@ def test_only_the_last_few_rounds_are_kept(site):
         site.gate.recall(site.key(6))
 
 
-def test_other_runs_replies_are_removed_when_they_are_a_month_old(site):
-    site.update()
-    (stored,) = (site.folder / "outbox").iterdir()
-    Outbox(site.folder / "outbox", run="later")
-    assert stored.exists()
-    long_ago = time.time() - 31 * 24 * 3600
-    os.utime(stored, (long_ago, long_ago))
-    Outbox(site.folder / "outbox", run="run")
-    assert stored.exists()
-    Outbox(site.folder / "outbox", run="later")
-    assert not stored.exists()
-
-
 # --- without privacy ----------------------------------------------------------------------------
 
 
 @pytest.fixture
 def open_gate(tmp_path):
     return Gate(
-        ledger=None, dataset="notes", plan=make_plan("none"), run="run", outbox=tmp_path / "outbox"
+        ledger=None,
+        dataset="notes",
+        plan=make_plan("none"),
+        outbox=RunFiles(tmp_path, OUTBOX, run="run"),
     )
 
 

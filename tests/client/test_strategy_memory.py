@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from silotune.client.run_files import ProcessMemory, SealedMemory
+from silotune.client.run_files import MEMORY, ProcessMemory, RunFiles, SealedMemory
 from silotune.trust.vault import Vault
 
 SECRET = np.arange(1000, 1064, dtype=np.float32)
@@ -13,14 +13,18 @@ SECRET = np.arange(1000, 1064, dtype=np.float32)
 def memory(request, tmp_path):
     if request.param == "process":
         return ProcessMemory()
-    return Released(tmp_path / "memory", run="run", sealer=Vault(tmp_path / "state"))
+    return Released(files_in(tmp_path / "state"))
+
+
+def files_in(state, run="run"):
+    return RunFiles(state, MEMORY, run=run, vault=Vault(state))
 
 
 class Released(SealedMemory):
     """A sealed memory whose rounds are all released, each with an update of its own."""
 
-    def __init__(self, folder, **settings):
-        super().__init__(folder, released=lambda number: f"{number:064x}", **settings)
+    def __init__(self, files):
+        super().__init__(files, released=lambda number: f"{number:064x}")
 
     def keep(self, server_round, arrays):
         super().keep(server_round, arrays)
@@ -29,10 +33,9 @@ class Released(SealedMemory):
 
 def test_what_a_round_left_is_read_only_if_its_own_update_was_released(tmp_path):
     released = {}
-    vault, folder = Vault(tmp_path / "state"), tmp_path / "memory"
 
     def opened():
-        return SealedMemory(folder, run="run", sealer=vault, released=released.get)
+        return SealedMemory(files_in(tmp_path), released=released.get)
 
     memory = opened()
     memory.keep(1, {"kept": SECRET})
@@ -44,7 +47,7 @@ def test_what_a_round_left_is_read_only_if_its_own_update_was_released(tmp_path)
     released[1] = "b" * 64
     for reader in (memory, opened()):
         assert reader.recall(before=2)[1]["kept"].tobytes() == (SECRET + 1).tobytes()
-    assert len(list(folder.iterdir())) == 1
+    assert len(list((tmp_path / "memory").iterdir())) == 1
 
 
 def test_the_newest_round_before_one_is_recalled(memory):
@@ -73,16 +76,14 @@ def test_what_is_kept_is_not_the_callers_array(memory):
 
 
 def test_files_are_sealed_private_and_found_again_by_another_process(tmp_path):
-    vault = Vault(tmp_path / "state")
-    Released(tmp_path / "memory", run="run", sealer=vault).keep(7, {"kept": SECRET})
+    Released(files_in(tmp_path)).keep(7, {"kept": SECRET})
     (path,) = (tmp_path / "memory").iterdir()
     assert path.stat().st_mode & 0o777 == 0o600
     assert SECRET[:4].tobytes() not in path.read_bytes()
-    again = Released(tmp_path / "memory", run="run", sealer=Vault(tmp_path / "state"))
+    again = Released(files_in(tmp_path))
     assert again.recall(before=8)[1]["kept"].tobytes() == SECRET.tobytes()
 
 
 def test_runs_do_not_see_each_others_memory(tmp_path):
-    vault = Vault(tmp_path / "state")
-    Released(tmp_path / "m", run="one", sealer=vault).keep(1, {"kept": SECRET})
-    assert Released(tmp_path / "m", run="../two", sealer=vault).recall(before=9) is None
+    Released(files_in(tmp_path, "one")).keep(1, {"kept": SECRET})
+    assert Released(files_in(tmp_path, "../two")).recall(before=9) is None

@@ -1,5 +1,7 @@
 """A site's daemon as a real process: killed, stopped, starved of disk; against a test's coordinator."""
 
+import hashlib
+import json
 import resource
 import time
 
@@ -101,6 +103,32 @@ def running(scene):
     yield scene
     scene.double.hook = None
     scene.process.stop()
+
+
+def test_files_of_a_run_go_thirty_days_after_its_end_and_those_of_an_open_one_stay(running):
+    """The daemon is off for a month, by the time that it wrote down."""
+    state = running.process.folder / "state"
+
+    def files(run):
+        stem = hashlib.sha256(run.encode()).hexdigest()[:16]
+        return list((state / "outbox").glob(f"{stem}-*"))
+
+    for run in ("gone", "open"):
+        running.approve(run)
+        running.ask("query.join", run=run)
+        running.ask("train", 1, run=run)
+    running.double.propose("gone", running.plan, state="finished")
+    path = state / "plans" / "gone.json"
+    running.wait_for(lambda: json.loads(path.read_text())["settled"], "not settled")
+    running.process.kill()
+    content = json.loads(path.read_text())
+    content["settled_at"] -= 31 * 24 * 3600
+    path.write_text(json.dumps(content))
+    assert files("gone") and files("open")
+    running.process.start().wait_until(lambda s: s["link"] == "online", seconds=SECONDS)
+    running.wait_for(lambda: not files("gone"), "still there")
+    running.wait_for(lambda: any(e["kind"] == "files_removed" for e in running.audit()), "no line")
+    assert files("open")
 
 
 def test_an_idle_site_is_small_and_listens_to_nobody(running):

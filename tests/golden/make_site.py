@@ -1,6 +1,8 @@
 """Wrote the golden files of a site, and of what sites and coordinator sign and send."""
 
+import hashlib
 import json
+from dataclasses import replace
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -9,9 +11,16 @@ from flwr.common.serde import recorddict_to_proto
 
 from silotune.client.approvals import Approvals
 from silotune.client.daemon.enrolled import Enrolment, Federation, SiteKeys
-from silotune.client.gate import Outbox, Reply
-from silotune.client.run_files import ControlVariate, PersonalParts, SealedMemory
-from silotune.client.secure import RoundStates
+from silotune.client.gate import Reply
+from silotune.client.run_files import (
+    MEMORY,
+    OUTBOX,
+    ROUNDS,
+    ControlVariate,
+    PersonalParts,
+    RunFiles,
+    SealedMemory,
+)
 from silotune.dashboard.accounts import Accounts
 from silotune.data.records import own_secret
 from silotune.data.site import SiteConfig
@@ -117,14 +126,17 @@ def outbox(folder):
     arrays = {"update": vector(1, 6), "sums": np.array([3, 4], np.uint32).reshape(1, 2)}
     reply = Reply(arrays, {"seconds": 0.5, "n": 3, "on": True, "word": "ä", "keys": b"\0\xff"})
     for name, vault in (("plain", None), ("sealed", Vault(folder))):
-        Outbox(folder / name, run=RUN, vault=vault).store(UPDATE, reply.to_bytes())
+        payload = reply.to_bytes()
+        RunFiles(folder, replace(OUTBOX, folder=name), run=RUN, vault=vault).write(
+            1, payload, name=f"update-{hashlib.sha256(payload).hexdigest()}"
+        )
 
 
 @makes("memory")
 def memory(folder):
     def kept(name):
-        place = folder / name
-        return SealedMemory(place, run=RUN, sealer=Vault(folder), released=released)
+        files = RunFiles(folder, replace(MEMORY, folder=name), run=RUN, vault=Vault(folder))
+        return SealedMemory(files, released=released)
 
     def released(number):
         return f"{number:x}" * 64
@@ -517,8 +529,8 @@ def secure_round(folder):
     )
     (folder / "settled.bin").write_bytes(settled.to_bytes())
     states = {name: part.dump().hex() for name, part in sites.items()}
-    kept = RoundStates(folder / "rounds", run=RUN, vault=Vault(folder))
-    kept.save(3, json.dumps(states).encode())
+    kept = RunFiles(folder, ROUNDS, run=RUN, vault=Vault(folder))
+    kept.write(3, json.dumps(states).encode())
 
 
 # --- what leaves at the end ---

@@ -1,6 +1,8 @@
 """How the golden files of a site, and of what sites and coordinator sign and send, are read."""
 
+import hashlib
 import json
+from dataclasses import replace
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import RecordDict
@@ -9,9 +11,16 @@ from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
 
 from silotune.client.approvals import Approvals, difference
 from silotune.client.daemon.enrolled import Enrolment
-from silotune.client.gate import Outbox, Reply
-from silotune.client.run_files import ControlVariate, PersonalParts, SealedMemory
-from silotune.client.secure import RoundStates
+from silotune.client.gate import Reply
+from silotune.client.run_files import (
+    MEMORY,
+    OUTBOX,
+    ROUNDS,
+    ControlVariate,
+    PersonalParts,
+    RunFiles,
+    SealedMemory,
+)
 from silotune.dashboard.accounts import Accounts
 from silotune.data.records import own_secret
 from silotune.data.site import SiteConfig
@@ -114,9 +123,10 @@ def vault_resealed(folder):
 def outbox(folder):
     told = {}
     for name, vault in (("plain", None), ("sealed", Vault(folder))):
-        box = Outbox(folder / name, run=RUN, vault=vault)
-        (digest,) = box.stored(UPDATE)
-        payload = box.load(UPDATE, digest)
+        box = RunFiles(folder, replace(OUTBOX, folder=name), run=RUN, vault=vault)
+        (stored,) = box.names(1)
+        payload, digest = box.read(1, name=stored), stored.removeprefix("update-")
+        assert hashlib.sha256(payload).hexdigest() == digest
         reply = Reply.from_bytes(payload)
         assert reply.to_bytes() == payload
         told[name] = {
@@ -138,8 +148,8 @@ def memory(folder):
         return f"{number:x}" * 64
 
     def kept(name):
-        place = folder / name
-        return SealedMemory(place, run=RUN, sealer=Vault(folder), released=released)
+        files = RunFiles(folder, replace(MEMORY, folder=name), run=RUN, vault=Vault(folder))
+        return SealedMemory(files, released=released)
 
     plan, variates = scaffold_plan(), kept("scaffold")
     control = ControlVariate(plan, layout=LAYOUT, memory=variates)
@@ -299,8 +309,8 @@ def secure_round(folder):
     settled = Settled.from_bytes(journal, threshold=2, largest_cohort=3)
     assert settled.to_bytes() == journal
     coordinator, members = settled.current, secure_members()
-    kept = RoundStates(folder / "rounds", run=RUN, vault=Vault(folder))
-    states = json.loads(kept.load(3))
+    kept = RunFiles(folder, ROUNDS, run=RUN, vault=Vault(folder))
+    states = json.loads(kept.read(3))
     sites = {
         name: SiteRound.restore(members[name], bytes.fromhex(states[name])) for name in MEMBERS
     }
@@ -311,7 +321,7 @@ def secure_round(folder):
         "following": sorted(settled.following.advertised),
         "cohort": list(coordinator.cohort.names),
         "stages": {name: int(part.stage) for name, part in sites.items()},
-        "other_round": kept.load(2),
+        "other_round": kept.read(2),
     }
     for number, (name, part) in enumerate(sites.items(), start=1):
         masked = vector(number, 4).astype("uint32")

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 import silotune.client
 from silotune.client.gate import DpRelease, Gate, Public, Unprotected, refusal
+from silotune.client.run_files import OUTBOX, RunFiles
 from silotune.errors import SelfCheckFailed, SilotuneError, ValueUnaccounted, catalogue
 from silotune.plan.plan import Plan
 from silotune.privacy.events import gaussian_event, step_event
@@ -102,7 +103,9 @@ def test_every_value_of_a_reply_is_public_or_charged_or_nothing_leaves(
             (folder / file.name).write_bytes(file.read_bytes())
             (folder / file.name).chmod(0o600)
         ledger = Ledger(folder / "ledger.sqlite")
-        gate = Gate(ledger=ledger, dataset="notes", plan=PLAN, run="run", outbox=folder / "outbox")
+        gate = Gate(
+            ledger=ledger, dataset="notes", plan=PLAN, outbox=RunFiles(folder, OUTBOX, run="run")
+        )
         key = ReleaseKey("run", 1, "update")
         try:
             sent = gate.release(key, fields=reply, mechanisms=events)
@@ -131,7 +134,7 @@ def test_records_are_built_in_one_place():
 
     The runner makes one that stays: the empty state in the context that Flower's ClientApp takes.
     """
-    makers, repliers = Counter(), set()
+    makers, repliers, files = Counter(), set(), set()
     for path in Path(silotune.client.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call):
@@ -139,10 +142,13 @@ def test_records_are_built_in_one_place():
                 if called in RECORD_TYPES:
                     makers[path.name] += 1
             if isinstance(node, ast.ImportFrom) and node.module == "silotune.client.gate":
-                repliers |= {alias.name for alias in node.names} & {"Reply", "Outbox"}
+                repliers |= {alias.name for alias in node.names} & {"Reply"}
+            if isinstance(node, ast.Name) and node.id == "OUTBOX":
+                files.add(path.name)
     assert makers.pop("runner.py") == 1
     assert set(makers) == {"gate.py"}
     assert not repliers
+    assert files == {"run_files.py", "site_run.py"}  # which gives them to the gate
 
 
 @pytest.mark.parametrize(

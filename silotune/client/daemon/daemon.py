@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import math
 import os
 import queue
 import resource
@@ -35,6 +36,7 @@ from silotune.client.daemon.enrolled import Enrolment
 from silotune.client.daemon.runner import Runner
 from silotune.client.daemon.socket import ControlSocket, Request
 from silotune.client.errors import DaemonRunning, PolicyMissing, RunNotProposed, SiteCommandFailed
+from silotune.client.run_files import remove_old
 from silotune.client.troubles import in_words, latest_troubles
 from silotune.data.site import ResourcesConfig, SiteConfig, require_guarded
 from silotune.errors import LedgerDamaged, SilotuneError
@@ -182,6 +184,7 @@ class Daemon:
                 self._bell.get_nowait()
         if self._stop.is_set():
             return
+        self._clerk.remove_old_files()
         if self._clerk.renew_if_due(api):
             self._link.reconnect.set()
         self._clerk.exchange_heads(api)
@@ -287,6 +290,7 @@ class Daemon:
             api.leave(self._enrolment)
         self._audit.append("left", federation=self._enrolment.facts.federation, by=f"uid {uid}")
         self._enrolment.forget()
+        remove_old(self._state, ended={}, now=math.inf)  # nobody will ask for it again
         self._stop.set()
         return {"left": self._enrolment.facts.federation}
 

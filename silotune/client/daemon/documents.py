@@ -7,6 +7,7 @@ coordinator says, checks it, and sends what the site's people have said.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -15,6 +16,7 @@ from silotune.client.daemon.api import CoordinatorApi
 from silotune.client.daemon.books import SiteBooks
 from silotune.client.daemon.enrolled import Enrolment
 from silotune.client.errors import RunNotProposed
+from silotune.client.run_files import remove_old
 from silotune.errors import PolicyError, SilotuneError
 from silotune.protocol import http
 from silotune.trust.audit import AuditLog
@@ -25,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 RENEW_DAYS = 30.0
 """A certificate with fewer days left is renewed."""
+
+_LOOK_SECONDS = 3600.0
 
 _Judge = Callable[[ProposalRecord], None]
 
@@ -60,6 +64,7 @@ class DocumentExchange:
         self._judge, self._settle = judge, settle
         self._books = books
         self.plans_version = 0
+        self._look_at = 0.0
 
     # --- news ---
 
@@ -150,6 +155,16 @@ class DocumentExchange:
             decision.verdict, run=run, plan_sha256=decision.plan_sha256, reason=reason, by=by
         )
         return decision
+
+    def remove_old_files(self) -> None:
+        """Remove what was stored for runs that are over long enough, see `run_files.remove_old`."""
+        if time.monotonic() < self._look_at:
+            return
+        self._look_at = time.monotonic() + _LOOK_SECONDS
+        ended = {entry.run: entry.settled_at for entry in self._approvals.entries()}
+        for run in remove_old(self._enrolment.state, ended=ended, now=time.time()):
+            self._audit.append("files_removed", run=run)
+            logger.info("what was stored for run %s is removed", run)
 
     # --- certificate ---
 

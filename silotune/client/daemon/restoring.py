@@ -15,6 +15,7 @@ from silotune.client.daemon.books import RESTORED, account_of, asked_heads
 from silotune.client.daemon.daemon import hold_state
 from silotune.client.daemon.enrolled import Enrolment
 from silotune.client.errors import RestoreNotNeeded
+from silotune.client.run_files import ROUNDS
 from silotune.data.site import SiteConfig
 from silotune.errors import LedgerDamaged
 from silotune.privacy.ledger import Budget, Ledger
@@ -99,7 +100,7 @@ def _restore(site: SiteConfig, *, reason: str, by: str) -> list[Restoration]:
         audit = audit or AuditLog(state / AUDIT_FILE, owner=site.name)
         ledger = ledger or Ledger(state / LEDGER_FILE)
         done = _charge(site, ledger, heads)
-        shutil.rmtree(state / "rounds", ignore_errors=True)
+        shutil.rmtree(state / ROUNDS.folder, ignore_errors=True)
         head = ledger.head
         audit.append(
             RESTORED,

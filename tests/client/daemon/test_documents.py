@@ -1,8 +1,11 @@
 """The paper work: rosters, decisions, certificates, counter-signed heads, closed books."""
 
 import base64
+import hashlib
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -11,8 +14,10 @@ from silotune.client.approvals import Approvals, difference
 from silotune.client.daemon import documents
 from silotune.client.daemon.api import closing_api
 from silotune.client.daemon.books import verify_books
+from silotune.client.daemon.daemon import CERTIFICATES
 from silotune.client.daemon.documents import DocumentExchange
 from silotune.client.errors import CohortBelowPolicy
+from silotune.client.run_files import KEPT_DAYS, KINDS, MEMORY, ROUNDS, RunFiles
 from silotune.errors import LedgerDamaged, PlanSignatureInvalid
 from silotune.privacy import certificate
 from silotune.trust.audit import AuditHead
@@ -20,6 +25,9 @@ from silotune.trust.errors import AuditLogDamaged, RosterInvalid
 from silotune.trust.identity import fingerprint
 from tests.client.coordinator_double import CoordinatorDouble
 from tests.client.site_rig import Rig
+
+ROOT = Path(__file__).parents[3]
+DAY = 24 * 3600.0
 
 
 @pytest.fixture
@@ -141,6 +149,69 @@ def test_a_run_that_is_over_is_settled_and_certified_once(rig, api):
         "release",
         "settle",
     ]
+
+
+def test_a_failed_run_that_was_resumed_is_settled_again_at_its_end(rig, api):
+    rig.approve("r1")
+    rig.ask("query.join")
+    for state, settled in (("failed", 1), ("running", 1), ("finished", 2), ("finished", 2)):
+        rig.double.propose("r1", rig.plan, state=state)
+        rig.clerk.take_plans(api)
+        assert kinds(rig).count("run_settled") == settled
+        assert rig.approvals.find("r1").settled == (state != "running")
+
+
+def stored(rig, run):
+    stem = hashlib.sha256(run.encode()).hexdigest()[:16]
+    return {
+        path.parent.name for kind in KINDS for path in (rig.state / kind.folder).glob(f"*{stem}*")
+    }
+
+
+def test_files_of_a_run_go_thirty_days_after_its_end_and_not_before(rig, api, monkeypatch):
+    for run in ("over", "open"):
+        rig.approve(run)
+        rig.ask("query.join", run=run)
+        rig.ask("train", 1, run=run)
+        for kind in (ROUNDS, MEMORY):  # which this plan has nothing for
+            RunFiles(rig.state, kind, run=run, vault=rig.vault).write(1, b"of the run")
+    everything = {kind.folder for kind in KINDS}
+    rig.double.propose("over", rig.plan, state="finished")
+    rig.clerk.take_plans(api)
+    end = rig.approvals.find("over").settled_at
+    for later, left in ((29.9, everything), (30.1, set()), (400, set())):
+        monkeypatch.setattr(documents, "_LOOK_SECONDS", 0.0)
+        monkeypatch.setattr(documents.time, "time", lambda now=end + later * DAY: now)
+        rig.clerk.remove_old_files()
+        assert stored(rig, "over") == left
+        assert stored(rig, "open") == everything
+    assert [line.fields["run"] for line in rig.audit.lines() if line.kind == "files_removed"] == [
+        "over"
+    ]
+    assert rig.approvals.find("over").state == "finished"  # what was decided stays known
+
+
+def test_the_manual_names_every_folder_of_the_state(rig, api):
+    rig.approve("r1")
+    rig.ask("train", 1)
+    page = (ROOT / "docs" / "site.md").read_text()
+    folders = {path.name for path in rig.state.iterdir() if path.is_dir()}
+    for name in folders | {kind.folder for kind in KINDS} | {CERTIFICATES}:
+        assert f"| `{name}/` |" in page
+    assert page.count(f"| {KEPT_DAYS} days after the run's end |") == len(KINDS)
+
+
+def test_the_time_of_a_settlement_that_was_not_written_down_is_that_of_its_file(rig, api):
+    """As in the state of an older version."""
+    rig.approve("r1")
+    rig.double.propose("r1", rig.plan, state="stopped")
+    rig.clerk.take_plans(api)
+    path = rig.state / "plans" / "r1.json"
+    content = json.loads(path.read_text())
+    del content["settled_at"]
+    path.write_text(json.dumps(content))
+    os.utime(path, (5.0, 5.0))
+    assert rig.approvals.find("r1").settled_at == 5.0
 
 
 def test_a_certificate_leaves_only_where_the_site_hands_them_in(rig, api):
