@@ -325,6 +325,7 @@ def test_leaving_revokes_and_keeps_the_books(running):
     assert running.process.process.wait(SECONDS) == 0
     assert [goodbye.name for goodbye in running.double.left] == ["alpha"]
     state = running.process.folder / "state"
+    assert not list((state / "outbox").iterdir())
     assert "left" in [line["kind"] for line in running.audit()]
     assert not list(state.glob("*.key.sealed"))
     assert running.process.site("start", check=False).returncode == 60
