@@ -31,8 +31,7 @@ from silotune.errors import PlanSignatureInvalid, SilotuneError
 from silotune.models.base import outline, require_taken
 from silotune.models.layout import Layout
 from silotune.models.tasks import get_task
-from silotune.plan.plan import Plan, dotted
-from silotune.plan.words import plan_in_words
+from silotune.plan.plan import Plan, dotted, plan_in_words
 from silotune.privacy.ledger import Ledger
 from silotune.privacy.spent import LEDGER_FILE
 from silotune.protocol.http import Decision, Proposal

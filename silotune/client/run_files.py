@@ -24,11 +24,10 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
-from silotune.models.layout import Layout, Span, gathered
+from silotune.models.layout import Group, Layout, Span, gathered
 from silotune.plan.plan import Plan
 from silotune.strategies import method_of
-from silotune.strategies.schedule import Group, learning_rate, phase_of
-from silotune.strategies.server_optimizer import ServerOptimizer
+from silotune.strategies.server_optimizer import ServerOptimizer, learning_rate, phase_of
 from silotune.trust.files import (
     create_private_folder,
     replace_file,

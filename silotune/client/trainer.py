@@ -27,7 +27,7 @@ from silotune.errors import SelfCheckFailed
 from silotune.models.adapter import write_adapter
 from silotune.models.batching import Encoded, batches
 from silotune.models.features import Frozen, compute_frozen
-from silotune.models.layout import Layout, Part
+from silotune.models.layout import Group, Layout, Part
 from silotune.models.task import LoadedModel
 from silotune.plan.plan import Plan
 from silotune.plan.sections import Clip
@@ -35,8 +35,8 @@ from silotune.privacy.clipping import Attached, attach
 from silotune.privacy.engine import ClipGroup, DpSgd, PlainSgd
 from silotune.privacy.noise import NoiseSource, SecureNoise, SeededNoise, derive_seed
 from silotune.strategies import method_of
-from silotune.strategies.schedule import Group, Phase, learning_rate, phase_of
 from silotune.strategies.secure import shared_noise
+from silotune.strategies.server_optimizer import Phase, learning_rate, phase_of
 from silotune.strategies.site_privacy import hidden
 
 

@@ -15,8 +15,7 @@ from rich.table import Table
 from silotune.data.site import SiteConfig, load_sites
 from silotune.errors import ModelNotFound
 from silotune.plan.explain import Overrides, parsed
-from silotune.plan.plan import Plan, schema
-from silotune.plan.words import notes_on, plan_in_words
+from silotune.plan.plan import Plan, notes_on, plan_in_words, schema
 from silotune.terminal import headed, terminal
 
 app = typer.Typer(no_args_is_help=True, help="Check plans and print their schema.")

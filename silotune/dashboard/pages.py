@@ -37,8 +37,7 @@ from silotune.dashboard.operations import Desk
 from silotune.dashboard.page_guard import FORM, SESSION, Door, PageGuard, Scope, certificate_of
 from silotune.dashboard.run_page import Glance, RunPage, Spending, glance, run_page
 from silotune.errors import FileNotOffered, RunNotFound, SilotuneError
-from silotune.events.feed import OVER, Batch, Feed
-from silotune.events.source import RunFacts, Source, Views
+from silotune.events.source import OVER, Batch, Feed, RunFacts, Source, Views
 from silotune.trust.errors import SignInNeeded
 from silotune.trust.identity import Person
 

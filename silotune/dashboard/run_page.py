@@ -23,8 +23,7 @@ from silotune.dashboard.charts import Lane, PageChart, lanes, line_chart, stacke
 from silotune.errors import PlanInvalid, SilotuneError, catalogue
 from silotune.events.source import RunFacts
 from silotune.events.view import OPEN_PHASES, UNLIKE, RunView, Trouble
-from silotune.plan.plan import Plan, dotted
-from silotune.plan.words import plan_in_words
+from silotune.plan.plan import Plan, dotted, plan_in_words
 
 _POINTS = 16
 

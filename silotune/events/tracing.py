@@ -17,10 +17,12 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import secrets
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from silotune.errors import ExtraMissing, SilotuneError
 
@@ -36,12 +38,33 @@ _HEADER = re.compile(r"00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})")
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 
 
+class _Ids(threading.local):
+    """An OpenTelemetry generator of ids: gives those laid down in this thread, once each, else draws."""
+
+    trace = 0
+    span = 0
+
+    def is_trace_id_random(self) -> bool:
+        """No: some are made of names, and the header's flags must not say otherwise."""
+        return False
+
+    def generate_trace_id(self) -> int:
+        """The one laid down, or a random one."""
+        found, self.trace = self.trace, 0
+        return found or secrets.randbits(128) or 1
+
+    def generate_span_id(self) -> int:
+        """The one laid down, or a random one."""
+        found, self.span = self.span, 0
+        return found or secrets.randbits(64) or 1
+
+
 class _TracerState:
     """The process's tracer; None while nothing is traced."""
 
     tracer: Tracer | None = None
     provider: Any = None
-    ids: Any = None
+    ids = _Ids()
 
 
 def wanted() -> list[str]:
@@ -85,14 +108,12 @@ def start(*exporters: SpanExporter, service: str, batched: bool = True) -> None:
         from opentelemetry.sdk.resources import Resource
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor
-
-        from silotune.events.trace_ids import Ids
     except ImportError as exc:
         raise ExtraMissing("the OpenTelemetry SDK is not installed", remedy=INSTALL) from exc
     named = os.environ.get("OTEL_SERVICE_NAME") or service
-    _TracerState.ids = Ids()
     provider = TracerProvider(
-        resource=Resource.create({"service.name": named}), id_generator=_TracerState.ids
+        resource=Resource.create({"service.name": named}),
+        id_generator=cast(Any, _TracerState.ids),
     )
     for exporter in exporters:
         processor = BatchSpanProcessor if batched else SimpleSpanProcessor
@@ -104,7 +125,7 @@ def stop() -> None:
     """Deliver what is left, and trace no longer."""
     if _TracerState.provider is not None:
         _TracerState.provider.shutdown()
-    _TracerState.provider = _TracerState.tracer = _TracerState.ids = None
+    _TracerState.provider = _TracerState.tracer = None
 
 
 @contextmanager
@@ -131,7 +152,7 @@ def span(
     from opentelemetry import trace
 
     if begins:
-        _TracerState.ids.next.trace = _hashed(16, run)
+        _TracerState.ids.trace = _hashed(16, run)
     made = tracer.start_span(
         name,
         context=_context(parent, begins=begins),
@@ -158,8 +179,8 @@ def exchange(kind: str, *, run: str, round: int) -> Iterator[str]:
     if tracer is None:
         yield ""
         return
-    _TracerState.ids.next.trace = _hashed(16, run)
-    _TracerState.ids.next.span = _hashed(8, run, str(round), kind)
+    _TracerState.ids.trace = _hashed(16, run)
+    _TracerState.ids.span = _hashed(8, run, str(round), kind)
     made = tracer.start_span(
         f"exchange {kind}",
         attributes=_attributes(run, round),

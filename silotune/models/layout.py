@@ -2,7 +2,8 @@
 
 An adapter, an update or a gradient sum travels as one little-endian float32 vector: LoRA matrices in
 module order (A, then B), then the head. Names are those of PEFT's saved files. Nothing here needs a
-model, nor the libraries of one: the coordinator works from the layout that the sites agree on.
+model, nor the libraries of one: the coordinator works from the layout that the sites agree on. `pairs`
+gives the two matrices of each adapted layer as views of a flat vector.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, Protocol
@@ -280,3 +281,32 @@ def _ranked(entry: ArrayEntry, rank: int) -> tuple[int, ...]:
 def first_of(names: list[str]) -> str:
     """How a message goes on that counts some names."""
     return f" (first {names[0]})" if names else ""
+
+
+Matrix = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One adapted layer.
+
+    Attributes
+    ----------
+    name : str
+        Of A, as in the layout.
+    A : float32 array [r, in]
+    B : float32 array [out, r]
+    """
+
+    name: str
+    A: Matrix
+    B: Matrix
+
+
+def pairs(layout: Layout, flat: NDArray[np.float32]) -> Iterator[Pair]:
+    """The adapted layers in the order of the layout; their matrices are views of `flat`."""
+    views = layout.unpack(flat)
+    for name, A in views.items():
+        if ".lora_A." in name:
+            stem, leaf = name.split(".lora_A.")
+            yield Pair(name, A, views[f"{stem}.lora_B.{leaf}"])

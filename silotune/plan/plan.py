@@ -1,7 +1,8 @@
 """The plan: what is to be trained, as a small, typed, signed document.
 
 A plan is data and nothing else (promise 2): frozen models with strict types, read from TOML, hashed
-as canonical JSON. The hash is what sites approve and what every log carries.
+as canonical JSON. The hash is what sites approve and what every log carries. `plan_in_words` says what
+will be trained, by whom, under which protection, and how.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pydantic import ValidationError, model_validator
 from silotune.errors import PlanInvalid, PlanSignatureInvalid, PlanUnreadable
 from silotune.plan.explain import explain
 from silotune.plan.rules import conflicts
-from silotune.plan.sections import Section, Sections
+from silotune.plan.sections import Clip, Section, Sections
 
 _SIGNING_CONTEXT = b"silotune plan v1\0"
 
@@ -151,3 +152,162 @@ def dotted(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             found[prefix + key] = value
     return found
+
+
+def plan_in_words(plan: Plan) -> list[tuple[str, str]]:
+    """Pairs of a heading and one or two sentences, in the order a reader asks."""
+    return [
+        ("Purpose", plan.plan.purpose),
+        ("Model", _model(plan)),
+        ("Adapter", _adapter(plan)),
+        ("Data", _data(plan)),
+        ("Rounds", _rounds(plan)),
+        ("Optimizers", _optimizers(plan)),
+        ("Privacy", _privacy(plan)),
+        ("Aggregation", _aggregation(plan)),
+    ]
+
+
+def notes_on(plan: Plan) -> list[str]:
+    """What the plan leaves open and its author should know, in sentences."""
+    if plan.rounds.min_sites > 1 or "min_sites" in plan.rounds.model_fields_set:
+        return []
+    return [
+        "rounds.min_sites is not given, so a round counts with one site alone: its update is then "
+        "the whole step. Say how many sites a round needs, even if it is 1"
+    ]
+
+
+def _model(plan: Plan) -> str:
+    if plan.model.task == "causal_lm":
+        task = "answer a prompt with a response"
+    else:
+        task = f"tell {_joined(plan.model.labels)} apart by text"
+    checked = " Its weights must have the plan's SHA-256." if plan.model.sha256 else ""
+    return f"{plan.model.base}, tuned to {task}.{checked}"
+
+
+def _joined(names: tuple[str, ...]) -> str:
+    return " and ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
+
+
+def _adapter(plan: Plan) -> str:
+    lora = plan.lora
+    modules = lora.target_modules
+    named = {"auto": "the attention's query and value", "all-linear": "all linear layers"}
+    where = named[modules] if isinstance(modules, str) else _joined(modules)
+    layers = f" in the last {lora.last_layers} layers" if lora.last_layers else ""
+    frozen = " Only B is trained, A stays at its start (FFA)." if plan.freezes_a else ""
+    return f"LoRA of rank {lora.r} (alpha {lora.alpha:g}) on {where}{layers}.{frozen}"
+
+
+def _data(plan: Plan) -> str:
+    data = plan.data
+    train = 1 - data.test_share - data.validation_share
+    whole = "each privacy unit" if data.split_by == "unit" else "each group"
+    return (
+        f"Each site's dataset '{data.dataset}', texts of up to {data.max_length} tokens; {train:.0%} "
+        f"to train, {data.validation_share:.0%} to validate, {data.test_share:.0%} to test, with "
+        f"{whole} on one side only."
+    )
+
+
+def _rounds(plan: Plan) -> str:
+    rounds, head = plan.rounds, plan.optimizer.site.head_rounds
+    steps = "one step" if rounds.local_steps == 1 else f"{rounds.local_steps} local steps"
+    first = f" The first {head} train the head alone, on features computed once." if head else ""
+    return (
+        f"{rounds.number} rounds of {steps} at each site, with at least {rounds.min_sites} "
+        f"site{'s' * (rounds.min_sites > 1)} answering within {rounds.deadline:g} s.{first}"
+    )
+
+
+def _optimizers(plan: Plan) -> str:
+    site, server = plan.optimizer.site, plan.optimizer.server
+    head = f", head {site.head_lr:g}" if plan.model.task == "text_classification" else ""
+    rates = f"learning rates: adapter {site.adapter_lr:g}{head}, {site.schedule} schedule"
+    name = {"none": "as it is", "sgd": "by SGD with momentum", "adam": "by Adam"}[server.name]
+    scaled = "" if server.lr == 1 else f", scaled by {server.lr:g}"
+    if plan.rounds.local_steps == 1:
+        return f"The server applies the sites' summed gradients {name}{scaled}; {rates}."
+    return (
+        f"Each site trains with {site.local}, and the server applies the mean change "
+        f"{name}{scaled}; {rates}."
+    )
+
+
+def _site_privacy(plan: Plan) -> str:
+    privacy = plan.privacy
+    assert privacy.site is not None and privacy.epsilon is not None and privacy.delta is not None
+    who = (
+        "The coordinator adds the noise and sees the sites' updates without it: it must be trusted."
+        if plan.trusts_coordinator
+        else "Each site adds noise to its own update, so nobody need be trusted."
+    )
+    follows = privacy.site.quantile is not None
+    norm = f"starting at {privacy.clip:g} and adapting" if follows else f"{privacy.clip:g}"
+    seeded = (
+        " The noise is seeded, so the run is not private." if plan.plan.seed is not None else ""
+    )
+    return (
+        f"At most epsilon {privacy.epsilon:g} at delta {privacy.delta:g} for all records of a site "
+        f"together; whole updates clipped to norm {norm}. {who}{seeded}"
+    )
+
+
+def _privacy(plan: Plan) -> str:
+    privacy = plan.privacy
+    if privacy.mode == "site":
+        return _site_privacy(plan)
+    if not plan.private:
+        return "None: updates are sent as they are. Use it only with records that may be public."
+    assert privacy.epsilon is not None  # a validated private plan has both
+    assert privacy.delta is not None
+    clip, delta = privacy.clip, f"{privacy.delta:g}".replace("e-0", "e-")
+    norms = (
+        f"head {clip.head:g} and adapter {clip.adapter:g}, as one mechanism"
+        if isinstance(clip, Clip)
+        else f"{clip:g}"
+    )
+    sampled = (
+        f"{privacy.rate:.3g} of the units"
+        if privacy.rate is not None
+        else f"about {privacy.batch} units"
+    )
+    metrics = (
+        f" {privacy.metrics_share:.0%} of it pays for noisy metrics."
+        if privacy.metrics_share
+        else " No metric is released."
+    )
+    seeded = (
+        " The noise is seeded, so the run is not private." if plan.plan.seed is not None else ""
+    )
+    shared = (
+        f" Each site adds 1/{plan.aggregation.threshold} of the noise's variance: the sum over so many "
+        "honest sites has the noise of pooled training."
+        if privacy.noise == "shared"
+        else ""
+    )
+    return (
+        f"At most epsilon {privacy.epsilon:g} at delta {delta} for each {privacy.unit}; "
+        f"gradients clipped to {norms}; each step samples {sampled}.{shared}{metrics}{seeded}"
+    )
+
+
+def _aggregation(plan: Plan) -> str:
+    weights = {
+        "declared": "weighted by the sizes that the sites declare",
+        "equal": "every site weighing the same",
+    }
+    found = f"{plan.aggregation.strategy}, {weights[plan.aggregation.weights]}."
+    return found + _secure(plan) if plan.aggregation.secure else found
+
+
+def _secure(plan: Plan) -> str:
+    aggregation = plan.aggregation
+    needed = aggregation.threshold or "more than two thirds"
+    return (
+        f" Under secure aggregation, in {aggregation.encoding}: the coordinator sees the sum over at "
+        f"most {aggregation.cohort} sites and no update; a round that fewer than {needed} of them come "
+        "through is void."
+    )

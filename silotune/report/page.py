@@ -10,8 +10,7 @@ from typing import Any, Literal, TypeVar
 
 from silotune.errors import PlanInvalid, SilotuneError, catalogue
 from silotune.events.view import Evaluation, RoundView, Trouble
-from silotune.plan.plan import Plan
-from silotune.plan.words import plan_in_words
+from silotune.plan.plan import Plan, plan_in_words
 from silotune.report.figures import MACRO_F1, TRIVIAL, MethodRow, Summary
 from silotune.report.verdict import DASH, epsilon, octets, plural, power, printable, score, signed
 from silotune.rounds.run_directory import RunRecord

@@ -35,8 +35,8 @@ from silotune.rounds.secure_rounds import SecureRounds
 from silotune.strategies import strategy_for
 from silotune.strategies.base import AdapterStrategy, Terms, Vector, as_arrays, update_of
 from silotune.strategies.linear import LinearStrategy
-from silotune.strategies.schedule import phase_of
 from silotune.strategies.secure import encoding_for
+from silotune.strategies.server_optimizer import phase_of
 
 FEWEST = 4
 """With fewer sites there are no "others" to speak of: no scores."""

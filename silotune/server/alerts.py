@@ -27,8 +27,7 @@ from sqlalchemy import delete, insert, select
 from silotune.dashboard.run_page import Spending, left
 from silotune.errors import catalogue
 from silotune.events import schema
-from silotune.events.feed import OVER, Readable
-from silotune.events.source import RunFacts, Source, Views
+from silotune.events.source import OVER, Readable, RunFacts, Source, Views
 from silotune.server.admin.operations import SiteOverview
 from silotune.server.config import AlertsSection, read_secret
 from silotune.server.store.database import CURSORS, Store

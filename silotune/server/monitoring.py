@@ -23,8 +23,7 @@ from silotune.dashboard.accounts import Accounts
 from silotune.dashboard.page_guard import LOOPBACK, Door
 from silotune.dashboard.pages import Content, build
 from silotune.dashboard.run_page import Spending, left
-from silotune.events.feed import OVER
-from silotune.events.source import RunFacts, Views
+from silotune.events.source import OVER, RunFacts, Views
 from silotune.events.view import RunView
 from silotune.server.admin.operations import Operations
 from silotune.server.config import AUTHORITY_CERTIFICATE, SERVER_CERTIFICATE, read_secret

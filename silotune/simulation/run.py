@@ -40,8 +40,7 @@ from silotune.errors import (
 from silotune.events.source import held
 from silotune.models.choices import Choices, choose
 from silotune.models.tasks import get_task
-from silotune.plan.plan import Plan
-from silotune.plan.words import notes_on
+from silotune.plan.plan import Plan, notes_on
 from silotune.rounds.rounds import build_server_app
 from silotune.rounds.run_directory import RunDirectory
 from silotune.simulation.grid import WorkerGrid

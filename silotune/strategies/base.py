@@ -8,7 +8,7 @@ the sum may as well be computed under secure aggregation.
 A strategy's class methods say what a site trains, sends and keeps; the site's trainer asks the same
 class that the coordinator aggregates with.
 
-What a site's update counts for, from public numbers: one rule for sites and coordinator.
+What an update counts for follows from public numbers: one rule for sites and coordinator.
 """
 
 from __future__ import annotations
@@ -28,8 +28,7 @@ from silotune.errors import UpdateRejected
 from silotune.models.layout import Layout, Part, Span
 from silotune.models.scores import metrics_of
 from silotune.plan.plan import Plan
-from silotune.strategies.schedule import phase_of
-from silotune.strategies.server_optimizer import ServerOptimizer
+from silotune.strategies.server_optimizer import ServerOptimizer, phase_of
 
 Vector = NDArray[np.float32]
 
@@ -95,6 +94,12 @@ class AdapterStrategy(Strategy):
         """Parts of the adapter that a site trains in a round (from 1)."""
         if phase_of(plan, server_round) == "head":
             return frozenset({"head"})
+        return cls.joint(plan, server_round)
+
+    @classmethod
+    def joint(cls, plan: Plan, server_round: int) -> frozenset[Part]:
+        """Parts that are trained in a round that trains more than the head."""
+        del plan, server_round
         return frozenset({"A", "B", "head"})
 
     @classmethod
@@ -274,3 +279,45 @@ def weight_in(plan: Plan, *, declared_units: int, largest: int) -> Weight:
         return Weight(factor=1.0 / batch, mass=1.0) if equal else Weight(factor=1.0, mass=batch)
     share = 1.0 if equal else declared_units / largest
     return Weight(factor=share, mass=share)
+
+
+Rows = NDArray[np.float32]
+
+
+class RobustStrategy(AdapterStrategy):
+    """Base of strategies that withstand sites which lie: `combine` sees each update beside the others.
+
+    Every site has one vote, whatever it declares (a liar would declare the most). Updates of one step
+    are made commensurable first: a gradient sum is divided by its expected batch. All of them hold the
+    cohort's updates in memory, a row a site in the order of their names, and none works under secure
+    aggregation.
+    """
+
+    def begin(self, server_round: int, adapter: Vector) -> None:
+        """Forget the updates of the round before."""
+        del adapter
+        self._size = self.update_size(server_round)
+        self._rows: dict[str, Vector] = {}
+
+    def fold(self, terms: Terms, update: Vector) -> None:
+        """Keep one site's update."""
+        if update.shape != (self._size,):
+            raise UpdateRejected(
+                f"site {terms.site}: expected {self._size} numbers, got {update.size}"
+            )
+        if not np.isfinite(update).all():
+            raise UpdateRejected(f"site {terms.site}: a number is NaN or infinite")
+        batch = self.plan.expected_batch(terms.declared_units) if self.plan.sends_sums else 1.0
+        self._rows[terms.site] = update / np.float32(batch)
+
+    def finish(self, adapter: Vector, *, server_round: int) -> Vector:
+        """The server optimizer's step with what the rule makes of the updates."""
+        if not self._rows:
+            return adapter.copy()
+        rows = np.stack([self._rows[site] for site in sorted(self._rows)])
+        found = np.asarray(self.combine(rows), dtype=np.float32)
+        return self.step(adapter, found, server_round=server_round)
+
+    @abstractmethod
+    def combine(self, rows: Rows) -> NDArray[np.floating]:
+        """One vector from the rows [sites, update_size]."""

@@ -25,25 +25,16 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from silotune.models.layout import Part
-from silotune.plan.plan import Plan
+from silotune.models.layout import pairs
 from silotune.strategies.base import Vector
-from silotune.strategies.factors import pairs
-from silotune.strategies.linear import LinearStrategy
-from silotune.strategies.schedule import phase_of
+from silotune.strategies.ffa import FrozenA
+from silotune.strategies.server_optimizer import phase_of
 
 Matrix = NDArray[np.float64]
 
 
-class Refactored(LinearStrategy):
-    """Weighted mean of B and of the head, then an SVD of each product BA."""
-
-    @classmethod
-    def trained(cls, plan: Plan, server_round: int) -> frozenset[Part]:
-        """B and the head; A travels down only."""
-        if phase_of(plan, server_round) == "head":
-            return frozenset({"head"})
-        return frozenset({"B", "head"})
+class Refactored(FrozenA):
+    """Weighted mean of B and of the head, then an SVD of each product BA; A travels down only."""
 
     def apply(self, adapter: Vector, mean: Vector, *, server_round: int) -> Vector:
         """The server optimizer's step with B and head, then new factors of the same products."""

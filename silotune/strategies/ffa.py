@@ -20,15 +20,13 @@ from __future__ import annotations
 from silotune.models.layout import Part
 from silotune.plan.plan import Plan
 from silotune.strategies.linear import LinearStrategy
-from silotune.strategies.schedule import phase_of
 
 
 class FrozenA(LinearStrategy):
     """Weighted mean of B and of the head; the layout has no A at all."""
 
     @classmethod
-    def trained(cls, plan: Plan, server_round: int) -> frozenset[Part]:
-        """B and the head, or the head alone at first."""
-        if phase_of(plan, server_round) == "head":
-            return frozenset({"head"})
+    def joint(cls, plan: Plan, server_round: int) -> frozenset[Part]:
+        """B and the head."""
+        del plan, server_round
         return frozenset({"B", "head"})

@@ -27,11 +27,10 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from numpy.typing import NDArray
 
 from silotune.errors import UpdateRejected
-from silotune.models.layout import Layout, gathered
+from silotune.models.layout import Layout, Pair, gathered, pairs
 from silotune.plan.plan import Plan
 from silotune.strategies.base import AdapterStrategy, Terms, Vector, as_arrays
-from silotune.strategies.factors import Pair, pairs
-from silotune.strategies.reproducible_sum import ReproducibleSum
+from silotune.strategies.linear import ReproducibleSum
 
 _EXPONENT = -31  # of the grids of the exact sums; they hold numbers up to 512
 

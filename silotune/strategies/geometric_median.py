@@ -21,7 +21,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from silotune.strategies.robust import RobustStrategy, Rows
+from silotune.strategies.base import RobustStrategy, Rows
 
 _STEPS = 64
 _SMALLEST = 1e-12  # of a distance, relative to the median distance at the start: smoothing

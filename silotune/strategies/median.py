@@ -21,7 +21,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from silotune.strategies.robust import RobustStrategy, Rows
+from silotune.strategies.base import RobustStrategy, Rows
 
 
 class Median(RobustStrategy):

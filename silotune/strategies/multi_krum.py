@@ -25,7 +25,7 @@ from flwr.app import Array, ArrayRecord, RecordDict
 from flwr.serverapp.strategy.multikrum import select_multikrum
 from numpy.typing import NDArray
 
-from silotune.strategies.robust import RobustStrategy, Rows
+from silotune.strategies.base import RobustStrategy, Rows
 
 
 class MultiKrum(RobustStrategy):

@@ -21,16 +21,13 @@ from __future__ import annotations
 from silotune.models.layout import Part
 from silotune.plan.plan import Plan
 from silotune.strategies.linear import LinearStrategy
-from silotune.strategies.schedule import phase_of
 
 
 class Alternating(LinearStrategy):
     """Weighted mean of B in odd rounds of the adapter, of A in even ones, and of the head in all."""
 
     @classmethod
-    def trained(cls, plan: Plan, server_round: int) -> frozenset[Part]:
+    def joint(cls, plan: Plan, server_round: int) -> frozenset[Part]:
         """B first: A has no gradient while B is zero."""
-        if phase_of(plan, server_round) == "head":
-            return frozenset({"head"})
         turn = server_round - plan.optimizer.site.head_rounds
         return frozenset({"B" if turn % 2 else "A", "head"})

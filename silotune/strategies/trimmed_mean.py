@@ -22,7 +22,7 @@ import numpy as np
 from flwr.serverapp.strategy.fedtrimmedavg import trim_mean
 from numpy.typing import NDArray
 
-from silotune.strategies.robust import RobustStrategy, Rows
+from silotune.strategies.base import RobustStrategy, Rows
 
 
 class TrimmedMean(RobustStrategy):

@@ -3,7 +3,7 @@
 import numpy as np
 
 from silotune.client.run_files import ControlVariate, ProcessMemory
-from silotune.strategies.schedule import learning_rate
+from silotune.strategies.server_optimizer import learning_rate
 from tests.strategies.contract import layout_for, plan_with
 
 SCAFFOLD = {

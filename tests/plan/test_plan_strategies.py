@@ -18,9 +18,8 @@ from silotune.errors import PlanInvalid
 from silotune.plan.sections import AggregationSection
 from silotune.plan.sections import ServerOptimizerSettings as Server
 from silotune.plan.strategies import DROPPED, STRATEGIES
-from silotune.strategies.base import AdapterStrategy
+from silotune.strategies.base import AdapterStrategy, RobustStrategy
 from silotune.strategies.linear import LinearStrategy
-from silotune.strategies.robust import RobustStrategy
 from tests.strategies.contract import plan_with
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "plan.toml"

@@ -2,8 +2,7 @@
 
 import pytest
 
-from silotune.plan.plan import Plan
-from silotune.plan.words import plan_in_words
+from silotune.plan.plan import Plan, plan_in_words
 
 BASE = {
     "plan": {"name": "p", "purpose": "Why."},

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from silotune.strategies.factors import pairs
+from silotune.models.layout import pairs
 
 
 def factors(case, start, update):

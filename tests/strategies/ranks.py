@@ -7,8 +7,8 @@ import pytest
 from flwr.app import ConfigRecord
 
 from silotune.errors import UpdateRejected
+from silotune.models.layout import pairs
 from silotune.strategies.base import as_arrays
-from silotune.strategies.factors import pairs
 from tests.strategies.contract import StrategyContract, cohort
 
 

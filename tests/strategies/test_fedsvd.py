@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from silotune.strategies.factors import pairs
+from silotune.models.layout import pairs
 from silotune.strategies.fedsvd import refactor
 from tests.strategies.contract import Streaming, cohort
 from tests.strategies.merged import whole

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from silotune.strategies.factors import pairs
+from silotune.models.layout import pairs
 from tests.strategies.contract import Streaming, cohort
 from tests.strategies.merged import factors, merged_weights, whole
 from tests.strategies.ranks import HeterogeneousRanks

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from silotune.strategies import reproducible_sum
-from silotune.strategies.reproducible_sum import ReproducibleSum
+from silotune.strategies import linear
+from silotune.strategies.linear import ReproducibleSum
 
 VECTORS = hnp.arrays(
     np.float32,
@@ -42,7 +42,7 @@ def test_no_bit_depends_on_where_blocks_end(size, block, seed, weighted):
     weights = rng.uniform(0, 3, 3) if weighted else np.ones(3)
     whole = total(rows, weights).mean(7.0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reproducible_sum, "_BLOCK", block)
+        patch.setattr(linear, "_BLOCK", block)
         cut = total(rows, weights)
         assert cut.mean(7.0).tobytes() == whole.tobytes()
         bad = rows[0].copy()

@@ -8,8 +8,7 @@ from flwr.serverapp.strategy import FedAdam
 from flwr.supercore.task_identity import TaskIdentity
 
 from silotune.models.layout import Span
-from silotune.strategies.schedule import factor, learning_rate, phase_of
-from silotune.strategies.server_optimizer import ServerOptimizer
+from silotune.strategies.server_optimizer import ServerOptimizer, factor, learning_rate, phase_of
 from tests.strategies.contract import plan_with
 
 SPANS = {"B": Span("B", 0, 5), "head": Span("head", 5, 8)}

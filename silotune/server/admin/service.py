@@ -19,8 +19,7 @@ from grpc_health.v1.health import aio as health
 from grpc_reflection.v1alpha import reflection
 
 from silotune.errors import FileNotOffered, PlanError, RunNotFound, SilotuneError
-from silotune.events.feed import Batch, Feed
-from silotune.events.source import Row, RunFacts, Views
+from silotune.events.source import Batch, Feed, Row, RunFacts, Views
 from silotune.server.admin.operations import Operations
 from silotune.server.admin.proto import SERVICE, compiled
 from silotune.server.config import CoordinatorKeys

@@ -318,7 +318,7 @@ _ENDLESS = "running"
 
 
 class FederationLog:
-    """The federation's own events, to write and, for `silotune.events.feed.Feed`, to read.
+    """The federation's own events, to write and, for `silotune.events.source.Feed`, to read.
 
     Parameters
     ----------
