@@ -77,6 +77,7 @@ class CoordinatorDouble:
         self._roots: dict[str, object] = {}
         self._enrolled: dict[str, wire.EnrolRequest] = {}
         self._bell = threading.Condition()
+        self._hung_up = 0
         self._answers: dict[str, int] = {}
         self._start(port)
 
@@ -256,7 +257,10 @@ class CoordinatorDouble:
 
     def _fleet_pull_messages(self, body):
         with self._bell:
-            self._bell.wait_for(lambda: self._waiting, timeout=_LONG_POLL)
+            before = self._hung_up
+            self._bell.wait_for(
+                lambda: self._waiting or self._hung_up != before, timeout=_LONG_POLL
+            )
             if not self._waiting:
                 return fleet_pb2.PullMessagesResponse()
             proto, tree = self._waiting.pop(0)
@@ -314,6 +318,12 @@ class CoordinatorDouble:
     def ring(self):
         with self._bell:
             self.plans_version += 1
+            self._bell.notify_all()
+
+    def hang_up(self):
+        """Answer who waits for a message that there is none."""
+        with self._bell:
+            self._hung_up += 1
             self._bell.notify_all()
 
     def content(self, run, plan, *, server_round=0, **records):

@@ -73,6 +73,7 @@ class Rig:
 
     def __exit__(self, *_):
         self.link.stop.set()
+        self.double.hang_up()
         self.link.end(grace=10)
         self.thread.join(10)
 

@@ -18,9 +18,9 @@ from silotune.data.site import SiteConfig
 from silotune.plan.plan import SignedPlan
 from silotune.protocol.http import Proposal
 from silotune.server.config import Home
-from silotune.server.coordinator import Coordinator
 from silotune.trust.identity import six_words
 from tests.client.site_material import write_site_folder
+from tests.server.opening import open_coordinator
 
 KEY = Ed25519PrivateKey.generate()
 
@@ -47,7 +47,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def running(folder):
-    coordinator = Coordinator(Home(folder))
+    coordinator = open_coordinator(Home(folder))
     coordinator.start()
     yield coordinator
     coordinator.close()
@@ -228,7 +228,7 @@ def test_a_missing_file_with_a_secret_is_reported_with_its_key_and_path(folder, 
     more = "port = 0\n" if section == "dashboard" else 'webhooks = ["https://h.example.org"]\n'
     text = config.read_text().replace(f"[{section}]", f'[{section}]\n{key} = "no/token"\n{more}#')
     config.write_text(text)
-    coordinator = Coordinator(Home(folder))
+    coordinator = open_coordinator(Home(folder))
     try:
         with pytest.raises(Exception, match="ST-720") as caught:
             coordinator.start()
@@ -254,7 +254,7 @@ def test_the_doctor_finds_a_healthy_coordinator_healthy_running_or_not(folder):
     found = examined(folder)
     assert found["daemon"]["state"] == "skipped"
     assert found["store"]["state"] == "skipped"
-    coordinator = Coordinator(Home(folder))
+    coordinator = open_coordinator(Home(folder))
     coordinator.start()
     try:
         found = examined(folder)

@@ -16,8 +16,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from silotune.models.layout import ArrayEntry, Layout
 from silotune.plan.plan import Plan
 from silotune.server.config import Home
-from silotune.server.coordinator import Coordinator, create
+from silotune.server.coordinator import create
 from tests.server.fleet_site import FleetSite
+from tests.server.opening import open_coordinator
 
 LAYOUT = Layout(
     (
@@ -88,7 +89,7 @@ class Town:
         self.start()
 
     def start(self):
-        self.coordinator = Coordinator(self.home)
+        self.coordinator = open_coordinator(self.home)
         self.coordinator.start()
         return self.coordinator
 
@@ -120,9 +121,11 @@ class Town:
         return [line.fields for line in self.coordinator.audit.lines() if line.kind == kind]
 
     def close(self):
+        for site in self.sites:
+            site.hang_up()  # otherwise the coordinator's end waits for connections to be closed
         self.coordinator.close()
         for site in self.sites:
-            site.close()
+            site.join()
 
 
 @pytest.fixture

@@ -256,9 +256,15 @@ class FleetSite:
         return self
 
     def close(self):
+        self.hang_up()
+        self.join()
+
+    def hang_up(self):
         self._stop.set()
         for closer in self._closers:
             closer()
+
+    def join(self):
         if self._thread is not None:
             self._thread.join(timeout=30.0)
 

@@ -12,9 +12,10 @@ from silotune.plan.plan import Plan, SignedPlan
 from silotune.protocol.http import EnrolRequest
 from silotune.server.admin.client import AdminAddress, ControlClient, save_credentials
 from silotune.server.config import Home
-from silotune.server.coordinator import Coordinator, create
+from silotune.server.coordinator import create
 from silotune.trust import identity
 from silotune.trust.invite import Invite
+from tests.server.opening import open_coordinator
 
 
 def free_port():
@@ -51,7 +52,7 @@ class Office:
         self.start()
 
     def start(self):
-        self.coordinator = Coordinator(self.home)
+        self.coordinator = open_coordinator(self.home)
         self.coordinator.start()
 
     def restart(self):
