@@ -1,7 +1,9 @@
 """Settings that hold for every test: offline, one thread, quiet libraries."""
 
+import gc
 import os
 
+os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"  # before NumPy is imported
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["FLWR_TELEMETRY_ENABLED"] = "0"
 os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "1"
@@ -14,3 +16,9 @@ settings.register_profile("silotune", deadline=None)
 settings.load_profile("silotune")
 
 pytest_plugins = ["tests.small_models", "tests.whole_run"]
+
+
+def pytest_collection_finish():
+    """What was imported stays: no collection of garbage need look at a million objects of it again."""
+    gc.collect()
+    gc.freeze()

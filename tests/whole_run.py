@@ -10,6 +10,7 @@ from silotune.simulation import run
 from silotune.simulation.grid import WorkerGrid
 from silotune.simulation.run import Settings
 from tests.federation import PRIVATE, write_federation
+from tests.forked import forked_workers, start_forkserver
 
 
 def final(directory):
@@ -18,8 +19,8 @@ def final(directory):
 
 
 def play(federation, name, *, listener=lambda event: None, settings=None, **overrides):
-    """Simulate; without settings in this process: no worker has to start and import everything."""
-    with patch.object(run, "WorkerGrid", WorkerGrid if settings else in_this_process):
+    """Simulate; without settings in this process: no worker has to start."""
+    with forked_workers() if settings else patch.object(run, "WorkerGrid", in_this_process):
         return run.simulate(
             federation.plan_path,
             runs=federation.folder / name,
@@ -47,6 +48,7 @@ def federation(tmp_path_factory, bert_folder):
 @pytest.fixture(scope="session")
 def whole(federation):
     """One uninterrupted seeded run with two workers and baselines."""
+    start_forkserver()
     before, seen = set(psutil.Process().children(recursive=True)), []
     directory = play(
         federation, "whole", listener=seen.append, settings=Settings(workers=2, baselines=True)

@@ -4,7 +4,6 @@ Children come from a fork server that has imported everything already, so that e
 in milliseconds and is killed at work rather than at importing.
 """
 
-import multiprocessing
 import random
 import shutil
 from collections import Counter
@@ -13,16 +12,13 @@ import pytest
 from crashing_site import answer, crash_at, key, open_site, serve, wire
 
 from silotune.privacy.ledger import Ledger
+from tests.forked import FORKS, start_forkserver
 
 
 @pytest.fixture(scope="module")
 def children():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["silotune.privacy.accounting", "silotune.client.gate"])
-    first = context.Process(target=len, args=("",))
-    first.start()
-    first.join()
-    return context
+    start_forkserver()
+    return FORKS
 
 
 def require_consistent(folder):

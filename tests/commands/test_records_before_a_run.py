@@ -8,12 +8,19 @@ from typer.testing import CliRunner
 
 from silotune.cli import app
 from silotune.errors import RecordsChanged, TooFewRecords, UnitMismatch
+from silotune.simulation import run
 from tests.federation import write_federation
+from tests.whole_run import in_this_process
 
 
 @pytest.fixture
 def federation(tmp_path, bert_folder):
     return write_federation(tmp_path, bert_folder)
+
+
+@pytest.fixture(autouse=True)
+def no_processes(monkeypatch):
+    monkeypatch.setattr(run, "WorkerGrid", in_this_process)
 
 
 def invoke(*words):
@@ -72,8 +79,6 @@ def test_another_unit_is_refused_by_both_names_and_only_where_it_matters(federat
 
 
 def test_a_run_does_not_go_on_with_other_records(federation, monkeypatch):
-    from silotune.simulation import run
-
     monkeypatch.setattr(run, "_execute", lambda job, listener: job.directory)
     directory = run.simulate(
         federation.plan_path,

@@ -1,39 +1,32 @@
 """Promise 6: crash anywhere; nothing is lost, everything is counted."""
 
-import os
-import signal
-import subprocess
-import sys
-
 from silotune.privacy.ledger import Ledger
-from silotune.simulation.run import Settings, resume
-from tests.federation import SITES
-from tests.whole_run import final
+from silotune.simulation.run import Settings, simulate
+from tests.federation import PRIVATE, SITES
+from tests.forked import FORKS
+from tests.whole_run import final, go_on
+
+
+def _simulate(plan_path, runs, told):
+    def listener(event):
+        told.send((event["event"], event.get("round")))
+
+    settings = Settings(workers=2)
+    simulate(plan_path, runs=runs, settings=settings, listener=listener, overrides=PRIVATE)
 
 
 def test_a_run_killed_in_a_round_is_resumed_to_the_same_adapter(federation, whole):
-    code = (
-        "import sys, time; from pathlib import Path\n"
-        "from silotune.simulation.run import Settings, simulate\n"
-        "from tests.federation import PRIVATE\n"
-        "slow = lambda e: print(e['event'], e.get('round'), flush=True)\n"
-        "simulate(Path(sys.argv[1]), runs=Path(sys.argv[2]), settings=Settings(workers=2),"
-        " listener=slow, overrides=PRIVATE)\n"
-    )
     runs = federation.folder / "killed"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, str(federation.plan_path), str(runs)],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    for line in process.stdout:
-        if line.split() == ["site_replied", "4"]:
-            os.kill(process.pid, signal.SIGKILL)
-            break
-    process.wait()
-    process.stdout.close()
+    ours, theirs = FORKS.Pipe(duplex=False)
+    process = FORKS.Process(target=_simulate, args=(federation.plan_path, runs, theirs))
+    process.start()
+    theirs.close()
+    while ours.recv() != ("site_replied", 4):
+        pass
+    process.kill()
+    process.join()
     (path,) = runs.iterdir()
-    directory = resume(path, settings=Settings(workers=1), listener=lambda event: None)
+    directory = go_on(path)
     assert final(directory) == final(whole[0])
     (again,) = [e for e in directory.events if e["event"] == "run_resumed"]
     assert again["from_round"] == 3

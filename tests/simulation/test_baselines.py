@@ -25,6 +25,7 @@ from silotune.simulation.baselines import (
 )
 from silotune.strategies.base import Terms
 from tests.federation import CHOICES, PRIVATE, SITES, write_federation
+from tests.forked import forked_workers
 
 
 @pytest.fixture
@@ -164,7 +165,8 @@ def test_frozen_features_are_shared_between_plans_of_one_model(federation):
 
 def test_outcomes_are_the_same_whoever_finishes_first(federation):
     chosen = [job for job in jobs(federation) if job.key == "own"]
-    outcomes = {one.job.site: one for one in run_jobs(chosen, workers=2)}
+    with forked_workers():
+        outcomes = {one.job.site: one for one in run_jobs(chosen, workers=2)}
     assert set(outcomes) == set(SITES)
     for job in chosen:
         alone = run_job(job)

@@ -19,6 +19,7 @@ from silotune.simulation.pool import SiteSlot
 from silotune.simulation.program import payload_for
 from silotune.strategies import strategy_for
 from tests.federation import CHOICES, PRIVATE, write_federation
+from tests.forked import forked_workers
 from tests.simulation.plain_rounds import plainly, random_faults, replied
 
 SECURE = {
@@ -209,7 +210,8 @@ def test_shared_noise_gives_the_central_guarantee_with_any_number_of_workers(fed
     assert len({event["sigma"] for event in played.events("site_joined")}) == 1
     # What each site computes in is on record: "auto" may be another format on another machine.
     assert {event["dtype"] for event in played.events("site_joined")} == {"float32"}
-    again = Play(federation, "shared-2", workers=2, **SHARED)
+    with forked_workers():
+        again = Play(federation, "shared-2", workers=2, **SHARED)
     assert again.adapter.tobytes() == played.adapter.tobytes()
 
 
