@@ -53,9 +53,9 @@ def store(*, sites, rounds):
     """CPU and wall seconds of what a round writes, on SQLite, with the disk waited for."""
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-    from silotune.plan.plan import SignedPlan
     from silotune.server.store.database import Store
     from silotune.server.store.runs import Runs, RunWriter
+    from silotune.trust.signed import SignedPlan
     from silotune.trust.vault import Vault
     from tests.server.monitored import plan_of, tell_round
 

@@ -15,39 +15,34 @@ What a control is, in words; signed statements hold none.
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from pydantic import Field
 
 from silotune.errors import CertificateInvalid, PlanInvalid, ReleaseInvalid, RunDirectoryInvalid
+from silotune.plan.document import Document, Sha256
 from silotune.plan.plan import Plan
 from silotune.privacy import certificate
 from silotune.rounds.run_directory import RunDirectory
-from silotune.trust.files import file_sha256, replace_file
+from silotune.trust.files import file_sha256
 from silotune.trust.identity import fingerprint
+from silotune.trust.signed import Signing
 
 RELEASE_FILE = "release.json"
-_CONTEXT = b"silotune release v1\0"
+_RELEASE = Signing("silotune release v1", "release", ReleaseInvalid)
 
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Holder = Literal["engineer", "sites", "consortium", "person"]
 ControlName = Literal[
     "adapter", "plan", "certificates", "audit", "membership", "memorisation", "signature"
 ]
 
 
-class _StatementPart(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class ReleaseControl(_StatementPart):
+class ReleaseControl(Document):
     """One control, who holds it, and what it came to.
 
     Attributes
@@ -65,10 +60,10 @@ class ReleaseControl(_StatementPart):
     name: ControlName
     held_by: Holder
     passed: bool | None
-    figures: dict[str, float] = {}
+    figures: dict[str, float] = Field(default_factory=dict)
 
 
-class Statement(_StatementPart):
+class Statement(Document):
     """Everything that is signed.
 
     Attributes
@@ -102,12 +97,7 @@ def hashes_of(folder: Path) -> dict[str, str]:
 
 def sign(statement: Statement, path: Path, *, key: Ed25519PrivateKey) -> None:
     """Write the signed statement, readable by all: it goes where the adapter goes."""
-    document = {
-        "release": statement.model_dump(mode="json"),
-        "signature": base64.b64encode(key.sign(_signed_bytes(statement))).decode(),
-        "key": base64.b64encode(key.public_key().public_bytes_raw()).decode(),
-    }
-    replace_file(path, json.dumps(document, indent=2).encode() + b"\n", mode=0o644)
+    _RELEASE.write_file(path, statement, key)
 
 
 def read(path: Path) -> tuple[Statement, str]:
@@ -118,24 +108,8 @@ def read(path: Path) -> tuple[Statement, str]:
     ReleaseInvalid
         It is no signed release, or was changed.
     """
-    try:
-        document = json.loads(path.read_bytes())
-        statement = Statement.model_validate_json(json.dumps(document["release"]))
-        key = Ed25519PublicKey.from_public_bytes(base64.b64decode(document["key"], validate=True))
-        signature = base64.b64decode(document["signature"], validate=True)
-        key.verify(signature, _signed_bytes(statement))
-    except OSError as exc:
-        raise ReleaseInvalid(f"{path}: {exc.strerror}") from exc
-    except InvalidSignature as exc:
-        raise ReleaseInvalid(f"{path}: the signature does not fit what it says") from exc
-    except (ValueError, KeyError, TypeError, ValidationError) as exc:
-        raise ReleaseInvalid(f"{path} is not a signed release") from exc
+    statement, key = _RELEASE.read_file(path, Statement)
     return statement, fingerprint(key)
-
-
-def _signed_bytes(statement: Statement) -> bytes:
-    content = statement.model_dump(mode="json")
-    return _CONTEXT + json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
 
 
 MOST_EXPOSURE = 10.0

@@ -1,4 +1,4 @@
-"""The plan: what is to be trained, as a small, typed, signed document.
+"""The plan: what is to be trained, as a small, typed document.
 
 A plan is data and nothing else (promise 2): frozen models with strict types, read from TOML, hashed
 as canonical JSON. The hash is what sites approve and what every log carries. `plan_in_words` says what
@@ -7,24 +7,19 @@ will be trained, by whom, under which protection, and how.
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from pydantic import ValidationError, model_validator
 
-from silotune.errors import PlanInvalid, PlanSignatureInvalid, PlanUnreadable
+from silotune.errors import PlanInvalid, PlanUnreadable
+from silotune.plan.document import text_sha256
 from silotune.plan.explain import explain
 from silotune.plan.rules import conflicts
-from silotune.plan.sections import Clip, Section, Sections
-
-_SIGNING_CONTEXT = b"silotune plan v1\0"
+from silotune.plan.sections import Clip, Sections
 
 
 class Plan(Sections):
@@ -73,16 +68,10 @@ class Plan(Sections):
         except ValidationError as exc:
             raise PlanInvalid("the plan in the message is not valid") from exc
 
-    def canonical(self) -> str:
-        """JSON with sorted keys and no white space: equal plans, equal bytes."""
-        return json.dumps(
-            self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False
-        )
-
     @property
     def sha256(self) -> str:
-        """SHA-256 of the canonical JSON, in hex: the plan's identity."""
-        return hashlib.sha256(self.canonical().encode()).hexdigest()
+        """SHA-256 of the canonical text, in hex: the plan's identity."""
+        return text_sha256(self.canonical())
 
     def override(self, settings: Mapping[str, Any]) -> Plan:
         """A new plan with dotted keys replaced (``None`` removes a key), validated again."""
@@ -102,40 +91,6 @@ class Plan(Sections):
             else:
                 table[leaf] = value
         return Plan.from_mapping(raw, source="plan with overrides")
-
-
-class SignedPlan(Section):
-    """A plan and the Ed25519 signature (RFC 8032) of the federation's key over its text."""
-
-    plan: str
-    signature: str
-    key: str
-
-    @classmethod
-    def sign(cls, plan: Plan, key: Ed25519PrivateKey) -> SignedPlan:
-        """Sign the canonical JSON."""
-        text = plan.canonical()
-        signature = key.sign(_SIGNING_CONTEXT + text.encode())
-        public = key.public_key().public_bytes_raw()
-        return cls(
-            plan=text,
-            signature=base64.b64encode(signature).decode(),
-            key=base64.b64encode(public).decode(),
-        )
-
-    def verify(self, trusted: Ed25519PublicKey) -> Plan:
-        """The plan, if `trusted` signed it. Raises `PlanSignatureInvalid`."""
-        try:
-            trusted.verify(
-                base64.b64decode(self.signature, validate=True),
-                _SIGNING_CONTEXT + self.plan.encode(),
-            )
-        except (InvalidSignature, ValueError) as exc:
-            raise PlanSignatureInvalid("the signature does not fit the plan") from exc
-        plan = Plan.from_canonical(self.plan)
-        if plan.canonical() != self.plan:
-            raise PlanSignatureInvalid("the signed text is not the plan's canonical form")
-        return plan
 
 
 def schema() -> dict[str, Any]:

@@ -12,8 +12,6 @@ each number of sites that might collude with the coordinator.
 
 from __future__ import annotations
 
-import base64
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,22 +19,22 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from dp_accounting import DpEvent, GaussianDpEvent, PoissonSampledDpEvent
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from silotune import __version__
 from silotune.errors import CertificateInvalid
+from silotune.plan.document import Document, Sha256
 from silotune.plan.plan import Plan
 from silotune.plan.rules import sends_all_it_trains
-from silotune.plan.sections import Clip
+from silotune.plan.sections import Clip, Positive
 from silotune.privacy.events import SharedGaussianDpEvent, from_json, to_json
 from silotune.privacy.ledger import Ledger
 from silotune.privacy.secagg.graph import tolerated_collusion
 from silotune.privacy.tally import Tally, epsilon_of, total
-from silotune.trust.files import replace_file
 from silotune.trust.identity import fingerprint
+from silotune.trust.signed import Signing
 
 ALL_OTHERS = -1
 """In place of a number: all other sites collude."""
@@ -138,7 +136,7 @@ def in_words(colluding: int, *, sums: Sums | None) -> str:
     return f"the coordinator with {sites} of {sums.threshold} or more"
 
 
-_CONTEXT = b"silotune certificate v2\0"
+_CERTIFICATE = Signing("silotune certificate v2", "certificate", CertificateInvalid)
 
 Noise = Literal["os_csprng", "seeded"]
 Adjacency = Literal["add_remove_unit", "replace_site"]
@@ -152,15 +150,8 @@ _TOLERANCE = 1e-6
 
 _WHOLE_SITE = "whole site"  # with a space: no dataset's unit can be called that
 
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Positive = Annotated[float, Field(gt=0.0)]
 
-
-class _CertificatePart(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class Mechanism(_CertificatePart):
+class Mechanism(Document):
     """One kind of mechanism of the run, readable: how often, at which rate, with which noise.
 
     Attributes
@@ -181,7 +172,7 @@ class Mechanism(_CertificatePart):
     sigma: Positive
 
 
-class Exposure(_CertificatePart):
+class Exposure(Document):
     """What the run is worth to somebody.
 
     Attributes
@@ -196,7 +187,7 @@ class Exposure(_CertificatePart):
     epsilon: Annotated[float, Field(ge=0.0)]
 
 
-class Aggregation(_CertificatePart):
+class Aggregation(Document):
     """Secure aggregation over sites whose noise is of one scale.
 
     Attributes
@@ -214,7 +205,7 @@ class Aggregation(_CertificatePart):
     shared_noise: bool
 
 
-class Bound(_CertificatePart):
+class Bound(Document):
     """What one attack measured of the epsilon that is claimed against it.
 
     Attributes
@@ -232,7 +223,7 @@ class Bound(_CertificatePart):
     canaries: Annotated[int, Field(ge=1)]
 
 
-class Measured(_CertificatePart):
+class Measured(Document):
     """What was tried against the run, beside what is proven. A low bound proves nothing.
 
     Attributes
@@ -250,7 +241,7 @@ class Measured(_CertificatePart):
     confidence: Annotated[float, Field(gt=0.0, lt=1.0)]
 
 
-class CertificateBody(_CertificatePart):
+class CertificateBody(Document):
     """Everything that is signed: names, numbers and fixed terms. Sentences are made of them."""
 
     format: Literal["silotune certificate 2"] = "silotune certificate 2"
@@ -386,7 +377,7 @@ def issue(
         ledger_head=head.hash,
         time=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    _write(path, body, key)
+    _CERTIFICATE.write_file(path, body, key)
     return body
 
 
@@ -399,7 +390,7 @@ def add_measured(path: Path, measured: Measured, *, key: Ed25519PrivateKey) -> N
         The certificate there does not hold, or is another key's.
     """
     held = verify(path, key_sha256=fingerprint(key.public_key()))
-    _write(path, held.body.model_copy(update={"measured": measured}), key)
+    _CERTIFICATE.write_file(path, held.body.model_copy(update={"measured": measured}), key)
 
 
 def _charged(ledger: Ledger, dataset: str, *, run: str, plan: Plan) -> Mapping[str, int]:
@@ -444,16 +435,18 @@ def verify(path: Path, *, key_sha256: str | None = None) -> Verified:
     CertificateInvalid
         With everything that disagrees.
     """
-    try:
-        content = path.read_bytes()
-    except OSError as exc:
-        raise CertificateInvalid(f"{path}: {exc.strerror}") from exc
-    return verify_content(content, called=str(path), key_sha256=key_sha256)
+    return _held(*_CERTIFICATE.read_file(path, CertificateBody), str(path), key_sha256)
 
 
 def verify_content(content: bytes, *, called: str, key_sha256: str | None = None) -> Verified:
     """`verify` for a certificate that is no file; errors call it what you say."""
-    body, key = _read_signed(content, called)
+    read = _CERTIFICATE.read_content(content, CertificateBody, called=called)
+    return _held(*read, called, key_sha256)
+
+
+def _held(
+    body: CertificateBody, key: Ed25519PublicKey, called: str, key_sha256: str | None
+) -> Verified:
     problems = []
     if key_sha256 is not None and key_sha256.lower() != fingerprint(key):
         problems.append(f"it was signed by another key, {fingerprint(key)}")
@@ -477,41 +470,6 @@ def verify_content(content: bytes, *, called: str, key_sha256: str | None = None
     if problems:
         raise CertificateInvalid(f"{called}: {'; '.join(problems)}")
     return Verified(body=body, epsilon=epsilon, key_sha256=fingerprint(key))
-
-
-def _write(path: Path, body: CertificateBody, key: Ed25519PrivateKey) -> None:
-    content = body.model_dump(mode="json")
-    document = {
-        "certificate": content,
-        "signature": base64.b64encode(key.sign(_signed_bytes(content))).decode(),
-        "key": base64.b64encode(key.public_key().public_bytes_raw()).decode(),
-    }
-    # Readable by all: it is made to be handed out.
-    replace_file(path, json.dumps(document, indent=2).encode() + b"\n", mode=0o644)
-
-
-def _read_signed(signed: bytes, called: str) -> tuple[CertificateBody, Ed25519PublicKey]:
-    """The body, once its signature has been checked against the key that comes with it."""
-    try:
-        document = json.loads(signed)
-        content = document["certificate"]
-        raw = base64.b64decode(document["key"], validate=True)
-        key = Ed25519PublicKey.from_public_bytes(raw)
-        signature = base64.b64decode(document["signature"], validate=True)
-    except (ValueError, KeyError, TypeError) as exc:
-        raise CertificateInvalid(f"{called} is not a signed certificate") from exc
-    try:
-        key.verify(signature, _signed_bytes(content))
-        return CertificateBody.model_validate_json(json.dumps(content)), key
-    except InvalidSignature as exc:
-        raise CertificateInvalid(f"{called}: the signature does not fit what it says") from exc
-    except ValidationError as exc:
-        places = ", ".join(".".join(map(str, error["loc"])) for error in exc.errors())
-        raise CertificateInvalid(f"{called}: missing, unknown or wrong: {places}") from exc
-
-
-def _signed_bytes(content: Mapping[str, Any]) -> bytes:
-    return _CONTEXT + json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
 
 
 def _mechanism(leaf: str, times: int) -> Mechanism:

@@ -14,18 +14,18 @@ the record with the address, so that what every site is sent alike is stored onc
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from flwr.app import ConfigRecord, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
 from google.protobuf.message import DecodeError
 
+from silotune.plan.document import canonical_json
 from silotune.trust.errors import EnvelopeInvalid
+from silotune.trust.signed import Signing, fits
 
 ENVELOPE = "envelope"
 """Name of the record with the address and the signature; ``bytes.0`` and so on hold the content."""
@@ -39,7 +39,7 @@ COORDINATOR = "coordinator"
 REFUSAL = "refusal"
 """Name of the one record of a reply that is an error: it holds the code, and nothing else."""
 
-_CONTEXT = b"silotune envelope v2\0"
+_ENVELOPE = Signing("silotune envelope v2", "message", EnvelopeInvalid)
 _PIECE = 4 << 20
 _BYTES = "bytes"
 _MOST_TEXT = 256
@@ -87,7 +87,7 @@ def seal(content: RecordDict, *, address: MessagePlace, key: Ed25519PrivateKey) 
     if ENVELOPE in content:
         raise EnvelopeInvalid("the content is sealed already")
     packed = recorddict_to_proto(_in_order(content)).SerializeToString(deterministic=True)
-    signature = key.sign(_signed(address, packed))
+    signature = key.sign(_covered(address, packed))
     sealed = RecordDict({ENVELOPE: ConfigRecord({**asdict(address), "signature": signature})})
     for number, start in enumerate(range(0, max(len(packed), 1), _PIECE)):
         sealed[_piece(number)] = ConfigRecord({_BYTES: packed[start : start + _PIECE]})
@@ -127,10 +127,8 @@ def unseal(content: RecordDict, *, address: MessagePlace, key: Ed25519PublicKey)
     if wrong:
         raise EnvelopeInvalid(f"the message is for another place: {', '.join(wrong)} differ")
     packed = _packed(content)
-    try:
-        key.verify(signature, _signed(claimed, packed))
-    except InvalidSignature as exc:
-        raise EnvelopeInvalid(f"the signature of {claimed.sender!r} does not fit") from exc
+    if not fits(signature, _covered(claimed, packed), key):
+        raise EnvelopeInvalid(f"the signature of {claimed.sender!r} does not fit")
     try:
         return recorddict_from_proto(RecordDictProto.FromString(packed))
     except (DecodeError, ValueError, TypeError) as exc:
@@ -170,9 +168,9 @@ def _packed(content: RecordDict) -> bytes:
     return b"".join(piece for piece in pieces if isinstance(piece, bytes))
 
 
-def _signed(address: MessagePlace, packed: bytes) -> bytes:
-    text = json.dumps(asdict(address), sort_keys=True, separators=(",", ":"))
-    return _CONTEXT + text.encode() + b"\0" + hashlib.sha256(packed).digest()
+def _covered(address: MessagePlace, packed: bytes) -> bytes:
+    place = canonical_json(asdict(address)).encode()
+    return _ENVELOPE.covered(place + b"\0" + hashlib.sha256(packed).digest())
 
 
 def _parse(content: RecordDict) -> tuple[MessagePlace, bytes]:

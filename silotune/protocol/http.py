@@ -8,18 +8,23 @@ connection says.
 
 from __future__ import annotations
 
-import base64
-import json
 from typing import Annotated, Literal, Self, TypeVar
 
-from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
-from silotune.plan.plan import SignedPlan
+from silotune.plan.document import Document, Sha256, canonical_json
 from silotune.plan.sections import Name
 from silotune.trust.errors import BodyInvalid
-from silotune.trust.roster import KeyText, Pem, Sha256, SignatureText, SignedRoster
+from silotune.trust.roster import Pem, SignedRoster
+from silotune.trust.signed import (
+    KeyText,
+    SignatureText,
+    SignedPlan,
+    Signing,
+    encoded,
+    fits,
+)
 
 PREFIX = "/silotune/v1"
 
@@ -91,10 +96,8 @@ Seconds = Annotated[int, Field(ge=0, lt=2**40)]
 RunName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,95}$")]
 
 
-class Body(BaseModel):
-    """Base of every body: frozen, strict, no unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+class Body(Document):
+    """Base of every body."""
 
 
 _B = TypeVar("_B", bound=Body)
@@ -120,21 +123,17 @@ class Signed(Body):
     def make(cls, key: Ed25519PrivateKey, **fields: object) -> Self:
         """Build and sign."""
         unsigned = cls.model_validate({**fields, "signature": "A" * 86 + "=="})
-        signature = base64.b64encode(key.sign(unsigned._signed())).decode()
+        signature = encoded(key.sign(unsigned._covered()))
         return unsigned.model_copy(update={"signature": signature})
 
     def verified(self, key: Ed25519PublicKey) -> bool:
         """Whether `key` signed it."""
-        try:
-            key.verify(base64.b64decode(self.signature, validate=True), self._signed())
-        except (InvalidSignature, ValueError):
-            return False
-        return True
+        return fits(self.signature, self._covered(), key)
 
-    def _signed(self) -> bytes:
-        fields = self.model_dump(mode="json", exclude={"signature"})
-        text = json.dumps(fields, sort_keys=True, separators=(",", ":"), allow_nan=False)
-        return f"silotune {type(self).__name__} v1\0{text}".encode()
+    def _covered(self) -> bytes:
+        name, fields = type(self).__name__, self.written()
+        del fields["signature"]
+        return Signing(f"silotune {name} v1", name, BodyInvalid).covered(canonical_json(fields))
 
 
 class Done(Body):

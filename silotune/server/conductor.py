@@ -22,7 +22,7 @@ from sqlalchemy import RowMapping
 from silotune.errors import RunError, SilotuneError
 from silotune.flower.link_grid import LinkGrid, Peer
 from silotune.flower.superlink import LinkRun, LinkState, Signal
-from silotune.plan.plan import Plan, SignedPlan
+from silotune.plan.plan import Plan
 from silotune.protocol.errors import StoppedByOperator
 from silotune.protocol.http import Decision, PlansReply, Proposal
 from silotune.rounds.rounds import build_server_app
@@ -35,6 +35,7 @@ from silotune.strategies.base import Vector
 from silotune.trust import identity
 from silotune.trust.audit import AuditLog
 from silotune.trust.errors import FederationError
+from silotune.trust.signed import SignedPlan
 
 _log = logging.getLogger(__name__)
 

@@ -7,33 +7,24 @@ histories without two chains that disagree, nor bring a revoked site back quietl
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
 from collections.abc import Sequence
 from typing import Annotated, Literal, Self
 
-from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
+from silotune.plan.document import Document, Sha256, text_sha256
 from silotune.plan.sections import Name
 from silotune.trust.errors import RosterInvalid
 from silotune.trust.identity import six_words
+from silotune.trust.signed import KeyText, SignatureText, SignedText, Signing
 
-_CONTEXT = b"silotune roster v1\0"
+_ROSTER = Signing("silotune roster v1", "roster", RosterInvalid)
 
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Pem = Annotated[str, Field(max_length=8192, pattern=r"^-----BEGIN [A-Z ]+-----\n")]
-KeyText = Annotated[str, Field(pattern=r"^[A-Za-z0-9+/]{43}=$")]
-SignatureText = Annotated[str, Field(pattern=r"^[A-Za-z0-9+/]{86}==$")]
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class RosterEntry(_Frozen):
+class RosterEntry(Document):
     """One site.
 
     Attributes
@@ -62,7 +53,7 @@ class RosterEntry(_Frozen):
         return six_words(name=self.name, signing_key=self.signing_key, node_key=self.node_key)
 
 
-class Roster(_Frozen):
+class Roster(Document):
     """One version of the list."""
 
     federation: Name
@@ -80,14 +71,10 @@ class Roster(_Frozen):
             raise ValueError("the first version, and only it, has no predecessor")
         return self
 
-    def canonical(self) -> str:
-        """JSON with sorted keys and no white space."""
-        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
-
     @property
     def sha256(self) -> str:
-        """SHA-256 of the canonical JSON, in hex."""
-        return hashlib.sha256(self.canonical().encode()).hexdigest()
+        """SHA-256 of the canonical text, in hex."""
+        return text_sha256(self.canonical())
 
     @property
     def active(self) -> dict[str, RosterEntry]:
@@ -105,31 +92,20 @@ class Roster(_Frozen):
         )
 
 
-class SignedRoster(_Frozen):
-    """A roster's canonical JSON and the federation key's signature over it."""
+class SignedRoster(Document):
+    """A roster's canonical text and the federation key's signature over it."""
 
-    roster: Annotated[str, Field(max_length=4 << 20)]
+    roster: SignedText
     signature: SignatureText
 
     @classmethod
     def sign(cls, roster: Roster, key: Ed25519PrivateKey) -> Self:
-        """Sign the canonical JSON."""
-        text = roster.canonical()
-        signature = key.sign(_CONTEXT + text.encode())
-        return cls(roster=text, signature=base64.b64encode(signature).decode())
+        """Sign the canonical text."""
+        return cls(**_ROSTER.sign_text(roster, key))
 
     def verify(self, trusted: Ed25519PublicKey) -> Roster:
         """The roster, if `trusted` signed it. Raises `RosterInvalid`."""
-        try:
-            trusted.verify(
-                base64.b64decode(self.signature, validate=True), _CONTEXT + self.roster.encode()
-            )
-            roster = Roster.model_validate_json(self.roster)
-        except (InvalidSignature, ValidationError, ValueError) as exc:
-            raise RosterInvalid("the roster's signature or form is wrong") from exc
-        if roster.canonical() != self.roster:
-            raise RosterInvalid("the signed text is not the roster's canonical form")
-        return roster
+        return _ROSTER.read_text(Roster, self.roster, self.signature, trusted=trusted)
 
 
 def follow(

@@ -25,7 +25,7 @@ from flwr.supercore.inflatable.inflatable_object import (
 )
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 
-from silotune.plan.plan import Plan, SignedPlan
+from silotune.plan.plan import Plan
 from silotune.privacy.chain import Head
 from silotune.protocol import http as wire
 from silotune.protocol.envelope import COORDINATOR, MessagePlace, seal
@@ -44,6 +44,7 @@ from silotune.trust.identity import (
 )
 from silotune.trust.invite import Invite
 from silotune.trust.roster import Roster, RosterEntry, SignedRoster
+from silotune.trust.signed import SignedPlan
 
 NODE, RUN_ID = 77, 5
 _LONG_POLL = 2.0

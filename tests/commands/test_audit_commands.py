@@ -12,11 +12,11 @@ from silotune.client.approvals import Approvals
 from silotune.client.errors import DaemonAbsent, RunNotProposed
 from silotune.commands import site as site_commands
 from silotune.data.site import SiteConfig
-from silotune.plan.plan import SignedPlan
 from silotune.protocol.http import Proposal
 from silotune.trust.audit import AuditLog
 from silotune.trust.errors import AuditLogDamaged
 from silotune.trust.identity import encode_signing_key
+from silotune.trust.signed import SignedPlan
 from tests.client.site_material import write_site_folder
 
 KEY = Ed25519PrivateKey.generate()

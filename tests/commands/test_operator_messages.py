@@ -15,10 +15,10 @@ from silotune import cli, terminal
 from silotune.client.approvals import Approvals
 from silotune.commands import site
 from silotune.data.site import SiteConfig
-from silotune.plan.plan import SignedPlan
 from silotune.protocol.http import Proposal
 from silotune.server.config import Home
 from silotune.trust.identity import six_words
+from silotune.trust.signed import SignedPlan
 from tests.client.site_material import write_site_folder
 from tests.server.opening import open_coordinator
 

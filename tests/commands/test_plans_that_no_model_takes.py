@@ -16,8 +16,9 @@ from silotune.client.approvals import Approvals
 from silotune.client.daemon.doctor import SiteDoctor
 from silotune.data.site import SiteConfig
 from silotune.models import outline
-from silotune.plan.plan import Plan, SignedPlan
+from silotune.plan.plan import Plan
 from silotune.protocol.http import Proposal
+from silotune.trust.signed import SignedPlan
 from tests.client.site_material import write_site_folder
 
 BAD = {

@@ -16,7 +16,6 @@ from flwr.supercore.inflatable.inflatable_object import (
 from sqlalchemy import create_engine, inspect
 
 from silotune.flower.superlink import reply
-from silotune.plan.plan import SignedPlan
 from silotune.privacy.certificate import issue
 from silotune.privacy.events import gaussian_event
 from silotune.privacy.ledger import Budget, Ledger
@@ -39,6 +38,7 @@ from silotune.server.store.runs import Runs
 from silotune.strategies import strategy_for
 from silotune.trust.identity import Person, encode_signing_key, make_request, new_node_key
 from silotune.trust.invite import Invite
+from silotune.trust.signed import SignedPlan
 from silotune.trust.vault import Vault
 from tests.golden.material import (
     BARE,

@@ -25,7 +25,7 @@ from silotune.dashboard.accounts import Accounts
 from silotune.data.records import own_secret
 from silotune.data.site import SiteConfig
 from silotune.events.schema import written
-from silotune.plan.plan import Plan, SignedPlan
+from silotune.plan.plan import Plan
 from silotune.privacy.events import gaussian_event, step_event
 from silotune.privacy.ledger import Budget, Ledger, ReleaseKey
 from silotune.privacy.secagg.coordinator import CoordinatorRound
@@ -48,6 +48,7 @@ from silotune.trust.identity import (
 )
 from silotune.trust.invite import Invite
 from silotune.trust.roster import Roster, RosterEntry, SignedRoster
+from silotune.trust.signed import SignedPlan
 from silotune.trust.vault import AtRest, Vault
 from tests.golden.material import (
     ADDRESS,
@@ -412,6 +413,24 @@ def plans(folder):
             rows = [f"{key} = {_toml(value)}" for key, value in values.items()]
             tables.append("\n".join([f"[{table}]", *rows]))
         texts[name] = "\n".join(tables) + "\n"
+    _write_plans(folder, texts)
+
+
+@makes("plans_of_sites")
+def plans_of_sites(folder):
+    """With this one and `plans`, every key of a plan is in a text."""
+    changes = {
+        "number = 3": "number = 3\nlocal_steps = 4",
+        'mode = "none"': 'mode = "site"\nepsilon = 8.0\ndelta = 1e-5\nclip = 1.0',
+        "rate = 0.1": "batch = 16\nsite = { quantile = 0.5 }",
+    }
+    text = _PLANS["bare"] + '[aggregation]\nweights = "equal"\n'
+    for old, new in changes.items():
+        text = text.replace(old, new)
+    _write_plans(folder, {"whole_site": text})
+
+
+def _write_plans(folder, texts):
     for name, text in texts.items():
         (folder / f"{name}.toml").write_text(text)
         signed = SignedPlan.sign(Plan.load(folder / f"{name}.toml"), FEDERATION_KEY)

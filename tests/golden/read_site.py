@@ -26,7 +26,7 @@ from silotune.data.records import own_secret
 from silotune.data.site import SiteConfig
 from silotune.events.schema import parse
 from silotune.events.view import RunView
-from silotune.plan.plan import Plan, SignedPlan
+from silotune.plan.plan import Plan
 from silotune.privacy.certificate import verify
 from silotune.privacy.ledger import Ledger
 from silotune.privacy.secagg.messages import Member
@@ -40,6 +40,7 @@ from silotune.trust.audit import AUDIT_FILE, AuditLog
 from silotune.trust.identity import certificate_from_pem, fingerprint, six_words, subject_of
 from silotune.trust.invite import Invite
 from silotune.trust.roster import SignedRoster, follow
+from silotune.trust.signed import SignedPlan
 from silotune.trust.vault import AtRest, Vault
 from tests.golden.material import (
     ADDRESS,
@@ -245,6 +246,7 @@ def coordinator_config(path):
 # --- plans, messages and events ---
 
 
+@reads("plans_of_sites")
 @reads("plans")
 def plans(folder):
     """Plans as people write them, and as the federation's key signed them."""

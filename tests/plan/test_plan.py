@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from silotune.errors import PlanInvalid, PlanSignatureInvalid, PlanUnreadable
-from silotune.plan.plan import Plan, SignedPlan, dotted, schema
+from silotune.plan.plan import Plan, dotted, schema
+from silotune.trust.signed import SignedPlan
 
 TOML = """
 [plan]

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from silotune.plan.plan import Plan, SignedPlan
+from silotune.plan.plan import Plan
 from silotune.protocol.http import EnrolRequest
 from silotune.server.admin.client import AdminAddress, ControlClient, save_credentials
 from silotune.server.config import Home
 from silotune.server.coordinator import create
 from silotune.trust import identity
 from silotune.trust.invite import Invite
+from silotune.trust.signed import SignedPlan
 from tests.server.opening import open_coordinator
 
 

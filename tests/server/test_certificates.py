@@ -6,13 +6,13 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from silotune.errors import CertificateInvalid
-from silotune.plan.plan import SignedPlan
 from silotune.privacy.certificate import issue
 from silotune.privacy.events import gaussian_event
 from silotune.privacy.ledger import Budget, Ledger, ReleaseKey
 from silotune.protocol import http
 from silotune.server.books import Certificates
 from silotune.server.errors import NotPossibleNow
+from silotune.trust.signed import SignedPlan
 from tests.server.coordinator_material import town
 from tests.server.monitored import plan_of
 

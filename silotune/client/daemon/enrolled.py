@@ -38,7 +38,8 @@ from silotune.trust.identity import (
     public_pem,
     subject_of,
 )
-from silotune.trust.roster import KeyText, Roster, SignedRoster, follow
+from silotune.trust.roster import Roster, SignedRoster, follow
+from silotune.trust.signed import KeyText
 from silotune.trust.vault import Vault
 
 _FEDERATION, _AUTHORITY, _CERTIFICATE = "federation.json", "authority.pem", "certificate.pem"

@@ -10,11 +10,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from silotune.privacy.errors import KeyReused, MessageMalformed, SignerUnknown
 from silotune.privacy.secagg.keys import PUBLIC_BYTES, digest
+from silotune.trust.signed import fits
 
 SIGNATURE_BYTES = 64
 _MOST_PARTS = 1 << 16
@@ -240,15 +240,12 @@ def require_signature(
     known = roster.get(site)
     if known is None:
         raise SignerUnknown(f"no site {site!r} is enrolled")
-    try:
-        _verify(known, signature, message)
-    except (InvalidSignature, ValueError) as exc:
-        raise SignerUnknown(f"this is not signed by {site}") from exc
+    if not _fits(signature, message, known):
+        raise SignerUnknown(f"this is not signed by {site}")
 
 
-@lru_cache(maxsize=1 << 12)  # what fits once fits for every site that one process plays
-def _verify(key: bytes, signature: bytes, message: bytes) -> None:
-    Ed25519PublicKey.from_public_bytes(key).verify(signature, message)
+# What fits once fits for every site that one process plays.
+_fits = lru_cache(maxsize=1 << 12)(fits)
 
 
 def signed(advertisement: Advertisement, identity: Ed25519PrivateKey) -> Advertisement:

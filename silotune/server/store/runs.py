@@ -20,7 +20,7 @@ from sqlalchemy import Connection, RowMapping, delete, insert, select, update
 
 from silotune.errors import FileNotOffered, RunNotFound
 from silotune.events.source import FileOffer, Row, RunFacts
-from silotune.plan.plan import Plan, SignedPlan
+from silotune.plan.plan import Plan
 from silotune.protocol.http import Decision, RunState
 from silotune.rounds.exchange import Arrays, packed, unpacked
 from silotune.server.errors import NotPossibleNow
@@ -35,6 +35,7 @@ from silotune.server.store.database import (
     Store,
 )
 from silotune.server.store.events import EventWriter, add_events, event_row, jsonable
+from silotune.trust.signed import SignedPlan
 
 _KEPT_ADAPTERS = 3  # rounds whose adapter is kept as bytes; of the others its hash
 

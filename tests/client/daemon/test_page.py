@@ -12,13 +12,13 @@ from silotune.client.daemon.page import build
 from silotune.client.daemon.socket import ControlSocket
 from silotune.dashboard.page_guard import Door, OwnerLink
 from silotune.data.site import SiteConfig
-from silotune.plan.plan import SignedPlan
 from silotune.privacy.events import step_event
 from silotune.privacy.ledger import Budget, Ledger, ReleaseKey
 from silotune.privacy.spent import LEDGER_FILE, dataset_rows
 from silotune.protocol.http import Proposal
 from silotune.trust.audit import AUDIT_FILE, AuditLog
 from silotune.trust.identity import Person
+from silotune.trust.signed import SignedPlan
 from tests.client.site_material import write_site_folder
 
 EVIL = "<script>alert(1)</script>"

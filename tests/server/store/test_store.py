@@ -8,13 +8,13 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import create_engine, insert
 
-from silotune.plan.plan import SignedPlan
 from silotune.protocol.errors import StoreUnusable
 from silotune.rounds.exchange import packed, unpacked
 from silotune.server.errors import NotPossibleNow
 from silotune.server.store import database
 from silotune.server.store.database import Store, migrate
 from silotune.server.store.runs import Runs, RunWriter
+from silotune.trust.signed import SignedPlan
 from silotune.trust.vault import Vault
 from tests.server.coordinator_material import LAYOUT, small_plan, store_url
 
