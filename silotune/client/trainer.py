@@ -30,7 +30,6 @@ from silotune.models.features import Frozen, compute_frozen
 from silotune.models.layout import Group, Layout, Part
 from silotune.models.task import LoadedModel
 from silotune.plan.plan import Plan
-from silotune.plan.sections import Clip
 from silotune.privacy.clipping import Attached, attach
 from silotune.privacy.engine import ClipGroup, DpSgd, PlainSgd
 from silotune.privacy.noise import NoiseSource, SecureNoise, SeededNoise, derive_seed
@@ -228,18 +227,19 @@ class TrainableModel:
         }
 
     def _groups(self, parts: Collection[Part]) -> list[ClipGroup]:
-        clip = self.plan.privacy.clip
-        assert clip is not None  # validated with the plan
-        everything = self.parameters(parts)
-        if not isinstance(clip, Clip):
-            return [ClipGroup(name="all", parameters=everything, clip=clip, share=1.0)]
-        head = tuple(p for p in everything if self.part_of(p) == "head")
-        adapter = everything[: len(everything) - len(head)]
-        found = [("adapter", adapter, clip.adapter, 1.0 - clip.head_share)] if adapter else []
-        found.append(("head", head, clip.head, clip.head_share if adapter else 1.0))
+        clipping = self.plan.privacy.clipping
+        grouped: dict[str, list[nn.Parameter]] = {}
+        for parameter in self.parameters(parts):
+            grouped.setdefault(clipping.group(self.part_of(parameter)), []).append(parameter)
+        alone = len(grouped) == 1  # it has all of the sensitivity
         return [
-            ClipGroup(name=name, parameters=parameters, clip=norm, share=share)
-            for name, parameters, norm, share in found
+            ClipGroup(
+                name=name,
+                parameters=tuple(own),
+                clip=clipping.bounds[name].norm,
+                share=1.0 if alone else clipping.bounds[name].share,
+            )
+            for name, own in grouped.items()
         ]
 
 

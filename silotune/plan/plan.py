@@ -19,7 +19,7 @@ from silotune.errors import PlanInvalid, PlanUnreadable
 from silotune.plan.document import text_sha256
 from silotune.plan.explain import explain
 from silotune.plan.rules import conflicts
-from silotune.plan.sections import Clip, Sections
+from silotune.plan.sections import Sections
 
 
 class Plan(Sections):
@@ -199,8 +199,8 @@ def _site_privacy(plan: Plan) -> str:
         if plan.trusts_coordinator
         else "Each site adds noise to its own update, so nobody need be trusted."
     )
-    follows = privacy.site.quantile is not None
-    norm = f"starting at {privacy.clip:g} and adapting" if follows else f"{privacy.clip:g}"
+    norm = f"{privacy.clipping.norm:g}"
+    norm = f"starting at {norm} and adapting" if privacy.clipping.adapts else norm
     seeded = (
         " The noise is seeded, so the run is not private." if plan.plan.seed is not None else ""
     )
@@ -218,11 +218,12 @@ def _privacy(plan: Plan) -> str:
         return "None: updates are sent as they are. Use it only with records that may be public."
     assert privacy.epsilon is not None  # a validated private plan has both
     assert privacy.delta is not None
-    clip, delta = privacy.clip, f"{privacy.delta:g}".replace("e-0", "e-")
+    clipping, delta = privacy.clipping, f"{privacy.delta:g}".replace("e-0", "e-")
     norms = (
-        f"head {clip.head:g} and adapter {clip.adapter:g}, as one mechanism"
-        if isinstance(clip, Clip)
-        else f"{clip:g}"
+        " and ".join(f"{name} {bound.norm:g}" for name, bound in clipping.bounds.items())
+        + ", as one mechanism"
+        if clipping.grouped
+        else f"{clipping.norm:g}"
     )
     sampled = (
         f"{privacy.rate:.3g} of the units"

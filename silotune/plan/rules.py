@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from silotune.plan.sections import Clip, Sections
+from silotune.plan.sections import Sections
 from silotune.plan.strategies import STRATEGIES
 
 
@@ -149,7 +149,7 @@ def _privacy_conflicts(plan: Sections) -> list[str]:
         found.append("privacy.max_physical_batch: must hold the records of one unit")
     if not plan.private and privacy.metrics_share:
         found.append("privacy.metrics_share: has no meaning when privacy.mode is 'none'")
-    if isinstance(privacy.clip, Clip) and plan.model.task == "causal_lm":
+    if privacy.clipping.grouped and plan.model.task == "causal_lm":
         found.append("privacy.clip: causal_lm has no head; give one number")
     return found
 
@@ -269,7 +269,7 @@ def _site_privacy_conflicts(plan: Sections) -> list[str]:
             "privacy.site.quantile: needs noise = 'coordinator'; each site's own count would need as "
             "much noise as its update, and say nothing"
         )
-    if not isinstance(privacy.clip, float | None):
+    if privacy.clipping.grouped:
         found.append("privacy.clip: give one number when privacy.mode is 'site'")
     if plan.sends_sums:
         found.append(

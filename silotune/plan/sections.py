@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 from pydantic import BeforeValidator, Field
 
@@ -124,6 +126,47 @@ class Clip(Section):
     )
 
 
+class ClipBound(NamedTuple):
+    """Of a group: its norm, and its part of the squared sensitivity."""
+
+    norm: float
+    share: float
+
+
+@dataclass(frozen=True)
+class Clipping:
+    """What updates are clipped to, in whichever form the plan says it.
+
+    Attributes
+    ----------
+    bounds : mapping of str to ClipBound
+        By group: "head" and "adapter", or "all" as one; empty without privacy.
+    adapts : bool
+        Whether the norm of all only starts there, and then follows those of the sites.
+    """
+
+    bounds: Mapping[str, ClipBound]
+    adapts: bool
+
+    @property
+    def grouped(self) -> bool:
+        """Whether head and adapter have bounds of their own."""
+        return len(self.bounds) > 1
+
+    @property
+    def norm(self) -> float:
+        """The one norm of all; that of the first round if it adapts."""
+        return self.bounds["all"].norm
+
+    def group(self, part: str) -> str:
+        """Which group a part of the adapter is in."""
+        return "all" if not self.grouped else "head" if part == "head" else "adapter"
+
+    def of(self, part: str) -> ClipBound:
+        """The bound of the group that a part of the adapter is in."""
+        return self.bounds[self.group(part)]
+
+
 class SitePrivacySection(Section):
     """``[privacy.site]``: client-level privacy, for ``mode = "site"``."""
 
@@ -154,6 +197,17 @@ class PrivacySection(Section):
     noise: Literal["local", "shared"] = Field(
         "local", description="Who adds the noise: each site all of it, or each its share."
     )
+
+    @property
+    def clipping(self) -> Clipping:
+        """What ``clip`` and ``site`` say of clipping."""
+        bounds, clip = {}, self.clip
+        if isinstance(clip, Clip):
+            bounds["head"] = ClipBound(clip.head, clip.head_share)
+            bounds["adapter"] = ClipBound(clip.adapter, 1.0 - clip.head_share)
+        elif clip is not None:
+            bounds["all"] = ClipBound(clip, 1.0)
+        return Clipping(bounds, adapts=self.site is not None and self.site.quantile is not None)
 
 
 if TYPE_CHECKING:

@@ -28,7 +28,7 @@ from silotune.errors import CertificateInvalid
 from silotune.plan.document import Document, Sha256
 from silotune.plan.plan import Plan
 from silotune.plan.rules import sends_all_it_trains
-from silotune.plan.sections import Clip, Positive
+from silotune.plan.sections import Positive
 from silotune.privacy.events import SharedGaussianDpEvent, from_json, to_json
 from silotune.privacy.ledger import Ledger
 from silotune.privacy.secagg.graph import tolerated_collusion
@@ -415,7 +415,7 @@ def _guarantee(tally: Mapping[str, int], plan: Plan, delta: float) -> dict[str, 
         "mechanisms": tuple(_mechanism(leaf, times) for leaf, times in sorted(tally.items())),
         "aggregation": _aggregation(sums),
         "exposures": _exposures(tally, delta, sums),
-        "clips": _clips(plan.privacy.clip),
+        "clips": {name: b.norm for name, b in plan.privacy.clipping.bounds.items()},
     }
 
 
@@ -511,9 +511,3 @@ def _alike(one: Sequence[Exposure], other: Sequence[Exposure]) -> bool:
         math.isclose(a.epsilon, b.epsilon, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE)
         for a, b in zip(one, other, strict=True)
     )
-
-
-def _clips(clip: float | Clip | None) -> dict[str, float]:
-    if isinstance(clip, Clip):
-        return {"head": clip.head, "adapter": clip.adapter}
-    return {} if clip is None else {"all": clip}

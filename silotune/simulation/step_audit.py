@@ -36,7 +36,6 @@ from silotune.models.choices import Choices
 from silotune.models.layout import ArrayEntry, Layout
 from silotune.models.task import LoadedModel
 from silotune.plan.plan import Plan
-from silotune.plan.sections import Clip
 from silotune.privacy.accounting import epsilon
 from silotune.privacy.attacks.bounds import Coins, Scores
 from silotune.privacy.events import gaussian_event
@@ -174,10 +173,10 @@ def _scored(
         scale = math.sqrt(sites) if local else 1.0
         stds, lengths = [], []
         for part in _sizes(plan):
-            norm, share = _clip(plan, part)
+            norm, share = plan.privacy.clipping.of(part)
             stds.append(scale * sigma * norm / math.sqrt(share))
             lengths.append(norm)
-        if not isinstance(plan.privacy.clip, Clip):  # one norm over both parts
+        if not plan.privacy.clipping.grouped:  # one norm over both parts
             lengths = [length / math.sqrt(len(lengths)) for length in lengths]
     signals = [length / std for length, std in zip(lengths, stds, strict=True)]
     mu = math.hypot(*signals)
@@ -194,18 +193,9 @@ def _sizes(plan: Plan) -> tuple[str, ...]:
     return ("adapter",) if plan.model.task == "causal_lm" else ("adapter", "head")
 
 
-def _clip(plan: Plan, part: str) -> tuple[float, float]:
-    """Clip norm of a part, and its share of the squared sensitivity."""
-    clip = plan.privacy.clip
-    assert clip is not None  # asked of private plans only
-    if not isinstance(clip, Clip):
-        return clip, 1.0
-    return (clip.head, clip.head_share) if part == "head" else (clip.adapter, 1.0 - clip.head_share)
-
-
 def _raw(plan: Plan, part: str) -> float:
     """Length of a canary record's gradient in a part."""
-    return _REACH * _clip(plan, part)[0] if plan.private else 1.0
+    return _REACH * plan.privacy.clipping.of(part).norm if plan.private else 1.0
 
 
 def _records(plan: Plan) -> int:

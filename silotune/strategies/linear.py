@@ -172,8 +172,7 @@ class LinearStrategy(AdapterStrategy):
     @property
     def _adapts(self) -> bool:
         """Whether the clipping norm follows the sites' marks."""
-        site = self.plan.privacy.site
-        return site is not None and site.quantile is not None
+        return self.plan.privacy.clipping.adapts
 
     def weight(self, terms: Terms) -> Weight:
         """Factor of a site's update in the sum, and what the site adds to the divisor."""

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from silotune.models.layout import Layout, Part
 from silotune.plan.plan import Plan
-from silotune.plan.sections import Clip
 from silotune.privacy.secagg.encoding import BoundedSpan, Encoding
 from silotune.privacy.secagg.graph import tolerated_collusion
 from silotune.strategies import method_of
@@ -65,9 +64,7 @@ def update_bound(plan: Plan, part: Part) -> float:
     rate = site.head_lr if part == "head" else site.adapter_lr
     if plan.rounds.local_steps > 1 and site.local == "adam":
         return _ADAM_REACH * rate * plan.rounds.local_steps
-    clip = plan.privacy.clip
-    assert clip is not None  # validated with the plan: else it has a bound
-    norm = (clip.head if part == "head" else clip.adapter) if isinstance(clip, Clip) else clip
+    norm = plan.privacy.clipping.of(part).norm  # validated with the plan: else it has a bound
     if plan.rounds.local_steps > 1:
         return _MEAN_REACH * norm * rate * plan.rounds.local_steps
     if plan.aggregation.weights == "equal":

@@ -48,12 +48,10 @@ class SitePrivacy:
         from silotune.privacy.accounting import calibrate
 
         privacy = plan.privacy
-        assert isinstance(privacy.clip, float)  # validated with the plan, like the next ones
-        assert (
-            privacy.epsilon is not None and privacy.delta is not None and privacy.site is not None
-        )
+        assert privacy.site is not None  # validated with the plan, like the next ones
+        assert privacy.epsilon is not None and privacy.delta is not None
         self._plan, self._settings = plan, privacy.site
-        self.clip = privacy.clip
+        self.clip = privacy.clipping.norm
         self.sigma = calibrate(
             epsilon=privacy.epsilon, delta=privacy.delta, rate=1.0, steps=plan.rounds.number
         )
@@ -126,9 +124,8 @@ def hidden(
     site = plan.privacy.site
     if site is None:
         return update
-    bound = clip or plan.privacy.clip
-    assert isinstance(bound, float)  # validated with the plan
-    if site.quantile is not None:
+    bound = clip or plan.privacy.clipping.norm
+    if plan.privacy.clipping.adapts:
         return marked(update, bound)
     short = shortened(update, bound)
     if site.noise == "coordinator":
