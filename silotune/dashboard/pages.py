@@ -422,7 +422,7 @@ class Pages:
             view = self._views.get(facts.run)
             spent = self._spending.spent(facts, view)
             found = glance(facts, view, spent)
-        if facts.state in OVER and (spent or facts.budget is None):
+        if facts.state in OVER and (spent or facts.planned_epsilon is None):
             self._glances[key] = found
         return found
 

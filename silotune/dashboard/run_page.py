@@ -102,9 +102,9 @@ class Spending:
             self._curves[key] = list(points)
 
 
-def left(budget: float | None, spent: Mapping[str, float]) -> dict[str, float]:
-    """What each site has above what it spent, of the plan's budget."""
-    return {} if budget is None else {s: max(0.0, budget - value) for s, value in spent.items()}
+def left(planned: float | None, spent: Mapping[str, float]) -> dict[str, float]:
+    """What each site has above what it spent, of the plan's epsilon."""
+    return {} if planned is None else {s: max(0.0, planned - value) for s, value in spent.items()}
 
 
 PHASES = (
@@ -333,7 +333,11 @@ def _scores(view: RunView) -> tuple[Score, ...]:
 def glance(facts: RunFacts, view: RunView, spent: Mapping[str, float]) -> Glance:
     """What the list of runs says of one; call it under the view's lock."""
     scores = _scores(view)
-    epsilon = f"{max(spent.values()):.2f} of {facts.budget:g}" if spent and facts.budget else _DASH
+    epsilon = (
+        f"{max(spent.values()):.2f} of {facts.planned_epsilon:g}"
+        if spent and facts.planned_epsilon
+        else _DASH
+    )
     return Glance(facts, _mode(facts.plan), epsilon, scores[0] if scores else None)
 
 
@@ -349,7 +353,7 @@ def _mode(plan: Mapping[str, Any]) -> str:
 
 
 def _sites(facts: RunFacts, view: RunView, spent: Mapping[str, float]) -> list[SiteLine]:
-    remains = left(facts.budget, spent)
+    remains = left(facts.planned_epsilon, spent)
     return [
         SiteLine(
             name=site.name,
@@ -360,12 +364,13 @@ def _sites(facts: RunFacts, view: RunView, spent: Mapping[str, float]) -> list[S
             epsilon=f"{spent[site.name]:.2f}" if site.name in spent else _DASH,
             left=f"{remains[site.name]:.2f}" if site.name in remains else _DASH,
             share=(
-                min(1.0, spent[site.name] / facts.budget)
-                if facts.budget and site.name in spent
+                min(1.0, spent[site.name] / facts.planned_epsilon)
+                if facts.planned_epsilon and site.name in spent
                 else None
             ),
             # What the plan grants is there to be used: only more than that is wrong.
-            over=bool(facts.budget) and spent.get(site.name, 0.0) > 1.001 * (facts.budget or 0.0),
+            over=bool(facts.planned_epsilon)
+            and spent.get(site.name, 0.0) > 1.001 * (facts.planned_epsilon or 0.0),
             heard=ago(site.heard),
         )
         for site in view.sites.values()
@@ -377,7 +382,7 @@ def _charts(
 ) -> tuple[PageChart, ...]:
     last = max(planned, view.done, 1)
     rounds = view.finished_rounds
-    budget = ("the plan's budget", facts.budget) if facts.budget else None
+    limit = ("the plan's epsilon", facts.planned_epsilon) if facts.planned_epsilon else None
     aggregate = [(r.number, r.aggregate_seconds or 0.0) for r in rounds]
     waited = [(r.number, r.wait_seconds or 0.0) for r in rounds]
     drawn = (
@@ -386,7 +391,7 @@ def _charts(
             "\N{GREEK SMALL LETTER EPSILON} spent by each site",
             curves,
             last=last,
-            limit=budget,
+            limit=limit,
             from_zero=True,
         ),
         stacked_bars(

@@ -45,7 +45,7 @@ class RunFacts:
     plan: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def budget(self) -> float | None:
+    def planned_epsilon(self) -> float | None:
         """The plan's epsilon; None without differential privacy."""
         section = self.plan.get("privacy") or {}
         return section.get("epsilon") if section.get("mode", "none") != "none" else None

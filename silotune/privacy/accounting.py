@@ -1,4 +1,4 @@
-"""What a sequence of private releases costs, and the noise that a budget allows.
+"""What a sequence of private releases costs, and the noise that keeps within an epsilon.
 
 Releases are events of dp-accounting (`silotune.privacy.events`). Their cost comes from privacy loss
 distributions (`silotune.privacy.loss`), adjacency add/remove one unit; where these can't certify a
@@ -129,13 +129,13 @@ def calibrate(
     Parameters
     ----------
     epsilon, delta : float
-        The budget; not exceeded as `epsilon` (the function) counts.
+        What the steps may cost; not exceeded as `epsilon` (the function) counts.
     rate : float
         Poisson sampling rate.
     steps : int
         Number of steps.
     extra : sequence of DpEvent
-        What else is paid from the same budget.
+        What else is to be within the same epsilon.
 
     Returns
     -------
@@ -209,7 +209,7 @@ def _calibrate(epsilon: float, delta: float, rate: float, steps: int, others: Me
         )
 
     def excess(log_sigma: float, coarsening: float = 1.0) -> float:
-        """Log of the cost over the budget, falling in sigma; bounded, for the root finder."""
+        """Log of the cost over epsilon, falling in sigma; bounded, for the root finder."""
         uses = Counter({(rate, math.exp(log_sigma)): steps})
         for other in others:
             uses[other.rate, other.sigma] += other.uses

@@ -341,31 +341,31 @@ def _site_label(row: SiteScores) -> str:
     return name if row.n is None else f"{name} (n = {row.n:,})"
 
 
-def epsilon_chart(curves: Curves, budget: float | None) -> Chart | None:
-    """Epsilon spent by each site after each round, under the budget's line."""
+def epsilon_chart(curves: Curves, planned: float | None) -> Chart | None:
+    """Epsilon spent by each site after each round, under the line of the plan's."""
     if not curves:
         return None
     ends = sorted(curve[-1][1] for curve in curves.values())
     last = max(curve[-1][0] for curve in curves.values())
     description = (
         f"Epsilon spent by {len(curves)} sites over {last} rounds: from {ends[0]:.2f} to "
-        f"{ends[-1]:.2f} at the end" + (f", budget {budget:g}" if budget is not None else "")
+        f"{ends[-1]:.2f} at the end" + (f", the plan's {planned:g}" if planned is not None else "")
     )
     return render(
-        "epsilon", partial(_draw_epsilon, curves=curves, budget=budget), description=description
+        "epsilon", partial(_draw_epsilon, curves=curves, planned=planned), description=description
     )
 
 
-def _draw_epsilon(canvas: Canvas, *, curves: Curves, budget: float | None) -> Figure:
+def _draw_epsilon(canvas: Canvas, *, curves: Curves, planned: float | None) -> Figure:
     figure, axes = frame(canvas, height=3.0 if canvas.narrow else 2.7)
     for curve in curves.values():
         axes.plot([n for n, _ in curve], [e for _, e in curve], color=BLUE, linewidth=1.1)
     ends = sorted(curve[-1][1] for curve in curves.values())
     last = max(curve[-1][0] for curve in curves.values())
-    top = max(budget or 0.0, ends[-1])
-    if budget is not None:
-        axes.axhline(budget, color=VERMILION, linewidth=1.4, linestyle=(0, (5, 3)))
-        note(axes, 0.4, budget, f"budget \N{GREEK SMALL LETTER EPSILON} = {budget:g}", ha="left")
+    top = max(planned or 0.0, ends[-1])
+    if planned is not None:
+        axes.axhline(planned, color=VERMILION, linewidth=1.4, linestyle=(0, (5, 3)))
+        note(axes, 0.4, planned, f"plan: \N{GREEK SMALL LETTER EPSILON} = {planned:g}", ha="left")
     who = f"{len(curves)} sites" if len(curves) > 1 else printable(next(iter(curves)), most=30)
     spent = [f"{end:.2f}" for end in dict.fromkeys((ends[0], ends[-1]))]
     note(axes, last, ends[0], f"{who}: {' to '.join(spent)}", rise=-16)

@@ -21,7 +21,7 @@ Curves = Mapping[str, Sequence[tuple[int, float]]]
 
 # A chart of more sites than this is no longer read; the report's table has them all.
 MOST_SITES = 24
-# Two epsilons this close (relative) are the same budget, calibrated by two searches.
+# Two epsilons this close (relative) are the same target, calibrated by two searches.
 _SAME_EPSILON = 0.02
 
 
@@ -110,7 +110,7 @@ class SiteScores:
 
 @dataclass(frozen=True)
 class PrivacyFacts:
-    """What privacy.json states, and the plan's budget.
+    """What privacy.json states, and the plan's own epsilon as `budget`, its key in the summary.
 
     Attributes
     ----------
@@ -253,7 +253,7 @@ def summarise(record: RunRecord, *, beside: Sequence[RunRecord] = ()) -> Summary
         sites_worse=tuple(row.site for row in rows if (row.gain or 0) < 0),
         sites_worse_by_accuracy=tuple(row.site for row in rows if (row.gain_accuracy or 0) < 0),
         labels=record.labels,
-        probe_at_same_epsilon=_same_budget(
+        probe_at_same_epsilon=_same_epsilon(
             record.method("federated"), record.method("probe_federated")
         ),
         privacy=privacy_facts(record, curves),
@@ -378,7 +378,7 @@ def _planned_rounds(record: RunRecord) -> int:
     return int(planned or record.history.planned)
 
 
-def _same_budget(one: Method | None, other: Method | None) -> bool:
+def _same_epsilon(one: Method | None, other: Method | None) -> bool:
     if one is None or other is None or one.private != other.private:
         return False
     if one.epsilon is None or other.epsilon is None:

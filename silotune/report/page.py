@@ -91,7 +91,7 @@ def tiles(found: Summary) -> list[Tile]:
         shown.append(Tile(label, score(row.test[found.metric.key]), note, kind))
     facts = found.privacy
     if facts.budget is not None:
-        worth = f"budget {facts.budget:g}, \N{GREEK SMALL LETTER DELTA} = {power(facts.delta)}"
+        worth = f"of {facts.budget:g}, \N{GREEK SMALL LETTER DELTA} = {power(facts.delta)}"
         label = f"\N{GREEK SMALL LETTER EPSILON} per {facts.unit}"
         note = "not private" if facts.guarantee == "seeded" else worth
         spent = epsilon(facts.budget if facts.guarantee == "coordinator" else facts.epsilon)

@@ -293,8 +293,7 @@ def probe_verdict(found: Summary) -> list[str]:
     value, gain = _value(probe, found.metric), federated.gain_over_probe
     if not found.probe_at_same_epsilon:
         return [
-            f"The head-only probe reaches {value}, but under another privacy budget: the two can't "
-            "be compared."
+            f"The head-only probe reaches {value}, but at another ε: the two can't be compared."
         ]
     under = "at the same ε" if federated.epsilon is not None else "without privacy"
     if gain <= 0:
@@ -414,13 +413,11 @@ def _privacy(found: Summary) -> list[str]:
     if facts.guarantee == "coordinator":
         return [f"Privacy: {facts.statement}."]
     if facts.epsilon is None:
-        return [
-            f"The plan's privacy budget is ε = {facts.budget:g}; what has been spent is not known yet."
-        ]
+        return [f"The plan allows ε = {facts.budget:g}; what has been spent is not known yet."]
     spent = f"ε = {epsilon(facts.epsilon)} at δ = {power(facts.delta)} for {facts.protects}"
     if facts.guarantee == "seeded" or not facts.private:
         return [f"Not private ({facts.statement}): with secret noise it would be {spent}."]
-    return [f"Privacy: {spent} (the largest of the sites; budget ε = {facts.budget:g})."]
+    return [f"Privacy: {spent} (the largest of the sites; the plan allows ε = {facts.budget:g})."]
 
 
 Facts = Mapping[str, Any]

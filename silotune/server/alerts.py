@@ -162,7 +162,7 @@ class Rules:
         with self._views.lock:
             view = self._views.get(facts.run)
             last, number = view.last_time, view.last_id
-            remains = left(facts.budget, self._spending.spent(facts, view))
+            remains = left(facts.planned_epsilon, self._spending.spent(facts, view))
         stuck = last is not None and now - last > self._config.stuck_seconds
         if facts.state == "running" and stuck and last is not None:
             yield Alert(
@@ -174,12 +174,12 @@ class Rules:
                 run=facts.run,
             )
         for site, value in remains.items():
-            if facts.budget and value < _LOW * facts.budget:
+            if facts.planned_epsilon and value < _LOW * facts.planned_epsilon:
                 yield Alert(
                     key=f"budget {facts.run} {site}",
                     kind="budget_low",
                     text=f"{site} has less than a tenth of the epsilon of run {facts.run} left: "
-                    f"{value:.2f} of {facts.budget:g}.",
+                    f"{value:.2f} of {facts.planned_epsilon:g}.",
                     time=now,
                     run=facts.run,
                     site=site,

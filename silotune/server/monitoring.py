@@ -220,7 +220,7 @@ class _Families:
         )
         self.spent = gauge("silotune_epsilon_spent", "Epsilon spent in the run", labels=site)
         self.left = gauge("silotune_epsilon_left", "What is left of the plan's", labels=site)
-        self.budget = gauge("silotune_epsilon_budget", "The plan's epsilon", labels=run)
+        self.planned = gauge("silotune_epsilon_budget", "The plan's epsilon", labels=run)
 
     @property
     def all(self) -> list[Metric]:
@@ -256,11 +256,11 @@ class _Families:
             self.lost.add_metric([run, name], site.failed)
         for (name, code), count in Counter((t.site, t.code) for t in view.troubles).items():
             self.errors.add_metric([run, name, code], count)
-        if facts.budget is not None:
-            self.budget.add_metric([run], facts.budget)
+        if facts.planned_epsilon is not None:
+            self.planned.add_metric([run], facts.planned_epsilon)
         for name, value in spent.items():
             self.spent.add_metric([run, name], value)
-        for name, value in left(facts.budget, spent).items():
+        for name, value in left(facts.planned_epsilon, spent).items():
             self.left.add_metric([run, name], value)
 
 

@@ -191,7 +191,7 @@ class AdapterStrategy(Strategy):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Ask for released metrics in the rounds that the plan names, if it grants them a budget."""
+        """Ask for released metrics in the rounds that the plan names, if it gives them any epsilon."""
         del grid
         every = self.plan.rounds.evaluate_every
         asked = bool(every) and server_round % every == 0

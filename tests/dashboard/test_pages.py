@@ -256,7 +256,7 @@ def test_scores_of_validation_and_test_data_are_shown_apart(tmp_path):
 
 
 @pytest.mark.parametrize(("spent", "wrong"), [(8.0, False), (8.5, True)])
-def test_a_budget_that_is_used_up_is_no_alarm_and_one_that_is_exceeded_is(tmp_path, spent, wrong):
+def test_an_epsilon_that_is_used_up_is_no_alarm_and_one_that_is_exceeded_is(tmp_path, spent, wrong):
     root = Synthetic(stop_after=5, faults=False).write(tmp_path)
     run = RunDirectory.open(root)
     run.append_event("round_finished", round=6, epsilon={"Orthopaedics": spent})

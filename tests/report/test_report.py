@@ -237,9 +237,9 @@ def test_a_run_without_privacy_claims_none(words):
     assert "What these numbers mean" not in text
 
 
-def test_the_caveats_and_the_budget_stand_beside_epsilon(report):
+def test_the_caveats_and_the_plans_epsilon_stand_beside_epsilon(report):
     text = report("private")[2].text
-    assert "budget ε = 8" in text
+    assert "the plan allows ε = 8" in text
     assert "the two ε add up for that person" in text
     assert "The scores in this report are not covered by ε" in text
 

@@ -108,7 +108,7 @@ def test_a_seeded_plan_is_not_private_even_before_privacy_json_says_so(made):
     assert found["privacy"]["statement"] == "seeded: not private"
 
 
-def test_the_probe_is_compared_only_under_the_same_budget(made, tmp_path):
+def test_the_probe_is_compared_only_at_the_same_epsilon(made, tmp_path):
     run, found = made("private")
     assert found["probe_at_same_epsilon"]
     results = run.read_json("results.json")
@@ -116,7 +116,7 @@ def test_the_probe_is_compared_only_under_the_same_budget(made, tmp_path):
     run.write_json("results.json", results)
     found = summary(run.root)
     assert not found["probe_at_same_epsilon"]
-    assert any("under another privacy budget" in sentence for sentence in found["verdict"])
+    assert any("but at another ε" in sentence for sentence in found["verdict"])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
