@@ -13,15 +13,11 @@ from rich.text import Text
 from silotune import __version__
 from silotune.commands import (
     admin,
-    audit,
-    certificate,
+    books,
     coordinator,
     data,
-    ledger,
     plan,
-    predict,
     reference,
-    release,
     results,
     simulate,
     site,
@@ -45,13 +41,13 @@ app.command("simulate")(simulate.simulate)
 app.add_typer(coordinator.app, name="coordinator")
 app.command("report")(results.report)
 app.command("export")(results.export)
-app.command("release")(release.release)
+app.command("release")(results.release)
 app.command("dashboard")(results.dashboard)
-app.command("predict")(predict.predict)
+app.command("predict")(results.predict)
 app.add_typer(site.app, name="site")
-app.add_typer(ledger.app, name="ledger")
-app.add_typer(certificate.app, name="certificate")
-app.add_typer(audit.app, name="audit")
+app.add_typer(books.ledger, name="ledger")
+app.add_typer(books.certificates, name="certificate")
+app.add_typer(books.audits, name="audit")
 app.add_typer(admin.app, name="admin")
 app.command("errors")(reference.errors)
 app.command("events")(reference.events)

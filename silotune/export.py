@@ -90,11 +90,9 @@ class RunsApi(Protocol):
 
     def call(self, name: str, request: Any) -> dict[str, Any]:
         """A call's reply as plain data."""
-        ...
 
     def download(self, run: str, file: str) -> bytes:
         """A file of a run."""
-        ...
 
 
 def of_coordinator(client: RunsApi, run: str) -> RunCurves:

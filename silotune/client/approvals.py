@@ -25,7 +25,7 @@ from silotune.client.policy import PlanVerdict, facts_for, judge
 from silotune.client.site_run import local_time
 from silotune.client.terms import delta_notes
 from silotune.data.checks import survey
-from silotune.data.reader import require_declared
+from silotune.data.records import require_declared
 from silotune.data.site import SiteConfig
 from silotune.errors import PlanSignatureInvalid, SilotuneError
 from silotune.models.base import outline, require_taken

@@ -37,8 +37,7 @@ from silotune.client.terms import (
 )
 from silotune.client.trainer import RoundUpdate, SiteData, TrainableModel, Trainer, Vector
 from silotune.client.troubles import Troubles
-from silotune.data.reader import load_records, require_declared
-from silotune.data.records import Records, Split, own_secret
+from silotune.data.records import Records, Split, load_records, own_secret, require_declared
 from silotune.data.site import DatasetConfig, Role, SiteConfig
 from silotune.errors import (
     EnvironmentFault,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,14 +13,18 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from silotune.commands.folder import AsJson
 from silotune.data.site import SiteConfig, load_sites
-from silotune.errors import ModelNotFound
-from silotune.plan.explain import Overrides, parsed
+from silotune.errors import ModelNotFound, PlanInvalid
 from silotune.plan.plan import Plan, notes_on, plan_in_words, schema
 from silotune.terminal import headed, terminal
 
 app = typer.Typer(no_args_is_help=True, help="Check plans and print their schema.")
 
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Replace a plan setting, e.g. --set privacy.epsilon=3"),
+]
 PlanPath = Annotated[Path, typer.Argument(help="The plan's TOML file.", show_default=False)]
 
 
@@ -31,7 +36,7 @@ def check(
         typer.Option(help="Units at each site, e.g. 1000,2500. Default: the site folders' own."),
     ] = "",
     overrides: Overrides = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Validate a plan and say in plain words what it does and what it costs.
 
@@ -53,6 +58,20 @@ def check(
 def print_schema() -> None:
     """Print the JSON schema of a plan, for editors and other tools."""
     typer.echo(json.dumps(schema(), indent=2))
+
+
+def parsed(settings: Sequence[str]) -> dict[str, Any]:
+    """``key=value`` with values as TOML; an empty value removes the key. Raises `PlanInvalid`."""
+    found: dict[str, Any] = {}
+    for setting in settings:
+        key, sign, text = setting.partition("=")
+        if not sign or not key:
+            raise PlanInvalid(f"--set {setting}: expected key=value")
+        try:
+            found[key] = tomllib.loads(f"value = {text}")["value"] if text else None
+        except tomllib.TOMLDecodeError:
+            found[key] = text  # a bare word is a string
+    return found
 
 
 def _given(sizes: str) -> dict[str, int]:

@@ -3,58 +3,65 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from silotune.plan.explain import Overrides, parsed
+from silotune.commands.folder import AsJson
+from silotune.commands.plan import Overrides, parsed
 from silotune.terminal import headed, terminal
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from silotune.rounds.run_directory import RunDirectory
-    from silotune.simulation.run import Settings
+    from silotune.simulation.run import EngineName, Settings
+
+PlanPath = Annotated[
+    Path | None, typer.Argument(help="The plan's TOML file; its folder holds one folder a site.")
+]
+Sites = Annotated[
+    Path | None, typer.Option(help="Folder of the site folders, if not the plan's own.")
+]
+Engine = Annotated[
+    str, typer.Option(help="'processes' on this machine, or 'ray' (Flower's Ray engine).")
+]
+Address = Annotated[str | None, typer.Option(help="Address of a Ray cluster, with --engine ray.")]
+Baselines = Annotated[
+    bool,
+    typer.Option(
+        "--baselines",
+        help="Also train each site alone, pooled records, and a head on frozen features.",
+    ),
+]
+Attack = Annotated[
+    bool,
+    typer.Option(
+        "--attack",
+        help="Attack the result too: an audited step, and the run again with planted canaries. "
+        "With --resume also a finished run.",
+    ),
+]
+Resume = Annotated[
+    Path | None, typer.Option(help="Go on with this run directory instead of a new run.")
+]
 
 
 def simulate(  # noqa: PLR0917 - one a command-line option
-    plan: Annotated[
-        Path | None,
-        typer.Argument(help="The plan's TOML file; its folder holds one folder a site."),
-    ] = None,
-    sites: Annotated[
-        Path | None, typer.Option(help="Folder of the site folders, if not the plan's own.")
-    ] = None,
+    plan: PlanPath = None,
+    sites: Sites = None,
     runs: Annotated[Path, typer.Option(help="Where to put the run directory.")] = Path("runs"),
     workers: Annotated[int, typer.Option(min=0, help="Worker processes; 0 takes one a core.")] = 0,
-    engine: Annotated[
-        str, typer.Option(help="'processes' on this machine, or 'ray' (Flower's Ray engine).")
-    ] = "processes",
-    address: Annotated[
-        str | None, typer.Option(help="Address of a Ray cluster, with --engine ray.")
-    ] = None,
+    engine: Engine = "processes",
+    address: Address = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    baselines: Annotated[
-        bool,
-        typer.Option(
-            "--baselines",
-            help="Also train each site alone, pooled records, and a head on frozen features.",
-        ),
-    ] = False,
-    attack: Annotated[
-        bool,
-        typer.Option(
-            "--attack",
-            help="Attack the result too: an audited step, and the run again with planted canaries. "
-            "With --resume also a finished run.",
-        ),
-    ] = False,
+    baselines: Baselines = False,
+    attack: Attack = False,
     overrides: Overrides = None,
-    resume: Annotated[
-        Path | None, typer.Option(help="Go on with this run directory instead of a new run.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    resume: Resume = None,
+    as_json: AsJson = False,
 ) -> None:
     """Run a plan over simulated sites on this machine.
 
@@ -66,97 +73,42 @@ def simulate(  # noqa: PLR0917 - one a command-line option
         raise typer.BadParameter("use 'processes' or 'ray'", param_hint="--engine")
     if (plan is None) == (resume is None):
         raise typer.BadParameter("give a plan, or --resume with a run directory")
-    settings = {"engine": engine, "workers": workers, "address": address, "device": device}
-    settings |= {"baselines": baselines}
-    _run(
-        plan,
-        resume,
-        runs=runs,
-        sites=sites,
-        settings=settings,
-        sets=overrides,
-        as_json=as_json,
-        attacked=attack,
-    )
-
-
-def _run(
-    plan: Path | None,
-    resumed: Path | None,
-    *,
-    sites: Path | None,
-    runs: Path,
-    settings: dict[str, Any],
-    sets: list[str] | None,
-    as_json: bool,
-    attacked: bool,
-) -> None:
-    """Run or go on, with progress, and say where everything is."""
-    from silotune.report.report import print_summary, summary, write_report
     from silotune.rounds.run_directory import RunDirectory
-    from silotune.simulation.run import Settings
+    from silotune.simulation import run
 
+    settings = run.Settings(
+        engine=cast("EngineName", engine),
+        workers=workers,
+        baselines=baselines,
+        address=address,
+        device=device,
+    )
     console = terminal(stderr=as_json)
-    chosen = Settings(**settings)
-    if resumed is not None and attacked and _is_finished(resumed):
-        directory = RunDirectory.open(resumed)
+    if plan is not None:
+        told = {"runs": runs, "sites_folder": sites, "overrides": parsed(overrides or [])}
+        directory = _played(run.simulate, plan, console=console, settings=settings, **told)
     else:
-        directory = _played(
-            plan, resumed, sites=sites, runs=runs, chosen=chosen, sets=sets, console=console
-        )
-    if attacked:
-        _attack(directory, chosen, console)
-    page = write_report(directory.root)
-    if as_json:
-        facts = {**summary(directory.root), "run_directory": str(directory.root)}
-        if attacked:
-            facts["attacks"] = directory.find_json("attacks.json")
-        typer.echo(json.dumps(facts))
-        return
-    print_summary(directory.root, console)
-    if attacked:
-        _print_attacks(directory, console)
-    console.print(f"Run directory: {directory.root}", soft_wrap=True)  # to be copied whole
-    console.print(f"Report:        {page}", soft_wrap=True)
+        assert resume is not None
+        directory = RunDirectory.open(resume)
+        if not attack or directory.find_json("results.json") is None:
+            _played(run.resume, resume, console=console, settings=settings)
+    if attack:
+        _attack(directory, settings, console)
+    _tell(directory, console, attacked=attack, as_json=as_json)
 
 
 def _played(
-    plan: Path | None,
-    resumed: Path | None,
-    *,
-    sites: Path | None,
-    runs: Path,
-    chosen: Settings,
-    sets: list[str] | None,
-    console: Console,
+    play: Callable[..., RunDirectory], path: Path, *, console: Console, **settings: Any
 ) -> RunDirectory:
     """A new run, or the rest of one, with progress."""
     from silotune.simulation.progress import Progress
-    from silotune.simulation.run import resume, simulate
 
     def note(sentence: str) -> None:
         line = headed("Note.", f"{sentence}.", style="yellow")
         console.print(line, soft_wrap=not console.is_terminal)
 
     with Progress(console) as progress:
-        if plan is None:
-            assert resumed is not None
-            return resume(resumed, settings=chosen, listener=progress, note=note)
-        return simulate(
-            plan,
-            runs=runs,
-            settings=chosen,
-            listener=progress,
-            sites_folder=sites,
-            overrides=parsed(sets or []),
-            note=note,
-        )
-
-
-def _is_finished(path: Path) -> bool:
-    from silotune.rounds.run_directory import RunDirectory
-
-    return RunDirectory.open(path).find_json("results.json") is not None
+        return play(path, listener=progress, note=note, **settings)
 
 
 def _attack(directory: RunDirectory, settings: Settings, console: Console) -> None:
@@ -173,9 +125,21 @@ def _attack(directory: RunDirectory, settings: Settings, console: Console) -> No
         attack(directory, settings=settings, say=say)
 
 
-def _print_attacks(directory: RunDirectory, console: Console) -> None:
+def _tell(directory: RunDirectory, console: Console, *, attacked: bool, as_json: bool) -> None:
+    """What came of it, and where everything is."""
+    from silotune.report.report import print_summary, summary, write_report
     from silotune.report.verdict import attack_sentences
 
-    console.print()
-    for sentence in attack_sentences(directory.find_json("attacks.json")):
-        console.print(sentence)
+    page = write_report(directory.root)
+    attacks = directory.find_json("attacks.json") if attacked else None
+    if as_json:
+        facts = {**summary(directory.root), "run_directory": str(directory.root)}
+        typer.echo(json.dumps(facts | ({"attacks": attacks} if attacked else {})))
+        return
+    print_summary(directory.root, console)
+    if attacked:
+        console.print()
+        for sentence in attack_sentences(attacks):
+            console.print(sentence)
+    console.print(f"Run directory: {directory.root}", soft_wrap=True)  # to be copied whole
+    console.print(f"Report:        {page}", soft_wrap=True)

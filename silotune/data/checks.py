@@ -20,8 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from silotune.data.reader import load_records
-from silotune.data.records import Records, Split
+from silotune.data.records import Records, Split, load_records
 from silotune.data.site import SiteConfig
 from silotune.errors import SilotuneError
 from silotune.plan.plan import Plan

@@ -221,7 +221,6 @@ class Partitioner(Protocol):
 
     def deal(self, units: Units, rng: np.random.Generator) -> tuple[Ints, list[str]]:
         """The site of each unit [count] as an index into the sites' names, and these names."""
-        ...
 
 
 @dataclass(frozen=True)

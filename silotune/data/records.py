@@ -1,11 +1,16 @@
-"""A site's checked records in memory, addressed by row and by privacy unit.
+"""From a site's dataset to checked records in memory, by what the site declares, and their split.
 
-The held-out split: a fixed, secret function of one unit's (or group's) name.
+What a plan may ask of a dataset (columns, unit, labels, held-out shares) is declared in site.toml, and
+`require_declared` judges it from the declaration alone. What then is wrong with a record is no error:
+the record is left out, counted in `Records.left_out`, and told at the site. So whether and how a site
+answers says nothing about its records. Left out are rows that can't be read; an empty text, label,
+unit or group; a label that site.toml or the plan lacks; with ``data.split_by = "group"``, records of
+a unit in another group than its first; and what a unit has beyond the site's ``max_records_per_unit``.
 
-Each key is hashed with HMAC-SHA256 under a salt of the site to a point of [0, 1) and falls into test,
-validation or training by the plan's shares. The point depends on salt and key alone: not on the plan,
-the run, the order of the rows, or on what other records there are. That has three consequences that
-any cleverer split would lose:
+The held-out split is a fixed, secret function of one unit's (or group's) name. Each key is hashed with
+HMAC-SHA256 under a salt of the site to a point of [0, 1) and falls into test, validation or training by
+the plan's shares. The point depends on salt and key alone: not on the plan, the run, the order of the
+rows, or on what other records there are. That has three consequences that any cleverer split would lose:
 
 - a unit is on the same side in every run of its site, also after records were added;
 - adding or removing one unit never moves another one, so a training set and its neighbour (in the
@@ -18,18 +23,18 @@ side here and on the other there, so held-out scores of such people are too good
 only on average: with few keys of unequal size (a site with a dozen large groups) the test split can
 be noticeably larger or smaller than asked.
 
-A site's own secret: what decides the side of the split, and names the content of records.
-
-It is made once, sealed in the state folder, and never changes: with another one, units that a model was
-trained on would become test units.
+The salt comes from a secret of the site's own, which also names the content of records. It is made once,
+sealed in the state folder, and never changes: with another one, units that a model was trained on would
+become test units.
 """
 
 from __future__ import annotations
 
 import hashlib
 import hmac
+import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
@@ -39,7 +44,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from silotune.data.sources import LeftOut
+from silotune.data.site import DatasetConfig, SiteConfig
+from silotune.data.sources import Faults, LeftOut, Table, read_dataset
+from silotune.errors import ColumnMissing, HeldOutTooMuch, LabelsUnfit, TooFewRecords, UnitMismatch
+from silotune.plan.plan import Plan
 from silotune.trust.files import create_file, create_private_folder
 from silotune.trust.vault import Vault
 
@@ -211,3 +219,238 @@ def own_secret(state: Path, vault: Vault, *, new: bytes | None = None) -> bytes:
         create_private_folder(state)
         create_file(path, vault.seal(new or os.urandom(_BYTES), name=path.name))
     return vault.read(path)
+
+
+_LEAST_UNITS = 1.0
+
+
+def load_records(site: SiteConfig, plan: Plan, *, roles: Collection[str], secret: bytes) -> Records:
+    """Read and split the dataset that a plan asks a site for, without what doesn't fit.
+
+    A unit with more records than ``privacy.max_records_per_unit`` of the plan keeps them all here;
+    each training step draws that many of them anew.
+
+    Parameters
+    ----------
+    site, plan : SiteConfig, Plan
+        Who offers the dataset on which terms, and what is asked of it.
+    roles : collection of str
+        What the plan's task reads: ``text`` and ``label``, or ``prompt`` and ``response``.
+    secret : bytes
+        The site's own, from which the split's salt is derived.
+
+    Returns
+    -------
+    Records
+        Rows in the order of the source, perhaps none; units numbered by first appearance.
+
+    Raises
+    ------
+    DatasetUnknown, UnitMismatch, ColumnMissing, LabelsUnfit, HeldOutTooMuch, TooFewRecords
+        By the site's declaration, as `require_declared`.
+    DatasetUnreadable, ColumnMissing
+        There is no such file or column.
+    """
+    require_declared(site, plan, roles=roles)
+    dataset = site.dataset(plan.data.dataset)
+    columns = _columns(dataset, plan, roles)
+    table = read_dataset(dataset, folder=site.folder, columns=list(columns.values()))
+    sieve = _Sieve(table, {role: _stripped(table.columns[c]) for role, c in columns.items()})
+    sieve.drop_unfit(columns, _labels(dataset, plan))
+    if plan.data.split_by == "group":
+        sieve.drop_torn()
+    sieve.drop_surplus(dataset.max_records_per_unit)
+    values = sieve.values
+    keys = _split_keys(values, plan)
+    picked = sorted(roles)
+    return Records(
+        examples=[{role: values[role][row] for role in picked} for row in range(len(keys))],
+        unit_of=_units(values, len(keys), plan),
+        split=assign(
+            keys,
+            test_share=plan.data.test_share,
+            validation_share=plan.data.validation_share,
+            salt=salt_for(seed=plan.plan.seed, site=site.name, secret=secret),
+        ),
+        left_out=tuple(sieve.faults.found),
+        content=_content(values),
+    )
+
+
+def require_declared(site: SiteConfig, plan: Plan, *, roles: Collection[str]) -> None:
+    """Judge a plan by what the site declares of its dataset, without a look at any record.
+
+    Raises
+    ------
+    DatasetUnknown
+        The site has no dataset of this name.
+    UnitMismatch
+        The plan protects another unit than the one that the site offers the dataset under.
+    ColumnMissing
+        A role that the plan needs has no column.
+    LabelsUnfit
+        The site declares a label that the plan lacks.
+    HeldOutTooMuch, TooFewRecords
+        The plan holds out more than the site allows, or than leaves a declared unit to train on.
+    """
+    dataset = site.dataset(plan.data.dataset)
+    _check_unit_name(dataset, plan)
+    _columns(dataset, plan, roles)
+    lacking = [label for label in dataset.labels if label not in plan.model.labels]
+    if lacking and "label" in roles:
+        raise LabelsUnfit(
+            f"model.labels of the plan lacks {', '.join(map(repr, lacking))}, which labels of "
+            f"[datasets.{plan.data.dataset}] declares"
+        )
+    held_out = plan.data.test_share + plan.data.validation_share
+    if held_out > dataset.max_held_out + 1e-9:
+        raise HeldOutTooMuch(
+            f"the plan holds out {held_out:g}, max_held_out of the dataset is "
+            f"{dataset.max_held_out:g}"
+        )
+    if plan.training_units(dataset.declared_units) < _LEAST_UNITS:
+        raise TooFewRecords(
+            f"of {dataset.declared_units} declared units a plan that holds out {held_out:g} leaves "
+            "none to train on"
+        )
+
+
+def _check_unit_name(dataset: DatasetConfig, plan: Plan) -> None:
+    # Declared units, budget and rate all count the site's unit: a plan with another one would give
+    # a guarantee about something else than what the site agreed to. Without privacy there is none.
+    if plan.private and dataset.unit != plan.privacy.unit:
+        raise UnitMismatch(
+            f"the site offers {plan.data.dataset!r} by {dataset.unit!r}, "
+            f"but privacy.unit of the plan is {plan.privacy.unit!r}"
+        )
+
+
+def _labels(dataset: DatasetConfig, plan: Plan) -> frozenset[str]:
+    """The labels that a record may have; empty if the task has none."""
+    return frozenset(dataset.labels or plan.model.labels) & frozenset(plan.model.labels)
+
+
+def _columns(dataset: DatasetConfig, plan: Plan, roles: Collection[str]) -> dict[str, str]:
+    """The columns to read, by role: the task's, and those of unit, group and split."""
+    named = dataset.columns.by_role()
+    needed: set[str] = set(roles)
+    if plan.data.split_by == "group":
+        needed.add("group")
+    missing = sorted(needed - set(named))
+    if missing:
+        raise ColumnMissing(
+            f"the plan needs the roles {', '.join(missing)}, for which "
+            f"[datasets.{plan.data.dataset}.columns] in site.toml names no column"
+        )
+    if "unit" in named:
+        needed.add("unit")
+    needed.add(_identity_role(named))
+    return {str(role): column for role, column in named.items() if role in needed}
+
+
+def _stripped(values: Sequence[str]) -> list[str]:
+    return [value.strip() for value in values]
+
+
+class _Sieve:
+    """Takes rows out of a table, one reason after the other."""
+
+    def __init__(self, table: Table, values: Mapping[str, list[str]]) -> None:
+        self.values = dict(values)
+        self.faults = Faults(table.source, list(table.faults.found))
+        self._rows = list(table.rows)
+
+    def drop_unfit(self, columns: Mapping[str, str], labels: Collection[str]) -> None:
+        """Rows with something empty, then those with a label that is not among `labels`."""
+        for role, column in columns.items():
+            empty = [row for row, value in enumerate(self.values[role]) if not value]
+            self._drop(empty, f"empty {role}", column=column)
+        if "label" in columns and labels:
+            found = self.values["label"]
+            unknown = [row for row, value in enumerate(found) if value not in labels]
+            self._drop(
+                unknown,
+                "label is not one of model.labels",
+                column=columns["label"],
+                values=[found[row] for row in unknown],
+            )
+
+    def drop_torn(self) -> None:
+        """Records of a unit in another group than its first, so that both stay whole."""
+        if "unit" not in self.values:
+            return
+        first: dict[str, str] = {}
+        pairs = zip(self.values["unit"], self.values["group"], strict=True)
+        torn = [
+            row for row, (unit, group) in enumerate(pairs) if first.setdefault(unit, group) != group
+        ]
+        self._drop(torn, "the unit has an earlier record in another group")
+
+    def drop_surplus(self, most: int) -> None:
+        """What a unit has beyond its first `most` records."""
+        if "unit" not in self.values:
+            return
+        seen: dict[str, int] = {}
+        surplus = []
+        for row, unit in enumerate(self.values["unit"]):
+            seen[unit] = seen.get(unit, 0) + 1
+            if seen[unit] > most:
+                surplus.append(row)
+        self._drop(surplus, f"the unit has {most} earlier records, its max_records_per_unit")
+
+    def _drop(
+        self,
+        rows: Sequence[int],
+        problem: str,
+        *,
+        column: str | None = None,
+        values: Sequence[str] = (),
+    ) -> None:
+        if not rows:
+            return
+        self.faults.add(problem, [self._rows[row] for row in rows], column=column, values=values)
+        gone = set(rows)
+        kept = [row for row in range(len(self._rows)) if row not in gone]
+        self._rows = [self._rows[row] for row in kept]
+        self.values = {role: [v[row] for row in kept] for role, v in self.values.items()}
+
+
+def _units(values: Mapping[str, list[str]], size: int, plan: Plan) -> NDArray[np.int64]:
+    """Dense numbers of units by first appearance."""
+    if "unit" not in values or (plan.privacy.unit == "record" and not plan.private):
+        return np.arange(size)
+    numbers: dict[str, int] = {}
+    names = [numbers.setdefault(unit, len(numbers)) for unit in values["unit"]]
+    return np.array(names, dtype=np.int64)
+
+
+def _split_keys(values: Mapping[str, list[str]], plan: Plan) -> list[str]:
+    """What the split hashes for each row."""
+    if plan.data.split_by == "group":
+        return values["group"]
+    # A record without a unit is known by what it says: equal records then stay together.
+    return values["unit"] if "unit" in values else _identities(values)
+
+
+def _content(values: Mapping[str, list[str]]) -> str:
+    """SHA-256 over every value that is used, told apart by role and length."""
+    digest = hashlib.sha256()
+    for role in sorted(values):
+        digest.update(f"{role} {len(values[role])}\n".encode())
+        for value in values[role]:
+            encoded = value.encode()
+            digest.update(b"%d:" % len(encoded) + encoded)
+    return digest.hexdigest()
+
+
+def _identities(values: Mapping[str, list[str]]) -> list[str]:
+    """What tells records apart. A prompt alone would not: often it is the same for all of them."""
+    if "text" in values or "response" not in values:
+        return values[_identity_role(values)]
+    pairs = zip(values["prompt"], values["response"], strict=True)
+    return [json.dumps(pair) for pair in pairs]
+
+
+def _identity_role(columns: Collection[str]) -> str:
+    """The role whose text tells records apart where the record itself is the unit."""
+    return "text" if "text" in columns else "prompt"

@@ -64,11 +64,9 @@ class Readable(Protocol):
 
     def facts(self, run: str) -> RunFacts:
         """Its state."""
-        ...
 
     def events(self, run: str, *, after: int = 0) -> list[Row]:
         """Events behind an id, oldest first."""
-        ...
 
 
 class Source(Readable, Protocol):
@@ -76,19 +74,15 @@ class Source(Readable, Protocol):
 
     def runs(self) -> list[RunFacts]:
         """Every run, newest first."""
-        ...
 
     def events(self, run: str, *, after: int = 0, limit: int = 100_000) -> list[Row]:
         """Events behind an id, oldest first; ids only grow. Raises `RunNotFound`."""
-        ...
 
     def files(self, run: str) -> Sequence[FileOffer]:
         """What can be downloaded of a run now."""
-        ...
 
     def read(self, run: str, name: str) -> bytes:
         """The content of an offered file. Raises `FileNotOffered`."""
-        ...
 
 
 class Views:

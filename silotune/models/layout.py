@@ -36,11 +36,9 @@ class Detachable(Protocol):
     @property
     def shape(self) -> Any:
         """Its shape."""
-        ...
 
     def detach(self) -> Any:
         """Itself, outside any gradient."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -2,24 +2,18 @@
 
 One function for every TOML file that silotune reads (plan.toml, site.toml), so that all of them
 complain alike. A value is quoted back only when its field can't hold a secret.
-
-``--set key=value``: plan settings from the command line.
 """
 
 from __future__ import annotations
 
 import difflib
-import tomllib
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Any, Union, get_args, get_origin
 
-import typer
 from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic_core import ErrorDetails
-
-from silotune.errors import PlanInvalid
 
 # These messages say all there is to say; the rejected input is a whole table or a key's name.
 _SAID_WITHOUT_VALUE = frozenset({"extra_forbidden", "missing", "value_error"})
@@ -172,23 +166,3 @@ def key_paths(root: type[BaseModel], prefix: str = "") -> list[str]:
             elif values is not None and _is_model(values):
                 keys += key_paths(values, f"{path}.NAME.")
     return keys
-
-
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="Replace a plan setting, e.g. --set privacy.epsilon=3"),
-]
-
-
-def parsed(settings: Sequence[str]) -> dict[str, Any]:
-    """``key=value`` with values as TOML; an empty value removes the key. Raises `PlanInvalid`."""
-    found: dict[str, Any] = {}
-    for setting in settings:
-        key, sign, text = setting.partition("=")
-        if not sign or not key:
-            raise PlanInvalid(f"--set {setting}: expected key=value")
-        try:
-            found[key] = tomllib.loads(f"value = {text}")["value"] if text else None
-        except tomllib.TOMLDecodeError:
-            found[key] = text  # a bare word is a string
-    return found

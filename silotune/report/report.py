@@ -46,7 +46,7 @@ from silotune.rounds.run_directory import (
 )
 
 if TYPE_CHECKING:
-    from silotune.report.charting import Chart
+    from silotune.report.charts import Chart
 
 
 def write_report(run_dir: Path, *, beside: Sequence[Path] = ()) -> Path:

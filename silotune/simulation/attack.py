@@ -36,10 +36,10 @@ from silotune.release import hashes_of
 from silotune.rounds.rounds import RoundLoop
 from silotune.rounds.run_directory import RunDirectory
 from silotune.simulation.grid import WorkerGrid
+from silotune.simulation.outcome import LoggedStore
 from silotune.simulation.pool import SiteSlot
 from silotune.simulation.program import payload_for
 from silotune.simulation.run import Recorded, Settings, recorded
-from silotune.simulation.spectator import LoggedStore
 from silotune.simulation.step_audit import step_scores
 from silotune.trust.identity import load_or_create
 
@@ -217,7 +217,7 @@ class _Trained:
             listener=self._told,
         )
         self._grid = WorkerGrid(
-            "silotune.simulation.canary_sites:build",
+            "silotune.simulation.program:build_with_canaries",
             {**payload, "planted": [inside[i :: len(run.sites)] for i in range(len(run.sites))]},
             [SiteSlot(site.name, _units(run.plan, site)) for site in run.sites],
             workers=settings.worker_count(len(run.sites)),

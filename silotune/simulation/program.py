@@ -1,15 +1,17 @@
 """The sites that one simulation process plays, and the simulator's own view of them.
 
 The ClientApp here is the one of a deployment. What stands beside it, `SimulatedSites.inspect`, never
-exists in one: it scores adapters on held-out data that no site would let out.
+exists in one: it scores adapters on held-out data that no site would let out. `CanarySites` are the
+sites of an attacked run, with canaries among their records.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 from flwr.app import Context
@@ -19,16 +21,19 @@ from silotune.client.app import build_client_app
 from silotune.client.model_cache import ModelCache
 from silotune.client.site_run import SiteRun
 from silotune.client.trainer import Vector
-from silotune.data.records import Split
+from silotune.data.records import Records, Split
 from silotune.data.site import SiteConfig
 from silotune.errors import RunError
 from silotune.models.adapter import save_adapter, write_adapter
 from silotune.models.batching import batches
 from silotune.models.choices import Choices
 from silotune.plan.plan import Plan
+from silotune.privacy.attacks.canaries import Example
 from silotune.trust.identity import load_or_create
 
 Arrays = dict[str, NDArray[Any]]
+
+_CANARY_BATCH = 64
 
 
 class SimulatedSites:
@@ -167,3 +172,77 @@ def enrol(sites: list[SiteConfig], states: list[Path]) -> dict[str, str]:
     keys = [load_or_create(state / "signing.key") for state in states]
     publics = [key.public_key().public_bytes_raw().hex() for key in keys]
     return dict(zip((site.name for site in sites), publics, strict=True))
+
+
+class _PlantedSite(SiteRun):
+    """A site that trains on canaries too, each a unit of its own."""
+
+    planted: Sequence[Example] = ()
+
+    @cached_property
+    def records(self) -> Records:
+        """The site's records, and the canaries."""
+        own = super().records
+        first, more = own.n_units(), len(self.planted)
+        return replace(
+            own,
+            examples=[*own.examples, *self.planted],
+            unit_of=np.concatenate([own.unit_of, np.arange(first, first + more, dtype=np.int64)]),
+            split=np.concatenate([own.split, np.full(more, Split.TRAIN, dtype=np.uint8)]),
+        )
+
+
+class CanarySites(SimulatedSites):
+    """Program of a worker of an attacked run.
+
+    Parameters
+    ----------
+    payload : mapping
+        That of `SimulatedSites`, and ``planted``: the canaries to train on, a list a site.
+    """
+
+    part = _PlantedSite
+
+    def __init__(self, payload: Mapping[str, Any]) -> None:
+        self._planted = payload["planted"]
+        super().__init__(payload)
+
+    def site(self, index: int) -> SiteRun:
+        """The site at an index, with its canaries."""
+        found = super().site(index)
+        cast(_PlantedSite, found).planted = self._planted[index]
+        return found
+
+    def inspect(
+        self, site_index: int, request: dict[str, Any], arrays: Arrays
+    ) -> tuple[dict[str, Any], Arrays]:
+        """Answer the attacker too: ``losses`` and ``complete`` of examples under an adapter."""
+        match request["op"]:
+            case "losses":
+                return {}, {"losses": self._losses(site_index, request["examples"], arrays["flat"])}
+            case "complete":
+                site = self.site(site_index)
+                model = site.trainable.model
+                write_adapter(model, site.at_own_rank(arrays["flat"]))
+                return {"texts": model.task.predict(model, request["prompts"])}, {}
+            case _:
+                return super().inspect(site_index, request, arrays)
+
+    def _losses(
+        self, site_index: int, examples: Sequence[Example], flat: NDArray[np.float32]
+    ) -> NDArray[np.float64]:
+        site = self.site(site_index)
+        model = site.trainable.model
+        write_adapter(model, site.at_own_rank(flat))
+        encoded = model.task.encode(examples, model.tokenizer, plan=self._plan)
+        found = np.empty(len(examples))
+        for rows in batches(encoded, range(len(examples)), size=_CANARY_BATCH):
+            with model.module.inference():
+                inputs = model.task.collate(encoded, rows, model.device)
+                found[rows] = model.task.losses(model.module, inputs).double().cpu().numpy()
+        return found
+
+
+def build_with_canaries(payload: Mapping[str, Any]) -> CanarySites:
+    """The factory of a worker of an attacked run."""
+    return CanarySites(payload)

@@ -44,10 +44,16 @@ from silotune.plan.plan import Plan, notes_on
 from silotune.rounds.rounds import build_server_app
 from silotune.rounds.run_directory import RunDirectory
 from silotune.simulation.grid import WorkerGrid
-from silotune.simulation.outcome import write_privacy, write_results, write_timings
+from silotune.simulation.outcome import (
+    LoggedStore,
+    Spectator,
+    View,
+    write_privacy,
+    write_results,
+    write_timings,
+)
 from silotune.simulation.pool import SiteSlot, spread
 from silotune.simulation.program import SimulatedSites, payload_for
-from silotune.simulation.spectator import LoggedStore, Spectator, View
 from silotune.trust.vault import Vault
 
 Note = Callable[[str], None]

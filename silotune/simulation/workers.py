@@ -181,7 +181,6 @@ class SiteProgram(Protocol):
         self, site_index: int, request: dict[str, Any], arrays: dict[str, np.ndarray]
     ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """Answer the simulator about a site. Never part of a deployment."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from typer.testing import CliRunner
 
-from silotune.commands import certificate
-from silotune.commands import ledger as ledger_command
+from silotune.commands import books
 from silotune.errors import CertificateInvalid, LedgerDamaged
 from silotune.plan.plan import Plan
 from silotune.privacy.accounting import epsilon
@@ -62,7 +61,7 @@ def state(tmp_path):
 
 
 def run(command, *arguments):
-    result = CliRunner().invoke(command.app, [str(part) for part in arguments])
+    result = CliRunner().invoke(command, [str(part) for part in arguments])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     assert result.exit_code == 0, result.output
@@ -71,7 +70,7 @@ def run(command, *arguments):
 
 @pytest.mark.parametrize("file", ["", "ledger.sqlite"])
 def test_show_gives_spent_committed_and_left(state, file):
-    shown = json.loads(run(ledger_command, "show", state / file, "--json"))
+    shown = json.loads(run(books.ledger, "show", state / file, "--json"))
     (dataset,) = shown["datasets"]
     assert dataset["epsilon_spent"] == epsilon([EVENT] * 2, delta=DELTA)
     assert dataset["epsilon_committed"] == epsilon([EVENT] * 3, delta=DELTA)
@@ -86,29 +85,29 @@ def test_show_gives_spent_committed_and_left(state, file):
 
 def test_show_prints_tables_and_takes_names_as_they_are(state, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    text = run(ledger_command, "show", state)
+    text = run(books.ledger, "show", state)
     for part in ("notes", "[red]second", "settled", f"{epsilon([EVENT] * 2, delta=DELTA):.4f}"):
         assert part in text
 
 
 def test_show_says_when_there_is_nothing(tmp_path):
     Ledger(tmp_path / "ledger.sqlite").close()
-    assert "empty" in run(ledger_command, "show", tmp_path)
+    assert "empty" in run(books.ledger, "show", tmp_path)
 
 
 def test_looking_at_a_ledger_never_starts_one(tmp_path):
     for command in ("show", "verify", "export"):
-        result = CliRunner().invoke(ledger_command.app, [command, str(tmp_path / "typo.sqlite")])
+        result = CliRunner().invoke(books.ledger, [command, str(tmp_path / "typo.sqlite")])
         assert result.exit_code == 2
         assert "does not exist" in result.output
         with pytest.raises(LedgerDamaged, match="no ledger"):
-            run(ledger_command, command, tmp_path)
+            run(books.ledger, command, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_verify_finds_an_intact_ledger_intact_and_a_damaged_one_damaged(state):
-    assert run(ledger_command, "verify", state).startswith("Intact: 5 rows")
-    checked = json.loads(run(ledger_command, "verify", state, "--json"))
+    assert run(books.ledger, "verify", state).startswith("Intact: 5 rows")
+    checked = json.loads(run(books.ledger, "verify", state, "--json"))
     assert (checked["rows"], checked["intact"]) == (5, True)
     db = sqlite3.connect(state / "ledger.sqlite")
     db.execute("DROP TRIGGER no_delete")
@@ -116,14 +115,14 @@ def test_verify_finds_an_intact_ledger_intact_and_a_damaged_one_damaged(state):
     db.commit()
     db.close()
     with pytest.raises(LedgerDamaged):
-        run(ledger_command, "verify", state)
+        run(books.ledger, "verify", state)
 
 
 def test_an_export_can_be_checked_without_silotune(state, tmp_path):
     out = tmp_path / "audit.jsonl"
-    run(ledger_command, "export", state, "--out", out)
+    run(books.ledger, "export", state, "--out", out)
     assert stat.S_IMODE(out.stat().st_mode) == 0o600
-    assert out.read_text() == run(ledger_command, "export", state)
+    assert out.read_text() == run(books.ledger, "export", state)
     previous = "0" * 64
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     for row in rows:
@@ -138,12 +137,12 @@ def test_an_export_can_be_checked_without_silotune(state, tmp_path):
 def test_a_certificate_is_shown_with_what_it_stands_for(state, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     path = state / "certificate.json"
-    text = run(certificate, "verify", path)
+    text = run(books.certificates, "verify", path)
     for part in ("Valid.", "north", "sigma 4.0000", "Compare the key", PLAN.sha256):
         assert part in text
     known = fingerprint(KEY.public_key())
-    assert "Compare the key" not in run(certificate, "verify", path, "--key", known)
-    shown = json.loads(run(certificate, "verify", path, "--json"))
+    assert "Compare the key" not in run(books.certificates, "verify", path, "--key", known)
+    shown = json.loads(run(books.certificates, "verify", path, "--json"))
     assert shown["valid"]
     assert shown["epsilon"] == shown["certificate"]["epsilon"] == epsilon([EVENT], delta=DELTA)
     assert (shown["key_sha256"], shown["key_known"]) == (known, False)
@@ -153,4 +152,4 @@ def test_a_changed_certificate_is_an_error(state):
     path = state / "certificate.json"
     path.write_text(path.read_text().replace('"north"', '"south"'))
     with pytest.raises(CertificateInvalid):
-        run(certificate, "verify", path)
+        run(books.certificates, "verify", path)

@@ -17,8 +17,7 @@ from silotune.client.policy import facts_for, judge
 from silotune.data import demo
 from silotune.data.demo import HOSPITALS, load_conditions, write_hospitals
 from silotune.data.partition import declare
-from silotune.data.reader import load_records, require_declared
-from silotune.data.records import Records, Split
+from silotune.data.records import Records, Split, load_records, require_declared
 from silotune.data.site import SiteConfig, load_sites
 from silotune.errors import EnvironmentFault, FolderOccupied
 from silotune.models.base import outline

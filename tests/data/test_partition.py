@@ -17,7 +17,7 @@ from silotune.data.partition import (
     Units,
     partition_file,
 )
-from silotune.data.reader import load_records
+from silotune.data.records import load_records
 from silotune.data.site import BudgetConfig, load_sites
 from silotune.data.sources import Table
 from silotune.errors import ColumnMissing, DatasetUnreadable, FolderOccupied, TooFewRecords

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from silotune.data.reader import load_records as load
 from silotune.data.records import Split, assign, salt_for
+from silotune.data.records import load_records as load
 from silotune.data.site import SiteConfig
 from silotune.errors import (
     ColumnMissing,

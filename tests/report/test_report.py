@@ -10,8 +10,7 @@ from importlib.resources import files
 import pytest
 
 from silotune.errors import RunDirectoryInvalid
-from silotune.report.charting import Chart
-from silotune.report.charts import in_trouble_first, most_telling
+from silotune.report.charts import Chart, in_trouble_first, most_telling
 from silotune.report.figures import summarise
 from silotune.report.report import render_page, write_report
 from silotune.rounds.run_directory import RunDirectory, read_record

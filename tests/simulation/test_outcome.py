@@ -12,8 +12,7 @@ from dp_accounting.pld import PLDAccountant
 from silotune.plan.plan import Plan
 from silotune.privacy.events import gaussian_event, step_event
 from silotune.rounds.run_directory import RunDirectory
-from silotune.simulation.outcome import _trivial, write_privacy
-from silotune.simulation.spectator import Spectator
+from silotune.simulation.outcome import Spectator, _trivial, write_privacy
 from tests.golden.make_certificate import DELTA, PLAN
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "certificate.json"
