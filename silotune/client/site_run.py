@@ -186,7 +186,7 @@ class SiteRun:
         return self.gate.release(ReleaseKey(self.run, 0, "join"), fields=fields)
 
     def require_declared(self) -> None:
-        """Judge the plan by what the site declares of its dataset. Raises as `data.reader` says."""
+        """Judge the plan by what the site declares of its dataset. Raises as `data.records` says."""
         require_declared(self.site, self.plan, roles=get_task(self.plan.model.task).roles)
         require_small_delta(self.plan, self.site)
 

@@ -15,7 +15,7 @@ from silotune import cli
 from silotune.client.approvals import Approvals
 from silotune.client.daemon.doctor import SiteDoctor
 from silotune.data.site import SiteConfig
-from silotune.models import outline
+from silotune.models import base
 from silotune.plan.plan import Plan
 from silotune.protocol.http import Proposal
 from silotune.trust.signed import SignedPlan
@@ -123,9 +123,9 @@ def test_the_sites_doctor_and_its_list_of_plans_tell_it(site, kind):
 
 
 def test_a_plan_that_the_model_takes_is_tried_once_and_passes(site, monkeypatch):
-    monkeypatch.setattr(outline, "_ANSWERS", {})
+    monkeypatch.setattr(base, "_ANSWERS", {})
     config = proposed(site, site.plan)
     for _ in range(2):
         finding = {found.check: found for found in SiteDoctor(config).examine()}["plan of r-1"]
         assert finding.state == "ok", finding.detail
-    assert len(outline._ANSWERS) == 1
+    assert len(base._ANSWERS) == 1

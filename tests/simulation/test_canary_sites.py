@@ -8,7 +8,7 @@ from silotune.data.records import Split
 from silotune.models.adapter import read_adapter
 from silotune.models.layout import initial_adapter
 from silotune.privacy.attacks.canaries import code, exposures, plant
-from silotune.simulation.canary_sites import build
+from silotune.simulation.program import build_with_canaries
 from silotune.simulation.program import payload_for
 from tests.federation import CHOICES, write_federation
 
@@ -40,7 +40,7 @@ def program(tmp_path, llama_folder):
         shared=tmp_path,
     )
     planted = plant(4, labels=(), seed=1).examples
-    return build({**payload, "planted": [planted[:1], planted[1:], []]}), planted
+    return build_with_canaries({**payload, "planted": [planted[:1], planted[1:], []]}), planted
 
 
 def test_canaries_are_units_of_their_own_to_train_on(program):
