@@ -25,8 +25,8 @@ from silotune.data.site import load_sites
 from silotune.models.choices import choose
 from silotune.plan.plan import Plan
 from silotune.simulation.baselines import Job, head_only, in_the_clear, run_jobs
+from silotune.simulation.outcome import metrics_of
 from silotune.simulation.run import Settings, simulate
-from silotune.simulation.spectator import metrics_of
 
 
 def shared(threshold: int) -> dict:

@@ -47,8 +47,8 @@ from silotune.models.choices import Choices, choose
 from silotune.models.layout import initial_adapter
 from silotune.plan.plan import Plan
 from silotune.simulation.baselines import in_the_clear
+from silotune.simulation.outcome import metrics_of
 from silotune.simulation.program import score
-from silotune.simulation.spectator import metrics_of
 from silotune.strategies import strategy_for
 from silotune.strategies.base import Terms
 
@@ -179,7 +179,7 @@ def base_rate(folder: Path, split: str) -> float:
 
 
 def held_out(part: SiteRun, site: SiteConfig) -> list[str]:
-    from silotune.data.reader import load_records
+    from silotune.data.records import load_records
 
     roles = frozenset({"text", "label"})
     records = load_records(site, part.plan, roles=roles, secret=part.secret)

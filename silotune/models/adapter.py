@@ -1,17 +1,17 @@
 """Adapters as live parameters, and as folders that PEFT alone can load.
 
-Names are those of PEFT's saved files, as in `Layout`, so that saving and loading rename nothing.
-
-What lies beside an adapter's weights: the settings it was made with, and how to load it.
-
-Both are enough to use the adapter with Transformers and PEFT alone, without silotune.
+Names are those of PEFT's saved files, as in `Layout`, so that saving and loading rename nothing. Beside
+the weights lie the settings that the adapter was made with and a card that says how to load it: with
+both it can be used with Transformers and PEFT alone, without silotune.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from importlib import resources
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import numpy as np
@@ -28,93 +28,14 @@ from silotune.models.lora import saved_name
 from silotune.models.task import LoadedModel, TaskModel
 from silotune.plan.plan import Plan
 
+MATRICES, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # PEFT's names
+HEAD, SETTINGS = "head.safetensors", "silotune.json"
+
 _POOLED = {
     "mean": "(hidden * mask).sum(1) / mask.sum(1)",
     "first": "hidden[:, 0]",
     "last": "hidden[torch.arange(len(hidden)), mask[..., 0].sum(1) - 1]",
 }
-
-_CLASSIFICATION = """\
-import json
-from pathlib import Path
-
-import torch
-from peft import PeftModel
-from safetensors.torch import load_file
-from transformers import AutoModel, AutoTokenizer
-
-folder = Path(".")  # the folder of this file
-settings = json.loads((folder / "silotune.json").read_text())
-base = settings["base"]  # or where you keep this base model
-head = load_file(folder / "head.safetensors")
-tokenizer = AutoTokenizer.from_pretrained(base, padding_side="right")
-tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-encoder = AutoModel.from_pretrained(base, dtype=torch.float32)
-model = PeftModel.from_pretrained(encoder, folder).eval()
-
-
-@torch.no_grad()
-def logits(texts):
-    # What stands in a text is text: "[SEP]" or "</s>" in it is no control token.
-    batch = tokenizer(
-        texts,
-        split_special_tokens=True,
-        padding=True,
-        truncation=True,
-        max_length=settings["max_length"],
-        return_tensors="pt",
-    )
-    ids, mask = batch["input_ids"], batch["attention_mask"]
-    hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state
-    mask = mask.unsqueeze(-1)
-    features = torch.nn.functional.normalize({pooled}, dim=-1)
-    features = (features - head["centre"]) * settings["feature_scale"]
-    return features @ head["head.weight"].T + head["head.bias"]
-
-
-def predict(texts):
-    return [settings["labels"][row] for row in logits(texts).argmax(1)]
-"""
-
-_CAUSAL_LM = """\
-import json
-from pathlib import Path
-
-import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-
-folder = Path(".")  # the folder of this file
-settings = json.loads((folder / "silotune.json").read_text())
-base = settings["base"]  # or where you keep this base model
-tokenizer = AutoTokenizer.from_pretrained(base)
-decoder = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-decoder.generation_config = GenerationConfig()  # greedy, whatever the base model's own settings
-model = PeftModel.from_pretrained(decoder, folder).eval()
-
-
-def ids_of(prompt):
-    # What stands in a prompt is text: "</s>" in it is no control token.
-    text = tokenizer(
-        prompt + settings["prompt_end"], add_special_tokens=False, split_special_tokens=True
-    )["input_ids"]
-    lead, room = settings["lead_ids"], settings["max_length"] // 2
-    return lead + text if len(lead + text) <= room else lead + text[len(lead) - room :]
-
-
-def answer(prompt, longest=settings["max_length"]):
-    ids = torch.tensor([ids_of(prompt)])
-    config = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=longest - ids.shape[1],
-        eos_token_id=settings["end_ids"],
-        pad_token_id=settings["pad_id"],
-    )
-    made = model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config
-    )
-    return tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
-"""
 
 
 def meaning(plan: Plan) -> dict[str, Any]:
@@ -148,32 +69,25 @@ def settings(plan: Plan, *, tokens: dict[str, Any]) -> dict[str, Any]:
 def readme(plan: Plan, description: str) -> str:
     """The adapter card: what it is, how private its training was, and code that loads it."""
     generative = plan.model.task == "causal_lm"
-    code = _CAUSAL_LM if generative else _CLASSIFICATION
-    code = code.replace("{pooled}", _POOLED[plan.model.pooling])
-    tag = "text-generation" if generative else "text-classification"
-    head = "" if generative else "`head.safetensors` holds the head and the feature centre; "
-    return f"""\
----
-library_name: peft
-base_model: {plan.model.base}
-pipeline_tag: {tag}
-tags: [lora, silotune]
----
-# {plan.plan.name}
+    code = _template(plan.model.task).substitute(pooled=_POOLED[plan.model.pooling])
+    return _template("card").substitute(
+        base=plan.model.base,
+        tag="text-generation" if generative else "text-classification",
+        name=plan.plan.name,
+        purpose=plan.plan.purpose.strip(),
+        description=description,
+        privacy=_privacy(plan),
+        sha256=plan.sha256,
+        head="" if generative else "`head.safetensors` holds the head and the feature centre; ",
+        code=code,
+    )
 
-{plan.plan.purpose.strip()}
 
-A LoRA adapter for `{plan.model.base}`, trained across several sites that kept their records.
-{description}.
-
-{_privacy(plan)} Plan: SHA-256 `{plan.sha256}`.
-
-`adapter_model.safetensors` and `adapter_config.json` are in PEFT's own format; {head}\
-`silotune.json` says with which settings it was trained. With Transformers and PEFT alone:
-
-```python
-{code}```
-"""
+def _template(name: str) -> Template:
+    text = (
+        resources.files("silotune.models").joinpath("templates", f"{name}.txt").read_text("utf-8")
+    )
+    return Template(text)
 
 
 def _privacy(plan: Plan) -> str:
@@ -192,10 +106,6 @@ def _privacy(plan: Plan) -> str:
         f"Trained under differential privacy; the plan allows each site ε = {privacy.epsilon:g} at "
         f"δ = {privacy.delta:g} for {unit}. What was spent is in the sites' certificates."
     )
-
-
-MATRICES, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # PEFT's names
-HEAD, SETTINGS = "head.safetensors", "silotune.json"
 
 
 def layout_of(module: TaskModel) -> Layout:

@@ -8,8 +8,7 @@ from silotune.data.records import Split
 from silotune.models.adapter import read_adapter
 from silotune.models.layout import initial_adapter
 from silotune.privacy.attacks.canaries import code, exposures, plant
-from silotune.simulation.program import build_with_canaries
-from silotune.simulation.program import payload_for
+from silotune.simulation.program import build_with_canaries, payload_for
 from tests.federation import CHOICES, write_federation
 
 LANGUAGE = {
