@@ -3,17 +3,18 @@
 import json
 import os
 
-from silotune.privacy.chain import _INSERT, GENESIS, LedgerEntry, Row
 from silotune.privacy.events import gaussian_event, to_json
 from silotune.privacy.ledger import Ledger
-from silotune.trust.audit import START, Line
+from silotune.privacy.ledger_table import _INSERT, LedgerEntry, Row
+from silotune.trust.audit import Line
+from silotune.trust.chain import GENESIS
 
 _THEN = "2026-01-01T00:00:00.000+00:00"
 
 
 def write_audit_log(path, *, lines):
     """An audit log of so many lines, that of ``alpha``."""
-    place = START
+    place = GENESIS
     with _private(path) as file:
         for number in range(lines):
             kind = "answered" if number else "opened"
@@ -22,8 +23,8 @@ def write_audit_log(path, *, lines):
             )
             line = Line.after(place, time=_THEN, kind=kind, fields=fields)
             file.write(line.to_bytes())
-            place = line.place
-    _head(path, {"seq": place[0], "hash": place[1]})
+            place = line.head
+    _head(path, vars(place))
 
 
 def write_ledger(path, *, rows, rounds=49):
@@ -31,7 +32,7 @@ def write_ledger(path, *, rows, rounds=49):
     ledger = Ledger(path, to_disk=False)
     base = LedgerEntry("charge", "d", "r", _THEN, plan_sha256="ab" * 32)
     event, budget = str(to_json(gaussian_event(40.0))), '{"delta": 1e-05, "epsilon": 1000000.0}'
-    head, database = GENESIS, ledger._chain._db
+    head, database = GENESIS, ledger._table._db
     database.execute("BEGIN IMMEDIATE")
     for number in range(rows):
         turn = number % (rounds + 1)

@@ -30,8 +30,9 @@ from silotune.errors import (
     ReleaseConflict,
     ReservationInvalid,
 )
-from silotune.privacy.chain import Chain, Head, LedgerEntry, Row
+from silotune.privacy.ledger_table import LedgerEntry, LedgerTable, Row
 from silotune.privacy.tally import Tally, epsilon_of, fits, tally_of, tally_of_text, total
+from silotune.trust.chain import Head
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -144,11 +145,11 @@ class Ledger:
     Parameters
     ----------
     path : Path
-        The SQLite file; see `silotune.privacy.chain.Chain` for the files beside it.
+        The SQLite file; see `silotune.privacy.ledger_table.LedgerTable` for the files beside it.
     create : bool
         Start an empty ledger if there is none.
     to_disk : bool
-        See `silotune.privacy.chain.Chain`; False in simulations only.
+        See `silotune.privacy.ledger_table.LedgerTable`; False in simulations only.
 
     Attributes
     ----------
@@ -169,16 +170,16 @@ class Ledger:
         self._audit: tuple[int, str] | None = None
         self._charged: dict[str, Tally] = {}  # by dataset
         self._paid: dict[ReleaseKey, _Paid] = {}
-        self._chain = Chain(path, observe=self._observe, create=create, to_disk=to_disk)
+        self._table = LedgerTable(path, observe=self._observe, create=create, to_disk=to_disk)
 
     def close(self) -> None:
         """Close the file; the object can't be used afterwards."""
-        self._chain.close()
+        self._table.close()
 
     @property
     def head(self) -> Head:
         """Number and hash of the newest row."""
-        return self._chain.head
+        return self._table.head
 
     def reserve(
         self, dataset: str, run: str, plan_sha256: str, event: DpEvent, *, budget: Budget
@@ -270,7 +271,7 @@ class Ledger:
         ReleaseConflict
             Nothing was charged under the key, or it has other content already.
         """
-        with self._chain.transaction() as append:
+        with self._table.transaction() as append:
             paid = self._paid.get(key)
             if paid is None or paid.dataset != dataset:
                 raise ReleaseConflict(f"{key} was not charged")
@@ -286,7 +287,7 @@ class Ledger:
 
     def settle(self, dataset: str, run: str) -> None:
         """End a run's reservation and free what it has not charged; nothing if none is open."""
-        with self._chain.transaction() as append:
+        with self._table.transaction() as append:
             account = self._runs.get((dataset, run))
             if account is not None and account.open:
                 append(_entry("settle", dataset, run))
@@ -294,13 +295,13 @@ class Ledger:
     def vouch(self, dataset: str, run: str, line: tuple[int, str]) -> None:
         """Write down that the site's audit log has a line, by number and hash."""
         entry = _entry("audit", dataset, run)
-        with self._chain.transaction() as append:
+        with self._table.transaction() as append:
             append(replace(entry, round=line[0], payload_sha256=line[1]))
 
     @property
     def vouched(self) -> tuple[int, str] | None:
         """The newest line of the audit log that `vouch` wrote down, if there is one."""
-        with self._chain.transaction():
+        with self._table.transaction():
             return self._audit
 
     def restore(
@@ -326,7 +327,7 @@ class Ledger:
         ]
         entry = _entry("restore", dataset, name, event=_text(ComposedDpEvent(parts)))
         limits = json.dumps(asdict(budget), sort_keys=True, allow_nan=False)
-        with self._chain.transaction() as append:
+        with self._table.transaction() as append:
             append(replace(entry, budget=limits))
 
     def standing(self, *, upto: int | None = None) -> dict[str, dict[str, tuple[int, int]]]:
@@ -339,12 +340,12 @@ class Ledger:
         """
         if upto is not None:
             early: dict[str, Tally] = {}
-            for row in self._chain.rows():
+            for row in self._table.rows():
                 if row.seq <= upto and row.entry.kind in _CHARGING:
                     spent = early.setdefault(row.entry.dataset, Counter())
                     spent.update(tally_of_text(row.entry.event or ""))
             return {d: {leaf: (n, n) for leaf, n in t.items()} for d, t in early.items()}
-        with self._chain.transaction():
+        with self._table.transaction():
             charged = {name: Counter(tally) for name, tally in self._charged.items()}
             open_accounts = [account for account in self._runs.values() if account.open]
         held = {name: Counter(tally) for name, tally in charged.items()}
@@ -358,15 +359,15 @@ class Ledger:
 
     def hash_of(self, seq: int) -> str:
         """Hash of a row by its number; empty if there is no such row."""
-        return self._chain.hash_of(seq)
+        return self._table.hash_of(seq)
 
     def witnessed(self) -> Head | None:
         """The head that the coordinator counter-signed last, as far as this site kept it."""
-        return self._chain.witnessed()
+        return self._table.witnessed()
 
     def payload_of(self, key: ReleaseKey) -> str | None:
         """SHA-256 of what was released under `key`, or None if nothing was."""
-        with self._chain.transaction():
+        with self._table.transaction():
             paid = self._paid.get(key)
             return paid.payload_sha256 if paid else None
 
@@ -376,7 +377,7 @@ class Ledger:
 
         return [
             from_json(row.entry.event)
-            for row in self._chain.rows()
+            for row in self._table.rows()
             if row.entry.kind in _CHARGING
             and row.entry.event is not None
             and row.entry.dataset == dataset
@@ -394,12 +395,12 @@ class Ledger:
 
     def runs(self, dataset: str | None = None) -> list[RunAccount]:
         """Accounts of all runs, that with the newest reservation last."""
-        with self._chain.transaction():
+        with self._table.transaction():
             return [a for a in self._runs.values() if dataset in {None, a.dataset}]
 
     def rows(self) -> list[Row]:
         """Every row of the ledger, oldest first."""
-        return self._chain.rows()
+        return self._table.rows()
 
     def verify(self, *, trusted: Ed25519PublicKey | None = None) -> Head:
         """Check the whole ledger against its chain, its head and the counter-signed head.
@@ -407,14 +408,14 @@ class Ledger:
         With `trusted`, the coordinator's key, a counter-signed head must be there and be its work.
         Raises `LedgerDamaged`.
         """
-        return self._chain.verify(trusted=trusted)
+        return self._table.verify(trusted=trusted)
 
     def witness(self, head: Head, signature: bytes, key: Ed25519PublicKey) -> None:
         """Keep the head that the coordinator counter-signed (`Head.sign`).
 
         Raises `LedgerDamaged` if the signature is wrong or this ledger never had that head.
         """
-        self._chain.witness(head, signature, key)
+        self._table.witness(head, signature, key)
 
     def _append_within(self, entry: LedgerEntry, demand: Callable[[], _Demand | None]) -> bool:
         """Append `entry` once what it leads to is covered by a reservation or by the budget.
@@ -423,7 +424,7 @@ class Ledger:
         """
         approved: tuple[Tally, Budget] | None = None
         while True:
-            with self._chain.transaction() as append:
+            with self._table.transaction() as append:
                 wish = demand()
                 if wish is None:
                     return False

@@ -15,6 +15,7 @@ from typing import Any
 
 from silotune.privacy.ledger import Ledger
 from silotune.privacy.tally import epsilon_of, total
+from silotune.trust.chain import Value
 
 LEDGER_FILE = "ledger.sqlite"
 """Name of the ledger in a site's state folder."""
@@ -63,7 +64,7 @@ def verification(ledger: Ledger) -> dict[str, Any]:
     return {"path": str(ledger.path), "rows": head.seq, "head": head.hash, "intact": True}
 
 
-def entries(ledger: Ledger) -> list[dict[str, str | int | None]]:
+def entries(ledger: Ledger) -> list[dict[str, Value]]:
     """Every row as it is stored, oldest first."""
     return [row.as_dict() for row in ledger.rows()]
 

@@ -294,7 +294,7 @@ class CounterSignature(LogHead):
 
 
 class LedgerHead(Body):
-    """How far the site's privacy ledger goes (`silotune.privacy.chain.Head`)."""
+    """How far the site's privacy ledger goes (`silotune.trust.chain.Head`)."""
 
     seq: Annotated[int, Field(ge=0)]
     hash: Sha256

@@ -23,7 +23,6 @@ from typing import Any
 from sqlalchemy import delete, insert, select
 
 from silotune.errors import CertificateInvalid
-from silotune.privacy.chain import Head
 from silotune.protocol import http
 from silotune.protocol.envelope import COORDINATOR
 from silotune.server.config import CoordinatorKeys
@@ -32,6 +31,7 @@ from silotune.server.store.database import CERTIFICATES, SITE_BOOKS, Store
 from silotune.server.store.runs import Runs
 from silotune.trust import identity
 from silotune.trust.audit import COUNTER_SIGNED, AuditHead, AuditLog
+from silotune.trust.chain import Head
 from silotune.trust.errors import BooksDisagree, FederationError
 from silotune.trust.identity import fingerprint
 

@@ -1,9 +1,8 @@
-"""An audit log: append-only JSON lines, each carrying the hash of the line before it.
+"""An audit log: a hash chain of append-only JSON lines, and how auditors read and compare two of them.
 
-Every line is forced to the disk before `AuditLog.append` returns, or anybody is told of it. The newest
-hash is kept a second time in a head file, as in `silotune.privacy.chain`: the log may be one line ahead
-of its head (a crash between the two), apart from counter-signatures, which are not waited for; a line
-that a crash left half written is cut off; anything else is damage.
+The rules of the chain and of its head file are `silotune.trust.chain`'s. Every line is forced to the
+disk before `AuditLog.append` returns, or anybody is told of it, apart from counter-signatures, which
+are not waited for; a line that a crash left half written is cut off.
 
 Whoever rewrites log *and* head is found out by the other side: site and coordinator sign each other's
 heads each round (`AuditHead.sign`), keep the signatures (`AuditLog.witness`), and log what they signed
@@ -14,18 +13,12 @@ hashes of those that were checked are held in memory, 32 bytes a line.
 
 A line is the JSON object ``{"seq", "time", "kind", …, "previous", "hash"}`` with sorted keys and no
 white space; ``hash`` is the SHA-256, in hex, of the same text without ``hash``.
-
-What an audit log holds: lines, their places in the hash chain, and heads to be counter-signed.
-
-Audit logs as an auditor reads them: selected lines, exports, and two sides compared.
 """
 
 from __future__ import annotations
 
-import base64
 import csv
 import fcntl
-import hashlib
 import io
 import json
 import os
@@ -35,25 +28,26 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from silotune.errors import EnvironmentFault
+from silotune.plan.document import canonical_json
+from silotune.trust.chain import (
+    GENESIS,
+    Chain,
+    Head,
+    Value,
+    require_counter_signature,
+    signature_fields,
+)
 from silotune.trust.errors import AuditLogDamaged
-from silotune.trust.files import create_file, create_private_folder, replace_file, require_private
+from silotune.trust.signed import Signing
 
-Value = str | int | float | bool | None | list[Any] | dict[str, Any]
-Place = tuple[int, str]
-"""Number and hash of a line."""
-
-START: Place = (0, "0" * 64)
-"""The place before the first line."""
+_SIGNING = Signing("silotune audit head v1", "head", AuditLogDamaged)
 
 OWN_FIELDS = frozenset({"seq", "time", "kind", "previous", "hash"})
-
-_CONTEXT = b"silotune audit head v1\0"
 
 
 @dataclass(frozen=True)
@@ -76,11 +70,17 @@ class AuditHead:
 
     def signed_bytes(self) -> bytes:
         """What a counter-signature covers."""
-        return _CONTEXT + json.dumps([self.owner, self.seq, self.hash]).encode()
+        text = json.dumps([self.owner, self.seq, self.hash])
+        return _SIGNING.covered(text)
 
     def sign(self, key: Ed25519PrivateKey) -> bytes:
-        """Counter-sign this head (Ed25519, RFC 8032), as the other side does."""
+        """Counter-sign this head, as the other side does."""
         return key.sign(self.signed_bytes())
+
+    @property
+    def place(self) -> Head:
+        """Its place in the log."""
+        return Head(self.seq, self.hash)
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Line:
     fields: Mapping[str, Value] = field(default_factory=dict)
 
     @classmethod
-    def after(cls, place: Place, *, time: str, kind: str, fields: Mapping[str, Value]) -> Line:
+    def after(cls, place: Head, *, time: str, kind: str, fields: Mapping[str, Value]) -> Line:
         """The line that continues a log that ends at `place`.
 
         Raises
@@ -105,17 +105,15 @@ class Line:
         """
         if clash := OWN_FIELDS & fields.keys():
             raise ValueError(f"the log itself has the fields {sorted(clash)}")
-        seq, previous = place[0] + 1, place[1]
-        content = {**fields, "seq": seq, "time": time, "kind": kind, "previous": previous}
         try:
-            digest = hashlib.sha256(_canonical(content)).hexdigest()
+            end = place.after({**fields, "time": time, "kind": kind})
         except TypeError as exc:
             raise ValueError(f"{kind!r}: a field is no JSON value") from exc
-        return cls(seq, time, kind, previous, digest, dict(fields))
+        return cls(end.seq, time, kind, place.hash, end.hash, dict(fields))
 
     @classmethod
     def parse(cls, text: bytes) -> Line:
-        """Read a line as it is in the file; its hash and place are checked by `follows`.
+        """Read a line as it is in the file; its hash and place are checked by the chain.
 
         Raises
         ------
@@ -125,21 +123,23 @@ class Line:
         found = json.loads(text)
         if not isinstance(found, dict) or not found.keys() >= OWN_FIELDS:
             raise ValueError("not a line of an audit log")
+        right = {name: int if name == "seq" else str for name in OWN_FIELDS}
+        if any(type(found[name]) is not kind for name, kind in right.items()):
+            raise ValueError("a field of the log's own is of another type")
+        if canonical_json(found).encode() + b"\n" != text:  # no two readers read two things
+            raise ValueError("not in the form that the log writes")
         own = {name: found.pop(name) for name in OWN_FIELDS}
         return cls(**own, fields=found)
 
-    def follows(self, place: Place) -> bool:
-        """Whether this is, unchanged, the line after `place`."""
-        try:
-            again = Line.after(place, time=self.time, kind=self.kind, fields=self.fields)
-        except ValueError:
-            return False
-        return again == self
+    @property
+    def head(self) -> Head:
+        """Where a log ends that ends with this line."""
+        return Head(self.seq, self.hash)
 
     @property
-    def place(self) -> Place:
-        """Where a log ends that ends with this line."""
-        return self.seq, self.hash
+    def content(self) -> dict[str, Value]:
+        """What it says, and when."""
+        return {**self.fields, "time": self.time, "kind": self.kind}
 
     def as_dict(self) -> dict[str, Value]:
         """All of it, as it is in the file."""
@@ -147,7 +147,7 @@ class Line:
 
     def to_bytes(self) -> bytes:
         """The line as it is in the file, with its end."""
-        return _canonical(self.as_dict()) + b"\n"
+        return canonical_json(self.as_dict()).encode() + b"\n"
 
 
 def signed_fields(head: AuditHead, signature: bytes, key: Ed25519PublicKey) -> dict[str, Value]:
@@ -156,8 +156,7 @@ def signed_fields(head: AuditHead, signature: bytes, key: Ed25519PublicKey) -> d
         "log": head.owner,
         "log_seq": head.seq,
         "log_hash": head.hash,
-        "signature": base64.b64encode(signature).decode(),
-        "key": base64.b64encode(key.public_bytes_raw()).decode(),
+        **signature_fields(signature, key),
     }
 
 
@@ -169,23 +168,12 @@ def signed_head(line: Line, *, trusted: Ed25519PublicKey | None = None) -> Audit
     ValueError
         The line is not one, its signature is wrong, or `trusted` is another key.
     """
-    try:
-        seq = line.fields["log_seq"]
-        if not isinstance(seq, int):
-            raise ValueError("no counter-signature")
-        head = AuditHead(str(line.fields["log"]), seq, str(line.fields["log_hash"]))
-        raw = base64.b64decode(str(line.fields["key"]), validate=True)
-        signature = base64.b64decode(str(line.fields["signature"]), validate=True)
-        if trusted is not None and raw != trusted.public_bytes_raw():
-            raise ValueError("signed by another key")
-        Ed25519PublicKey.from_public_bytes(raw).verify(signature, head.signed_bytes())
-    except (KeyError, TypeError, InvalidSignature) as exc:
-        raise ValueError("no valid counter-signature") from exc
+    seq = line.fields.get("log_seq")
+    if not isinstance(seq, int):
+        raise ValueError("no counter-signature")
+    head = AuditHead(str(line.fields.get("log")), seq, str(line.fields.get("log_hash")))
+    require_counter_signature(head, line.fields, trusted=trusted)
     return head
-
-
-def _canonical(content: Mapping[str, Value]) -> bytes:
-    return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
 AUDIT_FILE = "audit.jsonl"
@@ -221,17 +209,14 @@ class AuditLog:
 
     def __init__(self, path: Path, *, owner: str | None = None) -> None:
         self.path = path
-        self._head_path = path.with_name(path.name + ".head")
+        self._chain = Chain(path, called="audit log", part="line", damaged=AuditLogDamaged)
         self._mutex = threading.RLock()
-        self._end: Place = START
-        self._heads: list[Place] = [START]  # places where the head file may be
-        self._since: list[Place] = [START]  # the newest line but counter-signatures, and those
         self._size = 0
         self._hashes = bytearray()  # of every line that was checked, in order
         with _disk_errors(path):
-            self._prepare(create=owner is not None)
+            self._chain.prepare(create=owner is not None)
         with self._locked() as descriptor:
-            if self._end == START:
+            if self._chain.end == GENESIS:
                 self._write(descriptor, "opened", {"owner": owner or ""})
             first = next(self._read(descriptor, 0))[0]
         self.owner = str(first.fields.get("owner"))
@@ -243,7 +228,7 @@ class AuditLog:
         """The newest line's place, as on the disk now."""
         with self._locked() as descriptor:
             self._settle(descriptor)
-            return AuditHead(self.owner, *self._end)
+            return self._named(self._chain.end)
 
     def append(self, kind: str, /, **fields: Value) -> AuditHead:
         """Add a line; when this returns, it is on the disk.
@@ -262,7 +247,7 @@ class AuditLog:
         """
         with self._locked() as descriptor:
             self._write(descriptor, kind, fields)
-            return AuditHead(self.owner, *self._end)
+            return self._named(self._chain.end)
 
     def witness(self, head: AuditHead, signature: bytes, key: Ed25519PublicKey) -> None:
         """Keep the other side's signature over a head of this log, as a line of it.
@@ -273,15 +258,10 @@ class AuditLog:
             The signature is wrong, or this log never had that head: then the other side remembers
             lines that are gone here.
         """
-        try:
-            key.verify(signature, head.signed_bytes())
-        except InvalidSignature as exc:
-            raise AuditLogDamaged("the counter-signature does not fit the head") from exc
+        self._chain.require_signed(head, signature, key)
         with self._locked() as descriptor:
-            if head.owner != self.owner or head.hash != self._hash_of(head.seq):
-                raise AuditLogDamaged(
-                    f"{self.path}: line {head.seq}, which the other side counter-signed, is not there"
-                )
+            own = self._hash_of(head.seq) if head.owner == self.owner else ""
+            self._chain.require_passed(head.seq, head.hash, own)
             # Not waited for: nobody is told of this line before the next call has forced it to the
             # disk, and a power cut until then leaves the log as if the signature had not come.
             fields = signed_fields(head, signature, key)
@@ -314,49 +294,29 @@ class AuditLog:
         AuditLogDamaged
             With the first thing that is wrong.
         """
-        place, known = START, set[Place]()
-        for line in self.lines():
-            if not line.follows(place):
-                raise self._broken(place)
-            place = line.place
+        place, known = GENESIS, set[Head]()
+        for line in self._chain.checked(self.lines()):
+            place = line.head
             known.add(place)
             if line.kind in {WITNESSED, COUNTER_SIGNED}:
                 self._check_signed(line, known, trusted)
-        return AuditHead(self.owner, *place)
+        return self._named(place)
 
-    def _check_signed(
-        self, line: Line, known: set[Place], trusted: Ed25519PublicKey | None
-    ) -> None:
+    def _check_signed(self, line: Line, known: set[Head], trusted: Ed25519PublicKey | None) -> None:
         own = line.kind == WITNESSED
         try:
             head = signed_head(line, trusted=trusted if own else None)
         except ValueError as exc:
             raise AuditLogDamaged(f"{self.path}: line {line.seq}: {exc}") from exc
-        if own and (head.seq, head.hash) not in known:
+        if own and head.place not in known:
             raise AuditLogDamaged(
                 f"{self.path}: line {line.seq} witnesses a line that is not there"
             )
 
-    # --- the file ---
+    def _named(self, place: Head) -> AuditHead:
+        return AuditHead(self.owner, place.seq, place.hash)
 
-    def _prepare(self, *, create: bool) -> None:
-        has_log, has_head = self.path.exists(), self._head_path.exists()
-        if not has_log and not has_head:
-            if not create:
-                raise AuditLogDamaged(
-                    f"there is no audit log at {self.path}", remedy="Check the path of the log."
-                )
-            create_private_folder(self.path.parent)
-            # The head comes first: a log without a head is then never the work of a crash.
-            create_file(self._head_path, _head_bytes(START))
-        elif not has_head:
-            raise AuditLogDamaged(f"{self._head_path} is missing")
-        if not self.path.exists():
-            if self._read_head() != START:
-                raise AuditLogDamaged(f"{self.path} is missing, and its head is not a new one's")
-            create_file(self.path, b"")
-        require_private(self.path)
-        require_private(self._head_path)
+    # --- the file ---
 
     @contextmanager
     def _locked(self) -> Iterator[int]:
@@ -376,25 +336,18 @@ class AuditLog:
         if size < self._size:
             raise AuditLogDamaged(f"{self.path} was cut while it was in use")
         for line, end in self._read(descriptor, self._size):
-            if not line.follows(self._end):
-                raise self._broken(self._end)
             self._take(line, end)
-        head = self._read_head()
-        if head not in self._heads:
-            raise AuditLogDamaged(
-                f"{self.path} ends at line {self._end[0]} but its head file says line {head[0]}: "
-                "one of the two was cut, edited or rolled back"
-            )
+        settled = self._chain.agrees()
         if self._size < size:  # the beginning of a line that a crash cut short
             self._cut(descriptor)
-        if head not in self._since:
+        if not settled:
             self._settle(descriptor)
 
     def _settle(self, descriptor: int) -> None:
         """Bring the head up to the newest line."""
-        if self._read_head() != self._end:
+        if self._chain.read_head() != self._chain.end:
             os.fsync(descriptor)
-            replace_file(self._head_path, _head_bytes(self._end))
+            self._chain.write_head()
 
     def _read(self, descriptor: int, start: int) -> Iterator[tuple[Line, int]]:
         """Whole lines from an offset on, each with the offset of its end."""
@@ -417,7 +370,7 @@ class AuditLog:
         self, descriptor: int, kind: str, fields: dict[str, Value], *, durably: bool = True
     ) -> None:
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        line = Line.after(self._end, time=now, kind=kind, fields=fields)
+        line = Line.after(self._chain.end, time=now, kind=kind, fields=fields)
         text = line.to_bytes()
         try:
             if os.write(descriptor, text) < len(text):
@@ -429,15 +382,11 @@ class AuditLog:
             raise
         self._take(line, self._size + len(text))
         if durably:
-            replace_file(self._head_path, _head_bytes(self._end))
+            self._chain.write_head()
 
     def _take(self, line: Line, end: int) -> None:
-        self._end, self._size = line.place, end
-        if line.kind == WITNESSED:
-            self._since.append(line.place)
-            self._heads = self._since
-        else:
-            self._heads, self._since = [*self._since, line.place], [line.place]
+        self._chain.take(line, waited=line.kind != WITNESSED)
+        self._size = end
         self._hashes += bytes.fromhex(line.hash)
 
     def _hash_of(self, seq: int) -> str:
@@ -446,20 +395,6 @@ class AuditLog:
     def _cut(self, descriptor: int) -> None:
         os.ftruncate(descriptor, self._size)
         os.fsync(descriptor)
-
-    def _read_head(self) -> Place:
-        try:
-            found = json.loads(self._head_path.read_bytes())
-            return int(found["seq"]), str(found["hash"])
-        except (OSError, ValueError, KeyError, TypeError) as exc:
-            raise AuditLogDamaged(f"{self._head_path} is missing or not a head file") from exc
-
-    def _broken(self, place: Place) -> AuditLogDamaged:
-        return AuditLogDamaged(f"{self.path}: the hash chain is broken at line {place[0] + 1}")
-
-
-def _head_bytes(place: Place) -> bytes:
-    return json.dumps({"seq": place[0], "hash": place[1]}).encode() + b"\n"
 
 
 @contextmanager
@@ -529,23 +464,23 @@ def compare(log: AuditLog, other: AuditLog) -> int:
         that the other side has no memory of.
     """
     lines = log.lines()
-    places, remembered = {line.place for line in lines}, set()
+    places, remembered = {line.head for line in lines}, set()
     signed = [line for line in other.lines() if line.kind == COUNTER_SIGNED]
     # A coordinator's log is witnessed by every site: only what `other` signs with is its business.
     keys = {line.fields.get("key") for line in signed}
     for line in signed:
         if line.fields.get("log") == log.owner:
             head = signed_head(line)
-            if (head.seq, head.hash) not in places:
+            if head.place not in places:
                 raise AuditLogDamaged(
                     f"{other.path} counter-signed line {head.seq} of {log.owner!r}, "
                     f"and {log.path} does not have that line"
                 )
-            remembered.add((head.seq, head.hash))
+            remembered.add(head.place)
     for line in lines:
         if line.kind == WITNESSED and line.fields.get("key") in keys:
             head = signed_head(line)
-            if (head.seq, head.hash) not in remembered and head.seq <= _newest(remembered):
+            if head.place not in remembered and head.seq <= _newest(remembered):
                 raise AuditLogDamaged(
                     f"{other.path} lacks the counter-signature over line {head.seq} that "
                     f"{log.path} shows"
@@ -553,5 +488,5 @@ def compare(log: AuditLog, other: AuditLog) -> int:
     return len(remembered)
 
 
-def _newest(places: Iterable[tuple[int, str]]) -> int:
-    return max((seq for seq, _ in places), default=0)
+def _newest(places: Iterable[Head]) -> int:
+    return max((place.seq for place in places), default=0)

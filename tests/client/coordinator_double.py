@@ -26,11 +26,11 @@ from flwr.supercore.inflatable.inflatable_object import (
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 
 from silotune.plan.plan import Plan
-from silotune.privacy.chain import Head
 from silotune.protocol import http as wire
 from silotune.protocol.envelope import COORDINATOR, MessagePlace, seal
 from silotune.trust.audit import AuditHead
 from silotune.trust.authority import Authority
+from silotune.trust.chain import Head
 from silotune.trust.identity import (
     Subject,
     certificate_fingerprint,

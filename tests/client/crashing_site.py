@@ -92,7 +92,7 @@ def crash_at(folder: Path, step: int) -> None:
         if next(left, None) is None:
             os._exit(9)
 
-    gate._ledger._chain._db.set_trace_callback(count)  # every SQL statement, before it runs
+    gate._ledger._table._db.set_trace_callback(count)  # every SQL statement, before it runs
     for name in ("open", "fsync", "replace", "rename", "unlink"):
         setattr(os, name, _after(count, getattr(os, name)))
     answer(folder, gate, 2)

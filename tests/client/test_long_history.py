@@ -6,9 +6,10 @@ import time
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from silotune.privacy.chain import Head, Row
 from silotune.privacy.ledger import Ledger
+from silotune.privacy.ledger_table import Row
 from silotune.trust.audit import AuditLog, Line
+from silotune.trust.chain import Head
 from silotune.trust.errors import AuditLogDamaged
 from tests.client.coordinator_double import CoordinatorDouble
 from tests.client.site_rig import Rig
@@ -23,18 +24,18 @@ GENEROUS = 0.02  # s; the aim is 0.002 on an idle machine, and reading all of it
 def counted(monkeypatch):
     """How many lines and rows are read and checked."""
     seen = {"lines": 0, "rows": 0}
-    parse, after = Line.parse.__func__, Row.after.__func__
+    parse, content = Line.parse.__func__, Row.content.fget
 
     def parsed(cls, text):
         seen["lines"] += 1
         return parse(cls, text)
 
-    def followed(cls, head, entry):
+    def hashed(row):
         seen["rows"] += 1
-        return after(cls, head, entry)
+        return content(row)
 
     monkeypatch.setattr(Line, "parse", classmethod(parsed))
-    monkeypatch.setattr(Row, "after", classmethod(followed))
+    monkeypatch.setattr(Row, "content", property(hashed))
     return seen
 
 
@@ -52,7 +53,7 @@ def test_a_counter_signature_is_kept_without_reading_the_log_again(tmp_path, cou
     log = AuditLog(tmp_path / "audit.jsonl")
     assert counted["lines"] >= LINES  # all of it, at start
     old = log.lines()[41]
-    head = type(log.head)("alpha", *old.place)
+    head = type(log.head)("alpha", old.seq, old.hash)
     signature = head.sign(KEY)
     counted["lines"] = 0
     assert seconds(lambda: log.witness(head, signature, KEY.public_key())) < GENEROUS

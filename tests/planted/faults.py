@@ -24,7 +24,6 @@ from silotune.errors import SilotuneError, ValueUnaccounted
 from silotune.models.tasks.causal_lm import CausalLm
 from silotune.plan.plan import Plan
 from silotune.privacy import accounting, engine
-from silotune.privacy.chain import Chain
 from silotune.privacy.engine import ClipGroup, DpSgd
 from silotune.privacy.ledger import Ledger
 from silotune.privacy.noise import SeededNoise, _KeyedNoise
@@ -32,6 +31,7 @@ from silotune.privacy.secagg import coordinator as secagg_coordinator
 from silotune.privacy.secagg import site as secagg_site
 from silotune.privacy.secagg.encoding import Mask
 from silotune.privacy.secagg.site import SiteRound
+from silotune.trust.chain import Chain
 from tests.planted import catchers
 
 Patch = pytest.MonkeyPatch
@@ -189,8 +189,7 @@ def _forget_what_was_signed(honest: Any, site: SiteRound, *args: Any) -> Any:
 
 def _head_follows_the_table(honest: Any, chain: Chain) -> Any:
     """A chain that takes its head from the table that it is to guard."""
-    rows = list(chain._read(0)) if hasattr(chain, "_db") else []
-    return rows[-1].head if rows else honest(chain)
+    return chain.end
 
 
 def _lower(honest: Any, *args: Any, **kwargs: Any) -> float:
@@ -393,7 +392,7 @@ FAULTS = [
     ),
     Fault(
         "a rolled back ledger",
-        wrap(Chain, "_read_head", _head_follows_the_table),
+        wrap(Chain, "read_head", _head_follows_the_table),
         catchers.a_rolled_back_ledger_is_refused,
     ),
     Fault(

@@ -27,10 +27,10 @@ from silotune.errors import (
     ReservationInvalid,
 )
 from silotune.privacy import accounting
-from silotune.privacy.chain import Head
 from silotune.privacy.events import from_json, gaussian_event, step_event, to_json
 from silotune.privacy.ledger import Budget, Ledger, ReleaseKey
 from silotune.privacy.tally import epsilon_of, fits, tally_of
+from silotune.trust.chain import Head
 
 PLAN = "ab" * 32
 DELTA = 1e-5
@@ -431,12 +431,12 @@ def test_a_verdict_is_void_when_something_was_reserved_meanwhile(ledger, monkeyp
 
 def test_a_full_disk_is_refused_before_anything_is_charged(ledger, counted):
     ledger.reserve("notes", "run", PLAN, times(3), budget=WIDE)
-    ledger._chain._db.execute("PRAGMA max_page_count = 1")
+    ledger._table._db.execute("PRAGMA max_page_count = 1")
     with pytest.raises(PrivacyError, match="can't be used"):
         for number in range(1, 200):
             charge(ledger, number)
     stored = len(ledger.events("notes"))
-    ledger._chain._db.execute("PRAGMA max_page_count = 100000")
+    ledger._table._db.execute("PRAGMA max_page_count = 100000")
     charge(ledger, 1000)
     assert len(Ledger(ledger.path).events("notes")) == stored + 1
 
@@ -455,7 +455,7 @@ def test_a_coordinator_can_vouch_for_what_the_ledger_was(ledger, counted):
 def test_a_row_of_a_later_version_is_refused_not_skipped(ledger, counted):
     ledger.reserve("notes", "run", PLAN, times(1), budget=WIDE)
     later = replace(ledger.rows()[0].entry, kind="transfer")
-    with pytest.raises(LedgerDamaged), ledger._chain.transaction() as append:
+    with pytest.raises(LedgerDamaged), ledger._table.transaction() as append:
         append(later)
     with pytest.raises(LedgerDamaged, match="makes no sense"):
         Ledger(ledger.path)
@@ -569,9 +569,9 @@ def test_a_charge_takes_milliseconds_however_long_the_ledger_is(ledger, counted)
 
     def cost(number):
         statements.clear()
-        ledger._chain._db.set_trace_callback(statements.append)
+        ledger._table._db.set_trace_callback(statements.append)
         charge(ledger, number)
-        ledger._chain._db.set_trace_callback(None)
+        ledger._table._db.set_trace_callback(None)
         return len(statements)
 
     costs = [cost(number) for number in random.sample(range(1, 150), 100)]

@@ -92,6 +92,27 @@ def test_removing_or_moving_lines_is_found(tmp_path, edit):
         AuditLog(log.path)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text.replace(b'"kind":"round"', b'"kind":"nothing","kind":"round"'),
+        lambda text: text.replace(b'"kind":"round"', b'"kind": "round"'),
+        lambda text: text.replace(b'"kind":"round"', b'"kind":"\\u0072ound"'),
+        lambda text: text.replace(b'"seq":4', b'"seq":4.0'),
+    ],
+    ids=["twice", "space", "escape", "number"],
+)
+def test_a_line_reads_alike_for_everybody(tmp_path, change):
+    """Its hash fits what a lenient reader makes of it, and another makes something else of it."""
+    log = written(tmp_path)
+    lines = raw(log)
+    changed = [*lines[:3], change(lines[3]), *lines[4:]]
+    assert changed != lines
+    log.path.write_bytes(b"".join(changed))
+    with pytest.raises(AuditLogDamaged, match="is no line of an audit log"):
+        AuditLog(log.path)
+
+
 def test_a_crash_between_line_and_head_is_repaired(tmp_path):
     log = written(tmp_path)
     old_head = (tmp_path / "audit.jsonl.head").read_bytes()

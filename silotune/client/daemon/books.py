@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING
 from silotune.client.daemon.api import CoordinatorApi
 from silotune.client.daemon.enrolled import Enrolment
 from silotune.errors import LedgerDamaged
-from silotune.privacy.chain import Head
 from silotune.privacy.ledger import Ledger
 from silotune.privacy.spent import LEDGER_FILE
 from silotune.protocol import http
 from silotune.protocol.errors import CoordinatorUnavailable, PortUnreachable
 from silotune.trust.audit import AuditHead, AuditLog
+from silotune.trust.chain import Head
 from silotune.trust.errors import AuditLogDamaged, BooksDisagree, FederationError
 
 if TYPE_CHECKING:

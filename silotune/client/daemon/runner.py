@@ -36,7 +36,8 @@ from silotune.protocol.envelope import (
     unseal,
 )
 from silotune.protocol.errors import MessageRefused
-from silotune.trust.audit import AuditLog, Value
+from silotune.trust.audit import AuditLog
+from silotune.trust.chain import Value
 from silotune.trust.vault import Vault
 
 if TYPE_CHECKING:

@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from silotune.errors import FileExposed, LedgerDamaged
-from silotune.privacy.chain import GENESIS, Chain, Head, LedgerEntry, Row
+from silotune.privacy.ledger_table import LedgerEntry, LedgerTable, Row
+from silotune.trust.chain import GENESIS, Head
 
 COORDINATOR = Ed25519PrivateKey.from_private_bytes(bytes(32))
 
@@ -28,7 +29,7 @@ def entry(number):
 
 def open_chain(path, **options):
     seen = []
-    chain = Chain(path, observe=seen.append, **options)
+    chain = LedgerTable(path, observe=seen.append, **options)
     return chain, seen
 
 

@@ -1,22 +1,12 @@
-"""An append-only, hash-chained table in SQLite with its head in a file beside it.
+"""The ledger's table: a hash chain of entries, in SQLite.
 
-Every row carries the SHA-256 of the row before it, so an edited, removed or inserted row breaks the
-chain. A table cut at its end still is a chain; therefore the newest hash is kept a second time, in
-the head file. A row is committed first and the head follows, both forced to the disk:
-
-- a crash between the two leaves the table exactly one row ahead, which is repaired;
-- every other difference means that one of the two was rolled back, and nothing goes on from there.
-
-Whoever restores *both* from one old backup is found out by the head that the other side has
-counter-signed (`Chain.witness`), which the other side keeps too.
-
-What the ledger's table holds: entries, and their places in the hash chain.
+The rules of the chain and of its head file are `silotune.trust.chain`'s. Here they meet what SQLite
+promises: a row is committed, and on the disk, before the head follows; whoever appends holds the only
+right to, and has seen every row of every process.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import sqlite3
 import threading
@@ -27,16 +17,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from silotune.errors import LedgerDamaged, PrivacyError
-from silotune.trust.files import create_file, create_private_folder, replace_file, require_private
+from silotune.trust.chain import (
+    GENESIS,
+    Chain,
+    Head,
+    Value,
+    require_counter_signature,
+    signature_fields,
+)
+from silotune.trust.files import replace_file, require_private
 
 if TYPE_CHECKING:
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import (
-        Ed25519PrivateKey,
-        Ed25519PublicKey,
-    )
-
-
-_WITNESS_CONTEXT = b"silotune ledger head v1\0"
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 
 @dataclass(frozen=True)
@@ -56,22 +48,6 @@ class LedgerEntry:
 
 
 @dataclass(frozen=True)
-class Head:
-    """The end of a chain: how many rows, and the hash of the last."""
-
-    seq: int
-    hash: str
-
-    def signed_bytes(self) -> bytes:
-        """What a counter-signature covers."""
-        return _WITNESS_CONTEXT + f"{self.seq} {self.hash}".encode()
-
-    def sign(self, key: Ed25519PrivateKey) -> bytes:
-        """Counter-sign this head (Ed25519, RFC 8032), as the coordinator does."""
-        return key.sign(self.signed_bytes())
-
-
-@dataclass(frozen=True)
 class Row:
     """A row of the table: an entry in its place."""
 
@@ -83,31 +59,22 @@ class Row:
     @classmethod
     def after(cls, head: Head, entry: LedgerEntry) -> Row:
         """The row that appends `entry` to a chain that ends at `head`."""
-        seq = head.seq + 1
-        return cls(seq, head.hash, entry, _row_hash(seq, head.hash, entry))
+        end = head.after(vars(entry))
+        return cls(end.seq, head.hash, entry, end.hash)
 
     @property
     def head(self) -> Head:
         """The head of a chain that ends with this row."""
         return Head(self.seq, self.hash)
 
-    def as_dict(self) -> dict[str, str | int | None]:
+    @property
+    def content(self) -> dict[str, Value]:
+        """The columns of its entry."""
+        return vars(self.entry)
+
+    def as_dict(self) -> dict[str, Value]:
         """Plain columns, in the order of the table."""
-        return {
-            "seq": self.seq,
-            "previous": self.previous,
-            **vars(self.entry),
-            "hash": self.hash,
-        }
-
-
-GENESIS = Head(0, "0" * 64)
-
-
-def _row_hash(seq: int, previous: str, entry: LedgerEntry) -> str:
-    columns = {"seq": seq, "previous": previous, **vars(entry)}
-    canonical = json.dumps(columns, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()
+        return {"seq": self.seq, "previous": self.previous, **self.content, "hash": self.hash}
 
 
 _BUSY_SECONDS = 60.0
@@ -149,7 +116,7 @@ _INSERT = f"INSERT INTO entries ({_COLUMNS}) VALUES ({_PLACES})"  # noqa: S608 -
 _SELECT = f"SELECT {_COLUMNS} FROM entries WHERE seq >= ? ORDER BY seq"  # noqa: S608
 
 
-class Chain:
+class LedgerTable:
     """The table, its head file and the counter-signed head, safe for many threads and processes.
 
     Parameters
@@ -189,13 +156,15 @@ class Chain:
         to_disk: bool = True,
     ) -> None:
         self.path, self._to_disk = path, to_disk
-        self._head_path = path.with_name(path.name + ".head")
+        self._chain = Chain(path, called="ledger", part="row", damaged=LedgerDamaged)
         self._witness_path = path.with_name(path.name + ".witness")
         self._observe = observe
         self._newest: Row | None = None
         self._mutex = threading.RLock()
         with _storage_errors(path):
-            self._prepare_files(create=create)
+            self._chain.prepare(create=create)
+            if self._witness_path.exists():
+                require_private(self._witness_path)
             self._identity = _identity(path)
             self._db = sqlite3.connect(
                 path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
@@ -219,7 +188,7 @@ class Chain:
     def head(self) -> Head:
         """The newest row's place, as on the disk now."""
         with self.transaction():
-            return self._tail
+            return self._chain.end
 
     @contextmanager
     def transaction(self) -> Iterator[Callable[[LedgerEntry], None]]:
@@ -239,7 +208,7 @@ class Chain:
 
         def append(entry: LedgerEntry) -> None:
             assert not appended, "a transaction appends one row: the head may lag by one only"
-            row = Row.after(self._tail, entry)
+            row = Row.after(self._chain.end, entry)
             self._db.execute(_INSERT, row.as_dict())
             appended.append(row)
 
@@ -255,14 +224,12 @@ class Chain:
     def hash_of(self, seq: int) -> str:
         """Hash of a row by its number; empty if there is no such row."""
         with self.transaction():
-            found = self._db.execute("SELECT hash FROM entries WHERE seq = ?", (seq,)).fetchone()
-            return str(found[0]) if found else ""
+            return self._hash_of(seq)
 
     def witnessed(self) -> Head | None:
         """The counter-signed head that is kept beside the table, checked by `verify`."""
         with self._mutex, _storage_errors(self.path):
-            kept = self._kept_witness()
-            return kept[0] if kept else None
+            return self._kept_witness(trusted=None)
 
     def rows(self) -> list[Row]:
         """Every row, oldest first, straight from the file."""
@@ -289,10 +256,13 @@ class Chain:
             if self._db.execute("PRAGMA quick_check").fetchone() != ("ok",):
                 raise LedgerDamaged(f"{self.path}: SQLite finds the file corrupt")
             end = GENESIS
-            for row in self._read(0):
-                self._check_link(end, row)
+            for row in self._chain.checked(self._read(0)):
                 end = row.head
-            self._check_witness(trusted)
+            witnessed = self._kept_witness(trusted=trusted)
+            if witnessed is not None:
+                self._require_passed(witnessed)
+            elif trusted is not None:
+                raise LedgerDamaged(f"{self._witness_path} is missing")
             return end
 
     def witness(self, head: Head, signature: bytes, key: Ed25519PublicKey) -> None:
@@ -304,47 +274,16 @@ class Chain:
             The signature is wrong, or the chain does not pass through that head: then the other
             side remembers rows that are gone here.
         """
-        from cryptography.exceptions import InvalidSignature
-
-        try:
-            key.verify(signature, head.signed_bytes())
-        except InvalidSignature as exc:
-            raise LedgerDamaged("the counter-signature does not fit the head") from exc
-        content = {
-            **asdict(head),
-            "signature": base64.b64encode(signature).decode(),
-            "key": base64.b64encode(key.public_bytes_raw()).decode(),
-        }
+        self._chain.require_signed(head, signature, key)
+        content = {**asdict(head), **signature_fields(signature, key)}
         with self._mutex, _storage_errors(self.path), self._locked():
-            self._require_passes(head)
-            kept = self._kept_witness()
-            if kept is None or kept[0].seq <= head.seq:
+            self._require_passed(head)
+            kept = self._kept_witness(trusted=None)
+            if kept is None or kept.seq <= head.seq:
                 # The disk is not waited for, and a file system waits if a file is replaced: whoever
                 # signed keeps it too, and the site's audit log does.
                 self._witness_path.unlink(missing_ok=True)
                 replace_file(self._witness_path, json.dumps(content).encode(), to_disk=False)
-
-    def _prepare_files(self, *, create: bool) -> None:
-        create_private_folder(self.path.parent)
-        has_table, has_head = self.path.exists(), self._head_path.exists()
-        if not has_table and not has_head:
-            if not create:
-                raise LedgerDamaged(
-                    f"there is no ledger at {self.path}", remedy="Check the path of the ledger."
-                )
-            # The head comes first: a table without a head is then never the work of a crash.
-            create_file(self._head_path, _head_bytes(GENESIS))
-        elif not has_head:
-            raise LedgerDamaged(f"{self._head_path} is missing")
-        if not self.path.exists():
-            if self._read_head() != GENESIS:
-                raise LedgerDamaged(
-                    f"{self.path} is missing, and its head is not that of a new one"
-                )
-            create_file(self.path, b"")
-        for path in (self.path, self._head_path, self._witness_path):
-            if path.exists():
-                require_private(path)
 
     def _create_schema(self) -> None:
         self._db.execute("BEGIN IMMEDIATE")
@@ -369,32 +308,15 @@ class Chain:
         """Observe rows that are new here, then bring table and head together."""
         if self._identity != _identity(self.path):
             raise LedgerDamaged(f"{self.path} was replaced while it was in use")
-        rows = self._read(self._tail.seq)
+        rows = self._read(self._chain.end.seq)
         if self._newest is not None and next(rows, None) != self._newest:
             raise LedgerDamaged(f"{self.path} was truncated or edited while it was in use")
         for row in rows:
-            self._check_link(self._tail, row)
+            self._chain.take(row)
             self._observe(row)
             self._newest = row
-        head = self._read_head()
-        if head == self._tail:
-            return
-        newest = self._newest
-        if newest is not None and head == Head(newest.seq - 1, newest.previous):
-            replace_file(self._head_path, _head_bytes(newest.head), to_disk=self._to_disk)
-            return
-        raise LedgerDamaged(
-            f"{self.path} ends at row {self._tail.seq} but its head file says row {head.seq}: "
-            "one of the two was truncated, edited or rolled back"
-        )
-
-    @property
-    def _tail(self) -> Head:
-        return self._newest.head if self._newest else GENESIS
-
-    def _check_link(self, previous: Head, row: Row) -> None:
-        if row != Row.after(previous, row.entry):
-            raise LedgerDamaged(f"{self.path}: the hash chain is broken at row {previous.seq + 1}")
+        if not self._chain.agrees():
+            self._chain.write_head(to_disk=self._to_disk)
 
     def _read(self, first: int) -> Iterator[Row]:
         """Rows from number `first` on, unchecked."""
@@ -402,51 +324,25 @@ class Chain:
             named = dict(zip(_ENTRY_COLUMNS, columns, strict=True))
             yield Row(seq, previous, LedgerEntry(**named), row_hash)
 
-    def _read_head(self) -> Head:
-        try:
-            found = json.loads(self._head_path.read_bytes())
-            return Head(int(found["seq"]), str(found["hash"]))
-        except (OSError, ValueError, KeyError, TypeError) as exc:
-            raise LedgerDamaged(f"{self._head_path} is missing or not a head file") from exc
+    def _hash_of(self, seq: int) -> str:
+        found = self._db.execute("SELECT hash FROM entries WHERE seq = ?", (seq,)).fetchone()
+        return str(found[0]) if found else ""
 
-    def _require_passes(self, head: Head) -> None:
-        found = self._db.execute("SELECT hash FROM entries WHERE seq = ?", (head.seq,)).fetchone()
-        if head != GENESIS and found != (head.hash,):
-            raise LedgerDamaged(
-                f"{self.path}: row {head.seq}, which the other side counter-signed, is not there"
-            )
+    def _require_passed(self, head: Head) -> None:
+        found = self._hash_of(head.seq) if head.seq else GENESIS.hash
+        self._chain.require_passed(head.seq, head.hash, found)
 
-    def _kept_witness(self) -> tuple[Head, bytes, bytes] | None:
-        """The stored counter-signed head: head, signature, raw public key."""
+    def _kept_witness(self, *, trusted: Ed25519PublicKey | None) -> Head | None:
+        """The stored counter-signed head, with its signature checked."""
         if not self._witness_path.exists() or not self._witness_path.stat().st_size:
             return None  # a power cut may leave an empty file
         try:
             kept = json.loads(self._witness_path.read_bytes())
-            signature, key = (base64.b64decode(kept[name]) for name in ("signature", "key"))
-            return Head(int(kept["seq"]), str(kept["hash"])), signature, key
+            head = Head(int(kept["seq"]), str(kept["hash"]))
+            require_counter_signature(head, kept, trusted=trusted)
         except (OSError, ValueError, KeyError, TypeError) as exc:
-            raise LedgerDamaged(f"{self._witness_path} is not a counter-signed head") from exc
-
-    def _check_witness(self, trusted: Ed25519PublicKey | None) -> None:
-        kept = self._kept_witness()
-        if kept is None:
-            if trusted is not None:
-                raise LedgerDamaged(f"{self._witness_path} is missing")
-            return
-        from cryptography.exceptions import InvalidSignature
-        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-
-        head, signature, raw = kept
-        try:
-            key = trusted or Ed25519PublicKey.from_public_bytes(raw)
-            key.verify(signature, head.signed_bytes())
-        except (InvalidSignature, ValueError) as exc:
-            raise LedgerDamaged(f"{self._witness_path}: its signature is not valid") from exc
-        self._require_passes(head)
-
-
-def _head_bytes(head: Head) -> bytes:
-    return json.dumps(asdict(head)).encode() + b"\n"
+            raise LedgerDamaged(f"{self._witness_path} is no counter-signed head: {exc}") from exc
+        return head
 
 
 def _identity(path: Path) -> tuple[int, int]:
