@@ -14,7 +14,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from silotune.client.daemon.api import CoordinatorApi
-from silotune.client.daemon.joining import Joining
+from silotune.client.daemon.enrolment import Joining
 from silotune.data.site import SiteConfig
 from silotune.errors import SilotuneError
 from silotune.flower.site_link import Fleet

@@ -176,9 +176,7 @@ class SecurePart:
         key = ReleaseKey(self._member.run, number, "update")
         part = self._part(number)
         asked = digest(part.cohort.digest, *(name.encode() for name in sorted(present)))
-        if (again := self._gate.recall(key)) is not None:
-            if again.config_records["released"]["request"] != asked:
-                raise RoundUsed("this site masked its update of the round for another cohort")
+        if (again := self._masked_before(key, asked)) is not None:
             return again
         vector = self._encoding(number).zeros()
         part.mask(vector, present=present, sealed=sealed)
@@ -189,11 +187,9 @@ class SecurePart:
         fields: dict[str, Field] = {"request": Public(asked, _PROTOCOL)}
         if number < self._plan.rounds.number:
             fields["keys"] = self._advertised(number + 1)
-        if update.event is None:
-            fields["update"] = Unprotected(vector)
-            return self._gate.release(key, fields=fields, beside=beside)
-        fields["update"] = DpRelease(vector, "steps")
-        mechanisms = {"steps": update.event}
+        private = update.event is not None
+        fields["update"] = DpRelease(vector, "steps") if private else Unprotected(vector)
+        mechanisms = {"steps": update.event} if update.event else {}
         return self._gate.release(key, fields=fields, mechanisms=mechanisms, beside=beside)
 
     def check(self, number: int, survivors: Sequence[str]) -> RecordDict:
@@ -224,6 +220,12 @@ class SecurePart:
 
     def _answer(self, number: int, release: str, fields: Mapping[str, Field]) -> RecordDict:
         return self._gate.release(ReleaseKey(self._member.run, number, release), fields=fields)
+
+    def _masked_before(self, key: ReleaseKey, asked: bytes) -> RecordDict | None:
+        again = self._gate.recall(key)
+        if again is not None and again.config_records["released"]["request"] != asked:
+            raise RoundUsed("this site masked its update of the round for another cohort")
+        return again
 
     def _encoding(self, number: int) -> Encoding:
         return encoding_for(self._plan, layout=self._layout, server_round=number)

@@ -204,7 +204,7 @@ def join(
     that invited, and asks to be let in. Six words appear: read them to the coordinator's operator,
     over the telephone say, who must see the same six. Interrupted, it goes on with the same code.
     """
-    from silotune.client.daemon.joining import Joining
+    from silotune.client.daemon.enrolment import Joining
 
     console = terminal(stderr=as_json)
     joining = Joining(load_guarded(config), code)
@@ -325,7 +325,7 @@ def reseal(
     """
     import os
 
-    from silotune.client.daemon.daemon import hold_state
+    from silotune.client.daemon.books import hold_state
     from silotune.trust.audit import AUDIT_FILE, AuditLog
     from silotune.trust.vault import Vault
 
@@ -363,7 +363,7 @@ def restore(
     """
     import getpass
 
-    from silotune.client.daemon.restoring import restore as restored
+    from silotune.client.daemon.books import restore as restored
 
     site = SiteConfig.load(config)
     if not yes:

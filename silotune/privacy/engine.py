@@ -22,7 +22,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from opacus.optimizers import DPOptimizer
@@ -30,12 +30,9 @@ from opacus.optimizers.optimizer import _check_processed_flag, _mark_as_processe
 from torch import Tensor, nn
 
 from silotune.errors import SelfCheckFailed
-from silotune.privacy.checks import noise_is_plausible, require_finite
 from silotune.privacy.clipping import Attached
 from silotune.privacy.layers import as_rows, shaped_as, unit_norms, weighted_sum
-
-if TYPE_CHECKING:
-    from silotune.privacy.noise import NoiseSource
+from silotune.privacy.noise import NoiseSource, noise_is_plausible
 
 _log = logging.getLogger(__name__)
 
@@ -180,7 +177,7 @@ class _UnitClipper(DPOptimizer):  # type: ignore[misc]
             for holder in holders:
                 _check_processed_flag(holder.summed_grad)
             clean = torch.cat([holder.summed_grad.flatten() for holder in holders])
-            require_finite([clean], f"the gradient sum of the {group.name}")
+            _require_finite([clean], f"the gradient sum of the {group.name}")
             noisy = self.noise.add(clean, std).float()
             added = float(torch.linalg.vector_norm(noisy - clean, dtype=torch.float64))
             if not noise_is_plausible((added / std) ** 2, len(clean)):
@@ -321,7 +318,7 @@ class DpSgd:
         clipper.pre_step()
         name = "summed_grad" if clipper.noise is None else "grad"
         sums = [cast(Tensor, getattr(p, name)) for p in self.parameters]
-        require_finite(sums, "the gradient sum")
+        _require_finite(sums, "the gradient sum")
         clipper.zero_grad(set_to_none=True)
         self._failed = False
         return sums
@@ -370,7 +367,7 @@ class PlainSgd:
             A sum is not finite.
         """
         sums = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
-        require_finite(sums, "the gradient sum")
+        _require_finite(sums, "the gradient sum")
         self._attached.clear()
         return sums
 
@@ -403,3 +400,15 @@ def _is_empty(losses: Tensor, units: Tensor | None, n_units: int | None) -> bool
         if int(units.min()) < 0 or int(units.max()) >= n_units:
             raise ValueError("units must be in range(n_units)")
     return not len(losses)
+
+
+def _require_finite(tensors: Sequence[Tensor], what: str) -> None:
+    """Check that no number is NaN or infinite.
+
+    Raises
+    ------
+    SelfCheckFailed
+        Saying what is not finite.
+    """
+    if not bool(torch.isfinite(torch.cat([tensor.flatten() for tensor in tensors])).all()):
+        raise SelfCheckFailed(f"{what} is not finite")

@@ -1,4 +1,4 @@
-"""A joined site inside the test's own process: its line, runner and clerk, without its daemon."""
+"""A joined site inside the test's own process: its line, runner and documents, without its daemon."""
 
 import threading
 from pathlib import Path
@@ -11,7 +11,7 @@ from silotune.client.daemon.api import closing_api
 from silotune.client.daemon.books import SiteBooks
 from silotune.client.daemon.connection import SiteConnection
 from silotune.client.daemon.documents import DocumentExchange
-from silotune.client.daemon.joining import Joining
+from silotune.client.daemon.enrolment import Joining
 from silotune.client.daemon.runner import Runner
 from silotune.data.site import SiteConfig
 from silotune.models.base import outline
@@ -49,7 +49,7 @@ class Rig:
             paused=lambda: self.paused,
         )
         self.books = SiteBooks(enrolment=self.enrolment, audit=self.audit)
-        self.clerk = DocumentExchange(
+        self.documents = DocumentExchange(
             enrolment=self.enrolment,
             approvals=self.approvals,
             audit=self.audit,
@@ -83,12 +83,12 @@ class Rig:
         """Propose a run, and have the site's people approve it."""
         self.double.propose(run, plan or self.plan)
         self.take_plans()
-        self.clerk.decide(run, "approved", reason="", by="test")
+        self.documents.decide(run, "approved", reason="", by="test")
 
     def take_plans(self):
         """What the news thread does when plans have changed."""
         with closing_api(self.enrolment.facts.url, self.enrolment.tls()) as api:
-            self.clerk.take_plans(api)
+            self.documents.take_plans(api)
 
     def records(self, number=1, **changes):
         if not number:

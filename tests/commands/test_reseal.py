@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from silotune import cli
-from silotune.client.daemon.daemon import hold_state
+from silotune.client.daemon.books import hold_state
 from silotune.client.errors import DaemonRunning, SiteNotEnrolled
 from silotune.data.site import SiteConfig
 from silotune.errors import FileExposed

@@ -10,7 +10,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.common.serde import recorddict_to_proto
 
 from silotune.client.approvals import Approvals
-from silotune.client.daemon.enrolled import Enrolment, Federation, SiteKeys
+from silotune.client.daemon.enrolment import Enrolment, Federation, SiteKeys
 from silotune.client.gate import Reply
 from silotune.client.run_files import (
     MEMORY,

@@ -10,7 +10,7 @@ from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
 
 from silotune.client.approvals import Approvals, difference
-from silotune.client.daemon.enrolled import Enrolment
+from silotune.client.daemon.enrolment import Enrolment
 from silotune.client.gate import Reply
 from silotune.client.run_files import (
     MEMORY,

@@ -11,11 +11,10 @@ from slow_truth import Shape, alone, clipped_sum, relative_error, rows, sequence
 from torch import nn
 
 from silotune.errors import SelfCheckFailed
-from silotune.privacy.checks import noise_is_plausible
 from silotune.privacy.clipping import attach
 from silotune.privacy.engine import ClipGroup, DpSgd, PlainSgd
 from silotune.privacy.layers import row_norms
-from silotune.privacy.noise import SeededNoise
+from silotune.privacy.noise import SeededNoise, noise_is_plausible
 
 TOLERANCE = 1e-5
 

@@ -94,7 +94,7 @@ def test_a_refusal_carries_its_code_and_nothing_else(rig):
 
 def test_the_word_can_be_taken_back(rig):
     rig.approve("taken-back")
-    rig.clerk.decide("taken-back", "rejected", reason="we thought again", by="test")
+    rig.documents.decide("taken-back", "rejected", reason="we thought again", by="test")
     assert refusal_code(rig.ask("query.join", run="taken-back")) == "ST-517"
 
 

@@ -16,8 +16,7 @@ from silotune.client.daemon.api import closing_api
 from silotune.client.daemon.books import SiteBooks, verify_books
 from silotune.client.daemon.daemon import Daemon
 from silotune.client.daemon.doctor import SiteDoctor
-from silotune.client.daemon.enrolled import Enrolment
-from silotune.client.daemon.joining import Joining
+from silotune.client.daemon.enrolment import Enrolment, Joining
 from silotune.data.site import SiteConfig
 from silotune.errors import LedgerDamaged
 from silotune.privacy.events import gaussian_event

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import ssl
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
 import httpx
 
-from silotune.client.daemon.enrolled import Enrolment
 from silotune.protocol import http
 from silotune.protocol.https import connection_errors, failure, https_client
-from silotune.trust.identity import make_request
 from silotune.trust.roster import SignedRoster
 
 _B = TypeVar("_B", bound=http.Body)
@@ -74,26 +71,12 @@ class CoordinatorApi:
         """Give the coordinator the privacy certificate of a run."""
         self._post(http.CERTIFICATE, handed, http.Done)
 
-    def renew(self, enrolment: Enrolment) -> str:
+    def renew(self, request: http.RenewRequest) -> str:
         """Ask for the next certificate; returns it as PEM."""
-        facts, keys = enrolment.facts, enrolment.keys
-        request = http.RenewRequest.make(
-            keys.signing,
-            name=facts.site,
-            request=make_request(facts.site, keys.node),
-            sent_at=int(time.time()),
-        )
         return self._post(http.RENEW, request, http.RenewReply).certificate
 
-    def leave(self, enrolment: Enrolment) -> None:
+    def leave(self, goodbye: http.Leave) -> None:
         """Leave the federation: the coordinator revokes the certificate."""
-        facts = enrolment.facts
-        goodbye = http.Leave.make(
-            enrolment.keys.signing,
-            federation=facts.federation,
-            name=facts.site,
-            sent_at=int(time.time()),
-        )
         self._post(http.LEAVE, goodbye, http.Done)
 
     def exchange_heads(self, mine: http.HeadExchange) -> http.HeadExchange:

@@ -3,28 +3,39 @@
 What one place forgets, another remembers. The audit log writes down how far the ledger goes and what the
 coordinator signed of it; the ledger writes down how far the audit log goes; the coordinator keeps the
 newest heads of both. One book restored from a backup is found here, at start; both restored together are
-found by the coordinator, which is asked before anything is trained.
+found by the coordinator, which is asked before anything is trained. `restore` puts an older copy into
+use, with everything charged that may be missing in it.
 """
 
 from __future__ import annotations
 
 import base64
+import fcntl
 import logging
+import os
+import shutil
 import threading
 import time
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from silotune.client.daemon.api import CoordinatorApi
-from silotune.client.daemon.enrolled import Enrolment
+from silotune.client.daemon.api import CoordinatorApi, closing_api
+from silotune.client.daemon.enrolment import Enrolment
+from silotune.client.errors import DaemonRunning, RestoreNotNeeded
+from silotune.client.run_files import ROUNDS
+from silotune.data.site import SiteConfig
 from silotune.errors import LedgerDamaged
-from silotune.privacy.ledger import Ledger
+from silotune.privacy.ledger import Budget, Ledger
 from silotune.privacy.spent import LEDGER_FILE
+from silotune.privacy.tally import Tally, epsilon_of
 from silotune.protocol import http
 from silotune.protocol.errors import CoordinatorUnavailable, PortUnreachable
-from silotune.trust.audit import AuditHead, AuditLog
+from silotune.trust.audit import AUDIT_FILE, AuditHead, AuditLog
 from silotune.trust.chain import Head
 from silotune.trust.errors import AuditLogDamaged, BooksDisagree, FederationError
+from silotune.trust.vault import Vault
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -34,6 +45,7 @@ logger = logging.getLogger(__name__)
 LEDGER_AT, RESTORED = "ledger_at", "books_restored"
 _ABOUT_THE_LEDGER = frozenset({LEDGER_AT, RESTORED, "answered"})
 _TRIES = 6
+_UNKNOWN = Budget(epsilon=0.0, delta=1e-6)  # of a dataset that site.toml no longer has
 
 
 class SiteBooks:
@@ -253,23 +265,28 @@ def verify_books(state: Path, audit: AuditLog, *, trusted: Ed25519PublicKey) -> 
     try:
         witnessed = ledger.witnessed()
         rows = ledger.verify(trusted=trusted if witnessed else None).seq
-        if seen is not None and _head_at(ledger, seen.seq) != seen:
-            raise LedgerDamaged(
-                f"{path} is not the ledger that the audit log has seen: "
-                f"row {seen.seq} is missing or another one"
-            )
-        line = ledger.vouched
-        if line is not None and audit.hash_of(line[0]) != line[1]:
-            raise AuditLogDamaged(
-                f"{audit.path} is not the audit log that the ledger has seen: "
-                f"line {line[0]} is missing or another one"
-            )
+        _require_agreement(ledger, audit, seen)
     finally:
         ledger.close()
     told = f"whole, {rows} rows, in agreement with its head file"
     told += f" and with the audit log up to row {seen.seq}" if seen else ""
     return told + (f"; the coordinator's newest signature kept here is of row {witnessed.seq}"
                    if witnessed else "; no signature of the coordinator is kept here")  # fmt: skip
+
+
+def _require_agreement(ledger: Ledger, audit: AuditLog, seen: Head | None) -> None:
+    """Check that each book has what the other wrote down of it."""
+    if seen is not None and _head_at(ledger, seen.seq) != seen:
+        raise LedgerDamaged(
+            f"{ledger.path} is not the ledger that the audit log has seen: "
+            f"row {seen.seq} is missing or another one"
+        )
+    line = ledger.vouched
+    if line is not None and audit.hash_of(line[0]) != line[1]:
+        raise AuditLogDamaged(
+            f"{audit.path} is not the audit log that the ledger has seen: "
+            f"line {line[0]} is missing or another one"
+        )
 
 
 def _ledger_seen_by(audit: AuditLog) -> Head | None:
@@ -295,3 +312,202 @@ def _log_head(head: AuditHead) -> http.LogHead:
 
 def _ledger_head(head: Head) -> http.LedgerHead:
     return http.LedgerHead(seq=head.seq, hash=head.hash)
+
+
+# --- an older copy, put into use ---
+
+
+def hold_state(state: Path) -> int:
+    """Hold the state folder until the descriptor is closed; the kernel lets go when the process dies.
+
+    Raises
+    ------
+    DaemonRunning
+        Another process holds it.
+    """
+    descriptor = os.open(state / "daemon.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as exc:
+        os.close(descriptor)
+        raise DaemonRunning(f"another process uses {state}") from exc
+    return descriptor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Restoration:
+    """What was done to one dataset.
+
+    Attributes
+    ----------
+    dataset : str
+        Its name.
+    charged : float
+        Epsilon of what was charged for the missing rows, by itself.
+    spent : float
+        Epsilon of all that is charged now.
+    delta : float
+        That both are for.
+    """
+
+    dataset: str
+    charged: float
+    spent: float
+    delta: float
+
+
+def restore(site: SiteConfig, *, reason: str, by: str) -> list[Restoration]:
+    """Charge what the coordinator's signature says was spent, and have it take these books.
+
+    The newest head in the restored ledger that the coordinator signed is where its history surely is the
+    lost one's. All that was charged or reserved behind it is charged here, once more if need be. Open
+    reservations end, and the keys of secure rounds are removed: no update is masked twice.
+
+    Parameters
+    ----------
+    site : SiteConfig
+        Its daemon must not be running.
+    reason, by : str
+        For both audit logs.
+
+    Raises
+    ------
+    RestoreNotNeeded
+        The books are the newest already, or the coordinator has signed none.
+    DaemonRunning
+        Stop it first.
+    SilotuneError
+        The coordinator can't be reached, or doesn't take it: run the command again.
+    """
+    state = site.state_folder
+    held = hold_state(state)
+    try:
+        return _restore(site, reason=reason, by=by)
+    finally:
+        os.close(held)
+
+
+def _restore(site: SiteConfig, *, reason: str, by: str) -> list[Restoration]:
+    state = site.state_folder
+    vault = Vault(state, site.at_rest, base=site.folder)
+    enrolment = Enrolment.open(site, vault)
+    with closing_api(enrolment.facts.url, enrolment.tls()) as api:
+        heads = asked_heads(api, enrolment)
+        if heads.known.log is None and heads.known.ledger is None:
+            raise RestoreNotNeeded("the coordinator has signed no books of this site yet")
+        audit, ledger = _open_audit(state, enrolment), _open_ledger(state, enrolment)
+        if audit is not None and ledger is not None and _goes_on(audit, ledger, heads.known):
+            raise RestoreNotNeeded(
+                "ledger and audit log are those that the coordinator signed last"
+            )
+        audit = audit or AuditLog(state / AUDIT_FILE, owner=site.name)
+        ledger = ledger or Ledger(state / LEDGER_FILE)
+        done = _charge(site, ledger, heads)
+        shutil.rmtree(state / ROUNDS.folder, ignore_errors=True)
+        head = ledger.head
+        audit.append(
+            RESTORED,
+            reason=reason,
+            by=by,
+            ledger_seq=head.seq,
+            ledger_hash=head.hash,
+            lost_ledger_seq=heads.known.ledger.seq if heads.known.ledger else 0,
+            lost_log_seq=heads.known.log.seq if heads.known.log else 0,
+            charged={entry.dataset: round(entry.charged, 6) for entry in done},
+        )
+        line = audit.head
+        dataset = next(iter([*(entry.dataset for entry in done), *site.datasets]))
+        ledger.vouch(dataset, _lost_name(heads), (line.seq, line.hash))
+        newest = ledger.head
+        told = http.Restored.make(
+            enrolment.keys.signing,
+            federation=enrolment.facts.federation,
+            site=site.name,
+            replaces=heads.known,
+            log=http.LogHead(owner=line.owner, seq=line.seq, hash=line.hash),
+            ledger=http.LedgerHead(seq=newest.seq, hash=newest.hash),
+            spent=account_of(ledger),
+            reason=reason,
+            sent_at=int(time.time()),
+        )
+        api.restored(told)
+    ledger.close()
+    return done
+
+
+def _charge(site: SiteConfig, ledger: Ledger, heads: http.SignedHeads) -> list[Restoration]:
+    """Charge what may be missing, once for each set of lost heads."""
+    for account in ledger.runs():
+        ledger.settle(account.dataset, account.run)
+    witnessed, name = ledger.witnessed(), _lost_name(heads)
+    sure = ledger.standing(upto=witnessed.seq) if witnessed else {}
+    lost: dict[str, Tally] = {}
+    for entry in heads.spent:
+        known = sure.get(entry.dataset, {}).get(entry.mechanism, (0, 0))[0]
+        if entry.held > known:
+            lost.setdefault(entry.dataset, Counter())[entry.mechanism] = entry.held - known
+    charged_before = {account.dataset for account in ledger.runs() if account.run == name}
+    done = []
+    for dataset, missing in sorted(lost.items()):
+        configured = site.datasets[dataset].budget if dataset in site.datasets else None
+        budget = Budget(configured.epsilon, configured.delta) if configured else _UNKNOWN
+        if dataset not in charged_before:
+            ledger.restore(dataset, name, missing, budget=budget)
+        done.append(
+            Restoration(
+                dataset=dataset,
+                charged=epsilon_of(missing, delta=budget.delta),
+                spent=ledger.spent(dataset, budget.delta),
+                delta=budget.delta,
+            )
+        )
+    return done
+
+
+def _lost_name(heads: http.SignedHeads) -> str:
+    """What stands in the place of a run: the same for the same lost heads."""
+    ledger, log = heads.known.ledger, heads.known.log
+    lost = ledger or log
+    assert lost is not None
+    return f"restore-{lost.seq}-{lost.hash[:16]}"
+
+
+def _goes_on(audit: AuditLog, ledger: Ledger, known: http.Known) -> bool:
+    """Whether both books go on from what was signed last."""
+    log_good = known.log is None or audit.hash_of(known.log.seq) == known.log.hash
+    ledger_good = known.ledger is None or ledger.hash_of(known.ledger.seq) == known.ledger.hash
+    seen = ledger.vouched
+    return log_good and ledger_good and (seen is None or audit.hash_of(seen[0]) == seen[1])
+
+
+def _open_audit(state: Path, enrolment: Enrolment) -> AuditLog | None:
+    """The audit log if it is whole; None, with its files set aside, if there is none or it is not."""
+    path = state / AUDIT_FILE
+    try:
+        log = AuditLog(path)
+        log.verify(trusted=enrolment.federation_key)
+    except AuditLogDamaged as exc:
+        _set_aside(path, why=str(exc))
+        return None
+    return log
+
+
+def _open_ledger(state: Path, enrolment: Enrolment) -> Ledger | None:
+    """The ledger if it is whole; None, with its files set aside, if there is none or it is not."""
+    path = state / LEDGER_FILE
+    try:
+        ledger = Ledger(path, create=False)
+        ledger.verify(trusted=enrolment.federation_key if ledger.witnessed() else None)
+    except LedgerDamaged as exc:
+        _set_aside(path, why=str(exc))
+        return None
+    return ledger
+
+
+def _set_aside(path: Path, *, why: str) -> None:
+    """Keep damaged files, for whoever wants to know what happened."""
+    stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+    for part in sorted(path.parent.glob(f"{path.name}*")):
+        if ".damaged-" not in part.name:
+            logger.warning("%s is set aside: %s", part.name, why)
+            part.rename(part.with_name(f"{part.name}.damaged-{stamp}"))

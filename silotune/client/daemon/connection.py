@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from flwr.app import Message
 
-from silotune.client.daemon.enrolled import Enrolment
+from silotune.client.daemon.enrolment import Enrolment
 from silotune.client.daemon.runner import Runner
 from silotune.data.site import SiteConfig
 from silotune.errors import SilotuneError

@@ -2,7 +2,7 @@
 
 Threads: the main one waits for signals; *fleet* pulls messages, works on them one at a time and pushes
 the answers; *heartbeat* (in `Fleet`) says that the site lives, also while it trains; *news* waits for
-changes of roster and plans; *clerk* sends decisions, exchanges audit heads and renews the certificate;
+changes of roster and plans; *books* sends decisions, exchanges audit heads and renews the certificate;
 *control* serves the Unix socket. A failed connection is tried again for ever, and `status` says why it
 waits. Nothing of the protocol's state is in memory alone: killed at any instant, the daemon goes on
 where the ledger, the outbox and the plans on the disk say.
@@ -12,7 +12,6 @@ where the ledger, the outbox and the plans on the disk say.
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import math
 import os
@@ -24,18 +23,17 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, suppress
-from pathlib import Path
 from typing import Any
 
 from silotune.client.approvals import Approvals, ProposalRecord
 from silotune.client.daemon.api import CoordinatorApi, closing_api
-from silotune.client.daemon.books import SiteBooks, tell_damage, verify_books
+from silotune.client.daemon.books import SiteBooks, hold_state, tell_damage, verify_books
 from silotune.client.daemon.connection import SiteConnection, backoff
 from silotune.client.daemon.documents import DocumentExchange
-from silotune.client.daemon.enrolled import Enrolment
+from silotune.client.daemon.enrolment import Enrolment
 from silotune.client.daemon.runner import Runner
 from silotune.client.daemon.socket import ControlSocket, Request
-from silotune.client.errors import DaemonRunning, PolicyMissing, RunNotProposed, SiteCommandFailed
+from silotune.client.errors import PolicyMissing, RunNotProposed, SiteCommandFailed
 from silotune.client.run_files import remove_old
 from silotune.client.troubles import in_words, latest_troubles
 from silotune.data.site import ResourcesConfig, SiteConfig, require_guarded
@@ -50,7 +48,7 @@ logger = logging.getLogger(__name__)
 
 PAUSED, CERTIFICATES = "paused", "certificates"
 
-_CLERK_SECONDS = 60.0
+_BOOKS_SECONDS = 60.0
 _LEAST_NEWS = 0.2
 
 
@@ -91,7 +89,7 @@ class Daemon:
         own = self._enrolment.keys.signing.public_key()
         self._approvals = Approvals(self._state, own=own)
         self._session = secrets.token_hex(16)
-        self._bell: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._wake: queue.SimpleQueue[str] = queue.SimpleQueue()
         runner = Runner(
             site,
             enrolment=self._enrolment,
@@ -102,16 +100,16 @@ class Daemon:
             agree=self._agree,
         )
         self._runner = runner
-        self._link = SiteConnection(
+        self._connection = SiteConnection(
             site,
             enrolment=self._enrolment,
             runner=runner,
             audit=self._audit,
             session=self._session,
-            answered=lambda: self._bell.put("answered"),
+            answered=lambda: self._wake.put("answered"),
         )
-        self._stop, self.status = self._link.stop, self._link.status
-        self._clerk = DocumentExchange(
+        self._stop, self.status = self._connection.stop, self._connection.status
+        self._documents = DocumentExchange(
             enrolment=self._enrolment,
             approvals=self._approvals,
             audit=self._audit,
@@ -132,14 +130,14 @@ class Daemon:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._stop.set())
         self._audit.append("started", version=_version(), session=self._session[:8])
-        self._bell.put("started")
+        self._wake.put("started")
         control = ControlSocket(self._state, self._command)
         threads = [
             threading.Thread(target=target, name=name, daemon=True)
             for name, target in (
-                ("fleet", self._link.serve),
+                ("fleet", self._connection.serve),
                 ("news", self._serve_news),
-                ("clerk", self._serve_clerk),
+                ("books", self._serve_books),
             )
         ]
         for thread in threads:
@@ -147,47 +145,47 @@ class Daemon:
         while not self._stop.wait(1.0):  # a wait without end would hold signals back
             pass
         control.close()
-        abandoned = self._link.end(grace=self._grace)
+        abandoned = self._connection.end(grace=self._grace)
         self._audit.append("stopped", abandoned=abandoned)
         logger.info("stopped%s", f"; {abandoned} was abandoned" if abandoned else "")
-        if self._link.failed is not None:
-            raise self._link.failed
+        if self._connection.failed is not None:
+            raise self._connection.failed
         if abandoned:
             logging.shutdown()
             os._exit(0)  # a thread inside PyTorch can't be ended in any other way
 
-    # --- news and clerk ---
+    # --- news and books ---
 
     def _serve_news(self) -> None:
         self._with_api(self._follow_news)
 
-    def _serve_clerk(self) -> None:
+    def _serve_books(self) -> None:
         self._with_api(self._keep_books)
 
     def _follow_news(self, api: CoordinatorApi) -> None:
         roster = self._enrolment.roster
         known = roster.version if roster else 0
         asked = time.monotonic()
-        news = api.news(roster=known, plans=self._clerk.plans_version)
+        news = api.news(roster=known, plans=self._documents.plans_version)
         if time.monotonic() - asked < _LEAST_NEWS:  # neither held nor quiet: don't run in circles
             self._stop.wait(_LEAST_NEWS)
         if news.roster != known:
-            self._clerk.take_rosters(api)
-        if news.plans != self._clerk.plans_version:
-            self._clerk.take_plans(api)
-            self._bell.put("plans")
+            self._documents.take_rosters(api)
+        if news.plans != self._documents.plans_version:
+            self._documents.take_plans(api)
+            self._wake.put("plans")
 
     def _keep_books(self, api: CoordinatorApi) -> None:
         with suppress(queue.Empty):
-            self._bell.get(timeout=_CLERK_SECONDS)
+            self._wake.get(timeout=_BOOKS_SECONDS)
             while True:
-                self._bell.get_nowait()
+                self._wake.get_nowait()
         if self._stop.is_set():
             return
-        self._clerk.remove_old_files()
-        if self._clerk.renew_if_due(api):
-            self._link.reconnect.set()
-        self._clerk.exchange_heads(api)
+        self._documents.remove_old_files()
+        if self._documents.renew_if_due(api):
+            self._connection.reconnect.set()
+        self._documents.exchange_heads(api)
 
     def _with_api(self, turn: Callable[[CoordinatorApi], None]) -> None:
         """Take turns for ever, with a connection that is made anew after each failure."""
@@ -234,7 +232,7 @@ class Daemon:
     def _settle(self, entry: ProposalRecord) -> None:
         folder = self._state / CERTIFICATES
         create_private_folder(folder)
-        with self._link.working:
+        with self._connection.working:
             self._runner.finish(entry, folder / f"{entry.run}.json")
 
     def _certificate(self, entry: ProposalRecord) -> str | None:
@@ -273,7 +271,7 @@ class Daemon:
         if self._approvals.find(run).over:
             raise RunNotProposed(f"run {run!r} is over")
         reason = str(request.get("reason", ""))[:500]
-        decision = self._clerk.decide(run, verdict, reason=reason, by=f"uid {uid}")
+        decision = self._documents.decide(run, verdict, reason=reason, by=f"uid {uid}")
         sent = True
         try:
             with self._api() as api:
@@ -281,13 +279,13 @@ class Daemon:
         except SilotuneError as exc:
             logger.warning("the decision could not be sent yet: %s", exc)
             sent = False
-            self._clerk.plans_version = 0  # sent again with the next news
-        self._bell.put("decided")
+            self._documents.plans_version = 0  # sent again with the next news
+        self._wake.put("decided")
         return {"run": run, "verdict": decision.verdict, "sent": sent}
 
     def _leave(self, uid: int) -> Mapping[str, Any]:
         with self._api() as api:
-            api.leave(self._enrolment)
+            api.leave(self._enrolment.goodbye())
         self._audit.append("left", federation=self._enrolment.facts.federation, by=f"uid {uid}")
         self._enrolment.forget()
         remove_old(self._state, ended={}, now=math.inf)  # nobody will ask for it again
@@ -317,23 +315,6 @@ class Daemon:
             ),
             "proposed": sum(e.state == "proposed" for e in self._approvals.entries()),
         }
-
-
-def hold_state(state: Path) -> int:
-    """Hold the state folder until the descriptor is closed; the kernel lets go when the process dies.
-
-    Raises
-    ------
-    DaemonRunning
-        Another process holds it.
-    """
-    descriptor = os.open(state / "daemon.lock", os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as exc:
-        os.close(descriptor)
-        raise DaemonRunning(f"another process uses {state}") from exc
-    return descriptor
 
 
 def _version() -> str:

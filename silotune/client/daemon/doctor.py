@@ -17,7 +17,7 @@ import httpx
 
 from silotune.client.approvals import Approvals, ProposalRecord
 from silotune.client.daemon.books import verify_books
-from silotune.client.daemon.enrolled import Enrolment, trusting
+from silotune.client.daemon.enrolment import Enrolment, trusting
 from silotune.client.errors import (
     CertificateExpired,
     DeviceMissing,

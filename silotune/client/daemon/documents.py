@@ -14,7 +14,7 @@ from contextlib import suppress
 from silotune.client.approvals import Approvals, ProposalRecord
 from silotune.client.daemon.api import CoordinatorApi
 from silotune.client.daemon.books import SiteBooks
-from silotune.client.daemon.enrolled import Enrolment
+from silotune.client.daemon.enrolment import Enrolment
 from silotune.client.errors import RunNotProposed
 from silotune.client.run_files import remove_old
 from silotune.errors import PolicyError, SilotuneError
@@ -173,7 +173,7 @@ class DocumentExchange:
         left = days_left(certificate_from_pem(self._enrolment.certificate))
         if left > RENEW_DAYS:
             return False
-        self._enrolment.renew(api.renew(self._enrolment))
+        self._enrolment.renew(api.renew(self._enrolment.renewal()))
         self._audit.append("certificate_renewed", days_left=round(left, 1))
         logger.info("the certificate was renewed, %.0f days before its end", left)
         return True

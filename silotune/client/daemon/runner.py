@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from silotune.client.approvals import Approvals, ProposalRecord
-from silotune.client.daemon.enrolled import Enrolment
+from silotune.client.daemon.enrolment import Enrolment
 from silotune.client.errors import SitePaused
 from silotune.errors import PlanInvalid, SilotuneError
 from silotune.plan.plan import Plan

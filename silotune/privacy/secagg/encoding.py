@@ -40,8 +40,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 
 from silotune.errors import CalibrationImpossible, SelfCheckFailed
-from silotune.privacy.checks import noise_is_plausible
-from silotune.privacy.noise import DRAW_LIMIT, DRAW_STD, INFLATION, NoiseSource
+from silotune.privacy.noise import DRAW_LIMIT, DRAW_STD, INFLATION, NoiseSource, noise_is_plausible
 
 Ring = NDArray[np.uint32] | NDArray[np.uint16]
 

@@ -7,9 +7,9 @@ from email.utils import format_datetime
 
 import pytest
 
-from silotune.client.daemon import doctor, enrolled
+from silotune.client.daemon import doctor, enrolment
 from silotune.client.daemon.doctor import SiteDoctor
-from silotune.client.daemon.joining import Joining
+from silotune.client.daemon.enrolment import Joining
 from silotune.data.site import SiteConfig
 from silotune.errors import catalogue
 from silotune.privacy.ledger import Ledger
@@ -176,6 +176,6 @@ def test_a_strangers_error_is_never_quoted(folder, monkeypatch):
     def fail(*_):
         raise RuntimeError("patient Jane Doe")
 
-    monkeypatch.setattr(enrolled.Enrolment, "open", fail)
+    monkeypatch.setattr(enrolment.Enrolment, "open", fail)
     found = examined(folder)["enrolment"]
     assert (found.code, found.detail) == ("ST-000", "RuntimeError")

@@ -53,11 +53,11 @@ def member(rig, name):
 
 def test_the_roster_is_followed_and_written_down(rig, api):
     rig.double.change_roster([rig.double.member, member(rig, "beta")])
-    rig.clerk.take_rosters(api)
+    rig.documents.take_rosters(api)
     assert set(rig.enrolment.roster.active) == {"alpha", "beta"}
     last = rig.audit.lines()[-1]
     assert (last.kind, last.fields["changed"]) == ("roster", ["beta"])
-    rig.clerk.take_rosters(api)
+    rig.documents.take_rosters(api)
     assert rig.audit.lines()[-1] == last
 
 
@@ -81,17 +81,17 @@ def test_a_roster_that_is_not_the_next_one_is_refused(rig, api, how):
         # The site asks for what is behind its version, and is told another history.
         api.rosters = lambda *, after: tuple(double.signed_rosters[1:])
     with pytest.raises(RosterInvalid):
-        rig.clerk.take_rosters(api)
+        rig.documents.take_rosters(api)
     assert rig.enrolment.roster == before
 
 
 def test_proposals_wait_for_a_person_and_decisions_are_signed(rig, api):
     rig.double.propose("r1", rig.plan)
-    rig.clerk.take_plans(api)
+    rig.documents.take_plans(api)
     assert [entry.state for entry in rig.approvals.entries()] == ["proposed"]
     assert rig.double.decisions == []
-    rig.clerk.decide("r1", "approved", reason="", by="uid 0")
-    rig.clerk.take_plans(api)
+    rig.documents.decide("r1", "approved", reason="", by="uid 0")
+    rig.documents.take_plans(api)
     decision = rig.double.decisions[0]
     assert decision.verified(rig.enrolment.keys.signing.public_key())
     assert (decision.run, decision.plan_sha256) == ("r1", rig.plan.sha256)
@@ -106,7 +106,7 @@ def test_a_plan_that_the_federation_did_not_sign_is_not_even_kept(rig, api):
         update={"run": "hash", "plan_sha256": "ab" * 32}
     )
     assert honest.run == "hash"
-    rig.clerk.take_plans(api)
+    rig.documents.take_plans(api)
     assert [entry.run for entry in rig.approvals.entries()] == ["good"]
     refused = [line.fields for line in rig.audit.lines() if line.kind == "proposal_refused"]
     assert {(f["run"], f["code"]) for f in refused} == {("forged", "ST-103"), ("hash", "ST-103")}
@@ -119,13 +119,13 @@ def test_automatic_approval_is_the_policys_word(rig, api):
         if entry.run == "bad":
             raise CohortBelowPolicy("too few")
 
-    clerk = DocumentExchange(
+    exchange = DocumentExchange(
         enrolment=rig.enrolment, approvals=rig.approvals, audit=rig.audit, books=rig.books, judge=judge,
         settle=lambda entry: None,
     )  # fmt: skip
     for run in ("good", "bad"):
         rig.double.propose(run, rig.plan)
-    clerk.take_plans(api)
+    exchange.take_plans(api)
     assert {(d.run, d.verdict, d.reason) for d in rig.double.decisions} == {
         ("good", "approved", ""),
         ("bad", "rejected", "ST-508"),
@@ -137,8 +137,8 @@ def test_a_run_that_is_over_is_settled_and_certified_once(rig, api):
     rig.ask("query.join")
     rig.ask("train", 1)
     rig.double.propose("r1", rig.plan, state="finished")
-    rig.clerk.take_plans(api)
-    rig.clerk.take_plans(api)
+    rig.documents.take_plans(api)
+    rig.documents.take_plans(api)
     assert kinds(rig).count("run_settled") == 1
     held = certificate.verify(rig.state / "certificate.json")
     assert held.key_sha256 == fingerprint(rig.enrolment.keys.signing.public_key())
@@ -156,7 +156,7 @@ def test_a_failed_run_that_was_resumed_is_settled_again_at_its_end(rig, api):
     rig.ask("query.join")
     for state, settled in (("failed", 1), ("running", 1), ("finished", 2), ("finished", 2)):
         rig.double.propose("r1", rig.plan, state=state)
-        rig.clerk.take_plans(api)
+        rig.documents.take_plans(api)
         assert kinds(rig).count("run_settled") == settled
         assert rig.approvals.find("r1").settled == (state != "running")
 
@@ -177,12 +177,12 @@ def test_files_of_a_run_go_thirty_days_after_its_end_and_not_before(rig, api, mo
             RunFiles(rig.state, kind, run=run, vault=rig.vault).write(1, b"of the run")
     everything = {kind.folder for kind in KINDS}
     rig.double.propose("over", rig.plan, state="finished")
-    rig.clerk.take_plans(api)
+    rig.documents.take_plans(api)
     end = rig.approvals.find("over").settled_at
     for later, left in ((29.9, everything), (30.1, set()), (400, set())):
         monkeypatch.setattr(documents, "_LOOK_SECONDS", 0.0)
         monkeypatch.setattr(documents.time, "time", lambda now=end + later * DAY: now)
-        rig.clerk.remove_old_files()
+        rig.documents.remove_old_files()
         assert stored(rig, "over") == left
         assert stored(rig, "open") == everything
     assert [line.fields["run"] for line in rig.audit.lines() if line.kind == "files_removed"] == [
@@ -205,7 +205,7 @@ def test_the_time_of_a_settlement_that_was_not_written_down_is_that_of_its_file(
     """As in the state of an older version."""
     rig.approve("r1")
     rig.double.propose("r1", rig.plan, state="stopped")
-    rig.clerk.take_plans(api)
+    rig.documents.take_plans(api)
     path = rig.state / "plans" / "r1.json"
     content = json.loads(path.read_text())
     del content["settled_at"]
@@ -215,7 +215,7 @@ def test_the_time_of_a_settlement_that_was_not_written_down_is_that_of_its_file(
 
 
 def test_a_certificate_leaves_only_where_the_site_hands_them_in(rig, api):
-    def clerk(certificate):
+    def exchange(certificate):
         return DocumentExchange(
             enrolment=rig.enrolment, approvals=rig.approvals, audit=rig.audit,
             books=rig.books, judge=None, settle=lambda entry: None, certificate=certificate,
@@ -225,7 +225,7 @@ def test_a_certificate_leaves_only_where_the_site_hands_them_in(rig, api):
         rig.approve(run)
         rig.double.propose(run, rig.plan, state="finished")
         for _ in range(2):
-            clerk(handing).take_plans(api)
+            exchange(handing).take_plans(api)
     assert [(c.run, c.certificate) for c in rig.double.certificates] == [("given", "signed text")]
     assert kinds(rig).count("certificate_handed_in") == 1
 
@@ -234,9 +234,9 @@ def test_heads_are_counter_signed_by_both_sides(rig, api):
     rig.approve("r1")
     rig.ask("query.join")
     rig.ask("train", 1)
-    rig.clerk.exchange_heads(api)
+    rig.documents.exchange_heads(api)
     rig.audit.append("something")
-    rig.clerk.exchange_heads(api)
+    rig.documents.exchange_heads(api)
     first, second = rig.double.heads
     assert first.yours is None
     # The site has signed what the coordinator showed it the first time.
@@ -251,7 +251,7 @@ def test_heads_are_counter_signed_by_both_sides(rig, api):
     )
     assert kinds(rig).count("witnessed") == 2
     rig.audit.verify(trusted=rig.double.key.public_key())
-    rig.clerk.exchange_heads(api)
+    rig.documents.exchange_heads(api)
     assert len(rig.double.heads) == 2  # nothing new was written, nothing is sent
 
 
@@ -265,7 +265,7 @@ def test_a_counter_signature_over_something_else_is_an_alarm(rig, api, monkeypat
 
     monkeypatch.setattr(rig.double, "_route_audit", lying)
     with pytest.raises(AuditLogDamaged):
-        rig.clerk.exchange_heads(api)
+        rig.documents.exchange_heads(api)
 
 
 def test_a_ledger_restored_from_an_old_backup_is_found_at_start(rig, api, tmp_path):
@@ -277,7 +277,7 @@ def test_a_ledger_restored_from_an_old_backup_is_found_at_start(rig, api, tmp_pa
     for name in ("ledger.sqlite", "ledger.sqlite.head"):
         shutil.copy2(rig.state / name, backup / name)
     rig.ask("train", 1)
-    rig.clerk.exchange_heads(api)
+    rig.documents.exchange_heads(api)
     verify_books(rig.state, rig.audit, trusted=rig.double.key.public_key())
     rig.link.stop.set()
     rig.thread.join(10)
@@ -290,7 +290,7 @@ def test_a_ledger_restored_from_an_old_backup_is_found_at_start(rig, api, tmp_pa
 def test_a_lost_ledger_is_found_at_start(rig, api):
     rig.approve("r1")
     rig.ask("query.join")
-    rig.clerk.exchange_heads(api)
+    rig.documents.exchange_heads(api)
     (rig.state / "ledger.sqlite").unlink()
     with pytest.raises(LedgerDamaged):
         verify_books(rig.state, rig.audit, trusted=rig.double.key.public_key())
@@ -298,9 +298,9 @@ def test_a_lost_ledger_is_found_at_start(rig, api):
 
 def test_certificates_are_renewed_in_time(rig, api, monkeypatch):
     before = rig.enrolment.certificate
-    assert rig.clerk.renew_if_due(api) is False
+    assert rig.documents.renew_if_due(api) is False
     monkeypatch.setattr(documents, "RENEW_DAYS", 100.0)
-    assert rig.clerk.renew_if_due(api) is True
+    assert rig.documents.renew_if_due(api) is True
     assert rig.enrolment.certificate != before
     assert rig.audit.lines()[-1].kind == "certificate_renewed"
 

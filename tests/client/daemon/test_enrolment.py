@@ -6,8 +6,7 @@ import stat
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from silotune.client.daemon.enrolled import Enrolment
-from silotune.client.daemon.joining import Joining
+from silotune.client.daemon.enrolment import Enrolment, Joining
 from silotune.client.errors import EnrolmentRefused, SiteNotEnrolled
 from silotune.data.site import SiteConfig
 from silotune.errors import EnvironmentFault
@@ -179,7 +178,7 @@ def test_waiting_ends_and_is_taken_up_again_with_the_same_keys(site, double):
 
 
 def test_a_coordinator_that_is_away_for_a_while_is_asked_again(site, double, monkeypatch):
-    monkeypatch.setattr("silotune.client.daemon.joining._POLL_SECONDS", 0.01)
+    monkeypatch.setattr("silotune.client.daemon.enrolment._POLL_SECONDS", 0.01)
     joining = Joining(site, double.invitation())
     joining.ask()
     double.hook = lambda path, body: (503, b"", {})
