@@ -32,8 +32,7 @@ from silotune.models.base import outline, require_taken
 from silotune.models.layout import Layout
 from silotune.models.tasks import get_task
 from silotune.plan.plan import Plan, dotted, plan_in_words
-from silotune.privacy.ledger import Ledger
-from silotune.privacy.spent import LEDGER_FILE
+from silotune.privacy.ledger import LEDGER_FILE, Ledger
 from silotune.protocol.http import Decision, Proposal
 from silotune.trust.errors import SealBroken
 from silotune.trust.files import create_private_folder, replace_file, require_private

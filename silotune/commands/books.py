@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from silotune.commands.folder import AsJson
-from silotune.privacy import spent
+from silotune.privacy.ledger import dataset_rows, open_ledger, run_rows
 from silotune.terminal import headed, terminal
 from silotune.trust import audit
 from silotune.trust.audit import ExportFormat
@@ -77,8 +77,8 @@ def show_ledger(place: LedgerPlace, as_json: AsJson = False) -> None:
     "spent" is what was released; "committed" adds what running trainings may still release. Their
     epsilons don't simply add up: composition is tighter than the sum.
     """
-    found = spent.open_ledger(place)
-    datasets, runs = spent.dataset_rows(found), spent.run_rows(found)
+    found = open_ledger(place)
+    datasets, runs = dataset_rows(found), run_rows(found)
     if as_json:
         typer.echo(json.dumps({"datasets": datasets, "runs": runs}, indent=2))
         return
@@ -96,11 +96,13 @@ def verify_ledger(place: LedgerPlace, as_json: AsJson = False) -> None:
     A truncated, edited or rolled-back ledger is found here, and also each time a site opens it:
     training is refused until the newest ledger and head are restored from backup.
     """
-    result = spent.verification(spent.open_ledger(place))
+    found = open_ledger(place)
+    head = found.verify()
     if as_json:
-        typer.echo(json.dumps(result, indent=2))
+        told = {"path": str(found.path), "rows": head.seq, "head": head.hash, "intact": True}
+        typer.echo(json.dumps(told, indent=2))
         return
-    typer.echo(f"Intact: {result['rows']} rows, head {result['head']}")
+    typer.echo(f"Intact: {head.seq} rows, head {head.hash}")
 
 
 @ledger.command("export")
@@ -109,8 +111,8 @@ def export_ledger(place: LedgerPlace, out: Out = None) -> None:
 
     Each row's hash is the SHA-256 of its other columns as JSON with sorted keys and no white space.
     """
-    rows = spent.entries(spent.open_ledger(place))
-    text = "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows)
+    rows = open_ledger(place).rows()
+    text = "".join(json.dumps(row.as_dict(), sort_keys=True) + "\n" for row in rows)
     _write(text, out, f"{len(rows)} rows")
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from silotune.errors import AdapterMismatch
+from silotune.plan.document import canonical_json
 from silotune.plan.plan import Plan
 
 Group = Literal["head", "adapter"]
@@ -199,7 +200,7 @@ class Layout:
     def to_json(self) -> str:
         """Canonical text; equal layouts have equal texts."""
         entries = [asdict(entry) for entry in self.entries]
-        return json.dumps(entries, sort_keys=True, separators=(",", ":"))
+        return canonical_json(entries)
 
     @classmethod
     def from_json(cls, text: str) -> Layout:

@@ -1,9 +1,7 @@
-"""The privacy certificate: what one run at one site cost, signed by the site.
+"""The privacy certificate: what one run at one site cost, to whom its releases are worth what, signed.
 
 It carries the privacy events themselves, so anybody can recompute its epsilon offline, without the
 site, the coordinator or the ledger.
-
-What a run's releases are worth to whom: the published adapter's readers, the coordinator, colluders.
 
 Under secure aggregation only sums over sites are seen, so other sites' noise protects a unit too, as far
 as those sites keep it to themselves. A site can vouch for its own noise alone: hence one epsilon for
@@ -40,8 +38,7 @@ ALL_OTHERS = -1
 """In place of a number: all other sites collude."""
 
 
-@dataclass(frozen=True)
-class Sums:
+class Aggregation(Document):
     """Sums that the coordinator sees, of which every site's noise has the same scale.
 
     Attributes
@@ -50,16 +47,31 @@ class Sums:
         Sites in a sum, at least.
     tolerated : int
         Sites that may collude with the coordinator without opening single updates.
-    shared : bool
+    shared_noise : bool
         Whether the sites share the noise; if not, each adds all of its own.
     """
 
-    threshold: int
-    tolerated: int
-    shared: bool
+    threshold: Annotated[int, Field(ge=2)]
+    tolerated: Annotated[int, Field(ge=0)]
+    shared_noise: bool
 
 
-def sums_of(plan: Plan) -> Sums | None:
+class Exposure(Document):
+    """What the run is worth to somebody.
+
+    Attributes
+    ----------
+    colluding : int
+        Sites that collude with the coordinator; -1 for all other sites.
+    epsilon : float
+        At the certificate's delta.
+    """
+
+    colluding: Annotated[int, Field(ge=ALL_OTHERS)]
+    epsilon: Annotated[float, Field(ge=0.0)]
+
+
+def sums_of(plan: Plan) -> Aggregation | None:
     """How the plan's training updates are summed; None if what a site sends counts on its own.
 
     That other sites' noise counts takes one step a round, one rate, declared weights (so that all
@@ -75,16 +87,16 @@ def sums_of(plan: Plan) -> Sums | None:
     )
     if not (aggregation.secure and common and aggregation.threshold and aggregation.cohort):
         return None
-    return Sums(
+    return Aggregation(
         threshold=aggregation.threshold,
         tolerated=tolerated_collusion(aggregation.threshold, aggregation.cohort),
-        shared=plan.privacy.noise == "shared",
+        shared_noise=plan.privacy.noise == "shared",
     )
 
 
 def exposures(
-    tally: Mapping[str, int], *, delta: float, sums: Sums | None
-) -> list[tuple[int, float]]:
+    tally: Mapping[str, int], *, delta: float, sums: Aggregation | None
+) -> tuple[Exposure, ...]:
     """Epsilon by number of sites that collude with the coordinator.
 
     Parameters
@@ -93,23 +105,25 @@ def exposures(
         What was released, as the ledger counts it.
     delta : float
         Of every epsilon.
-    sums : Sums or None
+    sums : Aggregation or None
         See `sums_of`.
 
     Returns
     -------
-    list of (colluding, epsilon)
+    tuple of Exposure
         From 0 up to what the aggregation tolerates, then `ALL_OTHERS`; only that if nothing is summed.
     """
     if sums is None:
-        return [(ALL_OTHERS, epsilon_of(tally, delta=delta))]
-    seen = dict(tally) if sums.shared else _in_sums(tally, sums)
-    counts = range(sums.tolerated + 1)
-    rows = [(c, epsilon_of(seen, delta=delta, colluding=c)) for c in counts]
-    return [*rows, (ALL_OTHERS, epsilon_of(seen, delta=delta, colluding=sums.threshold))]
+        return (Exposure(colluding=ALL_OTHERS, epsilon=epsilon_of(tally, delta=delta)),)
+    seen = dict(tally) if sums.shared_noise else _in_sums(tally, sums)
+    counts = {**{c: c for c in range(sums.tolerated + 1)}, ALL_OTHERS: sums.threshold}
+    return tuple(
+        Exposure(colluding=told, epsilon=epsilon_of(seen, delta=delta, colluding=count))
+        for told, count in counts.items()
+    )
 
 
-def _in_sums(tally: Mapping[str, int], sums: Sums) -> Tally:
+def _in_sums(tally: Mapping[str, int], sums: Aggregation) -> Tally:
     """Training steps with the noise of all sites in a sum, of which each has a share."""
     found: Tally = Tally()
     for leaf, times in tally.items():
@@ -117,7 +131,7 @@ def _in_sums(tally: Mapping[str, int], sums: Sums) -> Tally:
     return found
 
 
-def _in_sum(event: DpEvent, sums: Sums) -> DpEvent:
+def _in_sum(event: DpEvent, sums: Aggregation) -> DpEvent:
     if not isinstance(event, PoissonSampledDpEvent) or type(event.event) is not GaussianDpEvent:
         return event
     together = event.event.noise_multiplier * math.sqrt(sums.threshold)
@@ -125,7 +139,7 @@ def _in_sum(event: DpEvent, sums: Sums) -> DpEvent:
     return PoissonSampledDpEvent(event.sampling_probability, shared)
 
 
-def in_words(colluding: int, *, sums: Sums | None) -> str:
+def in_words(colluding: int, *, sums: Aggregation | None) -> str:
     """Against whom an epsilon of `exposures` holds."""
     if colluding == ALL_OTHERS:
         return "the coordinator, whoever colludes with it"
@@ -170,39 +184,6 @@ class Mechanism(Document):
     times: Annotated[int, Field(ge=1)]
     rate: Annotated[float, Field(gt=0.0, le=1.0)]
     sigma: Positive
-
-
-class Exposure(Document):
-    """What the run is worth to somebody.
-
-    Attributes
-    ----------
-    colluding : int
-        Sites that collude with the coordinator; -1 for all other sites.
-    epsilon : float
-        At the certificate's delta.
-    """
-
-    colluding: Annotated[int, Field(ge=ALL_OTHERS)]
-    epsilon: Annotated[float, Field(ge=0.0)]
-
-
-class Aggregation(Document):
-    """Secure aggregation over sites whose noise is of one scale.
-
-    Attributes
-    ----------
-    threshold : int
-        Sites in every sum, at least.
-    tolerated : int
-        Sites that may collude with the coordinator without opening single updates.
-    shared_noise : bool
-        Whether the noise of the mechanisms is the sum of the sites' shares.
-    """
-
-    threshold: Annotated[int, Field(ge=2)]
-    tolerated: Annotated[int, Field(ge=0)]
-    shared_noise: bool
 
 
 class Bound(Document):
@@ -307,8 +288,7 @@ class CertificateBody(Document):
     @property
     def exposed_to(self) -> list[tuple[str, float]]:
         """Against whom each epsilon of `exposures` holds, in words."""
-        sums = _sums(self.aggregation)
-        return [(in_words(e.colluding, sums=sums), e.epsilon) for e in self.exposures]
+        return [(in_words(e.colluding, sums=self.aggregation), e.epsilon) for e in self.exposures]
 
 
 @dataclass(frozen=True)
@@ -413,8 +393,8 @@ def _guarantee(tally: Mapping[str, int], plan: Plan, delta: float) -> dict[str, 
         "epsilon": epsilon_of(tally, delta=delta),
         "delta": delta,
         "mechanisms": tuple(_mechanism(leaf, times) for leaf, times in sorted(tally.items())),
-        "aggregation": _aggregation(sums),
-        "exposures": _exposures(tally, delta, sums),
+        "aggregation": sums,
+        "exposures": exposures(tally, delta=delta, sums=sums),
         "clips": {name: b.norm for name, b in plan.privacy.clipping.bounds.items()},
     }
 
@@ -454,7 +434,7 @@ def _held(
         described = [_mechanism(part.event, part.times) for part in body.mechanisms]
         events = total({part.event: part.times} for part in body.mechanisms)
         epsilon = epsilon_of(events, delta=body.delta)
-        exposed = _exposures(events, body.delta, _sums(body.aggregation))
+        exposed = exposures(events, delta=body.delta, sums=body.aggregation)
     except CertificateInvalid:
         raise
     except Exception as exc:
@@ -474,35 +454,12 @@ def _held(
 
 def _mechanism(leaf: str, times: int) -> Mechanism:
     """Describe one event of the ledger."""
-    from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
-
-    from silotune.privacy.events import from_json
-
     event, rate = from_json(leaf), 1.0
     if isinstance(event, PoissonSampledDpEvent):
         event, rate = event.event, event.sampling_probability
     if not isinstance(event, GaussianDpEvent | SharedGaussianDpEvent):
         raise CertificateInvalid("an event is not a Gaussian mechanism, sampled or not")
     return Mechanism(event=leaf, times=times, rate=rate, sigma=event.noise_multiplier)
-
-
-def _aggregation(sums: Sums | None) -> Aggregation | None:
-    if sums is None:
-        return None
-    return Aggregation(threshold=sums.threshold, tolerated=sums.tolerated, shared_noise=sums.shared)
-
-
-def _sums(body: Aggregation | None) -> Sums | None:
-    if body is None:
-        return None
-    return Sums(body.threshold, body.tolerated, body.shared_noise)
-
-
-def _exposures(tally: Mapping[str, int], delta: float, sums: Sums | None) -> tuple[Exposure, ...]:
-    return tuple(
-        Exposure(colluding=colluding, epsilon=epsilon)
-        for colluding, epsilon in exposures(tally, delta=delta, sums=sums)
-    )
 
 
 def _alike(one: Sequence[Exposure], other: Sequence[Exposure]) -> bool:

@@ -23,6 +23,7 @@ from dp_accounting import (
 )
 
 from silotune.errors import EventInvalid
+from silotune.plan.document import canonical_json
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def to_json(event: DpEvent) -> str:
     EventInvalid
         A kind of event that silotune does not use, or a number out of its range.
     """
-    return json.dumps(_plain(event), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return canonical_json(_plain(event))
 
 
 def from_json(text: str) -> DpEvent:

@@ -8,8 +8,6 @@ run *settles*, which frees what it did not use.
 Datasets are keyed by name, whatever their content: epsilon adds up over every version of the data,
 because most people are in most versions. A site that replaces a dataset by one with *none* of the
 same people in it may account for it apart by a key ``name@fingerprint``.
-
-What the ledger speaks of: datasets, budgets, releases and the accounts of runs.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from silotune.errors import (
     BudgetExceeded,
@@ -38,6 +36,9 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
     from dp_accounting import DpEvent
 
+
+LEDGER_FILE = "ledger.sqlite"
+"""Name of the ledger in a site's state folder."""
 
 _DATASET = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}(@[0-9a-f]{8,64})?")
 _RUN = re.compile(r".{1,200}")
@@ -208,9 +209,8 @@ class Ledger:
                 return None
             return _Demand(asked | Counter(account.charged), budget, covered=False)
 
-        entry = _entry("reserve", dataset, run, plan_sha256=plan_sha256, event=_text(event))
-        limits = json.dumps(asdict(budget), sort_keys=True, allow_nan=False)
-        self._append_within(replace(entry, budget=limits), demand)
+        what = {"plan_sha256": plan_sha256, "event": _text(event), "budget": _text_of(budget)}
+        self._append_within(_entry("reserve", dataset, run, **what), demand)
 
     def charge(
         self,
@@ -259,8 +259,8 @@ class Ledger:
             held = charged | Counter(account.reserved) if account.open else charged
             return _Demand(held, account.budget, covered=covered)
 
-        entry = _entry("charge", dataset, key.run, plan_sha256=plan_sha256, event=_text(event))
-        entry = replace(entry, round=key.round, release=key.release, payload_sha256=payload_sha256)
+        what = {"plan_sha256": plan_sha256, "event": _text(event)}
+        entry = _entry_of(key, "charge", dataset, payload_sha256=payload_sha256, **what)
         return self._append_within(entry, demand)
 
     def bind(self, dataset: str, key: ReleaseKey, payload_sha256: str) -> None:
@@ -278,12 +278,7 @@ class Ledger:
             if paid.payload_sha256 not in {None, payload_sha256}:
                 raise ReleaseConflict(f"{key} was released with other content")
             if paid.payload_sha256 is None:
-                entry = _entry("release", dataset, key.run)
-                append(
-                    replace(
-                        entry, round=key.round, release=key.release, payload_sha256=payload_sha256
-                    )
-                )
+                append(_entry_of(key, "release", dataset, payload_sha256=payload_sha256))
 
     def settle(self, dataset: str, run: str) -> None:
         """End a run's reservation and free what it has not charged; nothing if none is open."""
@@ -294,9 +289,9 @@ class Ledger:
 
     def vouch(self, dataset: str, run: str, line: tuple[int, str]) -> None:
         """Write down that the site's audit log has a line, by number and hash."""
-        entry = _entry("audit", dataset, run)
+        entry = _entry("audit", dataset, run, round=line[0], payload_sha256=line[1])
         with self._table.transaction() as append:
-            append(replace(entry, round=line[0], payload_sha256=line[1]))
+            append(entry)
 
     @property
     def vouched(self) -> tuple[int, str] | None:
@@ -325,10 +320,10 @@ class Ledger:
         parts = [
             SelfComposedDpEvent(from_json(leaf), count) for leaf, count in sorted(missing.items())
         ]
-        entry = _entry("restore", dataset, name, event=_text(ComposedDpEvent(parts)))
-        limits = json.dumps(asdict(budget), sort_keys=True, allow_nan=False)
+        what = {"event": _text(ComposedDpEvent(parts)), "budget": _text_of(budget)}
+        entry = _entry("restore", dataset, name, **what)
         with self._table.transaction() as append:
-            append(replace(entry, budget=limits))
+            append(entry)
 
     def standing(self, *, upto: int | None = None) -> dict[str, dict[str, tuple[int, int]]]:
         """By dataset and mechanism: how often it was charged, and how often with open reservations.
@@ -485,29 +480,20 @@ class Ledger:
         tally = tally_of_text(entry.event or "")
         if entry.kind in _CHARGING:
             self._charged.setdefault(entry.dataset, Counter()).update(tally)
-        if entry.kind == "restore":
-            self._runs[place] = RunAccount(
-                dataset=entry.dataset,
-                run=entry.run,
-                plan_sha256="",
-                budget=Budget(**json.loads(entry.budget or "")),
-                reserved={},
-                open=False,
-                charged=tally,
-                charges=1,
-            )
-        elif entry.kind == "reserve":
-            account = self._runs.pop(place, None)
-            renewed = RunAccount(
+        if entry.kind in {"reserve", "restore"}:
+            before = self._runs.pop(place, None)
+            account = RunAccount(
                 dataset=entry.dataset,
                 run=entry.run,
                 plan_sha256=entry.plan_sha256 or "",
                 budget=Budget(**json.loads(entry.budget or "")),
                 reserved=tally,
             )
-            if account is not None:
-                renewed = replace(renewed, charged=account.charged, charges=account.charges)
-            self._runs[place] = renewed
+            if entry.kind == "restore":
+                account = replace(account, reserved={}, open=False, charged=tally, charges=1)
+            elif before is not None:
+                account = replace(account, charged=before.charged, charges=before.charges)
+            self._runs[place] = account
         elif entry.kind == "charge":
             account = self._runs[place]
             charged = Counter(account.charged) + Counter(tally)
@@ -534,15 +520,71 @@ def _text(event: DpEvent) -> str:
     return str(to_json(event))
 
 
-def _entry(
-    kind: str, dataset: str, run: str, *, plan_sha256: str | None = None, event: str | None = None
-) -> LedgerEntry:
+def _text_of(budget: Budget) -> str:
+    return json.dumps(asdict(budget), sort_keys=True, allow_nan=False)
+
+
+def _entry(kind: str, dataset: str, run: str, **columns: Any) -> LedgerEntry:
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
-    return LedgerEntry(
-        kind=kind,
-        dataset=require_dataset_key(dataset),
-        run=ReleaseKey(run, 0, kind).run,
-        time=now,
-        plan_sha256=plan_sha256,
-        event=event,
-    )
+    run = ReleaseKey(run, 0, kind).run
+    return LedgerEntry(kind, require_dataset_key(dataset), run, now, **columns)
+
+
+def _entry_of(key: ReleaseKey, kind: str, dataset: str, **columns: Any) -> LedgerEntry:
+    return _entry(kind, dataset, key.run, round=key.round, release=key.release, **columns)
+
+
+# --- as people and pages see it ---
+
+
+def open_ledger(place: Path) -> Ledger:
+    """The ledger at a file, or in a site's state folder; it must be there.
+
+    Raises
+    ------
+    LedgerDamaged
+        No ledger there, or not a whole one.
+    """
+    return Ledger(place / LEDGER_FILE if place.is_dir() else place, create=False)
+
+
+def dataset_rows(ledger: Ledger) -> list[dict[str, Any]]:
+    """One row a dataset: what is spent and reserved, of which budget.
+
+    Epsilon is taken at the delta of the dataset's newest budget. ``left`` is what the budget has
+    above charges and open reservations together.
+    """
+    return [_dataset_row(ledger, name) for name in {a.dataset: None for a in ledger.runs()}]
+
+
+def run_rows(ledger: Ledger) -> list[dict[str, Any]]:
+    """One row a run and dataset: its plan, releases and epsilon of its own."""
+    return [
+        {
+            "dataset": account.dataset,
+            "run": account.run,
+            "plan_sha256": account.plan_sha256,
+            "state": "open" if account.open else "settled",
+            "releases": account.charges,
+            "epsilon": epsilon_of(account.charged, delta=account.budget.delta),
+            "epsilon_reserved": epsilon_of(account.reserved, delta=account.budget.delta),
+            "delta": account.budget.delta,
+        }
+        for account in ledger.runs()
+    ]
+
+
+def _dataset_row(ledger: Ledger, name: str) -> dict[str, Any]:
+    accounts = ledger.runs(name)
+    budget = accounts[-1].budget  # of the newest reservation
+    committed = epsilon_of(total(a.committed for a in accounts), delta=budget.delta)
+    return {
+        "dataset": name,
+        "delta": budget.delta,
+        "epsilon_spent": epsilon_of(total(a.charged for a in accounts), delta=budget.delta),
+        "epsilon_committed": committed,
+        "epsilon_budget": budget.epsilon,
+        "left": max(0.0, budget.epsilon - committed),
+        "runs": len(accounts),
+        "releases": sum(a.charges for a in accounts),
+    }

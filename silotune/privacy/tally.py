@@ -3,10 +3,13 @@
 Composition under add/remove adjacency doesn't depend on the order of independent mechanisms, so a
 sequence of events is worth exactly its tally. Comparing tallies is how a charge is recognised as a
 part of what its run reserved, without computing any epsilon.
+
+`LiveEpsilon` says what each site of a run has spent so far, cheaply enough for every round.
 """
 
 from __future__ import annotations
 
+import bisect
 import functools
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -93,3 +96,64 @@ def _events(tally: Mapping[str, int]) -> list[DpEvent]:
         for leaf, n in sorted(tally.items())
         if n
     ]
+
+
+_POINTS = 16
+
+_Mechanism = tuple[float, float]
+
+
+class LiveEpsilon:
+    """Epsilon of each site after the rounds it replied in.
+
+    Certified points of the run's curve are computed once for each kind of site; between two of them
+    the later one is given, so the number shown is never below the truth and always within the curve.
+
+    Parameters
+    ----------
+    delta : float
+        The plan's.
+    rounds : int
+        Rounds of the whole run.
+    local_steps : int
+        Noisy steps that a site takes in a round.
+    """
+
+    def __init__(self, *, delta: float, rounds: int, local_steps: int) -> None:
+        self._delta, self._rounds, self._local_steps = delta, rounds, local_steps
+        self._mechanism: dict[str, _Mechanism] = {}
+        self._replies: Counter[str] = Counter()
+        self._curves: dict[_Mechanism, list[tuple[int, float]]] = {}
+
+    def joined(self, site: str, *, rate: float, sigma: float) -> None:
+        """A site takes part with this sampling rate and noise multiplier."""
+        self._mechanism[site] = (rate, sigma)
+
+    def replied(self, site: str) -> None:
+        """A site released a round's update."""
+        self._replies[site] += 1
+
+    def spent(self) -> dict[str, float]:
+        """An upper bound of epsilon, by site; sites that released nothing are left out."""
+        return {
+            site: self._after(mechanism, self._replies[site])
+            for site, mechanism in self._mechanism.items()
+            if self._replies[site]
+        }
+
+    def _after(self, mechanism: _Mechanism, rounds: int) -> float:
+        if mechanism not in self._curves:
+            # Here, because it takes seconds to import and a finished run's report needs none of it.
+            from silotune.privacy.accounting import epsilon_curve
+            from silotune.privacy.events import step_event
+
+            rate, sigma = mechanism
+            self._curves[mechanism] = epsilon_curve(
+                step_event(rate=rate, sigma=sigma, steps=self._local_steps),
+                rounds=self._rounds,
+                points=_POINTS,
+                delta=self._delta,
+            )
+        curve = self._curves[mechanism]
+        place = bisect.bisect_left([number for number, _ in curve], rounds)
+        return curve[min(place, len(curve) - 1)][1]

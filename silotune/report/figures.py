@@ -13,7 +13,7 @@ from statistics import fmean, stdev
 from typing import Any, Literal
 
 from silotune.events.view import Trouble
-from silotune.privacy.spent import LiveEpsilon
+from silotune.privacy.tally import LiveEpsilon
 from silotune.rounds.run_directory import Method, RunRecord, Scores
 
 Curves = Mapping[str, Sequence[tuple[int, float]]]

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from silotune.events import tracing
+from silotune.plan.document import canonical_json
 from silotune.protocol.errors import StoreUnusable
 
 _POLL_SECONDS = 0.05
@@ -94,7 +95,7 @@ def packed(arrays: Mapping[str, NDArray[Any]], state: Mapping[str, Any]) -> byte
     """One file of arrays, and of a state under the file's metadata."""
     # safetensors writes a strided view's base buffer; order="C" copies only what isn't contiguous.
     content = {name: np.asarray(array, order="C") for name, array in sorted(arrays.items())}
-    text = json.dumps(state, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    text = canonical_json(state)
     return bytes(save(content, metadata={_STATE: text}))
 
 

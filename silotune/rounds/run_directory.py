@@ -36,6 +36,7 @@ from safetensors.numpy import save
 from silotune.errors import EventMalformed, RunDirectoryInvalid
 from silotune.events.schema import written
 from silotune.events.view import RunView
+from silotune.plan.document import canonical_json
 
 _REQUIRED = ("plan.toml", "resolved.json")
 _STATE_KEY = "silotune"
@@ -288,7 +289,7 @@ def save_arrays(
     """
     # safetensors writes a strided view's base buffer; order="C" copies only what isn't contiguous.
     packed = {name: np.asarray(array, order="C") for name, array in sorted(arrays.items())}
-    text = json.dumps(jsonable(state), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    text = canonical_json(jsonable(state))
     write_atomically(path, save(packed, metadata={_STATE_KEY: text}))
 
 

@@ -12,7 +12,6 @@ Privacy certificates that sites hand in when a run is over, for people to downlo
 
 from __future__ import annotations
 
-import base64
 import json
 import threading
 import time
@@ -34,6 +33,7 @@ from silotune.trust.audit import COUNTER_SIGNED, AuditHead, AuditLog
 from silotune.trust.chain import Head
 from silotune.trust.errors import BooksDisagree, FederationError
 from silotune.trust.identity import fingerprint
+from silotune.trust.signed import decoded, encoded
 
 LEDGER_SIGNED, RESTORED = "ledger_signed", "books_restored"
 
@@ -198,19 +198,19 @@ class Books:
     def _keep_signature(self, site: str, yours: http.CounterSignature) -> None:
         member = self._registrar.enrolled[site].member
         head = AuditHead(yours.owner, yours.seq, yours.hash)
-        signature = base64.b64decode(yours.signature)
+        signature = decoded(yours.signature)
         self._audit.witness(head, signature, identity.decode_signing_key(member.signing_key))
 
     def _sign_log(self, mine: http.LogHead) -> http.CounterSignature:
         head = AuditHead(mine.owner, mine.seq, mine.hash)
         signature = head.sign(self._keys.signing)
         self._audit.counter_signed(head, signature, self._keys.signing.public_key())
-        return http.CounterSignature(**mine.model_dump(), signature=_text(signature))
+        return http.CounterSignature(**mine.model_dump(), signature=encoded(signature))
 
     def _sign_ledger(self, site: str, head: http.LedgerHead) -> http.LedgerSignature:
         signature = Head(head.seq, head.hash).sign(self._keys.signing)
         self._audit.append(LEDGER_SIGNED, site=site, ledger_seq=head.seq, ledger_hash=head.hash)
-        return http.LedgerSignature(seq=head.seq, hash=head.hash, signature=_text(signature))
+        return http.LedgerSignature(seq=head.seq, hash=head.hash, signature=encoded(signature))
 
     def _save(self, site: str, memory: KnownBooks) -> None:
         row = {
@@ -310,10 +310,6 @@ def _own_head(audit: AuditLog) -> http.LogHead:
 
 def _seq(head: http.LogHead | http.LedgerHead | None) -> int:
     return head.seq if head is not None else 0
-
-
-def _text(signature: bytes) -> str:
-    return base64.b64encode(signature).decode()
 
 
 class Certificates:

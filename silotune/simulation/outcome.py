@@ -24,8 +24,7 @@ from silotune.plan.plan import Plan
 from silotune.privacy.accounting import epsilon_curve
 from silotune.privacy.certificate import CertificateBody
 from silotune.privacy.events import step_event
-from silotune.privacy.spent import LiveEpsilon
-from silotune.privacy.tally import epsilon_at_two_sites
+from silotune.privacy.tally import LiveEpsilon, epsilon_at_two_sites
 from silotune.report.verdict import quoted
 from silotune.rounds.run_directory import RunDirectory, spare
 from silotune.simulation.baselines import Counts, Job, Outcome, jobs_for, run_jobs, trains_head_only

@@ -27,7 +27,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from silotune.errors import LedgerDamaged, SilotuneError
 from silotune.plan.document import canonical_json, text_sha256
 from silotune.trust.files import create_file, create_private_folder, replace_file, require_private
-from silotune.trust.signed import Signing, decoded, encoded, fits, key_text
+from silotune.trust.identity import encode_signing_key
+from silotune.trust.signed import Signing, decoded, encoded, fits
 
 _SIGNING = Signing("silotune ledger head v1", "head", LedgerDamaged)
 
@@ -201,7 +202,7 @@ class Chain:
 
 def signature_fields(signature: bytes, key: Ed25519PublicKey) -> dict[str, str]:
     """A counter-signature as it is stored."""
-    return {"signature": encoded(signature), "key": key_text(key)}
+    return {"signature": encoded(signature), "key": encode_signing_key(key)}
 
 
 def require_counter_signature(

@@ -22,6 +22,7 @@ from silotune.errors import PlanSignatureInvalid, SilotuneError
 from silotune.plan.document import Document, canonical_json
 from silotune.plan.plan import Plan
 from silotune.trust.files import replace_file
+from silotune.trust.identity import encode_signing_key
 
 KeyText = Annotated[str, Field(pattern=r"^[A-Za-z0-9+/]{43}=$")]
 SignatureText = Annotated[str, Field(pattern=r"^[A-Za-z0-9+/]{86}==$")]
@@ -33,19 +34,13 @@ D = TypeVar("D", bound=Document)
 
 
 def encoded(raw: bytes) -> str:
-    """Base64 of a key or signature."""
+    """Base64 of a signature."""
     return base64.b64encode(raw).decode()
 
 
 def decoded(text: str) -> bytes:
     """Read what `encoded` wrote, and nothing else. Raises `ValueError`."""
     return base64.b64decode(text, validate=True)
-
-
-def key_text(key: Ed25519PrivateKey | Ed25519PublicKey) -> str:
-    """The public key in base64."""
-    public = key.public_key() if isinstance(key, Ed25519PrivateKey) else key
-    return encoded(public.public_bytes_raw())
 
 
 def fits(signature: bytes | str, covered: bytes, key: Ed25519PublicKey | bytes) -> bool:
@@ -125,7 +120,7 @@ class Signing:
         signed = {
             self.noun: content,
             "signature": encoded(self.sign(canonical_json(content), key)),
-            "key": key_text(key),
+            "key": encode_signing_key(key.public_key()),
         }
         replace_file(path, json.dumps(signed, indent=2).encode() + b"\n", mode=0o644)
 
@@ -182,7 +177,7 @@ class SignedPlan(Document):
     @classmethod
     def sign(cls, plan: Plan, key: Ed25519PrivateKey) -> Self:
         """Sign the canonical text."""
-        return cls(**_PLAN.sign_text(plan, key), key=key_text(key))
+        return cls(**_PLAN.sign_text(plan, key), key=encode_signing_key(key.public_key()))
 
     def verify(self, trusted: Ed25519PublicKey) -> Plan:
         """The plan, if `trusted` signed it. Raises `PlanSignatureInvalid`, `PlanInvalid`."""

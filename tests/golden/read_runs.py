@@ -9,8 +9,7 @@ from silotune.models.adapter import load_adapter
 from silotune.models.base import load_model
 from silotune.plan.plan import Plan
 from silotune.privacy.certificate import verify
-from silotune.privacy.ledger import Ledger
-from silotune.privacy.spent import run_rows
+from silotune.privacy.ledger import Ledger, run_rows
 from silotune.report.report import summary
 from silotune.rounds.run_directory import RunDirectory, read_record
 from silotune.simulation.run import recorded, require_same_records

@@ -28,10 +28,9 @@ from silotune.events.schema import parse
 from silotune.events.view import RunView
 from silotune.plan.plan import Plan
 from silotune.privacy.certificate import verify
-from silotune.privacy.ledger import Ledger
+from silotune.privacy.ledger import Ledger, dataset_rows, run_rows
 from silotune.privacy.secagg.messages import Member
 from silotune.privacy.secagg.site import SiteRound
-from silotune.privacy.spent import dataset_rows, entries, run_rows
 from silotune.protocol.envelope import address_of, seal, seal_id, unseal
 from silotune.release import RELEASE_FILE, hashes_of, read
 from silotune.rounds.secure_rounds import Settled
@@ -66,7 +65,7 @@ from tests.golden.registry import given, reads
 def ledger(folder):
     book = Ledger(folder / "ledger.sqlite", create=False)
     head = book.verify(trusted=FEDERATION_KEY.public_key())
-    rows = entries(book)
+    rows = [row.as_dict() for row in book.rows()]
     told = {
         "head": [head.seq, head.hash],
         "witnessed": book.witnessed().seq,

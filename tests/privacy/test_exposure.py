@@ -87,13 +87,19 @@ def test_the_combinations_are_those_of_the_plan():
     }
 
 
+def claims(tally, plan):
+    """Epsilon by number of colluding sites."""
+    found = certificate.exposures(tally, delta=DELTA, sums=certificate.sums_of(plan))
+    return {exposure.colluding: exposure.epsilon for exposure in found}
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(case[:3]))
 def test_no_certificate_claims_less_than_a_coordinator_can_see(case):
     """False alarm: below 1e-6 for each combination (Clopper and Pearson, each side half)."""
     plan = case[-1]
     sigma = sigma_of(plan)
     tally = tally_of(run_events(plan, UNITS, sigma=sigma)[0])
-    rows = dict(certificate.exposures(tally, delta=DELTA, sums=certificate.sums_of(plan)))
+    rows = claims(tally, plan)
     claimed = rows.get(0, rows[certificate.ALL_OTHERS])
     rng = np.random.default_rng(7)
     present = seen_by_the_coordinator(plan, sigma, rng, present=True)
@@ -104,13 +110,8 @@ def test_no_certificate_claims_less_than_a_coordinator_can_see(case):
 def test_the_attack_wins_where_the_claim_is_the_noise_of_a_sum():
     """The attack is sharp: it refutes, for each that keeps or changes, what a plain sum may claim."""
     fedavg = secure_plan("fedavg", "shared", "local")
-    claimed = dict(
-        certificate.exposures(
-            tally_of(run_events(fedavg, UNITS, sigma=sigma_of(fedavg))[0]),
-            delta=DELTA,
-            sums=certificate.sums_of(fedavg),
-        )
-    )[0]
+    tally = tally_of(run_events(fedavg, UNITS, sigma=sigma_of(fedavg))[0])
+    claimed = claims(tally, fedavg)[0]
     for strategy, head in (("fedsa", "shared"), ("fedavg", "local"), ("norm_bound", "shared")):
         plan = secure_plan(strategy, head, "local")
         sigma, rng = sigma_of(plan), np.random.default_rng(7)

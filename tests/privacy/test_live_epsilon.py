@@ -4,7 +4,7 @@ import pytest
 
 from silotune.privacy.accounting import epsilon
 from silotune.privacy.events import step_event
-from silotune.privacy.spent import LiveEpsilon
+from silotune.privacy.tally import LiveEpsilon
 
 DELTA, ROUNDS, STEPS = 1e-5, 40, 2
 

@@ -18,7 +18,7 @@ from silotune.plan.plan import Plan, dotted
 from silotune.protocol.http import Decision
 from silotune.trust import roster, signed
 from silotune.trust.errors import RosterInvalid
-from silotune.trust.identity import decode_signing_key
+from silotune.trust.identity import decode_signing_key, encode_signing_key
 from silotune.trust.roster import Roster, SignedRoster, follow
 from silotune.trust.signed import SignedPlan, Signing, encoded
 from tests.golden.material import FEDERATION_KEY
@@ -59,7 +59,7 @@ def _renewed(annotation, mark):
 def forged(text):
     """A text that the federation's key did sign."""
     signature = encoded(FEDERATION_KEY.sign(b"silotune plan v1\0" + text.encode()))
-    return SignedPlan(plan=text, signature=signature, key=signed.key_text(FEDERATION_KEY))
+    return SignedPlan(plan=text, signature=signature, key=encode_signing_key(TRUSTED))
 
 
 # --- what a later version reads -----------------------------------------------------------------

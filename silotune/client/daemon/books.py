@@ -9,7 +9,6 @@ use, with everything charged that may be missing in it.
 
 from __future__ import annotations
 
-import base64
 import fcntl
 import logging
 import os
@@ -27,14 +26,14 @@ from silotune.client.errors import DaemonRunning, RestoreNotNeeded
 from silotune.client.run_files import ROUNDS
 from silotune.data.site import SiteConfig
 from silotune.errors import LedgerDamaged
-from silotune.privacy.ledger import Budget, Ledger
-from silotune.privacy.spent import LEDGER_FILE
+from silotune.privacy.ledger import LEDGER_FILE, Budget, Ledger
 from silotune.privacy.tally import Tally, epsilon_of
 from silotune.protocol import http
 from silotune.protocol.errors import CoordinatorUnavailable, PortUnreachable
 from silotune.trust.audit import AUDIT_FILE, AuditHead, AuditLog
-from silotune.trust.chain import Head
+from silotune.trust.chain import GENESIS, Head
 from silotune.trust.errors import AuditLogDamaged, BooksDisagree, FederationError
+from silotune.trust.signed import decoded, encoded
 from silotune.trust.vault import Vault
 
 if TYPE_CHECKING:
@@ -156,10 +155,10 @@ class SiteBooks:
         if reply.yours is None:
             raise FederationError("the coordinator did not sign the head it was sent")
         seen = AuditHead(reply.yours.owner, reply.yours.seq, reply.yours.hash)
-        self._audit.witness(seen, base64.b64decode(reply.yours.signature), key)
+        self._audit.witness(seen, decoded(reply.yours.signature), key)
         if reply.ledger_signed is not None and ledger is not None:
             signed = Head(reply.ledger_signed.seq, reply.ledger_signed.hash)
-            ledger.witness(signed, base64.b64decode(reply.ledger_signed.signature), key)
+            ledger.witness(signed, decoded(reply.ledger_signed.signature), key)
         self._theirs = AuditHead(reply.mine.owner, reply.mine.seq, reply.mine.hash)
         self._known = http.Known(
             log=_log_head(own), ledger=None if head is None else _ledger_head(head)
@@ -175,7 +174,7 @@ class SiteBooks:
             owner=self._theirs.owner,
             seq=self._theirs.seq,
             hash=self._theirs.hash,
-            signature=base64.b64encode(signature).decode(),
+            signature=encoded(signature),
         )
 
     def _held(self, known: http.Known) -> http.Known:
@@ -213,7 +212,7 @@ def tell_damage(api: CoordinatorApi, enrolment: Enrolment) -> None:
     BooksDisagree
         What the coordinator answers once it has noted it.
     """
-    nothing = http.LogHead(owner=enrolment.facts.site, seq=0, hash="0" * 64)
+    nothing = http.LogHead(owner=enrolment.facts.site, seq=0, hash=GENESIS.hash)
     api.exchange_heads(http.HeadExchange(mine=nothing))
 
 
@@ -265,17 +264,18 @@ def verify_books(state: Path, audit: AuditLog, *, trusted: Ed25519PublicKey) -> 
     try:
         witnessed = ledger.witnessed()
         rows = ledger.verify(trusted=trusted if witnessed else None).seq
-        _require_agreement(ledger, audit, seen)
+        _require_agreement(ledger, seen, audit)
     finally:
         ledger.close()
     told = f"whole, {rows} rows, in agreement with its head file"
     told += f" and with the audit log up to row {seen.seq}" if seen else ""
-    return told + (f"; the coordinator's newest signature kept here is of row {witnessed.seq}"
-                   if witnessed else "; no signature of the coordinator is kept here")  # fmt: skip
+    if witnessed is None:
+        return f"{told}; no signature of the coordinator is kept here"
+    return f"{told}; the coordinator's newest signature kept here is of row {witnessed.seq}"
 
 
-def _require_agreement(ledger: Ledger, audit: AuditLog, seen: Head | None) -> None:
-    """Check that each book has what the other wrote down of it."""
+def _require_agreement(ledger: Ledger, seen: Head | None, audit: AuditLog) -> None:
+    """Hold each book against what it wrote down of the other."""
     if seen is not None and _head_at(ledger, seen.seq) != seen:
         raise LedgerDamaged(
             f"{ledger.path} is not the ledger that the audit log has seen: "
@@ -302,7 +302,7 @@ def _ledger_seen_by(audit: AuditLog) -> Head | None:
 def _head_at(ledger: Ledger | None, seq: int) -> Head | None:
     if ledger is None:
         return None
-    found = Head(seq, ledger.hash_of(seq) if seq else "0" * 64)
+    found = Head(seq, ledger.hash_of(seq)) if seq else GENESIS
     return found if found.hash else None
 
 

@@ -282,7 +282,7 @@ class SiteDoctor:
         return check
 
     def _ledger(self) -> str:
-        from silotune.privacy.spent import LEDGER_FILE
+        from silotune.privacy.ledger import LEDGER_FILE
 
         if self._enrolment is None and not (self._site.state_folder / LEDGER_FILE).exists():
             raise Skipped("there is none yet")

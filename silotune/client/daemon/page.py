@@ -23,8 +23,7 @@ from silotune.dashboard.page_guard import FORM, SESSION, Door, PageGuard, Scope
 from silotune.dashboard.pages import FORM_BODY, Pages, SignIn, Templates
 from silotune.data.site import SiteConfig
 from silotune.errors import SilotuneError
-from silotune.privacy.ledger import Ledger
-from silotune.privacy.spent import LEDGER_FILE, dataset_rows
+from silotune.privacy.ledger import LEDGER_FILE, Ledger, dataset_rows
 from silotune.privacy.tally import epsilon_of, total
 from silotune.trust.audit import AUDIT_FILE, AuditLog
 

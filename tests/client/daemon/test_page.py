@@ -13,8 +13,7 @@ from silotune.client.daemon.socket import ControlSocket
 from silotune.dashboard.page_guard import Door, OwnerLink
 from silotune.data.site import SiteConfig
 from silotune.privacy.events import step_event
-from silotune.privacy.ledger import Budget, Ledger, ReleaseKey
-from silotune.privacy.spent import LEDGER_FILE, dataset_rows
+from silotune.privacy.ledger import LEDGER_FILE, Budget, Ledger, ReleaseKey, dataset_rows
 from silotune.protocol.http import Proposal
 from silotune.trust.audit import AUDIT_FILE, AuditLog
 from silotune.trust.identity import Person
