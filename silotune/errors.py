@@ -16,9 +16,10 @@ Errors of releasing an adapter.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 class SilotuneError(Exception):
@@ -412,6 +413,13 @@ def catalogue() -> list[type[SilotuneError]]:
 
     named = [cls for cls in below(SilotuneError) if "code" in cls.__dict__]
     return sorted(named, key=lambda cls: cls.code)
+
+
+def told_again(said: Mapping[str, Any]) -> SilotuneError:
+    """An error as another process told it: its ``code``, ``detail`` and ``remedy``."""
+    known = {error.code: error for error in catalogue()}
+    kind = known.get(str(said.get("code")), SilotuneError)
+    return kind(str(said.get("detail") or ""), remedy=said.get("remedy"))
 
 
 class LengthRefused(ModelError):

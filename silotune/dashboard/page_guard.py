@@ -99,7 +99,7 @@ class Door:
     link : Link or None
         The secret of a link that the command printed.
     refused : callable or None
-        ``refused(person, path)``: told of a person who tried what their role does not allow.
+        ``refused(person, action, target, code=…)``: told of a form that somebody may not send.
     sessions : Sessions
         Who is in.
     """
@@ -109,7 +109,7 @@ class Door:
     accounts: Accounts | None = None
     holder: Callable[[x509.Certificate], Person] | None = None
     link: OwnerLink | None = None
-    refused: Callable[[Person, str], None] | None = None
+    refused: Callable[..., None] | None = None
     sessions: Sessions = field(default_factory=Sessions)
 
     @property
@@ -198,7 +198,20 @@ class PageGuard:
     def _judge_form(
         self, scope: Scope, headers: Mapping[str, str], session: Session | None, path: str
     ) -> None:
-        """Refuse what another page sent, and what a viewer may not do."""
+        """Refuse what another page sent, and what a viewer may not do; told with who it was."""
+        try:
+            self._require_own_form(scope, headers, session)
+            if session is not None and path not in {"/signout", "/signin"}:
+                session.person.require_operator()
+        except SilotuneError as error:
+            if session is not None and self._door.refused is not None:
+                _, _, target, action = (*path.split("/", 3), "", "", "")[:4]
+                self._door.refused(session.person, action, target, code=error.code)
+            raise
+
+    def _require_own_form(
+        self, scope: Scope, headers: Mapping[str, str], session: Session | None
+    ) -> None:
         origin = headers.get("origin")
         scheme = "https" if self._door.tls else "http"
         if origin is not None and origin != f"{scheme}://{headers.get('host', '')}":
@@ -210,13 +223,6 @@ class PageGuard:
         given = scope[FORM].get("token", "")
         if not hmac.compare_digest(given.encode(), session.token.encode()):
             raise RequestForged("the form's token is missing or old")
-        if path not in {"/signout", "/signin"}:
-            try:
-                session.person.require_operator()
-            except NotPermitted:
-                if self._door.refused is not None:
-                    self._door.refused(session.person, path)
-                raise
 
     def _with_headers(self, send: Send) -> Send:
         extra = [(name.encode(), value.encode()) for name, value in HEADERS.items()]

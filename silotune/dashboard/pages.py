@@ -1,7 +1,7 @@
-"""The pages and their routes, over any source of runs and, for a coordinator, its desk.
+"""The pages and their routes, over any source of runs and, for a coordinator, its operations.
 
-A desk is what the pages need of a running coordinator; a simulation has none. People sign in with a
-password, a person's certificate, or the link that a command printed.
+A simulation has no operations. People sign in with a password, a person's certificate, or the link that
+a command printed.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import hmac
 import json
 import mimetypes
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib.resources import files
@@ -37,7 +37,17 @@ from silotune.dashboard.errors import PageUnknown, TooManyAttempts
 from silotune.dashboard.page_guard import FORM, SESSION, Door, PageGuard, Scope, certificate_of
 from silotune.dashboard.run_page import Glance, RunPage, Spending, glance, run_page
 from silotune.errors import FileNotOffered, RunNotFound, SilotuneError
-from silotune.events.source import OVER, Batch, Feed, RunFacts, Source, Views
+from silotune.events.source import (
+    OVER,
+    Batch,
+    Feed,
+    RequestFacts,
+    Row,
+    RunFacts,
+    SiteFacts,
+    Source,
+    Views,
+)
 from silotune.trust.errors import SignInNeeded
 from silotune.trust.identity import Person
 
@@ -53,12 +63,15 @@ class SignIn:
         The page.
     title : str
         The federation's name.
-    desk : Desk or None
+    operations : PageOperations or None
         Told who came in.
     """
 
-    def __init__(self, door: Door, templates: Templates, *, title: str, desk: Desk | None) -> None:
-        self._door, self._templates, self._title, self._desk = door, templates, title, desk
+    def __init__(
+        self, door: Door, templates: Templates, *, title: str, operations: PageOperations | None
+    ) -> None:
+        self._door, self._templates, self._title = door, templates, title
+        self._operations = operations
         self._brake = Brake()
 
     def add_to(self, app: FastAPI) -> None:
@@ -117,8 +130,8 @@ class SignIn:
     def _welcome(self, request: Request, person: Person, *, how: str) -> Response:
         if request.scope[SESSION] is not None:  # a new session for a new sign-in, always
             self._door.sessions.end(request.cookies.get(self._door.cookie, ""))
-        if self._desk is not None:
-            self._desk.signed_in(person, how=how)
+        if self._operations is not None:
+            self._operations.signed_in(person, how=how)
         response = RedirectResponse("/", 303)
         self._door.set_cookie(response, self._door.sessions.begin(person))
         return response
@@ -128,7 +141,7 @@ class SignIn:
             "signin.html",
             title=self._title,
             session=None,
-            desk=False,
+            coordinator=False,
             message=message,
             passwords=self._door.accounts is not None,
             certificates=self._door.holder is not None,
@@ -156,7 +169,7 @@ class Content:
         The federation's name, or that of a folder of simulations.
     source : Source
         Runs.
-    desk : Desk or None
+    operations : PageOperations or None
         A running coordinator's; None for simulations.
     metrics : callable or None
         Prometheus's text.
@@ -166,7 +179,7 @@ class Content:
 
     title: str
     source: Source
-    desk: Desk | None = None
+    operations: PageOperations | None = None
     metrics: Callable[[], bytes] | None = None
     metrics_token: str = ""
 
@@ -204,7 +217,7 @@ def build(content: Content, door: Door) -> ASGIApp:
     pages = Pages(content, door, templates)
     app = FastAPI(title="silotune dashboard", docs_url=None, redoc_url=None, openapi_url=None)
     pages.add_to(app)
-    SignIn(door, templates, title=content.title, desk=content.desk).add_to(app)
+    SignIn(door, templates, title=content.title, operations=content.operations).add_to(app)
     app.state.pages = pages
 
     def failure(scope: Scope, error: SilotuneError, status: int) -> Response:
@@ -224,7 +237,7 @@ class Pages:
 
     def __init__(self, content: Content, door: Door, templates: Templates) -> None:
         self._content, self._door, self._templates = content, door, templates
-        self._source, self._desk = content.source, content.desk
+        self._source, self._operations = content.source, content.operations
         self._views, self._spending = Views(content.source), Spending()
         self._glances: dict[tuple[str, str, int], Glance] = {}
         self._feed: Feed | None = None
@@ -240,7 +253,7 @@ class Pages:
         app.add_api_route("/compare", self.compare, **get)
         app.add_api_route("/static/{name}", self.static, methods=["GET"])
         app.add_api_route("/metrics", self.metrics, methods=["GET"])
-        if self._desk is not None:
+        if self._operations is not None:
             app.add_api_route("/sites", self.sites, **get)
             app.add_api_route("/actions", self.actions, **get)
             post: dict[str, Any] = {"methods": ["POST"], "openapi_extra": FORM_BODY}
@@ -252,11 +265,11 @@ class Pages:
 
     def overview(self, request: Request) -> Response:
         """Every run, and who is there."""
-        desk = self._desk
-        sites = desk.sites() if desk else []
+        asked = self._operations
+        sites = asked.sites() if asked else []
         recent = time.time() - _RECENT_SECONDS
-        alarms = [row for row in desk.alarms() if row["time"] > recent] if desk else []
-        waiting = [r for r in desk.requests() if r.state == "waiting"] if desk else []
+        alarms = [row for row in asked.alarms() if row["time"] > recent] if asked else []
+        waiting = [r for r in asked.requests() if r.state == "waiting"] if asked else []
         return self._page(
             request,
             "overview.html",
@@ -312,8 +325,8 @@ class Pages:
     def file(self, request: Request, run: str, name: str) -> Response:
         """A file to keep; never shown in the page's own origin."""
         person = self._session(request).person
-        if self._desk is not None:
-            content = self._desk.download(person, run, name)
+        if self._operations is not None:
+            content = self._operations.download(person, run, name)
         else:
             content = self._source.read(run, name)
         kind = mimetypes.guess_type(name)[0] or "application/octet-stream"
@@ -333,15 +346,18 @@ class Pages:
 
     def sites(self, request: Request) -> Response:
         """Sites, and requests to be enrolled."""
-        assert self._desk is not None
+        assert self._operations is not None
         return self._page(
-            request, "sites.html", sites=self._desk.sites(), requests=self._desk.requests()
+            request,
+            "sites.html",
+            sites=self._operations.sites(),
+            requests=self._operations.requests(),
         )
 
     def actions(self, request: Request) -> Response:
         """What people did."""
-        assert self._desk is not None
-        done, alarms = self._desk.done(), self._desk.alarms()
+        assert self._operations is not None
+        done, alarms = self._operations.actions(), self._operations.alarms()
         return self._page(request, "actions.html", actions=done, alarms=alarms)
 
     @staticmethod
@@ -365,8 +381,12 @@ class Pages:
 
     def act(self, request: Request, run: str, action: str) -> Response:
         """Pause, resume or stop a run."""
-        assert self._desk is not None
-        known = {"pause": self._desk.pause, "resume": self._desk.resume, "stop": self._desk.stop}
+        assert self._operations is not None
+        known = {
+            "pause": self._operations.pause,
+            "resume": self._operations.resume,
+            "stop": self._operations.stop,
+        }
         if action not in known:
             raise PageUnknown(f"{action[:40]!r} is nothing that can be done with a run")
         known[action](self._session(request).person, run)
@@ -374,22 +394,22 @@ class Pages:
 
     def decide(self, request: Request, number: str, action: str) -> Response:
         """Approve or refuse a request to be enrolled."""
-        assert self._desk is not None
+        assert self._operations is not None
         person = self._session(request).person
         if action == "approve":
-            self._desk.approve(person, number)
+            self._operations.approve(person, number)
         elif action == "refuse":
             reason = request.scope[FORM].get("reason", "")[:500]
-            self._desk.refuse(person, number, reason=reason)
+            self._operations.refuse(person, number, reason=reason)
         else:
             raise PageUnknown(f"{action[:40]!r} is nothing that can be done with a request")
         return RedirectResponse("/sites", 303)
 
     def revoke(self, request: Request, site: str) -> Response:
         """Shut a site out."""
-        assert self._desk is not None
+        assert self._operations is not None
         reason = request.scope[FORM].get("reason", "")[:500]
-        self._desk.revoke(self._session(request).person, site, reason=reason)
+        self._operations.revoke(self._session(request).person, site, reason=reason)
         return RedirectResponse("/sites", 303)
 
     # --- parts ---
@@ -402,7 +422,7 @@ class Pages:
                 error=error,
                 title=self._content.title,
                 session=session,
-                desk=self._desk is not None,
+                coordinator=self._operations is not None,
             ),
             status,
         )
@@ -441,7 +461,7 @@ class Pages:
                 template,
                 title=self._content.title,
                 session=session,
-                desk=self._desk is not None,
+                coordinator=self._operations is not None,
                 **values,
             )
         )
@@ -473,93 +493,53 @@ def _asset(name: str) -> bytes:
     return (files("silotune.dashboard") / "static" / name).read_bytes()
 
 
-class SiteFacts(Protocol):
-    """A site of the federation."""
-
-    @property
-    def site(self) -> str:
-        """Its name."""
-
-    @property
-    def status(self) -> str:
-        """``active`` or ``revoked``."""
-
-    @property
-    def online(self) -> bool:
-        """Whether its heartbeats are current."""
-
-    @property
-    def last_seen(self) -> float | None:
-        """Unix time until which they were."""
-
-    @property
-    def words(self) -> str:
-        """Its identity in six words."""
-
-
-class RequestFacts(Protocol):
-    """A request to be enrolled."""
-
-    @property
-    def request(self) -> str:
-        """Its id."""
-
-    @property
-    def site(self) -> str:
-        """The name it asks for."""
-
-    @property
-    def state(self) -> str:
-        """``waiting``, ``approved`` or ``refused``."""
-
-    @property
-    def reason(self) -> str:
-        """Why it was refused."""
-
-    @property
-    def requested_at(self) -> float:
-        """Unix time."""
-
-    @property
-    def words(self) -> str:
-        """The six words to compare."""
-
-
-class Desk(Protocol):
-    """Questions and actions, each in a person's name; actions refuse viewers themselves."""
+class PageOperations(Protocol):
+    """Those of the coordinator's operations that pages have: each act judges and notes who did it."""
 
     def sites(self) -> Sequence[SiteFacts]:
         """Every site."""
+        ...
 
     def requests(self) -> Sequence[RequestFacts]:
         """Requests to be enrolled, newest first."""
+        ...
 
-    def alarms(self) -> Sequence[Mapping[str, Any]]:
+    def alarms(self) -> Sequence[Row]:
         """Events of kind ``alarm``, newest first."""
+        ...
 
-    def done(self) -> Sequence[Mapping[str, Any]]:
+    def actions(self) -> Sequence[Row]:
         """What people did, newest first."""
+        ...
 
-    def pause(self, person: Person, run: str) -> None:
+    def pause(self, person: Person, run: str, /) -> object:
         """Hold a run."""
+        ...
 
-    def resume(self, person: Person, run: str) -> None:
+    def resume(self, person: Person, run: str, /) -> object:
         """Go on with a run."""
+        ...
 
-    def stop(self, person: Person, run: str) -> None:
+    def stop(self, person: Person, run: str, /) -> object:
         """End a run."""
+        ...
 
-    def approve(self, person: Person, request: str) -> str:
+    def approve(self, person: Person, request: str, /) -> object:
         """Let a site in."""
+        ...
 
-    def refuse(self, person: Person, request: str, *, reason: str) -> str:
+    def refuse(self, person: Person, request: str, /, *, reason: str) -> object:
         """Turn a site away."""
+        ...
 
-    def revoke(self, person: Person, site: str, *, reason: str) -> None:
+    def revoke(self, person: Person, site: str, /, *, reason: str) -> object:
         """Shut a site out."""
+        ...
 
-    def download(self, person: Person, run: str, name: str) -> bytes:
-        """A file of a run, noted."""
+    def download(self, person: Person, run: str, name: str, /) -> bytes:
+        """A file of a run."""
+        ...
 
     def signed_in(self, person: Person, *, how: str) -> None:
         """Note that somebody came in."""
+        ...

@@ -51,6 +51,36 @@ class RunFacts:
         return section.get("epsilon") if section.get("mode", "none") != "none" else None
 
 
+@dataclass(frozen=True, kw_only=True)
+class SiteFacts:
+    """A site of the federation.
+
+    `status` is ``active`` or ``revoked``; `last_seen` the Unix time until which its heartbeats were
+    good; `words` its identity in six words; `books` says why its books are not those that were signed
+    last, and is empty if they are.
+    """
+
+    site: str
+    status: str
+    online: bool
+    last_seen: float | None
+    words: str
+    certificate_sha256: str = ""
+    books: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestFacts:
+    """A request to be enrolled: ``waiting``, ``approved`` or ``refused``, and why."""
+
+    request: str
+    site: str
+    state: str
+    reason: str
+    requested_at: float
+    words: str
+
+
 @dataclass(frozen=True)
 class FileOffer:
     """A file that may be downloaded."""

@@ -27,8 +27,7 @@ from sqlalchemy import delete, insert, select
 from silotune.dashboard.run_page import Spending, left
 from silotune.errors import catalogue
 from silotune.events import schema
-from silotune.events.source import OVER, Readable, RunFacts, Source, Views
-from silotune.server.admin.operations import SiteOverview
+from silotune.events.source import OVER, Readable, RunFacts, SiteFacts, Source, Views
 from silotune.server.config import AlertsSection, read_secret
 from silotune.server.store.database import CURSORS, Store
 
@@ -96,7 +95,7 @@ class Rules:
     """
 
     def __init__(
-        self, source: Source, sites: Callable[[], Sequence[SiteOverview]], config: AlertsSection
+        self, source: Source, sites: Callable[[], Sequence[SiteFacts]], config: AlertsSection
     ) -> None:
         self._source, self._sites, self._config = source, sites, config
         self._views, self._spending = Views(source), Spending()

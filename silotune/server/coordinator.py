@@ -13,12 +13,11 @@ from typing import Any
 
 from silotune.flower.superlink import LinkState, Signal
 from silotune.protocol.envelope import COORDINATOR
+from silotune.server.admin.operations import CoordinatorParts, Operations
 from silotune.server.admin.socket import AdminRoutes
 from silotune.server.books import Books, Certificates
 from silotune.server.conductor import Conductor, RunParts
 from silotune.server.config import (
-    AUTHORITY_CERTIFICATE,
-    SERVER_CERTIFICATE,
     CoordinatorConfig,
     CoordinatorKeys,
     Home,
@@ -28,12 +27,17 @@ from silotune.server.config import (
 from silotune.server.enrolment import Registrar
 from silotune.server.errors import CoordinatorConfigInvalid, CoordinatorRunning, FolderInUse
 from silotune.server.guard import Guard
-from silotune.server.listener import Listener, bind_private, bind_public, tls_context
+from silotune.server.listener import (
+    AccountProtocol,
+    Listener,
+    bind_private,
+    bind_public,
+    server_tls,
+)
 from silotune.server.monitoring import Monitoring
 from silotune.server.routes import SiteRoutes
 from silotune.server.store.database import Store
 from silotune.server.store.runs import FederationLog, Runs
-from silotune.trust import identity
 from silotune.trust.audit import AuditLog
 from silotune.trust.files import create_private_folder, replace_file, require_private_tree
 from silotune.trust.vault import Vault
@@ -156,22 +160,16 @@ class Coordinator:
         self.signal = Signal()
         self.log = FederationLog(self.store, on_event=self.signal.fire)
         self._alarms: dict[tuple[str, str], float] = {}
-        self._started_at = time.time()
         self._stopping = threading.Event()
-        self._assemble()
         self._public = bind_public(self.config.listen.host, self.config.listen.port)
         self.port = int(self._public.getsockname()[1])
+        self._assemble()
 
     @property
     def url(self) -> str:
         """What sites connect to."""
         host = self.config.listen.hosts[0]
         return f"https://{f'[{host}]' if ':' in host else host}:{self.port}"
-
-    @property
-    def control_address(self) -> str:
-        """``host:port`` of the admin API; empty if there is none."""
-        return self.monitoring.control_address
 
     def _assemble(self) -> None:
         federation = self.config.federation.name
@@ -217,24 +215,34 @@ class Coordinator:
             serves=self.books.serves,
             alarm=self.alarm,
         )
-        self.admin = AdminRoutes(self)
-        self.monitoring = Monitoring(self)
+        parts = CoordinatorParts(
+            home=self.home,
+            config=self.config,
+            keys=self.keys,
+            store=self.store,
+            link=self.link,
+            audit=self.audit,
+            log=self.log,
+            registrar=self.registrar,
+            books=self.books,
+            conductor=self.conductor,
+            url=self.url,
+        )
+        self.operations = Operations(parts)
+        self._admin = AdminRoutes(self.operations)
+        self._monitoring = Monitoring(parts, self.operations)
 
     # --- life ---
 
     def start(self) -> None:
         """Listen, and go on with every run that was under way."""
-        with self.keys.key_file() as key:
-            tls = tls_context(
-                certificate=self.home.keys / SERVER_CERTIFICATE,
-                key=key,
-                authority=self.home.keys / AUTHORITY_CERTIFICATE,
-            )
+        tls = server_tls(self.home, self.keys)
         self._front = Listener(self.guard, bound=self._public, tls=tls)
-        self._back = Listener(self.admin.app(), bound=bind_private(self.home.socket_path), tls=None)
+        private = bind_private(self.home.socket_path)
+        self._back = Listener(self._admin.app(), bound=private, tls=None, protocol=AccountProtocol)
         self._front.start()
         self._back.start()
-        self.monitoring.start()
+        self._monitoring.start()
         self.conductor.start()
         self.audit.append("coordinator_started")
         _log.info(
@@ -257,10 +265,10 @@ class Coordinator:
     def close(self) -> None:
         """Stop listening and leave; runs stay where they are and go on with the next process."""
         self.conductor.close()
-        self.monitoring.stop()
+        self._monitoring.stop()
         self.guard.doorbell.close()
         self.routes.doorbell.close()
-        self.admin.close()
+        self._admin.close()
         self._front.stop()
         self._back.stop()
         self.home.socket_path.unlink(missing_ok=True)
@@ -269,25 +277,6 @@ class Coordinator:
         self._lock.close()
 
     # --- what the parts tell ---
-
-    def status(self) -> dict[str, Any]:
-        """What an operator wants to see first."""
-        sightings = self.link.sightings()
-        enrolled = self.registrar.enrolled
-        online = [
-            n for n, e in enrolled.items() if e.node in sightings and sightings[e.node].online
-        ]
-        return {
-            "federation": self.config.federation.name,
-            "url": self.url,
-            "authority_sha256": self.keys.fingerprint,
-            "federation_key": identity.encode_signing_key(self.keys.signing.public_key()),
-            "certificate_days_left": round(identity.days_left(self.keys.server_certificate), 1),
-            "roster_version": self.registrar.roster.version,
-            "sites": len(enrolled),
-            "online": sorted(online),
-            "up_seconds": round(time.time() - self._started_at, 1),
-        }
 
     def alarm(self, kind: str, *, site: str, **fields: Any) -> None:
         """Note what only an attack or a mistake explains; once a minute for each kind and site."""

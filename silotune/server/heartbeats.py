@@ -9,7 +9,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Sequence
 
-from silotune.server.admin.operations import SiteOverview
+from silotune.events.source import SiteFacts
 from silotune.server.store.runs import FederationLog
 
 
@@ -30,7 +30,7 @@ class Heartbeats:
 
     def __init__(
         self,
-        sites: Callable[[], Sequence[SiteOverview]],
+        sites: Callable[[], Sequence[SiteFacts]],
         *,
         log: FederationLog,
         runs_of: Callable[[str], Iterable[Callable[..., object]]],

@@ -11,6 +11,7 @@ import functools
 import os
 import socket
 import ssl
+import struct
 import threading
 import time
 from collections import Counter
@@ -22,6 +23,12 @@ from typing import Any, ClassVar
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from silotune.server.config import (
+    AUTHORITY_CERTIFICATE,
+    SERVER_CERTIFICATE,
+    CoordinatorKeys,
+    Home,
+)
 from silotune.server.errors import PortTaken
 from silotune.server.guard import PEER, App
 
@@ -37,6 +44,11 @@ MOST_ANONYMOUS, ANONYMOUS_SECONDS = 64, 20.0
 MOST_PER_CERTIFICATE = 24
 """Connections with one and the same certificate."""
 
+ACCOUNT = "silotune.account"
+"""Key of the scope under which `AccountProtocol` puts the uid of who connected."""
+
+_CREDENTIALS = "iII"  # struct ucred of unix(7): process, user, group
+
 
 def tls_context(*, certificate: Path, key: Path, authority: Path) -> ssl.SSLContext:
     """TLS 1.3 only; a client's certificate is not needed, but one that is shown must be valid."""
@@ -46,6 +58,16 @@ def tls_context(*, certificate: Path, key: Path, authority: Path) -> ssl.SSLCont
     context.verify_mode = ssl.CERT_OPTIONAL
     context.verify_flags |= ssl.VERIFY_X509_STRICT
     return context
+
+
+def server_tls(home: Home, keys: CoordinatorKeys) -> ssl.SSLContext:
+    """TLS with the coordinator's own certificate, for clients of its authority."""
+    with keys.key_file() as key:
+        return tls_context(
+            certificate=home.keys / SERVER_CERTIFICATE,
+            key=key,
+            authority=home.keys / AUTHORITY_CERTIFICATE,
+        )
 
 
 class Loop(asyncio.SelectorEventLoop):
@@ -71,7 +93,7 @@ class PeerProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         tls = transport.get_extra_info("ssl_object")
         if tls is None:
-            return  # the admin socket: who may open it is the operator
+            return  # pages on loopback
         self._peer = tls.getpeercert(binary_form=True) or b""
         limit = MOST_PER_CERTIFICATE if self._peer else MOST_ANONYMOUS
         if self._open[self._peer] >= limit:
@@ -81,7 +103,7 @@ class PeerProtocol(HttpToolsProtocol):
         self._counted = True
         if not self._peer:
             self.loop.call_later(ANONYMOUS_SECONDS, self._time_is_over, transport)
-        self.app = functools.partial(_with_peer, self.app, self._peer)
+        self.app = functools.partial(_with, self.app, PEER, self._peer)
 
     def _time_is_over(self, transport: asyncio.Transport) -> None:
         """Answer what is being answered, if that is soon, and close."""
@@ -98,6 +120,20 @@ class PeerProtocol(HttpToolsProtocol):
                 del self._open[self._peer]
 
 
+class AccountProtocol(HttpToolsProtocol):
+    """For a Unix socket: uvicorn's HTTP/1.1, with the account (uid) at the other end in the scope."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Ask the kernel who it is."""
+        super().connection_made(transport)
+        connection: socket.socket = transport.get_extra_info("socket")
+        found = connection.getsockopt(
+            socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize(_CREDENTIALS)
+        )
+        _, uid, _ = struct.unpack(_CREDENTIALS, found)
+        self.app = functools.partial(_with, self.app, ACCOUNT, uid)
+
+
 class BrowserProtocol(PeerProtocol):
     """For pages: a browser without a certificate may stay and listen for news."""
 
@@ -105,10 +141,10 @@ class BrowserProtocol(PeerProtocol):
     _open: ClassVar[Counter[bytes]] = Counter()
 
 
-async def _with_peer(
-    app: App, peer: bytes, scope: MutableMapping[str, Any], receive: Any, send: Any
+async def _with(
+    app: App, key: str, value: object, scope: MutableMapping[str, Any], receive: Any, send: Any
 ) -> None:
-    scope[PEER] = peer
+    scope[key] = value
     await app(scope, receive, send)
 
 
@@ -145,8 +181,8 @@ class Listener:
         Bound already, so that a taken address is known before anything starts.
     tls : ssl.SSLContext or None
         None for a Unix socket.
-    protocol : type of PeerProtocol
-        Bounds on connections.
+    protocol : type of HttpToolsProtocol
+        Who may connect, and what the application is told of them.
     """
 
     def __init__(
@@ -155,7 +191,7 @@ class Listener:
         *,
         bound: socket.socket,
         tls: ssl.SSLContext | None,
-        protocol: type[PeerProtocol] = PeerProtocol,
+        protocol: type[HttpToolsProtocol] = PeerProtocol,
     ) -> None:
         config = uvicorn.Config(
             app,

@@ -1,41 +1,32 @@
-"""What people look at beside a running coordinator: the admin API, the pages, the alerts.
+"""What people look at beside a running coordinator: the admin API, the pages, metrics, alerts.
 
-Figures for Prometheus, taken from the store and the link state when they are asked for.
-
-The coordinator's own web pages: passwords or certificates of people, over TLS off loopback.
+Metrics are taken from the store and the link state when Prometheus asks. The pages let people in by
+passwords or certificates, over TLS off loopback.
 """
 
 from __future__ import annotations
 
-import functools
-import ssl
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from cryptography import x509
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from silotune.dashboard.accounts import Accounts
 from silotune.dashboard.page_guard import LOOPBACK, Door
 from silotune.dashboard.pages import Content, build
 from silotune.dashboard.run_page import Spending, left
 from silotune.events.source import OVER, RunFacts, Views
 from silotune.events.view import RunView
-from silotune.server.admin.operations import Operations
-from silotune.server.config import AUTHORITY_CERTIFICATE, SERVER_CERTIFICATE, read_secret
+from silotune.server.admin.operations import CoordinatorParts, Operations
+from silotune.server.config import read_secret
 from silotune.server.heartbeats import Heartbeats, Periodic
-from silotune.server.listener import BrowserProtocol, Listener, bind_public, tls_context
-from silotune.server.store.people import People
-from silotune.trust.identity import Person
+from silotune.server.listener import BrowserProtocol, Listener, bind_public, server_tls
 
 if TYPE_CHECKING:
     from silotune.server.admin.service import ControlServer
-    from silotune.server.coordinator import Coordinator
-    from silotune.server.listener import Listener
 
 
 class Monitoring:
@@ -43,79 +34,61 @@ class Monitoring:
 
     Parameters
     ----------
-    coordinator : Coordinator
-        Whose.
+    parts : CoordinatorParts
+        The coordinator's.
+    operations : Operations
+        What people may ask of it.
     """
 
-    def __init__(self, coordinator: Coordinator) -> None:
-        self._coordinator = coordinator
-        self.people = People(coordinator.store)
-        self.operations = Operations(
-            store=coordinator.store,
-            conductor=coordinator.conductor,
-            registrar=coordinator.registrar,
-            books=coordinator.books,
-            link=coordinator.link,
-            audit=coordinator.audit,
-            log=coordinator.log,
-        )
+    def __init__(self, parts: CoordinatorParts, operations: Operations) -> None:
+        self._parts, self._operations = parts, operations
         heartbeats = Heartbeats(
-            self.operations.sites,
-            log=coordinator.log,
-            runs_of=coordinator.conductor.running_with,
-            silent_seconds=coordinator.config.alerts.silent_seconds,
+            operations.sites,
+            log=parts.log,
+            runs_of=parts.conductor.running_with,
+            silent_seconds=parts.config.alerts.silent_seconds,
         )
         self._control: ControlServer | None = None
         self._pages: Listener | None = None
-        self._lookouts = [Periodic(lambda: heartbeats.look(time.time()), name="heartbeats")]
-
-    @property
-    def control_address(self) -> str:
-        """``host:port`` of the admin API; empty if there is none."""
-        if self._control is None:
-            return ""
-        host = self._coordinator.config.admin.host
-        return f"{f'[{host}]' if ':' in host else host}:{self._control.port}"
+        self._periodic = [Periodic(lambda: heartbeats.look(time.time()), name="heartbeats")]
 
     def start(self) -> None:
         """Serve. Raises `PortTaken`."""
-        config = self._coordinator.config
+        config = self._parts.config
         if config.admin.port is not None:
             from silotune.server.admin.service import ControlServer
 
+            host = config.admin.host
             self._control = ControlServer(
-                operations=self.operations,
-                people=self.people,
-                keys=self._coordinator.keys,
-                host=config.admin.host,
+                operations=self._operations,
+                keys=self._parts.keys,
+                host=host,
                 port=config.admin.port,
             )
             self._control.start()
+            bracketed = f"[{host}]" if ":" in host else host
+            self._operations.admin_address = f"{bracketed}:{self._control.port}"
         if config.dashboard.port is not None:
-            pass
-
-            self._pages = make_dashboard(self._coordinator, self, port=config.dashboard.port)
+            self._pages = make_dashboard(self._parts, self._operations, port=config.dashboard.port)
             self._pages.start()
         self._add_alerts()
-        for lookout in self._lookouts:
-            lookout.start()
+        for periodic in self._periodic:
+            periodic.start()
 
     def _add_alerts(self) -> None:
         from silotune.server.alerts import Alerting, Rules, sinks_of
 
-        coordinator, source = self._coordinator, self.operations.source
-        sinks = sinks_of(coordinator.config.alerts, base=coordinator.home.root)
+        parts, source = self._parts, self._operations.source
+        sinks = sinks_of(parts.config.alerts, base=parts.home.root)
         if sinks:
-            rules = Rules(source, self.operations.sites, coordinator.config.alerts)
-            alerting = Alerting(
-                rules, sinks, store=coordinator.store, source=source, log=coordinator.log
-            )
-            self._lookouts.append(Periodic(alerting.look, name="alerts"))
+            rules = Rules(source, self._operations.sites, parts.config.alerts)
+            alerting = Alerting(rules, sinks, store=parts.store, source=source, log=parts.log)
+            self._periodic.append(Periodic(alerting.look, name="alerts"))
 
     def stop(self) -> None:
         """Serve no longer."""
-        for lookout in reversed(self._lookouts):
-            lookout.stop()
+        for periodic in reversed(self._periodic):
+            periodic.stop()
         if self._pages is not None:
             self._pages.stop()
         if self._control is not None:
@@ -264,11 +237,7 @@ class _Families:
             self.left.add_metric([run, name], value)
 
 
-ACCOUNTS_FILE = "accounts.json"
-"""Name of the file with the passwords' hashes, in the coordinator's state folder."""
-
-
-def make_dashboard(coordinator: Coordinator, monitoring: Monitoring, *, port: int) -> Listener:
+def make_dashboard(parts: CoordinatorParts, operations: Operations, *, port: int) -> Listener:
     """The pages, ready to be served.
 
     On loopback they are served without TLS, so that a tunnel or a proxy can end there; on any other
@@ -281,44 +250,29 @@ def make_dashboard(coordinator: Coordinator, monitoring: Monitoring, *, port: in
     CoordinatorConfigInvalid
         The token's file can't be read.
     """
-    config = coordinator.config.dashboard
-    tls = None if config.host in LOOPBACK else _tls(coordinator)
-    names = {*config.hosts, *coordinator.config.listen.hosts, config.host}
+    config = parts.config.dashboard
+    tls = None if config.host in LOOPBACK else server_tls(parts.home, parts.keys)
+    names = {*config.hosts, *parts.config.listen.hosts, config.host}
     door = Door(
         hosts=frozenset(names | (LOOPBACK if tls is None else set())),
         tls=tls is not None,
-        accounts=Accounts(coordinator.home.state / ACCOUNTS_FILE),
-        holder=functools.partial(_holder, coordinator, monitoring) if tls else None,
-        refused=monitoring.operations.refused,
+        accounts=operations.accounts,
+        holder=operations.holder if tls else None,
+        refused=operations.refused,
     )
     content = Content(
-        title=coordinator.config.federation.name,
-        source=monitoring.operations.source,
-        desk=monitoring.operations,
-        metrics=Metrics(monitoring.operations).text,
-        metrics_token=_token(coordinator),
+        title=parts.config.federation.name,
+        source=operations.source,
+        operations=operations,
+        metrics=Metrics(operations).text,
+        metrics_token=_token(parts),
     )
     bound = bind_public(config.host, port)
     return Listener(build(content, door), bound=bound, tls=tls, protocol=BrowserProtocol)
 
 
-def _holder(
-    coordinator: Coordinator, monitoring: Monitoring, certificate: x509.Certificate
-) -> Person:
-    return monitoring.people.holder(certificate, coordinator.keys.authority.certificate)
-
-
-def _tls(coordinator: Coordinator) -> ssl.SSLContext:
-    with coordinator.keys.key_file() as key:
-        return tls_context(
-            certificate=coordinator.home.keys / SERVER_CERTIFICATE,
-            key=key,
-            authority=coordinator.home.keys / AUTHORITY_CERTIFICATE,
-        )
-
-
-def _token(coordinator: Coordinator) -> str:
-    path = coordinator.config.dashboard.metrics_token_file
+def _token(parts: CoordinatorParts) -> str:
+    path = parts.config.dashboard.metrics_token_file
     if path is None:
         return ""
-    return read_secret(coordinator.home.root / path, key="dashboard.metrics_token_file").decode()
+    return read_secret(parts.home.root / path, key="dashboard.metrics_token_file").decode()

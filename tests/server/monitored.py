@@ -75,7 +75,7 @@ class Office:
             certificate = signer.issue_client(request, subject=subject, days=days or 1)
         save_credentials(
             folder,
-            address=AdminAddress(address=self.coordinator.control_address, server_name="127.0.0.1"),
+            address=AdminAddress(address=self.coordinator.operations.admin_address, server_name="127.0.0.1"),
             key=identity.private_pem(key),
             certificate=identity.chain_pem([certificate]),
             authority=identity.chain_pem([keys.authority.certificate]),

@@ -51,7 +51,7 @@ def handed(text, run="demo-1"):
 
 
 def offered(town, run="demo-1"):
-    return [o.name for o in town.coordinator.monitoring.operations.source.files(run)]
+    return [o.name for o in town.coordinator.operations.source.files(run)]
 
 
 def test_a_certificate_is_handed_in_over_the_wire_and_offered_byte_for_byte(town, scene, tmp_path):
@@ -61,7 +61,7 @@ def test_a_certificate_is_handed_in_over_the_wire_and_offered_byte_for_byte(town
     with north.http() as client:
         answer = client.post(http.CERTIFICATE, content=handed(text).model_dump_json())
     assert answer.status_code == 200
-    source = town.coordinator.monitoring.operations.source
+    source = town.coordinator.operations.source
     assert source.read("demo-1", "certificate-north.json") == text.encode()
     assert "certificate-north.json" not in offered(town, "demo-2")
     assert town.audit("certificate_taken")[-1]["site"] == "north"
@@ -103,5 +103,5 @@ def test_a_later_certificate_replaces_the_first(town, scene, tmp_path):
     for text in (first, second):
         desk.take("north", handed(text))
     assert offered(town).count("certificate-north.json") == 1
-    source = town.coordinator.monitoring.operations.source
+    source = town.coordinator.operations.source
     assert source.read("demo-1", "certificate-north.json") == second.encode()

@@ -7,7 +7,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from silotune.dashboard.accounts import Accounts
-from silotune.server.monitoring import ACCOUNTS_FILE
+from silotune.server.admin.operations import ACCOUNTS_FILE
 from tests.server.monitored import office, tell_round  # noqa: F401 - a fixture
 
 PASSWORD = "correct horse battery"
@@ -53,7 +53,7 @@ def test_a_viewer_can_not_act_and_without_a_token_nobody_can(office, pages):  # 
     assert office.coordinator.conductor.runs.get("demo-1")["state"] == "running"
     page = vera.get("/runs/demo-1", headers=HTML).text
     assert "Stop for good" not in page
-    tried = [row for row in office.coordinator.monitoring.operations.done() if row["who"] == "vera"]
+    tried = [row for row in office.coordinator.operations.actions() if row["who"] == "vera"]
     refused = {(row["action"], row["target"]) for row in tried if row["outcome"] == "ST-625"}
     assert refused == {tuple(reversed(path.split("/")[2:])) for path in posts()}
 
@@ -142,6 +142,6 @@ def test_the_store_says_that_a_round_is_saved_in_the_transaction_that_saves_it(o
         )
         with pytest.raises(OSError, match="full"):
             tell_round(record, 1, ["a", "b"])
-    source = office.coordinator.monitoring.operations.source
+    source = office.coordinator.operations.source
     assert "round_saved" not in [row["event"] for row in source.events("run-f")]
     assert record.load_checkpoint() is None

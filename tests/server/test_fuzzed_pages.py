@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from silotune.dashboard.accounts import Accounts
 from silotune.dashboard.page_guard import Door
 from silotune.dashboard.pages import Content, build
-from silotune.server.monitoring import ACCOUNTS_FILE
+from silotune.server.admin.operations import ACCOUNTS_FILE
 from tests.server.monitored import office, tell_round
 from tests.server.test_alerts import Told
 from tests.server.test_coordinator_dashboard import PASSWORD, signed_in

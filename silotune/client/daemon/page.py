@@ -41,7 +41,7 @@ def build(site: SiteConfig, door: Door) -> ASGIApp:
     app.add_api_route(
         "/plans/{run}/{verdict}", page.decide, methods=["POST"], openapi_extra=FORM_BODY
     )
-    SignIn(door, templates, title=site.name, desk=None).add_to(app)
+    SignIn(door, templates, title=site.name, operations=None).add_to(app)
 
     def failure(scope: Scope, error: SilotuneError, status: int) -> Response:
         return page.failure(scope, error, status)
@@ -82,7 +82,7 @@ class SitePage:
             "site.html",
             title=self._site.name,
             session=request.scope[SESSION],
-            desk=False,
+            coordinator=False,
             status=status,
             problem=problem,
             plans=[describe(self._site, entry, approvals) for entry in open_entries],
@@ -110,7 +110,7 @@ class SitePage:
         """A page that tells an error."""
         session = scope.get(SESSION)
         text = self._templates.render(
-            "error.html", error=error, title=self._site.name, session=session, desk=False
+            "error.html", error=error, title=self._site.name, session=session, coordinator=False
         )
         return HTMLResponse(text, status)
 

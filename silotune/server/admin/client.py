@@ -1,30 +1,54 @@
-"""The client of the admin API: what `silotune admin` talks through, from any machine."""
+"""The client of the admin API: what `silotune admin` talks through, from any machine.
+
+Messages and stubs are compiled from ``control.proto`` when they are first needed. grpcio's own run-time
+compiler (`grpc.protos_and_services`) does it in memory in some 50 ms: there is no generated code to
+commit, to ship in a wheel, or to fall out of step with the ``.proto``, which lies in the package as data.
+"""
 
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import grpc
 from google.protobuf.json_format import MessageToDict
 from pydantic import ValidationError
 
-from silotune.errors import SilotuneError, catalogue
+from silotune.errors import SilotuneError, told_again
 from silotune.plan.sections import Section
-from silotune.server.admin.proto import compiled
 from silotune.server.errors import AdminUnreachable
 from silotune.trust.errors import SignInNeeded
 from silotune.trust.files import create_private_folder, replace_file, require_private
 
+SERVICE = "silotune.admin.v1.Control"
+"""Full name of the service."""
+
+_ROOT = Path(__file__).parents[3]
+_PROTO = str(Path(__file__).with_name("control.proto").relative_to(_ROOT))
 _SECONDS = 30.0
 _LONGEST_WAIT = 15.0
 _ADDRESS, _KEY, _CERTIFICATE, _AUTHORITY = (
     *("address.json", "key.pem"),
     *("certificate.pem", "authority.pem"),
 )
+
+
+@lru_cache(maxsize=1)
+def compiled() -> tuple[ModuleType, ModuleType]:
+    """The module of the messages, and that of stub, servicer and registration."""
+    # The compiler looks for files along sys.path, where an editable installation need not be.
+    sys.path.append(str(_ROOT))
+    try:
+        found: tuple[Any, Any] = grpc.protos_and_services(_PROTO)
+    finally:
+        sys.path.remove(str(_ROOT))
+    return found
 
 
 class AdminAddress(Section):
@@ -144,9 +168,7 @@ class ControlClient:
             said = {}
         if not isinstance(said, dict) or "code" not in said:
             return AdminUnreachable(f"{self._to.address}: {error.code().name.lower()}: {details}")
-        known = {found.code: found for found in catalogue()}
-        kind = known.get(str(said["code"]), SilotuneError)
-        return kind(str(said.get("detail", "")), remedy=said.get("remedy"))
+        return told_again(said)
 
 
 def plain(message: Any) -> dict[str, Any]:

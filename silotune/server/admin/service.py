@@ -13,18 +13,16 @@ from dataclasses import asdict
 from typing import Any
 
 import grpc
-from cryptography import x509
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health
 from grpc_reflection.v1alpha import reflection
 
 from silotune.errors import FileNotOffered, PlanError, RunNotFound, SilotuneError
 from silotune.events.source import Batch, Feed, Row, RunFacts, Views
+from silotune.server.admin.client import SERVICE, compiled
 from silotune.server.admin.operations import Operations
-from silotune.server.admin.proto import SERVICE, compiled
 from silotune.server.config import CoordinatorKeys
 from silotune.server.errors import PortTaken
-from silotune.server.store.people import People
 from silotune.trust import identity
 from silotune.trust.errors import IdentityInvalid, NotPermitted, SignInNeeded
 from silotune.trust.identity import Person
@@ -53,10 +51,8 @@ class ControlServer:
     Parameters
     ----------
     operations : Operations
-        Answers and acts.
-    people : People
-        Whose certificates count.
-    keys : Keys
+        Answers and acts, and knows whose certificates count.
+    keys : CoordinatorKeys
         The federation's: the server's certificate, and the authority that client certificates need.
     host, port
         Where to listen; port 0 takes a free one.
@@ -68,9 +64,9 @@ class ControlServer:
     """
 
     def __init__(
-        self, *, operations: Operations, people: People, keys: CoordinatorKeys, host: str, port: int
+        self, *, operations: Operations, keys: CoordinatorKeys, host: str, port: int
     ) -> None:
-        self._operations, self._people, self._keys = operations, people, keys
+        self._operations, self._keys = operations, keys
         self._address, self.port = f"[{host}]" if ":" in host else host, port
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ending: asyncio.Event | None = None
@@ -128,8 +124,7 @@ class ControlServer:
             certificate = identity.certificate_from_pem(shown[0])
         except IdentityInvalid as exc:
             raise SignInNeeded("no certificate was shown") from exc
-        authority: x509.Certificate = self._keys.authority.certificate
-        return self._people.holder(certificate, authority)
+        return self._operations.holder(certificate)
 
 
 def _servicer(base: type[Any], operations: Operations, person_of: Callable[[Any], Person]) -> Any:
@@ -199,7 +194,7 @@ class _Methods:
     def SubmitRun(self, person: Person, request: Any) -> Any:  # noqa: N802
         """Propose a plan; refused for viewers, as each action below."""
         quorum = request.quorum if request.HasField("quorum") else None
-        return self._shown(self._operations.submit(person, request.plan, quorum=quorum))
+        return self._shown(self._operations.submit(person, request.plan, quorum=quorum)["run"])
 
     @_answers
     def PauseRun(self, person: Person, request: Any) -> Any:  # noqa: N802
@@ -262,14 +257,15 @@ class _Methods:
     @_answers
     def ApproveEnrolment(self, person: Person, request: Any) -> Any:  # noqa: N802
         """Let a site in."""
-        return self._messages.Done(target=self._operations.approve(person, request.request))
+        found = self._operations.approve(person, request.request)
+        return self._messages.Done(target=found["site"])
 
     @_answers
     def RefuseEnrolment(self, person: Person, request: Any) -> Any:  # noqa: N802
         """Turn a site away."""
         reason = request.reason[:500]
-        site = self._operations.refuse(person, request.request, reason=reason)
-        return self._messages.Done(target=site)
+        found = self._operations.refuse(person, request.request, reason=reason)
+        return self._messages.Done(target=found["site"])
 
     # --- files and actions ---
 
@@ -287,7 +283,7 @@ class _Methods:
     def ListActions(self, person: Person, request: Any) -> Any:  # noqa: N802
         """What people did."""
         del person, request
-        rows = [self._messages.Action(**row) for row in self._operations.actions.newest()]
+        rows = [self._messages.Action(**row) for row in self._operations.actions()]
         return self._messages.ListActionsReply(actions=rows)
 
     # --- parts ---

@@ -1,19 +1,19 @@
-"""The client of the admin socket: what the command line talks through."""
+"""The client of the admin socket: what `silotune coordinator` talks through."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from collections.abc import Iterator
+from typing import Any
 
 import httpx
 
-from silotune.errors import SilotuneError, catalogue
+from silotune.errors import told_again
+from silotune.events.feed import OVER
 from silotune.server.config import Home
 from silotune.server.errors import CoordinatorNotRunning
 from silotune.server.long_poll import HOLD_SECONDS
 
 _SECONDS = 60.0
-_OVER = {"finished", "stopped", "failed"}
 
 
 class AdminClient:
@@ -41,10 +41,9 @@ class AdminClient:
         """The result of an action. Raises the error that the coordinator names."""
         return self._read(self._send("POST", path, body=body)).json()
 
-    def download(self, path: str) -> tuple[bytes, Mapping[str, str]]:
-        """A file and its headers."""
-        response = self._read(self._send("GET", path))
-        return response.content, response.headers
+    def download(self, run: str, file: str) -> bytes:
+        """A file of a run. Raises the error that the coordinator names."""
+        return self._read(self._send("POST", f"/runs/{run}/files/{file}")).content
 
     def watch(self, run: str, *, after: int = 0) -> Iterator[dict[str, Any]]:
         """Events of a run as they come, until it is over; from an id on, to go on watching."""
@@ -53,7 +52,7 @@ class AdminClient:
             for event in found["events"]:
                 after = event["id"]
                 yield event
-            if not found["events"] and found["state"] in _OVER:
+            if not found["events"] and found["state"] in OVER:
                 return
 
     def _send(
@@ -72,9 +71,7 @@ class AdminClient:
         if response.is_success:
             return response
         try:
-            said = cast("dict[str, str]", response.json())
+            said = response.json()
         except ValueError:
-            said = {}
-        known = {error.code: error for error in catalogue()}
-        error = known.get(said.get("code", ""), SilotuneError)
-        raise error(said.get("detail", f"status {response.status_code}"), remedy=said.get("remedy"))
+            said = {"detail": f"status {response.status_code}"}
+        raise told_again(said)

@@ -11,7 +11,7 @@ import pytest
 
 from silotune.errors import SilotuneError
 from silotune.server.admin.client import ControlClient
-from silotune.server.admin.proto import compiled
+from silotune.server.admin.client import compiled
 from silotune.server.errors import AdminUnreachable
 from silotune.trust.authority import Authority
 from silotune.trust.errors import NotPermitted, SignInNeeded
@@ -105,7 +105,7 @@ def test_without_a_certificate_no_connection_is_made(office):  # noqa: F811
     folder = office.credentials("vera", "viewer")
     secrets = grpc.ssl_channel_credentials((folder / "authority.pem").read_bytes())
     options = (("grpc.ssl_target_name_override", "127.0.0.1"),)
-    with grpc.secure_channel(office.coordinator.control_address, secrets, options) as channel:
+    with grpc.secure_channel(office.coordinator.operations.admin_address, secrets, options) as channel:
         stub = compiled()[1].ControlStub(channel)
         with pytest.raises(grpc.RpcError) as caught:
             stub.ListRuns(request_of("ListRuns", {}), timeout=5)
@@ -191,7 +191,7 @@ def test_a_watcher_survives_restarts_and_sees_each_event_once_in_order(office): 
     office.coordinator.conductor.runs.change("run-7", state="finished")
     thread.join(timeout=40)
     assert not thread.is_alive()
-    stored = office.coordinator.monitoring.operations.source.events("run-7")
+    stored = office.coordinator.operations.source.events("run-7")
     assert seen == stored
     assert waits
 

@@ -9,7 +9,7 @@ from sqlalchemy import create_engine, text
 
 from silotune.events.schema import KINDS, kind_of, parse
 from silotune.events.view import RunView
-from silotune.server.admin.operations import SiteOverview
+from silotune.events.source import SiteFacts
 from silotune.server.heartbeats import Heartbeats
 from silotune.server.store.database import migrate
 from silotune.server.store.runs import FederationLog
@@ -29,7 +29,7 @@ def told(office, kind, *, after=0):
 def test_a_request_is_told_with_the_words_that_the_page_shows(office):
     office.asks_to_join("south")
     row = told(office, "enrolment_requested")[-1]
-    shown = office.coordinator.monitoring.operations.requests()[0]
+    shown = office.coordinator.operations.requests()[0]
     assert (row["site"], row["words"]) == ("south", shown.words)
 
 
@@ -47,7 +47,7 @@ def test_the_same_request_again_is_told_once(office):
 
 def test_what_people_do_is_told_in_the_run_it_is_about_or_else_in_the_federation(office):
     office.told_run("run-o")
-    operations = office.coordinator.monitoring.operations
+    operations = office.coordinator.operations
     operations.pause(OLGA, "run-o")
     with pytest.raises(Exception, match="viewer"):
         operations.stop(VERA, "run-o")
@@ -72,7 +72,7 @@ def test_an_alarm_is_told_once_a_minute_and_shown_to_people(office):
         "north",
         "<b>wrong</b>",
     )
-    assert office.coordinator.monitoring.operations.alarms() == [row]
+    assert office.coordinator.operations.alarms() == [row]
 
 
 def test_a_watcher_of_the_federation_gets_what_happens_from_then_on(office):
@@ -102,7 +102,7 @@ class Scene:
         self.log = FederationLog(store, on_event=lambda: None)
 
     def set(self, site, *, online, seen, status="active"):
-        self.rows[site] = SiteOverview(
+        self.rows[site] = SiteFacts(
             site=site, status=status, online=online, last_seen=seen, words=""
         )
 
@@ -148,10 +148,10 @@ def test_a_silent_site_is_shown_so_in_its_run_and_again_as_joined(office):
     tell_round(record, 1, ["a", "b"])
     view = RunView("run-s")
     record.append_event("site_silent", site="a", seconds=400.0)
-    view.extend(office.coordinator.monitoring.operations.source.events("run-s"))
+    view.extend(office.coordinator.operations.source.events("run-s"))
     assert view.sites["a"].state == "silent"
     record.append_event("site_back", site="a")
-    source = office.coordinator.monitoring.operations.source
+    source = office.coordinator.operations.source
     view.extend(source.events("run-s", after=view.last_id))
     assert view.sites["a"].state == "joined"
 
