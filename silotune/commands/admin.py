@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
+from silotune.commands.folder import AsJson, end_as, list_rows, tell
+from silotune.events.schema import in_a_line
+from silotune.events.view import RunView
 from silotune.terminal import show_rows, terminal
 
 if TYPE_CHECKING:
@@ -33,10 +42,14 @@ Credentials = Annotated[
         show_default="./admin",
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Run = Annotated[str, typer.Argument(help="The run's name.")]
+Request = Annotated[
+    str, typer.Argument(help="The request's id, as `enrolments` lists it, or the site's name.")
+]
 _HERE = Path("admin")
-_FAILED = 60
+_STYLES = {"training": "cyan", "masked": "blue", "done": "green", "late": "yellow"}
+_TROUBLE = {"failed": "red", "refused": "red", "rejected": "red", "silent": "red"}
+_MOST_SITES = 40
 
 
 @app.command()
@@ -51,19 +64,21 @@ def runs(credentials: Credentials = _HERE, as_json: AsJson = False) -> None:
         }
         for row in rows
     ]
-    _show(rows, shown, ("run", "state", "round", "proposed", "purpose"), as_json, "No runs yet.")
+    columns = ("run", "state", "round", "proposed", "purpose")
+    list_rows(rows, shown, columns, as_json=as_json, empty="No runs yet.")
 
 
 @app.command()
 def show(run: Run, credentials: Credentials = _HERE, as_json: AsJson = False) -> None:
     """Show a run and where each site is."""
     found = _ask(credentials, "GetRun", "RunRef", run=run)
+    head = f"{found['run']}: {found['state']}, round {found['round']} of {found['rounds']}"
+    plan = f"Plan {found['name']}, SHA-256 {found['plan_sha256']}"
+    tell(found, f"{head}\n{found['purpose']}\n{plan}", as_json=as_json)
     if as_json:
-        typer.echo(json.dumps(found))
         return
-    typer.echo(f"{found['run']}: {found['state']}, round {found['round']} of {found['rounds']}")
-    typer.echo(f"{found['purpose']}\nPlan {found['name']}, SHA-256 {found['plan_sha256']}")
-    _show(found["sites"], found["sites"], ("site", "state", "code", "replied", "failed"), False, "")
+    if found["sites"]:
+        show_rows(found["sites"], ("site", "state", "code", "replied", "failed"))
     typer.echo(f"Files: {', '.join(found['files'])}")
 
 
@@ -85,7 +100,7 @@ def submit(
     text = checked.canonical()
     more = {} if quorum is None else {"quorum": quorum}
     found = _ask(credentials, "SubmitRun", "SubmitRunRequest", plan=text, **more)
-    typer.echo(json.dumps(found) if as_json else f"Run {found['run']} is proposed.")
+    tell(found, f"Run {found['run']} is proposed.", as_json=as_json)
 
 
 @app.command()
@@ -119,8 +134,6 @@ def watch(
 
     On a terminal the view is redrawn in place; elsewhere each event is a line. Exit 60 if it failed.
     """
-    from silotune.commands.watch import watch_lines, watch_live
-
     client, console = _client(credentials), terminal()
     notes = terminal(stderr=True)
     waiting: Callable[[str], None] = notes.print
@@ -130,12 +143,10 @@ def watch(
     elif run and console.is_terminal:
         watch_live(client, run, console=console)  # a picture needs every event
     else:
-        watch_lines(client, run, after=after, waiting=waiting)
-    if not run:
-        return
-    request = client.messages.RunRef(run=run)
-    if client.call("GetRun", request)["state"] == "failed":
-        raise typer.Exit(_FAILED)
+        for event in client.watch(run, after=after, waiting=waiting):
+            typer.echo(line(event))
+    if run:
+        end_as(client.call("GetRun", client.messages.RunRef(run=run))["state"])
 
 
 @app.command()
@@ -143,7 +154,8 @@ def sites(credentials: Credentials = _HERE, as_json: AsJson = False) -> None:
     """List the sites."""
     rows = _ask(credentials, "ListSites", "ListSitesRequest")["sites"]
     shown = [{**row, "online": "online" if row["online"] else "offline"} for row in rows]
-    _show(rows, shown, ("site", "status", "online", "words"), as_json, "No sites yet.")
+    columns = ("site", "status", "online", "words")
+    list_rows(rows, shown, columns, as_json=as_json, empty="No sites yet.")
 
 
 @app.command()
@@ -162,12 +174,12 @@ def enrolments(credentials: Credentials = _HERE, as_json: AsJson = False) -> Non
     """List requests to be enrolled."""
     rows = _ask(credentials, "ListEnrolments", "ListEnrolmentsRequest")["enrolments"]
     columns = ("request", "site", "state", "words")
-    _show(rows, rows, columns, as_json, "Nobody asks to be enrolled.")
+    list_rows(rows, rows, columns, as_json=as_json, empty="Nobody asks to be enrolled.")
 
 
 @app.command()
 def approve(
-    request: Annotated[str, typer.Argument(help="The request's id, as `enrolments` lists it.")],
+    request: Request,
     credentials: Credentials = _HERE,
 ) -> None:
     """Let a site in, after you compared its six words by telephone (operators)."""
@@ -177,7 +189,7 @@ def approve(
 
 @app.command()
 def refuse(
-    request: Annotated[str, typer.Argument(help="The request's id, as `enrolments` lists it.")],
+    request: Request,
     reason: Annotated[str, typer.Option(help="Why; the site is told.")] = "",
     credentials: Credentials = _HERE,
 ) -> None:
@@ -208,7 +220,7 @@ def actions(credentials: Credentials = _HERE, as_json: AsJson = False) -> None:
     rows = _ask(credentials, "ListActions", "ListActionsRequest")["actions"]
     shown = [{**row, "time": _when(row["time"])} for row in rows]
     columns = ("time", "who", "role", "action", "target", "outcome")
-    _show(rows, shown, columns, as_json, "Nobody did anything yet.")
+    list_rows(rows, shown, columns, as_json=as_json, empty="Nobody did anything yet.")
 
 
 def _client(credentials: Path) -> ControlClient:
@@ -227,20 +239,53 @@ def _ask(credentials: Path, call: str, message: str, /, **fields: Any) -> dict[s
 
 def _act(call: str, run: str, credentials: Path, as_json: bool) -> None:
     found = _ask(credentials, call, "RunRef", run=run)
-    typer.echo(json.dumps(found) if as_json else f"{run}: {found['state']}")
-
-
-def _show(
-    rows: list[Any], shown: list[Any], columns: tuple[str, ...], as_json: bool, empty: str
-) -> None:
-    if as_json:
-        typer.echo(json.dumps(rows))
-        return
-    if not rows:
-        typer.echo(empty)
-        return
-    show_rows(shown, columns)
+    tell(found, f"{run}: {found['state']}", as_json=as_json)
 
 
 def _when(seconds: float) -> str:
     return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S} UTC"
+
+
+def watch_live(client: ControlClient, run: str, *, console: Console) -> None:
+    """Redraw the run at each event, until it is over."""
+    view, note = RunView(run), ""
+
+    def waiting(why: str) -> None:
+        nonlocal note
+        note = why
+        live.update(picture(view, note=note, now=time.time()))
+
+    with Live(console=console, refresh_per_second=4, transient=False) as live:
+        for event in client.watch(run, waiting=waiting):
+            note = ""
+            view.extend([event])
+            live.update(picture(view, note=note, now=time.time()))
+
+
+def line(event: dict[str, Any]) -> str:
+    """An event in one line."""
+    return f"{event['id']:>6} {in_a_line(event, hidden=('run',))}"
+
+
+def picture(view: RunView, *, note: str, now: float) -> RenderableType:
+    """The run as it is now."""
+    head = Text.assemble(
+        (view.run, "bold"),
+        f"   {view.state}",
+        f"   round {view.done} of {view.planned}",
+        f"   {_ago(now, view.last_time)}",
+    )
+    bar = ProgressBar(total=max(view.planned, 1), completed=view.done)
+    table = Table(box=None, expand=True, padding=(0, 1))
+    for column in ("site", "state", "rounds", "lost", "\N{GREEK SMALL LETTER EPSILON}"):
+        table.add_column(column, no_wrap=True, overflow="ellipsis")
+    for site in list(view.sites.values())[:_MOST_SITES]:
+        style = _STYLES.get(site.state, "") or _TROUBLE.get(site.state, "")
+        spent = "" if site.epsilon is None else f"{site.epsilon:.2f}"
+        state = Text(f"{site.state} {site.code}".strip(), style=style)
+        table.add_row(Text(site.name), state, str(site.replied), str(site.failed), spent)
+    return Group(head, bar, table, Text(note, style="yellow"))
+
+
+def _ago(now: float, then: float | None) -> str:
+    return "" if then is None else f"last event {max(0, round(now - then))} s ago"

@@ -1,19 +1,35 @@
-"""`silotune coordinator`: make a federation, run its coordinator, let sites in."""
+"""`silotune coordinator`: make a federation, run its coordinator, let sites and people in, run plans."""
 
 from __future__ import annotations
 
 import json
 import signal
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from silotune.commands import coordinator_people, coordinator_runs
 from silotune.commands import folder as sealing
 from silotune.commands import site as site_views
-from silotune.commands.folder import HERE, AsJson, Folder, checked_name, client_of, moment
-from silotune.terminal import say, show_rows
+from silotune.commands.folder import (
+    HERE,
+    AsJson,
+    Folder,
+    checked_name,
+    checked_role,
+    client_of,
+    end_as,
+    list_rows,
+    moment,
+    tell,
+)
+from silotune.commands.plan import untried
+from silotune.events.schema import in_a_line
+from silotune.plan.plan import Plan, SignedPlan
+from silotune.terminal import say
+
+if TYPE_CHECKING:
+    from silotune.server.admin.socket_client import AdminClient
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -34,10 +50,26 @@ sites = typer.Typer(
     no_args_is_help=True, help="Look at the sites, shut one out, or renew its keys."
 )
 app.add_typer(sites, name="sites")
+runs = typer.Typer(no_args_is_help=True, help="Look at runs; pause, resume or stop one.")
+app.add_typer(runs, name="runs")
+people = typer.Typer(
+    no_args_is_help=True,
+    help="""Give people certificates for the admin API and the dashboard; take them back.
 
+    A viewer may look at everything and change nothing; an operator may also propose, pause and stop
+    runs, and let sites in or out.
+    """,
+)
+app.add_typer(people, name="people")
 
-coordinator_runs.register(app)
-app.add_typer(coordinator_people.app, name="people")
+Site = Annotated[str, typer.Argument(help="The site's name.")]
+Asked = Annotated[str, typer.Argument(help="The request's id, or the site's name.")]
+Days = Annotated[float, typer.Option(min=0.001, help="How long the code is valid.")]
+Run = Annotated[str, typer.Argument(help="The run's name, as `run` printed it.")]
+PersonName = Annotated[
+    str, typer.Argument(callback=checked_name, help="The person's name: a-z, 0-9, - and _.")
+]
+Role = Annotated[str, typer.Option(help="viewer or operator.", callback=checked_role)]
 
 
 @app.command()
@@ -83,21 +115,17 @@ def init(  # noqa: PLR0917 - one a command-line option
     config, keys = create(
         Home(folder), name=name, hosts=host, listen=listen, port=port, at_rest=at_rest
     )
-    if as_json:
-        typer.echo(
-            json.dumps(
-                {
-                    "folder": str(folder.resolve()),
-                    "federation": config.federation.name,
-                    "authority_sha256": keys.fingerprint,
-                }
-            )
-        )
-        return
-    typer.echo(f"Federation {name} is in {folder}. Its authority has the SHA-256 fingerprint")
-    typer.echo(f"  {keys.fingerprint}")
-    typer.echo(
-        f"Look at {folder / 'coordinator.toml'}, then: silotune coordinator start --dir {folder}"
+    found = {
+        "folder": str(folder.resolve()),
+        "federation": config.federation.name,
+        "authority_sha256": keys.fingerprint,
+    }
+    tell(
+        found,
+        f"Federation {name} is in {folder}. Its authority has the SHA-256 fingerprint\n"
+        f"  {keys.fingerprint}\n"
+        f"Look at {folder / 'coordinator.toml'}, then: silotune coordinator start --dir {folder}",
+        as_json=as_json,
     )
 
 
@@ -148,16 +176,15 @@ def doctor(folder: Folder = HERE, as_json: AsJson = False) -> None:
 def status(folder: Folder = HERE, as_json: AsJson = False) -> None:
     """Show the federation, its fingerprints and who is online."""
     found = client_of(folder).get("/status")
-    if as_json:
-        typer.echo(json.dumps(found))
-        return
     online = ", ".join(found["online"]) or "none"
-    typer.echo(f"Federation {found['federation']} at {found['url']}")
-    typer.echo(f"Authority, by its SHA-256:\n  {found['authority_sha256']}")
-    typer.echo(
-        f"Sites: {found['sites']} active, online: {online}; roster {found['roster_version']}"
+    tell(
+        found,
+        f"Federation {found['federation']} at {found['url']}\n"
+        f"Authority, by its SHA-256:\n  {found['authority_sha256']}\n"
+        f"Sites: {found['sites']} active, online: {online}; roster {found['roster_version']}\n"
+        f"Server certificate: {found['certificate_days_left']:.0f} days left",
+        as_json=as_json,
     )
-    typer.echo(f"Server certificate: {found['certificate_days_left']:.0f} days left")
 
 
 @app.command()
@@ -169,7 +196,7 @@ def invite(
             help="The site's name in the federation, for ever, as in site.toml.",
         ),
     ],
-    days: Annotated[float, typer.Option(min=0.001, help="How long the code is valid.")] = 7.0,
+    days: Days = 7.0,
     folder: Folder = HERE,
     as_json: AsJson = False,
 ) -> None:
@@ -201,7 +228,7 @@ def requests(folder: Folder = HERE, as_json: AsJson = False) -> None:
 
 @app.command()
 def approve(
-    request: Annotated[str, typer.Argument(help="The request's id, or the site's name.")],
+    request: Asked,
     folder: Folder = HERE,
     as_json: AsJson = False,
 ) -> None:
@@ -210,19 +237,19 @@ def approve(
     It gets a certificate for 90 days, which it renews by itself, and every site sees the new roster.
     """
     found = client_of(folder).post(f"/requests/{request}/approve")
-    typer.echo(json.dumps(found) if as_json else f"{found['site']} is in: {found['words']}")
+    tell(found, f"{found['site']} is in: {found['words']}", as_json=as_json)
 
 
 @app.command()
 def refuse(
-    request: Annotated[str, typer.Argument(help="The request's id, or the site's name.")],
+    request: Asked,
     reason: Annotated[str, typer.Option(help="What the site is told.")] = "",
     folder: Folder = HERE,
     as_json: AsJson = False,
 ) -> None:
     """Turn a request away; the site needs a new code to ask again."""
     found = client_of(folder).post(f"/requests/{request}/refuse", reason=reason)
-    typer.echo(json.dumps(found) if as_json else f"The request of {found['site']} is refused.")
+    tell(found, f"The request of {found['site']} is refused.", as_json=as_json)
 
 
 @app.command()
@@ -262,13 +289,7 @@ def reseal(
 def list_sites(folder: Folder = HERE, as_json: AsJson = False) -> None:
     """List the sites, who is online, and their six words."""
     found = client_of(folder).get("/sites")
-    if as_json:
-        typer.echo(json.dumps(found))
-        return
-    if not found:
-        typer.echo("No sites yet. `silotune coordinator invite SITE` makes a code for the first.")
-        return
-    rows = [
+    shown = [
         {
             **row,
             "online": "yes" if row["online"] else "no",
@@ -277,15 +298,17 @@ def list_sites(folder: Folder = HERE, as_json: AsJson = False) -> None:
         }
         for row in found
     ]
-    show_rows(rows, ("site", "status", "online", "last seen", "books", "words"))
+    columns = ("site", "status", "online", "last seen", "books", "words")
+    empty = "No sites yet. `silotune coordinator invite SITE` makes a code for the first."
+    list_rows(found, shown, columns, as_json=as_json, empty=empty)
     for row in found:
-        if row["books"]:
+        if row["books"] and not as_json:
             typer.echo(f"{row['site']} is not served (ST-807): {row['books']}.")
 
 
 @sites.command()
 def revoke(
-    site: Annotated[str, typer.Argument(help="The site's name.")],
+    site: Site,
     reason: Annotated[str, typer.Option(help="For the audit log.")] = "",
     folder: Folder = HERE,
     as_json: AsJson = False,
@@ -295,13 +318,13 @@ def revoke(
     Rounds that wait for it go on without it. To let it in again, invite it anew: it makes new keys.
     """
     found = client_of(folder).post(f"/sites/{site}/revoke", reason=reason)
-    typer.echo(json.dumps(found) if as_json else f"{site} is revoked.")
+    tell(found, f"{site} is revoked.", as_json=as_json)
 
 
 @sites.command()
 def rotate(
-    site: Annotated[str, typer.Argument(help="The site's name.")],
-    days: Annotated[float, typer.Option(min=0.001, help="How long the code is valid.")] = 7.0,
+    site: Site,
+    days: Days = 7.0,
     folder: Folder = HERE,
     as_json: AsJson = False,
 ) -> None:
@@ -309,8 +332,7 @@ def rotate(
 
     Its old keys work until you approve the request; then only the new ones do.
     """
-    asked = {"site": site, "lifetime": days * 86400, "rotate": True}
-    _print_code(client_of(folder).post("/invites", **asked), as_json)
+    _print_code(client_of(folder).post(f"/sites/{site}/rotate", lifetime=days * 86400), as_json)
 
 
 def _print_code(found: dict[str, Any], as_json: bool) -> None:
@@ -323,3 +345,248 @@ def _print_code(found: dict[str, Any], as_json: bool) -> None:
         "Its team runs: silotune site join CODE",
         err=True,
     )
+
+
+@app.command("run")
+def propose(
+    plan: Annotated[Path, typer.Argument(help="The plan's TOML file.")],
+    quorum: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Start when so many sites approve. By default: when all active sites do, "
+            "or when all have decided and the plan's rounds.min_sites approve.",
+        ),
+    ] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Stay, and show what happens until it is over.")
+    ] = False,
+    folder: Folder = HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Sign a plan, propose it to the sites, and run it when enough of them approve.
+
+    The plan is checked here first, and tried on the base model if that is on this machine: a plan
+    that the model does not take is not proposed. What is signed is its canonical form, and its
+    SHA-256 is what each site approves; a changed plan is another plan.
+    """
+    checked = Plan.load(plan)
+    why = untried(checked)
+    client = client_of(folder)
+    found = client.post("/runs", plan=checked.canonical(), quorum=quorum)
+    waiting = [d["site"] for d in found["decisions"] if d["verdict"] == "waiting"]
+    untold = f"Not tried on the base model, {why}: each site does before it approves.\n"
+    tell(
+        found,
+        f"Run {found['run']} is proposed; plan {found['plan_sha256'][:12]}.\n"
+        f"{untold if why else ''}"
+        f"Waiting for {', '.join(waiting)} (silotune site plans, silotune site approve).",
+        as_json=as_json,
+    )
+    if watch:
+        _follow(client, found["run"], as_json=as_json)
+
+
+@runs.command("list")
+def list_runs(folder: Folder = HERE, as_json: AsJson = False) -> None:
+    """List runs, newest first."""
+    found = client_of(folder).get("/runs")
+    shown = [
+        {
+            "run": row["run"],
+            "state": _state(row),
+            "round": f"{row['round']} of {row['rounds']}",
+            "proposed": moment(row["proposed_at"]),
+            "plan": row["plan_sha256"][:12],
+        }
+        for row in found
+    ]
+    empty = "No runs yet. `silotune coordinator run plan.toml` proposes the first."
+    columns = ("run", "state", "round", "proposed", "plan")
+    list_rows(found, shown, columns, as_json=as_json, empty=empty)
+
+
+@runs.command()
+def show(run: Run, folder: Folder = HERE, as_json: AsJson = False) -> None:
+    """Show a run: its state, and what each site said to the plan."""
+    found = client_of(folder).get(f"/runs/{run}")
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    typer.echo(f"{found['run']}: {_state(found)}, round {found['round']} of {found['rounds']}")
+    typer.echo(f"Plan {found['plan_name']}, SHA-256 {found['plan_sha256']}")
+    if found["detail"]:
+        typer.echo(f"Why: {found['detail']}")
+    for decision in found["decisions"]:
+        reason = f" ({decision['reason']})" if decision["reason"] else ""
+        typer.echo(f"  {decision['site']}: {decision['verdict']}{reason}")
+
+
+@runs.command()
+def watch(
+    run: Run,
+    after: Annotated[
+        int, typer.Option(min=0, help="Only events behind this id: to go on watching.")
+    ] = 0,
+    folder: Folder = HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Show what happens in a run, line by line, until it is over; exit 60 if it failed."""
+    _follow(client_of(folder), run, as_json=as_json, after=after)
+
+
+@runs.command()
+def pause(run: Run, folder: Folder = HERE, as_json: AsJson = False) -> None:
+    """Pause a run after the round that is under way."""
+    _act(run, "pause", folder, as_json)
+
+
+@runs.command()
+def resume(run: Run, folder: Folder = HERE, as_json: AsJson = False) -> None:
+    """Go on with a paused or failed run, from its last finished round.
+
+    Nobody works twice: what sites sent in the unfinished round is still here.
+    """
+    _act(run, "resume", folder, as_json)
+
+
+@runs.command()
+def stop(run: Run, folder: Folder = HERE, as_json: AsJson = False) -> None:
+    """End a run for good. Its last finished adapter is kept."""
+    _act(run, "stop", folder, as_json)
+
+
+@runs.command()
+def adapter(
+    run: Run,
+    out: Annotated[Path, typer.Option(help="Folder to write; made if need be.")],
+    peft: Annotated[
+        bool,
+        typer.Option(help="Also in PEFT's own format, which needs the base model on this machine."),
+    ] = True,
+    folder: Folder = HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Write a run's newest adapter: after its last finished round, or the final one."""
+    import hashlib
+
+    from silotune.rounds.exchange import unpacked
+    from silotune.trust.files import replace_file
+
+    client = client_of(folder)
+    content = client.download(run, "adapter.safetensors")
+    number = int(unpacked(content)[1]["round"])
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"round-{number:04d}.safetensors"
+    replace_file(path, content)
+    if peft:
+        signed = SignedPlan.model_validate_json(client.download(run, "plan.json"))
+        _write_peft(content, Plan.from_canonical(signed.plan), out)
+    digest = hashlib.sha256(content).hexdigest()
+    found = {"run": run, "round": number, "path": str(path), "sha256": digest}
+    tell(found, f"Adapter of {run} after round {number}: {path}", as_json=as_json)
+
+
+def _write_peft(content: bytes, plan: Plan, out: Path) -> None:
+    from safetensors.numpy import load
+
+    from silotune.models.adapter import save_adapter
+    from silotune.models.base import load_model
+
+    model = load_model(plan, device="cpu")
+    save_adapter(model, model.layout.pack(load(content)), out, plan=plan)
+
+
+def _follow(client: AdminClient, run: str, *, as_json: bool, after: int = 0) -> None:
+    for event in client.watch(run, after=after):
+        typer.echo(json.dumps(event) if as_json else in_a_line(event))
+    found = client.get(f"/runs/{run}")
+    if not as_json:
+        typer.echo(f"{run}: {_state(found)}")
+    end_as(found["state"])
+
+
+def _act(run: str, action: str, folder: Path, as_json: bool) -> None:
+    found = client_of(folder).post(f"/runs/{run}/{action}")
+    tell(found, f"{run}: {_state(found)}", as_json=as_json)
+
+
+def _state(row: dict[str, Any]) -> str:
+    return f"{row['state']} ({row['code']})" if row["code"] else str(row["state"])
+
+
+@people.command("add")
+def add_person(
+    name: PersonName,
+    role: Role,
+    out: Annotated[Path, typer.Option(help="Folder for the credentials; made if need be.")],
+    folder: Folder = HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Make a key and a certificate of 90 days; an earlier certificate of that name ends.
+
+    The folder holds the private key: give it to the person over a safe way, and to nobody else.
+    """
+    from silotune.server.admin.client import AdminAddress, save_credentials
+    from silotune.trust import identity
+
+    key = identity.new_node_key()
+    request = identity.make_request(name, key)
+    found = client_of(folder).post("/people", name=name, role=role, request=request)
+    save_credentials(
+        out,
+        address=AdminAddress(address=found["address"], server_name=found["server_name"]),
+        key=identity.private_pem(key),
+        certificate=found["certificate"],
+        authority=found["authority"],
+    )
+    tried = f"Try: silotune admin --credentials {out} runs"
+    off = "The admin API is off: set port under [admin] in coordinator.toml and restart."
+    tell(
+        {"name": name, "role": role, "credentials": str(out)},
+        f"{name} is {'an' if role == 'operator' else 'a'} {role}; credentials are in {out}.\n"
+        f"{tried if found['address'] else off}",
+        as_json=as_json,
+    )
+
+
+@people.command("list")
+def list_people(folder: Folder = HERE, as_json: AsJson = False) -> None:
+    """Show who has or had a certificate."""
+    found = client_of(folder).get("/people")
+    shown = [
+        {**row, "since": moment(row["since"]), "certificate": row["certificate"][:16]}
+        for row in found
+    ]
+    columns = ("name", "role", "status", "since", "certificate")
+    list_rows(found, shown, columns, as_json=as_json, empty="Nobody has a certificate yet.")
+
+
+@people.command("revoke")
+def revoke_person(
+    name: Annotated[str, typer.Argument(help="Whose certificate ends.")],
+    folder: Folder = HERE,
+) -> None:
+    """Let a person's certificate count no more, from the next request on."""
+    client_of(folder).post(f"/people/{name}/revoke")
+    typer.echo(f"{name}'s certificate is revoked.")
+
+
+@people.command("password")
+def set_password(
+    name: PersonName,
+    role: Role,
+    folder: Folder = HERE,
+) -> None:
+    """Let a person sign in at the dashboard with a password, which is asked for twice.
+
+    Only its scrypt hash is kept. From a pipe, the first line is the password.
+    """
+    import sys
+
+    if sys.stdin.isatty():
+        given = typer.prompt("Password", hide_input=True, confirmation_prompt=True)
+    else:
+        given = sys.stdin.readline().rstrip("\n")
+    client_of(folder).post(f"/people/{name}/password", role=role, password=given)
+    typer.echo(f"{name} may sign in as {role}.")

@@ -1,22 +1,24 @@
-"""What the commands of `silotune coordinator` share: its folder, the running daemon, moments.
+"""What commands share that run a federation: the coordinator's folder and daemon, what they print.
 
-`reseal`, of a coordinator and of a site: change what opens the sealed files of a folder.
+And `reseal`, of a coordinator and of a site: change what opens the sealed files of a folder.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 from pydantic import TypeAdapter, ValidationError
 
-from silotune.errors import EnvironmentFault
+from silotune.errors import EnvironmentFault, RunError
 from silotune.plan.sections import Name
-from silotune.terminal import say
+from silotune.terminal import say, show_rows
+from silotune.trust.identity import PersonRole
 from silotune.trust.vault import AtRest
 
 if TYPE_CHECKING:
@@ -53,9 +55,42 @@ def checked_name(text: str) -> str:
         ) from None
 
 
+def checked_role(text: str) -> str:
+    """The role of a person, or what it may be."""
+    if text not in get_args(PersonRole):
+        raise typer.BadParameter("is viewer or operator")
+    return text
+
+
 def moment(seconds: float) -> str:
     """A time in seconds since 1970, to the minute."""
     return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M} UTC"
+
+
+def tell(found: Any, text: str, *, as_json: bool) -> None:
+    """Print what a command came to: as JSON, or in words."""
+    typer.echo(json.dumps(found) if as_json else text)
+
+
+def list_rows(
+    found: Sequence[Any],
+    shown: Iterable[Mapping[str, object]],
+    columns: Sequence[str],
+    *,
+    as_json: bool,
+    empty: str,
+) -> None:
+    """Print a list: as JSON, as a table of what is `shown`, or the sentence for an `empty` one."""
+    if as_json or not found:
+        tell(found, empty, as_json=as_json)
+    else:
+        show_rows(shown, columns)
+
+
+def end_as(state: str) -> None:
+    """End the command as its run did: with exit code 60 if that failed."""
+    if state == "failed":
+        raise typer.Exit(RunError.exit_code)
 
 
 KeyFile = Annotated[

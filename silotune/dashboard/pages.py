@@ -381,12 +381,9 @@ class Pages:
 
     def act(self, request: Request, run: str, action: str) -> Response:
         """Pause, resume or stop a run."""
-        assert self._operations is not None
-        known = {
-            "pause": self._operations.pause,
-            "resume": self._operations.resume,
-            "stop": self._operations.stop,
-        }
+        asked = self._operations
+        assert asked is not None
+        known = {"pause": asked.pause, "resume": asked.resume, "stop": asked.stop}
         if action not in known:
             raise PageUnknown(f"{action[:40]!r} is nothing that can be done with a run")
         known[action](self._session(request).person, run)

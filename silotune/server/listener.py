@@ -7,7 +7,6 @@ connections that show none (in number and in time), and on connections of one ce
 from __future__ import annotations
 
 import asyncio
-import functools
 import os
 import socket
 import ssl
@@ -103,7 +102,7 @@ class PeerProtocol(HttpToolsProtocol):
         self._counted = True
         if not self._peer:
             self.loop.call_later(ANONYMOUS_SECONDS, self._time_is_over, transport)
-        self.app = functools.partial(_with, self.app, PEER, self._peer)
+        self.app = _with(self.app, **{PEER: self._peer})
 
     def _time_is_over(self, transport: asyncio.Transport) -> None:
         """Answer what is being answered, if that is soon, and close."""
@@ -131,7 +130,7 @@ class AccountProtocol(HttpToolsProtocol):
             socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize(_CREDENTIALS)
         )
         _, uid, _ = struct.unpack(_CREDENTIALS, found)
-        self.app = functools.partial(_with, self.app, ACCOUNT, uid)
+        self.app = _with(self.app, **{ACCOUNT: uid})
 
 
 class BrowserProtocol(PeerProtocol):
@@ -141,11 +140,13 @@ class BrowserProtocol(PeerProtocol):
     _open: ClassVar[Counter[bytes]] = Counter()
 
 
-async def _with(
-    app: App, key: str, value: object, scope: MutableMapping[str, Any], receive: Any, send: Any
-) -> None:
-    scope[key] = value
-    await app(scope, receive, send)
+def _with(app: App, **known: object) -> App:
+    """The application, with what is known of the other end in every scope."""
+
+    async def told(scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
+        await app({**scope, **known}, receive, send)
+
+    return told
 
 
 class _Uvicorn(uvicorn.Server):

@@ -87,7 +87,7 @@ def test_the_coordinator_does_not_propose_it(site, kind, bert_folder, monkeypatc
         pytest.fail("it was proposed")
 
     client = type("Client", (), {"post": post})
-    monkeypatch.setattr("silotune.commands.coordinator_runs.client_of", lambda folder: client())
+    monkeypatch.setattr("silotune.commands.coordinator.client_of", lambda folder: client())
     plan, code, words = plan_of(site, kind, **{"model.base": str(bert_folder)})
     result = CliRunner().invoke(cli.app, ["coordinator", "run", str(written(site, plan))])
     assert result.exception.code == code
@@ -97,7 +97,7 @@ def test_the_coordinator_does_not_propose_it(site, kind, bert_folder, monkeypatc
 def test_a_coordinator_without_the_base_model_says_what_it_did_not_look_at(site, monkeypatch):
     answer = {"run": "r-1", "plan_sha256": "ab" * 32, "decisions": []}
     client = type("Client", (), {"post": lambda *args, **kwargs: answer})
-    monkeypatch.setattr("silotune.commands.coordinator_runs.client_of", lambda folder: client())
+    monkeypatch.setattr("silotune.commands.coordinator.client_of", lambda folder: client())
     plan = site.plan.override({"model.base": "someone/elsewhere"})
     result = CliRunner().invoke(cli.app, ["coordinator", "run", str(written(site, plan))])
     assert result.exit_code == 0, result.output

@@ -218,7 +218,7 @@ def test_templates_escape_everything_by_default():
         "signin.html",
         title="<b>",
         session=None,
-        desk=False,
+        coordinator=False,
         message="<i>",
         passwords=True,
         certificates=False,

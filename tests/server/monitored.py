@@ -13,6 +13,7 @@ from silotune.protocol.http import EnrolRequest
 from silotune.server.admin.client import AdminAddress, ControlClient, save_credentials
 from silotune.server.config import Home
 from silotune.server.coordinator import create
+from silotune.server.store.people import People
 from silotune.trust import identity
 from silotune.trust.invite import Invite
 from silotune.trust.signed import SignedPlan
@@ -68,14 +69,16 @@ class Office:
         keys = self.coordinator.keys
         signer = authority or keys.authority
         if days is None and authority is None:
-            people = self.coordinator.monitoring.people
+            people = People(self.coordinator.store)
             certificate = people.issue(signer, request, name=name, role=role)
         else:
             subject = identity.Subject(name=name, role=role)
             certificate = signer.issue_client(request, subject=subject, days=days or 1)
         save_credentials(
             folder,
-            address=AdminAddress(address=self.coordinator.operations.admin_address, server_name="127.0.0.1"),
+            address=AdminAddress(
+                address=self.coordinator.operations.admin_address, server_name="127.0.0.1"
+            ),
             key=identity.private_pem(key),
             certificate=identity.chain_pem([certificate]),
             authority=identity.chain_pem([keys.authority.certificate]),

@@ -11,8 +11,7 @@ from socketserver import StreamRequestHandler, TCPServer
 
 import pytest
 
-from silotune.events.source import RunFacts
-from silotune.events.source import SiteFacts
+from silotune.events.source import RunFacts, SiteFacts
 from silotune.server.alerts import SIGNATURE, Alert, Alerting, Mail, Rules, Webhook
 from silotune.server.config import AlertsSection
 from silotune.server.store.database import Store
@@ -133,9 +132,7 @@ def test_a_run_that_is_paused_or_over_is_not_stuck(source, store):
 
 
 def test_a_silent_site_and_a_small_budget_are_told(source, store):
-    gone = SiteFacts(
-        site="a", status="active", online=False, last_seen=time.time() - 400, words=""
-    )
+    gone = SiteFacts(site="a", status="active", online=False, last_seen=time.time() - 400, words="")
     fresh = SiteFacts(site="b", status="active", online=True, last_seen=time.time(), words="")
     left = SiteFacts(site="c", status="revoked", online=False, last_seen=1.0, words="")
     source.tell("round_started", round=1, cohort=["a", "b"])

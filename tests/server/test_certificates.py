@@ -37,7 +37,7 @@ def certificate(folder, *, site="north", run="demo-1", key, plan=PLAN):
 
 @pytest.fixture
 def scene(town):
-    """A run, a member called north, and the desk that takes certificates."""
+    """A run, a member called north, and what takes certificates."""
     north = town.enrolled("north")
     coordinator = town.coordinator
     for run in ("demo-1", "demo-2"):
@@ -71,7 +71,7 @@ def test_a_certificate_is_handed_in_over_the_wire_and_offered_byte_for_byte(town
 def test_a_certificate_that_is_not_the_sites_own_for_this_run_is_refused(
     wrong, town, scene, tmp_path
 ):
-    north, desk = scene
+    north, certificates = scene
     changes = {
         "key": {"key": Ed25519PrivateKey.generate()},
         "site": {"site": "south"},
@@ -86,22 +86,22 @@ def test_a_certificate_that_is_not_the_sites_own_for_this_run_is_refused(
     if wrong == "nonsense":
         text = "<script>alert(1)</script>"
     with pytest.raises(CertificateInvalid):
-        desk.take("north", handed(text))
+        certificates.take("north", handed(text))
     assert "certificate-north.json" not in offered(town)
 
 
 def test_a_run_that_is_not_there_takes_none(scene, tmp_path):
-    north, desk = scene
+    north, certificates = scene
     text = certificate(tmp_path / "c", run="nothing", key=north.signing)
     with pytest.raises(NotPossibleNow):
-        desk.take("north", handed(text, run="nothing"))
+        certificates.take("north", handed(text, run="nothing"))
 
 
 def test_a_later_certificate_replaces_the_first(town, scene, tmp_path):
-    north, desk = scene
+    north, certificates = scene
     first, second = (certificate(tmp_path / n, key=north.signing) for n in ("one", "two"))
     for text in (first, second):
-        desk.take("north", handed(text))
+        certificates.take("north", handed(text))
     assert offered(town).count("certificate-north.json") == 1
     source = town.coordinator.operations.source
     assert source.read("demo-1", "certificate-north.json") == second.encode()

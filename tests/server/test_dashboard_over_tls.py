@@ -6,6 +6,7 @@ import ssl
 import httpx
 import pytest
 
+from silotune.server.store.people import People
 from silotune.trust.authority import Authority
 from tests.server.monitored import Office, tell_round
 
@@ -88,7 +89,7 @@ def test_a_foreign_or_expired_certificate_does_not_even_connect(office):
 
 def test_a_revoked_certificate_and_one_of_a_site_do_not_sign_in(office):
     revoked = office.credentials("rita", "operator")
-    office.coordinator.monitoring.people.revoke("rita")
+    People(office.coordinator.store).revoke("rita")
     for folder in (revoked, office.credentials("north", "site", days=1)):
         client = browser(office, folder)
         assert enter(client).status_code == 401

@@ -30,7 +30,7 @@ def operator(office):
 
 def operations():
     """Every route of the pages, as FastAPI describes it; the server itself does not tell."""
-    content = Content(title="x", source=Told(), desk=object())
+    content = Content(title="x", source=Told(), operations=object())
     doorman = build(content, Door(hosts=frozenset()))
     schema = schemathesis.openapi.from_dict(doorman._app.openapi())
     return [found.ok() for found in schema.get_all_operations()]

@@ -2,7 +2,7 @@
 
 Messages and stubs are compiled from ``control.proto`` when they are first needed. grpcio's own run-time
 compiler (`grpc.protos_and_services`) does it in memory in some 50 ms: there is no generated code to
-commit, to ship in a wheel, or to fall out of step with the ``.proto``, which lies in the package as data.
+commit, to ship in a wheel, or to fall out of step with the ``.proto``, which lies in the package.
 """
 
 from __future__ import annotations

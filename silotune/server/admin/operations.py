@@ -44,7 +44,8 @@ ACCOUNTS_FILE = "accounts.json"
 Reason = Annotated[str, Field(max_length=500)]
 """Why, for the other side and the audit log."""
 
-_Given, _Found = ParamSpec("_Given"), TypeVar("_Found")
+_Given = ParamSpec("_Given")
+_Found = TypeVar("_Found")
 _Method = Callable[Concatenate["Operations", str, _Given], _Found]
 _Action = Callable[Concatenate["Operations", Person, str, _Given], _Found]
 

@@ -23,7 +23,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from silotune.errors import SilotuneError
-from silotune.events.feed import OVER
+from silotune.events.source import OVER
 from silotune.protocol.http import Failure
 from silotune.server.admin.operations import Operations
 from silotune.server.listener import ACCOUNT
@@ -31,6 +31,7 @@ from silotune.server.long_poll import HOLD_SECONDS
 from silotune.trust.errors import BodyInvalid, NotPermitted
 from silotune.trust.identity import Person
 
+_ROOT = 0
 _MOST_BYTES = 1 << 20
 _LOOK_SECONDS = 0.2
 
@@ -95,18 +96,15 @@ class AdminRoutes:
         names = [p.name for p in parameters if p.kind is not inspect.Parameter.KEYWORD_ONLY]
 
         async def endpoint(request: Request) -> Response:
-            uid: int = request.scope[ACCOUNT]
-            person, given = account_of(uid), dict(request.path_params)
+            person = account_of(request.scope[ACCOUNT])
             try:
-                if uid not in {os.geteuid(), 0}:
-                    raise NotPermitted("the socket is for the coordinator's own account")
-                given = {**_fields(await request.body()), **given}
-                target = [given.pop(name) for name in names]
-            except (SilotuneError, KeyError) as exc:
-                error = exc if isinstance(exc, SilotuneError) else BodyInvalid(f"without {exc}")
+                _require_own(request)
+                given = {**_fields(await request.body()), **request.path_params}
+            except SilotuneError as error:
                 asked = "/".join(request.path_params.values())
                 self._operations.refused(person, action.__name__, asked, code=error.code)
-                raise error from exc
+                raise
+            target = [given.pop(name, "") for name in names]
             found = await run_in_threadpool(action, person, *target, **given)
             return Response(found) if isinstance(found, bytes) else JSONResponse(found)
 
@@ -114,6 +112,7 @@ class AdminRoutes:
 
     async def _events(self, request: Request) -> Response:
         """Events behind an id; with ``wait`` held until there is one, or the run is over."""
+        _require_own(request)
         run, after = request.path_params["run"], int(request.query_params.get("after", "0"))
         ends = time.monotonic() + (HOLD_SECONDS if request.query_params.get("wait") else 0.0)
         while True:
@@ -133,6 +132,12 @@ def account_of(uid: int) -> Person:
     return Person(name=f"{name} (uid {uid})", role="operator")
 
 
+def _require_own(request: Request) -> None:
+    """The socket's mode says the same; this holds if somebody changed it. Raises `NotPermitted`."""
+    if request.scope[ACCOUNT] not in {os.geteuid(), _ROOT}:
+        raise NotPermitted("the socket is for the coordinator's own account")
+
+
 def _fields(body: bytes) -> dict[str, Any]:
     """The fields of a body; none if it is empty. Raises `BodyInvalid`."""
     try:
@@ -146,6 +151,7 @@ def _fields(body: bytes) -> dict[str, Any]:
 
 def _answered(question: Callable[..., Any]) -> Handler:
     async def endpoint(request: Request) -> Response:
+        _require_own(request)
         return JSONResponse(_plain(await run_in_threadpool(question, **request.path_params)))
 
     return endpoint
@@ -154,7 +160,7 @@ def _answered(question: Callable[..., Any]) -> Handler:
 def _plain(found: Any) -> Any:
     if isinstance(found, list):
         return [_plain(item) for item in found]
-    return dataclasses.asdict(found) if dataclasses.is_dataclass(found) else found
+    return found if isinstance(found, dict) else dataclasses.asdict(found)
 
 
 async def _told(request: Request, error: Exception) -> Response:

@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 
 from silotune.errors import told_again
-from silotune.events.feed import OVER
+from silotune.events.source import OVER
 from silotune.server.config import Home
 from silotune.server.errors import CoordinatorNotRunning
 from silotune.server.long_poll import HOLD_SECONDS

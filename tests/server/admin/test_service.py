@@ -10,9 +10,9 @@ import grpc
 import pytest
 
 from silotune.errors import SilotuneError
-from silotune.server.admin.client import ControlClient
-from silotune.server.admin.client import compiled
+from silotune.server.admin.client import ControlClient, compiled
 from silotune.server.errors import AdminUnreachable
+from silotune.server.store.people import People
 from silotune.trust.authority import Authority
 from silotune.trust.errors import NotPermitted, SignInNeeded
 from tests.server.monitored import office, plan_of, tell_round  # noqa: F401 - a fixture
@@ -82,7 +82,7 @@ def test_certificates_that_do_not_count_open_nothing(office):  # noqa: F811
     site = office.credentials("north", "site", days=1)
     never_listed = office.credentials("nick", "operator", days=1)
     revoked = office.credentials("rita", "operator")
-    office.coordinator.monitoring.people.revoke("rita")
+    People(office.coordinator.store).revoke("rita")
     everything = {**LOOKING, **ACTING, **STREAMING}
     for folder, error in (
         (foreign, AdminUnreachable),
@@ -105,7 +105,9 @@ def test_without_a_certificate_no_connection_is_made(office):  # noqa: F811
     folder = office.credentials("vera", "viewer")
     secrets = grpc.ssl_channel_credentials((folder / "authority.pem").read_bytes())
     options = (("grpc.ssl_target_name_override", "127.0.0.1"),)
-    with grpc.secure_channel(office.coordinator.operations.admin_address, secrets, options) as channel:
+    with grpc.secure_channel(
+        office.coordinator.operations.admin_address, secrets, options
+    ) as channel:
         stub = compiled()[1].ControlStub(channel)
         with pytest.raises(grpc.RpcError) as caught:
             stub.ListRuns(request_of("ListRuns", {}), timeout=5)

@@ -8,8 +8,8 @@ import pytest
 from sqlalchemy import create_engine, text
 
 from silotune.events.schema import KINDS, kind_of, parse
-from silotune.events.view import RunView
 from silotune.events.source import SiteFacts
+from silotune.events.view import RunView
 from silotune.server.heartbeats import Heartbeats
 from silotune.server.store.database import migrate
 from silotune.server.store.runs import FederationLog
