@@ -4,8 +4,10 @@ import ast
 import re
 import tomllib
 from collections import defaultdict
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
+import grimp
 import pytest
 
 import silotune
@@ -19,6 +21,16 @@ READS_RECORDS = "protocol/envelope.py"
 
 def of(path):
     return path.relative_to(PACKAGE).as_posix()
+
+
+def test_no_module_imports_itself_through_others():
+    """Imports inside functions and those for type checkers count."""
+    graph = grimp.build_graph("silotune", exclude_type_checking_imports=False)
+    imports = {name: graph.find_modules_directly_imported_by(name) for name in graph.modules}
+    try:
+        TopologicalSorter(imports).prepare()
+    except CycleError as exc:
+        pytest.fail(f"a circle of imports: {' -> '.join(exc.args[1])}")
 
 
 def test_no_class_name_stands_in_two_modules():

@@ -25,7 +25,7 @@ from silotune.commands.folder import (
 )
 from silotune.commands.plan import untried
 from silotune.events.schema import in_a_line
-from silotune.plan.plan import Plan, SignedPlan
+from silotune.plan.plan import Plan
 from silotune.terminal import say
 
 if TYPE_CHECKING:
@@ -472,6 +472,7 @@ def adapter(
 
     from silotune.rounds.exchange import unpacked
     from silotune.trust.files import replace_file
+    from silotune.trust.signed import SignedPlan
 
     client = client_of(folder)
     content = client.download(run, "adapter.safetensors")

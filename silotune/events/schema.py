@@ -300,7 +300,9 @@ class OperatorAction(Event):
     """A person did something, or was not allowed to."""
 
     event: Literal["operator_action"]
-    who: str
+    who: str = Field(
+        description="A person's name, or an account at the command line: `silotune (uid 991)`."
+    )
     role: str
     action: str
     target: str = ""

@@ -52,9 +52,10 @@ class Person:
 
 
 def with_dashboard(made):
-    """Switch the pages on, and give two people passwords; the pages' address."""
+    """Start with the pages on, and give two people passwords; the pages' address."""
     port, config = free_port(), made.coordinator.folder / "coordinator.toml"
     config.write_text(config.read_text().replace("# port = 8445", f"port = {port}"))
+    made.coordinator.up()
     for name, role in (("vera", "viewer"), ("olga", "operator")):
         words = ["coordinator", "people", "password", name, "--role", role]
         subprocess.run(
@@ -133,7 +134,6 @@ def test_a_federation_is_run_from_the_browser(federation, chromium):
     made = federation(rounds__number=400, rounds__evaluate_every=1, privacy__metrics_share=0.1)
     url = with_dashboard(made)
     let_longer_runs_in(made)
-    made.coordinator.up()
     joins = {n: s.joining(made.coordinator.invite(n)) for n, s in made.sites.items()}
     wait_for(made._all_ask, what="three requests")
     olga, vera = Person(chromium, url, "olga"), Person(chromium, url, "vera")
