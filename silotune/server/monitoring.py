@@ -193,7 +193,7 @@ class _Families:
         )
         self.spent = gauge("silotune_epsilon_spent", "Epsilon spent in the run", labels=site)
         self.left = gauge("silotune_epsilon_left", "What is left of the plan's", labels=site)
-        self.planned = gauge("silotune_epsilon_budget", "The plan's epsilon", labels=run)
+        self.planned_epsilon = gauge("silotune_epsilon_budget", "The plan's epsilon", labels=run)
 
     @property
     def all(self) -> list[Metric]:
@@ -230,7 +230,7 @@ class _Families:
         for (name, code), count in Counter((t.site, t.code) for t in view.troubles).items():
             self.errors.add_metric([run, name, code], count)
         if facts.planned_epsilon is not None:
-            self.planned.add_metric([run], facts.planned_epsilon)
+            self.planned_epsilon.add_metric([run], facts.planned_epsilon)
         for name, value in spent.items():
             self.spent.add_metric([run, name], value)
         for name, value in left(facts.planned_epsilon, spent).items():
