@@ -168,7 +168,7 @@ class Ledger:
     def __init__(self, path: Path, *, create: bool = True, to_disk: bool = True) -> None:
         self.path = path
         self._runs: dict[tuple[str, str], RunAccount] = {}
-        self._audit: tuple[int, str] | None = None
+        self._vouched: Head | None = None
         self._charged: dict[str, Tally] = {}  # by dataset
         self._paid: dict[ReleaseKey, _Paid] = {}
         self._table = LedgerTable(path, observe=self._observe, create=create, to_disk=to_disk)
@@ -287,17 +287,17 @@ class Ledger:
             if account is not None and account.open:
                 append(_entry("settle", dataset, run))
 
-    def vouch(self, dataset: str, run: str, line: tuple[int, str]) -> None:
-        """Write down that the site's audit log has a line, by number and hash."""
-        entry = _entry("audit", dataset, run, round=line[0], payload_sha256=line[1])
+    def vouch(self, dataset: str, run: str, line: Head) -> None:
+        """Write down that the site's audit log has a line, by its place."""
+        entry = _entry("audit", dataset, run, round=line.seq, payload_sha256=line.hash)
         with self._table.transaction() as append:
             append(entry)
 
     @property
-    def vouched(self) -> tuple[int, str] | None:
+    def vouched(self) -> Head | None:
         """The newest line of the audit log that `vouch` wrote down, if there is one."""
         with self._table.transaction():
-            return self._audit
+            return self._vouched
 
     def restore(
         self, dataset: str, name: str, missing: Mapping[str, int], *, budget: Budget
@@ -471,7 +471,7 @@ class Ledger:
             self._runs[place] = replace(self._runs[place], open=False)
             return
         if entry.kind == "audit":
-            self._audit = (int(entry.round or 0), entry.payload_sha256 or "")
+            self._vouched = Head(int(entry.round or 0), entry.payload_sha256 or "")
             return
         if entry.kind == "release":
             key = _key_of(entry)

@@ -8,13 +8,15 @@ connection says.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from pydantic import Field, ValidationError
 
 from silotune.plan.document import Document, Sha256, canonical_json
 from silotune.plan.sections import Name
+from silotune.trust.audit import AuditHead
+from silotune.trust.chain import Head
 from silotune.trust.errors import BodyInvalid
 from silotune.trust.roster import Pem, SignedRoster
 from silotune.trust.signed import (
@@ -286,6 +288,16 @@ class LogHead(Body):
     seq: Annotated[int, Field(ge=0)]
     hash: Sha256
 
+    @classmethod
+    def of(cls, head: AuditHead, **more: Any) -> Self:
+        """A head, to be sent."""
+        return cls(**vars(head), **more)
+
+    @property
+    def head(self) -> AuditHead:
+        """What was sent, as the log itself knows it."""
+        return AuditHead(self.owner, self.seq, self.hash)
+
 
 class CounterSignature(LogHead):
     """The other side's head, and the sender's signature over it (`AuditHead.sign`), base64."""
@@ -298,6 +310,16 @@ class LedgerHead(Body):
 
     seq: Annotated[int, Field(ge=0)]
     hash: Sha256
+
+    @classmethod
+    def of(cls, head: Head, **more: Any) -> Self:
+        """A head, to be sent."""
+        return cls(**vars(head), **more)
+
+    @property
+    def head(self) -> Head:
+        """What was sent, as the ledger itself knows it."""
+        return Head(self.seq, self.hash)
 
 
 class LedgerSignature(LedgerHead):

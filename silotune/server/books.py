@@ -29,8 +29,7 @@ from silotune.server.enrolment import Registrar
 from silotune.server.store.database import CERTIFICATES, SITE_BOOKS, Store
 from silotune.server.store.runs import Runs
 from silotune.trust import identity
-from silotune.trust.audit import COUNTER_SIGNED, AuditHead, AuditLog
-from silotune.trust.chain import Head
+from silotune.trust.audit import COUNTER_SIGNED, AuditLog
 from silotune.trust.errors import BooksDisagree, FederationError
 from silotune.trust.identity import fingerprint
 from silotune.trust.signed import decoded, encoded
@@ -131,13 +130,13 @@ class Books:
             known = http.Known(log=theirs.mine, ledger=theirs.ledger or memory.known.ledger)
             self._remember(site, KnownBooks(known=known, spent=theirs.spent or memory.spent))
             signed = http.HeadExchange(
-                mine=_own_head(self._audit),
+                mine=http.LogHead.of(self._audit.head),
                 yours=self._sign_log(theirs.mine),
                 ledger_signed=None
                 if theirs.ledger is None
                 else self._sign_ledger(site, theirs.ledger),
             )
-        return signed.model_copy(update={"mine": _own_head(self._audit)})
+        return signed.model_copy(update={"mine": http.LogHead.of(self._audit.head)})
 
     def restore(self, site: str, asked: http.Restored) -> None:
         """Take older books in the place of lost ones, if all that was spent is charged in them.
@@ -197,20 +196,18 @@ class Books:
 
     def _keep_signature(self, site: str, yours: http.CounterSignature) -> None:
         member = self._registrar.enrolled[site].member
-        head = AuditHead(yours.owner, yours.seq, yours.hash)
-        signature = decoded(yours.signature)
-        self._audit.witness(head, signature, identity.decode_signing_key(member.signing_key))
+        key = identity.decode_signing_key(member.signing_key)
+        self._audit.witness(yours.head, decoded(yours.signature), key)
 
     def _sign_log(self, mine: http.LogHead) -> http.CounterSignature:
-        head = AuditHead(mine.owner, mine.seq, mine.hash)
-        signature = head.sign(self._keys.signing)
-        self._audit.counter_signed(head, signature, self._keys.signing.public_key())
-        return http.CounterSignature(**mine.model_dump(), signature=encoded(signature))
+        signature = mine.head.sign(self._keys.signing)
+        self._audit.counter_signed(mine.head, signature, self._keys.signing.public_key())
+        return http.CounterSignature.of(mine.head, signature=encoded(signature))
 
     def _sign_ledger(self, site: str, head: http.LedgerHead) -> http.LedgerSignature:
-        signature = Head(head.seq, head.hash).sign(self._keys.signing)
+        signature = head.head.sign(self._keys.signing)
         self._audit.append(LEDGER_SIGNED, site=site, ledger_seq=head.seq, ledger_hash=head.hash)
-        return http.LedgerSignature(seq=head.seq, hash=head.hash, signature=encoded(signature))
+        return http.LedgerSignature.of(head.head, signature=encoded(signature))
 
     def _save(self, site: str, memory: KnownBooks) -> None:
         row = {
@@ -301,11 +298,6 @@ def _logged(fields: Mapping[str, Any]) -> http.LogHead:
 
 def _ledgered(fields: Mapping[str, Any]) -> http.LedgerHead:
     return http.LedgerHead(seq=fields["ledger_seq"], hash=fields["ledger_hash"])
-
-
-def _own_head(audit: AuditLog) -> http.LogHead:
-    own = audit.head
-    return http.LogHead(owner=own.owner, seq=own.seq, hash=own.hash)
 
 
 def _seq(head: http.LogHead | http.LedgerHead | None) -> int:

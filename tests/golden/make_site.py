@@ -37,6 +37,7 @@ from silotune.release import ReleaseControl as Criterion
 from silotune.rounds.secure_rounds import Settled
 from silotune.trust.audit import AUDIT_FILE, AuditHead, AuditLog
 from silotune.trust.authority import Authority
+from silotune.trust.chain import Head
 from silotune.trust.identity import (
     Subject,
     certificate_fingerprint,
@@ -91,7 +92,7 @@ def ledger(folder):
     book.settle(DATASET, RUN)
     book.reserve(DATASET, "golden-0002", other, gaussian_event(15.0), budget=budget)
     book.charge(DATASET, ReleaseKey("golden-0002", 1, "metrics"), other, table, "ef" * 32)
-    book.vouch(DATASET, "golden-0002", (4, "12" * 32))
+    book.vouch(DATASET, "golden-0002", Head(4, "12" * 32))
     (missing,) = book.standing(upto=2)[DATASET]
     book.restore(DATASET, "restored-0001", {missing: 2}, budget=budget)
     book.witness(book.head, book.head.sign(FEDERATION_KEY), FEDERATION_KEY.public_key())

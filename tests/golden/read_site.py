@@ -78,7 +78,7 @@ def ledger(folder):
         "runs": run_rows(book),
         "standing": book.standing(),
         "payload": book.payload_of(UPDATE),
-        "vouched": book.vouched,
+        "vouched": list(vars(book.vouched).values()),
         "events": len(book.events(DATASET)),
     }
     again, _ = book.events(DATASET, run=RUN)

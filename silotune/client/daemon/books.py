@@ -97,7 +97,7 @@ class SiteBooks:
                 return
             if self.ledger is not None:
                 head = self._audit.head
-                self.ledger.vouch(dataset, run, (head.seq, head.hash))
+                self.ledger.vouch(dataset, run, head.place)
             for turn in range(_TRIES):
                 try:
                     self.exchange(api, force=True)
@@ -144,9 +144,9 @@ class SiteBooks:
         own = self._audit.head
         reply = api.exchange_heads(
             http.HeadExchange(
-                mine=_log_head(own),
+                mine=http.LogHead.of(own),
                 yours=yours,
-                ledger=None if head is None else _ledger_head(head),
+                ledger=None if head is None else http.LedgerHead.of(head),
                 spent=account_of(ledger),
                 after=self._held(known),
             )
@@ -154,14 +154,13 @@ class SiteBooks:
         key = self._enrolment.federation_key
         if reply.yours is None:
             raise FederationError("the coordinator did not sign the head it was sent")
-        seen = AuditHead(reply.yours.owner, reply.yours.seq, reply.yours.hash)
-        self._audit.witness(seen, decoded(reply.yours.signature), key)
+        self._audit.witness(reply.yours.head, decoded(reply.yours.signature), key)
         if reply.ledger_signed is not None and ledger is not None:
-            signed = Head(reply.ledger_signed.seq, reply.ledger_signed.hash)
+            signed = reply.ledger_signed.head
             ledger.witness(signed, decoded(reply.ledger_signed.signature), key)
-        self._theirs = AuditHead(reply.mine.owner, reply.mine.seq, reply.mine.hash)
+        self._theirs = reply.mine.head
         self._known = http.Known(
-            log=_log_head(own), ledger=None if head is None else _ledger_head(head)
+            log=http.LogHead.of(own), ledger=None if head is None else http.LedgerHead.of(head)
         )
 
     def _counter_signed(self) -> http.CounterSignature | None:
@@ -170,12 +169,7 @@ class SiteBooks:
         key = self._enrolment.keys.signing
         signature = self._theirs.sign(key)
         self._audit.counter_signed(self._theirs, signature, key.public_key())
-        return http.CounterSignature(
-            owner=self._theirs.owner,
-            seq=self._theirs.seq,
-            hash=self._theirs.hash,
-            signature=encoded(signature),
-        )
+        return http.CounterSignature.of(self._theirs, signature=encoded(signature))
 
     def _held(self, known: http.Known) -> http.Known:
         """What these books have at the places of heads that the coordinator signed."""
@@ -184,7 +178,7 @@ class SiteBooks:
             log = http.LogHead(owner=self._audit.owner, seq=known.log.seq, hash=found)
         if known.ledger is not None:
             head = _head_at(self.ledger, known.ledger.seq)
-            ledger = None if head is None else _ledger_head(head)
+            ledger = None if head is None else http.LedgerHead.of(head)
         return http.Known(log=log, ledger=ledger)
 
 
@@ -282,10 +276,10 @@ def _require_agreement(ledger: Ledger, seen: Head | None, audit: AuditLog) -> No
             f"row {seen.seq} is missing or another one"
         )
     line = ledger.vouched
-    if line is not None and audit.hash_of(line[0]) != line[1]:
+    if line is not None and audit.hash_of(line.seq) != line.hash:
         raise AuditLogDamaged(
             f"{audit.path} is not the audit log that the ledger has seen: "
-            f"line {line[0]} is missing or another one"
+            f"line {line.seq} is missing or another one"
         )
 
 
@@ -304,14 +298,6 @@ def _head_at(ledger: Ledger | None, seq: int) -> Head | None:
         return None
     found = Head(seq, ledger.hash_of(seq)) if seq else GENESIS
     return found if found.hash else None
-
-
-def _log_head(head: AuditHead) -> http.LogHead:
-    return http.LogHead(owner=head.owner, seq=head.seq, hash=head.hash)
-
-
-def _ledger_head(head: Head) -> http.LedgerHead:
-    return http.LedgerHead(seq=head.seq, hash=head.hash)
 
 
 # --- an older copy, put into use ---
@@ -417,15 +403,15 @@ def _restore(site: SiteConfig, *, reason: str, by: str) -> list[Restoration]:
         )
         line = audit.head
         dataset = next(iter([*(entry.dataset for entry in done), *site.datasets]))
-        ledger.vouch(dataset, _lost_name(heads), (line.seq, line.hash))
+        ledger.vouch(dataset, _lost_name(heads), line.place)
         newest = ledger.head
         told = http.Restored.make(
             enrolment.keys.signing,
             federation=enrolment.facts.federation,
             site=site.name,
             replaces=heads.known,
-            log=http.LogHead(owner=line.owner, seq=line.seq, hash=line.hash),
-            ledger=http.LedgerHead(seq=newest.seq, hash=newest.hash),
+            log=http.LogHead.of(line),
+            ledger=http.LedgerHead.of(newest),
             spent=account_of(ledger),
             reason=reason,
             sent_at=int(time.time()),
@@ -477,7 +463,7 @@ def _goes_on(audit: AuditLog, ledger: Ledger, known: http.Known) -> bool:
     log_good = known.log is None or audit.hash_of(known.log.seq) == known.log.hash
     ledger_good = known.ledger is None or ledger.hash_of(known.ledger.seq) == known.ledger.hash
     seen = ledger.vouched
-    return log_good and ledger_good and (seen is None or audit.hash_of(seen[0]) == seen[1])
+    return log_good and ledger_good and (seen is None or audit.hash_of(seen.seq) == seen.hash)
 
 
 def _open_audit(state: Path, enrolment: Enrolment) -> AuditLog | None:
