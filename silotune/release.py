@@ -1,16 +1,11 @@
 """The gate that a finished adapter passes before it leaves the consortium.
 
-The controls that a finished run's adapter has to pass, each from the run's own files.
+Every control is applied to the run's own files, and none can be waived. What can't be checked (a missing
+certificate, attacks that were not run, an adapter that was changed since) has not passed.
 
-None can be waived. What can't be checked (a certificate that is missing, attacks that were not run, an
-adapter that was changed since) has not passed.
-
-What a named person signs when an adapter leaves: terms and numbers, and the hashes of every file.
-
-A machine-readable record of the criteria that were applied, tied to the output they were applied to, as
+Then a named person signs: terms and numbers, no sentences, and the hashes of every file. It is a
+machine-readable record of the criteria that were applied, tied to the output they were applied to, as
 output-checking standards ask (SATRE 2.0, 3.3.07 and 3.3.09).
-
-What a control is, in words; signed statements hold none.
 """
 
 from __future__ import annotations

@@ -5,9 +5,8 @@ ones signed last, has restored an old copy, deleted a book, or runs two copies: 
 it is served no more, and both teams are told. It comes back with the newest copy, or by restoring an
 older one with everything charged that the newest signature says was spent.
 
-The coordinator's audit log has every head that was signed; the store has the newest, with the account.
-
-Privacy certificates that sites hand in when a run is over, for people to download.
+The coordinator's audit log has every head that was signed; the store has the newest, with the account,
+and the privacy certificates that sites hand in when a run is over, for people to download.
 """
 
 from __future__ import annotations

@@ -1,13 +1,10 @@
-"""Who is who: keys, certificates, and fingerprints that two people can read to each other.
+"""Who is who: keys, certificates, people, and fingerprints that two of them can read to each other.
 
-A site has two keys. The Ed25519 *signing key* (RFC 8032) signs what it says: approvals, payloads,
-audit heads. The P-384 *node key* authenticates its connection, both to Flower's fleet protocol and,
-with a certificate of the federation's own authority over the very same key, to TLS. No private key
-ever leaves the machine it was made on: the authority sees a certificate request (PKCS #10) only.
-
-A site's signing key: Ed25519 (RFC 8032), made once, private to its owner.
-
-People who look at a federation or run it, once it is known who they are.
+A site has two keys. The Ed25519 *signing key* (RFC 8032), made once and private to its owner, signs what
+it says: approvals, payloads, audit heads. The P-384 *node key* authenticates its connection, both to
+Flower's fleet protocol and, with a certificate of the federation's own authority over the very same key,
+to TLS. No private key ever leaves the machine it was made on: the authority sees a certificate request
+(PKCS #10) only.
 """
 
 from __future__ import annotations

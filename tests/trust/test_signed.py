@@ -12,9 +12,11 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import create_model
 
 import silotune
+from silotune import release
 from silotune.errors import CertificateInvalid, PlanInvalid, PlanSignatureInvalid, SilotuneError
 from silotune.plan.document import ADDED_LATER, Document, canonical_json
 from silotune.plan.plan import Plan, dotted
+from silotune.privacy import certificate
 from silotune.protocol.http import Decision
 from silotune.trust import roster, signed
 from silotune.trust.errors import RosterInvalid
@@ -214,6 +216,28 @@ def test_a_signed_file_says_what_was_signed_and_by_whom(note):
     said, key = NOTE.read_file(note, _Note)
     assert said == _Note(text="öffentlich")
     assert key.public_bytes_raw() == TRUSTED.public_bytes_raw()
+
+
+@pytest.mark.parametrize(
+    ("name", "signing", "body"),
+    [
+        ("certificate.json", certificate._CERTIFICATE, certificate.CertificateBody),
+        ("release/release.json", release._RELEASE, release.Statement),
+    ],
+    ids=["certificate", "release"],
+)
+def test_files_that_were_signed_before_a_key_came_are_read(name, signing, body):
+    said, _ = signing.read_file(GOLDEN / name, later_version(body))
+    assert said.came_later == 7
+
+
+def test_files_that_say_nothing_new_are_read_by_earlier_versions(note):
+    after = later_version(_Note)
+    NOTE.write_file(note, after(text="x"), FEDERATION_KEY)
+    assert NOTE.read_file(note, _Note)[0] == _Note(text="x")
+    NOTE.write_file(note, after(text="x", came_later=8), FEDERATION_KEY)
+    with pytest.raises(CertificateInvalid, match=NAME):
+        NOTE.read_file(note, _Note)
 
 
 @pytest.mark.parametrize(
