@@ -7,13 +7,9 @@ Every field of every reply is one of three things, and says which:
 - `Unprotected`: raw, and only under a plan whose ``privacy.mode`` is ``'none'``.
 
 Anything else is stopped before it becomes bytes. What a private reply costs is charged before records
-are touched for it (`Gate.charge`); its bytes are on the disk before the ledger names them, and returned
-after that. A crash leaves a charge without content, whose content may be made anew because none ever
-left, or a charged reply that can be sent again.
-
-A reply as plain values, as bytes on the disk, and as Flower records.
-
-Both forms come from the same values by rules without choice: a reply read back from its bytes gives
+are touched for it (`Gate.charge`); its bytes are on the disk, in the outbox, before the ledger names
+them, and returned after that. A crash leaves a charge without content, whose content may be made anew
+because none ever left, or a charged reply that can be sent again: one read back from its bytes gives
 records of the same content, to the last bit.
 """
 
@@ -30,7 +26,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import RecordDict
 from numpy.typing import NDArray
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
@@ -46,19 +42,12 @@ from silotune.errors import (
 from silotune.events import tracing
 from silotune.plan.plan import Plan
 from silotune.privacy.ledger import Ledger, ReleaseKey
+from silotune.protocol.replies import RELEASED, Scalar, records_of
 from silotune.trust.errors import SealBroken
 
 if TYPE_CHECKING:
     from dp_accounting import DpEvent
 
-
-Scalar = str | int | float | bool | bytes
-
-RELEASED = "released"
-"""The record of all scalars. Every array has a record of its own, named like its field."""
-
-FLAT = "flat"
-"""The one array of an array's record."""
 
 _SCALARS = "scalars"
 _ARRAY = "array:"
@@ -93,24 +82,8 @@ class Reply:
         )
 
     def records(self) -> RecordDict:
-        """Flower's records: one `ArrayRecord` an array, and ``released`` for the scalars.
-
-        ``released`` is a `MetricRecord` if all scalars are numbers, otherwise a `ConfigRecord`.
-        """
-        records = RecordDict()
-        for name in sorted(self.arrays):
-            records[name] = ArrayRecord({FLAT: Array(self.arrays[name])})
-        scalars = {name: self.scalars[name] for name in sorted(self.scalars)}
-        numbers = {
-            name: value
-            for name, value in scalars.items()
-            if isinstance(value, int | float) and not isinstance(value, bool)
-        }
-        if len(numbers) == len(scalars):
-            records[RELEASED] = MetricRecord({**numbers})
-        else:
-            records[RELEASED] = ConfigRecord({**scalars})
-        return records
+        """The same as Flower's records: `silotune.protocol.replies.records_of`."""
+        return records_of(self.arrays, self.scalars)
 
 
 def _plain(value: Scalar) -> object:
@@ -285,7 +258,7 @@ class Gate:
         Returns
         -------
         RecordDict
-            See `Reply.records`.
+            See `silotune.protocol.replies.records_of`.
 
         Raises
         ------
@@ -300,14 +273,15 @@ class Gate:
         """
         self._require_own(key)
         with tracing.span("release", run=key.run, round=key.round):
+            reply = self._account_for(fields, mechanisms)
             # From here on only these bytes exist, whatever happens to the caller's arrays.
-            payload = self._account_for(fields, mechanisms).to_bytes()
+            payload, records = reply.to_bytes(), reply.records()
             if mechanisms and self._ledger is not None:
                 self.charge(key, mechanisms)
                 self._bind(self._ledger, key, payload, beside)
             elif any(isinstance(given, Unprotected) for given in fields.values()):
                 self._keep(key, payload, beside)
-            return Reply.from_bytes(payload).records()
+            return records
 
     def _bind(
         self,

@@ -27,6 +27,13 @@ from silotune.privacy.secagg.encoding import Encoding, Ring
 from silotune.privacy.secagg.keys import digest
 from silotune.privacy.secagg.messages import Member, pack_named
 from silotune.privacy.secagg.site import SiteRound, Stage
+from silotune.protocol.replies import (
+    CheckReply,
+    KeysReply,
+    MaskedReply,
+    OpenReply,
+    ShareReply,
+)
 from silotune.strategies import method_of
 from silotune.strategies.base import weight_in
 from silotune.strategies.secure import encoding_for
@@ -134,11 +141,13 @@ class SecurePart:
 
     def keys(self, number: int) -> RecordDict:
         """Public keys of this site for a round."""
-        return self._answer(number, "keys", {"keys": self._advertised(number)})
+        return self._answer(number, "keys", KeysReply.fields(keys=self._advertised(number)))
 
     def share(self, number: int, cohort: bytes) -> RecordDict:
         """The secrets of a round, shared among the cohort."""
-        return self._answer(number, "shares", {"shares": self._shared(number, cohort)})
+        return self._answer(
+            number, "shares", ShareReply.fields(shares=self._shared(number, cohort))
+        )
 
     def masked(
         self,
@@ -184,12 +193,15 @@ class SecurePart:
         update = train()
         vector += self._encoded(part, update, noise)
         self._keep(part)
-        fields: dict[str, Field] = {"request": Public(asked, _PROTOCOL)}
-        if number < self._plan.rounds.number:
-            fields["keys"] = self._advertised(number + 1)
+        last = number == self._plan.rounds.number
+        more: dict[str, Field] = {} if last else {"keys": self._advertised(number + 1)}
         private = update.event is not None
-        fields["update"] = DpRelease(vector, "steps") if private else Unprotected(vector)
-        mechanisms = {"steps": update.event} if update.event else {}
+        fields = MaskedReply.fields(
+            request=Public(asked, _PROTOCOL),
+            update=DpRelease(vector, "steps") if private else Unprotected(vector),
+            **more,
+        )
+        mechanisms = {"steps": update.event} if update.event is not None else {}
         return self._gate.release(key, fields=fields, mechanisms=mechanisms, beside=beside)
 
     def check(self, number: int, survivors: Sequence[str]) -> RecordDict:
@@ -197,7 +209,9 @@ class SecurePart:
         part = self._part(number)
         signature = part.sign(survivors)
         self._keep(part)
-        return self._answer(number, "check", {"signature": Public(signature, _PROTOCOL)})
+        return self._answer(
+            number, "check", CheckReply.fields(signature=Public(signature, _PROTOCOL))
+        )
 
     def opened(
         self,
@@ -211,9 +225,8 @@ class SecurePart:
         part = self._part(number)
         shares = pack_named(part.open(survivors, signatures))
         self._keep(part)
-        fields: dict[str, Field] = {"opened": Public(shares, _PROTOCOL)}
-        if next_cohort:
-            fields["shares"] = self._shared(number + 1, next_cohort)
+        more = {"shares": self._shared(number + 1, next_cohort)} if next_cohort else {}
+        fields = OpenReply.fields(opened=Public(shares, _PROTOCOL), **more)
         return self._answer(number, "open", fields)
 
     # --- inside ---
@@ -223,7 +236,7 @@ class SecurePart:
 
     def _masked_before(self, key: ReleaseKey, asked: bytes) -> RecordDict | None:
         again = self._gate.recall(key)
-        if again is not None and again.config_records["released"]["request"] != asked:
+        if again is not None and MaskedReply.read(again).request != asked:
             raise RoundUsed("this site masked its update of the round for another cohort")
         return again
 

@@ -58,6 +58,7 @@ from silotune.privacy.events import gaussian_event
 from silotune.privacy.ledger import Ledger, ReleaseKey
 from silotune.privacy.noise import NoiseSource, SecureNoise, SeededNoise, derive_seed
 from silotune.protocol.errors import MessageRefused
+from silotune.protocol.replies import EvaluateReply, JoinReply, TrainReply
 from silotune.trust.identity import load_or_create
 from silotune.trust.vault import Vault
 
@@ -165,17 +166,19 @@ class SiteRun:
             self.secure.require_fine_enough(self.trainable, sigma=self.sigma)
         self._reserve()
         declared = self.dataset.declared_units
-        fields: dict[str, Field] = {
-            "site": Public(self.site.name, "site.toml: name"),
-            "declared_units": Public(declared, "site.toml: declared_units"),
-            "layout": Public(model.layout.to_json(), "plan: model and lora"),
-            "dtype": Public(str(model.dtype).removeprefix("torch."), "plan: dtype; this machine"),
-            "rate": Public(self.plan.release_rate(declared), "plan: privacy.rate or privacy.batch"),
-        }
+        more: dict[str, Field] = {}
         if self.rank != self.plan.lora.r:
-            fields["rank"] = Public(self.rank, "site.toml: resources.max_rank")
+            more["rank"] = Public(self.rank, "site.toml: resources.max_rank")
         if self.plan.private:
-            fields["sigma"] = Public(self.sigma, "plan: privacy.epsilon over the declared units")
+            more["sigma"] = Public(self.sigma, "plan: privacy.epsilon over the declared units")
+        fields = JoinReply.fields(
+            site=Public(self.site.name, "site.toml: name"),
+            declared_units=Public(declared, "site.toml: declared_units"),
+            layout=Public(model.layout.to_json(), "plan: model and lora"),
+            dtype=Public(str(model.dtype).removeprefix("torch."), "plan: dtype; this machine"),
+            rate=Public(self.plan.release_rate(declared), "plan: privacy.rate or privacy.batch"),
+            **more,
+        )
         try:
             self.trainer.prepare()
         except Exception as exc:
@@ -199,16 +202,16 @@ class SiteRun:
         self._require_usable(adapter)
         event = self._round_event
         with self._untold():
-            if event is None:
-                update = self._trained(adapter, server_round, clip=clip)
-                fields: dict[str, Field] = {"update": Unprotected(update.flat)}
-                return self.gate.release(key, fields=fields, beside=self._promote(server_round))
-            self._charge(key, {"steps": event})
-            update = self._trained(adapter, server_round, clip=clip)
+            mechanisms = {} if event is None else {"steps": event}
+            if mechanisms:
+                self._charge(key, mechanisms)
+            flat = self._trained(adapter, server_round, clip=clip).flat
             return self.gate.release(
                 key,
-                fields={"update": DpRelease(update.flat, "steps")},
-                mechanisms={"steps": event},
+                fields=TrainReply.fields(
+                    update=DpRelease(flat, "steps") if mechanisms else Unprotected(flat)
+                ),
+                mechanisms=mechanisms,
                 beside=self._promote(server_round),
             )
 
@@ -344,7 +347,8 @@ class SiteRun:
         self._require_usable(adapter)
         if not self.plan.private:
             found = self._tables(adapter, server_round)
-            return self.gate.release(key, fields={n: Unprotected(v) for n, v in found.items()})
+            fields = EvaluateReply.fields(**{n: Unprotected(v) for n, v in found.items()})
+            return self.gate.release(key, fields=fields)
         with self._untold():
             return self._noisy_tables(key, adapter)
 
@@ -367,12 +371,11 @@ class SiteRun:
             found = {name: evaluation.nothing(self.trainable.model) for name in names}
         # One unit moves every table: together they are one release of sqrt(tables) the sensitivity.
         reach = evaluation.sensitivity(self.trainable.model) * math.sqrt(len(found))
-        released = {
-            name: DpRelease(
-                evaluation.noisy(v, sigma=sigma, sensitivity=reach, noise=noise), "counts"
-            )
+        made = {
+            name: evaluation.noisy(v, sigma=sigma, sensitivity=reach, noise=noise)
             for name, v in found.items()
         }
+        released = EvaluateReply.fields(**{n: DpRelease(v, "counts") for n, v in made.items()})
         return self.gate.release(key, fields=released, mechanisms={"counts": event})
 
     def _counts(self, adapter: Vector) -> NDArray[np.float64]:

@@ -1,16 +1,12 @@
-"""The coordinator's round loop: join, rounds, checkpoints, resume.
+"""The coordinator's Flower ServerApp: join, rounds, checkpoints, resume; in simulation and deployment.
 
 The loop is ours rather than Flower's `Strategy.start`, which begins at round 1 always, collects every
 reply before it aggregates, waits for ever for missing nodes and keeps nothing across a crash.
 
-The coordinator's Flower ServerApp: the same in simulation and in deployment.
-
-How unlike the others a site's update is, where the coordinator sees updates.
-
-The score is the modified z-score of Iglewicz and Hoaglin (How to Detect and Handle Outliers, 1993) over
-the logarithms of the updates' norms: robust, as it uses medians, and free of scale. It finds what is too
-large or too small; a lie of ordinary size it can't see, and robust strategies (docs/strategies.md) are
-for that.
+How unlike the others a site's update is, where the coordinator sees updates, is a modified z-score
+(Iglewicz and Hoaglin, How to Detect and Handle Outliers, 1993) over logarithms of the updates' norms:
+robust, as it uses medians, and free of scale. It finds what is too large or too small; a lie of ordinary
+size it can't see, and robust strategies (docs/strategies.md) are for that.
 """
 
 from __future__ import annotations
@@ -18,22 +14,26 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from statistics import median
 from typing import Any, Protocol
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app import ArrayRecord, Context, Message
 from flwr.serverapp import Grid, ServerApp
 from numpy.typing import NDArray
 
 from silotune.errors import QuorumLost, RunDirectoryInvalid, SiteReportedError, UpdateRejected
 from silotune.events import tracing
-from silotune.models.layout import Layout, initial_adapter
+from silotune.models.layout import Layout, Vector, initial_adapter
 from silotune.plan.plan import Plan
+from silotune.privacy.errors import MessageMalformed
+from silotune.protocol.replies import JoinReply, TrainReply, error_code
+from silotune.protocol.requests import JoinRequest, TrainRequest, as_arrays
 from silotune.rounds.exchange import exchange
 from silotune.rounds.secure_rounds import SecureRounds
 from silotune.strategies import strategy_for
-from silotune.strategies.base import AdapterStrategy, Terms, Vector, as_arrays, update_of
+from silotune.strategies.base import AdapterStrategy, Terms
 from silotune.strategies.linear import LinearStrategy
 from silotune.strategies.secure import encoding_for
 from silotune.strategies.server_optimizer import phase_of
@@ -56,7 +56,6 @@ def scores(norms: Mapping[str, float]) -> dict[str, float]:
     return {site: _NORMAL * abs(value - centre) / spread for site, value in logs.items()}
 
 
-_DTYPES = {"float32", "bfloat16", "float16"}  # a site may say nothing else
 _MOST_VOID = 3
 
 
@@ -144,7 +143,7 @@ class RoundLoop:
         adapter, done = self._resume(strategy, layout)
         if done and not self._store.was_evaluated(done):
             # The process before may have died between a round's checkpoint and its metrics.
-            self._evaluate(done, as_arrays(adapter), self._config(done, strategy), strategy)
+            self._evaluate(self._request(done, adapter, strategy), strategy)
         for number in range(done + 1, self._plan.rounds.number + 1):
             with tracing.span("round", run=self._run, round=number):
                 adapter = self._round(number, adapter, strategy, layout)
@@ -156,33 +155,21 @@ class RoundLoop:
     # --- joining ---
 
     def _join(self) -> tuple[list[Terms], Layout]:
-        config = ConfigRecord({"plan": self._text, "run": self._run})
-        nodes = self._nodes()
-        messages = [
-            Message(RecordDict({"config": config}), dst_node_id=node, message_type="query.join")
-            for node in nodes
-        ]
+        request, nodes = JoinRequest(plan=self._text, run=self._run), self._nodes()
+        messages = [request.message(node) for node in nodes]
         cohort, layouts, codes = [], dict[str, str](), list[str]()
         for node, reply in exchange(self._grid, messages, deadline=self._plan.rounds.deadline):
-            if reply.has_error():
-                codes.append(str(reply.error.reason))
-                self._store.append_event("site_refused", site=str(node), code=reply.error.reason)
+            found = _joined(reply)
+            if isinstance(found, str):
+                codes.append(found)
+                self._store.append_event("site_refused", site=str(node), code=found)
                 continue
-            released = reply.content.config_records["released"]
-            terms = Terms(
-                node=node,
-                site=str(released["site"]),
-                declared_units=int(released["declared_units"]),  # type: ignore[arg-type]
-                rank=_rank_of(released),
-            )
-            cohort.append(terms)
-            layouts[terms.site] = str(released["layout"])
-            shown = {key: released[key] for key in ("rate", "sigma") if key in released}
-            if released.get("dtype") in _DTYPES:
-                shown["dtype"] = released["dtype"]
-            self._store.append_event(
-                "site_joined", site=terms.site, declared_units=terms.declared_units, **shown
-            )
+            units = found.declared_units
+            cohort.append(Terms(node=node, site=found.site, declared_units=units, rank=found.rank))
+            layouts[found.site] = found.layout
+            told = {"rate": found.rate, "sigma": found.sigma, "dtype": found.dtype}
+            shown = {key: value for key, value in told.items() if value is not None}
+            self._store.append_event("site_joined", site=found.site, declared_units=units, **shown)
         self._require_quorum(len(cohort), len(nodes), codes)
         return sorted(cohort, key=lambda t: t.site), _agreed_layout(layouts, self._plan)
 
@@ -217,13 +204,13 @@ class RoundLoop:
             phase=phase_of(self._plan, number),
             cohort=[terms.site for terms in strategy.cohort.values()],
         )
-        config = self._config(number, strategy)
-        arrays = as_arrays(adapter)
+        asked = self._request(number, adapter, strategy)
         strategy.begin(number, adapter)
         if self._plan.aggregation.secure:
-            facts = self._collect_securely(number, strategy, arrays)
+            facts = self._collect_securely(number, strategy, asked.arrays)
         else:
-            messages = list(strategy.configure_train(number, arrays, config, self._grid))
+            configured = strategy.configure_train(number, asked.arrays, asked.config(), self._grid)
+            messages = list(configured)
             facts = self._collect(number, strategy, messages, clock)
         clock.lap("wait")
         updated = strategy.finish(adapter, server_round=number)
@@ -238,17 +225,20 @@ class RoundLoop:
             update_norm=float(np.linalg.norm(updated - adapter)),
             **facts,
         )
-        self._evaluate(number, as_arrays(updated), config, strategy)
+        self._evaluate(replace(asked, arrays=as_arrays(updated)), strategy)
         if self._observer:
             self._observer.after_round(number, updated, seconds=clock.total)
         return updated
 
-    def _config(self, number: int, strategy: AdapterStrategy) -> ConfigRecord:
-        """What a message of a round says beside the arrays."""
-        config = ConfigRecord({"plan": self._text, "run": self._run, "round": number})
-        for name, value in strategy.settings().items():
-            config[name] = value
-        return config
+    def _request(self, number: int, adapter: Vector, strategy: AdapterStrategy) -> TrainRequest:
+        """What a round asks of every site."""
+        return TrainRequest(
+            plan=self._text,
+            run=self._run,
+            round=number,
+            arrays=as_arrays(adapter),
+            **strategy.settings(),
+        )
 
     def _collect(
         self, number: int, strategy: AdapterStrategy, messages: list[Message], clock: _Clock
@@ -302,11 +292,10 @@ class RoundLoop:
         """Add one reply to the sum; its size in bytes, or the error's code if it could not be."""
         terms = strategy.cohort[node]
         try:
-            if reply.has_error():
-                code = str(reply.error.reason)
+            if code := error_code(reply):
                 self._store.append_event("site_failed", round=number, site=terms.site, code=code)
                 return code
-            update = update_of(reply)
+            update = TrainReply.read(reply.content).update
             strategy.fold(terms, update)
         except UpdateRejected as exc:
             self._store.append_event(
@@ -317,11 +306,10 @@ class RoundLoop:
         self._store.append_event("site_replied", round=number, site=terms.site, bytes=update.nbytes)
         return int(update.nbytes)
 
-    def _evaluate(
-        self, number: int, arrays: Any, config: ConfigRecord, strategy: AdapterStrategy
-    ) -> None:
-        """Ask the sites for the metrics that the plan lets them release."""
-        messages = list(strategy.configure_evaluate(number, arrays, config, self._grid))
+    def _evaluate(self, asked: TrainRequest, strategy: AdapterStrategy) -> None:
+        """Ask the sites for the metrics that the plan lets them release, of the same round."""
+        number, arrays = asked.round, asked.arrays
+        messages = list(strategy.configure_evaluate(number, arrays, asked.config(), self._grid))
         if not messages:
             return
         replies = dict(exchange(self._grid, messages, deadline=self._plan.rounds.deadline))
@@ -390,9 +378,12 @@ def _bytes_of(message: Message) -> int:
     return sum(math.prod(array.shape) * np.dtype(array.dtype).itemsize for array in arrays)
 
 
-def _rank_of(released: Mapping[str, Any]) -> int | None:
-    rank = released.get("rank")
-    return rank if isinstance(rank, int) and not isinstance(rank, bool) and rank > 0 else None
+def _joined(reply: Message) -> JoinReply | str:
+    """A site's terms, or the code of why it does not join."""
+    try:
+        return error_code(reply) or JoinReply.read(reply.content)
+    except MessageMalformed as exc:
+        return exc.code
 
 
 def _agreed_layout(layouts: Mapping[str, str], plan: Plan) -> Layout:

@@ -4,16 +4,12 @@ Keys and shared secrets of round r + 1 ride on the messages of round r. Sites th
 because they are new or came back, are asked for theirs at the same time. Only before the first round,
 and when too few sites are left in the next, two exchanges more are needed.
 
-What a round has settled is on the disk before a site acts on it (`silotune.rounds.secure_rounds`): the
-process after a crash asks for the same, and finishes the round.
-
-What a secure round has settled, on the disk before a site is asked to act on it.
-
-A site masks one update a round, for one cohort, and opens for one survivor set. A coordinator that is
-killed must ask for the very same again, or it gets nothing. So it writes down whom it asks to mask and
-with which sealed shares, before it asks; and the survivors, before any site signs or opens for them. The
-next process goes on from there. Masked updates are not written here: the message store has those that
-arrived, and a site gives its own again, the same bytes for the same request and uncharged.
+What a round has settled is on the disk before a site is asked to act on it. A site masks one update a
+round, for one cohort, and opens for one survivor set; a coordinator that is killed must ask for the very
+same again, or it gets nothing. So it writes down whom it asks to mask and with which sealed shares, and
+the survivors before any site signs or opens for them; the next process goes on there. Masked updates
+are not written here: the message store has those that arrived, and a site gives its own again, the same
+bytes for the same request and uncharged.
 """
 
 from __future__ import annotations
@@ -26,16 +22,32 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import ArrayRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
 from silotune.errors import SilotuneError
 from silotune.plan.plan import Plan
-from silotune.privacy.errors import MessageMalformed, SecureAggregationError, TooFewSurvivors
+from silotune.privacy.errors import SecureAggregationError, TooFewSurvivors
 from silotune.privacy.secagg.coordinator import CoordinatorRound
 from silotune.privacy.secagg.encoding import Encoding
-from silotune.privacy.secagg.messages import pack, pack_named, pack_names, unpack, unpack_named
+from silotune.privacy.secagg.messages import pack, unpack
+from silotune.protocol.replies import (
+    CheckReply,
+    KeysReply,
+    MaskedReply,
+    OpenReply,
+    ShareReply,
+    error_code,
+)
+from silotune.protocol.requests import (
+    CheckRequest,
+    KeysRequest,
+    MaskedRequest,
+    OpenRequest,
+    SecureRequest,
+    ShareRequest,
+)
 from silotune.rounds.exchange import exchange
 from silotune.strategies.base import Terms, weight_in
 
@@ -274,11 +286,11 @@ class SecureRounds:
         fresh = self._new_round()
         # A message of its own: a link that knows an equal one would give the answer of that time,
         # and with it keys that the site has replaced since.
-        attempt = {"attempt": os.urandom(8)}
-        messages = [self._message("keys", number, site, attempt) for site in self._nodes]
+        asked = KeysRequest(**self._place(number), attempt=os.urandom(8))
+        messages = [self._message(site, asked) for site in self._nodes]
         for site, reply in self._exchange("keys", messages, account):
             with self._noting("keys", site, account):
-                fresh.advertise(site, _blob(reply, "keys"))
+                fresh.advertise(site, KeysReply.read(reply).require_keys())
         self._share(number, fresh, account)
         return fresh
 
@@ -287,16 +299,16 @@ class SecureRounds:
         messages = list(self._share_messages(number, fresh, set(fresh.advertised)))
         for site, reply in self._exchange("share", messages, account):
             with self._noting("share", site, account):
-                fresh.add_shares(site, unpack_named(_blob(reply, "shares")))
+                fresh.add_shares(site, ShareReply.read(reply).require_shares())
 
     def _share_messages(
         self, number: int, fresh: CoordinatorRound, sites: set[str]
     ) -> Iterator[Message]:
         if not self._possible(fresh):
             return
-        content = {"cohort": fresh.cohort.to_bytes()}
+        asked = ShareRequest(**self._place(number), cohort=fresh.cohort.to_bytes())
         for site in sorted(sites):
-            yield self._message("share", number, site, content)
+            yield self._message(site, asked)
 
     @staticmethod
     def _possible(fresh: CoordinatorRound) -> bool:
@@ -325,31 +337,26 @@ class SecureRounds:
         """
         current, number = settled.current, account.number
         senders = settled.survivors or current.present
-        like, present = encoding.zeros(), pack_names(current.present)
+        like, present = encoding.zeros(), sorted(current.present)
+        place = {**self._place(number), "arrays": arrays, "present": present}
         messages = [
-            self._message(
-                "masked",
-                number,
-                site,
-                {"present": present, "sealed": pack_named(current.sealed_for(site))},
-                arrays,
-            )
+            self._message(site, MaskedRequest(**place, sealed=current.sealed_for(site)))
             for site in sorted(senders)
         ]
         if following is not None and not settled.survivors:
             others = self._nodes.keys() - current.present
-            messages += [self._message("keys", number + 1, site) for site in sorted(others)]
+            asked = KeysRequest(**self._place(number + 1))
+            messages += [self._message(site, asked) for site in sorted(others)]
         for site, reply in self._exchange("masked", messages, account):
             with self._noting("masked", site, account):
-                if site in senders:
-                    vector = reply.array_records["update"]["flat"].numpy()
-                    current.add_masked(site, vector, like=like)
-                    self._log.append_event(
-                        "site_replied", round=number, site=site, bytes=vector.nbytes
-                    )
+                found = (MaskedReply if site in senders else KeysReply).read(reply)
+                if isinstance(found, MaskedReply):
+                    current.add_masked(site, found.update, like=like)
+                    size = found.update.nbytes
+                    self._log.append_event("site_replied", round=number, site=site, bytes=size)
                     self._log.append_event("site_phase", round=number, site=site, phase="masked")
                 if following is not None and not settled.survivors:
-                    following.advertise(site, _blob(reply, "keys"))
+                    following.advertise(site, found.require_keys())
         if lost := settled.survivors - current.survivors:
             raise TooFewSurvivors(
                 f"sites may have opened with the update of {', '.join(sorted(lost))}, which is lost"
@@ -359,13 +366,12 @@ class SecureRounds:
         """Have the survivors sign who survived, if not everybody did."""
         if not current.agreement_needed:
             return
-        content = {"survivors": pack_names(current.survivors)}
-        messages = [
-            self._message("check", number, site, content) for site in sorted(current.survivors)
-        ]
+        survivors = sorted(current.survivors)
+        asked = CheckRequest(**self._place(number), survivors=survivors)
+        messages = [self._message(site, asked) for site in survivors]
         for site, reply in self._exchange("check", messages, account):
             with self._noting("check", site, account):
-                current.add_signature(site, _blob(reply, "signature"))
+                current.add_signature(site, CheckReply.read(reply).signature)
         current.require_quorum(set(current.signatures))
 
     def _open(
@@ -377,25 +383,27 @@ class SecureRounds:
     ) -> None:
         """Shares of the masks from the survivors, and of the next round's secrets from everybody."""
         possible = following is not None and self._possible(following)
-        content = {
-            "survivors": pack_names(current.survivors),
-            "signatures": pack_named(current.signatures),
-        }
+        asked = OpenRequest(
+            **self._place(number),
+            survivors=sorted(current.survivors),
+            signatures=current.signatures,
+        )
         messages = []
-        for site in sorted(current.survivors):
+        for site in asked.survivors:
             joins = possible and following is not None and site in following.advertised
             cohort = following.cohort.to_bytes() if joins and following is not None else b""
-            messages.append(self._message("open", number, site, {**content, "cohort": cohort}))
+            messages.append(self._message(site, replace(asked, cohort=cohort)))
         if following is not None:
             others = set(following.advertised) - current.survivors
             messages += self._share_messages(number + 1, following, others)
         for site, reply in self._exchange("open", messages, account):
             with self._noting("open", site, account):
-                if site in current.survivors:
-                    current.add_opening(site, unpack_named(_blob(reply, "opened")))
+                found = (OpenReply if site in current.survivors else ShareReply).read(reply)
+                if isinstance(found, OpenReply):
+                    current.add_opening(site, found.opened)
                     self._log.append_event("site_phase", round=number, site=site, phase="unmasked")
                 if possible and following is not None and site in following.advertised:
-                    following.add_shares(site, unpack_named(_blob(reply, "shares")))
+                    following.add_shares(site, found.require_shares())
 
     def _keep(self, number: int, following: CoordinatorRound | None) -> None:
         """Start the next round from what rode along, if that is enough for a quorum."""
@@ -406,24 +414,12 @@ class SecureRounds:
 
     # --- messages ---
 
-    def _message(
-        self,
-        phase: str,
-        number: int,
-        site: str,
-        secure: Mapping[str, bytes] | None = None,
-        arrays: ArrayRecord | None = None,
-    ) -> Message:
-        config = ConfigRecord({"plan": self._text, "run": self._run, "round": number})
-        content = RecordDict({"config": config, "secure": ConfigRecord({**(secure or {})})})
-        if arrays is not None:
-            content["arrays"] = arrays
-        return Message(
-            content,
-            dst_node_id=self._nodes[site],
-            message_type=f"train.{phase}",
-            group_id=str(number),
-        )
+    def _place(self, number: int) -> dict[str, Any]:
+        """What every request says."""
+        return {"plan": self._text, "run": self._run, "round": number}
+
+    def _message(self, site: str, asked: SecureRequest) -> Message:
+        return asked.message(self._nodes[site])
 
     def _exchange(
         self, phase: str, messages: Iterable[Message], account: _Account
@@ -437,8 +433,8 @@ class SecureRounds:
         deadline = self._plan.rounds.deadline
         for node, reply in exchange(self._grid, outgoing, deadline=deadline):
             site = self._sites[node]
-            if reply.has_error():
-                self._failed(phase, site, str(reply.error.reason), account)
+            if code := error_code(reply):
+                self._failed(phase, site, code, account)
                 continue
             account.bytes_up += _bytes_of(reply.content)
             yield site, reply.content
@@ -450,9 +446,6 @@ class SecureRounds:
             yield
         except SilotuneError as exc:
             self._failed(phase, site, exc.code, account, exc.detail)
-        except (KeyError, TypeError, ValueError):
-            detail = "a record is missing in the reply, or of another type"
-            self._failed(phase, site, MessageMalformed.code, account, detail)
 
     def _failed(
         self, phase: str, site: str, code: str, account: _Account, detail: str = ""
@@ -491,14 +484,6 @@ class SecureRounds:
             for member in members
             if member.site in current.survivors
         )
-
-
-def _blob(content: RecordDict, key: str) -> bytes:
-    """A byte string of a site's released values."""
-    value = content.config_records["released"][key]
-    if not isinstance(value, bytes):
-        raise MessageMalformed(f"{key!r} is not bytes")
-    return value
 
 
 def _bytes_of(content: RecordDict) -> int:

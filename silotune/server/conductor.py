@@ -22,6 +22,7 @@ from sqlalchemy import RowMapping
 from silotune.errors import RunError, SilotuneError
 from silotune.flower.link_grid import LinkGrid, Peer
 from silotune.flower.superlink import LinkRun, LinkState, Signal
+from silotune.models.layout import Vector
 from silotune.plan.plan import Plan
 from silotune.protocol.errors import StoppedByOperator
 from silotune.protocol.http import Decision, PlansReply, Proposal
@@ -31,7 +32,6 @@ from silotune.server.enrolment import Registrar
 from silotune.server.errors import ApprovalsMissing, NotPossibleNow
 from silotune.server.store.database import Store
 from silotune.server.store.runs import Runs, RunWriter
-from silotune.strategies.base import Vector
 from silotune.trust import identity
 from silotune.trust.audit import AuditLog
 from silotune.trust.errors import FederationError

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from silotune.data.site import SiteConfig
 from silotune.events.view import RunView
+from silotune.models.layout import Vector
 from silotune.models.scores import constant, recall_of
 from silotune.models.tasks import get_task
 from silotune.plan.plan import Plan
@@ -29,7 +30,6 @@ from silotune.report.verdict import quoted
 from silotune.rounds.run_directory import RunDirectory, spare
 from silotune.simulation.baselines import Counts, Job, Outcome, jobs_for, run_jobs, trains_head_only
 from silotune.simulation.grid import Receipt
-from silotune.strategies.base import Vector
 
 _CURVE_POINTS = 12
 Inspect = Callable[..., dict[str, tuple[dict[str, Any], dict[str, NDArray[Any]]]]]

@@ -15,22 +15,24 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 
 from silotune.errors import UpdateRejected
-from silotune.models.layout import Layout, Part, Span
+from silotune.models.layout import Layout, Part, Span, Vector
 from silotune.models.scores import metrics_of
 from silotune.plan.plan import Plan
+from silotune.privacy.errors import MessageMalformed
+from silotune.protocol.replies import EvaluateReply, TrainReply
+from silotune.protocol.requests import adapter_content, as_arrays
 from silotune.strategies.server_optimizer import ServerOptimizer, phase_of
-
-Vector = NDArray[np.float32]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +187,8 @@ class AdapterStrategy(Strategy):
         self.begin(server_round, start)
         for reply in replies:
             if reply.has_content():
-                self.fold(self.cohort[reply.metadata.src_node_id], update_of(reply))
+                update = TrainReply.read(reply.content).update
+                self.fold(self.cohort[reply.metadata.src_node_id], update)
         return as_arrays(self.finish(start, server_round=server_round)), None
 
     def configure_evaluate(
@@ -211,7 +214,7 @@ class AdapterStrategy(Strategy):
         self, arrays: ArrayRecord, config: ConfigRecord
     ) -> Iterator[tuple[int, RecordDict]]:
         """What each node of the cohort is sent: here the same for all."""
-        content = RecordDict({"arrays": arrays, "config": config})
+        content = adapter_content(arrays, config)
         for node in self.cohort:
             yield node, content
 
@@ -226,10 +229,7 @@ class AdapterStrategy(Strategy):
         del server_round
         totals: dict[str, NDArray[np.float64]] = {}
         for reply in replies:
-            for name, prefix in (("counts", ""), ("personal", "personal_")):
-                if not reply.has_content() or name not in reply.content.array_records:
-                    continue
-                counts = reply.content.array_records[name]["flat"].numpy()
+            for prefix, counts in _counts_of(reply):
                 known = totals.get(prefix)
                 if np.isfinite(counts).all() and (known is None or counts.shape == known.shape):
                     totals[prefix] = counts if known is None else known + counts
@@ -245,22 +245,15 @@ class AdapterStrategy(Strategy):
         """Nothing to log: the plan says it all."""
 
 
-def as_arrays(flat: Vector) -> ArrayRecord:
-    """A flat vector as the one array of a record."""
-    return ArrayRecord({"flat": Array(np.ascontiguousarray(flat, dtype="<f4"))})
-
-
-def update_of(reply: Message) -> Vector:
-    """The flat update of a reply. Raises `UpdateRejected` if it isn't one float32 vector."""
-    record = reply.content.array_records.get("update")
-    if record is None or list(record) != ["flat"]:
-        raise UpdateRejected("the reply has no single array named 'flat'")
-    if record["flat"].dtype != "float32":
-        raise UpdateRejected(f"the update is {record['flat'].dtype}, not float32")
-    flat = record["flat"].numpy()
-    if flat.ndim != 1:
-        raise UpdateRejected(f"the update has {flat.ndim} dimensions, not one")
-    return flat
+def _counts_of(reply: Message) -> Iterator[tuple[str, NDArray[Any]]]:
+    """Tables of a reply, by the prefix of their metrics; none of one that can't be read."""
+    if not reply.has_content():
+        return
+    with suppress(MessageMalformed):
+        found = EvaluateReply.read(reply.content)
+        for prefix, counts in (("", found.counts), ("personal_", found.personal)):
+            if counts is not None:
+                yield prefix, counts
 
 
 def weight_in(plan: Plan, *, declared_units: int, largest: int) -> Weight:

@@ -25,8 +25,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from silotune.models.layout import pairs
-from silotune.strategies.base import Vector
+from silotune.models.layout import Vector, pairs
 from silotune.strategies.ffa import FrozenA
 from silotune.strategies.server_optimizer import phase_of
 

@@ -27,9 +27,10 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from numpy.typing import NDArray
 
 from silotune.errors import UpdateRejected
-from silotune.models.layout import Layout, Pair, gathered, pairs
+from silotune.models.layout import Layout, Pair, Vector, gathered, pairs
 from silotune.plan.plan import Plan
-from silotune.strategies.base import AdapterStrategy, Terms, Vector, as_arrays
+from silotune.protocol.requests import adapter_content, as_arrays
+from silotune.strategies.base import AdapterStrategy, Terms
 from silotune.strategies.linear import ReproducibleSum
 
 _EXPONENT = -31  # of the grids of the exact sums; they hold numbers up to 512
@@ -60,14 +61,12 @@ class Redistributed(AdapterStrategy):
     ) -> Iterator[tuple[int, RecordDict]]:
         """The adapter at each site's own rank."""
         flat = arrays["flat"].numpy()
-        made: dict[int | None, RecordDict] = {
-            None: RecordDict({"arrays": arrays, "config": config})
-        }
+        made: dict[int | None, RecordDict] = {None: adapter_content(arrays, config)}
         for node, terms in self.cohort.items():
             rank = None if terms.rank == self.plan.lora.r else terms.rank
             if rank not in made:
                 smaller = as_arrays(self.layout.cut(flat, self.layout_at(rank)))
-                made[rank] = RecordDict({"arrays": smaller, "config": config})
+                made[rank] = adapter_content(smaller, config)
             yield node, made[rank]
 
     def begin(self, server_round: int, adapter: Vector) -> None:

@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from silotune.errors import UpdateRejected
-from silotune.models.layout import Layout
+from silotune.models.layout import Layout, Vector
 from silotune.plan.plan import Plan
-from silotune.strategies.base import AdapterStrategy, Terms, Vector, Weight, weight_in
+from silotune.strategies.base import AdapterStrategy, Terms, Weight, weight_in
 from silotune.strategies.site_privacy import SitePrivacy
 
 Values = NDArray[np.float32] | NDArray[np.float64]

@@ -27,8 +27,9 @@ import math
 
 import numpy as np
 
+from silotune.models.layout import Vector
 from silotune.plan.plan import Plan
-from silotune.strategies.base import Terms, Vector
+from silotune.strategies.base import Terms
 from silotune.strategies.linear import LinearStrategy
 from silotune.strategies.site_privacy import shortened
 

@@ -10,7 +10,7 @@ from flwr.app.metadata import Metadata
 
 from silotune.client import errors, model_cache
 from silotune.client import site_run as runtime
-from silotune.client.app import MESSAGE_TYPES, build_client_app
+from silotune.client.app import build_client_app
 from silotune.client.model_cache import ModelCache
 from silotune.client.policy import total_epsilon
 from silotune.client.site_run import SiteRun
@@ -20,6 +20,8 @@ from silotune.models.base import load_model, outline
 from silotune.models.pretrained import weights_sha256
 from silotune.plan.plan import Plan
 from silotune.privacy.ledger import Ledger
+from silotune.protocol.errors import MessageRefused
+from silotune.protocol.requests import REQUESTS
 from tests.federation import CHOICES, PRIVATE, write_federation, write_policy
 
 
@@ -75,7 +77,7 @@ def test_nothing_is_loaded_charged_or_reserved_for_a_refused_plan(federation, mo
     monkeypatch.setattr(runtime, "load_records", lambda *a, **k: loaded.append(a))
     part = run_of(federation, federation.plan.override({"rounds.number": 11}))
     app = build_client_app(lambda context, plan, run: part)
-    for kind in sorted(MESSAGE_TYPES):
+    for kind in sorted(REQUESTS):
         with pytest.raises(errors.TooManyRounds):
             app(message=ask(part.plan, kind), context=None)
     assert loaded == []
@@ -142,7 +144,7 @@ def test_no_round_or_evaluation_beyond_the_plan_is_answered(federation, kind, nu
     part = run_of(federation, federation.plan.override({"privacy.metrics_share": 0.1}))
     part.join()
     before = part.ledger.rows()
-    with pytest.raises(errors.MessageRefused, match=str(number)):
+    with pytest.raises(MessageRefused, match=str(number)):
         getattr(part, kind)(adapter_for(part), number)
     assert part.ledger.rows() == before
 
@@ -150,7 +152,7 @@ def test_no_round_or_evaluation_beyond_the_plan_is_answered(federation, kind, nu
 def test_the_known_message_types_are_those_that_the_app_answers(federation):
     app = build_client_app(lambda context, plan, run: None)
     answered = {name.removesuffix(".default") for name in app._registered_funcs}
-    assert answered == MESSAGE_TYPES
+    assert answered == set(REQUESTS)
 
 
 def test_without_a_policy_a_site_can_only_be_simulated(tmp_path, bert_folder):

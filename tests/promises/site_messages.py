@@ -3,7 +3,7 @@
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from silotune.client.app import build_client_app
-from silotune.strategies.base import as_arrays
+from silotune.protocol.requests import as_arrays
 
 
 def ask(run, kind, number=None, adapter=None, **settings):

@@ -13,7 +13,7 @@ from silotune.privacy.noise import SeededNoise
 from silotune.privacy.secagg.encoding import BoundedSpan, Encoding
 from silotune.privacy.secagg.keys import PRIME, Interpolation, split
 from silotune.protocol.errors import MessageRefused
-from silotune.strategies.base import as_arrays
+from silotune.protocol.requests import as_arrays
 from tests.federation import PRIVATE, write_federation
 from tests.privacy.secagg.secagg_world import World, vectors_for
 

@@ -8,7 +8,7 @@ from flwr.app import ConfigRecord
 
 from silotune.errors import UpdateRejected
 from silotune.models.layout import pairs
-from silotune.strategies.base import as_arrays
+from silotune.protocol.requests import as_arrays
 from tests.strategies.contract import StrategyContract, cohort
 
 

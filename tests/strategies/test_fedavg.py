@@ -5,8 +5,9 @@ import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
 from silotune.errors import UpdateRejected
+from silotune.protocol.replies import TrainReply
+from silotune.protocol.requests import as_arrays
 from silotune.strategies import strategy_for
-from silotune.strategies.base import as_arrays, update_of
 from tests.strategies.contract import (
     FollowsOneSite,
     StrategyContract,
@@ -96,6 +97,10 @@ def test_a_sum_from_elsewhere_counts_as_the_replies_it_is_made_of(steps):
         other.fold_sum(bad[1:], mass=1.0)
 
 
+def update_in(reply):
+    return TrainReply.read(reply.content).update
+
+
 def reply_with(arrays):
     order = Message(RecordDict(), dst_node_id=1, message_type="train")
     order.metadata.__dict__["_message_id"] = "m"
@@ -111,19 +116,19 @@ def task_identity():
 
 def test_an_update_is_one_flat_float32_array_and_nothing_else():
     good = np.arange(3, dtype=np.float32)
-    assert update_of(reply_with(as_arrays(good))).tolist() == [0, 1, 2]
+    assert update_in(reply_with(as_arrays(good))).tolist() == [0, 1, 2]
     for bad in (
         ArrayRecord({"other": as_arrays(good)["flat"]}),
         ArrayRecord([good, good]),
     ):
         with pytest.raises(UpdateRejected, match="no single array"):
-            update_of(reply_with(bad))
+            update_in(reply_with(bad))
     from flwr.app import Array
 
     with pytest.raises(UpdateRejected, match="float64"):
-        update_of(reply_with(ArrayRecord({"flat": Array(np.ones(3))})))
+        update_in(reply_with(ArrayRecord({"flat": Array(np.ones(3))})))
     with pytest.raises(UpdateRejected, match="2 dimensions"):
-        update_of(reply_with(ArrayRecord({"flat": Array(np.ones((3, 1), np.float32))})))
+        update_in(reply_with(ArrayRecord({"flat": Array(np.ones((3, 1), np.float32))})))
 
 
 def test_flowers_own_aggregation_call_gives_the_same_as_folding():

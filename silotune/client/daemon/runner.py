@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import Context, Message, RecordDict
 
 from silotune.client.approvals import Approvals, ProposalRecord
 from silotune.client.daemon.enrolment import Enrolment
@@ -36,6 +36,7 @@ from silotune.protocol.envelope import (
     unseal,
 )
 from silotune.protocol.errors import MessageRefused
+from silotune.protocol.requests import REQUESTS, Request, plan_of
 from silotune.trust.audit import AuditLog
 from silotune.trust.chain import Value
 from silotune.trust.vault import Vault
@@ -162,11 +163,9 @@ class Runner:
     # --- steps ---
 
     def _open(self, message: Message) -> Opened:
-        from silotune.client.app import MESSAGE_TYPES
-
         claimed = address_of(message.content)
         kind = message.metadata.message_type
-        if kind not in MESSAGE_TYPES:
+        if kind not in REQUESTS:
             raise MessageRefused("the message is of a type that this site does not know")
         expected = MessagePlace(
             federation=self._enrolment.facts.federation,
@@ -272,17 +271,12 @@ def _require_form(opened: Opened) -> Plan:
     MessageRefused
         A record or field is missing, of another type, or contradicts the envelope.
     """
-    config = opened.content.config_records.get("config")
-    if not isinstance(config, ConfigRecord):
-        raise MessageRefused("the message has no configuration")
-    plan, run, number = config.get("plan"), config.get("run"), config.get("round", 0)
-    if not isinstance(plan, str) or len(plan) > _MOST_PLAN or not isinstance(run, str):
-        raise MessageRefused("the message names no plan or no run")
-    if not isinstance(number, int) or isinstance(number, bool):
-        raise MessageRefused("the message's round is no number")
-    if (run, number) != (opened.address.run, opened.address.round):
-        raise MessageRefused("the message contradicts its own envelope")
     try:
-        return Plan.from_canonical(plan)
+        asked = Request.read(opened.content)
+        if len(asked.plan) > _MOST_PLAN:
+            raise MessageRefused("the message's plan is too long")
+        if (asked.run, asked.round) != (opened.address.run, opened.address.round):
+            raise MessageRefused("the message contradicts its own envelope")
+        return plan_of(asked.plan)
     except PlanInvalid as exc:
-        raise MessageRefused("the plan in the message is not valid") from exc
+        raise MessageRefused(f"the message's form is wrong: {exc.detail}") from exc
