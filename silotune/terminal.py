@@ -54,6 +54,14 @@ def say(sentence: str, *, stderr: bool = False) -> None:
     console.print(sentence, soft_wrap=not console.is_terminal)
 
 
+def octets(number: float) -> str:
+    """Bytes for a reader: ``76.8 kB``."""
+    for divisor, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if number >= divisor:
+            return f"{number / divisor:.1f} {unit}"
+    return f"{number:.0f} B"
+
+
 class LiteralGroup(TyperGroup):
     """The root of the command line: shows every help text below it as it was written."""
 

@@ -56,7 +56,7 @@ from silotune.plan.plan import Plan
 from silotune.privacy.certificate import CertificateBody, issue
 from silotune.privacy.events import gaussian_event
 from silotune.privacy.ledger import Ledger, ReleaseKey
-from silotune.privacy.noise import NoiseSource, SecureNoise, SeededNoise, derive_seed
+from silotune.privacy.noise import NoiseSource, noise_for
 from silotune.protocol.errors import MessageRefused
 from silotune.protocol.replies import EvaluateReply, JoinReply, TrainReply
 from silotune.trust.identity import load_or_create
@@ -560,7 +560,4 @@ class SiteRun:
         )
 
     def _noise(self, purpose: str, server_round: int) -> NoiseSource:
-        seed = self.plan.plan.seed
-        if seed is None:
-            return SecureNoise()
-        return SeededNoise(derive_seed(seed, purpose, self.site.name, server_round))
+        return noise_for(self.plan.plan.seed, purpose, self.site.name, server_round)

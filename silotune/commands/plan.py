@@ -17,7 +17,7 @@ from silotune.commands.folder import AsJson
 from silotune.data.site import SiteConfig, load_sites
 from silotune.errors import ModelNotFound, PlanInvalid
 from silotune.plan.plan import Plan, notes_on, plan_in_words, schema
-from silotune.terminal import headed, terminal
+from silotune.terminal import headed, octets, terminal
 
 app = typer.Typer(no_args_is_help=True, help="Check plans and print their schema.")
 
@@ -192,7 +192,7 @@ def _site_facts(plan: Plan, units: int) -> dict[str, Any]:
 
 
 def _print(plan: Plan, facts: dict[str, Any], console: Console) -> None:
-    from silotune.report.verdict import octets, plural
+    from silotune.report.verdict import plural
     from silotune.rounds.run_directory import every, most_kept
 
     console.print(headed(plan.plan.name, f"is a valid plan. SHA-256 {plan.sha256}"))

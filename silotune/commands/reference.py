@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from pydantic.fields import FieldInfo
 
+from silotune.commands.folder import AsJson
 from silotune.errors import SilotuneError, catalogue
 from silotune.events.schema import KINDS, SCHEMA_VERSION, Event, kind_of
 from silotune.terminal import terminal
@@ -35,7 +36,7 @@ def errors(
     markdown: Annotated[
         bool, typer.Option("--markdown", help="Print the page docs/errors.md.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON array.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Explain error codes: cause, remedy and exit code."""
     if markdown:
@@ -118,7 +119,7 @@ def events(
     markdown: Annotated[
         bool, typer.Option("--markdown", help="Print the page docs/events.md.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON Schema.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """List the kinds of events that runs and federations tell."""
     if markdown:
@@ -170,9 +171,15 @@ def _table(model: type[Event], *, common: bool = False) -> str:
 
 
 _NAMES = {
+    "str": "text",
+    "int": "integer",
+    "float": "number",
     "float | None": "number or null",
     "int | None": "integer or null",
     "str | None": "text or null",
+    "tuple[str, ...]": "list of text",
+    "dict[str, float | None]": "object of numbers or null",
+    "dict[str, dict[str, float | None]]": "object of objects of numbers or null",
 }
 
 
@@ -183,10 +190,4 @@ def _type(field: FieldInfo) -> str:
     text = text.replace("typing.", "").replace("pathlib.", "")
     if text.startswith("Literal["):
         return "one of " + text[8:-1].replace("'", "`")
-    plain = {"str": "text", "int": "integer", "float": "number"}
-    structured = {
-        "tuple[str, ...]": "list of text",
-        "dict[str, float | None]": "object of numbers or null",
-        "dict[str, dict[str, float | None]]": "object of objects of numbers or null",
-    }
-    return {**plain, **_NAMES, **structured}.get(text, text.replace("|", "\\|"))
+    return _NAMES.get(text, text.replace("|", "\\|"))

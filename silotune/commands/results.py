@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from silotune import __version__
+from silotune.commands.folder import AsJson
 from silotune.errors import ColumnMissing, DatasetUnreadable, RunDirectoryInvalid
 from silotune.terminal import say, terminal
 
@@ -338,7 +339,7 @@ def release(  # noqa: PLR0917 - one a command-line option
         bool,
         typer.Option("--verify", help="Check the signed release instead of making one."),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Check a finished run's adapter against every control, and have a named person sign.
 

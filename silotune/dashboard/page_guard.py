@@ -189,11 +189,9 @@ class PageGuard:
         except CookieError:
             cookies = SimpleCookie()
         value = cookies[self._door.cookie].value if self._door.cookie in cookies else ""
-        if value:
-            # A page that looks for news by itself must not keep a session alive for ever.
-            watching = headers.get("silotune-live") == "1" or scope["path"].endswith("/stream")
-            return self._door.sessions.find(value, touch=not watching)
-        return None
+        # A page that looks for news by itself must not keep a session alive for ever.
+        watching = headers.get("silotune-live") == "1" or scope["path"].endswith("/stream")
+        return self._door.sessions.find(value, touch=not watching) if value else None
 
     def _judge_form(
         self, scope: Scope, headers: Mapping[str, str], session: Session | None, path: str

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from urllib.parse import quote
 
 from fastapi import FastAPI
-from jinja2 import Environment, StrictUndefined
+from jinja2 import DictLoader, Environment, StrictUndefined
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import (
@@ -48,6 +48,7 @@ from silotune.events.source import (
     Source,
     Views,
 )
+from silotune.plan.plan import stored_plan_in_words
 from silotune.trust.errors import SignInNeeded
 from silotune.trust.identity import Person
 
@@ -198,17 +199,11 @@ class Templates:
         sources = {
             f.name: f.read_text("utf-8") for f in folder.iterdir() if f.name.endswith("html")
         }
-        self._environment.loader = _Sources(sources)
+        self._environment.loader = DictLoader(sources)
 
     def render(self, template: str, **values: Any) -> str:
         """A page as text."""
         return self._environment.get_template(template).render(version=__version__, **values)
-
-
-def _Sources(sources: dict[str, str]) -> Any:  # noqa: N802 - it is jinja's class
-    from jinja2 import DictLoader
-
-    return DictLoader(sources)
 
 
 def build(content: Content, door: Door) -> ASGIApp:
@@ -288,7 +283,7 @@ class Pages:
             "run.html",
             page=page,
             sections=self._sections(page),
-            plan=words.plan_rows(page.facts),
+            plan=stored_plan_in_words(page.facts.plan),
             files=self._source.files(run),
         )
 
@@ -413,16 +408,7 @@ class Pages:
 
     def failure(self, session: Session | None, error: SilotuneError, status: int) -> Response:
         """A page that tells an error with its cause and remedy."""
-        return HTMLResponse(
-            self._templates.render(
-                "error.html",
-                error=error,
-                title=self._content.title,
-                session=session,
-                coordinator=self._operations is not None,
-            ),
-            status,
-        )
+        return HTMLResponse(self._render("error.html", session, error=error), status)
 
     def _run_page(self, run: str, *, wait: bool = False) -> RunPage:
         facts = self._source.facts(run)
@@ -452,15 +438,12 @@ class Pages:
         return session
 
     def _page(self, request: Request, template: str, **values: Any) -> Response:
-        session = self._session(request)
-        return HTMLResponse(
-            self._templates.render(
-                template,
-                title=self._content.title,
-                session=session,
-                coordinator=self._operations is not None,
-                **values,
-            )
+        return HTMLResponse(self._render(template, self._session(request), **values))
+
+    def _render(self, template: str, session: Session | None, **values: Any) -> str:
+        coordinator = self._operations is not None
+        return self._templates.render(
+            template, title=self._content.title, session=session, coordinator=coordinator, **values
         )
 
 

@@ -16,14 +16,13 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import lru_cache
 from typing import Any
 
 from silotune.dashboard.charts import Lane, PageChart, lanes, line_chart, stacked_bars
-from silotune.errors import PlanInvalid, SilotuneError, catalogue
 from silotune.events.source import RunFacts
-from silotune.events.view import OPEN_PHASES, UNLIKE, RunView, Trouble
-from silotune.plan.plan import Plan, dotted, plan_in_words
+from silotune.events.view import OPEN_PHASES, UNLIKE, RunView, Trouble, by_error
+from silotune.plan.plan import dotted
+from silotune.terminal import octets
 
 _POINTS = 16
 
@@ -215,14 +214,6 @@ def run_page(facts: RunFacts, view: RunView, curves: Mapping[str, Curve]) -> Run
     )
 
 
-def plan_rows(facts: RunFacts) -> list[tuple[str, str]]:
-    """The plan in words; nothing if it is of a version that can't be read."""
-    try:
-        return plan_in_words(Plan.from_canonical(json.dumps(facts.plan)))
-    except PlanInvalid:
-        return []
-
-
 def learning_curves(view: RunView) -> dict[str, list[tuple[int, float]]]:
     """Curves of the metric that decides, by what was looked at."""
     found = {}
@@ -240,24 +231,18 @@ def learning_curves(view: RunView) -> dict[str, list[tuple[int, float]]]:
 
 def trouble_lines(troubles: Sequence[Trouble]) -> list[TroubleLine]:
     """Troubles of one site and code together, newest first, explained by the catalogue."""
-    grouped: dict[tuple[str, str], list[Trouble]] = {}
-    for trouble in troubles:
-        grouped.setdefault((trouble.site, trouble.code), []).append(trouble)
-    known, found = _catalogue(), []
-    for (site, code), group in grouped.items():
-        error = known.get(code)
-        numbers = [t.round for t in group if t.round is not None]
-        found.append(
-            TroubleLine(
-                site=site,
-                code=code or "no code",
-                title=error.title if error else "An error without a known code",
-                cause=error.cause if error else "The site may run another version of silotune.",
-                remedy=error.advice if error else "Ask the site's team for its log.",
-                when=_rounds(numbers) if numbers else "refused to join",
-                detail=next((t.detail for t in reversed(group) if t.detail), "")[:300],
-            )
+    found = [
+        TroubleLine(
+            site=trouble.site,
+            code=trouble.code or "no code",
+            title=trouble.title,
+            cause=trouble.cause or "The site may run another version of silotune.",
+            remedy=trouble.remedy,
+            when=_rounds(trouble.rounds) if trouble.rounds else "refused to join",
+            detail=next(reversed(trouble.details), "")[:300],
         )
+        for trouble in by_error(troubles)
+    ]
     return sorted(found, key=lambda line: line.site)
 
 
@@ -281,20 +266,7 @@ def ago(seconds: float | None) -> str:
     return f"{gone:.0f} s ago"
 
 
-def octets(number: float) -> str:
-    """Bytes for a reader."""
-    for divisor, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if number >= divisor:
-            return f"{number / divisor:.1f} {unit}"
-    return f"{number:.0f} B"
-
-
-@lru_cache(maxsize=1)
-def _catalogue() -> dict[str, type[SilotuneError]]:
-    return {error.code: error for error in catalogue()}
-
-
-def _rounds(numbers: list[int]) -> str:
+def _rounds(numbers: Sequence[int]) -> str:
     shown = ", ".join(map(str, numbers[:8])) + (", \N{HORIZONTAL ELLIPSIS}" * (len(numbers) > 8))
     return f"in round {shown}" if len(numbers) == 1 else f"in {len(numbers)} rounds: {shown}"
 

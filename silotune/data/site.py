@@ -338,6 +338,10 @@ class SiteConfig(Section):
                 f"site {self.name!r} offers no dataset {name!r}; it offers: {offered}"
             ) from None
 
+    def units_for(self, plan: Plan) -> int:
+        """Units that it declares of the dataset that a plan asks for. Raises `DatasetUnknown`."""
+        return self.dataset(plan.data.dataset).declared_units
+
     def model_place(self, plan: Plan) -> str:
         """Where the plan's base model is here: what the policy says of its hash, else the plan."""
         places = self.policy.base_models if self.policy else {}

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from silotune.errors import catalogue
 from silotune.events import schema
 from silotune.events.schema import KINDS, Event, kind_of, parse
 
@@ -173,6 +174,40 @@ class Trouble:
     detail: str
     round: int | None
     time: float
+
+
+@dataclass(frozen=True)
+class KindOfTrouble:
+    """Troubles of one site and code together, explained; the cause of an unknown code is empty."""
+
+    site: str
+    code: str
+    title: str
+    cause: str
+    remedy: str
+    rounds: tuple[int, ...]
+    details: tuple[str, ...]
+
+
+def by_error(troubles: Iterable[Trouble]) -> list[KindOfTrouble]:
+    """Troubles by site and code, in the order in which each kind came first."""
+    grouped: dict[tuple[str, str], list[Trouble]] = {}
+    for trouble in troubles:
+        grouped.setdefault((trouble.site, trouble.code), []).append(trouble)
+    known = {error.code: error for error in catalogue()} if grouped else {}
+    return [
+        KindOfTrouble(
+            site,
+            code,
+            title=error.title if error else "An error without a known code",
+            cause=error.cause if error else "",
+            remedy=error.advice if error else "Ask the site's team for its log.",
+            rounds=tuple(t.round for t in group if t.round is not None),
+            details=tuple(t.detail for t in group if t.detail),
+        )
+        for (site, code), group in grouped.items()
+        for error in [known.get(code)]
+    ]
 
 
 class RunView:

@@ -330,21 +330,17 @@ class _Trial:
             self._first = self.numbers(self.long)
         except Exception as exc:
             if not self._works(2):  # it is not for their length
-                with self._telling(lambda: self.numbers(self.long)) as run:
-                    run()
+                self._require(lambda: self.numbers(self.long))
             raise self._too_long(exc) from exc
         if self.model.plan.per_unit:  # its gradients are looked at closely below
-            with self._telling(lambda: self.numbers(_BATCHES[0])) as run:
-                run()
+            self._require(lambda: self.numbers(_BATCHES[0]))
         else:
-            with self._telling(lambda: self.losses(_BATCHES[0]).sum().backward()) as run:  # type: ignore[no-untyped-call]
-                run()
+            self._require(lambda: self.losses(_BATCHES[0]).sum().backward())  # type: ignore[no-untyped-call]
 
-    @contextmanager
-    def _telling(self, run: Callable[[], object]) -> Iterator[Callable[[], object]]:
-        """Turn what a library raises into an error that names the layer."""
+    def _require(self, run: Callable[[], object]) -> None:
+        """Run, and turn what a library raises into an error that names the layer."""
         try:
-            yield run
+            run()
         except SilotuneError:
             raise
         except Exception as exc:

@@ -123,6 +123,14 @@ def plan_in_words(plan: Plan) -> list[tuple[str, str]]:
     ]
 
 
+def stored_plan_in_words(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """`plan_in_words` of plain data; nothing if it is of a version that can't be read any more."""
+    try:
+        return plan_in_words(Plan.from_canonical(json.dumps(plan)))
+    except PlanInvalid:
+        return []
+
+
 def notes_on(plan: Plan) -> list[str]:
     """What the plan leaves open and its author should know, in sentences."""
     if plan.rounds.min_sites > 1 or "min_sites" in plan.rounds.model_fields_set:

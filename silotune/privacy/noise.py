@@ -272,6 +272,11 @@ class SeededNoise(_KeyedNoise):
         super().__init__(_digest([b"silotune seeded noise", _labelled(seed)]))
 
 
+def noise_for(seed: int | None, *labels: str | int) -> NoiseSource:
+    """Secret noise, or for a plan with a seed that of one purpose (`derive_seed`)."""
+    return SecureNoise() if seed is None else SeededNoise(derive_seed(seed, *labels))
+
+
 def derive_seed(plan_seed: int, *labels: str | int) -> bytes:
     """A seed for one purpose, e.g. one site, round and use.
 

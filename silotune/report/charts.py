@@ -14,7 +14,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -486,7 +486,7 @@ def site_chart(rows: Sequence[SiteScores], metric: Metric) -> Chart | None:
     told = "; ".join(
         f"{printable(row.site)}: " + ", ".join(f"{name} {value:.3f}" for name, value in values)
         for row in shown
-        if (values := [(k[0], v) for k in kinds if (v := _value(row, k[2], metric)) is not None])
+        if (values := [(k[0], v) for k in kinds if (v := row.score(k[2], metric)) is not None])
     )
     draw = partial(_draw_sites, rows=shown, kinds=kinds, metric=metric)
     return render("sites", draw, description=f"{metric.title} by site. {told}")
@@ -499,11 +499,6 @@ def most_telling(rows: Sequence[SiteScores]) -> list[SiteScores]:
     ordered = sorted(rows, key=lambda row: row.gain or 0.0)
     half = MOST_SITES // 2
     return [*ordered[:half], *ordered[-half:]]
-
-
-def _value(row: SiteScores, kind: str, metric: Metric) -> float | None:
-    scores: Mapping[str, float] = getattr(row, kind)
-    return scores.get(metric.key)
 
 
 def _draw_sites(
@@ -519,7 +514,7 @@ def _draw_sites(
     figure, axes = frame(canvas, height=0.75 + inches * step * len(rows))
     for place, row in enumerate(rows):
         for offset, (_, colour, kind) in enumerate(kinds):
-            value = _value(row, kind, metric)
+            value = row.score(kind, metric)
             if value is not None:
                 worse = kind == "federated" and row.gain is not None and row.gain < 0
                 _bar(axes, place * step + offset, value, colour, worse=worse, canvas=canvas)

@@ -107,6 +107,11 @@ class SiteScores:
     gain_accuracy: float | None
     gain_everywhere: float | None
 
+    def score(self, kind: str, metric: Metric) -> float | None:
+        """One of its scores, e.g. of kind ``own_everywhere``; None where it is not known."""
+        scores: Scores = getattr(self, kind)
+        return scores.get(metric.key)
+
 
 @dataclass(frozen=True)
 class PrivacyFacts:

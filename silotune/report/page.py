@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal, TypeVar
 
-from silotune.errors import PlanInvalid, SilotuneError, catalogue
-from silotune.events.view import Evaluation, RoundView, Trouble
-from silotune.plan.plan import Plan, plan_in_words
+from silotune.events.view import Evaluation, RoundView, Trouble, by_error
 from silotune.report.figures import MACRO_F1, TRIVIAL, MethodRow, Summary
-from silotune.report.verdict import DASH, epsilon, octets, plural, power, printable, score, signed
+from silotune.report.verdict import DASH, epsilon, plural, power, printable, score, signed
 from silotune.rounds.run_directory import RunRecord
+from silotune.terminal import octets
 
 _COLUMNS = {
     "macro_f1": "macro-F1",
@@ -152,7 +150,7 @@ def site_table(found: Summary) -> TextTable | None:
         (
             printable(row.site),
             DASH if row.n is None else f"{row.n:,}",
-            *(score(getattr(row, part).get(key)) for _, part in shown),
+            *(score(row.score(part, found.metric)) for _, part in shown),
             signed(row.gain),
             *([signed(row.gain_accuracy)] if key == MACRO_F1.key else []),
             *([signed(row.gain_everywhere)] if _own_everywhere(found) else []),
@@ -297,26 +295,19 @@ def thinned(items: Sequence[_Item]) -> list[_Item]:
 
 def fault_rows(faults: Sequence[Trouble]) -> list[FaultRow]:
     """Faults of one site and code together, explained by the catalogue of errors."""
-    known: Mapping[str, type[SilotuneError]] = {error.code: error for error in catalogue()}
-    grouped: dict[tuple[str, str], list[Trouble]] = {}
-    for fault in faults:
-        grouped.setdefault((fault.site, fault.code), []).append(fault)
-    rows = []
-    for (site, code), group in grouped.items():
-        error = known.get(code)
-        unknown = "This version of silotune has no such code; the site may run another."
-        rows.append(
-            FaultRow(
-                site=printable(site),
-                code=printable(code) or "no code",
-                when=_when(group),
-                title=error.title if error else "An error without a known code",
-                cause=error.cause if error else unknown,
-                remedy=error.advice if error else "Ask the site's team for its log.",
-                detail=printable(next((f.detail for f in group if f.detail), ""), most=300),
-            )
+    return [
+        FaultRow(
+            site=printable(fault.site),
+            code=printable(fault.code) or "no code",
+            when=_when(fault.rounds),
+            title=fault.title,
+            cause=fault.cause
+            or "This version of silotune has no such code; the site may run another.",
+            remedy=fault.remedy,
+            detail=printable(next(iter(fault.details), ""), most=300),
         )
-    return rows
+        for fault in by_error(faults)
+    ]
 
 
 def view(record: RunRecord, name: str) -> list[Evaluation]:
@@ -324,14 +315,6 @@ def view(record: RunRecord, name: str) -> list[Evaluation]:
     seen = [found for found in record.history.evaluations if found.view == name]
     splits = [found.split for found in seen]
     return [found for found in seen if found.split == max(splits, key=splits.count)]
-
-
-def plan_rows(record: RunRecord) -> list[tuple[str, str]]:
-    """The plan in words; nothing if it is of a version that can't be read any more."""
-    try:
-        return plan_in_words(Plan.from_canonical(json.dumps(record.plan)))
-    except PlanInvalid:
-        return []
 
 
 def facts(record: RunRecord) -> list[tuple[str, str]]:
@@ -376,8 +359,7 @@ def _figure(value: float | None) -> str:
     return DASH if value is None else f"{value:.4g}"
 
 
-def _when(group: Sequence[Trouble]) -> str:
-    numbers = [fault.round for fault in group if fault.round is not None]
+def _when(numbers: Sequence[int]) -> str:
     if not numbers:
         return "refused to join"
     shown = ", ".join(map(str, numbers[:12])) + (", \N{HORIZONTAL ELLIPSIS}" * (len(numbers) > 12))

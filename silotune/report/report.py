@@ -22,13 +22,13 @@ from rich.table import Table
 from rich.text import Text
 
 from silotune import __version__
+from silotune.plan.plan import stored_plan_in_words
 from silotune.report import page
-from silotune.report.figures import MOST_SITES, Metric, SiteScores, Summary, summarise
+from silotune.report.figures import MOST_SITES, Summary, summarise
 from silotune.report.verdict import (
     DASH,
     attack_sentences,
     epsilon,
-    octets,
     plural,
     power,
     printable,
@@ -44,6 +44,7 @@ from silotune.rounds.run_directory import (
     read_record,
     write_atomically,
 )
+from silotune.terminal import octets
 
 if TYPE_CHECKING:
     from silotune.report.charts import Chart
@@ -173,7 +174,7 @@ def _words(record: RunRecord, found: Summary) -> dict[str, Any]:
         "rounds": page.round_table(record.history.finished_rounds),
         "faults": page.fault_rows(found.faults),
         "resumed": _resumed(record),
-        "plan": page.plan_rows(record),
+        "plan": stored_plan_in_words(record.plan),
         "facts": page.facts(record),
     }
 
@@ -317,9 +318,9 @@ def _sites(found: Summary) -> Table:
     columns = [(n, key) for n, key in _COLUMNS if any(getattr(r, key) for r in found.by_site)]
     names = [name for name, _ in columns]
     table = _table("each site's own test data", [*names, "at home", "on all"])
-    shown = sorted(found.by_site, key=_gain)[:_MOST_SITES]
+    shown = sorted(found.by_site, key=lambda row: row.gain or 0.0)[:_MOST_SITES]
     for row in [site for site in found.by_site if site in shown]:
-        scores = [score(_value(row, key, found.metric)) for _, key in columns]
+        scores = [score(row.score(key, found.metric)) for _, key in columns]
         gains = [_signed(gain) for gain in (row.gain, row.gain_everywhere)]
         table.add_row(Text(printable(row.site)), *scores, *gains)
     if len(found.by_site) > len(shown):
@@ -337,12 +338,3 @@ def _table(first: str, numbers: list[str]) -> Table:
     for name in numbers:
         table.add_column(name, no_wrap=True, justify="right", min_width=max(len(name), 6))
     return table
-
-
-def _gain(row: SiteScores) -> float:
-    return 0.0 if row.gain is None else row.gain
-
-
-def _value(row: SiteScores, kind: str, metric: Metric) -> float | None:
-    value = getattr(row, kind).get(metric.key)
-    return None if value is None else float(value)

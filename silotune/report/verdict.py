@@ -11,7 +11,7 @@ What the attacks on a run found, in sentences: for the terminal and the report.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -65,14 +65,6 @@ def printable(text: str, *, most: int = 60) -> str:
     """A name from outside, safe to show: no control or direction marks, not endless."""
     shown = "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in text)
     return shown if len(shown) <= most else shown[: most - 1] + "\N{HORIZONTAL ELLIPSIS}"
-
-
-def octets(number: float) -> str:
-    """Bytes for a reader: ``76.8 kB``."""
-    for divisor, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if number >= divisor:
-            return f"{number / divisor:.1f} {unit}"
-    return f"{number:.0f} B"
 
 
 def clock_time(seconds: float) -> str:
@@ -336,7 +328,7 @@ def sides(found: Summary) -> list[str]:
     if widest is None or not any(_loses(row) for row in rows):
         return []
     label, (low, least), (high, most) = widest
-    home, away = (_mean(found.metric, rows, part) for part in (_own, _own_everywhere))
+    home, away = (_mean(found.metric, rows, part) for part in ("own", "own_everywhere"))
     if home is None or away is None or home <= away:
         return []
     return [
@@ -358,31 +350,9 @@ def _widest(found: Summary) -> tuple[str, tuple[str, float], tuple[str, float]] 
     return best[1] if best is not None and best[0] >= _SIDED else None
 
 
-def _own(row: SiteScores) -> Scores:
-    return row.own
-
-
-def _own_everywhere(row: SiteScores) -> Scores:
-    return row.own_everywhere
-
-
-def _personal(row: SiteScores) -> Scores:
-    return row.personal
-
-
-def _personal_everywhere(row: SiteScores) -> Scores:
-    return row.personal_everywhere
-
-
-def _federated(row: SiteScores) -> Scores:
-    return row.federated
-
-
-def _mean(
-    metric: Metric, rows: Iterable[SiteScores], part: Callable[[SiteScores], Scores]
-) -> float | None:
+def _mean(metric: Metric, rows: Iterable[SiteScores], part: str) -> float | None:
     """Mean of a score over sites; None if any lacks it."""
-    values = [part(row).get(metric.key) for row in rows]
+    values = [row.score(part, metric) for row in rows]
     known = [value for value in values if value is not None]
     return fmean(known) if known and len(known) == len(values) else None
 
@@ -390,13 +360,14 @@ def _mean(
 def personal_verdict(found: Summary) -> list[str]:
     """What a head of the site's own on the federated adapter is worth at home."""
     rows = [row for row in found.by_site if row.personal and row.own and row.federated]
-    means = [_mean(found.metric, rows, part) for part in (_personal, _own, _federated)]
-    personal, own, federated = means
+    personal, own, federated = (
+        _mean(found.metric, rows, part) for part in ("personal", "own", "federated")
+    )
     if personal is None or own is None or federated is None:
         return []
     gains = [found.metric.gain(row.personal, row.own) or 0.0 for row in rows]
     better = sum(gain > 0 for gain in gains)
-    everywhere = _mean(found.metric, rows, _personal_everywhere)
+    everywhere = _mean(found.metric, rows, "personal_everywhere")
     away = "" if everywhere is None else f", and {everywhere:.3f} on everybody's"
     return [
         "With a head of its own, trained on from the federated one and kept at the site, a site "

@@ -17,9 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from silotune.data.site import SiteConfig
 from silotune.errors import AttackRefused, RunDirectoryInvalid
-from silotune.plan.plan import Plan
 from silotune.privacy.attacks.bounds import CONFIDENCE, AuditResult, audit_run, audit_step
 from silotune.privacy.attacks.canaries import (
     Memorisation,
@@ -186,7 +184,7 @@ def _attacked(directory: RunDirectory, run: Recorded, *, settings: Settings, say
 
 
 def _count(run: Recorded) -> int:
-    units = sum(site.dataset(run.plan.data.dataset).declared_units for site in run.sites)
+    units = sum(site.units_for(run.plan) for site in run.sites)
     return int(min(max(_SHARE * units, _FEWEST), _MOST))
 
 
@@ -219,7 +217,7 @@ class _Trained:
         self._grid = WorkerGrid(
             "silotune.simulation.program:build_with_canaries",
             {**payload, "planted": [inside[i :: len(run.sites)] for i in range(len(run.sites))]},
-            [SiteSlot(site.name, _units(run.plan, site)) for site in run.sites],
+            [SiteSlot(site.name, site.units_for(run.plan)) for site in run.sites],
             workers=settings.worker_count(len(run.sites)),
         )
         self.adapter: Vector
@@ -278,10 +276,6 @@ class _Trained:
         if event["event"] == "round_finished":
             total = self._run.plan.rounds.number
             self._say(f"Training again with canaries: round {event['round']} of {total}")
-
-
-def _units(plan: Plan, site: SiteConfig) -> int:
-    return site.dataset(plan.data.dataset).declared_units
 
 
 def _bare(text: str) -> str:

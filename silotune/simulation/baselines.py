@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -35,7 +35,7 @@ from silotune.models.choices import Choices
 from silotune.models.features import Frozen
 from silotune.models.layout import Layout, initial_adapter
 from silotune.plan.plan import Plan
-from silotune.privacy.noise import NoiseSource, SecureNoise, SeededNoise, derive_seed
+from silotune.privacy.noise import noise_for
 from silotune.simulation.program import score
 from silotune.strategies import method_of, strategy_for
 from silotune.strategies.base import Terms
@@ -157,7 +157,7 @@ def jobs_for(
         )
 
     jobs = [job("pooled", "Pooled records, one trainer", alone, "pooled")]
-    declared = {s.name: s.dataset(plan.data.dataset).declared_units for s in sites}
+    declared = {s.name: s.units_for(plan) for s in sites}
     heads = plan.model.task == "text_classification"
     if heads and adapter is not None and plan.aggregation.head == "shared":
         start = np.asarray(adapter, dtype="<f4").tobytes()
@@ -259,26 +259,27 @@ def _trainers(job: Job, plan: Plan, parts: list[SiteRun]) -> list[tuple[Terms, T
         return [_pooled(plan, parts)]
     chosen = [part for part in parts if job.site in {None, part.site.name}]
     return [
-        (
-            Terms(
-                node=number,
-                site=part.site.name,
-                declared_units=part.dataset.declared_units,
-            ),
-            # Nothing is released: what a site keeps counts at once, in this process.
-            Trainer(
-                part.trainable,
-                _data_of(part),
-                sigma=part.sigma,
-                frozen=partial(_frozen_of, part),
-            ),
-        )
+        _trainer(part, node=number, frozen=partial(_frozen_of, part))
         for number, part in enumerate(chosen, start=1)
     ]
 
 
 def _frozen_of(part: SiteRun) -> Frozen:
     return part.trainer.frozen
+
+
+def _trainer(part: SiteRun, *, node: int, frozen: Callable[[], Frozen]) -> tuple[Terms, Trainer]:
+    """A site's own trainer. Nothing is released: what it keeps counts at once, in this process."""
+    name, declared = part.site.name, part.dataset.declared_units
+    data = SiteData(
+        site=name,
+        encoded=part.encoded,
+        unit_of=part.records.unit_of,
+        train=part.records.rows(Split.TRAIN),
+        declared_units=declared,
+    )
+    trainer = Trainer(part.trainable, data, sigma=part.sigma, frozen=frozen)
+    return Terms(node=node, site=name, declared_units=declared), trainer
 
 
 def _pooled(plan: Plan, parts: list[SiteRun]) -> tuple[Terms, Trainer]:
@@ -341,15 +342,8 @@ def _own_head(
     part: SiteRun, plan: Plan, features: torch.Tensor, *, start: Vector
 ) -> tuple[Vector, int]:
     """The federation's adapter with a head that one site trained on, and the records that took."""
-    trainer = Trainer(
-        part.trainable,
-        _data_of(part),
-        sigma=part.sigma,
-        frozen=lambda: Frozen(features, None),
-    )
-    name, declared = part.site.name, part.dataset.declared_units
-    terms = Terms(node=1, site=name, declared_units=declared)
-    return federate(plan, [(terms, trainer)], start=start)
+    own = _trainer(part, node=1, frozen=lambda: Frozen(features, None))
+    return federate(plan, [own], start=start)
 
 
 def _features(part: SiteRun, adapter: Vector) -> torch.Tensor:
@@ -370,16 +364,6 @@ def _head_counts(part: SiteRun, adapter: Vector, adapted: Mapping[str, torch.Ten
     write_adapter(model, adapter)
     features = adapted[part.site.name][rows].to(model.device)
     return model.task.head_score(model.module, features, part.encoded, rows)
-
-
-def _data_of(part: SiteRun) -> SiteData:
-    return SiteData(
-        site=part.site.name,
-        encoded=part.encoded,
-        unit_of=part.records.unit_of,
-        train=part.records.rows(Split.TRAIN),
-        declared_units=part.dataset.declared_units,
-    )
 
 
 def federate(
@@ -414,12 +398,7 @@ def _with_share(
     """A site's update with its share of the noise, which a federation adds in whole numbers."""
     if not update.missing_noise:
         return update.flat
-    seed = plan.plan.seed
-    noise: NoiseSource = (
-        SecureNoise()
-        if seed is None
-        else SeededNoise(derive_seed(seed, "baseline share", site, number))
-    )
+    noise = noise_for(plan.plan.seed, "baseline share", site, number)
     parts, start = [], 0
     for span in layout.spans(method_of(plan).trained(plan, number)):
         end = start + span.stop - span.start

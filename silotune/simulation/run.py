@@ -176,13 +176,19 @@ class Settings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Job:
-    """A run that is ready to go: new or resumed."""
+class Recorded:
+    """What a run directory says it was made of."""
 
-    directory: RunDirectory
     plan: Plan
     sites: list[SiteConfig]
     choices: Choices
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job(Recorded):
+    """A run that is ready to go: new or resumed."""
+
+    directory: RunDirectory
     settings: Settings
 
     @property
@@ -260,15 +266,6 @@ def _require_sites(plan: Plan, sites: Sequence[SiteConfig]) -> None:
             raise QuorumLost(f"{len(sites)} sites are here; {key} asks for {needed}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Recorded:
-    """What a run directory says it was made of."""
-
-    plan: Plan
-    sites: list[SiteConfig]
-    choices: Choices
-
-
 def recorded(directory: RunDirectory) -> Recorded:
     """The plan, sites and choices of a run; the sites as they are now."""
     facts = directory.read_json("resolved.json")
@@ -295,13 +292,7 @@ def resume(
     if directory.find_json("results.json") is not None:
         raise RunDirectoryInvalid(f"{path} is finished; there is nothing to resume")
     run = recorded(directory)
-    job = _Job(
-        directory=directory,
-        plan=run.plan,
-        sites=run.sites,
-        choices=run.choices,
-        settings=settings,
-    )
+    job = _Job(directory=directory, settings=settings, **vars(run))
     require_same_records(directory, job.plan, job.sites, note=note)
     return _execute(job, listener)
 
@@ -393,8 +384,7 @@ def _store(job: _Job, listener: Listener) -> LoggedStore:
 
 
 def _slots(job: _Job) -> list[SiteSlot]:
-    dataset = job.plan.data.dataset
-    return [SiteSlot(site.name, site.dataset(dataset).declared_units) for site in job.sites]
+    return [SiteSlot(site.name, site.units_for(job.plan)) for site in job.sites]
 
 
 def _server_app(job: _Job, store: LoggedStore, spectator: Spectator) -> ServerApp:
@@ -459,7 +449,7 @@ def _resolved(job: _Job) -> dict[str, Any]:
         "sites": [
             {
                 "name": site.name,
-                "declared_units": site.dataset(plan.data.dataset).declared_units,
+                "declared_units": site.units_for(plan),
                 "path": str(site.folder / "site.toml"),
             }
             for site in job.sites

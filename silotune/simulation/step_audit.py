@@ -103,7 +103,7 @@ def step_scores(
     coins = np.random.default_rng(seed).random(canaries) < 0.5
     with tempfile.TemporaryDirectory(prefix="silotune-audit-") as folder:
         adapter, claimed = _play(audited, sites[0], coins, count=count, folder=Path(folder))
-    declared = sites[0].dataset(plan.data.dataset).declared_units
+    declared = sites[0].units_for(plan)
     units = count * audited.expected_batch(declared)
     return _scored(audited, adapter * -units, coins, claimed=claimed, sites=count)
 
@@ -130,7 +130,7 @@ def step_plan(plan: Plan, sites: Sequence[SiteConfig]) -> Plan:
         settings["aggregation"] |= {key: value for key, value in parts.items() if value}
     if plan.private:
         assert plan.privacy.delta is not None  # validated with the plan
-        units = [site.dataset(plan.data.dataset).declared_units for site in sites]
+        units = [site.units_for(plan) for site in sites]
         sigma = min(sigma_for(plan, each) for each in units)
         settings["privacy.epsilon"] = epsilon([gaussian_event(sigma)], delta=plan.privacy.delta)
     return plan.override(settings)

@@ -27,6 +27,7 @@ from silotune.strategies.site_privacy import SitePrivacy
 
 Values = NDArray[np.float32] | NDArray[np.float64]
 
+_UNFIT = "a number is NaN, infinite or beyond the range of the sum"
 _BLOCK = 1 << 15  # elements: what is worked on stays in a core's second-level cache
 # Grids of the exact sum: gradient sums grow with the batch, weighted mean changes stay small.
 _SUM_EXPONENT, _CHANGE_EXPONENT = -26, -36
@@ -81,7 +82,7 @@ class ReproducibleSum:
             part = vector[start : start + _BLOCK]
             if not known and not self._fits(part, weight):
                 self._add_block(vector[:start], weight, sign=-1)
-                raise ValueError("a number is NaN, infinite or beyond the range of the sum")
+                raise ValueError(_UNFIT)
             self._add_block(part, weight, start=start)
         self._terms += 1
 
@@ -89,7 +90,7 @@ class ReproducibleSum:
         """Raise what `add` would raise, and add nothing."""
         self._require_length(vector)
         if not self._fits(vector, weight):
-            raise ValueError("a number is NaN, infinite or beyond the range of the sum")
+            raise ValueError(_UNFIT)
 
     def add_total(self, total: NDArray[np.float64]) -> None:
         """Add the sum of several weighted vectors, as somebody else computed it.
@@ -99,9 +100,7 @@ class ReproducibleSum:
         ValueError
             Another length, or an element that is NaN or beyond 2**12 times `limit`.
         """
-        self._require_length(total)
-        if not self._fits(total, 2.0**-12):
-            raise ValueError("a number is NaN, infinite or beyond the range of the sum")
+        self.check(total, 2.0**-12)
         self._total += np.rint(total / self._grid).astype(np.int64)
 
     def value(self, divisor: float) -> NDArray[np.float32]:

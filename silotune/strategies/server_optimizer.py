@@ -11,7 +11,6 @@ the second at tau squared and leaves the first as it is.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -56,59 +55,41 @@ Vector = NDArray[np.float32]
 _PARTS: tuple[Part, ...] = get_args(Part)
 
 
-class Rule(ABC):
-    """How a gradient becomes a direction; the two moments are updated in place.
-
-    Parameters
-    ----------
-    settings : Settings
-        ``[optimizer.server]`` of the plan.
-    """
-
-    def __init__(self, settings: Settings) -> None:
-        self.beta1, self.beta2 = settings.momentum, settings.beta2
-        self.epsilon = settings.epsilon
-
-    @abstractmethod
-    def direction(self, gradient: Vector, first: Vector, second: Vector, count: int) -> Vector:
-        """The direction to go against, at the `count`-th step (from 1) of these coordinates."""
-
-
-class Plain(Rule):
+def _plain(
+    gradient: Vector, first: Vector, second: Vector, *, count: int, settings: Settings
+) -> Vector:
     """The aggregate as it is."""
-
-    def direction(self, gradient: Vector, first: Vector, second: Vector, count: int) -> Vector:
-        """The gradient."""
-        return gradient
+    del first, second, count, settings
+    return gradient
 
 
-class Momentum(Rule):
-    """SGD with heavy-ball momentum."""
+def _momentum(
+    gradient: Vector, first: Vector, second: Vector, *, count: int, settings: Settings
+) -> Vector:
+    """SGD with heavy-ball momentum: the accumulated gradient."""
+    del second, count
+    first *= np.float32(settings.momentum)
+    first += gradient
+    return first
 
-    def direction(self, gradient: Vector, first: Vector, second: Vector, count: int) -> Vector:
-        """The accumulated gradient."""
-        first *= np.float32(self.beta1)
-        first += gradient
-        return first
 
-
-class Adam(Rule):
+def _adam(
+    gradient: Vector, first: Vector, second: Vector, *, count: int, settings: Settings
+) -> Vector:
     """FedAdam, with the bias corrections of Kingma and Ba (ICLR 2015)."""
-
-    def direction(self, gradient: Vector, first: Vector, second: Vector, count: int) -> Vector:
-        """The mean gradient over the root of the mean square."""
-        beta1 = np.float32(self.beta1)
-        first *= beta1
-        first += (1 - beta1) * gradient
-        beta2 = np.float32(self.beta2)
-        second *= beta2
-        second += (1 - beta2) * gradient * gradient
-        corrected = first / np.float32(1 - self.beta1**count)
-        scale = np.sqrt(second / np.float32(1 - self.beta2**count)) + np.float32(self.epsilon)
-        return np.asarray(corrected / scale, dtype=np.float32)
+    beta1, beta2 = np.float32(settings.momentum), np.float32(settings.beta2)
+    first *= beta1
+    first += (1 - beta1) * gradient
+    second *= beta2
+    second += (1 - beta2) * gradient * gradient
+    corrected = first / np.float32(1 - settings.momentum**count)
+    scale = np.sqrt(second / np.float32(1 - settings.beta2**count)) + np.float32(settings.epsilon)
+    return np.asarray(corrected / scale, dtype=np.float32)
 
 
-_RULES: Mapping[str, type[Rule]] = {"none": Plain, "sgd": Momentum, "adam": Adam}
+# How a gradient becomes the direction to go against, at the `count`-th step (from 1) of its coordinates;
+# the two moments are updated in place.
+_RULES = {"none": _plain, "sgd": _momentum, "adam": _adam}
 
 
 class ServerOptimizer:
@@ -130,7 +111,7 @@ class ServerOptimizer:
 
     def __init__(self, plan: Plan, *, size: int) -> None:
         self._plan = plan
-        self._rule = _RULES[plan.optimizer.server.name](plan.optimizer.server)
+        self._settings = plan.optimizer.server
         self.first = np.zeros(size, dtype=np.float32)
         self.second = np.zeros(size, dtype=np.float32)
         self.counts: dict[Part, int] = dict.fromkeys(_PARTS, 0)
@@ -155,8 +136,12 @@ class ServerOptimizer:
         self._count(span.part for span in spans)
         for span in spans:
             where, end = slice(span.start, span.stop), start + span.stop - span.start
-            direction = self._rule.direction(
-                gradient[start:end], self.first[where], self.second[where], self.counts[span.part]
+            direction = _RULES[self._settings.name](
+                gradient[start:end],
+                self.first[where],
+                self.second[where],
+                count=self.counts[span.part],
+                settings=self._settings,
             )
             updated[where] -= self._rate(span.part, server_round) * direction
             start = end
@@ -167,7 +152,7 @@ class ServerOptimizer:
             self.counts[part] += 1
 
     def _rate(self, part: Part, server_round: int) -> np.float32:
-        own = self._plan.optimizer.server.lr if self._plan.optimizer.server.name != "none" else 1.0
+        own = self._settings.lr if self._settings.name != "none" else 1.0
         if not self._plan.sends_sums:
             return np.float32(own)  # the sites' own learning rates are already in the change
         group: Group = "head" if part == "head" else "adapter"

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from silotune.plan.plan import Plan
-from silotune.privacy.noise import NoiseSource, SecureNoise, SeededNoise, derive_seed
+from silotune.privacy.noise import NoiseSource, noise_for
 
 Vector = NDArray[np.float32]
 
@@ -81,7 +81,8 @@ class SitePrivacy:
         server_round : int
             From 1.
         """
-        noise, (spread, count) = self._stream(server_round), self.multipliers(sites)
+        noise = noise_for(self._plan.plan.seed, "site privacy", server_round)
+        spread, count = self.multipliers(sites)
         changes = total if self._settings.quantile is None else total[:-1]
         mean = _noisy(changes, spread * self.clip, noise) / sites
         if self._settings.quantile is not None:
@@ -89,12 +90,6 @@ class SitePrivacy:
             pull = self._settings.clip_lr * (short - self._settings.quantile)
             self.clip *= math.exp(-pull)
         return mean
-
-    def _stream(self, server_round: int) -> NoiseSource:
-        seed = self._plan.plan.seed
-        if seed is None:
-            return SecureNoise()
-        return SeededNoise(derive_seed(seed, "site privacy", server_round))
 
     def state(self) -> dict[str, NDArray[Any]]:
         """Arrays that `restore` takes back."""

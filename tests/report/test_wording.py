@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from silotune.report import verdict
+from silotune.terminal import octets
 
 
 @settings(deadline=None)  # other processes share this machine
@@ -33,7 +34,7 @@ def test_a_difference_always_has_a_sign():
     ("number", "text"), [(0, "0 B"), (999, "999 B"), (76_808, "76.8 kB"), (2.5e6, "2.5 MB")]
 )
 def test_bytes_have_a_unit(number, text):
-    assert verdict.octets(number) == text
+    assert octets(number) == text
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(7, "0:07"), (750, "12:30"), (3900, "1:05:00")])

@@ -62,8 +62,7 @@ class TextClassification:
 
     def collate(self, encoded: Encoded, rows: Rows, device: torch.device) -> dict[str, Tensor]:
         """``input_ids`` and ``attention_mask`` [n, longest], padded right, and ``targets`` [n]."""
-        targets = torch.from_numpy(encoded.targets[np.asarray(rows, dtype=np.int64)])
-        return encoded.padded(rows, device) | {"targets": targets.to(device)}
+        return encoded.padded(rows, device) | {"targets": _targets(encoded, rows, device)}
 
     def losses(self, model: TaskModel, batch: Batch) -> Tensor:
         """Cross-entropy of each text, float32 of shape [n]."""
