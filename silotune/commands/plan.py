@@ -204,12 +204,12 @@ def _print(plan: Plan, facts: dict[str, Any], console: Console) -> None:
     if facts["trainable_parameters"] is not None:
         console.print(
             f"  Trains {facts['trainable_parameters']:,} parameters: {facts['bytes_up']:,} bytes up and "
-            f"{facts['bytes_down']:,} down, a site and round.",
+            f"{facts['bytes_down']:,} down, a site and round."
         )
         number = plan.rounds.number
         console.print(
             f"  A simulation keeps at most {plural(most_kept(number), 'adapter')}, the last, the best "
-            f"and one in {every(number)}: {octets(facts['kept_bytes'])}.",
+            f"and one in {every(number)}: {octets(facts['kept_bytes'])}."
         )
     for sentence in facts["notes"]:
         console.print(headed("Note.", f"{sentence}.", style="yellow", indent=2))

@@ -332,12 +332,10 @@ def release(  # noqa: PLR0917 - one a command-line option
         typer.Option(help="That person's key file; made (mode 0600) if it isn't there."),
     ] = None,
     most_exposure: Annotated[
-        float,
-        typer.Option(min=0.0, help="Bits of exposure that a canary may have (causal_lm)."),
+        float, typer.Option(min=0.0, help="Bits of exposure that a canary may have (causal_lm).")
     ] = 10.0,
     verify: Annotated[
-        bool,
-        typer.Option("--verify", help="Check the signed release instead of making one."),
+        bool, typer.Option("--verify", help="Check the signed release instead of making one.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:

@@ -82,7 +82,7 @@ def print_status(found: Mapping[str, Any], console: Console) -> None:
     console.print(f"  Answered     {found['answered']}, refused {found['refused']}")
     console.print(
         f"  Certificate  {found['certificate_days']:.0f} more days; roster version "
-        f"{found['roster']}; process {found['pid']}",
+        f"{found['roster']}; process {found['pid']}"
     )
     for sentence in found.get("failures", []):
         console.print(headed("Failed", f"     {sentence}", style="red", indent=2))
@@ -97,7 +97,7 @@ def print_proposal(found: Mapping[str, Any], console: Console) -> None:
     when = datetime.fromtimestamp(found["proposed_at"]).astimezone()
     console.print(
         f"  Proposed {when:%Y-%m-%d %H:%M} by the coordinator, signed with the federation's key "
-        f"{found['signed_by'][:12]}…",
+        f"{found['signed_by'][:12]}…"
     )
     if found["reason"]:
         console.print(f"  Reason: {found['reason']}")
@@ -114,7 +114,7 @@ def print_proposal(found: Mapping[str, Any], console: Console) -> None:
     if found["state"] == "proposed" and found["allowed"]:
         digest = found["plan_sha256"][:12]
         console.print(
-            f"  silotune site approve {digest}   or   silotune site reject {digest} --reason '…'",
+            f"  silotune site approve {digest}   or   silotune site reject {digest} --reason '…'"
         )
 
 

@@ -283,11 +283,7 @@ LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
 
 def serve_here(
-    build: Callable[[Door], ASGIApp],
-    *,
-    port: int,
-    role: PersonRole,
-    said: Callable[[str], None],
+    build: Callable[[Door], ASGIApp], *, port: int, role: PersonRole, said: Callable[[str], None]
 ) -> None:
     """Serve on loopback until Ctrl-C; only the link that `said` is given lets anybody in.
 

@@ -106,10 +106,7 @@ def left(planned: float | None, spent: Mapping[str, float]) -> dict[str, float]:
     return {} if planned is None else {s: max(0.0, planned - value) for s, value in spent.items()}
 
 
-PHASES = (
-    *("training", "masked", "unmasked", "done"),
-    *("late", "dropped", "failed"),
-)
+PHASES = (*("training", "masked", "unmasked", "done"), *("late", "dropped", "failed"))
 """Phases in the order of the legend."""
 
 _METRICS = (("macro_f1", "macro-F1"), ("accuracy", "accuracy"), ("loss", "loss"))

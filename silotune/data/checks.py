@@ -133,11 +133,7 @@ class Surveyed:
 
 
 def survey(
-    sites: Sequence[SiteConfig],
-    plan: Plan,
-    *,
-    roles: Collection[str],
-    secrets: Mapping[str, bytes],
+    sites: Sequence[SiteConfig], plan: Plan, *, roles: Collection[str], secrets: Mapping[str, bytes]
 ) -> tuple[Surveyed, ...]:
     """Read what each site has for a plan.
 

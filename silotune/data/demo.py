@@ -221,10 +221,7 @@ trained on. Categories differ much in size, so scores are lower and noisier.""",
     ),
 }
 _UNITS = {
-    False: _Choice(
-        setting='unit = "record"',
-        text="Each record is a unit of its own.",
-    ),
+    False: _Choice(setting='unit = "record"', text="Each record is a unit of its own."),
     True: _Choice(
         setting='unit = "patient"                # all records of a patient together\n'
         f"max_records_per_unit = {_MOST_RECORDS}",

@@ -112,8 +112,7 @@ def start(*exporters: SpanExporter, service: str, batched: bool = True) -> None:
         raise ExtraMissing("the OpenTelemetry SDK is not installed", remedy=INSTALL) from exc
     named = os.environ.get("OTEL_SERVICE_NAME") or service
     provider = TracerProvider(
-        resource=Resource.create({"service.name": named}),
-        id_generator=cast(Any, _TracerState.ids),
+        resource=Resource.create({"service.name": named}), id_generator=cast(Any, _TracerState.ids)
     )
     for exporter in exporters:
         processor = BatchSpanProcessor if batched else SimpleSpanProcessor

@@ -23,8 +23,7 @@ from torch import Tensor
 
 from silotune.errors import AdapterMismatch
 from silotune.models.batching import PROMPT_END, end_ids, leading_ids, padding_id
-from silotune.models.layout import ArrayEntry, Layout, Vector
-from silotune.models.lora import saved_name
+from silotune.models.layout import ArrayEntry, Layout, Vector, saved_name
 from silotune.models.task import LoadedModel, TaskModel
 from silotune.plan.plan import Plan
 

@@ -95,11 +95,7 @@ class Encoded:
 
 
 def batches(
-    encoded: Encoded,
-    rows: Rows,
-    *,
-    size: int,
-    units: NDArray[np.integer[Any]] | None = None,
+    encoded: Encoded, rows: Rows, *, size: int, units: NDArray[np.integer[Any]] | None = None
 ) -> list[list[int]]:
     """Split rows into micro-batches, shortest examples first.
 
@@ -133,10 +129,7 @@ def batches(
 
 
 def _whole_units(
-    rows: NDArray[np.int64],
-    lengths: NDArray[np.int64],
-    units: NDArray[np.integer[Any]],
-    size: int,
+    rows: NDArray[np.int64], lengths: NDArray[np.int64], units: NDArray[np.integer[Any]], size: int
 ) -> list[list[int]]:
     _, first, unit = np.unique(units, return_index=True, return_inverse=True)
     longest = np.zeros(len(first), dtype=np.int64)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -29,6 +30,7 @@ Vector = NDArray[np.float32]
 
 _FLOAT = np.dtype("<f4")
 _ORDER: tuple[Group, ...] = ("adapter", "head")
+_ADAPTER_NAME = re.compile(r"(\.lora_[AB])\.default\.")
 
 
 class Detachable(Protocol):
@@ -309,3 +311,8 @@ def pairs(layout: Layout, flat: NDArray[np.float32]) -> Iterator[Pair]:
         if ".lora_A." in name:
             stem, leaf = name.split(".lora_A.")
             yield Pair(name, A, views[f"{stem}.lora_B.{leaf}"])
+
+
+def saved_name(live: str) -> str:
+    """Name of a live LoRA parameter in PEFT's own files: without the adapter's name."""
+    return _ADAPTER_NAME.sub(r"\1.", live)

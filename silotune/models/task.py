@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from silotune.models.batching import Batch, Encoded, Rows
-from silotune.models.layout import Group, Layout
-from silotune.models.lora import saved_name
+from silotune.models.layout import Group, Layout, saved_name
 from silotune.plan.plan import Plan
 
 _LAYER = re.compile(r"^(.*)\.(\d+)\.")
@@ -167,12 +166,7 @@ class TaskModel(nn.Module):
     centre: Tensor
 
     def __init__(
-        self,
-        peft: Any,
-        head: nn.Linear | None,
-        *,
-        pooling: str,
-        feature_scale: float,
+        self, peft: Any, head: nn.Linear | None, *, pooling: str, feature_scale: float
     ) -> None:
         super().__init__()
         self.peft, self.head = peft, head

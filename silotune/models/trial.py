@@ -390,11 +390,7 @@ class _Trial:
             return
         views = (lambda out: out[0, :last], lambda out: out[0, :last])
         layer = first_difference(
-            module,
-            lambda: module(batch),
-            lambda: module(changed),
-            views=views,
-            tolerance=_AGREE,
+            module, lambda: module(batch), lambda: module(changed), views=views, tolerance=_AGREE
         )
         raise TokensSeenEarly(f"layer {layer or 'unknown'} looks at later tokens")
 

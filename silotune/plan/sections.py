@@ -238,8 +238,7 @@ class AggregationSection(Section):
         None, description="Sites in a secure round, at most: what the sum must have room for."
     )
     threshold: Annotated[int, Field(ge=2)] | None = Field(
-        None,
-        description="Sites that a secure round needs; more than two thirds of it when absent.",
+        None, description="Sites that a secure round needs; more than two thirds of it when absent."
     )
     encoding: Literal["uint32", "uint16"] = "uint32"
     update_bound: Positive | None = Field(

@@ -200,11 +200,7 @@ def note(axes: Any, x: float, y: float, text: str, *, ha: str = "right", rise: f
     )
 
 
-def key(
-    axes: Any,
-    entries: Sequence[tuple[str, str]],
-    canvas: Canvas,
-) -> None:
+def key(axes: Any, entries: Sequence[tuple[str, str]], canvas: Canvas) -> None:
     """Names and colours in one line above the chart, in the order of the marks."""
     axes.legend(
         [Rectangle((0, 0), 1, 1, facecolor=colour) for _, colour in entries],

@@ -432,11 +432,7 @@ def _site_rows(record: RunRecord, metric: Metric) -> tuple[SiteScores, ...]:
 
 
 def _site_row(
-    site: str,
-    by_key: Mapping[str, Mapping[str, Scores]],
-    record: RunRecord,
-    *,
-    metric: Metric,
+    site: str, by_key: Mapping[str, Mapping[str, Scores]], record: RunRecord, *, metric: Metric
 ) -> SiteScores:
     scores = {key: found.get(site, {}) for key, found in by_key.items()}
     n = next((found["n"] for found in scores.values() if "n" in found), None)

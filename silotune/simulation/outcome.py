@@ -500,13 +500,7 @@ def _of_many(plan: Plan, everywhere: Mapping[str, Counts]) -> dict[str, Any]:
 
 
 def _method(
-    plan: Plan,
-    key: str,
-    title: str,
-    counts: Mapping[str, Counts],
-    *,
-    seconds: float,
-    examples: int,
+    plan: Plan, key: str, title: str, counts: Mapping[str, Counts], *, seconds: float, examples: int
 ) -> dict[str, Any]:
     return {
         "key": key,

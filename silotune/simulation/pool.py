@@ -47,11 +47,7 @@ _BOOT = (
     "from silotune.simulation.workers import main; main()"
 )
 # Set before the child imports a numerical library; each reads its own name.
-_ONE_THREAD = {
-    "OMP_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
-}
+_ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 _MOST_STALE_BYTES = 1 << 28
 _CLOSING_SECONDS = 5.0
 _BUFFER_BYTES = 1 << 22  # asked for; the kernel has a limit of its own
@@ -101,11 +97,7 @@ class Worker(ABC):
             self._write(frame)
 
     def deliver(
-        self,
-        header: Mapping[str, Any],
-        *,
-        objects: Sequence[str],
-        deflate: Callable[[str], bytes],
+        self, header: Mapping[str, Any], *, objects: Sequence[str], deflate: Callable[[str], bytes]
     ) -> int:
         """Send a message's objects, leaving out those that the worker still has.
 

@@ -354,9 +354,7 @@ def _play_on_ray(job: _Job, store: LoggedStore) -> None:
     own = SimulatedSites(payload)
 
     def inspect_all(
-        request: Mapping[str, Any],
-        arrays: Mapping[str, Any],
-        sites: Iterable[str] | None = None,
+        request: Mapping[str, Any], arrays: Mapping[str, Any], sites: Iterable[str] | None = None
     ) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
         asked = None if sites is None else set(sites)
         return {

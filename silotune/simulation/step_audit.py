@@ -79,11 +79,7 @@ class StepScores:
 
 
 def step_scores(
-    plan: Plan,
-    sites: Sequence[SiteConfig],
-    *,
-    canaries: int = CANARIES,
-    seed: int | None = None,
+    plan: Plan, sites: Sequence[SiteConfig], *, canaries: int = CANARIES, seed: int | None = None
 ) -> StepScores:
     """Take one step with planted canaries and score each of them.
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from silotune.errors import ModelError, TargetModulesUnknown
+from silotune.models.base import wrap
 from silotune.models.layout import initial_matrix
-from silotune.models.lora import wrap
 from tests.models.model_material import a_plan
 
 _SHAPE = {

@@ -6,10 +6,7 @@ from silotune.models.task import Task
 from silotune.models.tasks.causal_lm import CausalLm
 from silotune.models.tasks.text_classification import TextClassification
 
-_TASKS: dict[str, Task] = {
-    "text_classification": TextClassification(),
-    "causal_lm": CausalLm(),
-}
+_TASKS: dict[str, Task] = {"text_classification": TextClassification(), "causal_lm": CausalLm()}
 
 
 def get_task(name: str) -> Task:
