@@ -40,10 +40,10 @@ def report(
     """Write report.html and its pictures into a run directory, also while the run goes on."""
     from silotune.report.report import summary, write_report
 
-    if as_json:
-        typer.echo(json.dumps(summary(run, beside=beside or [])))
-        return
-    typer.echo(write_report(run, beside=beside or []))
+    others = beside or []
+    typer.echo(
+        json.dumps(summary(run, beside=others)) if as_json else write_report(run, beside=others)
+    )
 
 
 def dashboard(

@@ -200,32 +200,28 @@ hospitals lack most of the labels.""",
 }
 
 
-@dataclass(frozen=True)
-class _Choice:
-    setting: str
-    text: str
-
-
-_SPLITS: dict[HeldOut, _Choice] = {
-    "code": _Choice(
-        setting='split_by = "unit"               # the unit is on one side; its look-alikes are not',
-        text="""\
+# What a choice writes into plan.toml, and what the README says of it.
+_SPLITS: dict[HeldOut, tuple[str, str]] = {
+    "code": (
+        'split_by = "unit"               # the unit is on one side; its look-alikes are not',
+        """\
 By random unit (a keyed hash of its name). Diagnoses that differ in one word (left, right) may be on
 both sides, so scores are stable and flattering.""",
     ),
-    "category": _Choice(
-        setting='split_by = "group"              # whole categories: tested on unseen conditions',
-        text="""\
+    "category": (
+        'split_by = "group"              # whole categories: tested on unseen conditions',
+        """\
 By category (three characters of the code): tested is only on conditions of which no variant was
 trained on. Categories differ much in size, so scores are lower and noisier.""",
     ),
 }
+
 _UNITS = {
-    False: _Choice(setting='unit = "record"', text="Each record is a unit of its own."),
-    True: _Choice(
-        setting='unit = "patient"                # all records of a patient together\n'
+    False: ('unit = "record"', "Each record is a unit of its own."),
+    True: (
+        'unit = "patient"                # all records of a patient together\n'
         f"max_records_per_unit = {_MOST_RECORDS}",
-        text=f"""\
+        f"""\
 Made-up patients (column "patient") of 1 to {_MOST_RECORDS} records each: the grouping is random and
 has no medical meaning. It is there to show privacy by patient.""",
     ),
@@ -390,8 +386,8 @@ def _write_plan(
         purpose=toml_value(_TASKS[task].purpose),
         base=toml_value(base),
         labels=toml_value(labels),
-        split=_SPLITS[split].setting,
-        unit=_UNITS[patients].setting,
+        split=_SPLITS[split][0],
+        unit=_UNITS[patients][0],
     )
     path.write_text(filled, encoding="utf-8")
 
@@ -410,8 +406,8 @@ def _write_readme(
         lines.append(f"{hospital.name:24}{hospital.chapters:>8}{len(own):>9}{share:>9.0%}")
     filled = read_template("hospitals_readme.txt").substitute(
         task=_TASKS[task].text,
-        split=_SPLITS[split].text,
-        unit=_UNITS[patients].text,
+        split=_SPLITS[split][1],
+        unit=_UNITS[patients][1],
         hospitals="\n".join(lines),
     )
     path.write_text(filled, encoding="utf-8")

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from string import Template
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -101,7 +101,7 @@ def write_site(
     header: Sequence[str],
     rows: Iterable[Sequence[str]],
     units: int,
-) -> Path:
+) -> None:
     """Write one site: ``records.csv`` and ``site.toml``; the site is named like the folder.
 
     Parameters
@@ -110,17 +110,12 @@ def write_site(
         The site's folder; made if needed.
     title : str
         A line about the site, for the head of its site.toml.
-    offer : Offer
+    offer : CommonTerms
         What the site's dataset is and on which terms it is offered.
     header, rows
         The records, one sequence of fields each, in the order of `header`.
     units : int
         The true number of units; only its rounding is written.
-
-    Returns
-    -------
-    Path
-        The written site.toml.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "records.csv").open("w", encoding="utf-8", newline="") as file:
@@ -141,34 +136,33 @@ def write_site(
         labels=f"labels = {toml_value(offer.labels)}" if offer.labels else "# labels = []",
         **_policy(offer.plan),
     )
-    path = folder / "site.toml"
-    path.write_text(filled, encoding="utf-8")
-    return path
+    (folder / "site.toml").write_text(filled, encoding="utf-8")
 
 
 def _policy(plan: Plan | None) -> dict[str, str]:
     """The clauses of the written policy that hang on a plan: what it asks, or usual values."""
-    if plan is None:
-        weights, base = _MINILM_SHA256, _MINILM
-        return {
-            "secure": "false",
-            "cohort": "3",
-            "tasks": toml_value(["text_classification"]),
-            "modules": toml_value(["query", "value"]),
-            "strategies": toml_value(["fedavg"]),
-            "rounds": "500",
-            "base_model": f"{toml_value(weights)} = {toml_value(base)}",
-        }
-    modules = plan.lora.target_modules
-    return {
-        "secure": toml_value(plan.aggregation.secure),
-        "cohort": str(plan.rounds.min_sites),
-        "tasks": toml_value([plan.model.task]),
-        "modules": toml_value([modules] if isinstance(modules, str) else list(modules)),
-        "strategies": toml_value([plan.aggregation.strategy]),
-        "rounds": str(plan.rounds.number),
-        "base_model": f"{toml_value(plan.model.sha256 or '')} = {toml_value(plan.model.base)}",
+    weights, base = _MINILM_SHA256, _MINILM
+    asked: dict[str, Any] = {
+        "secure": False,
+        "cohort": 3,
+        "tasks": ["text_classification"],
+        "modules": ["query", "value"],
+        "strategies": ["fedavg"],
+        "rounds": 500,
     }
+    if plan is not None:
+        weights, base = plan.model.sha256 or "", plan.model.base
+        modules = plan.lora.target_modules
+        asked = {
+            "secure": plan.aggregation.secure,
+            "cohort": plan.rounds.min_sites,
+            "tasks": [plan.model.task],
+            "modules": [modules] if isinstance(modules, str) else modules,
+            "strategies": [plan.aggregation.strategy],
+            "rounds": plan.rounds.number,
+        }
+    written = {key: toml_value(value) for key, value in asked.items()}
+    return {**written, "base_model": f"{toml_value(weights)} = {toml_value(base)}"}
 
 
 Ints = NDArray[np.int64]
@@ -346,10 +340,8 @@ def partition_file(
 
     Raises
     ------
-    DatasetUnreadable, ColumnMissing, RecordInvalid
-        The file can't be read, or lacks a named column.
-    TooFewRecords
-        There are fewer units than sites.
+    DatasetUnreadable, ColumnMissing, RecordInvalid, TooFewRecords
+        The file can't be read, lacks a named column, or has fewer units than there are sites.
     FolderOccupied
         The folder holds other sites.
     """
