@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
-from silotune.models.layout import Group, Layout, Span, gathered
+from silotune.models.layout import Group, Layout, Span, gathered, laid_out
 from silotune.plan.plan import Plan
 from silotune.strategies import method_of
 from silotune.strategies.server_optimizer import ServerOptimizer, learning_rate, phase_of
@@ -353,11 +353,9 @@ class PersonalParts:
         return {"kept": gathered(moved, self._kept), **optimizer.state()}
 
     def _placed(self, adapter: Vector, arrays: Arrays) -> Vector:
-        own, start = np.array(adapter, dtype=np.float32), 0
-        for span in self._kept:
-            end = start + span.stop - span.start
-            own[span.start : span.stop] = arrays["kept"][start:end]
-            start = end
+        own = np.array(adapter, dtype=np.float32)
+        for span, place in laid_out(self._kept):
+            own[span.start : span.stop] = arrays["kept"][place]
         return own
 
 
@@ -407,7 +405,7 @@ class ControlVariate:
         before = server_round - 1
         fits = found is not None and found[0] == before
         if not fits or phase_of(self._plan, before) != phase_of(self._plan, server_round):
-            nothing = np.zeros(sum(s.stop - s.start for s in spans), dtype=np.float32)
+            nothing = np.zeros(sum(s.size for s in spans), dtype=np.float32)
             return nothing, nothing
         assert found is not None
         moved = gathered(adapter, spans) - gathered(found[1]["adapter"], spans)
@@ -421,5 +419,5 @@ class ControlVariate:
         for span in self._layout.spans(self._method.trained(self._plan, server_round)):
             group: Group = "head" if span.part == "head" else "adapter"
             rates = [learning_rate(self._plan, group, step=n) for n in range(first, first + steps)]
-            travels.append(np.full(span.stop - span.start, sum(rates), dtype=np.float32))
+            travels.append(np.full(span.size, sum(rates), dtype=np.float32))
         return np.concatenate(travels)

@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from silotune.data.site import BudgetConfig, Format, Role
-from silotune.data.sources import Table, read_file
+from silotune.data.sources import Table, numbered, read_file
 from silotune.errors import ColumnMissing, DatasetUnreadable, FolderOccupied, TooFewRecords
 from silotune.plan.plan import Plan
 
@@ -203,11 +203,10 @@ class Units:
         values : list of str
             The distinct values of the column, in order of appearance.
         """
-        numbers: dict[str, int] = {}
-        cells = [numbers.setdefault(v, len(numbers)) for v in self.table.columns[column]]
-        counts = np.zeros((self.count, len(numbers)), dtype=np.int64)
-        np.add.at(counts, (self.unit_of, np.array(cells)), 1)
-        return counts.argmax(axis=1).astype(np.int64), list(numbers)
+        cells, values = numbered(self.table.columns[column])
+        counts = np.zeros((self.count, len(values)), dtype=np.int64)
+        np.add.at(counts, (self.unit_of, cells), 1)
+        return counts.argmax(axis=1).astype(np.int64), values
 
 
 class Partitioner(Protocol):
@@ -373,9 +372,7 @@ def _read_units(source: Path, columns: Mapping[Role, str]) -> Units:
         raise TooFewRecords(f"{source}: no records")
     if "unit" not in columns:
         return Units(np.arange(len(table.rows)), table, columns.get("label"))
-    numbers: dict[str, int] = {}
-    ids = (value.strip() for value in table.columns[columns["unit"]])
-    unit_of = np.array([numbers.setdefault(value, len(numbers)) for value in ids])
+    unit_of, _ = numbered(value.strip() for value in table.columns[columns["unit"]])
     return Units(unit_of, table, columns.get("label"))
 
 

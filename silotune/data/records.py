@@ -45,7 +45,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from silotune.data.site import DatasetConfig, SiteConfig
-from silotune.data.sources import Faults, LeftOut, Table, read_dataset
+from silotune.data.sources import Faults, LeftOut, Table, numbered, read_dataset
 from silotune.errors import ColumnMissing, HeldOutTooMuch, LabelsUnfit, TooFewRecords, UnitMismatch
 from silotune.plan.plan import Plan
 from silotune.trust.files import create_file, create_private_folder
@@ -255,7 +255,9 @@ def load_records(site: SiteConfig, plan: Plan, *, roles: Collection[str], secret
     dataset = site.dataset(plan.data.dataset)
     columns = _columns(dataset, plan, roles)
     table = read_dataset(dataset, folder=site.folder, columns=list(columns.values()))
-    sieve = _Sieve(table, {role: _stripped(table.columns[c]) for role, c in columns.items()})
+    sieve = _Sieve(
+        table, {role: [*map(str.strip, table.columns[c])] for role, c in columns.items()}
+    )
     sieve.drop_unfit(columns, _labels(dataset, plan))
     if plan.data.split_by == "group":
         sieve.drop_torn()
@@ -348,10 +350,6 @@ def _columns(dataset: DatasetConfig, plan: Plan, roles: Collection[str]) -> dict
     return {str(role): column for role, column in named.items() if role in needed}
 
 
-def _stripped(values: Sequence[str]) -> list[str]:
-    return [value.strip() for value in values]
-
-
 class _Sieve:
     """Takes rows out of a table, one reason after the other."""
 
@@ -419,9 +417,7 @@ def _units(values: Mapping[str, list[str]], size: int, plan: Plan) -> NDArray[np
     """Dense numbers of units by first appearance."""
     if "unit" not in values or (plan.privacy.unit == "record" and not plan.private):
         return np.arange(size)
-    numbers: dict[str, int] = {}
-    names = [numbers.setdefault(unit, len(numbers)) for unit in values["unit"]]
-    return np.array(names, dtype=np.int64)
+    return numbered(values["unit"])[0]
 
 
 def _split_keys(values: Mapping[str, list[str]], plan: Plan) -> list[str]:

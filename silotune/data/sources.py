@@ -29,6 +29,9 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import numpy as np
+from numpy.typing import NDArray
+
 from silotune.data.site import DatasetConfig, Format, expand_url
 from silotune.errors import ColumnMissing, DataError, DatasetUnreadable, RecordInvalid
 
@@ -126,6 +129,13 @@ _NO_TEXT = {
     b"PAR1": ("a Parquet file", 'Say format = "parquet" for this dataset in site.toml.'),
     b"\xff\xfe": ("UTF-16 text", "Save it as UTF-8: iconv -f UTF-16 -t UTF-8."),
 }
+
+
+def numbered(values: Iterable[str]) -> tuple[NDArray[np.int64], list[str]]:
+    """Values as dense numbers in the order of first appearance [n], and the distinct ones."""
+    numbers: dict[str, int] = {}
+    found = [numbers.setdefault(value, len(numbers)) for value in values]
+    return np.array(found, dtype=np.int64), list(numbers)
 
 
 @dataclass(frozen=True)

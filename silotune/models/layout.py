@@ -73,6 +73,19 @@ class Span:
     start: int
     stop: int
 
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return self.stop - self.start
+
+
+def laid_out(spans: Iterable[Span]) -> Iterator[tuple[Span, slice]]:
+    """Some spans, each with its place in a vector that has them alone, one after the other."""
+    start = 0
+    for span in spans:
+        yield span, slice(start, start + span.size)
+        start += span.size
+
 
 def gathered(flat: Vector, spans: Iterable[Span]) -> Vector:
     """Some spans of a flat vector, one after the other."""
@@ -118,11 +131,9 @@ class Layout:
 
     def spread(self, spans: Iterable[Span], values: Vector) -> Vector:
         """A new vector that is zero but for some spans, which get the values one after the other."""
-        made, start = np.zeros(self.size, dtype=_FLOAT), 0
-        for span in spans:
-            end = start + span.stop - span.start
-            made[span.start : span.stop] = values[start:end]
-            start = end
+        made = np.zeros(self.size, dtype=_FLOAT)
+        for span, place in laid_out(spans):
+            made[span.start : span.stop] = values[place]
         return made
 
     def at_rank(self, rank: int) -> Layout:

@@ -33,7 +33,7 @@ from silotune.models.adapter import write_adapter
 from silotune.models.batching import Encoded, batches
 from silotune.models.choices import Choices
 from silotune.models.features import Frozen
-from silotune.models.layout import Layout, initial_adapter
+from silotune.models.layout import Layout, initial_adapter, laid_out
 from silotune.plan.plan import Plan
 from silotune.privacy.noise import noise_for
 from silotune.simulation.program import score
@@ -399,10 +399,8 @@ def _with_share(
     if not update.missing_noise:
         return update.flat
     noise = noise_for(plan.plan.seed, "baseline share", site, number)
-    parts, start = [], 0
-    for span in layout.spans(method_of(plan).trained(plan, number)):
-        end = start + span.stop - span.start
-        clean = torch.from_numpy(update.flat[start:end].astype(np.float32))
+    parts = []
+    for span, place in laid_out(layout.spans(method_of(plan).trained(plan, number))):
+        clean = torch.from_numpy(update.flat[place].astype(np.float32))
         parts.append(noise.add(clean, update.missing_noise[span.part]).numpy())
-        start = end
     return np.concatenate(parts)

@@ -415,7 +415,7 @@ def _conclude(job: _Job, store: LoggedStore, spectator: Spectator, view: View) -
         final=spectator.final_counts,
         base=spectator.base_counts(final.size),
         finished=finished,
-        workers=job.settings.worker_count(len(job.sites)) if job.settings.baselines else 0,
+        workers=count if job.settings.baselines else 0,
         shared=job.shared,
         store=store,
     )

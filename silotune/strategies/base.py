@@ -126,7 +126,7 @@ class AdapterStrategy(Strategy):
 
     def update_size(self, server_round: int) -> int:
         """Length of the update that a site of the plan's rank sends in a round."""
-        return sum(span.stop - span.start for span in self.spans(server_round))
+        return sum(span.size for span in self.spans(server_round))
 
     # --- the arithmetic of a method ---
 

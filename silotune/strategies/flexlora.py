@@ -81,7 +81,7 @@ class Redistributed(AdapterStrategy):
         """Add one site's changes and the products of its matrices."""
         layout, share = self.layout_at(terms.rank), self._share(terms)
         spans = layout.spans(self.sent(self.plan, self._round))
-        expected = sum(span.stop - span.start for span in spans)
+        expected = sum(span.size for span in spans)
         if update.shape != (expected,):
             raise UpdateRejected(
                 f"site {terms.site}: expected {expected} numbers, got {update.size}"

@@ -51,7 +51,7 @@ def encoding_for(plan: Plan, *, layout: Layout, server_round: int) -> Encoding:
     cohort = plan.aggregation.cohort
     assert cohort is not None  # validated with the plan
     sent = layout.spans(method_of(plan).sent(plan, server_round))
-    spans = [BoundedSpan(size=s.stop - s.start, bound=update_bound(plan, s.part)) for s in sent]
+    spans = [BoundedSpan(size=s.size, bound=update_bound(plan, s.part)) for s in sent]
     return Encoding(ring=plan.aggregation.encoding, spans=tuple(spans), cohort=cohort)
 
 

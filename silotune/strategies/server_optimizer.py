@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from silotune.models.layout import Group, Part, Span
+from silotune.models.layout import Group, Part, Span, laid_out
 from silotune.plan.plan import Plan
 from silotune.plan.sections import ClientOptimizer
 from silotune.plan.sections import ServerOptimizerSettings as Settings
@@ -132,19 +132,18 @@ class ServerOptimizer:
         server_round : int
             From 1.
         """
-        updated, start = adapter.copy(), 0
+        updated = adapter.copy()
         self._count(span.part for span in spans)
-        for span in spans:
-            where, end = slice(span.start, span.stop), start + span.stop - span.start
+        for span, place in laid_out(spans):
+            where = slice(span.start, span.stop)
             direction = _RULES[self._settings.name](
-                gradient[start:end],
+                gradient[place],
                 self.first[where],
                 self.second[where],
                 count=self.counts[span.part],
                 settings=self._settings,
             )
             updated[where] -= self._rate(span.part, server_round) * direction
-            start = end
         return updated
 
     def _count(self, parts: Iterable[Part]) -> None:
