@@ -15,7 +15,6 @@ from silotune.commands import (
     admin,
     books,
     coordinator,
-    data,
     plan,
     reference,
     results,
@@ -34,8 +33,8 @@ app = typer.Typer(
     help="Fine-tune one language model across organisations that may not pool their records.",
     epilog="Start with: silotune demo hospitals ./hospitals, then silotune simulate hospitals/plan.toml",
 )
-app.add_typer(data.app, name="demo")
-app.command("partition")(data.partition)
+app.add_typer(simulate.demo, name="demo")
+app.command("partition")(simulate.partition)
 app.add_typer(plan.app, name="plan")
 app.command("simulate")(simulate.simulate)
 app.add_typer(coordinator.app, name="coordinator")

@@ -96,32 +96,24 @@ def render(name: str, draw: Draw, *, description: str) -> Chart:
     return Chart(name=name, wide=wide, narrow=narrow, png=png)
 
 
+_SIZED = ("font.size", "axes.labelsize", "axes.titlesize", "xtick.labelsize", "ytick.labelsize")
+
+
 @contextmanager
 def _style(canvas: Canvas) -> Iterator[None]:
     settings: dict[str, Any] = {
-        "font.size": canvas.font,
-        "axes.labelsize": canvas.font,
-        "axes.titlesize": canvas.font,
-        "xtick.labelsize": canvas.font,
-        "ytick.labelsize": canvas.font,
+        **dict.fromkeys(_SIZED, canvas.font),
         "text.color": INK,
-        "axes.labelcolor": MUTED,
-        "axes.edgecolor": GRID,
-        "xtick.color": MUTED,
-        "ytick.color": MUTED,
-        "xtick.major.size": 0,
-        "ytick.major.size": 0,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.spines.left": False,
+        **dict.fromkeys(("axes.labelcolor", "xtick.color", "ytick.color"), MUTED),
+        **dict.fromkeys(("axes.edgecolor", "grid.color"), GRID),
+        **dict.fromkeys(("xtick.major.size", "ytick.major.size"), 0),
+        **dict.fromkeys((f"axes.spines.{side}" for side in ("top", "right", "left")), False),
         "axes.grid": True,
         "axes.axisbelow": True,
-        "grid.color": GRID,
         "grid.linewidth": 0.7,
         "lines.linewidth": 1.8,
         "lines.solid_capstyle": "round",
-        "axes.facecolor": "none",
-        "figure.facecolor": "none",
+        **dict.fromkeys(("axes.facecolor", "figure.facecolor"), "none"),
         "text.parse_math": False,  # a site may be called "$x$"
         "svg.fonttype": "none",
     }

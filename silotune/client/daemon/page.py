@@ -17,10 +17,10 @@ from starlette.types import ASGIApp
 
 from silotune.client.approvals import Approvals, ProposalRecord, describe, judge_proposal
 from silotune.client.daemon.socket import ask
-from silotune.dashboard.charts import PageChart, line_chart
 from silotune.dashboard.errors import PageUnknown
 from silotune.dashboard.page_guard import FORM, SESSION, Door, PageGuard, Scope
 from silotune.dashboard.pages import FORM_BODY, Pages, SignIn, Templates
+from silotune.dashboard.run_page import PageChart, line_chart
 from silotune.data.site import SiteConfig
 from silotune.errors import SilotuneError
 from silotune.privacy.ledger import LEDGER_FILE, Ledger, dataset_rows
