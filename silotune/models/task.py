@@ -63,14 +63,11 @@ class Task(Protocol):
     def score(
         self, model: TaskModel, batch: Batch, *, cap: float = math.inf
     ) -> NDArray[np.float64]:
-        """Counts that add up over batches and sites, from which `metrics` are computed.
+        """Counts that add up over batches and sites; `silotune.models.scores` makes metrics of them.
 
         Where they are sums of losses, no text counts with more than `cap`; with a finite one they
         are finite, whatever the model gives.
         """
-
-    def metrics(self, counts: NDArray[np.float64]) -> dict[str, float]:
-        """Figures of merit from summed counts."""
 
     def predict(self, model: LoadedModel, texts: Sequence[str]) -> list[Any]:
         """What the model says of new texts."""

@@ -20,7 +20,7 @@ from silotune.data.site import SiteConfig
 from silotune.events.view import RunView
 from silotune.models.layout import Vector
 from silotune.models.scores import constant, recall_of
-from silotune.models.tasks import get_task
+from silotune.models.scores import metrics_of as metrics_of_task
 from silotune.plan.plan import Plan
 from silotune.privacy.accounting import epsilon_curve
 from silotune.privacy.certificate import CertificateBody
@@ -231,18 +231,17 @@ class Spectator:
 
     def _shown(self, counts: Mapping[str, Counts]) -> dict[str, Any]:
         """Metrics over all sites' records, and of each site."""
-        sites = {
-            site: {**metrics_of(self._plan, each), "n": size_of(self._plan, each)}
-            for site, each in counts.items()
+        shown: dict[str, Any] = {
+            "pooled": pooled_metrics(self._plan, counts),
+            "sites": by_site(self._plan, counts),
         }
-        shown = {"pooled": pooled_metrics(self._plan, counts), "sites": sites}
         left_out = [site for site in self._store.names if site not in counts]
         return {**shown, "left_out": left_out} if left_out else shown
 
 
 def metrics_of(plan: Plan, counts: Counts) -> dict[str, float]:
     """The task's metrics from additive counts."""
-    return dict(get_task(plan.model.task).metrics(np.asarray(counts)))
+    return metrics_of_task(plan.model.task, counts)
 
 
 def pooled_metrics(plan: Plan, counts: Mapping[str, Counts]) -> dict[str, float]:
@@ -250,9 +249,13 @@ def pooled_metrics(plan: Plan, counts: Mapping[str, Counts]) -> dict[str, float]
     return metrics_of(plan, np.sum([*counts.values()], axis=0)) if counts else {}
 
 
-def size_of(plan: Plan, counts: Counts) -> int:
-    """Number of examples behind counts."""
-    return int(counts.sum() if plan.model.task == "text_classification" else counts[-1])
+def by_site(plan: Plan, counts: Mapping[str, Counts]) -> dict[str, dict[str, float]]:
+    """The task's metrics at each site, and the number ``n`` of examples behind them."""
+    classifies = plan.model.task == "text_classification"
+    return {
+        site: {**metrics_of(plan, each), "n": int(each.sum() if classifies else each[-1])}
+        for site, each in counts.items()
+    }
 
 
 def write_privacy(
@@ -508,10 +511,7 @@ def _method(
         "private": plan.private,
         "epsilon": plan.privacy.epsilon,
         **_scored(plan, counts),
-        "by_site": {
-            site: {**metrics_of(plan, each), "n": size_of(plan, each)}
-            for site, each in counts.items()
-        },
+        "by_site": by_site(plan, counts),
         "seconds": seconds,
         "examples_seen": examples,
     }

@@ -12,7 +12,7 @@ from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 from silotune.errors import RecordInvalid
 from silotune.models.adapter import write_adapter
 from silotune.models.base import load_model
-from silotune.models.scores import constant, recall_of
+from silotune.models.scores import constant, of_confusion, recall_of
 from silotune.models.tasks import get_task
 from tests.models.model_material import CORPUS, TEXTS, a_plan
 
@@ -96,7 +96,7 @@ def test_predictions_come_in_the_order_asked_and_sum_to_one(model):
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=60))
 def test_metrics_are_scikit_learns(pairs):
     true, predicted = zip(*pairs, strict=True)
-    metrics = TASK.metrics(confusion_matrix(true, predicted, labels=range(5)))
+    metrics = of_confusion(confusion_matrix(true, predicted, labels=range(5)))
     assert metrics["accuracy"] == pytest.approx(accuracy_score(true, predicted))
     occurring = sorted(set(true))  # of the truth: the same for every model scored on these records
     expected = f1_score(true, predicted, labels=occurring, average="macro", zero_division=0)
@@ -107,8 +107,8 @@ def test_a_label_that_is_only_predicted_does_not_change_what_is_averaged_over():
     """Two models of .75 accuracy, one of whose mistakes goes to a label that never occurs."""
     within = np.array([[4, 0, 0], [2, 2, 0], [0, 0, 0]])
     beyond = np.array([[4, 0, 0], [0, 2, 2], [0, 0, 0]])
-    assert TASK.metrics(within)["macro_f1"] == pytest.approx((8 / 10 + 4 / 6) / 2)
-    assert TASK.metrics(beyond)["macro_f1"] == pytest.approx((8 / 8 + 4 / 6) / 2)
+    assert of_confusion(within)["macro_f1"] == pytest.approx((8 / 10 + 4 / 6) / 2)
+    assert of_confusion(beyond)["macro_f1"] == pytest.approx((8 / 8 + 4 / 6) / 2)
 
 
 def test_the_trivial_answer_is_scored_on_the_same_records():
@@ -119,9 +119,9 @@ def test_the_trivial_answer_is_scored_on_the_same_records():
 
 
 def test_metrics_of_nothing_are_not_numbers_and_noise_below_zero_is_none():
-    assert all(math.isnan(v) for v in TASK.metrics(np.zeros((3, 3))).values())
+    assert all(math.isnan(v) for v in of_confusion(np.zeros((3, 3))).values())
     noisy = np.array([[5.0, -0.7], [-0.2, 5.0]])
-    assert TASK.metrics(noisy) == {"accuracy": 1.0, "macro_f1": 1.0}
+    assert of_confusion(noisy) == {"accuracy": 1.0, "macro_f1": 1.0}
 
 
 def test_a_text_without_any_token_still_has_a_row(llama_folder):

@@ -19,7 +19,6 @@ from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig
 
 from silotune.errors import ModelError
-from silotune.models import scores
 from silotune.models.batching import (
     Batch,
     Encoded,
@@ -125,10 +124,6 @@ class CausalLm:
                     losses = losses.nan_to_num(nan=cap).clamp(0.0, cap)
                 total += float(losses.sum())
         return np.array([total, len(batch["input_ids"])])
-
-    def metrics(self, counts: NDArray[np.float64]) -> dict[str, float]:
-        """Mean loss a sequence, and its exponential (`scores.of_losses`)."""
-        return scores.of_losses(counts)
 
     def predict(self, model: LoadedModel, texts: Sequence[str]) -> list[str]:
         """Greedy responses to prompts, in the order given, whatever the base model's own settings.

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from silotune.errors import RecordInvalid
-from silotune.models import scores
 from silotune.models.batching import Batch, Encoded, Rows, batches, padding_id, text_ids
 from silotune.models.task import LoadedModel, TaskModel
 from silotune.plan.plan import Plan
@@ -91,10 +90,6 @@ class TextClassification:
         assert model.head is not None
         with model.inference():
             return _confusion(model.head(features), _targets(encoded, rows, features.device))
-
-    def metrics(self, counts: NDArray[np.float64]) -> dict[str, float]:
-        """Accuracy and macro-F1 of a confusion matrix (`scores.of_confusion`)."""
-        return scores.of_confusion(counts)
 
     def predict(self, model: LoadedModel, texts: Sequence[str]) -> list[Prediction]:
         """Label and probabilities of each text, in the order given."""
