@@ -96,26 +96,23 @@ def export(
 
     Needs `pip install 'silotune[tensorboard]'` or `'silotune[mlflow]'`.
     """
-    from silotune.export import of_coordinator, of_directory
+    from silotune import export as curves
 
     if credentials is None:
-        found = of_directory(Path(run))
+        found = curves.of_directory(Path(run))
     else:
         from silotune.server.admin.client import ControlClient
 
         client = ControlClient(credentials)
         try:
-            found = of_coordinator(client, run)
+            found = curves.of_coordinator(client, run)
         finally:
             client.close()
     if to is Tool.TENSORBOARD:
-        from silotune.export import write_tensorboard
-
-        shown = f"tensorboard --logdir {write_tensorboard(found, out).parent}"
+        shown = f"tensorboard --logdir {curves.write_tensorboard(found, out).parent}"
     else:
-        from silotune.export import write_mlflow
-
-        shown = f"mlflow ui --backend-store-uri sqlite:///{write_mlflow(found, out).resolve()}"
+        store = curves.write_mlflow(found, out).resolve()
+        shown = f"mlflow ui --backend-store-uri sqlite:///{store}"
     points = sum(map(len, found.curves.values()))
     typer.echo(f"Wrote {len(found.curves)} curves, {points} points. Look at them: {shown}")
 
@@ -162,7 +159,8 @@ def read_texts(content: bytes, *, form: Form, column: str) -> list[str]:
         form = _form_of(text, column)
     match form:
         case Form.JSONL:
-            return [_of_object(n, line, column) for n, line in _numbered(text) if line.strip()]
+            lines = enumerate(text.split("\n"), start=1)
+            return [_of_object(n, line, column) for n, line in lines if line.strip()]
         case Form.CSV:
             return _of_table(text, column)
         case _:
@@ -181,10 +179,6 @@ def _delimiter(text: str, column: str) -> str:
     return next(
         (d for d in _DELIMITERS if column in next(csv.reader([first], delimiter=d), [])), ""
     )
-
-
-def _numbered(text: str) -> list[tuple[int, str]]:
-    return list(enumerate(text.split("\n"), start=1))
 
 
 def _of_object(number: int, line: str, column: str) -> str:

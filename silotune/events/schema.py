@@ -51,6 +51,24 @@ class Event(BaseModel):
         return self.model_dump(mode="json", exclude_unset=True)
 
 
+class SiteEvent(Event):
+    """Of one site."""
+
+    site: str
+
+
+class RoundEvent(Event):
+    """Of one round."""
+
+    round: int
+
+
+class SiteRoundEvent(SiteEvent):
+    """Of one site in one round."""
+
+    round: int
+
+
 # --- a run's life ---
 
 
@@ -63,19 +81,17 @@ class RunProposed(Event):
     sites: tuple[str, ...] = Field((), description="Sites that are asked.")
 
 
-class PlanApproved(Event):
+class PlanApproved(SiteEvent):
     """A site approves the plan."""
 
     event: Literal["plan_approved"]
-    site: str
     reason: str = ""
 
 
-class PlanRejected(Event):
+class PlanRejected(SiteEvent):
     """A site rejects the plan."""
 
     event: Literal["plan_rejected"]
-    site: str
     reason: str = ""
 
 
@@ -148,11 +164,10 @@ class BaselineFinished(Event):
 # --- sites in a run ---
 
 
-class SiteJoined(Event):
+class SiteJoined(SiteEvent):
     """A site is in; it says what it declared and how it will add noise."""
 
     event: Literal["site_joined"]
-    site: str
     declared_units: int | None = None
     rate: Number = Field(None, description="Sampling rate q of its mechanism.")
     sigma: Number = Field(None, description="Noise multiplier of its mechanism.")
@@ -161,40 +176,33 @@ class SiteJoined(Event):
     )
 
 
-class SiteRefused(Event):
+class SiteRefused(SiteEvent):
     """A site refuses to join."""
 
     event: Literal["site_refused"]
-    site: str
     code: str = Field("", description="Error code; the detail stays at the site.")
     detail: str = ""
 
 
-class SitePhase(Event):
+class SitePhase(SiteRoundEvent):
     """A site came to another phase of a secure round."""
 
     event: Literal["site_phase"]
-    site: str
-    round: int
     phase: Phase
 
 
-class SiteReplied(Event):
+class SiteReplied(SiteRoundEvent):
     """A site's update arrived and counts."""
 
     event: Literal["site_replied"]
-    site: str
-    round: int
     bytes: int | None = None
     train_seconds: Number = Field(None, description="Known to simulations only.")
 
 
-class SiteFailed(Event):
+class SiteFailed(SiteRoundEvent):
     """A site's part of a round is lost."""
 
     event: Literal["site_failed"]
-    site: str
-    round: int
     code: str = ""
     detail: str = ""
     phase: str = Field("", description="Where in a secure round: keys, share, masked, check, open.")
@@ -203,29 +211,26 @@ class SiteFailed(Event):
 # --- rounds ---
 
 
-class RoundStarted(Event):
+class RoundStarted(RoundEvent):
     """A round begins; a second one of the same number replaces the first."""
 
     event: Literal["round_started"]
-    round: int
     phase: str = Field("", description="What is trained: head or adapter.")
     cohort: tuple[str, ...] = ()
 
 
-class RoundSaved(Event):
+class RoundSaved(RoundEvent):
     """A round's result is durable: recorded in the very transaction that keeps its adapter."""
 
     event: Literal["round_saved"]
-    round: int
     sha256: str = Field(description="SHA-256 of the adapter's file.")
     bytes: int = Field(description="Size of that file.")
 
 
-class RoundFinished(Event):
+class RoundFinished(RoundEvent):
     """A round in figures."""
 
     event: Literal["round_finished"]
-    round: int
     seconds: Number = None
     wait_seconds: Number = None
     aggregate_seconds: Number = None
@@ -243,20 +248,18 @@ class RoundFinished(Event):
     )
 
 
-class RoundVoid(Event):
+class RoundVoid(RoundEvent):
     """A round came to nothing: the adapter stays, and the next round goes on."""
 
     event: Literal["round_void"]
-    round: int
     code: str = ""
     detail: str = ""
 
 
-class Evaluated(Event):
+class Evaluated(RoundEvent):
     """Scores after a round."""
 
     event: Literal["evaluated"]
-    round: int
     view: Literal["simulator", "released"] = Field(
         description="The simulator's own look, or sums that sites released under privacy."
     )
@@ -273,11 +276,10 @@ class Evaluated(Event):
 # --- the federation ---
 
 
-class SiteSilent(Event):
+class SiteSilent(SiteEvent):
     """A site's daemon has sent no sign of life for too long."""
 
     event: Literal["site_silent"]
-    site: str
     seconds: Number = Field(None, description="Age of its last heartbeat.")
 
 
@@ -288,11 +290,10 @@ class SiteBack(Event):
     site: str
 
 
-class EnrolmentRequested(Event):
+class EnrolmentRequested(SiteEvent):
     """Somebody asks to be let in under a site's name."""
 
     event: Literal["enrolment_requested"]
-    site: str
     words: str = Field("", description="Six words for two people to compare.")
 
 

@@ -308,6 +308,10 @@ class RunView:
     def _trouble(self, event: Any, number: int | None) -> None:
         self.troubles.append(Trouble(event.site, event.code, event.detail, number, event.time))
 
+    def _judged(self, event: schema.PlanApproved | schema.PlanRejected, state: str) -> None:
+        site = self._site(event.site, event)
+        site.state, site.detail = state, event.reason
+
     def _end(self, event: Event) -> None:
         self.state, self.ended = event.event.removeprefix("run_"), event.time
 
@@ -343,12 +347,10 @@ class RunView:
         self._end(event)
 
     def _plan_approved(self, event: schema.PlanApproved) -> None:
-        site = self._site(event.site, event)
-        site.state, site.detail = "approved", event.reason
+        self._judged(event, "approved")
 
     def _plan_rejected(self, event: schema.PlanRejected) -> None:
-        site = self._site(event.site, event)
-        site.state, site.detail = "rejected", event.reason
+        self._judged(event, "rejected")
 
     def _worker_ready(self, event: schema.WorkerReady) -> None:
         self.workers += 1

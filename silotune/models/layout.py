@@ -109,17 +109,6 @@ class Layout:
         """Bytes of the flat vector."""
         return self.size * _FLOAT.itemsize
 
-    @cached_property
-    def slices(self) -> dict[Group, slice]:
-        """Where each group that the layout has lies in the flat vector."""
-        found: dict[Group, slice] = {}
-        start = 0
-        for entry in self.entries:
-            begin = found[entry.group].start if entry.group in found else start
-            start += entry.size
-            found[entry.group] = slice(begin, start)
-        return found
-
     def spans(self, parts: Collection[Part]) -> tuple[Span, ...]:
         """Where the arrays of some parts lie, in the order of the layout."""
         found, start = [], 0
@@ -155,10 +144,6 @@ class Layout:
         for whole, part in parts:
             whole[tuple(slice(n) for n in part.shape)] = part
         return made
-
-    def mask(self, group: Group) -> slice:
-        """The slice of one group; empty, at the end, for a group the layout lacks."""
-        return self.slices.get(group, slice(self.size, self.size))
 
     def pack(self, arrays: Mapping[str, NDArray[Any] | Detachable]) -> Vector:
         """One flat vector from arrays by name.

@@ -199,6 +199,10 @@ def _optimizers(plan: Plan) -> str:
     )
 
 
+def _seeded(plan: Plan) -> str:
+    return "" if plan.plan.seed is None else " The noise is seeded, so the run is not private."
+
+
 def _site_privacy(plan: Plan) -> str:
     privacy = plan.privacy
     assert privacy.site is not None and privacy.epsilon is not None and privacy.delta is not None
@@ -209,12 +213,9 @@ def _site_privacy(plan: Plan) -> str:
     )
     norm = f"{privacy.clipping.norm:g}"
     norm = f"starting at {norm} and adapting" if privacy.clipping.adapts else norm
-    seeded = (
-        " The noise is seeded, so the run is not private." if plan.plan.seed is not None else ""
-    )
     return (
         f"At most epsilon {privacy.epsilon:g} at delta {privacy.delta:g} for all records of a site "
-        f"together; whole updates clipped to norm {norm}. {who}{seeded}"
+        f"together; whole updates clipped to norm {norm}. {who}{_seeded(plan)}"
     )
 
 
@@ -243,9 +244,6 @@ def _privacy(plan: Plan) -> str:
         if privacy.metrics_share
         else " No metric is released."
     )
-    seeded = (
-        " The noise is seeded, so the run is not private." if plan.plan.seed is not None else ""
-    )
     shared = (
         f" Each site adds 1/{plan.aggregation.threshold} of the noise's variance: the sum over so many "
         "honest sites has the noise of pooled training."
@@ -254,7 +252,7 @@ def _privacy(plan: Plan) -> str:
     )
     return (
         f"At most epsilon {privacy.epsilon:g} at delta {delta} for each {privacy.unit}; "
-        f"gradients clipped to {norms}; each step samples {sampled}.{shared}{metrics}{seeded}"
+        f"gradients clipped to {norms}; each step samples {sampled}.{shared}{metrics}{_seeded(plan)}"
     )
 
 

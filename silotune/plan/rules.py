@@ -58,17 +58,14 @@ def _cohort_conflicts(plan: Sections) -> list[str]:
         found.append("aggregation.cohort: less than rounds.min_sites")
     if threshold is not None and threshold < rounds.min_sites:
         found.append("aggregation.threshold: less than rounds.min_sites")
-    if aggregation.update_bound is None and not _bounded(plan):
+    several = rounds.local_steps > 1
+    bounded = plan.private or (several and plan.optimizer.site.local == "adam")
+    if aggregation.update_bound is None and not bounded:
         found.append(
             "aggregation.update_bound: needed here: neither clipping nor Adam's step bounds the "
             "updates, and a sum in whole numbers must not overflow"
         )
     return found
-
-
-def _bounded(plan: Sections) -> bool:
-    several = plan.rounds.local_steps > 1
-    return plan.private or (several and plan.optimizer.site.local == "adam")
 
 
 def _shared_conflicts(plan: Sections) -> list[str]:
@@ -112,7 +109,10 @@ def conflicts(plan: Sections) -> list[str]:
         *_site_privacy_conflicts(plan),
         *_privacy_conflicts(plan),
         *_step_conflicts(plan),
-        *_strategy_conflicts(plan),
+        *_options(plan),
+        *_votes(plan),
+        *_local_steps(plan),
+        *_local_head(plan),
         *secure_conflicts(plan),
     ]
 
@@ -164,11 +164,6 @@ def _step_conflicts(plan: Sections) -> list[str]:
     if plan.optimizer.site.head_rounds > plan.rounds.number:
         found.append("optimizer.site.head_rounds: more than rounds.number")
     return found
-
-
-def _strategy_conflicts(plan: Sections) -> list[str]:
-    """Impossible combinations of ``[aggregation]`` with itself and with other sections."""
-    return [*_options(plan), *_votes(plan), *_local_steps(plan), *_local_head(plan)]
 
 
 def _options(plan: Sections) -> list[str]:

@@ -244,14 +244,6 @@ class InlineLink(Worker):
         self._box.take(through_bytes(frame))
 
 
-def end_all(links: Sequence[Worker]) -> None:
-    """End workers, all at the same time."""
-    for link in links:
-        link.hang_up()
-    for link in links:
-        link.join()
-
-
 @contextlib.contextmanager
 def _opened(log: Path | None) -> Any:
     """The log as a descriptor for a child; standard error without one."""
@@ -389,7 +381,10 @@ class WorkerPool:
             if self._closed:
                 return
             self._closed = True
-        end_all(self.links)
+        for link in self.links:  # all at the same time
+            link.hang_up()
+        for link in self.links:
+            link.join()
 
     def wait_until_ready(self, on_ready: Callable[[WorkerUp], object] | None) -> None:
         """Wait for every worker to load its program. See `WorkerGrid.wait_until_ready`."""

@@ -8,7 +8,7 @@ from silotune.client.trainer import UnitSampler
 from silotune.errors import SelfCheckFailed
 from silotune.models.adapter import write_adapter
 from silotune.models.batching import Encoded
-from silotune.models.layout import initial_adapter
+from silotune.models.layout import gathered, initial_adapter
 from silotune.privacy.noise import SeededNoise, derive_seed
 from silotune.simulation.baselines import federate
 from silotune.strategies.base import Terms
@@ -173,11 +173,11 @@ def test_noise_has_the_planned_size_in_both_groups(tmp_path, bert_folder):
     start = initial_adapter(layout, federation.plan)
     flats = np.stack([run.trainer.round(start, number).flat for number in (3, 4, 5)])
     sigma = run.sigma
-    for group, want in (
-        ("adapter", sigma * 2.0 / np.sqrt(0.8)),
-        ("head", sigma * 0.5 / np.sqrt(0.2)),
+    for parts, want in (
+        ({"A", "B"}, sigma * 2.0 / np.sqrt(0.8)),
+        ({"head"}, sigma * 0.5 / np.sqrt(0.2)),
     ):
-        values = flats[:, layout.slices[group]]
+        values = np.concatenate([gathered(flat, layout.spans(parts)) for flat in flats])
         # 6 standard errors of a standard deviation: a false alarm in about 5e8 runs.
         assert values.std() == pytest.approx(want, rel=6 / np.sqrt(2 * values.size))
 

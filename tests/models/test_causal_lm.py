@@ -212,7 +212,7 @@ def test_a_tokenizer_without_an_end_token_is_refused(model):
 
 def test_there_is_no_head_to_train_alone(model, data):
     assert model.module.head is None
-    assert model.layout.mask("head") == slice(model.layout.size, model.layout.size)
+    assert model.layout.spans({"head"}) == ()
     for call in (TASK.head_losses, TASK.head_score):
         with pytest.raises(ModelError):
             call(model.module, torch.zeros(1, 32), data, [0])
