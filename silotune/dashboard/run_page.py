@@ -25,7 +25,7 @@ from typing import Any
 from markupsafe import Markup, escape
 
 from silotune.events.source import RunFacts
-from silotune.events.view import OPEN_PHASES, UNLIKE, RunView, Trouble, by_error
+from silotune.events.view import OPEN_PHASES, UNLIKE, RunView, Trouble, TroubleLine, by_error
 from silotune.plan.plan import dotted
 from silotune.terminal import octets
 
@@ -302,19 +302,6 @@ class Glance:
     mode: str
     epsilon: str
     score: Score | None
-
-
-@dataclass(frozen=True)
-class TroubleLine:
-    """A kind of trouble at one site: the error, and what to do."""
-
-    site: str
-    code: str
-    title: str
-    cause: str
-    remedy: str
-    when: str
-    detail: str
 
 
 @dataclass(frozen=True)

@@ -189,6 +189,19 @@ class KindOfTrouble:
     details: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class TroubleLine:
+    """A kind of trouble at one site: the error, and what to do."""
+
+    site: str
+    code: str
+    title: str
+    cause: str
+    remedy: str
+    when: str
+    detail: str
+
+
 def by_error(troubles: Iterable[Trouble]) -> list[KindOfTrouble]:
     """Troubles by site and code, in the order in which each kind came first."""
     grouped: dict[tuple[str, str], list[Trouble]] = {}

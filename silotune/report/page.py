@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal, TypeVar
 
-from silotune.events.view import Evaluation, RoundView, Trouble, by_error
+from silotune.events.view import Evaluation, RoundView, Trouble, TroubleLine, by_error
 from silotune.report.figures import MACRO_F1, TRIVIAL, MethodRow, Summary
 from silotune.report.verdict import DASH, epsilon, plural, power, printable, score, signed
 from silotune.rounds.run_directory import RunRecord
@@ -53,19 +53,6 @@ class Tile:
     value: str
     note: str
     kind: State = ""
-
-
-@dataclass(frozen=True)
-class FaultRow:
-    """One kind of trouble at one site, and what to do about it."""
-
-    site: str
-    code: str
-    when: str
-    title: str
-    cause: str
-    remedy: str
-    detail: str
 
 
 def tiles(found: Summary) -> list[Tile]:
@@ -293,10 +280,10 @@ def thinned(items: Sequence[_Item]) -> list[_Item]:
     return [items[round(place * last / (_MOST_ROWS - 1))] for place in range(_MOST_ROWS)]
 
 
-def fault_rows(faults: Sequence[Trouble]) -> list[FaultRow]:
+def fault_rows(faults: Sequence[Trouble]) -> list[TroubleLine]:
     """Faults of one site and code together, explained by the catalogue of errors."""
     return [
-        FaultRow(
+        TroubleLine(
             site=printable(fault.site),
             code=printable(fault.code) or "no code",
             when=_when(fault.rounds),
