@@ -62,19 +62,14 @@ def errors_page() -> str:
         sections.append(
             f"## {family.code}: {_plain(family.title)} (exit code {family.exit_code})\n"
         )
-        sections += [_entry(error) for error in catalogue() if _belongs(error, family)]
+        own = [e for e in catalogue() if issubclass(e, family)]
+        sections += [_entry(error) for error in ([family] if family is SilotuneError else own)]
     return "\n".join(sections)
 
 
 def families() -> list[type[SilotuneError]]:
     """The root and the classes just below it, by code: each owns one exit code."""
     return [e for e in catalogue() if e is SilotuneError or SilotuneError in e.__bases__]
-
-
-def _belongs(error: type[SilotuneError], family: type[SilotuneError]) -> bool:
-    if family is SilotuneError:
-        return error is SilotuneError
-    return issubclass(error, family)
 
 
 def _family_table(found: Sequence[type[SilotuneError]]) -> str:

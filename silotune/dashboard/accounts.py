@@ -128,7 +128,7 @@ class Sessions:
         """A new session; the cookie's value, 256 random bits."""
         cookie, now = secrets.token_urlsafe(32), self._clock()
         with self._lock:
-            self._drop_old(now)
+            self._found = {k: s for k, s in self._found.items() if self._good(s, now)}
             while len(self._found) >= _MOST_SESSIONS:
                 del self._found[next(iter(self._found))]
             self._found[_key(cookie)] = Session(person, secrets.token_urlsafe(32), now, now)
@@ -152,9 +152,6 @@ class Sessions:
 
     def _good(self, session: Session, now: float) -> bool:
         return now - session.used < IDLE_SECONDS and now - session.began < LONGEST_SECONDS
-
-    def _drop_old(self, now: float) -> None:
-        self._found = {k: s for k, s in self._found.items() if self._good(s, now)}
 
 
 class Brake:

@@ -88,7 +88,9 @@ def method_table(found: Summary) -> TextTable | None:
     """Every method that was run; gains are differences, positive is better."""
     if not found.methods:
         return None
-    scores, spread = _score_columns(found), any(row.spread for row in found.methods)
+    classifies = found.metric.key == MACRO_F1.key
+    scores = ("macro_f1", "accuracy") if classifies else ("loss", "perplexity")
+    spread = any(row.spread for row in found.methods)
     rows = [
         (
             row.title,
@@ -323,10 +325,6 @@ def facts(record: RunRecord) -> list[tuple[str, str]]:
         ("Started", _clock(record.history.started)),
     ]
     return [(name, str(value)) for name, value in named if value]
-
-
-def _score_columns(found: Summary) -> tuple[str, ...]:
-    return ("macro_f1", "accuracy") if found.metric.key == "macro_f1" else ("loss", "perplexity")
 
 
 def _spread(row: MethodRow) -> str:

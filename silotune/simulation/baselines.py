@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -192,8 +192,6 @@ def run_jobs(jobs: Sequence[Job], *, workers: int) -> Iterator[Outcome]:
 
 def _calm() -> None:
     """One thread a process, and no chatter."""
-    import torch
-
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -258,17 +256,12 @@ def _trainers(job: Job, plan: Plan, parts: list[SiteRun]) -> list[tuple[Terms, T
     if job.kind == "pooled":
         return [_pooled(plan, parts)]
     chosen = [part for part in parts if job.site in {None, part.site.name}]
-    return [
-        _trainer(part, node=number, frozen=partial(_frozen_of, part))
-        for number, part in enumerate(chosen, start=1)
-    ]
+    return [_trainer(part, node=number) for number, part in enumerate(chosen, start=1)]
 
 
-def _frozen_of(part: SiteRun) -> Frozen:
-    return part.trainer.frozen
-
-
-def _trainer(part: SiteRun, *, node: int, frozen: Callable[[], Frozen]) -> tuple[Terms, Trainer]:
+def _trainer(
+    part: SiteRun, *, node: int, frozen: Callable[[], Frozen] | None = None
+) -> tuple[Terms, Trainer]:
     """A site's own trainer. Nothing is released: what it keeps counts at once, in this process."""
     name, declared = part.site.name, part.dataset.declared_units
     data = SiteData(
@@ -278,7 +271,9 @@ def _trainer(part: SiteRun, *, node: int, frozen: Callable[[], Frozen]) -> tuple
         train=part.records.rows(Split.TRAIN),
         declared_units=declared,
     )
-    trainer = Trainer(part.trainable, data, sigma=part.sigma, frozen=frozen)
+    trainer = Trainer(
+        part.trainable, data, sigma=part.sigma, frozen=frozen or (lambda: part.trainer.frozen)
+    )
     return Terms(node=node, site=name, declared_units=declared), trainer
 
 
