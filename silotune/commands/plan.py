@@ -137,13 +137,8 @@ def _model_facts(plan: Plan) -> dict[str, Any]:
     try:
         locate(plan.model.base)
     except ModelNotFound as exc:  # whoever has it will see; every other trouble is the plan's
-        return {
-            "model": f"{exc.code} {exc.detail}",
-            "trainable_parameters": None,
-            "bytes_up": None,
-            "bytes_down": None,
-            "kept_bytes": None,
-        }
+        unknown = ("trainable_parameters", "bytes_up", "bytes_down", "kept_bytes")
+        return {"model": f"{exc.code} {exc.detail}", **dict.fromkeys(unknown)}
     model = load_model(plan, device="cpu")
     nbytes = model.layout.nbytes
     measured = plan.plan.seed is None and plan.model.dtype == "auto"

@@ -20,6 +20,7 @@ from rich.text import Text
 from silotune.client.daemon.socket import ask
 from silotune.client.errors import RunNotProposed, SiteNotEnrolled
 from silotune.commands import folder
+from silotune.commands.folder import AsJson
 from silotune.data.site import SiteConfig, load_guarded
 from silotune.logs import Format, configure
 from silotune.terminal import headed, terminal
@@ -184,7 +185,7 @@ app = typer.Typer(
 ConfigPath = Annotated[
     Path, typer.Option("--config", "-c", help="The site's site.toml.", show_default=True)
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
 _CONFIG = Path("site.toml")
 _LEAST_DIGITS = 4
 
@@ -465,12 +466,12 @@ def approve(
     A plan that the policy refuses can't be approved: change the policy first. An approval is for one
     run of exactly this plan; if the plan changes, it has to be approved again.
     """
-    from silotune.client.approvals import judge_proposal
+    from silotune.client.approvals import Approvals, judge_proposal
 
     site, run = _proposed(config, plan)
-    approvals_entry = _entry(site, run)
+    entry = Approvals(site.state_folder).find(run)
     if site.policy is not None:
-        judge_proposal(site, approvals_entry).require()
+        judge_proposal(site, entry).require()
     _decide(site, run, "approved", "", as_json)
 
 
@@ -513,12 +514,6 @@ def _proposed(config: Path, wanted: str) -> tuple[SiteConfig, str]:
             remedy="`silotune site plans` lists what is proposed.",
         )
     return site, fitting[0].run
-
-
-def _entry(site: SiteConfig, run: str) -> Any:
-    from silotune.client.approvals import Approvals
-
-    return Approvals(site.state_folder).find(run)
 
 
 def _decide(
