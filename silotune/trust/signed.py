@@ -181,4 +181,6 @@ class SignedPlan(Document):
 
     def verify(self, trusted: Ed25519PublicKey) -> Plan:
         """The plan, if `trusted` signed it. Raises `PlanSignatureInvalid`, `PlanInvalid`."""
+        if self.key != encode_signing_key(trusted):
+            raise PlanSignatureInvalid("the plan says that another key signed it")
         return _PLAN.read_text(Plan, self.plan, self.signature, trusted=trusted)

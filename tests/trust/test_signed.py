@@ -307,5 +307,8 @@ def test_what_is_no_json_has_no_canonical_text(content):
 
 def test_a_key_of_somebody_else_does_not_read_a_plan():
     stranger = Ed25519PrivateKey.generate()
+    named = {"key": encode_signing_key(stranger.public_key())}
+    with pytest.raises(PlanSignatureInvalid, match="another key"):
+        signed_plan(PLANS[0]).model_copy(update=named).verify(TRUSTED)
     with pytest.raises(PlanSignatureInvalid):
         SignedPlan.sign(signed_plan(PLANS[0]).verify(TRUSTED), stranger).verify(TRUSTED)
