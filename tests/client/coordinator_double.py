@@ -47,7 +47,7 @@ from silotune.trust.roster import Roster, RosterEntry, SignedRoster
 from silotune.trust.signed import SignedPlan
 
 NODE, RUN_ID = 77, 5
-_LONG_POLL = 2.0
+_LONG_POLL = 0.5
 
 
 class CoordinatorDouble:

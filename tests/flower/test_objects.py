@@ -7,6 +7,7 @@ import pytest
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.inflatable.inflatable_object import get_object_id
 from flwr.supercore.object_store import NoObjectInStoreError
+from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
 from flwr.supercore.object_store.sql_object_store import SqlObjectStore
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -82,12 +83,27 @@ def flowers(tmp_path_factory):
     return found
 
 
+SEQUENCES = st.lists(OPERATIONS, max_size=12)
+
+
 @settings(max_examples=150, deadline=None)
-@given(operations=st.lists(OPERATIONS, max_size=12))
-def test_every_sequence_of_calls_is_answered_as_flowers_own_store_answers_it(
+@given(operations=SEQUENCES)
+def test_every_sequence_of_calls_is_answered_as_flowers_store_in_memory_answers_it(
+    operations, vault, tmp_path_factory
+):
+    require_equal_answers(operations, InMemoryObjectStore(), vault, tmp_path_factory)
+
+
+@settings(max_examples=25, deadline=None)  # each takes five times as long
+@given(operations=SEQUENCES)
+def test_every_sequence_of_calls_is_answered_as_flowers_tables_answer_it(
     operations, flowers, vault, tmp_path_factory
 ):
     flowers.clear()
+    require_equal_answers(operations, flowers, vault, tmp_path_factory)
+
+
+def require_equal_answers(operations, flowers, vault, tmp_path_factory):
     ours = ObjectFiles(tmp_path_factory.mktemp("ours") / "objects", vault)
     for name, *arguments in operations:
         expected = answer(getattr(flowers, name), *arguments)

@@ -116,15 +116,15 @@ def test_heartbeats_go_on_while_python_is_busy(rig):
         tls=rig.enrolment.tls(),
         node_key=rig.enrolment.keys.node,
         session="6" * 32,
-        heartbeat=0.5,
+        heartbeat=0.25,
     )
     fleet.connect()
-    before, ends = len(rig.double.heartbeats), time.monotonic() + 4.0
+    before, ends = len(rig.double.heartbeats), time.monotonic() + 2.0
     numbers = 0
     while time.monotonic() < ends:
         numbers += sum(i * i for i in range(2000))
     fleet.close()
-    # 0.8 of the interval apart: ten on a quiet machine; two intervals without one would be too long.
+    # 0.8 of the interval apart: ten on a quiet machine; on a loaded one some come late.
     beats = rig.double.heartbeats[before:]
     assert numbers
     assert len(beats) >= 4

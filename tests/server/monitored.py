@@ -3,6 +3,7 @@
 import socket
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from silotune.plan.plan import Plan
 from silotune.protocol.http import EnrolRequest
+from silotune.server import listener
 from silotune.server.admin.client import AdminAddress, ControlClient, save_credentials
 from silotune.server.config import Home
 from silotune.server.coordinator import create
@@ -55,7 +57,8 @@ class Office:
 
     def start(self):
         self.coordinator = open_coordinator(self.home)
-        self.coordinator.start()
+        with patch.object(listener, "_SHUTDOWN_SECONDS", 0.5):  # browsers leave connections open
+            self.coordinator.start()
 
     def restart(self):
         self.coordinator.close()

@@ -180,6 +180,7 @@ def test_a_site_can_leave_and_only_by_its_own_signature(town):
 def test_the_list_of_sites_survives_a_restart(town):
     site = town.enrolled("alpha").activate()
     before = town.coordinator.registrar.enrolled
+    site.hang_up()
     town.restart()
     assert town.coordinator.registrar.enrolled == before
     with site.http() as client:
