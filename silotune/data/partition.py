@@ -1,4 +1,4 @@
-"""Dividing one data file into the sites of a simulation.
+"""Writing the folders of simulated sites, and dividing one data file into them.
 
 Whole units are dealt out, never single records of one; every record ends up at exactly one site.
 The same file, partitioner and seed give the same sites.
@@ -8,8 +8,6 @@ References
 Hsu, Qi and Brown, "Measuring the Effects of Non-Identical Data Distribution for Federated Visual
 Classification", 2019 (label skew). Li, Diao, Chen and He, "Federated Learning on Non-IID Data Silos:
 An Experimental Study", ICDE 2022 (quantity skew).
-
-Writing site folders: what a simulation reads as one site each.
 """
 
 from __future__ import annotations

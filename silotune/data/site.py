@@ -4,12 +4,9 @@ Everything here is the site's word. What a plan may assume about a site (`declar
 of the privacy unit) is public by declaration; where the records are and how to reach them is not,
 and a database URL is never printed.
 
-``[policy]`` and ``[resources]`` of site.toml: what a site allows, and what it gives.
-
-A clause of the policy that is left out allows nothing. So a new clause of a later version refuses
-until somebody at the site has decided about it.
-
-What others on this machine must not be able to change: a site's configuration and its state.
+A clause of ``[policy]`` that is left out allows nothing. So a new clause of a later version refuses
+until somebody at the site has decided about it. Others on the machine must not be able to change a
+site's configuration or its state: `load_guarded` sees to it.
 """
 
 from __future__ import annotations

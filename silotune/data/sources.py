@@ -10,9 +10,8 @@ header is row 1, blank rows count), in JSON lines by line, elsewhere from 1.
 
 There are two ways to read. `read_file` refuses a table with a bad row, for somebody who can mend it.
 `read_dataset` is what a site trains on: a bad row is left out and noted in `Table.faults`, because
-whether a site can answer must not depend on what one record holds.
-
-What is wrong with a table's rows, told by place and count and never by content.
+whether a site can answer must not depend on what one record holds. What is wrong with rows is told by
+place and count, never by content.
 """
 
 from __future__ import annotations

@@ -12,8 +12,6 @@ Rules that keep readers and writers of different versions together:
 - `SCHEMA_VERSION` grows when a kind or field is added. A line without ``v`` is of version 1.
 
 ``docs/events.md`` is generated from these classes (`silotune events --markdown`).
-
-An event in one line, for terminals and logs.
 """
 
 from __future__ import annotations

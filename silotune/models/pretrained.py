@@ -1,9 +1,8 @@
-"""Loading base models and tokenizers from a folder: offline, quiet, in float32, with dropout off.
+"""Base models and tokenizers from a folder: offline, quiet, in float32, with dropout off.
 
-Where a base model's files are on this machine, and whether they are the plan's.
-
-Nothing is ever downloaded here: a plan comes from outside, and what it names must not decide what a
-site fetches. Only safetensors weights are used, since other formats can run code when they are read.
+Also where the files of a base model are on this machine, and whether they are the plan's. Nothing is
+ever downloaded here: a plan comes from outside, and what it names must not decide what a site
+fetches. Only safetensors weights are used, since other formats can run code when they are read.
 """
 
 from __future__ import annotations

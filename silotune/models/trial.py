@@ -3,9 +3,8 @@
 Everything that privacy rests on is a property of the model that can be tried: it runs and has
 gradients, a record's loss and gradient are its own whatever stands beside it in a batch, and a causal
 language model does not see the token it is to predict. The texts are fixed and public, so the
-verdict is the same at every site and tells nothing of any record.
-
-Which layer of a model it is: where a computation failed, or two of them parted.
+verdict is the same at every site and tells nothing of any record. It names the layer in which a
+computation failed, or two of them parted.
 """
 
 from __future__ import annotations

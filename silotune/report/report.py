@@ -1,9 +1,8 @@
 """The report of a run: one HTML file that needs nothing else, and its charts as PNG files.
 
 The page fetches nothing and runs no script (its content security policy forbids both), so it can be
-mailed, archived and opened on a machine without a network.
-
-A run in a few numbers: ``silotune report --json``, and the table at the end of a run.
+mailed, archived and opened on a machine without a network. A run in a few numbers is what ``silotune
+report --json`` and the table at the end of a run give.
 """
 
 from __future__ import annotations

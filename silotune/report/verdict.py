@@ -1,11 +1,9 @@
 """The outcome of a run in plain words, with the numbers that carry it.
 
 The words follow the numbers: where federating or the adapter does not pay, the text says so, and what
-any model must beat comes first. A sentence that no number carries is not written.
-
-Numbers and names as text for people: one rounding, one sign, one dash, in report and terminal.
-
-What the attacks on a run found, in sentences: for the terminal and the report.
+any model must beat comes first. A sentence that no number carries is not written. What attacks on a run
+found is told in sentences, too. Numbers and names have one rounding, one sign and one dash, in report
+and terminal.
 """
 
 from __future__ import annotations

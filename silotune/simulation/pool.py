@@ -1,10 +1,8 @@
 """The workers of a simulation: who plays which site, who is ready, who died, who is asked what.
 
-The simulator's end of a worker: start it, send it frames, hear it, end it.
-
 A worker is a fresh Python process (nothing is forked, nothing is pickled: it is told what to import
 as JSON) or, for tests and debugging, the calling thread itself, which plays the sites whenever it
-waits for them.
+waits for them. `Worker` is the simulator's end of one: it starts it, sends it frames, hears it, ends it.
 """
 
 from __future__ import annotations

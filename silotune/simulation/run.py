@@ -3,10 +3,9 @@
 The ServerApp, ClientApp, strategies and privacy code are those of a deployment; only the grid
 differs. A run that was killed goes on from its last finished round.
 
-A simulation looks at the sites' records before it begins, and again before it goes on.
-
-A real coordinator can't. Here all sites are this machine's, so what each of them would say to its own
-team is told to whoever simulates.
+A simulation looks at the sites' records before it begins, and again before it goes on. A real
+coordinator can't; here all sites are this machine's, so what each of them would say to its own team
+is told to whoever simulates.
 """
 
 from __future__ import annotations

@@ -5,13 +5,10 @@ frames over a socket. A thread of its own reads the socket at all times, so that
 blocks on a worker that trains, and so that the worker learns at once of the end of its parent. What
 goes wrong inside a site stays here, in the log; a stable code goes back.
 
-Frames between the simulator and its workers: a JSON header and raw blobs, and nothing else.
-
+A frame is a JSON header and raw blobs, and nothing else:
 ``<u32 length of the header> <u32 length of all small blobs> <header, UTF-8 JSON> <small blobs> <large
 blobs>``; the header's ``sizes`` lists the lengths of all blobs, in bytes and in their order. No frame
 can carry code.
-
-One setting of the C library's allocator that message passing depends on.
 """
 
 from __future__ import annotations
