@@ -32,7 +32,7 @@ from silotune.models.base import outline, require_taken
 from silotune.models.layout import Layout
 from silotune.models.tasks import get_task
 from silotune.plan.plan import Plan, dotted, plan_in_words
-from silotune.privacy.ledger import LEDGER_FILE, Ledger
+from silotune.privacy.ledger import find_ledger
 from silotune.protocol.http import Decision, Proposal
 from silotune.trust.errors import SealBroken
 from silotune.trust.files import create_private_folder, replace_file, require_private
@@ -317,7 +317,7 @@ def _verdict(site: SiteConfig, entry: ProposalRecord) -> PlanVerdict:
     """What the policy says; hours don't count before the training itself."""
     assert site.policy is not None  # the daemon has seen to it
     require_declared(site, entry.plan, roles=get_task(entry.plan.model.task).roles)
-    ledger = _ledger(site)
+    ledger = find_ledger(site.state_folder)
     facts = facts_for(
         site,
         entry.plan,
@@ -345,7 +345,7 @@ def spending(site: SiteConfig, entry: ProposalRecord) -> PlanSpending | None:
     from silotune.client.policy import total_epsilon
     from silotune.privacy.tally import epsilon_of, total
 
-    ledger = _ledger(site)
+    ledger = find_ledger(site.state_folder)
     name = plan.data.dataset
     others = [] if ledger is None else [a for a in ledger.runs(name) if a.run != entry.run]
     budget, policy = site.dataset(name).budget, site.policy
@@ -419,8 +419,3 @@ def _leaves(layout: Layout | None) -> dict[str, Any] | None:
         "bytes": layout.nbytes,
         "tensors": [{"name": e.name, "shape": list(e.shape)} for e in layout.entries],
     }
-
-
-def _ledger(site: SiteConfig) -> Ledger | None:
-    path = site.state_folder / LEDGER_FILE
-    return Ledger(path, create=False) if path.exists() else None

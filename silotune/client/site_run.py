@@ -55,7 +55,7 @@ from silotune.models.tasks import get_task
 from silotune.plan.plan import Plan
 from silotune.privacy.certificate import CertificateBody, issue
 from silotune.privacy.events import gaussian_event
-from silotune.privacy.ledger import Ledger, ReleaseKey
+from silotune.privacy.ledger import LEDGER_FILE, Ledger, ReleaseKey
 from silotune.privacy.noise import NoiseSource, noise_for
 from silotune.protocol.errors import MessageRefused
 from silotune.protocol.replies import EvaluateReply, JoinReply, TrainReply
@@ -433,7 +433,7 @@ class SiteRun:
         """The site's ledger; None for a plan without privacy."""
         if not self.plan.private:
             return None
-        return Ledger(self._state / "ledger.sqlite", to_disk=self._to_disk)
+        return Ledger(self._state / LEDGER_FILE, to_disk=self._to_disk)
 
     @cached_property
     def gate(self) -> Gate:

@@ -32,7 +32,7 @@ from silotune.models.task import LoadedModel
 from silotune.plan.plan import Plan
 from silotune.privacy.clipping import Attached, attach
 from silotune.privacy.engine import ClipGroup, DpSgd, PlainSgd
-from silotune.privacy.noise import NoiseSource, SecureNoise, SeededNoise, derive_seed
+from silotune.privacy.noise import NoiseSource, noise_for
 from silotune.strategies import method_of
 from silotune.strategies.secure import shared_noise
 from silotune.strategies.server_optimizer import Phase, learning_rate, phase_of
@@ -285,7 +285,6 @@ class Trainer:
             max_physical=privacy.max_physical_batch,
         )
         self._find_frozen = frozen or (lambda: compute_frozen(self._model, data.encoded))
-        self._secure = SecureNoise() if self._plan.plan.seed is None else None
         self._still = {id(p): _MOVE_PATIENCE for p in self._model.parameters()}
         memory = memory or ProcessMemory()
         batch = self._plan.expected_batch(data.declared_units)
@@ -360,11 +359,7 @@ class Trainer:
 
     def _stream(self, server_round: int) -> NoiseSource:
         """Randomness of a round: the OS's, or the plan's seed for this site and round."""
-        if self._secure is not None:
-            return self._secure
-        seed = self._plan.plan.seed
-        assert seed is not None
-        return SeededNoise(derive_seed(seed, "train", self._data.site, server_round))
+        return noise_for(self._plan.plan.seed, "train", self._data.site, server_round)
 
     def _step(self, engine: Engine, phase: Phase, noise: NoiseSource) -> tuple[list[Tensor], int]:
         """One step: sample units, accumulate micro-batches, return the (noisy) sums."""

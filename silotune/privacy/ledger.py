@@ -548,6 +548,12 @@ def open_ledger(place: Path) -> Ledger:
     return Ledger(place / LEDGER_FILE if place.is_dir() else place, create=False)
 
 
+def find_ledger(state: Path) -> Ledger | None:
+    """The ledger of a site's state folder; None if it has none yet."""
+    path = state / LEDGER_FILE
+    return Ledger(path, create=False) if path.exists() else None
+
+
 def dataset_rows(ledger: Ledger) -> list[dict[str, Any]]:
     """One row a dataset: what is spent and reserved, of which budget.
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from silotune.client import site_run, trainer
+from silotune.client import site_run
 from silotune.client import trainer as sampling
 from silotune.client.errors import RoundUnanswered
 from silotune.client.gate import DpRelease, Gate, Public
@@ -24,6 +24,7 @@ from silotune.errors import SilotuneError, ValueUnaccounted
 from silotune.models.tasks.causal_lm import CausalLm
 from silotune.plan.plan import Plan
 from silotune.privacy import accounting, engine
+from silotune.privacy import noise as noise_module
 from silotune.privacy.engine import ClipGroup, DpSgd
 from silotune.privacy.ledger import Ledger
 from silotune.privacy.noise import SeededNoise, _KeyedNoise
@@ -323,7 +324,7 @@ FAULTS = [
     ),
     Fault(
         "seeded noise in a secret run",
-        put(trainer, "SecureNoise", lambda: SeededNoise(1)),
+        put(noise_module, "SecureNoise", lambda: SeededNoise(1)),
         catchers.secret_runs_differ,
     ),
     Fault(

@@ -26,7 +26,7 @@ from silotune.client.errors import DaemonRunning, RestoreNotNeeded
 from silotune.client.run_files import ROUNDS
 from silotune.data.site import SiteConfig
 from silotune.errors import LedgerDamaged
-from silotune.privacy.ledger import LEDGER_FILE, Budget, Ledger
+from silotune.privacy.ledger import LEDGER_FILE, Budget, Ledger, find_ledger
 from silotune.privacy.tally import Tally, epsilon_of
 from silotune.protocol import http
 from silotune.protocol.errors import CoordinatorUnavailable, PortUnreachable
@@ -76,9 +76,8 @@ class SiteBooks:
     @property
     def ledger(self) -> Ledger | None:
         """The site's ledger, once it has one: checked whole when it is opened, by new rows after."""
-        path: Path = self._enrolment.state / LEDGER_FILE
-        if self._opened is None and path.exists():
-            self._opened = Ledger(path, create=False)
+        if self._opened is None:
+            self._opened = find_ledger(self._enrolment.state)
         return self._opened
 
     def agree(self, api: CoordinatorApi, run: str, dataset: str) -> None:

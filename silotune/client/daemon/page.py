@@ -23,7 +23,7 @@ from silotune.dashboard.pages import FORM_BODY, Pages, SignIn, Templates
 from silotune.dashboard.run_page import PageChart, line_chart
 from silotune.data.site import SiteConfig
 from silotune.errors import SilotuneError
-from silotune.privacy.ledger import LEDGER_FILE, Ledger, dataset_rows
+from silotune.privacy.ledger import Ledger, dataset_rows, find_ledger
 from silotune.privacy.tally import epsilon_of, total
 from silotune.trust.audit import AUDIT_FILE, AuditLog
 
@@ -76,7 +76,7 @@ class SitePage:
         approvals = Approvals(self._state)
         entries = approvals.entries()
         open_entries = [entry for entry in entries if not entry.over]
-        ledger = self._ledger()
+        ledger = find_ledger(self._state)
         lines = self._lines()
         text = self._templates.render(
             "site.html",
@@ -119,10 +119,6 @@ class SitePage:
             return ask(self._state, "status"), ""
         except SilotuneError as exc:
             return None, f"{exc.detail}. {exc.remedy}"
-
-    def _ledger(self) -> Ledger | None:
-        path = self._state / LEDGER_FILE
-        return Ledger(path, create=False) if path.exists() else None
 
     def _lines(self) -> list[dict[str, Any]]:
         path = self._state / AUDIT_FILE
