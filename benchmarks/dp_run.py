@@ -42,9 +42,9 @@ CLOCKS = {"cpu": time.process_time, "wall": time.perf_counter}
 
 def sites_of(plan: Plan, folder: Path, state: Path, *, most: int) -> list[SiteRun]:
     """The hospitals' parts in a run, ready to train."""
-    warm = ModelCache(choose(plan), shared=folder / "shared")
+    models = ModelCache(choose(plan), shared=folder / "shared")
     runs = [
-        SiteRun(site, state=state / site.name, plan=plan, run="benchmark", warm=warm)
+        SiteRun(site, state=state / site.name, plan=plan, run="benchmark", models=models)
         for site in load_sites(folder)[:most]
     ]
     for run in runs:

@@ -94,7 +94,9 @@ def material(folder: str, base: str) -> dict[str, object]:
     return {}
 
 
-def parts_of(case: Case, plan: Plan, folder: Path, warm: ModelCache, state: Path) -> list[SiteRun]:
+def parts_of(
+    case: Case, plan: Plan, folder: Path, models: ModelCache, state: Path
+) -> list[SiteRun]:
     kept, parts = material(str(folder), case.records), []
     for number, site in enumerate(load_sites(folder / case.records)):
         # A site's own budget is not what is measured here.
@@ -102,7 +104,7 @@ def parts_of(case: Case, plan: Plan, folder: Path, warm: ModelCache, state: Path
             update={"budget": BudgetConfig(epsilon=100.0, delta=1e-4)}
         )
         roomy = site.model_copy(update={"datasets": {"diagnoses": offered}})
-        part = SiteRun(roomy, state=state / str(number), plan=plan, run="grid", warm=warm)
+        part = SiteRun(roomy, state=state / str(number), plan=plan, run="grid", models=models)
         if site.name not in kept:
             kept[site.name] = part.records, part.encoded
         part.records, part.encoded = kept[site.name]  # type: ignore[misc,assignment]
@@ -170,7 +172,7 @@ def base_rate(folder: Path, split: str) -> float:
     with tempfile.TemporaryDirectory() as state:
         tally: dict[str, int] = defaultdict(int)
         for site in load_sites(folder / split):
-            part = SiteRun(site, state=Path(state), plan=plan, run="r", warm=ModelCache())
+            part = SiteRun(site, state=Path(state), plan=plan, run="r", models=ModelCache())
             for row in held_out(part, site):
                 tally[row] += 1
     most = max(tally.values())

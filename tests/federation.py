@@ -52,14 +52,14 @@ class Federation:
 
     def runs(self, plan: Plan | None = None, *, run: str = "r", state: str = "s") -> list[SiteRun]:
         """The sites' parts in a run, in one process."""
-        warm = ModelCache(CHOICES)
+        models = ModelCache(CHOICES)
         return [
             SiteRun(
                 site,
                 state=self.folder / state / site.name,
                 plan=plan or self.plan,
                 run=run,
-                warm=warm,
+                models=models,
             )
             for site in self.sites
         ]

@@ -1,4 +1,4 @@
-"""The base model of a process: loaded once, kept warm between messages, shared by its sites."""
+"""The base model of a process: loaded once, kept between messages, shared by its sites."""
 
 from __future__ import annotations
 

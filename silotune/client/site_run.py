@@ -1,4 +1,4 @@
-"""A site at run time: its records, ledger and gate around the warm model of its process."""
+"""A site at run time: its records, ledger and gate around the model of its process."""
 
 from __future__ import annotations
 
@@ -101,9 +101,9 @@ class SiteRun:
         The run's plan.
     run : str
         The run's name.
-    warm : WarmModel
+    models : ModelCache
         The process's model.
-    keys : Keys, optional
+    keys : SealingKeys, optional
         What to seal and sign with; by default `SealingKeys.beside` the state.
     to_disk : bool
         Force ledger and outbox to the disk before anything leaves. False is for simulations, whose
@@ -128,7 +128,7 @@ class SiteRun:
         state: Path,
         plan: Plan,
         run: str,
-        warm: ModelCache,
+        models: ModelCache,
         keys: SealingKeys | None = None,
         to_disk: bool = True,
         roster: Mapping[str, bytes] | None = None,
@@ -138,7 +138,7 @@ class SiteRun:
         self.site, self.plan, self.run, self._to_disk = site, plan, run, to_disk
         self._roster, self._given_secret, self._on_records = roster, secret, on_records
         self._keys = keys or SealingKeys.beside(state)
-        self._state, self._warm = state, warm
+        self._state, self._models = state, models
         self.dataset: DatasetConfig = site.dataset(plan.data.dataset)
         self.train_seconds: dict[int, float] = {}
 
@@ -414,7 +414,7 @@ class SiteRun:
     def trainable(self) -> TrainableModel:
         """The process's model, ready for this plan."""
         place = self.site.model_place(self.plan)
-        return self._warm.for_plan(self.plan, base=place, rank=self.rank)
+        return self._models.for_plan(self.plan, base=place, rank=self.rank)
 
     @property
     def rank(self) -> int:
@@ -480,7 +480,7 @@ class SiteRun:
         """The site's records."""
         roles = cast("frozenset[Role]", self.trainable.model.task.roles)
         found = load_records(self.site, self.plan, roles=roles, secret=self.secret)
-        self._warm.forget_other_content(self.site, self.plan, found.content)
+        self._models.forget_other_content(self.site, self.plan, found.content)
         if self._on_records is not None:
             self._on_records(found, found.fingerprint(self.secret))
         return found
@@ -510,7 +510,7 @@ class SiteRun:
             self.trainable,
             data,
             sigma=self.sigma,
-            frozen=lambda: self._warm.frozen(
+            frozen=lambda: self._models.frozen(
                 self.site, self.plan, self.encoded, content=self.records.content
             ),
             memory=self._memory,
@@ -521,7 +521,7 @@ class SiteRun:
         """What the policy's judgement rests on, but for the time."""
         policy, layout = self.site.policy, None
         if policy and self.plan.model.sha256 in policy.base_models:
-            layout = self._warm.layout(self.plan, base=self.site.model_place(self.plan))
+            layout = self._models.layout(self.plan, base=self.site.model_place(self.plan))
         return facts_for(
             self.site,
             self.plan,

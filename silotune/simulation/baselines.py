@@ -201,7 +201,7 @@ def run_job(job: Job) -> Outcome:
     plan = Plan.from_canonical(job.plan)
     choices = json.dumps(dict(job.choices), sort_keys=True)
     with tempfile.TemporaryDirectory() as scratch:
-        parts = _parts(job, plan, warm=_warm(choices, job.shared), scratch=Path(scratch))
+        parts = _parts(job, plan, models=_models(choices, job.shared), scratch=Path(scratch))
         if job.kind == "personal":
             return _with_own_heads(job, plan, parts)
         trainers = _trainers(job, plan, parts)
@@ -219,7 +219,7 @@ def run_job(job: Job) -> Outcome:
     return Outcome(job=job, counts=counts, seconds=seconds, examples=examples)
 
 
-def _parts(job: Job, plan: Plan, *, warm: ModelCache, scratch: Path) -> list[SiteRun]:
+def _parts(job: Job, plan: Plan, *, models: ModelCache, scratch: Path) -> list[SiteRun]:
     """The sites under a job's plan, with the records that the process has read already."""
     found = []
     for number, path in enumerate(job.sites):
@@ -230,7 +230,7 @@ def _parts(job: Job, plan: Plan, *, warm: ModelCache, scratch: Path) -> list[Sit
             state=scratch / str(number),
             plan=plan,
             run=job.key,
-            warm=warm,
+            models=models,
             secret=own_secret(state, Vault(state)) if state else None,
         )
         read = (plan.model, plan.data, plan.privacy.unit, plan.private, plan.plan.seed, part.secret)
@@ -247,7 +247,7 @@ _READ: dict[str, tuple[Records, Encoded]] = {}
 
 
 @lru_cache(maxsize=1)
-def _warm(choices: str, shared: str | None) -> ModelCache:
+def _models(choices: str, shared: str | None) -> ModelCache:
     """The process's model: what it made of the records once serves every job."""
     return ModelCache(Choices(**json.loads(choices)), shared=Path(shared) if shared else None)
 

@@ -54,10 +54,10 @@ class SimulatedSites:
         self._run = str(payload["run"])
         self._configs = [Path(path) for path in payload["sites"]]
         self._states = [Path(path) for path in payload["states"]]
-        self._warm = ModelCache(Choices(**payload["choices"]), shared=Path(payload["shared"]))
+        self._models = ModelCache(Choices(**payload["choices"]), shared=Path(payload["shared"]))
         self._roster = {name: bytes.fromhex(key) for name, key in payload["roster"].items()}
         self._runs: dict[int, SiteRun] = {}
-        self._warm.for_plan(self._plan)
+        self._models.for_plan(self._plan)
         self.client_app = build_client_app(self._find)
 
     def _find(self, context: Context, plan: Plan, run: str) -> SiteRun:
@@ -73,7 +73,7 @@ class SimulatedSites:
                 state=self._states[index],
                 plan=self._plan,
                 run=self._run,
-                warm=self._warm,
+                models=self._models,
                 to_disk=False,
                 roster=self._roster,
             )
@@ -104,7 +104,7 @@ class SimulatedSites:
                     "records": site.trainer.records_used,
                 }, {}
             case "save":
-                model = self._warm.for_plan(self._plan).model
+                model = self._models.for_plan(self._plan).model
                 save_adapter(model, arrays["flat"], Path(request["folder"]), plan=self._plan)
                 return {"description": model.description, "parameters": model.layout.size}, {}
             case other:

@@ -304,14 +304,14 @@ class _Canaries:
     ) -> None:
         keys = enrol(list(sites), list(states)) if plan.aggregation.secure else {}
         roster = {name: bytes.fromhex(key) for name, key in keys.items()}
-        warm = ModelCache(Choices(device="cpu", dtype="float32", attention="eager"))
+        models = ModelCache(Choices(device="cpu", dtype="float32", attention="eager"))
         self.runs = [
             _AuditedSite(
                 site,
                 state=state,
                 plan=plan,
                 run=_RUN,
-                warm=warm,
+                models=models,
                 to_disk=False,
                 roster=roster,
                 canaries=share,

@@ -48,7 +48,7 @@ def run_of(federation, plan=None, *, state="s", run="r", edit=lambda text: text)
         state=federation.folder / state,
         plan=plan or federation.plan,
         run=run,
-        warm=ModelCache(CHOICES),
+        models=ModelCache(CHOICES),
     )
 
 

@@ -21,7 +21,7 @@ def started(tmp_path, bert_folder, **settings):
         state=tmp_path / "s",
         plan=plan,
         run="r",
-        warm=ModelCache(CHOICES),
+        models=ModelCache(CHOICES),
         **settings,
     )
     run.join()

@@ -36,7 +36,7 @@ class Round:
     def __init__(self, federation, name):
         self.federation, self.folder = federation, federation.folder / name
         self.plan = federation.plan.override(SECURE)
-        self.warm = ModelCache(CHOICES)
+        self.models = ModelCache(CHOICES)
         bare = federation.runs(self.plan, state=name)
         self.roster = {p.site.name: p._keys.signing.public_key().public_bytes_raw() for p in bare}
         self.parts = {name: self.started(name) for name in SITES}
@@ -59,7 +59,7 @@ class Round:
             state=self.folder / name,
             plan=self.plan,
             run="r",
-            warm=self.warm,
+            models=self.models,
             roster=self.roster,
         )
 

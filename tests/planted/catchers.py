@@ -368,11 +368,11 @@ def changed_records_are_trained_on(world: World) -> None:
     """A process that goes on after a site's file changed sees the new records."""
     place = world.fresh()
     plan = place.plan.override(PRIVATE)
-    warm = ModelCache(CHOICES)
+    models = ModelCache(CHOICES)
 
     def features():
         site = load_sites(place.folder)[0]
-        run = SiteRun(site, state=place.folder / "x", plan=plan, run="r", warm=warm)
+        run = SiteRun(site, state=place.folder / "x", plan=plan, run="r", models=models)
         return run.trainer.frozen.features.clone()
 
     before, notes = features(), place.folder / "alpha" / "notes.csv"
@@ -422,12 +422,12 @@ def sums_are_exact(world: World) -> None:
 
 def a_withdrawn_record_is_forgotten(world: World) -> None:
     """The next run in the same process sees the file as it is now."""
-    place, warm = world.fresh(), ModelCache(CHOICES)
+    place, models = world.fresh(), ModelCache(CHOICES)
     path = place.folder / "alpha" / "notes.csv"
 
     def features(run):
         site = SiteRun(
-            place.sites[0], state=place.folder / "s", plan=place.plan, run=run, warm=warm
+            place.sites[0], state=place.folder / "s", plan=place.plan, run=run, models=models
         )
         return site.trainer.frozen.features
 

@@ -205,11 +205,11 @@ def _constant_masks(honest: Any, vector: Any, given: Any) -> None:
         combine(vector, vector.dtype.type(mask.key[0]), out=vector)
 
 
-def _first_features(honest: Any, warm: Any, *args: Any, **named: Any) -> Any:
+def _first_features(honest: Any, models: Any, *args: Any, **named: Any) -> Any:
     """What the base model made of the first records that this process saw."""
-    kept = warm.__dict__.setdefault("_first", {})
+    kept = models.__dict__.setdefault("_first", {})
     if "it" not in kept:
-        kept["it"] = honest(warm, *args, **named)
+        kept["it"] = honest(models, *args, **named)
     return kept["it"]
 
 
@@ -228,11 +228,13 @@ _SHARE_OF_VARIANCE = wrap(
 # --- the table -------------------------------------------------------------------------------------
 
 
-def _stale(honest: Any, warm: ModelCache, site: Any, plan: Plan, encoded: Any, **named: Any) -> Any:
+def _stale(
+    honest: Any, models: ModelCache, site: Any, plan: Plan, encoded: Any, **named: Any
+) -> Any:
     """Features by the site's folder alone."""
-    kept = vars(warm).setdefault("_by_folder", {})
+    kept = vars(models).setdefault("_by_folder", {})
     if site.folder not in kept:
-        kept[site.folder] = honest(warm, site, plan, encoded, **named)
+        kept[site.folder] = honest(models, site, plan, encoded, **named)
     return kept[site.folder]
 
 

@@ -27,18 +27,18 @@ ROUNDS = 20
 
 
 @pytest.fixture(scope="module")
-def warm():
+def models():
     return ModelCache(CHOICES)
 
 
 class Pair:
     """A site, and its neighbour that lacks the last record."""
 
-    def __init__(self, folder, bert_folder, warm, *, labels=None, **settings):
+    def __init__(self, folder, bert_folder, models, *, labels=None, **settings):
         wanted = {key.replace(".", "__"): value for key, value in PRIVATE.items()}
         wanted |= {"rounds__number": ROUNDS, "privacy__rate": 0.5, **settings}
         made = write_federation(folder / "with", bert_folder, names=("alpha",), **wanted)
-        self.plan, self.folder, self.warm = made.plan, folder, warm
+        self.plan, self.folder, self.models = made.plan, folder, models
         notes = folder / "with" / "alpha" / "notes.csv"
         rows = list(csv.reader(notes.open(newline="")))
         if labels is not None:
@@ -60,7 +60,7 @@ class Pair:
             state=self.folder / which / state,
             plan=self.plan,
             run="r",
-            warm=self.warm,
+            models=self.models,
         )
 
     def runs(self):
@@ -108,9 +108,9 @@ def along_a_text(run, row):
     return adapter
 
 
-def test_a_weight_without_bound_tells_nobody_whether_a_text_is_there(tmp_path, bert_folder, warm):
+def test_a_weight_without_bound_tells_nobody_whether_a_text_is_there(tmp_path, bert_folder, models):
     """(a): before, half of the rounds failed with the person in the data, and none without."""
-    pair = Pair(tmp_path, bert_folder, warm, optimizer__site__head_rounds=ROUNDS)
+    pair = Pair(tmp_path, bert_folder, models, optimizer__site__head_rounds=ROUNDS)
     here, gone = pair.runs()
     for run in (here, gone):
         run.join()
@@ -130,10 +130,10 @@ def test_a_weight_without_bound_tells_nobody_whether_a_text_is_there(tmp_path, b
     assert books(here) == books(gone)
 
 
-def test_a_saturated_head_tells_nobody_whether_a_label_is_there(tmp_path, bert_folder, warm):
+def test_a_saturated_head_tells_nobody_whether_a_label_is_there(tmp_path, bert_folder, models):
     """(b): before, the check for tensors without a gradient failed exactly without the label."""
     labels = ["yes"] * 59 + ["no"]
-    pair = Pair(tmp_path, bert_folder, warm, labels=labels, optimizer__site__head_rounds=0)
+    pair = Pair(tmp_path, bert_folder, models, labels=labels, optimizer__site__head_rounds=0)
     answers, ledgers = [], []
     for run in pair.runs():
         run.join()
@@ -189,11 +189,11 @@ def not_finite(run, monkeypatch):
 @pytest.mark.parametrize("fault", [None, out_of_memory, not_finite])
 @pytest.mark.parametrize("head_rounds", [0, ROUNDS])
 def test_neighbouring_sites_show_the_same_whatever_is_asked(
-    tmp_path, bert_folder, warm, monkeypatch, fault, head_rounds
+    tmp_path, bert_folder, models, monkeypatch, fault, head_rounds
 ):
     """For what one record does, its unit's part is the only thing that changes."""
     settings = {"optimizer__site__head_rounds": head_rounds, "privacy__metrics_share": 0.1}
-    pair = Pair(tmp_path, bert_folder, warm, privacy__rate=0.9, **settings)
+    pair = Pair(tmp_path, bert_folder, models, privacy__rate=0.9, **settings)
     seen, ledgers = [], []
     for which in ("with", "without"):
         run = pair.run(which)
@@ -208,9 +208,9 @@ def test_neighbouring_sites_show_the_same_whatever_is_asked(
 
 
 def test_records_that_cannot_be_read_are_answered_with_noise_and_then_the_run_stops_here(
-    tmp_path, bert_folder, warm, monkeypatch
+    tmp_path, bert_folder, models, monkeypatch
 ):
-    pair = Pair(tmp_path, bert_folder, warm)
+    pair = Pair(tmp_path, bert_folder, models)
     honest = pair.run("without")
     honest.join()
     want = [shown(lambda n=n: honest.train(warm_start(honest), n)) for n in (1, 2, 3)]
@@ -231,8 +231,10 @@ def test_records_that_cannot_be_read_are_answered_with_noise_and_then_the_run_st
     assert shown(lambda: again.train(adapter, 6)) == RoundUnanswered.code
 
 
-def test_a_round_is_charged_before_any_record_is_touched(tmp_path, bert_folder, warm, monkeypatch):
-    pair = Pair(tmp_path, bert_folder, warm)
+def test_a_round_is_charged_before_any_record_is_touched(
+    tmp_path, bert_folder, models, monkeypatch
+):
+    pair = Pair(tmp_path, bert_folder, models)
     run, charged = pair.run("with"), []
     run.join()
     plain = Trainer.round
@@ -247,9 +249,9 @@ def test_a_round_is_charged_before_any_record_is_touched(tmp_path, bert_folder, 
 
 
 def test_a_round_cut_short_is_done_again_once_under_one_charge(
-    tmp_path, bert_folder, warm, monkeypatch
+    tmp_path, bert_folder, models, monkeypatch
 ):
-    pair = Pair(tmp_path, bert_folder, warm)
+    pair = Pair(tmp_path, bert_folder, models)
 
     class Killed(BaseException):
         pass
@@ -303,11 +305,11 @@ def test_under_secure_aggregation_no_site_fails_alone(federation, monkeypatch):
     "changes", [{"aggregation.strategy": "fedsa"}, {"aggregation.head": "local"}]
 )
 def test_kept_parts_count_only_with_the_round_that_is_released(
-    tmp_path, bert_folder, warm, monkeypatch, changes
+    tmp_path, bert_folder, models, monkeypatch, changes
 ):
     """Before, rounds that died between the two were trained on, and never charged."""
     settings = {key.replace(".", "__"): value for key, value in changes.items()}
-    pair = Pair(tmp_path, bert_folder, warm, optimizer__site__head_rounds=0, **settings)
+    pair = Pair(tmp_path, bert_folder, models, optimizer__site__head_rounds=0, **settings)
     run = pair.run("with")
     run.join()
     adapter = warm_start(run)

@@ -37,11 +37,11 @@ def federation(tmp_path, bert_folder):
 
 
 @pytest.fixture(scope="module")
-def warm():
+def models():
     return ModelCache(CHOICES)
 
 
-def part_of(federation, rows, *, warm, state, told=None, **settings):
+def part_of(federation, rows, *, models, state, told=None, **settings):
     with (federation.folder / "alpha" / "notes.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["note", "chronic"], *rows])
     settings = {**METRICS, "rounds.number": 2, "plan.seed": None, **settings}
@@ -50,7 +50,7 @@ def part_of(federation, rows, *, warm, state, told=None, **settings):
         state=federation.folder / state,
         plan=federation.plan.override(settings),
         run="r",
-        warm=warm,
+        models=models,
         on_records=told,
     )
 
@@ -75,15 +75,15 @@ def described(reply):
 
 
 @pytest.mark.parametrize("pair", PAIRS)
-def test_neighbouring_datasets_give_answers_of_one_form(federation, warm, pair):
+def test_neighbouring_datasets_give_answers_of_one_form(federation, models, pair):
     one, other = (
-        seen(part_of(federation, rows, warm=warm, state=str(number)))
+        seen(part_of(federation, rows, models=models, state=str(number)))
         for number, rows in enumerate(PAIRS[pair])
     )
     assert one == other
 
 
-def test_no_share_of_a_plan_tells_on_which_side_the_only_unit_is(federation, warm):
+def test_no_share_of_a_plan_tells_on_which_side_the_only_unit_is(federation, models):
     """Bisecting the hash of a name: each share gives the same kind of answer."""
     sides, answers = set(), []
     for number, share in enumerate((0.05, 0.25, 0.5)):
@@ -91,7 +91,7 @@ def test_no_share_of_a_plan_tells_on_which_side_the_only_unit_is(federation, war
         settings |= {"privacy.metrics_share": 0.0, "rounds.evaluate_every": 0}
         for text in ("cough on the left", "gout on the right", "lupus on the left"):
             part = part_of(
-                federation, [[text, "no"]], warm=warm, state=f"{number} {text}", **settings
+                federation, [[text, "no"]], models=models, state=f"{number} {text}", **settings
             )
             joined = described(part.join())[1]["released"]
             joined.pop("sigma"), joined.pop("rate")
@@ -105,16 +105,16 @@ def first_adapter(part):
     return initial_adapter(part.trainer.layout, part.plan)
 
 
-def test_the_split_is_the_sites_secret_and_stays(federation, warm):
+def test_the_split_is_the_sites_secret_and_stays(federation, models):
     rows = [[f"note {i}", "no"] for i in range(200)]
-    first = part_of(federation, rows, warm=warm, state="a").records.split
-    again = part_of(federation, rows, warm=warm, state="a").records.split
-    elsewhere = part_of(federation, rows, warm=warm, state="b").records.split
+    first = part_of(federation, rows, models=models, state="a").records.split
+    again = part_of(federation, rows, models=models, state="a").records.split
+    elsewhere = part_of(federation, rows, models=models, state="b").records.split
     assert (first == again).all()
     assert not (first == elsewhere).all()  # alike by chance: under (0.54)^200
 
 
-def test_the_audit_log_tells_the_content_in_one_line_whatever_was_left_out(federation, warm):
+def test_the_audit_log_tells_the_content_in_one_line_whatever_was_left_out(federation, models):
     """Its length and newest hash go to the coordinator, so neither may tell a count."""
     log = AuditLog(federation.folder / AUDIT_FILE, owner="alpha")
     runner = object.__new__(Runner)
@@ -127,7 +127,7 @@ def test_the_audit_log_tells_the_content_in_one_line_whatever_was_left_out(feder
     for state, rows in (("1", NOTES), ("2", [*NOTES, ["asthma", "perhaps"], ["", "no"]])):
         before = log.head.seq
         part = part_of(
-            federation, rows, warm=warm, state="same",
+            federation, rows, models=models, state="same",
             told=lambda *found: runner._read_records(Approved, *found),
         )  # fmt: skip
         content = part.records.content
@@ -142,21 +142,23 @@ def test_the_audit_log_tells_the_content_in_one_line_whatever_was_left_out(feder
 
 
 def test_a_withdrawn_record_is_gone_from_memory_at_the_next_run(federation):
-    warm, rows = ModelCache(CHOICES), NOTES
-    before = part_of(federation, rows, warm=warm, state="1")
+    models, rows = ModelCache(CHOICES), NOTES
+    before = part_of(federation, rows, models=models, state="1")
     kept = before.trainer.frozen.features
-    after = part_of(federation, [*rows[1:], ["lupus", "no"], ["copd", "yes"]], warm=warm, state="1")
+    after = part_of(
+        federation, [*rows[1:], ["lupus", "no"], ["copd", "yes"]], models=models, state="1"
+    )
     found = after.trainer.frozen.features
     assert len(found) == len(rows) + 1  # added rows ended in an IndexError
     assert np.allclose(found[:5], kept[1:6], atol=1e-5)
-    assert [len(frozen.features) for frozen in warm._frozen.values()] == [len(found)]
+    assert [len(frozen.features) for frozen in models._frozen.values()] == [len(found)]
 
 
 def test_a_withdrawn_record_is_gone_from_the_disk_at_the_next_run(federation, tmp_path):
-    warm = ModelCache(CHOICES, shared=tmp_path / "shared")
-    part_of(federation, NOTES, warm=warm, state="1").trainer.prepare()
+    models = ModelCache(CHOICES, shared=tmp_path / "shared")
+    part_of(federation, NOTES, models=models, state="1").trainer.prepare()
     (old,) = (tmp_path / "shared").iterdir()
     again = ModelCache(CHOICES, shared=tmp_path / "shared")
-    part_of(federation, NOTES[1:], warm=again, state="1").trainer.prepare()
+    part_of(federation, NOTES[1:], models=again, state="1").trainer.prepare()
     (new,) = (tmp_path / "shared").iterdir()
     assert new.name != old.name

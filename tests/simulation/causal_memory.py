@@ -74,7 +74,7 @@ def site(folder: Path) -> int:
         state=folder / "state",
         plan=plan,
         run="r",
-        warm=ModelCache(CHOICES),
+        models=ModelCache(CHOICES),
         to_disk=False,
     )
     run.join()

@@ -25,9 +25,9 @@ def replied(events):
 
 def plainly(sites, plan, present, folder):
     """The same rounds without messages or masks: the updates of those who were there, folded."""
-    warm = ModelCache(CHOICES)
+    models = ModelCache(CHOICES)
     runs = {
-        site.name: SiteRun(site, state=folder / site.name, plan=plan, run="plain", warm=warm)
+        site.name: SiteRun(site, state=folder / site.name, plan=plan, run="plain", models=models)
         for site in sites
     }
     for run in runs.values():  # nothing is released here: what a round leaves counts at once

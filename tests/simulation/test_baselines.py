@@ -153,14 +153,14 @@ def test_a_job_is_repeatable_and_scores_every_site(federation):
 
 
 def test_frozen_features_are_shared_between_plans_of_one_model(federation):
-    warm = ModelCache(CHOICES)
+    models = ModelCache(CHOICES)
     site = federation.sites[0]
     run = federation.runs()[0]
-    first = warm.frozen(site, federation.plan, run.encoded)
+    first = models.frozen(site, federation.plan, run.encoded)
     other = federation.plan.override({**PRIVATE, "lora.r": 3})
-    assert warm.frozen(site, other, run.encoded) is first
+    assert models.frozen(site, other, run.encoded) is first
     scaled = federation.plan.override({"model.feature_scale": 2.0})
-    assert warm.frozen(site, scaled, run.encoded) is not first
+    assert models.frozen(site, scaled, run.encoded) is not first
 
 
 def test_outcomes_are_the_same_whoever_finishes_first(federation):

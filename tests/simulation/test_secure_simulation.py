@@ -105,8 +105,8 @@ def test_ten_rounds_with_dropouts_in_every_phase_equal_the_plain_run(federation,
 
 
 def _layout(federation, plan):
-    warm = ModelCache(CHOICES)
-    return warm.for_plan(plan, base=str(plan.model.base)).model.layout
+    models = ModelCache(CHOICES)
+    return models.for_plan(plan, base=str(plan.model.base)).model.layout
 
 
 def test_a_round_takes_two_exchanges_and_the_first_two_more(federation):

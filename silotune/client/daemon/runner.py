@@ -100,7 +100,7 @@ class Runner:
         self._vault, self._audit, self._paused = vault, audit, paused
         self._agree = agree
         self._app: ClientApp | None = None
-        self._warm: ModelCache | None = None
+        self._models: ModelCache | None = None
         self._part: SiteRun | None = None
         self._contexts: dict[str, Context] = {}
 
@@ -199,14 +199,14 @@ class Runner:
         held = self._part
         if held is not None and (held.run, held.plan) == (entry.run, entry.plan):
             return held
-        if self._warm is None:
-            self._warm = ModelCache(device=self._site.resources.device)
+        if self._models is None:
+            self._models = ModelCache(device=self._site.resources.device)
         self._part = SiteRun(
             self._site,
             state=self._site.state_folder,
             plan=entry.plan,
             run=entry.run,
-            warm=self._warm,
+            models=self._models,
             keys=SealingKeys(self._vault, self._enrolment.keys.signing),
             roster=self._enrolment.signers,
             on_records=partial(self._read_records, entry),
