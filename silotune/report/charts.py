@@ -288,28 +288,22 @@ def time_chart(rounds: Sequence[RoundView], workers: int) -> Chart | None:
     totals = [sum(split[index] for split in splits) for index in range(len(_TIMES))]
     told = ", ".join(f"{name} {s:.1f} s" for (name, _), s in zip(_TIMES, totals, strict=True))
     numbers = [found.number for found in rounds]
-    return render(
-        "time",
-        partial(_draw_time, numbers=numbers, splits=splits),
-        description=f"Time by round; in all: {told}",
-    )
 
+    def draw(canvas: Canvas) -> Figure:
+        figure, axes = frame(canvas, height=2.7)
+        floor = [0.0] * len(numbers)
+        for index, (_, colour) in enumerate(_TIMES):
+            top = [low + split[index] for low, split in zip(floor, splits, strict=True)]
+            xs, lows = steps(numbers, floor)
+            axes.fill_between(xs, lows, steps(numbers, top)[1], color=colour, linewidth=0)
+            floor = top
+        axes.set_ylim(0, 1.08 * max(floor) or 1.0)
+        axes.yaxis.set_major_formatter("{x:g} s")
+        key(axes, _TIMES, canvas)
+        rounds_axis(axes, first=numbers[0], last=numbers[-1])
+        return figure
 
-def _draw_time(
-    canvas: Canvas, *, numbers: Sequence[int], splits: Sequence[tuple[float, ...]]
-) -> Figure:
-    figure, axes = frame(canvas, height=2.7)
-    floor = [0.0] * len(numbers)
-    for index, (_, colour) in enumerate(_TIMES):
-        top = [low + split[index] for low, split in zip(floor, splits, strict=True)]
-        xs, lows = steps(numbers, floor)
-        axes.fill_between(xs, lows, steps(numbers, top)[1], color=colour, linewidth=0)
-        floor = top
-    axes.set_ylim(0, 1.08 * max(floor) or 1.0)
-    axes.yaxis.set_major_formatter("{x:g} s")
-    key(axes, _TIMES, canvas)
-    rounds_axis(axes, first=numbers[0], last=numbers[-1])
-    return figure
+    return render("time", draw, description=f"Time by round; in all: {told}")
 
 
 def _split(found: RoundView, workers: int) -> tuple[float, float, float, float]:
@@ -330,7 +324,28 @@ def timeline_chart(history: RunView, sites: Sequence[str]) -> Chart | None:
         f"{len(history.troubles) - refused} failed replies, resumed {len(history.resumed_at)} times"
     )
     shown = in_trouble_first(history, sites)
-    draw = partial(_draw_timeline, history=history, rounds=settled, sites=shown)
+
+    def draw(canvas: Canvas) -> Figure:
+        figure, axes = frame(canvas, height=0.85 + (0.48 if canvas.narrow else 0.23) * len(shown))
+        refused = {found.site: found.code for found in history.troubles if found.round is None}
+        for row, site in enumerate(shown):
+            # On a phone the upper part of a row is its name.
+            _timeline_row(axes, row, site, settled, scale=0.6 if canvas.narrow else 1.0)
+            if site in refused:
+                box = {"facecolor": PAPER, "edgecolor": "none", "pad": 1.5}
+                axes.text(0.6, row, f"refused, {refused[site]}", va="center", bbox=box)
+        for number in history.resumed_at:
+            axes.axvline(number + 0.5, color=INK, linewidth=1, linestyle=(0, (2, 2)))
+        names = [(float(row), printable(site)) for row, site in enumerate(shown)]
+        site_names(axes, names, canvas, head=0.36)
+        axes.set_ylim(len(shown) - 0.5, -1.05 if canvas.narrow else -0.5)
+        axes.grid(visible=False)
+        key(axes, [("replied", BLUE), ("failed", VERMILION), ("not in the round", GRID)], canvas)
+        rounds_axis(axes, first=1, last=max(settled[-1].number, history.planned))
+        if history.resumed_at:
+            axes.set_xlabel("round (dotted line: resumed)")
+        return figure
+
     return render("timeline", draw, description=description)
 
 
@@ -340,30 +355,6 @@ def in_trouble_first(history: RunView, sites: Sequence[str]) -> list[str]:
         return list(sites)
     troubled = {trouble.site for trouble in history.troubles}
     return sorted(sites, key=lambda site: site not in troubled)[:MOST_SITES]
-
-
-def _draw_timeline(
-    canvas: Canvas, *, history: RunView, rounds: Sequence[RoundView], sites: Sequence[str]
-) -> Figure:
-    figure, axes = frame(canvas, height=0.85 + (0.48 if canvas.narrow else 0.23) * len(sites))
-    refused = {found.site: found.code for found in history.troubles if found.round is None}
-    for row, site in enumerate(sites):
-        # On a phone the upper part of a row is its name.
-        _timeline_row(axes, row, site, rounds, scale=0.6 if canvas.narrow else 1.0)
-        if site in refused:
-            box = {"facecolor": PAPER, "edgecolor": "none", "pad": 1.5}
-            axes.text(0.6, row, f"refused, {refused[site]}", va="center", bbox=box)
-    for number in history.resumed_at:
-        axes.axvline(number + 0.5, color=INK, linewidth=1, linestyle=(0, (2, 2)))
-    names = [(float(row), printable(site)) for row, site in enumerate(sites)]
-    site_names(axes, names, canvas, head=0.36)
-    axes.set_ylim(len(sites) - 0.5, -1.05 if canvas.narrow else -0.5)
-    axes.grid(visible=False)
-    key(axes, [("replied", BLUE), ("failed", VERMILION), ("not in the round", GRID)], canvas)
-    rounds_axis(axes, first=1, last=max(rounds[-1].number, history.planned))
-    if history.resumed_at:
-        axes.set_xlabel("round (dotted line: resumed)")
-    return figure
 
 
 def _timeline_row(
@@ -476,7 +467,28 @@ def site_chart(rows: Sequence[SiteScores], metric: Metric) -> Chart | None:
         for row in shown
         if (values := [(k[0], v) for k in kinds if (v := row.score(k[2], metric)) is not None])
     )
-    draw = partial(_draw_sites, rows=shown, kinds=kinds, metric=metric)
+
+    def draw(canvas: Canvas) -> Figure:
+        gap = 1.5 if canvas.narrow else 0.7  # in bars; a phone has the site's name in it
+        step = len(kinds) + gap
+        inches = 0.21 if canvas.narrow else 0.165
+        figure, axes = frame(canvas, height=0.75 + inches * step * len(shown))
+        for place, row in enumerate(shown):
+            for offset, (_, colour, kind) in enumerate(kinds):
+                value = row.score(kind, metric)
+                if value is not None:
+                    worse = kind == "federated" and row.gain is not None and row.gain < 0
+                    _bar(axes, place * step + offset, value, colour, worse=worse, canvas=canvas)
+        middle = (len(kinds) - 1) / 2
+        names = [(place * step + middle, _site_label(row)) for place, row in enumerate(shown)]
+        site_names(axes, names, canvas, head=len(kinds) / 2)
+        axes.set_ylim(step * len(shown) - gap - 0.4, -2.0 if canvas.narrow else -0.6)
+        axes.set_xlim(0, 1.14 * axes.dataLim.x1)
+        axes.grid(visible=False, axis="y")
+        axes.set_xlabel(f"{metric.title} on the site's own held-out data")
+        key(axes, [(name, colour) for name, colour, _ in kinds], canvas)
+        return figure
+
     return render("sites", draw, description=f"{metric.title} by site. {told}")
 
 
@@ -487,34 +499,6 @@ def most_telling(rows: Sequence[SiteScores]) -> list[SiteScores]:
     ordered = sorted(rows, key=lambda row: row.gain or 0.0)
     half = MOST_SITES // 2
     return [*ordered[:half], *ordered[-half:]]
-
-
-def _draw_sites(
-    canvas: Canvas,
-    *,
-    rows: Sequence[SiteScores],
-    kinds: Sequence[tuple[str, str, str]],
-    metric: Metric,
-) -> Figure:
-    gap = 1.5 if canvas.narrow else 0.7  # in bars; a phone has the site's name in it
-    step = len(kinds) + gap
-    inches = 0.21 if canvas.narrow else 0.165
-    figure, axes = frame(canvas, height=0.75 + inches * step * len(rows))
-    for place, row in enumerate(rows):
-        for offset, (_, colour, kind) in enumerate(kinds):
-            value = row.score(kind, metric)
-            if value is not None:
-                worse = kind == "federated" and row.gain is not None and row.gain < 0
-                _bar(axes, place * step + offset, value, colour, worse=worse, canvas=canvas)
-    middle = (len(kinds) - 1) / 2
-    names = [(place * step + middle, _site_label(row)) for place, row in enumerate(rows)]
-    site_names(axes, names, canvas, head=len(kinds) / 2)
-    axes.set_ylim(step * len(rows) - gap - 0.4, -2.0 if canvas.narrow else -0.6)
-    axes.set_xlim(0, 1.14 * axes.dataLim.x1)
-    axes.grid(visible=False, axis="y")
-    axes.set_xlabel(f"{metric.title} on the site's own held-out data")
-    key(axes, [(name, colour) for name, colour, _ in kinds], canvas)
-    return figure
 
 
 def _bar(axes: Any, at: float, value: float, colour: str, *, worse: bool, canvas: Canvas) -> None:
@@ -544,25 +528,23 @@ def epsilon_chart(curves: Curves, planned: float | None) -> Chart | None:
         f"Epsilon spent by {len(curves)} sites over {last} rounds: from {ends[0]:.2f} to "
         f"{ends[-1]:.2f} at the end" + (f", the plan's {planned:g}" if planned is not None else "")
     )
-    return render(
-        "epsilon", partial(_draw_epsilon, curves=curves, planned=planned), description=description
-    )
 
+    def draw(canvas: Canvas) -> Figure:
+        figure, axes = frame(canvas, height=3.0 if canvas.narrow else 2.7)
+        for curve in curves.values():
+            axes.plot([n for n, _ in curve], [e for _, e in curve], color=BLUE, linewidth=1.1)
+        top = max(planned or 0.0, ends[-1])
+        if planned is not None:
+            axes.axhline(planned, color=VERMILION, linewidth=1.4, linestyle=(0, (5, 3)))
+            note(
+                axes, 0.4, planned, f"plan: \N{GREEK SMALL LETTER EPSILON} = {planned:g}", ha="left"
+            )
+        who = f"{len(curves)} sites" if len(curves) > 1 else printable(next(iter(curves)), most=30)
+        spent = [f"{end:.2f}" for end in dict.fromkeys((ends[0], ends[-1]))]
+        note(axes, last, ends[0], f"{who}: {' to '.join(spent)}", rise=-16)
+        axes.set_ylim(0, 1.15 * top)
+        title(axes, "\N{GREEK SMALL LETTER EPSILON} spent so far")
+        rounds_axis(axes, first=1, last=last)
+        return figure
 
-def _draw_epsilon(canvas: Canvas, *, curves: Curves, planned: float | None) -> Figure:
-    figure, axes = frame(canvas, height=3.0 if canvas.narrow else 2.7)
-    for curve in curves.values():
-        axes.plot([n for n, _ in curve], [e for _, e in curve], color=BLUE, linewidth=1.1)
-    ends = sorted(curve[-1][1] for curve in curves.values())
-    last = max(curve[-1][0] for curve in curves.values())
-    top = max(planned or 0.0, ends[-1])
-    if planned is not None:
-        axes.axhline(planned, color=VERMILION, linewidth=1.4, linestyle=(0, (5, 3)))
-        note(axes, 0.4, planned, f"plan: \N{GREEK SMALL LETTER EPSILON} = {planned:g}", ha="left")
-    who = f"{len(curves)} sites" if len(curves) > 1 else printable(next(iter(curves)), most=30)
-    spent = [f"{end:.2f}" for end in dict.fromkeys((ends[0], ends[-1]))]
-    note(axes, last, ends[0], f"{who}: {' to '.join(spent)}", rise=-16)
-    axes.set_ylim(0, 1.15 * top)
-    title(axes, "\N{GREEK SMALL LETTER EPSILON} spent so far")
-    rounds_axis(axes, first=1, last=last)
-    return figure
+    return render("epsilon", draw, description=description)
