@@ -193,13 +193,8 @@ class SecurePart:
         update = train()
         vector += self._encoded(part, update, noise)
         self._keep(part)
-        last = number == self._plan.rounds.number
-        more: dict[str, Field] = {} if last else {"keys": self._advertised(number + 1)}
-        private = update.event is not None
-        fields = MaskedReply.fields(
-            request=Public(asked, _PROTOCOL),
-            update=DpRelease(vector, "steps") if private else Unprotected(vector),
-            **more,
+        fields = self._masked_fields(
+            number, vector, request=asked, private=update.event is not None
         )
         mechanisms = {"steps": update.event} if update.event is not None else {}
         return self._gate.release(key, fields=fields, mechanisms=mechanisms, beside=beside)
@@ -233,6 +228,17 @@ class SecurePart:
 
     def _answer(self, number: int, release: str, fields: Mapping[str, Field]) -> RecordDict:
         return self._gate.release(ReleaseKey(self._member.run, number, release), fields=fields)
+
+    def _masked_fields(
+        self, number: int, vector: Ring, *, request: bytes, private: bool
+    ) -> Mapping[str, Field]:
+        last = number == self._plan.rounds.number
+        more: dict[str, Field] = {} if last else {"keys": self._advertised(number + 1)}
+        return MaskedReply.fields(
+            request=Public(request, _PROTOCOL),
+            update=DpRelease(vector, "steps") if private else Unprotected(vector),
+            **more,
+        )
 
     def _masked_before(self, key: ReleaseKey, asked: bytes) -> RecordDict | None:
         again = self._gate.recall(key)
