@@ -89,9 +89,6 @@ class NoiseSource(Protocol):
     def add(self, sums: Tensor, std: float) -> Tensor:
         """``sums`` plus independent N(0, std**2), float32, safe against floating-point attacks."""
 
-    def normal(self, shape: Sequence[int], std: float) -> Tensor:
-        """Independent N(0, std**2) numbers, float32. To protect a value use `add`."""
-
     def draws(self, n: int) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
         """Blocks of the integers behind `add`, with where they start; see `DRAW_STD`."""
 
@@ -112,33 +109,6 @@ class _KeyedNoise:
         # A copy in another process would repeat the same noise, and a difference of two releases
         # with the same noise has none.
         raise TypeError("a noise source can't be copied or sent: its stream must not be repeated")
-
-    def normal(self, shape: Sequence[int], std: float) -> Tensor:
-        """Independent normal numbers.
-
-        To hide a value add noise with `add`: adding these floats to it is open to floating-point
-        attacks.
-
-        Parameters
-        ----------
-        shape : sequence of int
-            Shape of the result.
-        std : float
-            Standard deviation, 0 or from 1e-30 to 1e30.
-
-        Returns
-        -------
-        Tensor
-            float32 on the CPU, shape ``shape``.
-
-        Raises
-        ------
-        ValueError
-            ``std`` is out of its range.
-        """
-        import torch
-
-        return self.add(torch.zeros(tuple(shape), dtype=torch.float32), std)
 
     def add(self, sums: Tensor, std: float) -> Tensor:
         """Round a sum to the grid, add noise of the same grid, round to float32.

@@ -27,9 +27,13 @@ ALARM = 1e-7
 LIMIT = stats.norm.isf(ALARM / 2)
 
 
+def normal(source, shape, std):
+    return source.add(torch.zeros(shape), std)
+
+
 @pytest.fixture(scope="module")
 def draws():
-    return SecureNoise().normal((1 << 20,), 1.0).double().numpy()
+    return normal(SecureNoise(), (1 << 20,), 1.0).double().numpy()
 
 
 def test_noise_follows_the_normal_distribution(draws):
@@ -204,12 +208,12 @@ def test_sums_keep_shape_and_are_left_alone():
     assert released.shape == sums.shape and released.dtype == torch.float32
     assert torch.equal(sums, before) and not torch.equal(released, sums)
     assert SecureNoise().add(torch.zeros(0, 4), 1.0).shape == (0, 4)
-    assert SecureNoise().normal((2, 3), 1.0).shape == (2, 3)
+    assert normal(SecureNoise(), (2, 3), 1.0).shape == (2, 3)
 
 
 def test_noise_scales_with_its_standard_deviation_and_not_with_the_sum():
-    small = SeededNoise(1).normal((1000,), 1e-3)
-    large = SeededNoise(1).normal((1000,), 1e3)
+    small = normal(SeededNoise(1), (1000,), 1e-3)
+    large = normal(SeededNoise(1), (1000,), 1e3)
     assert torch.allclose(small * 1e6, large, rtol=1e-6)
     shifted = SeededNoise(1).add(torch.full((1000,), 4.0), 1e-3)
     assert torch.allclose(shifted - 4.0, small, atol=1e-6)
@@ -243,7 +247,7 @@ def test_half_precision_sums_are_refused():
 
 def test_secure_noise_never_repeats():
     source = SecureNoise()
-    a, b, c = source.normal((8,), 1.0), source.normal((8,), 1.0), SecureNoise().normal((8,), 1.0)
+    a, b, c = normal(source, (8,), 1.0), normal(source, (8,), 1.0), normal(SecureNoise(), (8,), 1.0)
     assert not torch.equal(a, b) and not torch.equal(a, c)
     assert source.secure and isinstance(source, NoiseSource)
 
@@ -282,7 +286,7 @@ def test_a_source_can_not_be_duplicated(duplicate):
 
 
 def digest(source):
-    state = hashlib.sha256(source.normal((40000,), 1.5).numpy().tobytes())
+    state = hashlib.sha256(normal(source, (40000,), 1.5).numpy().tobytes())
     state.update(source.uniform(3).tobytes())
     return state.hexdigest()
 
@@ -297,7 +301,7 @@ def test_a_seed_gives_the_same_noise_in_every_process_and_version():
 
 
 def test_seeded_noise_passes_the_same_test_of_normality():
-    drawn = SeededNoise(3).normal((1 << 18,), 2.0).double().numpy()
+    drawn = normal(SeededNoise(3), (1 << 18,), 2.0).double().numpy()
     assert stats.kstest(drawn / 2.0, "norm").pvalue > ALARM  # seeded: either always or never
 
 
