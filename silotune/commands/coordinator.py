@@ -565,12 +565,12 @@ def list_people(folder: Folder = HERE, as_json: AsJson = False) -> None:
 
 @people.command("revoke")
 def revoke_person(
-    name: Annotated[str, typer.Argument(help="Whose certificate ends.")],
+    name: Annotated[str, typer.Argument(help="Whose certificate and password end.")],
     folder: Folder = HERE,
 ) -> None:
-    """Let a person's certificate count no more, from the next request on."""
-    client_of(folder).post(f"/people/{name}/revoke")
-    typer.echo(f"{name}'s certificate is revoked.")
+    """Let a person's certificate and password count no more, from the next request on."""
+    ended = client_of(folder).post(f"/people/{name}/revoke")["ended"]
+    typer.echo(f"{name}'s {' and '.join(ended)} {'are' if ended[1:] else 'is'} revoked.")
 
 
 @people.command("password")

@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from silotune.errors import EnvironmentFault, RunError
 from silotune.plan.sections import Name
 from silotune.terminal import say, show_rows
-from silotune.trust.identity import PersonRole
+from silotune.trust.identity import PersonRole, account_of
 from silotune.trust.vault import AtRest
 
 if TYPE_CHECKING:
@@ -144,7 +144,8 @@ def reseal(
         )
     before = vault.opened_by
     # Noted first: what opens the keys is never changed without a line about it.
-    audit.append("resealing", before=before, now=", ".join(line))
+    who = account_of(os.geteuid()).name
+    audit.append("resealing", before=before, now=", ".join(line), who=who)
     kind = vault.reseal(wanted, base=base)
     _tell(config, before=before, kind=kind, line=line, as_json=as_json)
 

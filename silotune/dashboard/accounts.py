@@ -49,12 +49,13 @@ class Accounts:
         found[name] = {"role": role, "scrypt": _hashed(password, os.urandom(16))}
         replace_file(self._path, json.dumps(found, indent=1).encode())
 
-    def remove(self, name: str) -> None:
-        """Take somebody's account away. Raises `AccountsInvalid` if there is none."""
+    def remove(self, name: str) -> bool:
+        """Take somebody's account away; whether there was one."""
         found = self._read()
         if found.pop(name, None) is None:
-            raise AccountsInvalid(f"there is no account {name[:63]!r}")
+            return False
         replace_file(self._path, json.dumps(found, indent=1).encode())
+        return True
 
     def people(self) -> list[Person]:
         """Everybody with an account, by name."""
@@ -100,12 +101,13 @@ _FREE_ATTEMPTS, _LONGEST_WAIT = 5, 900.0
 
 @dataclass
 class Session:
-    """Somebody who is signed in; `token` must come with every form."""
+    """Somebody who is signed in, while they are `valid`; `token` must come with every form."""
 
     person: Person
     token: str
     began: float
     used: float
+    valid: Callable[[], bool]
 
 
 class Sessions:
@@ -121,14 +123,15 @@ class Sessions:
         self._clock, self._lock = clock, threading.Lock()
         self._found: dict[str, Session] = {}
 
-    def begin(self, person: Person) -> str:
-        """A new session; the cookie's value, 256 random bits."""
+    def begin(self, person: Person, *, valid: Callable[[], bool] = lambda: True) -> str:
+        """A new session, over once `valid` says so; the cookie's value, 256 random bits."""
         cookie, now = secrets.token_urlsafe(32), self._clock()
         with self._lock:
             self._found = {k: s for k, s in self._found.items() if self._good(s, now)}
             while len(self._found) >= _MOST_SESSIONS:
                 del self._found[next(iter(self._found))]
-            self._found[_key(cookie)] = Session(person, secrets.token_urlsafe(32), now, now)
+            token = secrets.token_urlsafe(32)
+            self._found[_key(cookie)] = Session(person, token, now, now, valid)
         return cookie
 
     def find(self, cookie: str, *, touch: bool = True) -> Session | None:
@@ -140,7 +143,10 @@ class Sessions:
                 return None
             if touch:
                 found.used = now
-            return found
+        if not found.valid():  # it reads files and the store: not under the lock
+            self.end(cookie)
+            return None
+        return found
 
     def end(self, cookie: str) -> None:
         """Sign out."""

@@ -200,8 +200,8 @@ class PageGuard:
                 session.person.require_operator()
         except SilotuneError as error:
             if session is not None and self._door.refused is not None:
-                _, _, target, action = (*path.split("/", 3), "", "", "")[:4]
-                self._door.refused(session.person, action, target, code=error.code)
+                _, _, *target, action = f"/{path}".split("/")  # "/runs/NAME/pause", "/signout"
+                self._door.refused(session.person, action, "/".join(target[1:]), code=error.code)
             raise
 
     def _require_own_form(

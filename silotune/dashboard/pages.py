@@ -11,6 +11,7 @@ import json
 import mimetypes
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib.resources import files
@@ -104,12 +105,15 @@ class SignIn:
             self._brake.require_open(*keys)
         except TooManyAttempts as exc:
             return self._form(f"Too many attempts: {exc.detail}.", 429)
-        person = self._door.accounts.check(name, password) if self._door.accounts else None
-        if person is None:
+        accounts = self._door.accounts
+        person = accounts.check(name, password) if accounts else None
+        if accounts is None or person is None:
             self._brake.failed(*keys)
             return self._form("Name or password is wrong.", 401)
         self._brake.succeeded(*keys)
-        return self._welcome(request, person, how="password")
+        return self._welcome(
+            request, person, how="password", valid=lambda: accounts.current(person)
+        )
 
     def leave(self, request: Request) -> Response:
         """Sign out."""
@@ -119,22 +123,35 @@ class SignIn:
         return response
 
     def _by_certificate(self, request: Request) -> Response:
-        certificate = certificate_of(request.scope)
+        certificate, holder = certificate_of(request.scope), self._door.holder
         try:
-            if certificate is None or self._door.holder is None:
+            if certificate is None or holder is None:
                 raise SignInNeeded("the browser showed no certificate")
-            person = self._door.holder(certificate)
+            person = holder(certificate)
         except SignInNeeded as exc:
             return self._form(f"Not signed in: {exc.detail}.", 401)
-        return self._welcome(request, person, how="certificate")
 
-    def _welcome(self, request: Request, person: Person, *, how: str) -> Response:
+        def valid() -> bool:
+            with suppress(SignInNeeded):
+                return holder(certificate) == person
+            return False
+
+        return self._welcome(request, person, how="certificate", valid=valid)
+
+    def _welcome(
+        self,
+        request: Request,
+        person: Person,
+        *,
+        how: str,
+        valid: Callable[[], bool] = lambda: True,
+    ) -> Response:
         if request.scope[SESSION] is not None:  # a new session for a new sign-in, always
             self._door.sessions.end(request.cookies.get(self._door.cookie, ""))
         if self._operations is not None:
             self._operations.signed_in(person, how=how)
         response = RedirectResponse("/", 303)
-        self._door.set_cookie(response, self._door.sessions.begin(person))
+        self._door.set_cookie(response, self._door.sessions.begin(person, valid=valid))
         return response
 
     def _form(self, message: str, status: int) -> Response:

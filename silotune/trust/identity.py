@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import pwd
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -292,3 +293,12 @@ class Person:
         """Raise `NotPermitted` for anybody but an operator."""
         if self.role != "operator":
             raise NotPermitted(f"{self.name} is a {self.role}; this needs an operator")
+
+
+def account_of(uid: int) -> Person:
+    """An account of the operating system that runs the coordinator's commands: an operator."""
+    try:
+        name = pwd.getpwuid(uid).pw_name[:40]
+    except KeyError:
+        name = "account"
+    return Person(name=f"{name} (uid {uid})", role="operator")

@@ -21,6 +21,7 @@ from silotune.server.errors import CoordinatorRunning
 from silotune.trust import vault as sealed
 from silotune.trust.audit import AuditLog
 from silotune.trust.errors import VaultLocked
+from silotune.trust.identity import account_of
 from silotune.trust.vault import AtRest, Vault
 from tests.client.site_material import write_site_folder
 
@@ -130,6 +131,7 @@ def test_a_folder_made_without_a_passphrase_is_opened_by_one_and_then_no_longer_
     assert PHRASE not in told.output + AuditLog(side.audit).path.read_text()
     line = AuditLog(side.audit).lines()[-1]
     assert (line.kind, line.fields["before"]) == ("resealing", "key file")
+    assert line.fields["who"] == account_of(os.getuid()).name
     assert old.opened_by == "key file"
 
 

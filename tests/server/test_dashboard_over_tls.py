@@ -96,6 +96,14 @@ def test_a_revoked_certificate_and_one_of_a_site_do_not_sign_in(office):
         assert client.get("/").status_code == 401
 
 
+def test_a_certificate_that_is_revoked_later_ends_the_session_that_it_began(office):
+    client = browser(office, office.credentials("rosa", "viewer"))
+    assert enter(client).status_code == 303
+    assert client.get("/").status_code == 200
+    assert People(office.coordinator.store).revoke("rosa")
+    assert client.get("/").status_code == 401
+
+
 def test_without_a_certificate_every_page_is_shut_and_says_so_over_tls(office):
     client = browser(office)
     assert enter(client).status_code == 401

@@ -318,15 +318,19 @@ class Operations:
 
     @_action()
     def revoke_person(self, name: str) -> Row:
-        """Let a person's certificate count no more."""
-        self._people.revoke(name)
+        """Let a person's certificate and password count no more; which of them there were."""
+        ended = ["certificate"] if self._people.revoke(name) else []
+        ended += ["password"] if self.accounts.remove(name) else []
+        if not ended:
+            raise NotPossibleNow(f"nobody called {name[:63]!r} has a certificate or a password")
         self._parts.audit.append("person_revoked", name=name)
-        return {"name": name, "status": "revoked"}
+        return {"name": name, "status": "revoked", "ended": ended}
 
     @_action()
     def set_password(self, name: Name, *, role: PersonRole, password: str) -> Row:
         """Let a person sign in at the pages with a password."""
         self.accounts.add(name, role, password)
+        self._parts.audit.append("password_set", name=name, role=role)
         return {"name": name, "role": role}
 
     # --- what is written down ---

@@ -11,7 +11,6 @@ import dataclasses
 import inspect
 import json
 import os
-import pwd
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -29,7 +28,7 @@ from silotune.server.admin.operations import Operations
 from silotune.server.listener import ACCOUNT
 from silotune.server.long_poll import HOLD_SECONDS
 from silotune.trust.errors import BodyInvalid, NotPermitted
-from silotune.trust.identity import Person
+from silotune.trust.identity import account_of
 
 _ROOT = 0
 _MOST_BYTES = 1 << 20
@@ -121,15 +120,6 @@ class AdminRoutes:
             if not held or self._closing or time.monotonic() >= ends:
                 return JSONResponse(found)
             await asyncio.sleep(_LOOK_SECONDS)
-
-
-def account_of(uid: int) -> Person:
-    """An operating-system account that may open the socket, as who acts: an operator."""
-    try:
-        name = pwd.getpwuid(uid).pw_name[:40]
-    except KeyError:
-        name = "account"
-    return Person(name=f"{name} (uid {uid})", role="operator")
 
 
 def _require_own(request: Request) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 from cryptography import x509
 from sqlalchemy import RowMapping, delete, insert, select, update
 
-from silotune.server.errors import NotPossibleNow
 from silotune.server.store.database import ACTIONS, ADMINS, RUNS, Store
 from silotune.server.store.events import add_events, event_row
 from silotune.trust import identity
@@ -56,13 +55,12 @@ class People:
             connection.execute(insert(ADMINS).values(row))
         return certificate
 
-    def revoke(self, name: str) -> None:
-        """Let a certificate count no more, from the next request on. Raises `NotPossibleNow`."""
+    def revoke(self, name: str) -> bool:
+        """Let a certificate count no more, from the next request on; whether there was one."""
+        active = (ADMINS.c.name == name) & (ADMINS.c.status == "active")
         with self._store.transaction() as connection:
-            active = (ADMINS.c.name == name) & (ADMINS.c.status == "active")
-            if connection.execute(update(ADMINS).where(active).values(status="revoked")).rowcount:
-                return
-        raise NotPossibleNow(f"nobody called {name[:63]!r} has a certificate")
+            found = connection.execute(update(ADMINS).where(active).values(status="revoked"))
+        return bool(found.rowcount)
 
     def all(self) -> list[RowMapping]:
         """Everybody who has or had a certificate, by name."""

@@ -19,10 +19,10 @@ from silotune import cli
 from silotune.dashboard.page_guard import Door
 from silotune.dashboard.pages import Content, build
 from silotune.server.admin.operations import Operations
-from silotune.server.admin.socket import AdminRoutes, account_of
+from silotune.server.admin.socket import AdminRoutes
 from silotune.server.admin.socket_client import AdminClient
 from silotune.trust import identity
-from silotune.trust.identity import Person
+from silotune.trust.identity import Person, account_of
 from tests.server.monitored import office, plan_of, tell_round
 from tests.server.test_alerts import Told
 
@@ -408,6 +408,22 @@ def test_who_came_in_and_took_a_file_at_the_pages_is_recorded(stage, records, br
         (*VERA, "download", f"{run}/secrets", "ST-632"),
         (*OLGA, "sign_in", "password", "done"),
     ]
+
+
+@pytest.mark.parametrize("stays", [True, False], ids=["stays", "leaves"])
+def test_who_is_revoked_is_out_at_the_next_request_though_signed_in(stage, browsers, stays):
+    stage.office.coordinator.operations.accounts.add(stage.name, "viewer", PASSWORD)
+    with httpx.Client(base_url=browsers[VERA].base_url, trust_env=False, timeout=30) as client:
+        client.post("/signin", data={"name": stage.name, "password": PASSWORD})
+        assert client.get("/actions").status_code == 200
+        if not stays:
+            words = ("people", "revoke", stage.name, "--dir", stage.office.home.root)
+            told = invoke("coordinator", *words)
+            assert told.output == f"{stage.name}'s password is revoked.\n"
+        assert client.get("/actions").status_code == (200 if stays else 401)
+        form = {"name": stage.name, "password": PASSWORD}
+        again = httpx.post(client.base_url.join("/signin"), data=form, trust_env=False)
+        assert again.status_code == (303 if stays else 401)
 
 
 # --- where it is read ---
