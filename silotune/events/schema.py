@@ -300,7 +300,7 @@ class OperatorAction(Event):
 
     event: Literal["operator_action"]
     who: str = Field(
-        description="A person's name, or an account at the command line: `silotune (uid 991)`."
+        description="A person's name, or an account at the command line: `root (uid 0)`."
     )
     role: str
     action: str
