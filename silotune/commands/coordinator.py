@@ -470,7 +470,7 @@ def adapter(
     """Write a run's newest adapter: after its last finished round, or the final one."""
     import hashlib
 
-    from silotune.rounds.exchange import unpacked
+    from silotune.rounds.run_directory import unpacked
     from silotune.trust.files import replace_file
     from silotune.trust.signed import SignedPlan
 

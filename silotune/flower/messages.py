@@ -2,25 +2,28 @@
 
 A `Message` is a tree of objects (message, record dict, records, arrays, chunks of arrays); each
 object's id is the SHA-256 of its deflated bytes, so equal content has equal ids and need travel to
-a worker only once. This is the one module of the simulation that imports Flower's internals; its
-tests are the contract with the admitted versions of Flower.
+a worker only once. Whoever makes a message, takes it apart or puts it together does it here; the
+tests of this module are the contract with the admitted releases of Flower.
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.app.error import Error
 from flwr.app.message.arraychunk import ArrayChunk
 from flwr.app.message.message import make_message
+from flwr.app.metadata import Metadata
 from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE as CHUNK_BYTES
 from flwr.common.constant import SUPERLINK_NODE_ID as _SUPERLINK_NODE_ID
 from flwr.common.constant import ErrorCode
+from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore import telemetry
 from flwr.supercore.constant import HEAD_BODY_DIVIDER, HEAD_VALUE_DIVIDER
 from flwr.supercore.inflatable.inflatable_object import (
@@ -31,24 +34,6 @@ from flwr.supercore.inflatable.inflatable_object import (
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
-
-__all__ = [
-    "APP_RAISED",
-    "NODE_UNAVAILABLE",
-    "SUPERLINK_NODE_ID",
-    "Packed",
-    "Run",
-    "disable_telemetry",
-    "error_reply",
-    "fresh_copy",
-    "identify",
-    "new_run",
-    "outline",
-    "pack",
-    "stamp",
-    "unpack",
-    "verify",
-]
 
 SUPERLINK_NODE_ID: Final[int] = _SUPERLINK_NODE_ID
 APP_RAISED: Final[int] = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
@@ -68,11 +53,14 @@ class Packed:
         Every object of the tree by id, children before their parents.
     chunks : Mapping[str, bytes]
         Chunks of arrays that were deflated already.
+    tree : ObjectTree
+        The ids, as Flower announces them.
     """
 
     root: str
     objects: Mapping[str, InflatableObject]
-    chunks: Mapping[str, bytes] = field(default_factory=dict)
+    chunks: Mapping[str, bytes]
+    tree: ObjectTree
 
     def deflate(self, object_id: str) -> bytes:
         """The bytes of one object; their SHA-256 is `object_id`."""
@@ -111,17 +99,17 @@ def pack(message: Message) -> Packed:
             for array in record.values():
                 chunks |= _cut(array)
 
-    def walk(object_id: str, node: InflatableObject) -> None:
+    def walk(object_id: str, node: InflatableObject) -> ObjectTree:
         # `children` has the ids as keys; asking a chunk for its id again would hash it again.
-        for child_id, child in (node.children or {}).items():
-            walk(child_id, child)
+        below = [walk(child_id, child) for child_id, child in (node.children or {}).items()]
         objects[object_id] = node
+        return ObjectTree(object_id=object_id, children=below)
 
     with no_object_id_recompute():
         root = message.object_id
-        walk(root, message)
+        tree = walk(root, message)
     message.metadata.__dict__["_message_id"] = root
-    return Packed(root, objects, chunks)
+    return Packed(root, objects, chunks, tree)
 
 
 def _cut(array: Array) -> dict[str, bytes]:
@@ -215,9 +203,35 @@ def outline(message: Message) -> Message:
     return make_message(copy.copy(message.metadata), content=RecordDict())
 
 
-def error_reply(instruction: Message, *, kind: int, code: str) -> Message:
+def error_reply(instruction: Message, *, code: str, kind: int = APP_RAISED) -> Message:
     """A reply that says, by a stable code only, that there is no other reply."""
     return Message(Error(kind, code), reply_to=instruction)
+
+
+@dataclass(frozen=True)
+class LinkRun:
+    """Flower's numbers for a run and for the task that stands for our round loop."""
+
+    run_id: int
+    task_id: int
+
+
+def instruction(
+    run: LinkRun, *, node: int, kind: str, group: str, ttl: float, content: RecordDict
+) -> Message:
+    """A message from this coordinator to a node."""
+    address = (run.run_id, "", SUPERLINK_NODE_ID, node, "", group, time.time(), ttl, kind)
+    return make_message(Metadata(*address, src_task_id=run.task_id), content)
+
+
+def reply(
+    run: LinkRun, *, node: int, kind: str, group: str, to: str, content: RecordDict | str
+) -> Message:
+    """A node's reply to the instruction `to`: its content, or the code of its refusal."""
+    address = (run.run_id, "", node, SUPERLINK_NODE_ID, to, group, time.time(), 3600.0, kind)
+    if isinstance(content, str):
+        return make_message(Metadata(*address), error=Error(APP_RAISED, content))
+    return make_message(Metadata(*address), content)
 
 
 def disable_telemetry() -> None:

@@ -24,7 +24,6 @@ from typing import Any, TypeVar
 import httpx
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from flwr.app import Message
-from flwr.app.error import Error
 from flwr.app.message import remove_content_from_message
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.fleet_pb2 import (
@@ -42,20 +41,14 @@ from flwr.proto.message_pb2 import (
 )
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.inflatable.inflatable_object import (
-    get_all_nested_objects,
     get_object_head_values_from_object_content,
     get_object_id,
-    get_object_tree,
-    iterate_object_tree,
-    no_object_id_recompute,
-)
-from flwr.supercore.inflatable.inflatable_utils import (
-    inflate_object_from_contents,
 )
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
+from silotune.flower import messages
 from silotune.protocol.envelope import OBJECT_KINDS
 from silotune.protocol.errors import CoordinatorUnavailable, MessageRefused, SessionTaken
 from silotune.protocol.http import SESSION_HEADER
@@ -68,7 +61,6 @@ HEARTBEAT_SECONDS = 10.0
 
 _MOST_OBJECTS, _MOST_LEVELS = 4096, 8
 _PULL_TRIES, _PUSH_TRIES = 20, 5
-_APP_RAISED = 2  # Flower's code for an error of the ClientApp
 
 _T = TypeVar("_T")
 
@@ -207,12 +199,12 @@ class Fleet:
         contents = self._pull(delivery, limit)
         try:
             _require_plain(contents)
-            message = inflate_object_from_contents(delivery.tree.object_id, contents)
+            message = messages.unpack(delivery.tree.object_id, contents)
         except MessageRefused:
             raise
         except Exception as exc:
             raise MessageRefused("the objects don't make up a message") from exc
-        if not isinstance(message, Message) or not message.has_content():
+        if not message.has_content():
             raise MessageRefused("the objects make up something else than a message with content")
         if message.metadata.message_type != delivery.kind:
             raise MessageRefused("the message is of another type than announced")
@@ -244,28 +236,25 @@ class Fleet:
         Others
             As `connect`.
         """
-        with no_object_id_recompute():
-            reply.metadata.__dict__["_message_id"] = reply.object_id
-            tree, objects = get_object_tree(reply), get_all_nested_objects(reply)
-            order = list(dict.fromkeys(part.object_id for part in iterate_object_tree(tree)))
-            request = PushMessagesRequest(
-                node=self._node,
-                messages_list=[message_to_proto(remove_content_from_message(reply))],
-                message_object_trees=[tree],
-                clientapp_runtime_list=[seconds],
+        packed = messages.pack(reply)
+        request = PushMessagesRequest(
+            node=self._node,
+            messages_list=[message_to_proto(remove_content_from_message(reply))],
+            message_object_trees=[packed.tree],
+            clientapp_runtime_list=[seconds],
+        )
+        for attempt in range(_PUSH_TRIES):
+            answer = self._call(self._client.PushMessages, request)
+            wanted = set(answer.objects_to_push)
+            if packed.root not in wanted:
+                return attempt > 0  # taken before, or never wanted
+            stored = all(
+                self._push(reply, answer.session_id, key, packed.deflate(key))
+                for key in packed.objects
+                if key in wanted
             )
-            for attempt in range(_PUSH_TRIES):
-                answer = self._call(self._client.PushMessages, request)
-                wanted = set(answer.objects_to_push)
-                if tree.object_id not in wanted:
-                    return attempt > 0  # taken before, or never wanted
-                stored = all(
-                    self._push(reply, answer.session_id, key, objects[key].deflate())
-                    for key in order
-                    if key in wanted
-                )
-                if stored:
-                    return True
+            if stored:
+                return True
         raise CoordinatorUnavailable("the coordinator does not store the objects of a reply")
 
     def close(self, *, goodbye: bool = True) -> None:
@@ -338,11 +327,6 @@ class Fleet:
             raise failure(exc.response) from exc
         except ValueError as exc:
             raise CoordinatorUnavailable("the answer is not of the fleet protocol") from exc
-
-
-def error_reply(outline: Message, code: str) -> Message:
-    """A reply that says by a stable code why there is no other; nothing of it is signed."""
-    return Message(Error(code=_APP_RAISED, reason=code), reply_to=outline)
 
 
 def _object_ids(tree: ObjectTree) -> list[str]:

@@ -22,9 +22,7 @@ from typing import Any
 from alembic.util import CommandError
 from fastapi import FastAPI
 from flwr.app import Message, RecordDict
-from flwr.app.error import Error
-from flwr.app.message import make_message, remove_content_from_message
-from flwr.app.metadata import Metadata
+from flwr.app.message import remove_content_from_message
 from flwr.common.constant import (
     HEARTBEAT_DEFAULT_INTERVAL,
     NOOP_ACCOUNT_NAME,
@@ -51,17 +49,12 @@ from flwr.proto.message_pb2 import (
 )
 from flwr.supercore.constant import NOOP_FEDERATION_ID, NodeStatus, TaskType
 from flwr.supercore.inflatable.inflatable_object import (
-    get_all_nested_objects,
-    get_object_tree,
     iterate_object_tree,
-    no_object_id_recompute,
 )
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.object_store import NoObjectInStoreError, ObjectStore
 from flwr.supercore.primitives.asymmetric import bytes_to_public_key, uses_nist_ec_curve
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from flwr.supercore.protobuf.translation import ProtobufTranslationMiddleware
-from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supercore.utils import int64_to_uint64, uint64_to_int64
 from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
@@ -73,6 +66,8 @@ from sqlalchemy import event
 from starlette.middleware.base import BaseHTTPMiddleware
 
 from silotune.errors import EnvironmentFault
+from silotune.flower import messages
+from silotune.flower.messages import LinkRun
 from silotune.flower.objects import ObjectFiles, Seals
 from silotune.protocol.errors import StoreUnusable
 
@@ -206,18 +201,6 @@ class Signal:
         with self._condition:
             self._condition.wait_for(lambda: self._count > since, timeout=seconds)
             return self._count
-
-
-ERROR_KIND = 2
-"""Flower's number for "the ClientApp failed"; our own code is the error's reason."""
-
-
-@dataclass(frozen=True)
-class LinkRun:
-    """Flower's numbers for a run and for the task that stands for our round loop."""
-
-    run_id: int
-    task_id: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -385,13 +368,13 @@ class LinkState:
 
         Objects go first and the message last, so that a node never sees a half-stored message.
         """
-        message = instruction(run, node=node, kind=kind, group=group, ttl=ttl, content=content)
-        with no_object_id_recompute():
-            message.metadata.__dict__["_message_id"] = message.object_id
-            tree, objects = get_object_tree(message), get_all_nested_objects(message)
-            for object_id in self._store.preregister(run.run_id, tree):
-                self._store.put(object_id, objects[object_id].deflate())
-            stored = self._state.store_message_ins(remove_content_from_message(message))
+        message = messages.instruction(
+            run, node=node, kind=kind, group=group, ttl=ttl, content=content
+        )
+        packed = messages.pack(message)
+        for object_id in self._store.preregister(run.run_id, packed.tree):
+            self._store.put(object_id, packed.deflate(object_id))
+        stored = self._state.store_message_ins(remove_content_from_message(message))
         if not stored:
             self._store.delete(message.metadata.message_id)
             return ""
@@ -485,11 +468,10 @@ class LinkState:
             if not content:
                 return None
             contents[part.object_id] = content
-        found = inflate_object_from_contents(message_id, contents)
-        if not isinstance(found, Message):
+        try:
+            return messages.unpack(message_id, contents)
+        except TypeError:
             return None
-        found.metadata.__dict__["_message_id"] = message_id
-        return found
 
     def forget(self, instructions: Collection[str]) -> None:
         """Delete instructions, their replies, and the objects of both."""
@@ -531,29 +513,6 @@ class LinkState:
             with suppress(NoObjectInStoreError):
                 found |= object_ids(self._store.get_object_tree(row["message_id"]))
         return frozenset(found)
-
-
-def instruction(
-    run: LinkRun, *, node: int, kind: str, group: str, ttl: float, content: RecordDict
-) -> Message:
-    """A message from this coordinator to a node."""
-    address = (run.run_id, "", SUPERLINK_NODE_ID, node, "", group, time.time(), ttl, kind)
-    return make_message(Metadata(*address, src_task_id=run.task_id), content)
-
-
-def reply(
-    run: LinkRun, *, node: int, kind: str, group: str, to: str, content: RecordDict | str
-) -> Message:
-    """A node's reply to the instruction `to`: its content, or the code of its refusal."""
-    address = (run.run_id, "", node, SUPERLINK_NODE_ID, to, group, time.time(), 3600.0, kind)
-    if isinstance(content, str):
-        return make_message(Metadata(*address), error=Error(ERROR_KIND, content))
-    return make_message(Metadata(*address), content)
-
-
-def empty_run(run: LinkRun) -> Run:
-    """Flower's description of a run that has nothing but an id."""
-    return Run.create_empty(run.run_id)
 
 
 def object_ids(tree: ObjectTree) -> frozenset[str]:

@@ -25,12 +25,12 @@ from numpy.typing import NDArray
 
 from silotune.errors import QuorumLost, RunDirectoryInvalid, SiteReportedError, UpdateRejected
 from silotune.events import tracing
+from silotune.flower.grid import exchange
 from silotune.models.layout import Layout, Vector, initial_adapter
 from silotune.plan.plan import Plan
 from silotune.privacy.errors import MessageMalformed
 from silotune.protocol.replies import JoinReply, TrainReply, error_code
 from silotune.protocol.requests import JoinRequest, TrainRequest, as_arrays
-from silotune.rounds.exchange import exchange
 from silotune.rounds.secure_rounds import SecureRounds
 from silotune.strategies import strategy_for
 from silotune.strategies.base import AdapterStrategy, Terms

@@ -30,16 +30,19 @@ from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
 from silotune.errors import EventMalformed, RunDirectoryInvalid
 from silotune.events.schema import written
 from silotune.events.view import RunView
 from silotune.plan.document import canonical_json
+from silotune.protocol.errors import StoreUnusable
 
 _REQUIRED = ("plan.toml", "resolved.json")
 _STATE_KEY = "silotune"
+
+Arrays = dict[str, NDArray[Any]]
 
 
 class JsonLines:
@@ -244,7 +247,7 @@ class RunDirectory:
     def save_adapter(self, number: int, arrays: Mapping[str, NDArray[Any]]) -> Path:
         """Write the adapter after round `number` (named arrays, e.g. ``layout.unpack(flat)``)."""
         path = self.adapter_of_round(number)
-        save_arrays(path, arrays, state={"round": number})
+        write_atomically(path, packed(arrays, {"round": number}))
         return path
 
     def load_adapter(self, number: int) -> dict[str, NDArray[Any]]:
@@ -261,7 +264,7 @@ class RunDirectory:
 
         One file and one rename: arrays and state can never be of different rounds.
         """
-        save_arrays(self.checkpoint_path, arrays, state=state)
+        write_atomically(self.checkpoint_path, packed(arrays, state))
 
     def save_secure_round(self, number: int, content: bytes) -> None:
         """Replace what a secure round has settled, in ``secure-round.bin``."""
@@ -280,28 +283,32 @@ class RunDirectory:
         return load_arrays(self.checkpoint_path)
 
 
-def save_arrays(
-    path: Path, arrays: Mapping[str, NDArray[Any]], *, state: Mapping[str, Any]
-) -> None:
-    """Write arrays of any shape and type, and a JSON-able mapping, as one safetensors file.
+def packed(arrays: Mapping[str, NDArray[Any]], state: Mapping[str, Any]) -> bytes:
+    """Arrays of any shape and type, and a JSON-able mapping, as one safetensors file.
 
     The bytes are a function of the content alone, so equal states give equal files.
     """
     # safetensors writes a strided view's base buffer; order="C" copies only what isn't contiguous.
-    packed = {name: np.asarray(array, order="C") for name, array in sorted(arrays.items())}
-    text = canonical_json(jsonable(state))
-    write_atomically(path, save(packed, metadata={_STATE_KEY: text}))
+    content = {name: np.asarray(array, order="C") for name, array in sorted(arrays.items())}
+    return bytes(save(content, metadata={_STATE_KEY: canonical_json(jsonable(state))}))
 
 
-def load_arrays(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-    """Read what `save_arrays` wrote. Raises `RunDirectoryInvalid`."""
+def unpacked(content: bytes) -> tuple[Arrays, dict[str, Any]]:
+    """Read what `packed` wrote. Raises `StoreUnusable`."""
     try:
-        with safe_open(path, framework="numpy") as file:
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            text = (file.metadata() or {}).get(_STATE_KEY, "{}")
-    except (OSError, SafetensorError) as exc:
+        arrays = dict(load(content))  # checks the header and every offset
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        return arrays, json.loads(header.get("__metadata__", {}).get(_STATE_KEY, "{}"))
+    except (SafetensorError, ValueError, AttributeError) as exc:
+        raise StoreUnusable("a stored adapter or checkpoint is damaged") from exc
+
+
+def load_arrays(path: Path) -> tuple[Arrays, dict[str, Any]]:
+    """Read a file of `packed` arrays. Raises `RunDirectoryInvalid`."""
+    try:
+        return unpacked(path.read_bytes())
+    except (OSError, StoreUnusable) as exc:
         raise RunDirectoryInvalid(f"{path} can't be read: {exc}") from exc
-    return arrays, _parse_object(text.encode(), str(path))
 
 
 def jsonable(value: Any) -> Any:

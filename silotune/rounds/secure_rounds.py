@@ -27,6 +27,7 @@ from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
 from silotune.errors import SilotuneError
+from silotune.flower.grid import exchange
 from silotune.plan.plan import Plan
 from silotune.privacy.errors import SecureAggregationError, TooFewSurvivors
 from silotune.privacy.secagg.coordinator import CoordinatorRound
@@ -48,7 +49,6 @@ from silotune.protocol.requests import (
     SecureRequest,
     ShareRequest,
 )
-from silotune.rounds.exchange import exchange
 from silotune.strategies.base import Terms, weight_in
 
 

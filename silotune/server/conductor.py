@@ -20,8 +20,9 @@ from flwr.app import Context, RecordDict
 from sqlalchemy import RowMapping
 
 from silotune.errors import RunError, SilotuneError
-from silotune.flower.link_grid import LinkGrid, Peer
-from silotune.flower.superlink import LinkRun, LinkState, Signal
+from silotune.flower.grid import LinkGrid, Peer
+from silotune.flower.messages import LinkRun
+from silotune.flower.superlink import LinkState, Signal
 from silotune.models.layout import Vector
 from silotune.plan.plan import Plan
 from silotune.protocol.errors import StoppedByOperator

@@ -8,7 +8,6 @@ serialisation, and content that many sites get is sent to a worker once.
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,11 +16,11 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-from flwr.app import Message, RecordDict
-from flwr.serverapp import Grid
+from flwr.app import Message
 
 from silotune.errors import WorkerDied
 from silotune.flower import messages as wire
+from silotune.flower.grid import SiteGrid
 from silotune.simulation.pool import SiteSlot, WorkerPool, WorkerUp
 from silotune.simulation.workers import Arrays, Frame
 
@@ -68,7 +67,7 @@ class _Arrived:
     frame: Frame | None
 
 
-class WorkerGrid(Grid):
+class WorkerGrid(SiteGrid):
     """Sites in worker processes. Use it as a context manager, or `close` it.
 
     Parameters
@@ -106,7 +105,8 @@ class WorkerGrid(Grid):
         log_folder: Path | None = None,
         on_receipt: Callable[[Receipt], object] | None = None,
     ) -> None:
-        self._run, self._on_receipt = wire.new_run(_RUN_ID), on_receipt
+        super().__init__(_RUN_ID)
+        self._on_receipt = on_receipt
         self._pending: dict[str, _Pending] = {}
         self._arrived: dict[str, _Arrived] = {}
         self._news = False
@@ -153,26 +153,6 @@ class WorkerGrid(Grid):
 
     # --- Flower's interface ---
 
-    def set_run(self, run: wire.Run) -> None:
-        """Set the run; instructions carry its id from now on."""
-        self._run = run
-
-    @property
-    def run(self) -> wire.Run:
-        """Flower's description of the run."""
-        return self._run
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """A message, as its own constructor makes it."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
-
     def get_node_ids(self) -> list[int]:
         """Nodes of the sites whose worker is alive, in site order."""
         with self._pool.state:
@@ -208,23 +188,6 @@ class WorkerGrid(Grid):
             found = [key for key in self._arrived if key in asked]
             taken = [self._arrived.pop(key) for key in found]
         return [self._open_reply(arrived) for arrived in taken]
-
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> list[Message]:
-        """Send messages and collect the replies until all are there or `timeout` seconds passed."""
-        ends = time.monotonic() + (threading.TIMEOUT_MAX if timeout is None else timeout)
-        missing, replies = set(self.push_messages(messages)), list[Message]()
-        while missing:
-            pulled = self.pull_messages(missing)
-            missing -= {reply.metadata.reply_to_message_id for reply in pulled}
-            replies += pulled
-            left = ends - time.monotonic()
-            if left <= 0:
-                break
-            if missing and not pulled:
-                self.wait(left)
-        return replies
 
     # --- beyond Flower's interface ---
 
@@ -283,7 +246,7 @@ class WorkerGrid(Grid):
         site = message.metadata.dst_node_id - 1
         if not 0 <= site < len(self._pool.worker_of):
             raise ValueError(f"there is no node {message.metadata.dst_node_id}")
-        wire.stamp(message, run_id=self._run.run_id)
+        wire.stamp(message, run_id=self.run.run_id)
         packed = wire.pack(message)
         expires = message.metadata.created_at + message.metadata.ttl
         pending, worker = _Pending(wire.outline(message), site, expires), self._pool.worker_of[site]

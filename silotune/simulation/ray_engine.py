@@ -19,12 +19,13 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from silotune.errors import EnvironmentFault, WorkerDied
 from silotune.flower import messages as wire
+from silotune.flower.grid import SiteGrid
 from silotune.simulation.pool import SiteSlot
 from silotune.simulation.workers import (
     SiteProgram,
@@ -127,7 +128,7 @@ class _RayServerApp(ServerApp):
 
     def __call__(self, grid: Grid, context: Context) -> None:
         try:
-            self._app(_EngineGrid(grid, self._num_sites, self._aborted), context)
+            self._app(_EngineGrid(grid, context.run_id, self._num_sites, self._aborted), context)
         except _EngineEnded:
             pass
         except BaseException as exc:
@@ -148,28 +149,12 @@ class _EngineEnded(WorkerDied):
     """The engine is gone; what `run_with_ray` raises says so."""
 
 
-class _EngineGrid(Grid):
+class _EngineGrid(SiteGrid):
     """Flower's in-memory grid, as strict about the wire and about errors as `WorkerGrid`."""
 
-    def __init__(self, grid: Grid, num_sites: int, aborted: threading.Event) -> None:
+    def __init__(self, grid: Grid, run_id: int, num_sites: int, aborted: threading.Event) -> None:
+        super().__init__(run_id)
         self._grid, self._num_sites, self._aborted = grid, num_sites, aborted
-
-    def set_run(self, run: wire.Run) -> None:
-        self._grid.set_run(run)
-
-    @property
-    def run(self) -> wire.Run:
-        return self._grid.run
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> list[int]:
         # The engine starts the ServerApp first and registers the nodes then.
@@ -195,18 +180,8 @@ class _EngineGrid(Grid):
         self._check()
         return [_coded(reply) for reply in self._grid.pull_messages(message_ids)]
 
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> list[Message]:
-        ends = time.monotonic() + (threading.TIMEOUT_MAX if timeout is None else timeout)
-        missing, replies = set(self.push_messages(messages)), list[Message]()
-        while missing and time.monotonic() < ends:
-            pulled = self.pull_messages(missing)
-            missing -= {reply.metadata.reply_to_message_id for reply in pulled}
-            replies += pulled
-            if not pulled:
-                time.sleep(_POLL_SECONDS)
-        return replies
+    def wait(self, timeout: float) -> None:
+        time.sleep(min(timeout, _POLL_SECONDS))
 
     def _check(self) -> None:
         if self._aborted.is_set():
@@ -233,7 +208,7 @@ class _Site(ClientApp):
             program = _loaded(*self._program)
         except Exception as exc:
             logger.exception("the program can't be loaded")
-            return wire.error_reply(message, kind=wire.APP_RAISED, code=stable_code(exc))
+            return wire.error_reply(message, code=stable_code(exc))
         reply = wire.fresh_copy(answer(program.client_app, message, inner))
         context.state = inner.state
         return reply

@@ -305,7 +305,7 @@ def answer(app: ClientApp, message: Message, context: Context) -> Message:
     except (Exception, SystemExit) as exc:
         code = stable_code(exc)
         logger.exception("site %s: %s failed (%s)", site, asked.metadata.message_type, code)
-        return messages.error_reply(asked, kind=messages.APP_RAISED, code=code)
+        return messages.error_reply(asked, code=code)
     return reply
 
 
@@ -337,9 +337,7 @@ class Host:
             blobs = [packed.deflate(key) for key in packed.objects]
         except Exception:
             logger.exception("site %s: its reply can't be serialised", self._names[task.site])
-            packed = messages.pack(
-                messages.error_reply(asked, kind=messages.APP_RAISED, code=_UNNAMED)
-            )
+            packed = messages.pack(messages.error_reply(asked, code=_UNNAMED))
             blobs = [packed.deflate(key) for key in packed.objects]
         header = {"to": task.root, "root": packed.root, "objects": list(packed.objects)}
         return Frame("reply", {**header, "seconds": seconds}, blobs)

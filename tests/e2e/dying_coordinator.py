@@ -11,7 +11,7 @@ import signal
 import sys
 from pathlib import Path
 
-from silotune.flower.link_grid import LinkGrid
+from silotune.flower.grid import LinkGrid
 from silotune.server.store.runs import RunWriter
 
 DEATHS, MARK = json.loads(sys.argv[1]), Path(sys.argv[2])

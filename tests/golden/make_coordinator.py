@@ -15,7 +15,7 @@ from flwr.supercore.inflatable.inflatable_object import (
 )
 from sqlalchemy import create_engine, inspect
 
-from silotune.flower.superlink import reply
+from silotune.flower.messages import reply
 from silotune.privacy.certificate import issue
 from silotune.privacy.events import gaussian_event
 from silotune.privacy.ledger import Budget, Ledger

@@ -18,7 +18,13 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from silotune.errors import RunDirectoryInvalid
-from silotune.rounds.run_directory import JsonLines, RunDirectory, load_arrays, save_arrays
+from silotune.rounds.run_directory import (
+    JsonLines,
+    RunDirectory,
+    load_arrays,
+    packed,
+    write_atomically,
+)
 
 
 @pytest.fixture
@@ -169,7 +175,7 @@ def test_arrays_come_back_bit_for_bit(specs):
         arrays[name] = array.T if strided else array
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "x.safetensors"
-        save_arrays(path, arrays, state={"round": 3, "nested": {"b": [1, None]}})
+        write_atomically(path, packed(arrays, {"round": 3, "nested": {"b": [1, None]}}))
         found, state = load_arrays(path)
         independent = load_file(path)
     assert state == {"round": 3, "nested": {"b": [1, None]}}
@@ -182,8 +188,8 @@ def test_arrays_come_back_bit_for_bit(specs):
 
 def test_equal_states_give_equal_files_whatever_the_order(tmp_path):
     a, b = np.arange(3.0), np.arange(4.0)
-    save_arrays(tmp_path / "1", {"a": a, "b": b}, state={"x": 1, "y": 2})
-    save_arrays(tmp_path / "2", {"b": b, "a": a}, state={"y": 2, "x": 1})
+    write_atomically(tmp_path / "1", packed({"a": a, "b": b}, {"x": 1, "y": 2}))
+    write_atomically(tmp_path / "2", packed({"b": b, "a": a}, {"y": 2, "x": 1}))
     assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
 
 

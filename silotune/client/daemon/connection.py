@@ -21,7 +21,8 @@ from silotune.client.daemon.enrolment import Enrolment
 from silotune.client.daemon.runner import Runner
 from silotune.data.site import SiteConfig
 from silotune.errors import SilotuneError
-from silotune.flower.site_link import Delivery, Fleet, RunGone, error_reply
+from silotune.flower.messages import error_reply
+from silotune.flower.site_link import Delivery, Fleet, RunGone
 from silotune.protocol.errors import CoordinatorRefused, MessageRefused, SessionTaken
 from silotune.trust.audit import AuditLog
 
@@ -205,11 +206,11 @@ class SiteConnection:
             logger.warning("a message is refused: %s", exc)
             with suppress(SilotuneError):
                 fleet.confirm(delivery)
-            return error_reply(delivery.outline, exc.code), exc.code
+            return error_reply(delivery.outline, code=exc.code), exc.code
         with self.working:
             content, code = self._runner.answer(message)
         if content is None:
-            return error_reply(delivery.outline, code), code
+            return error_reply(delivery.outline, code=code), code
         return Message(content, reply_to=message), code
 
     def _send(self, fleet: Fleet, reply: Message, *, seconds: float) -> None:

@@ -22,7 +22,7 @@ from silotune.errors import FileNotOffered, RunNotFound
 from silotune.events.source import FileOffer, Row, RunFacts
 from silotune.plan.plan import Plan
 from silotune.protocol.http import Decision, RunState
-from silotune.rounds.exchange import Arrays, packed, unpacked
+from silotune.rounds.run_directory import Arrays, packed, unpacked
 from silotune.server.errors import NotPossibleNow
 from silotune.server.store.database import (
     ADAPTERS,

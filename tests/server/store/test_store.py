@@ -9,7 +9,7 @@ from alembic.migration import MigrationContext
 from sqlalchemy import create_engine, insert
 
 from silotune.protocol.errors import StoreUnusable
-from silotune.rounds.exchange import packed, unpacked
+from silotune.rounds.run_directory import packed, unpacked
 from silotune.server.errors import NotPossibleNow
 from silotune.server.store import database
 from silotune.server.store.database import Store, migrate

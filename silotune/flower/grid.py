@@ -1,9 +1,10 @@
-"""The grid of one run: Flower's `Grid` over the link state of this very process.
+"""Grids: messages out, replies in as they come, a deadline; and the coordinator's own.
 
-Everything that goes out is sealed for its receiver, and nothing comes in that its site did not seal
-for this run, round, kind and request. Replies stay in the link state until the round they belong to is
-durable; after a crash the same round finds them, and the instructions still under way, and asks nobody
-twice.
+`exchange` and `SiteGrid` are what all grids share: the simulator's workers and Flower's Ray engine have
+theirs in `silotune.simulation`. In a `LinkGrid` everything that goes out is sealed for its receiver, and
+nothing comes in that its site did not seal for this run, round, kind and request. Replies stay in the
+link state until the round they belong to is durable; after a crash the same round finds them, and the
+instructions still under way, and asks nobody twice.
 """
 
 from __future__ import annotations
@@ -11,16 +12,20 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
-from silotune.flower import superlink
-from silotune.flower.superlink import Instruction, LinkRun, LinkState
+from silotune.events import tracing
+from silotune.flower import messages as wire
+from silotune.flower.messages import LinkRun
 from silotune.protocol.envelope import (
     COORDINATOR,
     MessagePlace,
@@ -30,12 +35,117 @@ from silotune.protocol.envelope import (
     unseal,
 )
 from silotune.protocol.errors import SiteOffline, StoppedByOperator
+from silotune.protocol.requests import put_trace, trace_of
 from silotune.trust.errors import EnvelopeInvalid
+
+if TYPE_CHECKING:  # with it come a web framework and a database, which no simulation needs
+    from silotune.flower.superlink import Instruction, LinkState
 
 _log = logging.getLogger(__name__)
 
 _MOST_SECONDS_TO_GATHER = 60.0  # for sites that are on their way back after a restart
 _LONGEST_WAIT = 1.0
+_POLL_SECONDS = 0.05
+
+
+def exchange(
+    grid: Grid, messages: Iterable[Message], *, deadline: float
+) -> Iterator[tuple[int, Message]]:
+    """Send messages and yield ``(node, reply)`` pairs until all replied or time is up.
+
+    Parameters
+    ----------
+    grid : Grid
+        Any Flower grid. One with a ``wait(seconds)`` method is waited on, another polled.
+    messages : iterable of Message
+        At most one a node.
+    deadline : float
+        Seconds after which missing replies are given up.
+
+    Notes
+    -----
+    The node is the one the message went to: an error that the transport raised for a lost site does
+    not carry that site's id as its source.
+    """
+    outgoing = list(messages)
+    with _traced(outgoing):
+        ends = time.monotonic() + deadline
+        sent = grid.push_messages(outgoing)
+        pending = {
+            message_id: message.metadata.dst_node_id
+            for message_id, message in zip(sent, outgoing, strict=True)
+            if message_id
+        }
+        wait: Callable[[float], object] = getattr(grid, "wait", time.sleep)
+        while pending:
+            replies = list(grid.pull_messages(list(pending)))
+            for reply in replies:
+                yield pending.pop(reply.metadata.reply_to_message_id), reply
+            left = ends - time.monotonic()
+            if left <= 0:
+                return
+            if pending and not replies:
+                wait(min(left, _POLL_SECONDS))
+
+
+@contextmanager
+def _traced(outgoing: list[Message]) -> Iterator[None]:
+    """One span around it all, and its ``traceparent`` in every message, while traces are on."""
+    if not outgoing:
+        yield
+        return
+    kind, place = outgoing[0].metadata.message_type, trace_of(outgoing[0].content)
+    with tracing.exchange(kind, run=place.run, round=place.round) as header:
+        if header:
+            for message in outgoing:
+                put_trace(message, header)
+        yield
+
+
+class SiteGrid(Grid):
+    """What Flower's interface asks of a grid, but for the sites, messages out and replies in.
+
+    Parameters
+    ----------
+    run_id : int
+        Flower's.
+    timeout : float
+        Seconds that `send_and_receive` waits if it is not told.
+    """
+
+    def __init__(self, run_id: int, *, timeout: float = float("inf")) -> None:
+        self._flower_run, self._timeout = wire.new_run(run_id), timeout
+
+    def set_run(self, run: Run) -> None:
+        """Set the run; instructions carry its id from now on."""
+        self._flower_run = run
+
+    @property
+    def run(self) -> Run:
+        """Flower's description of the run."""
+        return self._flower_run
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """A message, as its own constructor makes it."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> list[Message]:
+        """Send messages and collect the replies until all are there or `timeout` seconds passed."""
+        deadline = self._timeout if timeout is None else timeout
+        return [reply for _, reply in exchange(self, messages, deadline=deadline)]
+
+    @abstractmethod
+    def wait(self, timeout: float) -> object:
+        """Block until something may have arrived, at most about `timeout` seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +176,7 @@ class _AwaitedReply:
         return f"{self.address.round}.{self.seal}"
 
 
-class LinkGrid(Grid):
+class LinkGrid(SiteGrid):
     """Messages of one run.
 
     Parameters
@@ -110,6 +220,7 @@ class LinkGrid(Grid):
         patience: float,
         alarm: Callable[..., None],
     ) -> None:
+        super().__init__(link_run.run_id, timeout=ttl)
         self._link, self._link_run = link, link_run
         self._run_name, self._federation, self._key = run, federation, key
         self._peers = {peer.node: peer for peer in peers}
@@ -137,32 +248,6 @@ class LinkGrid(Grid):
         self._link.arrived.fire()
 
     # --- Flower's interface ---
-
-    def set_run(self, run: Run) -> None:
-        """Nothing: a grid is made for its run."""
-
-    @property
-    def run(self) -> Run:
-        """Flower's description of the run."""
-        return superlink.empty_run(self._link_run)
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """A message to a node; group and ttl are set when it is pushed."""
-        return superlink.instruction(
-            self._link_run,
-            node=dst_node_id,
-            kind=message_type,
-            group=group_id,
-            ttl=ttl or self._ttl,
-            content=content,
-        )
 
     def get_node_ids(self) -> list[int]:
         """Sites that are online; none before all that approve are, or a minute is over.
@@ -232,24 +317,9 @@ class LinkGrid(Grid):
             found += [self._silent(original, p) for original, p in self._given_up(asked)]
         return found
 
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> list[Message]:
-        """Push, and pull until all replied or time is up."""
-        ends = time.monotonic() + (self._ttl if timeout is None else timeout)
-        waiting = {message_id for message_id in self.push_messages(messages) if message_id}
-        found: list[Message] = []
-        while waiting and time.monotonic() < ends:
-            replies = self.pull_messages(waiting)
-            found += replies
-            waiting -= {reply.metadata.reply_to_message_id for reply in replies}
-            if not replies:
-                self.wait(_LONGEST_WAIT)
-        return found
-
-    def wait(self, seconds: float) -> None:
+    def wait(self, timeout: float) -> None:
         """Until something arrived since the last wait, or a second is over."""
-        del seconds  # an arrival wakes us: there is no need to look every few milliseconds
+        del timeout  # an arrival wakes us: there is no need to look every few milliseconds
         self._seen = self._link.arrived.wait(since=self._seen, seconds=_LONGEST_WAIT)
 
     # --- durability ---
@@ -273,7 +343,7 @@ class LinkGrid(Grid):
         address = MessagePlace(
             federation=self._federation,
             run=self._run_name,
-            round=_round_of(message.content),
+            round=trace_of(message.content).round,
             kind=message.metadata.message_type,
             sender=COORDINATOR,
             receiver=peer.site,
@@ -359,7 +429,7 @@ class LinkGrid(Grid):
         return self._reply(original, pending, content if code is None else code)
 
     def _reply(self, original: str, pending: _AwaitedReply, content: RecordDict | str) -> Message:
-        return superlink.reply(
+        return wire.reply(
             self._link_run,
             node=pending.peer.node,
             kind=pending.address.kind,
@@ -391,8 +461,3 @@ class LinkGrid(Grid):
     def _require_going(self) -> None:
         if self._stop.is_set():
             raise StoppedByOperator(f"{self._run_name} was stopped")
-
-
-def _round_of(content: RecordDict) -> int:
-    value = content.config_records["config"].get("round", 0) if "config" in content else 0
-    return value if isinstance(value, int) else 0
