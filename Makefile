@@ -9,7 +9,7 @@ export FLWR_TELEMETRY_ENABLED = 0
 export FLWR_DISABLE_UPDATE_CHECK = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo test test-slow test-newest test-lowest lint format docs clean
+.PHONY: setup demo test test-slow test-newest test-lowest lint style types format docs clean
 
 setup: $(READY)
 
@@ -24,13 +24,21 @@ demo: $(READY)
 	$(BIN)/silotune demo hospitals ./hospitals --force
 	$(BIN)/silotune simulate ./hospitals/plan.toml --baselines
 
-# Two processes, one a core: what talks to real processes, and everything else.
-PROCESSES := tests/client tests/commands tests/dashboard tests/e2e tests/events tests/flower tests/server tests/test_export.py
+# Two processes of about the same length, one a core; types and imports are looked at beside them.
+HALF := tests/client tests/commands tests/dashboard tests/e2e tests/events tests/flower tests/models \
+	tests/privacy tests/server tests/strategies tests/test_export.py
+PYTEST = $(BIN)/python -m pytest --durations=10 -o tmp_path_retention_count=1
+# Files of tests are in memory where there is room: a process that is killed needs no disk to lose nothing.
+ROOM := $(shell [ "$$(df -k --output=avail /dev/shm 2> /dev/null | tail -n 1)" -gt 4000000 ] 2> /dev/null && echo /dev/shm)
 
-test: lint
-	@log=$$(mktemp); $(BIN)/python -m pytest --durations=10 $(PROCESSES) > $$log 2>&1 & other=$$!; \
-	$(BIN)/python -m pytest --durations=10 $(PROCESSES:%=--ignore=%); status=$$?; \
-	wait $$other || status=1; cat $$log; rm -f $$log; exit $$status
+TYPES = $(BIN)/mypy && $(BIN)/lint-imports --no-logo
+
+test: export PYTEST_DEBUG_TEMPROOT = $(ROOM)
+test: style
+	@log=$$(mktemp -d); $(PYTEST) $(HALF) > $$log/half 2>&1 & half=$$!; \
+	($(TYPES)) > $$log/types 2>&1 & types=$$!; \
+	$(PYTEST) $(HALF:%=--ignore=%); status=$$?; \
+	wait $$half || status=1; wait $$types || status=1; cat $$log/half $$log/types; rm -rf $$log; exit $$status
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
@@ -52,11 +60,14 @@ test-lowest: $(READY)
 	$(VENV)-lowest/bin/python tests/lowest_bounds.py
 	$(VENV)-lowest/bin/python -m pytest $(ENDS)
 
-lint: $(READY)
+lint: style types
+
+style: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
-	$(BIN)/lint-imports --no-logo
+
+types: $(READY)
+	$(TYPES)
 
 format: $(READY)
 	$(BIN)/ruff format .
