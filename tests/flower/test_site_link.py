@@ -4,6 +4,7 @@ import contextlib
 import http.server
 import itertools
 import socket
+import statistics
 import threading
 import time
 
@@ -119,16 +120,16 @@ def test_heartbeats_go_on_while_python_is_busy(rig):
         heartbeat=0.25,
     )
     fleet.connect()
-    before, ends = len(rig.double.heartbeats), time.monotonic() + 2.0
+    before, ends = len(rig.double.heartbeats), time.monotonic() + 60.0
     numbers = 0
-    while time.monotonic() < ends:
+    while len(rig.double.heartbeats) - before < 8 and time.monotonic() < ends:
         numbers += sum(i * i for i in range(2000))
     fleet.close()
-    # 0.8 of the interval apart: ten on a quiet machine; on a loaded one some come late.
     beats = rig.double.heartbeats[before:]
     assert numbers
-    assert len(beats) >= 4
-    assert max(b - a for a, b in itertools.pairwise(beats)) < 1.5
+    assert len(beats) >= 8
+    # 0.8 of the interval apart; on a loaded machine one or another comes late.
+    assert statistics.median(b - a for a, b in itertools.pairwise(beats)) < 2 * 0.25
 
 
 def test_an_empty_answer_is_no_message(rig, fleet):

@@ -253,12 +253,15 @@ def test_a_budget_that_is_none_is_refused(wrong):
 def test_calibration_is_remembered_and_costs_about_a_second_at_most():
     accounting._calibrate.cache_clear()
     accounting._epsilon.cache_clear()
-    started = time.process_time()
+    started = time.thread_time()
     first = calibrate(epsilon=8.0, delta=DELTA, rate=0.0613, steps=72)
-    assert time.process_time() - started < 3.0  # 0.3 s on an idle core
-    started = time.process_time()
-    assert calibrate(epsilon=8.0, delta=DELTA, rate=0.0613, steps=72) == first
-    assert time.process_time() - started < 0.01
+    assert time.thread_time() - started < 3.0  # 0.3 s on an idle core
+    again = []
+    for _ in range(3):
+        started = time.thread_time()
+        assert calibrate(epsilon=8.0, delta=DELTA, rate=0.0613, steps=72) == first
+        again.append(time.thread_time() - started)
+    assert min(again) < 0.01
 
 
 # --- round by round -----------------------------------------------------------------------------

@@ -111,12 +111,12 @@ def test_waiting_ends_at_the_timeout_when_nothing_comes(two_workers):
     two_workers.pull_messages([])
     started = time.monotonic()
     assert not two_workers.wait(0.1)
-    assert 0.05 < time.monotonic() - started < 2
+    assert 0.05 < time.monotonic() - started < 20
 
 
 def test_a_time_limit_gives_what_there_is(two_workers):
-    sent = messages([1, 2], **{"sleep-1": 2.0})
-    replies = two_workers.send_and_receive(sent, timeout=1.0)
+    sent = messages([1, 2], **{"sleep-1": 3.0})
+    replies = two_workers.send_and_receive(sent, timeout=2.0)
     assert [reply.metadata.src_node_id for reply in replies] == [2]
     pull_all(two_workers, [sent[0].metadata.message_id])
 

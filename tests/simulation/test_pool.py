@@ -121,7 +121,7 @@ def test_closing_ends_workers_in_the_middle_of_their_work():
     started = time.monotonic()
     some.close()
     some.close()
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 40  # not the 60 s of their work
     assert psutil.Process().children() == others
 
 

@@ -1,6 +1,5 @@
 """Folding a cohort costs little more than NumPy's addition, in time and in memory."""
 
-import statistics
 import time
 import tracemalloc
 
@@ -51,35 +50,36 @@ def test_a_round_takes_less_than_four_adapters_of_memory(changes):
 
 
 def test_folding_costs_no_more_than_twice_numpys_addition_of_the_same_precision():
-    """CPU time; the median of nine pairs. Measured 1.3 to 1.4 on a busy machine."""
+    """CPU time of this thread; the least of nine: neighbours disturb it least. Measured 1.3 to 1.4."""
     strategy, terms, updates = ready(4)
     adapter, total = np.zeros(LAYOUT.size, np.float32), np.zeros(LAYOUT.size)
-    ratios = []
+    plain, folding = [], []
     for _ in range(9):
-        started = time.process_time()
+        started = time.thread_time()
         for update in updates:
             total += update
-        plain = time.process_time() - started
+        plain.append(time.thread_time() - started)
         strategy.begin(1, adapter)
-        started = time.process_time()
+        started = time.thread_time()
         for one, update in zip(terms, updates, strict=True):
             strategy.fold(one, update)
-        ratios.append((time.process_time() - started) / plain)
-    assert statistics.median(ratios) < 2.0
+        folding.append(time.thread_time() - started)
+    assert min(folding) < 2.0 * min(plain)
 
 
 @pytest.mark.parametrize("size", [1e-3, 100.0], ids=["short", "too long"])
 def test_bounding_an_update_costs_at_most_as_much_again_as_adding_it(size):
-    """CPU time, threads of BLAS included; the median of nine pairs. Measured 1.2 to 1.4."""
+    """CPU time of this thread, which is BLAS's only one; the least of nine. Measured 1.2 to 1.4."""
     changes = {"aggregation": {"strategy": "norm_bound", "bound": 1.0}}
     (bounded, terms, updates), (plain, _, _) = ready(4, **changes), ready(4)
     updates *= np.float32(size)
 
     def seconds(strategy):
         strategy.begin(1, np.zeros(LAYOUT.size, np.float32))
-        started = time.process_time()
+        started = time.thread_time()
         for one, update in zip(terms, updates, strict=True):
             strategy.fold(one, update)
-        return time.process_time() - started
+        return time.thread_time() - started
 
-    assert statistics.median(seconds(bounded) / seconds(plain) for _ in range(9)) < 2.0
+    pairs = [(seconds(bounded), seconds(plain)) for _ in range(9)]
+    assert min(one for one, _ in pairs) < 2.0 * min(other for _, other in pairs)

@@ -68,9 +68,9 @@ def test_events_are_read_in_the_order_in_which_they_happened(store, gathering):
 def test_what_waits_is_seen_within_a_moment_without_anything_else_happening(store, gathering):
     started = time.monotonic()
     gathering.append_event("round_started", round=1, cohort=["a"])
-    assert gathering.news.wait(timeout=10)
+    assert gathering.news.wait(timeout=30)
     assert told(store) == [("round_started", None)]
-    assert time.monotonic() - started < 5.0
+    assert time.monotonic() - started < 20.0
 
 
 def test_many_threads_lose_nothing(store, gathering):
