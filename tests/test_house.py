@@ -3,7 +3,7 @@
 import ast
 import re
 import tomllib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -40,6 +40,12 @@ def test_no_class_name_stands_in_two_modules():
             if isinstance(node, ast.ClassDef):
                 found[node.name].append(of(path))
     assert {name: paths for name, paths in found.items() if len(paths) > 1} == {}
+
+
+def test_no_two_modules_of_tests_have_one_name():
+    """pytest imports them without their folders: of two, it would take the first for both."""
+    found = Counter(path.name for path in Path(__file__).parent.rglob("test_*.py"))
+    assert [name for name, times in found.items() if times > 1] == []
 
 
 def test_only_one_room_knows_flowers_insides():

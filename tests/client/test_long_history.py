@@ -17,7 +17,9 @@ from tests.long_history import write_audit_log, write_ledger
 
 KEY = Ed25519PrivateKey.generate()
 LINES, ROWS = 20_000, 4_000
-GENEROUS = 0.02  # s of CPU; the aim is 0.002 on an idle machine, and reading all of it took 0.3 and 1
+GENEROUS = (
+    0.02  # s of CPU; the aim is 0.002 on an idle machine, and reading all of it took 0.3 and 1
+)
 
 
 @pytest.fixture
