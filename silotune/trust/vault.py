@@ -15,6 +15,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import sys
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
@@ -237,6 +238,9 @@ def _path(text: str, base: Path) -> Path:
 
 
 def _read_private(path: Path) -> bytes:
+    if path == Path("/dev/stdin"):
+        # Never opened by that name: a pipe has no path, and may be of the account before `sudo -u`.
+        return sys.stdin.buffer.read()
     try:
         credentials = os.environ.get("CREDENTIALS_DIRECTORY")
         # systemd guards that folder itself, and lets the service in by an access control list.

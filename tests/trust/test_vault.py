@@ -2,6 +2,8 @@
 
 import os
 import stat
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -141,6 +143,20 @@ def test_a_passphrase_file_that_others_read_is_refused_unless_systemd_guards_it(
     how = AtRest(passphrase_file="${CREDENTIALS_DIRECTORY}/passphrase")
     sealed = Vault(tmp_path / "state", how).seal(b"x", name="n")
     assert Vault(tmp_path / "state", how).unseal(sealed, name="n") == b"x"
+
+
+def test_a_passphrase_comes_by_a_pipe(tmp_path):
+    """In a process of its own: a pipe can't be found by its path, and may be another account's."""
+    code = (
+        "import sys; from pathlib import Path; from silotune.trust.vault import AtRest, Vault;"
+        "Vault(Path(sys.argv[1]), AtRest(passphrase_file='/dev/stdin'))"
+    )
+    given = [sys.executable, "-c", code, str(tmp_path / "state")]
+    subprocess.run(given, input=PASSPHRASE + "\n", text=True, check=True)
+    secret = tmp_path / "passphrase"
+    secret.write_text(PASSPHRASE)
+    secret.chmod(0o600)
+    assert Vault(tmp_path / "state", AtRest(passphrase_file=str(secret))).seal(b"x", name="n")
 
 
 def test_a_guess_of_the_passphrase_costs_at_least_32_megabytes(tmp_path, monkeypatch):
