@@ -46,7 +46,7 @@ test-slow: $(READY)
 # What depends on other libraries' insides, with the newest and the lowest versions that pyproject.toml admits.
 ENDS := tests/client/test_admission.py tests/client/test_trainer.py tests/flower tests/models tests/planted \
 	tests/privacy/test_accounting.py tests/privacy/test_clipping.py tests/privacy/test_engine.py tests/protocol \
-	tests/server/store/test_store.py tests/server/test_conductor.py tests/simulation/test_grid.py \
+	tests/server/store/test_store.py tests/server/test_run_control.py tests/simulation/test_grid.py \
 	tests/simulation/test_ray_engine.py tests/simulation/test_run.py tests/strategies tests/trust
 INSTALL = $(BIN)/uv venv --quiet --clear --python $(BIN)/python $(VENV)-$(1) && \
 	$(BIN)/uv pip install --quiet --python $(VENV)-$(1)/bin/python -e '.[demo,dev]' --resolution

@@ -60,14 +60,14 @@ def dashboard(
     """
     from starlette.types import ASGIApp
 
-    from silotune.dashboard.page_guard import Door, serve_here
+    from silotune.dashboard.page_guard import Access, serve_here
     from silotune.dashboard.pages import Content, build
     from silotune.events.source import RunDirectories
 
     source = RunDirectories(runs)
 
-    def application(door: Door) -> ASGIApp:
-        return build(Content(title=runs.resolve().name, source=source), door)
+    def application(access: Access) -> ASGIApp:
+        return build(Content(title=runs.resolve().name, source=source), access)
 
     serve_here(application, port=port, role="viewer", said=lambda url: typer.echo(f"Open {url}"))
 

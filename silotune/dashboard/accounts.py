@@ -157,7 +157,7 @@ class Sessions:
         return now - session.used < IDLE_SECONDS and now - session.began < LONGEST_SECONDS
 
 
-class Brake:
+class AttemptLimit:
     """Makes guessing slow: after five failures, each further one doubles the wait, to 15 minutes.
 
     Failures count for the account and for the address, so that neither one account can be tried from

@@ -80,7 +80,7 @@ _STATUS: tuple[tuple[type[SilotuneError], int], ...] = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Door:
+class Access:
     """Who may come in, and how.
 
     Attributes
@@ -128,16 +128,16 @@ class PageGuard:
     ----------
     app : ASGI application
         The pages.
-    door : Door
+    access : Access
         Who may come in.
     failure : callable
         ``failure(scope, error, status)``: a page that tells an error.
     """
 
     def __init__(
-        self, app: App, *, door: Door, failure: Callable[[Scope, SilotuneError, int], Response]
+        self, app: App, *, access: Access, failure: Callable[[Scope, SilotuneError, int], Response]
     ) -> None:
-        self._app, self._door, self._failure = app, door, failure
+        self._app, self._access, self._failure = app, access, failure
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -156,7 +156,7 @@ class PageGuard:
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = _headers(scope)
-        if _host_name(headers.get("host", "")) not in self._door.hosts:
+        if _host_name(headers.get("host", "")) not in self._access.hosts:
             refusal = PlainTextResponse("This dashboard is not served under that name.", 421)
             await refusal(scope, receive, send)
             return
@@ -185,10 +185,10 @@ class PageGuard:
             cookies.load(headers.get("cookie", ""))
         except CookieError:
             cookies = SimpleCookie()
-        value = cookies[self._door.cookie].value if self._door.cookie in cookies else ""
+        value = cookies[self._access.cookie].value if self._access.cookie in cookies else ""
         # A page that looks for news by itself must not keep a session alive for ever.
         watching = headers.get("silotune-live") == "1" or scope["path"].endswith("/stream")
-        return self._door.sessions.find(value, touch=not watching) if value else None
+        return self._access.sessions.find(value, touch=not watching) if value else None
 
     def _judge_form(
         self, scope: Scope, headers: Mapping[str, str], session: Session | None, path: str
@@ -199,16 +199,16 @@ class PageGuard:
             if session is not None and path not in {"/signout", "/signin"}:
                 session.person.require_operator()
         except SilotuneError as error:
-            if session is not None and self._door.refused is not None:
+            if session is not None and self._access.refused is not None:
                 _, _, *target, action = f"/{path}".split("/")  # "/runs/NAME/pause", "/signout"
-                self._door.refused(session.person, action, "/".join(target[1:]), code=error.code)
+                self._access.refused(session.person, action, "/".join(target[1:]), code=error.code)
             raise
 
     def _require_own_form(
         self, scope: Scope, headers: Mapping[str, str], session: Session | None
     ) -> None:
         origin = headers.get("origin")
-        scheme = "https" if self._door.tls else "http"
+        scheme = "https" if self._access.tls else "http"
         if origin is not None and origin != f"{scheme}://{headers.get('host', '')}":
             raise RequestForged("the request came from another page")
         if headers.get("sec-fetch-site", "same-origin") not in {"same-origin", "none"}:
@@ -221,7 +221,7 @@ class PageGuard:
 
     def _with_headers(self, send: Send) -> Send:
         extra = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
-        if self._door.tls:
+        if self._access.tls:
             extra.append((b"strict-transport-security", b"max-age=31536000"))
 
         async def sending(message: MutableMapping[str, Any]) -> None:
@@ -280,14 +280,14 @@ LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
 
 def serve_here(
-    build: Callable[[Door], ASGIApp], *, port: int, role: PersonRole, said: Callable[[str], None]
+    build: Callable[[Access], ASGIApp], *, port: int, role: PersonRole, said: Callable[[str], None]
 ) -> None:
     """Serve on loopback until Ctrl-C; only the link that `said` is given lets anybody in.
 
     Other accounts of the machine can reach a loopback port too, so the link carries a secret.
     """
     link = OwnerLink(Person(name="you", role=role))
-    app = build(Door(hosts=LOOPBACK, link=link))
+    app = build(Access(hosts=LOOPBACK, link=link))
     config = uvicorn.Config(
         app,
         host="127.0.0.1",

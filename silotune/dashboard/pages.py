@@ -33,10 +33,10 @@ from starlette.types import ASGIApp
 
 from silotune import __version__
 from silotune.dashboard import run_page as words
-from silotune.dashboard.accounts import Brake, Session
+from silotune.dashboard.accounts import AttemptLimit, Session
 from silotune.dashboard.errors import PageUnknown, TooManyAttempts
-from silotune.dashboard.page_guard import FORM, SESSION, Door, PageGuard, Scope, certificate_of
-from silotune.dashboard.run_page import Glance, RunPage, Spending, glance, run_page
+from silotune.dashboard.page_guard import FORM, SESSION, Access, PageGuard, Scope, certificate_of
+from silotune.dashboard.run_page import RunPage, RunRow, Spending, run_page, run_row
 from silotune.errors import FileNotOffered, RunNotFound, SilotuneError
 from silotune.events.source import (
     OVER,
@@ -59,7 +59,7 @@ class SignIn:
 
     Parameters
     ----------
-    door : Door
+    access : Access
         Accounts, certificates and sessions.
     templates : Templates
         The page.
@@ -70,11 +70,11 @@ class SignIn:
     """
 
     def __init__(
-        self, door: Door, templates: Templates, *, title: str, operations: PageOperations | None
+        self, access: Access, templates: Templates, *, title: str, operations: PageOperations | None
     ) -> None:
-        self._door, self._templates, self._title = door, templates, title
+        self._access, self._templates, self._title = access, templates, title
         self._operations = operations
-        self._brake = Brake()
+        self._limit = AttemptLimit()
 
     def add_to(self, app: FastAPI) -> None:
         """Register the routes."""
@@ -87,10 +87,10 @@ class SignIn:
         """The form; a right link needs none."""
         if link:
             address = _address(request)
-            self._brake.require_open(address)
-            if self._door.link is not None and self._door.link.fits(link[:200]):
-                return self._welcome(request, self._door.link.person, how="link")
-            self._brake.failed(address)
+            self._limit.require_open(address)
+            if self._access.link is not None and self._access.link.fits(link[:200]):
+                return self._welcome(request, self._access.link.person, how="link")
+            self._limit.failed(address)
             return self._form("This link is not valid any more.", 401)
         return self._form("", 200)
 
@@ -102,28 +102,28 @@ class SignIn:
         name, password = form.get("name", "")[:63], form.get("password", "")
         keys = (f"account {name}", _address(request))
         try:
-            self._brake.require_open(*keys)
+            self._limit.require_open(*keys)
         except TooManyAttempts as exc:
             return self._form(f"Too many attempts: {exc.detail}.", 429)
-        accounts = self._door.accounts
+        accounts = self._access.accounts
         person = accounts.check(name, password) if accounts else None
         if accounts is None or person is None:
-            self._brake.failed(*keys)
+            self._limit.failed(*keys)
             return self._form("Name or password is wrong.", 401)
-        self._brake.succeeded(*keys)
+        self._limit.succeeded(*keys)
         return self._welcome(
             request, person, how="password", valid=lambda: accounts.current(person)
         )
 
     def leave(self, request: Request) -> Response:
         """Sign out."""
-        self._door.sessions.end(request.cookies.get(self._door.cookie, ""))
+        self._access.sessions.end(request.cookies.get(self._access.cookie, ""))
         response = RedirectResponse("/signin", 303)
-        response.delete_cookie(self._door.cookie, path="/")
+        response.delete_cookie(self._access.cookie, path="/")
         return response
 
     def _by_certificate(self, request: Request) -> Response:
-        certificate, holder = certificate_of(request.scope), self._door.holder
+        certificate, holder = certificate_of(request.scope), self._access.holder
         try:
             if certificate is None or holder is None:
                 raise SignInNeeded("the browser showed no certificate")
@@ -147,11 +147,11 @@ class SignIn:
         valid: Callable[[], bool] = lambda: True,
     ) -> Response:
         if request.scope[SESSION] is not None:  # a new session for a new sign-in, always
-            self._door.sessions.end(request.cookies.get(self._door.cookie, ""))
+            self._access.sessions.end(request.cookies.get(self._access.cookie, ""))
         if self._operations is not None:
             self._operations.signed_in(person, how=how)
         response = RedirectResponse("/", 303)
-        self._door.set_cookie(response, self._door.sessions.begin(person, valid=valid))
+        self._access.set_cookie(response, self._access.sessions.begin(person, valid=valid))
         return response
 
     def _form(self, message: str, status: int) -> Response:
@@ -161,8 +161,8 @@ class SignIn:
             session=None,
             coordinator=False,
             message=message,
-            passwords=self._door.accounts is not None,
-            certificates=self._door.holder is not None,
+            passwords=self._access.accounts is not None,
+            certificates=self._access.holder is not None,
         )
         return HTMLResponse(text, status)
 
@@ -223,13 +223,13 @@ class Templates:
         return self._environment.get_template(template).render(version=__version__, **values)
 
 
-def build(content: Content, door: Door) -> ASGIApp:
+def build(content: Content, access: Access) -> ASGIApp:
     """The whole application, with the doorman in front."""
     templates = Templates()
-    pages = Pages(content, door, templates)
+    pages = Pages(content, access, templates)
     app = FastAPI(title="silotune dashboard", docs_url=None, redoc_url=None, openapi_url=None)
     pages.add_to(app)
-    SignIn(door, templates, title=content.title, operations=content.operations).add_to(app)
+    SignIn(access, templates, title=content.title, operations=content.operations).add_to(app)
     app.state.pages = pages
 
     def failure(scope: Scope, error: SilotuneError, status: int) -> Response:
@@ -241,17 +241,17 @@ def build(content: Content, door: Door) -> ASGIApp:
         return failure(dict(request.scope), error, status)
 
     app.add_exception_handler(SilotuneError, told)
-    return PageGuard(app, door=door, failure=failure)
+    return PageGuard(app, access=access, failure=failure)
 
 
 class Pages:
     """Handlers of the pages about runs, sites and people."""
 
-    def __init__(self, content: Content, door: Door, templates: Templates) -> None:
-        self._content, self._door, self._templates = content, door, templates
+    def __init__(self, content: Content, access: Access, templates: Templates) -> None:
+        self._content, self._access, self._templates = content, access, templates
         self._source, self._operations = content.source, content.operations
         self._views, self._spending = Views(content.source), Spending()
-        self._glances: dict[tuple[str, str, int], Glance] = {}
+        self._glances: dict[tuple[str, str, int], RunRow] = {}
         self._feed: Feed | None = None
 
     def add_to(self, app: FastAPI) -> None:
@@ -323,11 +323,11 @@ class Pages:
     async def _messages(
         self, feed: Feed, request: Request, run: str, after: int
     ) -> AsyncIterator[str]:
-        cookie = request.cookies.get(self._door.cookie, "")
+        cookie = request.cookies.get(self._access.cookie, "")
         batches = feed.follow(run, after=after, keep_alive=15.0)
         try:
             async for batch in batches:
-                if self._door.sessions.find(cookie, touch=False) is None:
+                if self._access.sessions.find(cookie, touch=False) is None:
                     return
                 yield _as_messages(batch)
             yield "event: over\ndata: {}\n\n"
@@ -433,7 +433,7 @@ class Pages:
             view = self._views.get(run)
             return run_page(facts, view, self._spending.curves(facts, view, wait=wait))
 
-    def _glance(self, facts: RunFacts) -> Glance:
+    def _glance(self, facts: RunFacts) -> RunRow:
         """A run's line in the list; of a run that is over it is kept, whatever else is watched."""
         key = (facts.run, facts.state, facts.round)
         if key in self._glances:
@@ -441,7 +441,7 @@ class Pages:
         with self._views.lock:
             view = self._views.get(facts.run)
             spent = self._spending.spent(facts, view)
-            found = glance(facts, view, spent)
+            found = run_row(facts, view, spent)
         if facts.state in OVER and (spent or facts.planned_epsilon is None):
             self._glances[key] = found
         return found

@@ -295,7 +295,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Glance:
+class RunRow:
     """A run in the list of runs."""
 
     facts: RunFacts
@@ -441,7 +441,7 @@ def _scores(view: RunView) -> tuple[Score, ...]:
     return tuple(sorted(found, key=lambda score: score.data != "test"))
 
 
-def glance(facts: RunFacts, view: RunView, spent: Mapping[str, float]) -> Glance:
+def run_row(facts: RunFacts, view: RunView, spent: Mapping[str, float]) -> RunRow:
     """What the list of runs says of one; call it under the view's lock."""
     scores = _scores(view)
     epsilon = (
@@ -449,7 +449,7 @@ def glance(facts: RunFacts, view: RunView, spent: Mapping[str, float]) -> Glance
         if spent and facts.planned_epsilon
         else _DASH
     )
-    return Glance(facts, _mode(facts.plan), epsilon, scores[0] if scores else None)
+    return RunRow(facts, _mode(facts.plan), epsilon, scores[0] if scores else None)
 
 
 def _mode(plan: Mapping[str, Any]) -> str:

@@ -216,7 +216,7 @@ class Instruction:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sighting:
+class NodeHealth:
     """How a node is doing: whether its heartbeats are current, and until when they were."""
 
     online: bool
@@ -288,10 +288,10 @@ class LinkState:
         if self._state.get_node_info(node_ids=[node]):
             self._state.delete_node(NOOP_FLWR_AID, node)
 
-    def sightings(self) -> dict[int, Sighting]:
+    def sightings(self) -> dict[int, NodeHealth]:
         """Every node that is or was there."""
         return {
-            int(info.node_id): Sighting(
+            int(info.node_id): NodeHealth(
                 online=info.status == NodeStatus.ONLINE, until=float(info.online_until or 0.0)
             )
             for info in self._state.get_node_info(owner_aids=[NOOP_FLWR_AID])

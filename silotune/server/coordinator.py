@@ -16,7 +16,6 @@ from silotune.protocol.envelope import COORDINATOR
 from silotune.server.admin.operations import CoordinatorParts, Operations
 from silotune.server.admin.socket import AdminRoutes
 from silotune.server.books import Books, Certificates
-from silotune.server.conductor import Conductor, RunParts
 from silotune.server.config import (
     CoordinatorConfig,
     CoordinatorKeys,
@@ -36,6 +35,7 @@ from silotune.server.listener import (
 )
 from silotune.server.monitoring import Monitoring
 from silotune.server.routes import SiteRoutes
+from silotune.server.run_control import RunControl, RunParts
 from silotune.server.store.database import Store
 from silotune.server.store.runs import FederationLog, Runs
 from silotune.trust.audit import AuditLog
@@ -189,7 +189,7 @@ class Coordinator:
             alarm=self.alarm,
             changed=self._sites_changed,
         )
-        stage = RunParts(
+        run_parts = RunParts(
             store=self.store,
             runs=Runs(self.store),
             link=self.link,
@@ -200,10 +200,10 @@ class Coordinator:
             events=self.signal,
             alarm=self.alarm,
         )
-        self.conductor = Conductor(stage, audit=self.audit, changed=self._news)
+        self.run_control = RunControl(run_parts, audit=self.audit, changed=self._news)
         self.routes = SiteRoutes(
             registrar=self.registrar,
-            conductor=self.conductor,
+            run_control=self.run_control,
             keys=self.keys,
             books=self.books,
             certificates=Certificates(self.store, self.registrar, self.audit),
@@ -225,7 +225,7 @@ class Coordinator:
             log=self.log,
             registrar=self.registrar,
             books=self.books,
-            conductor=self.conductor,
+            run_control=self.run_control,
             url=self.url,
         )
         self.operations = Operations(parts)
@@ -243,7 +243,7 @@ class Coordinator:
         self._front.start()
         self._back.start()
         self._monitoring.start()
-        self.conductor.start()
+        self.run_control.start()
         self.audit.append("coordinator_started")
         _log.info(
             "federation %s at %s, authority %s, roster version %d",
@@ -264,10 +264,10 @@ class Coordinator:
 
     def close(self) -> None:
         """Stop listening and leave; runs stay where they are and go on with the next process."""
-        self.conductor.close()
+        self.run_control.close()
         self._monitoring.stop()
-        self.guard.doorbell.close()
-        self.routes.doorbell.close()
+        self.guard.long_poll.close()
+        self.routes.long_poll.close()
         self._admin.close()
         self._front.stop()
         self._back.stop()
@@ -291,13 +291,13 @@ class Coordinator:
     def _sites_changed(self) -> None:
         self._news()
         self.link.arrived.fire()
-        self.guard.doorbell.ring_all()  # a site that was revoked must not stay connected
-        self.conductor.reconsider()
+        self.guard.long_poll.wake_all()  # a site that was revoked must not stay connected
+        self.run_control.reconsider()
 
     def _news(self) -> None:
         routes = getattr(self, "routes", None)
         if routes is not None:
-            routes.doorbell.ring_all()
+            routes.long_poll.wake_all()
 
 
 def hold_folder(path: Path) -> Any:

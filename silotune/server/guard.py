@@ -122,8 +122,8 @@ class Guard:
         self._announced: dict[int, frozenset[str]] = {}
         self._roots: dict[int, str] = {}
         self._readable: dict[int, frozenset[str]] = {}
-        self.doorbell = LongPoll()
-        link.on_push(self.doorbell.ring)
+        self.long_poll = LongPoll()
+        link.on_push(self.long_poll.wake)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection event of ASGI."""
@@ -190,7 +190,7 @@ class Guard:
             return await run_in_threadpool(self._link.has_work, caller.node)
 
         # A client that left must not claim a message: it would never arrive anywhere.
-        return await self.doorbell.wait(caller.node, ready=ready, receive=receive)
+        return await self.long_poll.wait(caller.node, ready=ready, receive=receive)
 
     # --- Flower's fleet API ---
 

@@ -25,7 +25,7 @@ class LongPoll:
     async def wait(
         self, key: Hashable, *, ready: Callable[[], Awaitable[bool]], receive: Receive
     ) -> bool:
-        """Hold until `ready`, a ring, or the time limit.
+        """Hold until `ready`, a wake-up, or the time limit.
 
         Returns
         -------
@@ -46,13 +46,13 @@ class LongPoll:
             if self._events.get(key, (None, None))[1] is event:
                 del self._events[key]
 
-    def ring(self, key: Hashable) -> None:
+    def wake(self, key: Hashable) -> None:
         """Release the request that waits under `key`, if any."""
         waiting = self._events.get(key)
         if waiting is not None:
             _set(*waiting)
 
-    def ring_all(self) -> None:
+    def wake_all(self) -> None:
         """Release every waiting request."""
         for waiting in list(self._events.values()):
             _set(*waiting)
@@ -60,7 +60,7 @@ class LongPoll:
     def close(self) -> None:
         """Release everybody and hold nobody any more, so that the server can end."""
         self._closed = True
-        self.ring_all()
+        self.wake_all()
 
 
 def _set(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:

@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from silotune.dashboard.page_guard import LOOPBACK, Door
+from silotune.dashboard.page_guard import LOOPBACK, Access
 from silotune.dashboard.pages import Content, build
 from silotune.dashboard.run_page import Spending, left
 from silotune.events.source import OVER, RunFacts, Views
@@ -45,7 +45,7 @@ class Monitoring:
         heartbeats = Heartbeats(
             operations.sites,
             log=parts.log,
-            runs_of=parts.conductor.running_with,
+            runs_of=parts.run_control.running_with,
             silent_seconds=parts.config.alerts.silent_seconds,
         )
         self._control: ControlServer | None = None
@@ -253,7 +253,7 @@ def make_dashboard(parts: CoordinatorParts, operations: Operations, *, port: int
     config = parts.config.dashboard
     tls = None if config.host in LOOPBACK else server_tls(parts.home, parts.keys)
     names = {*config.hosts, *parts.config.listen.hosts, config.host}
-    door = Door(
+    access = Access(
         hosts=frozenset(names | (LOOPBACK if tls is None else set())),
         tls=tls is not None,
         accounts=operations.accounts,
@@ -268,7 +268,7 @@ def make_dashboard(parts: CoordinatorParts, operations: Operations, *, port: int
         metrics_token=_token(parts),
     )
     bound = bind_public(config.host, port)
-    return Listener(build(content, door), bound=bound, tls=tls, protocol=BrowserProtocol)
+    return Listener(build(content, access), bound=bound, tls=tls, protocol=BrowserProtocol)
 
 
 def _token(parts: CoordinatorParts) -> str:

@@ -1,4 +1,4 @@
-"""Our own routes for sites: thin handlers around the registrar, the conductor and the books."""
+"""Our own routes for sites: thin handlers around the registrar, the runs and the books."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from starlette.routing import Route
 from silotune.errors import SilotuneError
 from silotune.protocol import http
 from silotune.server.books import Books, Certificates
-from silotune.server.conductor import Conductor
 from silotune.server.config import CoordinatorKeys
 from silotune.server.enrolment import Registrar
 from silotune.server.guard import CALLER, Caller
 from silotune.server.long_poll import LongPoll
+from silotune.server.run_control import RunControl
 from silotune.trust import identity
 from silotune.trust.errors import BodyInvalid
 
@@ -34,7 +34,7 @@ class SiteRoutes:
 
     Parameters
     ----------
-    registrar, conductor, keys, books, certificates
+    registrar, run_control, keys, books, certificates
         The coordinator's.
     """
 
@@ -42,14 +42,14 @@ class SiteRoutes:
         self,
         *,
         registrar: Registrar,
-        conductor: Conductor,
+        run_control: RunControl,
         keys: CoordinatorKeys,
         books: Books,
         certificates: Certificates,
     ) -> None:
         self._certificates, self._books = certificates, books
-        self._registrar, self._conductor, self._keys = registrar, conductor, keys
-        self.doorbell = LongPoll()
+        self._registrar, self._run_control, self._keys = registrar, run_control, keys
+        self.long_poll = LongPoll()
 
     def app(self) -> Starlette:
         """An ASGI application, to be put behind a guard."""
@@ -103,18 +103,20 @@ class SiteRoutes:
         known = (_number(request, "roster"), _number(request, "plans"))
 
         async def changed() -> bool:
-            return known != (self._registrar.roster.version, self._conductor.version)
+            return known != (self._registrar.roster.version, self._run_control.version)
 
         site = _caller(request).site
-        await self.doorbell.wait(site, ready=changed, receive=request.receive)
-        return http.NewsReply(roster=self._registrar.roster.version, plans=self._conductor.version)
+        await self.long_poll.wait(site, ready=changed, receive=request.receive)
+        return http.NewsReply(
+            roster=self._registrar.roster.version, plans=self._run_control.version
+        )
 
     async def _plans(self, request: Request) -> http.PlansReply:
-        return await run_in_threadpool(self._conductor.plans_for, _caller(request).site)
+        return await run_in_threadpool(self._run_control.plans_for, _caller(request).site)
 
     async def _decision(self, request: Request) -> http.Done:
         decision = http.parse(http.Decision, await request.body())
-        await run_in_threadpool(self._conductor.decide, _caller(request).site, decision)
+        await run_in_threadpool(self._run_control.decide, _caller(request).site, decision)
         return http.Done(status="done")
 
     async def _certificate(self, request: Request) -> http.Done:

@@ -159,7 +159,7 @@ class View:
         return answer
 
 
-class Spectator:
+class AdapterScorer:
     """Scores the global adapter between rounds, on held-out data that no site released.
 
     Parameters

@@ -44,8 +44,8 @@ from silotune.rounds.rounds import build_server_app
 from silotune.rounds.run_directory import RunDirectory
 from silotune.simulation.grid import WorkerGrid
 from silotune.simulation.outcome import (
+    AdapterScorer,
     LoggedStore,
-    Spectator,
     View,
     write_privacy,
     write_results,
@@ -337,11 +337,11 @@ def _play(job: _Job, store: LoggedStore) -> None:
             )
         )
         view = View(grid.inspect_all)
-        spectator = Spectator(job.plan, store=store, view=view)
-        app = _server_app(job, store, spectator)
+        scorer = AdapterScorer(job.plan, store=store, view=view)
+        app = _server_app(job, store, scorer)
         context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config={})
         app(grid=grid, context=context)
-        _conclude(job, store, spectator, view)
+        _conclude(job, store, scorer, view)
 
 
 def _play_on_ray(job: _Job, store: LoggedStore) -> None:
@@ -363,16 +363,16 @@ def _play_on_ray(job: _Job, store: LoggedStore) -> None:
         }
 
     view = View(inspect_all)
-    spectator = Spectator(job.plan, store=store, view=view)
+    scorer = AdapterScorer(job.plan, store=store, view=view)
     run_with_ray(
-        _server_app(job, store, spectator),
+        _server_app(job, store, scorer),
         "silotune.simulation.program:build",
         payload=payload,
         sites=_slots(job),
         workers=job.settings.worker_count(len(job.sites)),
         address=job.settings.address,
     )
-    _conclude(job, store, spectator, view)
+    _conclude(job, store, scorer, view)
 
 
 def _store(job: _Job, listener: Listener) -> LoggedStore:
@@ -384,16 +384,16 @@ def _slots(job: _Job) -> list[SiteSlot]:
     return [SiteSlot(site.name, site.units_for(job.plan)) for site in job.sites]
 
 
-def _server_app(job: _Job, store: LoggedStore, spectator: Spectator) -> ServerApp:
-    return build_server_app(plan=job.plan, run=job.directory.name, store=store, observer=spectator)
+def _server_app(job: _Job, store: LoggedStore, scorer: AdapterScorer) -> ServerApp:
+    return build_server_app(plan=job.plan, run=job.directory.name, store=store, observer=scorer)
 
 
-def _conclude(job: _Job, store: LoggedStore, spectator: Spectator, view: View) -> None:
+def _conclude(job: _Job, store: LoggedStore, scorer: AdapterScorer, view: View) -> None:
     """Final adapter, certificates, results and baselines."""
     saved = job.directory.load_checkpoint()
     assert saved is not None  # every round ends with one
     final = saved[0]["adapter"]
-    spectator.look_at_final(final)
+    scorer.look_at_final(final)
     joined = [site for site in job.sites if site.name in store.joined]
     model = view.save(final, job.directory.final_adapter.resolve(), site=joined[0].name)
     facts = job.directory.read_json("resolved.json")
@@ -411,8 +411,8 @@ def _conclude(job: _Job, store: LoggedStore, spectator: Spectator, view: View) -
         joined,
         choices=asdict(job.choices),
         adapter=final,
-        final=spectator.final_counts,
-        base=spectator.base_counts(final.size),
+        final=scorer.final_counts,
+        base=scorer.base_counts(final.size),
         finished=finished,
         workers=count if job.settings.baselines else 0,
         shared=job.shared,

@@ -170,8 +170,8 @@ def test_a_run_goes_on_after_it_was_stopped_and_ends_as_the_whole_one(federation
             raise KeyboardInterrupt
         return after_round(self, number, *rest, **more)
 
-    after_round = run.Spectator.after_round
-    monkeypatch.setattr(run.Spectator, "after_round", interrupt)
+    after_round = run.AdapterScorer.after_round
+    monkeypatch.setattr(run.AdapterScorer, "after_round", interrupt)
     assert shown("plain", *words(federation, **LORA)).code == 130
     cut = newest(federation).root
     assert RunDirectories(cut).facts(cut.name).state == "stopped"

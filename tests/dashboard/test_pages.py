@@ -110,7 +110,7 @@ def test_a_forged_host_is_turned_away(client):
 
 def test_a_cookie_can_not_be_read_by_scripts_nor_sent_by_other_sites(run_dir):
     client = browser(of(RunDirectories(run_dir)), signed_in=False)
-    answer = client.get("/signin", params={"link": client.door.link.secret})
+    answer = client.get("/signin", params={"link": client.access.link.secret})
     cookie = answer.headers["set-cookie"].lower()
     assert "httponly" in cookie
     assert "samesite=strict" in cookie
@@ -185,7 +185,7 @@ def test_a_large_form_is_refused(client):
 
 
 def test_a_dead_session_ends_its_stream(client, run_dir):
-    client.door.sessions.end(client.cookies["silotune"])
+    client.access.sessions.end(client.cookies["silotune"])
     assert client.get(f"/runs/{run_dir.name}/stream").status_code == 401
 
 

@@ -5,7 +5,13 @@ import stat
 
 import pytest
 
-from silotune.dashboard.accounts import IDLE_SECONDS, LONGEST_SECONDS, Accounts, Brake, Sessions
+from silotune.dashboard.accounts import (
+    IDLE_SECONDS,
+    LONGEST_SECONDS,
+    Accounts,
+    AttemptLimit,
+    Sessions,
+)
 from silotune.dashboard.errors import AccountsInvalid, TooManyAttempts
 from silotune.trust.identity import Person
 
@@ -93,24 +99,24 @@ def test_cookies_are_not_kept_and_a_made_up_one_opens_nothing():
 
 def test_guesses_are_slowed_so_that_a_day_allows_about_a_hundred():
     clock = Clock()
-    brake = Brake(clock)
+    limit = AttemptLimit(clock)
     tried = 0
     while clock.now < 1000.0 + 86400.0:
         try:
-            brake.require_open("account vera")
+            limit.require_open("account vera")
         except TooManyAttempts:
             clock.now += 1.0
         else:
-            brake.failed("account vera")
+            limit.failed("account vera")
             tried += 1
     # 5 at once, some 10 while the wait doubles to 15 minutes, then one each 15 minutes.
     assert 90 <= tried <= 115
 
 
 def test_the_right_password_forgets_the_failures():
-    brake = Brake(Clock())
+    limit = AttemptLimit(Clock())
     for _ in range(4):
-        brake.failed("account vera")
-    brake.succeeded("account vera")
-    brake.failed("account vera")
-    brake.require_open("account vera")
+        limit.failed("account vera")
+    limit.succeeded("account vera")
+    limit.failed("account vera")
+    limit.require_open("account vera")

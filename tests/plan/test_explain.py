@@ -78,13 +78,13 @@ def test_a_missing_key_and_a_contradiction_are_told_by_path():
     assert complaints("model.labels", ["a", "a"]) == ["model.labels: a label is listed twice"]
 
 
-class Door(BaseModel):
+class Access(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     key: SecretStr | None = None
     width: int = 1
 
     @model_validator(mode="after")
-    def _wide(self) -> Door:
+    def _wide(self) -> Access:
         if self.width == 0:
             raise ValueError("too narrow\nand no way round")
         return self
@@ -92,7 +92,7 @@ class Door(BaseModel):
 
 class House(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
-    doors: dict[str, Door]
+    doors: dict[str, Access]
 
 
 def said_of(raw: object) -> list[str]:

@@ -1,6 +1,6 @@
 """Promise 1: nothing private leaves a site uncharged.
 
-All that a site sends passes one door. Each value is either public by declaration or a release whose
+All that a site sends passes one access. Each value is either public by declaration or a release whose
 event is in the site's ledger, durably, before the bytes leave.
 """
 

@@ -271,7 +271,7 @@ class FleetSite:
 
 def approve_all(coordinator, run, sites):
     """Have the sites approve a run."""
-    digest = coordinator.conductor.runs.get(run)["plan_sha256"]
+    digest = coordinator.run_control.runs.get(run)["plan_sha256"]
     for site in sites:
         assert site.decide(run, digest).status_code == 200
 

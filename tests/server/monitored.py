@@ -109,15 +109,15 @@ class Office:
 
     def told_run(self, run="demo-1", *, state="running", rounds=3, **settings):
         """A run in the store that no thread performs; what happens in it is told by `record`."""
-        conductor = self.coordinator.conductor
+        run_control = self.coordinator.run_control
         plan = plan_of(rounds=rounds, **settings)
         signed = SignedPlan.sign(plan, self.coordinator.keys.signing)
-        conductor.runs.propose(plan, signed, run=run, quorum=2)
-        conductor.runs.change(run, state=state, started_at=time.time())
+        run_control.runs.propose(plan, signed, run=run, quorum=2)
+        run_control.runs.change(run, state=state, started_at=time.time())
         return self.record(run)
 
     def record(self, run):
-        return self.coordinator.conductor._stage.record(run)
+        return self.coordinator.run_control._stage.record(run)
 
     def close(self):
         self.coordinator.close()

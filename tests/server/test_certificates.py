@@ -42,7 +42,7 @@ def scene(town):
     coordinator = town.coordinator
     for run in ("demo-1", "demo-2"):
         signed = SignedPlan.sign(PLAN, coordinator.keys.signing)
-        coordinator.conductor.runs.propose(PLAN, signed, run=run, quorum=2)
+        coordinator.run_control.runs.propose(PLAN, signed, run=run, quorum=2)
     return north, Certificates(coordinator.store, coordinator.registrar, coordinator.audit)
 
 

@@ -50,7 +50,7 @@ def test_a_viewer_can_not_act_and_without_a_token_nobody_can(office, pages):  # 
         crossed = {"origin": "http://evil.example"}
         answer = olga.post(path, data={"token": olga.token}, headers=crossed)
         assert answer.status_code == 403, path
-    assert office.coordinator.conductor.runs.get("demo-1")["state"] == "running"
+    assert office.coordinator.run_control.runs.get("demo-1")["state"] == "running"
     page = vera.get("/runs/demo-1", headers=HTML).text
     assert "Stop for good" not in page
     tried = [row for row in office.coordinator.operations.actions() if row["who"] == "vera"]
@@ -63,7 +63,7 @@ def test_an_operator_acts_and_is_named_in_the_actions(office, pages):  # noqa: F
     number = office.asks_to_join("south")
     olga = signed_in(pages, "olga")
     assert olga.post("/runs/run-b/pause", data={"token": olga.token}).status_code == 303
-    assert office.coordinator.conductor.runs.get("run-b")["state"] == "paused"
+    assert office.coordinator.run_control.runs.get("run-b")["state"] == "paused"
     approved = olga.post(f"/enrolments/{number}/approve", data={"token": olga.token})
     assert approved.status_code == 303
     assert office.coordinator.registrar.is_active("south")
@@ -87,7 +87,7 @@ def test_names_and_reasons_from_outside_are_only_text(office, pages):  # noqa: F
         assert "<script>alert" not in answer.text, path
     for name in (evil, "run-c' OR '1'='1", "run-c%00", "%27"):
         assert olga.get(httpx.URL(pages).join(f"/runs/{name.replace('/', '')}")).status_code == 404
-    assert office.coordinator.conductor.runs.get("run-c")["state"] == "running"
+    assert office.coordinator.run_control.runs.get("run-c")["state"] == "running"
 
 
 def test_alarms_are_on_the_overview_and_told_as_text(office, pages):  # noqa: F811

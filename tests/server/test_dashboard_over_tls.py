@@ -61,9 +61,9 @@ def test_people_sign_in_with_their_certificate_in_their_role(office):
                 assert person.get(path).status_code == 200, path
     stop = "/runs/demo-1/stop"
     assert vera.post(stop, data={"token": token(vera)}).status_code == 403
-    assert office.coordinator.conductor.runs.get("demo-1")["state"] == "running"
+    assert office.coordinator.run_control.runs.get("demo-1")["state"] == "running"
     assert olga.post(stop, data={"token": token(olga)}).status_code == 303
-    assert office.coordinator.conductor.runs.get("demo-1")["state"] == "stopped"
+    assert office.coordinator.run_control.runs.get("demo-1")["state"] == "stopped"
 
 
 def test_a_certificate_alone_is_no_session(office):

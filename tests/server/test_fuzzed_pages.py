@@ -6,7 +6,7 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 
 from silotune.dashboard.accounts import Accounts
-from silotune.dashboard.page_guard import Door
+from silotune.dashboard.page_guard import Access
 from silotune.dashboard.pages import Content, build
 from silotune.server.admin.operations import ACCOUNTS_FILE
 from tests.server.monitored import office, tell_round
@@ -31,7 +31,7 @@ def operator(office):
 def operations():
     """Every route of the pages, as FastAPI describes it; the server itself does not tell."""
     content = Content(title="x", source=Told(), operations=object())
-    doorman = build(content, Door(hosts=frozenset()))
+    doorman = build(content, Access(hosts=frozenset()))
     schema = schemathesis.openapi.from_dict(doorman._app.openapi())
     return [found.ok() for found in schema.get_all_operations()]
 

@@ -26,7 +26,7 @@ __all__ = ["town"]
 def pair(town):
     """Two active sites, and a run whose first messages wait for both."""
     alpha, beta = town.enrolled("alpha").activate(), town.enrolled("beta").activate()
-    run = town.coordinator.conductor.propose(small_plan())
+    run = town.coordinator.run_control.propose(small_plan())
     approve_all(town.coordinator, run, [alpha, beta])
     return alpha, beta
 
@@ -324,7 +324,7 @@ def test_a_waiting_site_is_answered_when_there_is_something_and_costs_nothing_be
     time.sleep(0.5)
     assert not answers  # held
     started = time.monotonic()
-    run = town.coordinator.conductor.propose(small_plan())
+    run = town.coordinator.run_control.propose(small_plan())
     approve_all(town.coordinator, run, [alpha, beta])
     waiter.join(timeout=15.0)
     assert answers[0] is not None

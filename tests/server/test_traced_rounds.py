@@ -26,7 +26,7 @@ def recording(name, headers):
 
 def finished(town, run):
     return wait_for(
-        lambda: town.coordinator.conductor.runs.get(run)["state"] == "finished", what="the end"
+        lambda: town.coordinator.run_control.runs.get(run)["state"] == "finished", what="the end"
     )
 
 
@@ -36,7 +36,7 @@ def test_a_run_is_one_trace_of_rounds_and_exchanges_that_sites_can_join(town):
         sites = [town.enrolled(n).activate() for n in ("north", "south")]
         for site in sites:
             site.serve(recording(site.name, headers))
-        run = town.coordinator.conductor.propose(small_plan())
+        run = town.coordinator.run_control.propose(small_plan())
         approve_all(town.coordinator, run, sites)
         finished(town, run)
         wait_for(lambda: any(span.name == "run" for span in spans()), what="the end of the trace")
@@ -73,7 +73,7 @@ def test_messages_carry_a_header_only_while_traces_are_on(town, on):
         sites = [town.enrolled(n).activate() for n in ("north", "south")]
         for site in sites:
             site.serve(recording(site.name, headers))
-        run = town.coordinator.conductor.propose(small_plan(**{"rounds.number": 1}))
+        run = town.coordinator.run_control.propose(small_plan(**{"rounds.number": 1}))
         approve_all(town.coordinator, run, sites)
         finished(town, run)
 
@@ -100,13 +100,13 @@ def test_a_restarted_coordinator_asks_with_the_same_bytes(town):
         return work
 
     def instructions():
-        grid = getattr(town.coordinator.conductor._active.get(run), "_grid", None)
+        grid = getattr(town.coordinator.run_control._active.get(run), "_grid", None)
         pending = grid._pending.values() if grid else ()
         return {p.peer.site: p.group for p in pending if p.address.kind == "train"}
 
     with traced():
         sites = [town.enrolled(n).activate().serve(never_done(n)) for n in ("north", "south")]
-        run = town.coordinator.conductor.propose(small_plan(**{"rounds.number": 1}))
+        run = town.coordinator.run_control.propose(small_plan(**{"rounds.number": 1}))
         approve_all(town.coordinator, run, sites)
         wait_for(lambda: len(asked) == len(instructions()) == 2, what="the first requests")
         before = instructions()
@@ -114,6 +114,6 @@ def test_a_restarted_coordinator_asks_with_the_same_bytes(town):
         town.restart()
         wait_for(lambda: len(instructions()) == 2, what="the round to go on")
         after = instructions()
-        town.coordinator.conductor.stop(run)
+        town.coordinator.run_control.stop(run)
     assert sorted(before) == ["north", "south"]
     assert after == before

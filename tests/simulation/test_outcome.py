@@ -12,7 +12,7 @@ from dp_accounting.pld import PLDAccountant
 from silotune.plan.plan import Plan
 from silotune.privacy.events import gaussian_event, step_event
 from silotune.rounds.run_directory import RunDirectory
-from silotune.simulation.outcome import Spectator, _trivial, write_privacy
+from silotune.simulation.outcome import AdapterScorer, _trivial, write_privacy
 from tests.golden.make_certificate import DELTA, PLAN
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "certificate.json"
@@ -69,7 +69,7 @@ def test_a_language_model_is_scored_before_training_too():
             return {"alpha": {"counts": np.array([32.4, 10.0])}}
 
     store = SimpleNamespace(joined=["alpha"])
-    base = Spectator(plan, store=store, view=Looking()).base_counts(3)
+    base = AdapterScorer(plan, store=store, view=Looking()).base_counts(3)
     assert asked == [([0.0, 0.0, 0.0], "test")]
     (row,) = _trivial(plan, {"alpha": np.array([32.38, 10.0])}, base)
     assert row["title"] == "The base model as it came"

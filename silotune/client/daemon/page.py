@@ -18,7 +18,7 @@ from starlette.types import ASGIApp
 from silotune.client.approvals import Approvals, ProposalRecord, describe, judge_proposal
 from silotune.client.daemon.socket import ask
 from silotune.dashboard.errors import PageUnknown
-from silotune.dashboard.page_guard import FORM, SESSION, Door, PageGuard, Scope
+from silotune.dashboard.page_guard import FORM, SESSION, Access, PageGuard, Scope
 from silotune.dashboard.pages import FORM_BODY, Pages, SignIn, Templates
 from silotune.dashboard.run_page import PageChart, line_chart
 from silotune.data.site import SiteConfig
@@ -31,7 +31,7 @@ _MOST_RUNS = 12
 _MOST_LINES = 200
 
 
-def build(site: SiteConfig, door: Door) -> ASGIApp:
+def build(site: SiteConfig, access: Access) -> ASGIApp:
     """The application, with the doorman in front."""
     templates = Templates()
     page = SitePage(site, templates)
@@ -41,7 +41,7 @@ def build(site: SiteConfig, door: Door) -> ASGIApp:
     app.add_api_route(
         "/plans/{run}/{verdict}", page.decide, methods=["POST"], openapi_extra=FORM_BODY
     )
-    SignIn(door, templates, title=site.name, operations=None).add_to(app)
+    SignIn(access, templates, title=site.name, operations=None).add_to(app)
 
     def failure(scope: Scope, error: SilotuneError, status: int) -> Response:
         return page.failure(scope, error, status)
@@ -52,7 +52,7 @@ def build(site: SiteConfig, door: Door) -> ASGIApp:
         return failure(dict(request.scope), error, status)
 
     app.add_exception_handler(SilotuneError, told)
-    return PageGuard(app, door=door, failure=failure)
+    return PageGuard(app, access=access, failure=failure)
 
 
 class SitePage:

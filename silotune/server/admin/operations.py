@@ -25,10 +25,10 @@ from silotune.flower.superlink import LinkState
 from silotune.plan.plan import Plan
 from silotune.plan.sections import Name, Positive
 from silotune.server.books import Books
-from silotune.server.conductor import Conductor
 from silotune.server.config import CoordinatorConfig, CoordinatorKeys, Home
 from silotune.server.enrolment import INVITE_SECONDS, Registrar
 from silotune.server.errors import NotPossibleNow
+from silotune.server.run_control import RunControl
 from silotune.server.store.database import Store
 from silotune.server.store.people import Actions, People
 from silotune.server.store.runs import FederationLog, StoredRuns
@@ -69,7 +69,7 @@ class CoordinatorParts:
     log: FederationLog
     registrar: Registrar
     books: Books
-    conductor: Conductor
+    run_control: RunControl
     url: str
 
 
@@ -202,11 +202,11 @@ class Operations:
 
     def runs(self) -> list[Row]:
         """Every run's row in the store, newest first."""
-        return [_shown(row) for row in self._parts.conductor.runs.newest()]
+        return [_shown(row) for row in self._parts.run_control.runs.newest()]
 
     def run(self, run: str) -> Row:
         """A run's row, and what each site said to its plan. Raises `NotPossibleNow`."""
-        runs = self._parts.conductor.runs
+        runs = self._parts.run_control.runs
         said = {
             site: {"site": site, "verdict": row["verdict"], "reason": row["reason"]}
             for site, row in runs.decisions(run).items()
@@ -220,7 +220,7 @@ class Operations:
 
     def events(self, run: str, *, after: int = 0) -> Row:
         """A run's state, and its events behind an id. Raises `NotPossibleNow`."""
-        runs = self._parts.conductor.runs
+        runs = self._parts.run_control.runs
         state = runs.get(run)["state"]  # before the events: none comes behind the last state
         return {"state": state, "events": [e.as_dict() for e in runs.events(run, after=after)]}
 
@@ -245,25 +245,25 @@ class Operations:
     @_action(named=lambda self, plan: hashlib.sha256(plan.encode()).hexdigest())
     def submit(self, plan: str, *, quorum: Annotated[int, Field(ge=1)] | None = None) -> Row:
         """Propose a plan, given as its canonical JSON, to the sites; the new run."""
-        conductor = self._parts.conductor
-        return self.run(conductor.propose(Plan.from_canonical(plan), quorum=quorum))
+        run_control = self._parts.run_control
+        return self.run(run_control.propose(Plan.from_canonical(plan), quorum=quorum))
 
     @_action()
     def pause(self, run: str) -> Row:
         """Hold a run after its round; the run as it is then."""
-        self._parts.conductor.pause(run)
+        self._parts.run_control.pause(run)
         return self.run(run)
 
     @_action()
     def resume(self, run: str) -> Row:
         """Go on with a paused or failed run."""
-        self._parts.conductor.resume(run)
+        self._parts.run_control.resume(run)
         return self.run(run)
 
     @_action()
     def stop(self, run: str) -> Row:
         """End a run for good."""
-        self._parts.conductor.stop(run)
+        self._parts.run_control.stop(run)
         return self.run(run)
 
     @_action(viewers=True)

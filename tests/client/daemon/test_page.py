@@ -10,7 +10,7 @@ from starlette.testclient import TestClient
 from silotune.client.approvals import Approvals
 from silotune.client.daemon.page import build
 from silotune.client.daemon.socket import ControlSocket
-from silotune.dashboard.page_guard import Door, OwnerLink
+from silotune.dashboard.page_guard import Access, OwnerLink
 from silotune.data.site import SiteConfig
 from silotune.privacy.events import step_event
 from silotune.privacy.ledger import LEDGER_FILE, Budget, Ledger, ReleaseKey, dataset_rows
@@ -43,10 +43,10 @@ def site(tmp_path, bert_folder):
 
 
 def browser(site, role):
-    door = Door(hosts=frozenset({"127.0.0.1"}), link=OwnerLink(Person(name="you", role=role)))
-    client = TestClient(build(site, door), base_url="http://127.0.0.1", follow_redirects=False)
+    access = Access(hosts=frozenset({"127.0.0.1"}), link=OwnerLink(Person(name="you", role=role)))
+    client = TestClient(build(site, access), base_url="http://127.0.0.1", follow_redirects=False)
     assert client.get("/").status_code == 401
-    assert client.get("/signin", params={"link": door.link.secret}).status_code == 303
+    assert client.get("/signin", params={"link": access.link.secret}).status_code == 303
     text = client.get("/", headers=HTML).text
     client.token = re.search(r'name="token" value="([^"]+)"', text)[1]
     return client

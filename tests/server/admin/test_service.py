@@ -67,7 +67,7 @@ def test_a_viewer_sees_everything_and_changes_nothing(office):  # noqa: F811
     for name, fields in ACTING.items():
         with pytest.raises(NotPermitted):
             called(client, name, fields)
-    assert office.coordinator.conductor.runs.get("demo-1")["state"] == "running"
+    assert office.coordinator.run_control.runs.get("demo-1")["state"] == "running"
     refused = {
         row["action"]
         for row in called(client, "ListActions", {})["actions"]
@@ -98,7 +98,7 @@ def test_certificates_that_do_not_count_open_nothing(office):  # noqa: F811
             with pytest.raises(error):
                 called(client, name, fields)
         client.close()
-    assert office.coordinator.conductor.runs.get("demo-1")["state"] == "running"
+    assert office.coordinator.run_control.runs.get("demo-1")["state"] == "running"
 
 
 def test_without_a_certificate_no_connection_is_made(office):  # noqa: F811
@@ -186,11 +186,11 @@ def test_a_watcher_survives_restarts_and_sees_each_event_once_in_order(office): 
             time.sleep(0.5)
             # No thread performs this run: one is not to be started for it.
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("silotune.server.conductor.Conductor.start", lambda self: None)
+                patch.setattr("silotune.server.run_control.RunControl.start", lambda self: None)
                 office.start()
             record = office.record("run-7")
     record.append_event("run_finished", rounds=9)
-    office.coordinator.conductor.runs.change("run-7", state="finished")
+    office.coordinator.run_control.runs.change("run-7", state="finished")
     thread.join(timeout=40)
     assert not thread.is_alive()
     stored = office.coordinator.operations.source.events("run-7")

@@ -16,7 +16,7 @@ import typer.main
 from typer.testing import CliRunner
 
 from silotune import cli
-from silotune.dashboard.page_guard import Door
+from silotune.dashboard.page_guard import Access
 from silotune.dashboard.pages import Content, build
 from silotune.server.admin.operations import Operations
 from silotune.server.admin.socket import AdminRoutes
@@ -245,7 +245,7 @@ def test_every_command_of_the_operator_looks_or_is_tried_here():
 
 def test_every_form_of_the_pages_is_tried_here():
     content = Content(title="x", source=Told(), operations=object())
-    routes = build(content, Door(hosts=frozenset()))._app.routes
+    routes = build(content, Access(hosts=frozenset()))._app.routes
     forms = {route.path for route in routes if "POST" in getattr(route, "methods", ())}
     tried = {re.sub(r"^(/runs|/enrolments|/sites)/{}/.*", r"\1", path) for path in PAGES}
     assert {path.rsplit("/{", 2)[0] for path in forms - {"/signin", "/signout"}} == tried

@@ -17,7 +17,7 @@ __all__ = ["town"]
 
 
 def state_of(town, run):
-    return town.coordinator.conductor.runs.get(run)["state"]
+    return town.coordinator.run_control.runs.get(run)["state"]
 
 
 def finished(town, run):
@@ -27,12 +27,12 @@ def finished(town, run):
 
 
 def events(town, run, kind):
-    found = town.coordinator.conductor.runs.events(run)
+    found = town.coordinator.run_control.runs.events(run)
     return [event.fields for event in found if event.event == kind]
 
 
 def final_adapter(town, run):
-    return LAYOUT.pack(town.coordinator.conductor.runs.newest_adapter(run)[2])
+    return LAYOUT.pack(town.coordinator.run_control.runs.newest_adapter(run)[2])
 
 
 def expected_adapter(plan, names, *, late=(), since=0):
@@ -54,7 +54,7 @@ def expected_adapter(plan, names, *, late=(), since=0):
 def test_a_proposed_plan_runs_when_all_sites_approve_and_gives_the_expected_adapter(town):
     sites = town.serving("alpha", "beta", "gamma")
     plan = small_plan()
-    run = town.coordinator.conductor.propose(plan)
+    run = town.coordinator.run_control.propose(plan)
     assert state_of(town, run) == "proposed"
     approve_all(town.coordinator, run, sites)
     assert finished(town, run) == "finished"
@@ -66,12 +66,12 @@ def test_a_proposed_plan_runs_when_all_sites_approve_and_gives_the_expected_adap
 
 def test_nothing_is_left_in_the_link_when_a_run_is_over(town):
     sites = town.serving("alpha", "beta")
-    run = town.coordinator.conductor.propose(small_plan())
+    run = town.coordinator.run_control.propose(small_plan())
     approve_all(town.coordinator, run, sites)
     finished(town, run)
     link = town.coordinator.link
     wait_for(
-        lambda: link.find_run(int(town.coordinator.conductor.runs.get(run)["link_run"])) is None
+        lambda: link.find_run(int(town.coordinator.run_control.runs.get(run)["link_run"])) is None
     )
     for table in ("message_ins", "message_res", "objects"):
         assert link._state.query(f"SELECT COUNT(*) AS n FROM {table}")[0]["n"] == 0
@@ -79,7 +79,7 @@ def test_nothing_is_left_in_the_link_when_a_run_is_over(town):
 
 def test_a_quorum_starts_without_the_undecided(town):
     sites = town.serving("alpha", "beta", "gamma")
-    run = town.coordinator.conductor.propose(small_plan(), quorum=2)
+    run = town.coordinator.run_control.propose(small_plan(), quorum=2)
     approve_all(town.coordinator, run, sites[:2])
     assert finished(town, run) == "finished"
     assert events(town, run, "round_started")[0]["cohort"] == ["alpha", "beta"]
@@ -101,7 +101,7 @@ def test_a_site_that_approves_in_a_run_takes_part_from_the_next_round_on(town, o
     plan = small_plan(**{"rounds.number": 5})
     alpha = town.enrolled("alpha").activate()
     (beta,) = town.serving("beta")
-    run = town.coordinator.conductor.propose(plan, quorum=2)
+    run = town.coordinator.run_control.propose(plan, quorum=2)
     alpha.serve(work)
     approve_all(town.coordinator, run, [alpha, beta])
     assert finished(town, run) == "finished"
@@ -119,7 +119,7 @@ def test_a_site_that_refuses_to_join_is_not_asked_again_after_each_round(town):
 
     gamma = town.enrolled("gamma").activate().serve(refuses)
     sites = town.serving("alpha", "beta")
-    run = town.coordinator.conductor.propose(small_plan())
+    run = town.coordinator.run_control.propose(small_plan())
     approve_all(town.coordinator, run, [*sites, gamma])
     assert finished(town, run) == "finished"
     assert gamma.seen == [(run, 0, "query.join")]
@@ -128,42 +128,42 @@ def test_a_site_that_refuses_to_join_is_not_asked_again_after_each_round(town):
 
 def test_a_run_with_too_many_rejections_fails_and_says_why(town):
     sites = town.serving("alpha", "beta", "gamma")
-    run = town.coordinator.conductor.propose(small_plan())
-    digest = town.coordinator.conductor.runs.get(run)["plan_sha256"]
+    run = town.coordinator.run_control.propose(small_plan())
+    digest = town.coordinator.run_control.runs.get(run)["plan_sha256"]
     approve_all(town.coordinator, run, sites[:1])
     for site in sites[1:]:
         reply = site.decide(run, digest, "rejected", reason="epsilon is too large")
         assert reply.status_code == 200
-    row = town.coordinator.conductor.runs.get(run)
+    row = town.coordinator.run_control.runs.get(run)
     assert (row["state"], row["code"]) == ("failed", "ST-623")
     assert "beta: epsilon is too large; gamma: epsilon is too large" in row["detail"]
 
 
 def test_a_decision_counts_only_for_its_plan_its_site_and_with_its_signature(town):
     alpha, beta = town.serving("alpha", "beta")
-    run = town.coordinator.conductor.propose(small_plan())
-    digest = town.coordinator.conductor.runs.get(run)["plan_sha256"]
+    run = town.coordinator.run_control.propose(small_plan())
+    digest = town.coordinator.run_control.runs.get(run)["plan_sha256"]
     assert alpha.decide(run, "0" * 64).status_code == 409
     assert alpha.decide(run, digest, site="beta").status_code == 409
     assert alpha.decide("other-run", digest).status_code == 409
     alpha.signing, real = beta.signing, alpha.signing
     assert alpha.decide(run, digest).status_code == 409
     alpha.signing = real
-    assert town.coordinator.conductor.runs.decisions(run) == {}
+    assert town.coordinator.run_control.runs.decisions(run) == {}
     assert alpha.decide(run, digest).status_code == 200
 
 
 def test_plans_for_more_sites_than_there_are_are_not_proposed(town):
     town.enrolled("alpha")
     with pytest.raises(RunError, match="1 active sites, the plan needs 2"):
-        town.coordinator.conductor.propose(small_plan())
+        town.coordinator.run_control.propose(small_plan())
 
 
 def test_a_paused_run_stops_between_rounds_and_goes_on_to_the_same_adapter(town):
     sites = [town.enrolled(name).activate() for name in ("alpha", "beta")]
     plan = small_plan(**{"rounds.number": 4})
-    conductor = town.coordinator.conductor
-    run = conductor.propose(plan)
+    run_control = town.coordinator.run_control
+    run = run_control.propose(plan)
     pausing = {"done": False}
 
     def pause_in_round_two(name):
@@ -172,7 +172,7 @@ def test_a_paused_run_stops_between_rounds_and_goes_on_to_the_same_adapter(town)
         def work(address, content):
             if address.round == 2 and not pausing["done"]:
                 pausing["done"] = True
-                conductor.pause(run)
+                run_control.pause(run)
             return plain(address, content)
 
         return work
@@ -180,32 +180,32 @@ def test_a_paused_run_stops_between_rounds_and_goes_on_to_the_same_adapter(town)
     for site in sites:
         site.serve(pause_in_round_two(site.name))
     approve_all(town.coordinator, run, sites)
-    wait_for(lambda: conductor.runs.get(run)["round"] == 2, what="round 2")
+    wait_for(lambda: run_control.runs.get(run)["round"] == 2, what="round 2")
     assert state_of(town, run) == "paused"
     assert {n for _, n, _ in sites[0].seen} == {0, 1, 2}
-    conductor.resume(run)
+    run_control.resume(run)
     assert finished(town, run) == "finished"
     assert final_adapter(town, run).tobytes() == expected_adapter(plan, ["alpha", "beta"]).tobytes()
 
 
 def test_a_stopped_run_ends_at_once_and_cannot_be_resumed(town):
     alpha, beta = town.serving("alpha"), town.enrolled("beta").activate()
-    run = town.coordinator.conductor.propose(small_plan())
+    run = town.coordinator.run_control.propose(small_plan())
     approve_all(town.coordinator, run, [*alpha, beta])  # beta is there and never answers
     wait_for(lambda: alpha[0].seen, what="the first message")
-    town.coordinator.conductor.stop(run)
-    wait_for(lambda: run not in town.coordinator.conductor._active, seconds=5, what="the end")
+    town.coordinator.run_control.stop(run)
+    wait_for(lambda: run not in town.coordinator.run_control._active, seconds=5, what="the end")
     assert state_of(town, run) == "stopped"
     with pytest.raises(NotPossibleNow, match="is stopped"):
-        town.coordinator.conductor.resume(run)
+        town.coordinator.run_control.resume(run)
 
 
 def test_a_restarted_coordinator_goes_on_and_asks_nobody_twice(town):
     sites = town.serving("alpha", "beta", "gamma")
     plan = small_plan(**{"rounds.number": 6})
-    run = town.coordinator.conductor.propose(plan)
+    run = town.coordinator.run_control.propose(plan)
     approve_all(town.coordinator, run, sites)
-    wait_for(lambda: town.coordinator.conductor.runs.get(run)["round"] >= 2, what="round 2")
+    wait_for(lambda: town.coordinator.run_control.runs.get(run)["round"] >= 2, what="round 2")
     town.restart()
     assert finished(town, run) == "finished"
     names = ["alpha", "beta", "gamma"]
@@ -227,13 +227,13 @@ def test_after_a_failed_round_the_sites_that_answered_are_not_asked_again(town):
     alpha.serve(scripted("alpha"))
     beta.serve(sometimes)
     plan = small_plan()
-    run = town.coordinator.conductor.propose(plan)
+    run = town.coordinator.run_control.propose(plan)
     approve_all(town.coordinator, run, [alpha, beta])
     assert finished(town, run) == "failed"
-    row = town.coordinator.conductor.runs.get(run)
+    row = town.coordinator.run_control.runs.get(run)
     assert row["code"] == "ST-601" and "ST-401" in row["detail"]
     refusing["on"] = False
-    town.coordinator.conductor.resume(run)
+    town.coordinator.run_control.resume(run)
     assert finished(town, run) == "finished"
     assert [n for _, n, kind in alpha.seen if kind == "train"] == [1, 2, 3]
     assert [n for _, n, kind in beta.seen if kind == "train"] == [1, 1, 2, 3]
@@ -244,7 +244,7 @@ def test_a_site_that_begins_a_new_session_in_a_round_is_asked_again_at_once(town
     (alpha,) = town.serving("alpha")
     beta = town.enrolled("beta").activate()
     plan = small_plan()
-    run = town.coordinator.conductor.propose(plan)
+    run = town.coordinator.run_control.propose(plan)
     approve_all(town.coordinator, run, [alpha, beta])
     assert wait_for(lambda: beta.step(scripted("beta"))).kind == "query.join"
     lost = wait_for(beta.pull)
@@ -258,7 +258,7 @@ def test_a_site_that_begins_a_new_session_in_a_round_is_asked_again_at_once(town
 def test_a_message_whose_delivery_was_lost_is_delivered_again(town):
     (alpha,) = town.serving("alpha")
     beta = town.enrolled("beta").activate()
-    run = town.coordinator.conductor.propose(small_plan())
+    run = town.coordinator.run_control.propose(small_plan())
     approve_all(town.coordinator, run, [alpha, beta])
     outline, _ = wait_for(beta.pull)  # the response never reached the site's disk
     again, _ = wait_for(beta.pull)
@@ -271,7 +271,7 @@ def test_a_site_that_is_silent_too_long_is_left_out_with_its_code(town):
     town.restart()
     alpha, beta = town.serving("alpha", "beta")
     gamma = town.enrolled("gamma").activate()
-    run = town.coordinator.conductor.propose(small_plan())
+    run = town.coordinator.run_control.propose(small_plan())
     approve_all(town.coordinator, run, [alpha, beta, gamma])
     wait_for(lambda: gamma.step(scripted("gamma")), what="the join message")
     gamma.silent = True
@@ -284,7 +284,7 @@ def test_a_site_that_is_silent_too_long_is_left_out_with_its_code(town):
 def test_a_reply_that_its_site_did_not_sign_for_this_place_is_not_folded(town):
     (alpha,) = town.serving("alpha")
     beta = town.enrolled("beta").activate()
-    run = town.coordinator.conductor.propose(small_plan())
+    run = town.coordinator.run_control.propose(small_plan())
     approve_all(town.coordinator, run, [alpha, beta])
     wait_for(lambda: beta.step(scripted("beta")), what="the join message")
     message = beta.get(*wait_for(beta.pull))

@@ -94,7 +94,7 @@ class RunParts:
         return self.link.find_run(int(number)) if number else None
 
 
-class _Newcomer(Exception):
+class _SiteArrived(Exception):
     """A site that approves is there and in nobody's cohort: the loop begins anew, with it."""
 
 
@@ -106,7 +106,7 @@ class RunThread(threading.Thread):
 
     Parameters
     ----------
-    stage : Stage
+    parts : RunParts
         Where.
     run : str
         The run's name.
@@ -115,10 +115,10 @@ class RunThread(threading.Thread):
     """
 
     def __init__(
-        self, stage: RunParts, run: str, *, ended: Callable[[str, Exception | None], None]
+        self, parts: RunParts, run: str, *, ended: Callable[[str, Exception | None], None]
     ) -> None:
         super().__init__(daemon=True, name=f"run {run}")
-        self._stage, self._run, self._report = stage, run, ended
+        self._parts, self._run, self._report = parts, run, ended
         self._leaving, self._rounds = threading.Event(), 0
         self._grid: LinkGrid | None = None
         self._lock = threading.Lock()
@@ -129,7 +129,7 @@ class RunThread(threading.Thread):
             self._leaving.set()
             if self._grid is not None:
                 self._grid.stop()
-        self._stage.events.fire()
+        self._parts.events.fire()
 
     def run(self) -> None:
         """Perform, and report how it ended."""
@@ -144,30 +144,30 @@ class RunThread(threading.Thread):
     def after_round(self, server_round: int, adapter: Vector, *, seconds: float) -> None:
         """Between rounds: wait here while the run is paused, and let newcomers in."""
         del adapter, seconds
-        seen = self._stage.events.count
+        seen = self._parts.events.count
         while not self._leaving.is_set() and self._state() == "paused":
             _log.info("run %s is paused after round %d", self._run, server_round)
-            seen = self._stage.events.wait(since=seen, seconds=_PAUSE_LOOK_SECONDS)
+            seen = self._parts.events.wait(since=seen, seconds=_PAUSE_LOOK_SECONDS)
         if self._leaving.is_set():
             raise StoppedByOperator(f"{self._run} was stopped")
         newcomers = self._newcomers() if server_round < self._rounds else []
         if newcomers:
-            raise _Newcomer(", ".join(newcomers))
+            raise _SiteArrived(", ".join(newcomers))
 
     def _newcomers(self) -> list[str]:
         """Sites that approve and are there, and were not when the loop asked who joins."""
         assert self._grid is not None
-        enrolled = self._stage.registrar.enrolled
-        nodes = {enrolled[s].node: s for s in self._stage.runs.approved(self._run) if s in enrolled}
+        enrolled = self._parts.registrar.enrolled
+        nodes = {enrolled[s].node: s for s in self._parts.runs.approved(self._run) if s in enrolled}
         missed = nodes.keys() - self._grid.asked
-        sightings = self._stage.link.sightings() if missed else {}
+        sightings = self._parts.link.sightings() if missed else {}
         return sorted(nodes[n] for n in missed if n in sightings and sightings[n].online)
 
     def _again(self) -> bool:
         """Perform; whether to do it again, because of a newcomer."""
         try:
             self._perform()
-        except _Newcomer as sites:
+        except _SiteArrived as sites:
             _log.info("run %s goes on with %s", self._run, sites)
             return True
         finally:
@@ -178,10 +178,10 @@ class RunThread(threading.Thread):
         return False
 
     def _state(self) -> str:
-        return str(self._stage.runs.get(self._run)["state"])
+        return str(self._parts.runs.get(self._run)["state"])
 
     def _perform(self) -> None:
-        plan = self._stage.runs.plan_of(self._run)
+        plan = self._parts.runs.plan_of(self._run)
         self._rounds = plan.rounds.number
         grid = self._make_grid(plan)
         with self._lock:
@@ -189,9 +189,9 @@ class RunThread(threading.Thread):
             if self._leaving.is_set():
                 grid.stop()
         record = RunWriter(
-            self._stage.store,
+            self._parts.store,
             self._run,
-            on_event=self._stage.events.fire,
+            on_event=self._parts.events.fire,
             on_checkpoint=grid.settle,
             gathers=True,
         )
@@ -207,24 +207,24 @@ class RunThread(threading.Thread):
             record.close()
 
     def _make_grid(self, plan: Plan) -> LinkGrid:
-        stage = self._stage
-        approved = set(stage.runs.approved(self._run))
+        parts = self._parts
+        approved = set(parts.runs.approved(self._run))
         peers = [
             Peer(node=e.node, site=name, key=identity.decode_signing_key(e.member.signing_key))
-            for name, e in stage.registrar.enrolled.items()
+            for name, e in parts.registrar.enrolled.items()
             if name in approved
         ]
         return LinkGrid(
-            link=stage.link,
-            link_run=stage.link_run(self._run),
+            link=parts.link,
+            link_run=parts.link_run(self._run),
             run=self._run,
-            federation=stage.registrar.federation,
+            federation=parts.registrar.federation,
             peers=peers,
-            is_active=stage.serves,
-            key=stage.keys.signing,
+            is_active=parts.serves,
+            key=parts.keys.signing,
             ttl=plan.rounds.deadline,
-            patience=stage.patience,
-            alarm=stage.alarm,
+            patience=parts.patience,
+            alarm=parts.alarm,
         )
 
 
@@ -232,12 +232,12 @@ _SHOWN_SECONDS = 30 * 24 * 3600.0  # how long sites see a run that is over
 _JOIN_SECONDS = 10.0
 
 
-class Conductor:
+class RunControl:
     """All runs of a federation.
 
     Parameters
     ----------
-    stage : Stage
+    parts : RunParts
         What runs are performed on.
     audit : AuditLog
         The coordinator's.
@@ -245,10 +245,10 @@ class Conductor:
         Called when sites should look at the plans again.
     """
 
-    def __init__(self, stage: RunParts, *, audit: AuditLog, changed: Callable[[], None]) -> None:
-        self.runs, self.events = stage.runs, stage.events
+    def __init__(self, parts: RunParts, *, audit: AuditLog, changed: Callable[[], None]) -> None:
+        self.runs, self.events = parts.runs, parts.events
         self.version = int(time.time())  # grows over restarts too, so that no site misses a change
-        self._stage, self._registrar = stage, stage.registrar
+        self._parts, self._registrar = parts, parts.registrar
         self._audit, self._changed = audit, changed
         self._lock = threading.RLock()
         self._active: dict[str, RunThread] = {}
@@ -284,10 +284,10 @@ class Conductor:
             )
         with self._lock:
             run = self._new_name(plan)
-            signed = SignedPlan.sign(plan, self._stage.keys.signing)
+            signed = SignedPlan.sign(plan, self._parts.keys.signing)
             self.runs.propose(plan, signed, run=run, quorum=quorum or active)
             self._audit.append("run_proposed", run=run, plan_sha256=plan.sha256)
-            self._stage.record(run).append_event(
+            self._parts.record(run).append_event(
                 "run_proposed",
                 plan_sha256=plan.sha256,
                 rounds=plan.rounds.number,
@@ -302,7 +302,7 @@ class Conductor:
             self._require(run, "running")
             self.runs.change(run, state="paused")
             self._audit.append("run_paused", run=run)
-            self._stage.record(run).append_event("run_paused", round=self.runs.get(run)["round"])
+            self._parts.record(run).append_event("run_paused", round=self.runs.get(run)["round"])
             self._announce()
 
     def resume(self, run: str) -> None:
@@ -326,16 +326,16 @@ class Conductor:
             performance = self._active.get(run)
             if performance is not None:
                 performance.stop()
-            self._stage.record(run).append_event("run_stopped", round=self.runs.get(run)["round"])
+            self._parts.record(run).append_event("run_stopped", round=self.runs.get(run)["round"])
             self._announce()
         if performance is None:
-            self._stage.drop_link_run(run)
+            self._parts.drop_link_run(run)
 
     def running_with(self, site: str) -> list[Callable[..., object]]:
         """Where to tell something about a site: one function for each running run that it is in."""
         running = self.runs.in_state("running")
         return [
-            self._stage.record(run).append_event
+            self._parts.record(run).append_event
             for run in running
             if site in self.runs.approved(run)
         ]
@@ -388,7 +388,7 @@ class Conductor:
                 plan_sha256=decision.plan_sha256,
                 reason=decision.reason,
             )
-            self._stage.record(decision.run).append_event(
+            self._parts.record(decision.run).append_event(
                 f"plan_{decision.verdict}", site=site, reason=decision.reason
             )
             self._start_if_due(decision.run)
@@ -429,7 +429,7 @@ class Conductor:
         if len(approved) >= row["quorum"] or (not undecided and enough):
             self.runs.change(run, state="running", started_at=time.time())
             self._audit.append("run_started", run=run, sites=list(approved))
-            self._stage.record(run).append_event(
+            self._parts.record(run).append_event(
                 "run_started", sites=list(approved), rounds=row["rounds"]
             )
             self._perform(run)
@@ -446,7 +446,7 @@ class Conductor:
             self._fail(run, error)
 
     def _perform(self, run: str) -> None:
-        performance = RunThread(self._stage, run, ended=self._ended)
+        performance = RunThread(self._parts, run, ended=self._ended)
         self._active[run] = performance
         performance.start()
 
@@ -462,7 +462,7 @@ class Conductor:
             elif not isinstance(error, StoppedByOperator):
                 self._fail(run, error)
             if error is None or state == "stopped":
-                self._stage.drop_link_run(run)
+                self._parts.drop_link_run(run)
 
     def _fail(self, run: str, error: Exception) -> None:
         known = isinstance(error, SilotuneError)
@@ -471,7 +471,7 @@ class Conductor:
         _log.error("run %s failed: %s %s", run, code, detail, exc_info=None if known else error)
         self.runs.change(run, state="failed", code=code, detail=detail, finished_at=time.time())
         self._audit.append("run_failed", run=run, code=code)
-        self._stage.record(run).append_event("run_failed", code=code, detail=detail)
+        self._parts.record(run).append_event("run_failed", code=code, detail=detail)
         self._announce()
 
     def _require(self, run: str, *states: str) -> RowMapping:
