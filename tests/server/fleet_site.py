@@ -38,7 +38,7 @@ class FleetSite:
         self.signing, self.node_key = Ed25519PrivateKey.generate(), identity.new_node_key()
         self.certificate = self.federation_key = None
         self.session = secrets.token_hex(16)
-        self.node, self.seen, self.silent = None, [], False
+        self.node, self.seen, self.broken, self.silent = None, [], [], False
         self._stop, self._thread, self._closers = threading.Event(), None, []
 
     # --- our own routes ---
@@ -224,7 +224,11 @@ class FleetSite:
         self.seen.append((address.run, address.round, address.kind))
         answer = work(address, content)
         if answer is not None:
-            self.send(self.reply_to(message, answer))
+            try:
+                self.send(self.reply_to(message, answer))
+            except httpx.HTTPError:
+                self.broken.append(self.seen[-1])  # a site without an outbox: it is asked again
+                raise
         return address
 
     # --- a whole daemon ---
