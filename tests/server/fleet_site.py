@@ -226,7 +226,7 @@ class FleetSite:
         if answer is not None:
             try:
                 self.send(self.reply_to(message, answer))
-            except httpx.HTTPError:
+            except Exception:  # cut off by the other end, or by this one as it hangs up
                 self.broken.append(self.seen[-1])  # a site without an outbox: it is asked again
                 raise
         return address

@@ -117,7 +117,7 @@ class Office:
         return self.record(run)
 
     def record(self, run):
-        return self.coordinator.run_control._stage.record(run)
+        return self.coordinator.run_control._parts.record(run)
 
     def close(self):
         self.coordinator.close()
