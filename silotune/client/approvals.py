@@ -3,14 +3,11 @@
 A proposal is kept with the federation's signature over its plan; an approval is the site's own
 signature over the plan's hash and the run's name. A run whose plan changes is a new proposal, and its
 old approval counts for nothing.
-
-A proposed plan as its readers need it: what leaves, what it costs, the verdict, what changed.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import threading
 import time
 from dataclasses import dataclass, replace
@@ -21,18 +18,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from pydantic import ValidationError
 
 from silotune.client.errors import ApprovalMissing, PlanRejectedHere, RunNotProposed
-from silotune.client.policy import PlanVerdict, facts_for, judge
-from silotune.client.site_run import local_time
-from silotune.client.terms import delta_notes
-from silotune.data.checks import survey
-from silotune.data.records import require_declared
-from silotune.data.site import SiteConfig
-from silotune.errors import PlanSignatureInvalid, SilotuneError
-from silotune.models.base import outline, require_taken
-from silotune.models.layout import Layout
-from silotune.models.tasks import get_task
-from silotune.plan.plan import Plan, dotted, plan_in_words
-from silotune.privacy.ledger import find_ledger
+from silotune.errors import PlanSignatureInvalid
+from silotune.plan.plan import Plan, dotted
 from silotune.protocol.http import Decision, Proposal
 from silotune.trust.errors import SealBroken
 from silotune.trust.files import create_private_folder, replace_file, require_private
@@ -261,161 +248,3 @@ def difference(old: Plan, new: Plan) -> list[tuple[str, Any, Any]]:
         for key in sorted(before | after)
         if before.get(key) != after.get(key)
     ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanSpending:
-    """Epsilon of the plan's dataset, at the plan's delta.
-
-    Attributes
-    ----------
-    now : float
-        Spent and reserved by other runs.
-    after : float
-        With the whole of this run.
-    budget : float or None
-        What the dataset may reach, by its budget and by the policy; None if site.toml gives none.
-    """
-
-    now: float
-    after: float
-    budget: float | None
-
-    @property
-    def left(self) -> float | None:
-        """What would be left for later runs."""
-        return None if self.budget is None else max(0.0, self.budget - self.after)
-
-
-def judge_proposal(site: SiteConfig, entry: ProposalRecord) -> PlanVerdict:
-    """The policy's verdict on a proposal that can be served here.
-
-    Raises
-    ------
-    SilotuneError
-        The plan can't be judged or served here: unknown dataset, a model that does not take it.
-    """
-    verdict = _verdict(site, entry)
-    if verdict.allowed:
-        require_servable(site, entry.plan)
-    return verdict
-
-
-def require_servable(site: SiteConfig, plan: Plan) -> None:
-    """Check that the base model, if the policy knows it, can be trained as the plan says.
-
-    Raises
-    ------
-    ModelError
-        Of some kind, with the number, the nearest name or the layer.
-    """
-    if site.policy is not None and plan.model.sha256 in site.policy.base_models:
-        require_taken(plan, base=site.model_place(plan))
-
-
-def _verdict(site: SiteConfig, entry: ProposalRecord) -> PlanVerdict:
-    """What the policy says; hours don't count before the training itself."""
-    assert site.policy is not None  # the daemon has seen to it
-    require_declared(site, entry.plan, roles=get_task(entry.plan.model.task).roles)
-    ledger = find_ledger(site.state_folder)
-    facts = facts_for(
-        site,
-        entry.plan,
-        run=entry.run,
-        ledger=ledger,
-        layout=layout_at(site, entry.plan.model.sha256, entry),
-        moment=local_time(),
-    )
-    verdict = judge(site.policy, entry.plan, facts)
-    return PlanVerdict(tuple(clause for clause in verdict.clauses if clause.name != "hours"))
-
-
-def layout_at(site: SiteConfig, sha256: str | None, entry: ProposalRecord) -> Layout | None:
-    """The adapter's layout, if the policy knows the base model; else nothing is looked at."""
-    if site.policy is None or sha256 not in site.policy.base_models:
-        return None
-    return outline(entry.plan, base=site.model_place(entry.plan))
-
-
-def spending(site: SiteConfig, entry: ProposalRecord) -> PlanSpending | None:
-    """What the run would do to the dataset's budget; None for a plan without privacy."""
-    plan = entry.plan
-    if not plan.private or plan.privacy.delta is None:
-        return None
-    from silotune.client.policy import total_epsilon
-    from silotune.privacy.tally import epsilon_of, total
-
-    ledger = find_ledger(site.state_folder)
-    name = plan.data.dataset
-    others = [] if ledger is None else [a for a in ledger.runs(name) if a.run != entry.run]
-    budget, policy = site.dataset(name).budget, site.policy
-    limits = [budget.epsilon] if budget else []
-    limits += [policy.max_total_epsilon] if policy and policy.max_total_epsilon else []
-    return PlanSpending(
-        now=epsilon_of(total(a.committed for a in others), delta=plan.privacy.delta),
-        after=total_epsilon(site, plan, run=entry.run, ledger=ledger),
-        budget=min(limits, default=None),
-    )
-
-
-def describe(site: SiteConfig, entry: ProposalRecord, approvals: Approvals) -> dict[str, Any]:
-    """Everything about a proposal, as JSON values.
-
-    What can't be worked out here is None or empty, with the reason under ``problem``.
-    """
-    plan, proposal = entry.plan, entry.proposal
-    found: dict[str, Any] = {
-        "run": entry.run,
-        "state": entry.state,
-        "name": plan.plan.name,
-        "plan_sha256": plan.sha256,
-        "proposed_at": proposal.proposed_at,
-        "signed_by": proposal.plan.key,
-        "reason": entry.decision.reason if entry.decision else "",
-        "words": plan_in_words(plan),
-        "leaves": None,
-        "spending": None,
-        "verdict": [],
-        "allowed": False,
-        "problem": "",
-    }
-    try:
-        verdict = _verdict(site, entry) if site.policy else PlanVerdict(())
-        found["verdict"] = [
-            {"clause": c.name, "allowed": c.allowed, "reason": c.reason, "code": c.error.code}
-            for c in verdict.clauses
-        ]
-        require_servable(site, plan)
-        found["allowed"] = bool(verdict.clauses) and verdict.allowed
-        found["leaves"] = _leaves(layout_at(site, plan.model.sha256, entry))
-        spent = spending(site, entry)
-        found["spending"] = spent and {**vars(spent), "left": spent.left}
-    except SilotuneError as exc:
-        found["problem"] = str(exc)
-    before = approvals.last_approved(but=entry.run)
-    found["compared_with"] = before.run if before else None
-    found["changes"] = [
-        {"key": key, "old": old, "new": new}
-        for key, old, new in (difference(before.plan, plan) if before else [])
-    ]
-    return found
-
-
-def records_in_words(site: SiteConfig, plan: Plan) -> list[str]:
-    """What the plan makes of this site's records, in sentences for its own team alone.
-
-    They are read here and now. Look-alikes are counted on a split of the same shares.
-    """
-    roles, secrets = get_task(plan.model.task).roles, {site.name: os.urandom(32)}
-    (found,) = survey([site], plan, roles=roles, secrets=secrets)
-    own = [] if plan.data.dataset not in site.datasets else delta_notes(plan, site)
-    return [*found.notes(split_by=plan.data.split_by), *own]
-
-
-def _leaves(layout: Layout | None) -> dict[str, Any] | None:
-    if layout is None:
-        return None
-    return {
-        "bytes": layout.nbytes,
-        "tensors": [{"name": e.name, "shape": list(e.shape)} for e in layout.entries],
-    }

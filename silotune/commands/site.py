@@ -422,7 +422,8 @@ def plans(
     the policy's verdict clause by clause, and the difference from the plan that was approved last. Of
     the one plan that RUN names also what it makes of this site's records, which are read for it.
     """
-    from silotune.client.approvals import Approvals, describe, records_in_words
+    from silotune.client.approvals import Approvals
+    from silotune.client.proposal_view import describe, records_in_words
 
     site = load_guarded(config)
     approvals = Approvals(site.state_folder)
@@ -463,7 +464,8 @@ def approve(
     A plan that the policy refuses can't be approved: change the policy first. An approval is for one
     run of exactly this plan; if the plan changes, it has to be approved again.
     """
-    from silotune.client.approvals import Approvals, judge_proposal
+    from silotune.client.approvals import Approvals
+    from silotune.client.proposal_view import judge_proposal
 
     site, run = _proposed(config, plan)
     entry = Approvals(site.state_folder).find(run)

@@ -152,7 +152,7 @@ def test_the_cli_shows_a_plan_pauses_resumes_and_stops(running):
     for part in ("Purpose", "What leaves", "Epsilon", "max_total_epsilon", "pass", "approve"):
         assert part in shown
     print(shown)
-    running.process.site("reject", running.plan.sha256[:12], "--reason", "not now")
+    running.process.site("reject", "shown", "--reason", "not now")
     assert [(d.verdict, d.reason) for d in running.double.decisions][-1] == ("rejected", "not now")
     assert refusal_code(running.ask("query.join", run="shown")) == "ST-517"
     running.process.site("pause")

@@ -225,7 +225,7 @@ class Daemon:
 
     def _judge(self, entry: ProposalRecord) -> None:
         """Let the policy judge a proposal by itself; hours are for the time of training."""
-        from silotune.client.approvals import judge_proposal
+        from silotune.client.proposal_view import judge_proposal
 
         judge_proposal(self._site, entry).require()
 

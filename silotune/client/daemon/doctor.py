@@ -271,7 +271,7 @@ class SiteDoctor:
         """Whether a proposal could be trained here, whatever the policy says of it."""
 
         def check() -> str:
-            from silotune.client.approvals import require_servable
+            from silotune.client.proposal_view import require_servable
 
             policy, plan = self._site.policy, entry.plan
             if policy is None or plan.model.sha256 not in policy.base_models:

@@ -15,8 +15,9 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.types import ASGIApp
 
-from silotune.client.approvals import Approvals, ProposalRecord, describe, judge_proposal
+from silotune.client.approvals import Approvals, ProposalRecord
 from silotune.client.daemon.socket import ask
+from silotune.client.proposal_view import describe, judge_proposal
 from silotune.dashboard.errors import PageUnknown
 from silotune.dashboard.page_guard import FORM, SESSION, Access, PageGuard, Scope
 from silotune.dashboard.pages import FORM_BODY, Pages, SignIn, Templates
