@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from silotune.client.approvals import Approvals, ProposalRecord, difference
-from silotune.client.policy import PlanVerdict, facts_for, judge
+from silotune.client.policy import PlanVerdict, facts_for, judge, total_epsilon
 from silotune.client.site_run import local_time
 from silotune.client.terms import delta_notes
 from silotune.data.checks import survey
@@ -100,7 +100,6 @@ def spending(site: SiteConfig, entry: ProposalRecord) -> PlanSpending | None:
     plan = entry.plan
     if not plan.private or plan.privacy.delta is None:
         return None
-    from silotune.client.policy import total_epsilon
     from silotune.privacy.tally import epsilon_of, total
 
     ledger = find_ledger(site.state_folder)

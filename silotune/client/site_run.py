@@ -394,7 +394,8 @@ class SiteRun:
         if self.ledger is None:
             return None
         self.ledger.settle(self.plan.data.dataset, self.run)
-        if not self.ledger.events(self.plan.data.dataset, run=self.run):
+        accounts = self.ledger.runs(self.plan.data.dataset)
+        if not any(account.charged for account in accounts if account.run == self.run):
             return None
         return issue(
             certificate or self._state / "certificate.json",

@@ -24,7 +24,7 @@ from flwr.app import Context, Message, RecordDict
 from silotune.client.approvals import Approvals, ProposalRecord
 from silotune.client.daemon.enrolment import Enrolment
 from silotune.client.errors import SitePaused
-from silotune.errors import PlanInvalid, SilotuneError
+from silotune.errors import CertificateInvalid, PlanInvalid, SilotuneError
 from silotune.plan.plan import Plan
 from silotune.protocol.envelope import (
     COORDINATOR,
@@ -148,8 +148,6 @@ class Runner:
 
     def finish(self, entry: ProposalRecord, certificate: Path) -> None:
         """Close the books of a run that is over: free what it reserved, certify what it cost."""
-        from silotune.errors import CertificateInvalid
-
         part = self._site_run(entry)
         try:
             body = part.finish(certificate)
