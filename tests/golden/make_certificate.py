@@ -14,25 +14,9 @@ from silotune.plan.plan import Plan
 from silotune.privacy.certificate import issue
 from silotune.privacy.events import gaussian_event, shared_step_event
 from silotune.privacy.ledger import Budget, Ledger, ReleaseKey
+from tests.golden.material import DELTA, SECURE
 
-DELTA = 1e-5
-PLAN = {
-    "plan": {"name": "golden", "purpose": "test"},
-    "model": {"base": "x", "task": "text_classification", "labels": ["a", "b"]},
-    "data": {"dataset": "notes"},
-    "rounds": {"number": 3, "min_sites": 3},
-    "privacy": {
-        "mode": "record",
-        "unit": "patient",
-        "max_records_per_unit": 4,
-        "epsilon": 8.0,
-        "delta": DELTA,
-        "clip": {"head": 0.5, "adapter": 2.0},
-        "rate": 0.05,
-        "noise": "shared",
-    },
-    "aggregation": {"secure": True, "cohort": 7, "threshold": 6},
-}
+PLAN = {**SECURE, "plan": {"name": "golden", "purpose": "test"}}
 
 
 def main() -> None:

@@ -13,7 +13,8 @@ from silotune.plan.plan import Plan
 from silotune.privacy.events import gaussian_event, step_event
 from silotune.rounds.run_directory import RunDirectory
 from silotune.simulation.outcome import AdapterScorer, _trivial, write_privacy
-from tests.golden.make_certificate import DELTA, PLAN
+from tests.golden.make_certificate import PLAN
+from tests.golden.material import DELTA
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "certificate.json"
 ONE_ROUND = {**PLAN, "rounds": {"number": 1, "min_sites": 3}}
