@@ -3,15 +3,8 @@
 A family groups the codes of one part of the product and owns one exit code of the command line. The
 page ``docs/errors.md`` is generated from these classes, so a class is the only place to edit.
 
-What a base model is refused for once it is tried on texts.
-
-What only a site's own data and configuration can be wrong with.
-
-Errors of events, of where they are read from, and of where they are sent.
-
-Errors of exports.
-
-Errors of releasing an adapter.
+Here are those of plans, models, data, events, exports and releases; other rooms have an ``errors.py`` of
+their own.
 """
 
 from __future__ import annotations

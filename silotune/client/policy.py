@@ -4,7 +4,7 @@ The site's word is final (promise 3): a plan passes only if every clause of site
 lets it pass, and a clause that is not written lets nothing pass. The same judgement is made of a plan
 that is proposed, before every answer in a run, and in a simulation.
 
-What a site knows when it judges a plan: what would leave, and where the ledger would be.
+`Facts` are what a site knows when it judges: what would leave, and where the ledger would be.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 With one local step the site returns the step's noisy clipped gradient sum; with several, the change of
 its adapter. Head-only rounds run on features that are computed once and kept in memory.
 
-Poisson sampling of privacy units, and their packing into micro-batches.
+Privacy units are drawn by Poisson sampling and packed into micro-batches.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What commands share that run a federation: the coordinator's folder and daemon, what they print.
+"""What commands share that run a federation: the coordinator's folder and daemon, printing, `reseal`.
 
-And `reseal`, of a coordinator and of a site: change what opens the sealed files of a folder.
+`reseal`, of a coordinator and of a site, changes what opens the sealed files of a folder.
 """
 
 from __future__ import annotations

@@ -10,11 +10,9 @@ layer alone, and the low-rank products appear only where they are cheap, in the 
 ``dB = s dy^T (x A^T)`` and ``dA = s (dy B)^T x``. With LoRA dropout the two branches see different
 inputs, so the *split* form ``y = x W^T + b + s (drop(x) A^T) B^T`` is used while training.
 
-Per-sample gradients: how they are kept on parameters, measured, and added up to those of units.
-
-A parameter's ``grad_sample`` has shape ``[n, *parameter.shape]`` and type float32 (Opacus'
-convention). That of a LoRA B is stored transposed, because the product is faster that way; `as_rows`
-and `shaped_as` hide it.
+Per-sample gradients are measured here too, and added up to those of units. A parameter's ``grad_sample``
+has shape ``[n, *parameter.shape]`` and type float32 (Opacus' convention). That of a LoRA B is stored
+transposed, because the product is faster that way; `as_rows` and `shaped_as` hide it.
 """
 
 from __future__ import annotations

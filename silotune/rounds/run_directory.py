@@ -4,15 +4,13 @@ One run, one folder, plain files: JSON for facts, JSON lines for what happened i
 for arrays. Each whole file appears by an atomic rename, and each line by one write, so that a
 process killed at any instant leaves a directory that can be read and resumed.
 
-What a run directory says, read once into plain values for the report and the summary.
+`RunRecord` is what a run directory says, read once into plain values for the report and the summary. It
+does not decide what is good or bad. Every part may be missing: a run can be unfinished, without
+baselines, or without privacy.
 
-Nothing here decides what is good or bad; it only turns files into typed facts. Every part may be
-missing: a run can be unfinished, without baselines, or without privacy.
-
-Which rounds' adapters a run directory keeps: the last, the best and every n-th.
-
-A run goes on from its checkpoint, so none of them is needed for that; they are for who wants to look
-back. Their number has a bound, however many rounds there are.
+The adapters of the last round, the best and every n-th are kept. A run goes on from its checkpoint, so
+none of them is needed for that; they are for who wants to look back. Their number has a bound, however
+many rounds there are.
 """
 
 from __future__ import annotations

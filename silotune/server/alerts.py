@@ -1,9 +1,7 @@
-"""Alerts: what somebody should know without looking, sent once each to webhooks and by e-mail.
+"""Alerts: what somebody should know without looking, sent once each to signed webhooks and by e-mail.
 
 Rules look at the same events and views as the pages. What was told is remembered by where in the events
 it came from: after a restart nothing is told again, and nothing that happened meanwhile is left out.
-
-Where alerts go: webhooks with a signature, and e-mail.
 """
 
 from __future__ import annotations

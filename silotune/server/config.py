@@ -1,8 +1,7 @@
-"""coordinator.toml, and where everything of a coordinator lies in its folder.
+"""coordinator.toml, the coordinator's own keys, and where everything lies in its folder.
 
-The coordinator's own keys: the authority, the federation's signing key, the server's certificate.
-
-Private keys lie sealed in the folder. The server's is handed to TLS through a file in memory only.
+The keys are the authority's, the federation's signing key, and the server's with its certificate.
+Private ones lie sealed in the folder. The server's is handed to TLS through a file in memory only.
 """
 
 from __future__ import annotations

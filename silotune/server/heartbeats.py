@@ -1,6 +1,6 @@
 """Who has fallen silent and who is back: told once each, in the federation's log and in the runs.
 
-Looks at something every few seconds, in a thread of its own.
+`Periodic` looks at something every few seconds, in a thread of its own.
 """
 
 from __future__ import annotations

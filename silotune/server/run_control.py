@@ -3,7 +3,7 @@
 A run is a thread. Its state is in the store before anything is done about it, so that a process that
 starts finds every run where the last one left it and goes on.
 
-One run being performed: a thread with a round loop over a grid, from here to its end.
+A `RunThread` takes one run through its round loop over a grid, to its end.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ changes of roster and plans; *books* sends decisions, exchanges audit heads and 
 waits. Nothing of the protocol's state is in memory alone: killed at any instant, the daemon goes on
 where the ledger, the outbox and the plans on the disk say.
 
-``[resources]`` made to hold for this process.
+``[resources]`` of site.toml is made to hold for the whole process.
 """
 
 from __future__ import annotations

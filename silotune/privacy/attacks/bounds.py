@@ -29,7 +29,8 @@ in one run", arXiv 2509.08704) assume scores that dominate each other canary by 
 ("Let's ask Gauss", arXiv 2606.12733) a central limit theorem: both come close to `gaussian_alone`, and
 share its assumption.
 
-What the scores of canaries say of a claimed epsilon: lower bounds, and whether one is above it.
+`audit_step` and `audit_run` say what the scores of canaries mean for a claimed epsilon, and whether a
+bound is above it.
 """
 
 from __future__ import annotations

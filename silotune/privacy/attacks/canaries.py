@@ -1,13 +1,11 @@
-"""Canary records: texts that nobody wrote, each with a secret that only training can tell.
+"""Canary records: texts that nobody wrote, with secrets that only training can tell; what tells them.
 
-How well scores tell canaries that were trained on from those that were not.
+*Membership* asks how well scores tell canaries that were trained on from others. The score is a
+likelihood ratio: the loss of a record under a reference model that never saw it, less its loss under the
+model that perhaps did (Carlini et al., "Membership inference attacks from first principles", S&P 2022,
+offline; with one reference, which here differs in the canaries alone).
 
-The score is a likelihood ratio: the loss of a record under a reference model that never saw it, less
-its loss under the model that perhaps did (Carlini et al., "Membership inference attacks from first
-principles", S&P 2022, offline; with one reference, which here differs in the canaries alone).
-
-What a language model remembers of planted secrets: exposure, and completion.
-
+*Memorisation* asks what a language model remembers of planted secrets: exposure, and completion.
 Exposure is ``log2(n) - log2(rank)``, the rank being that of the true secret among n candidates by their
 loss (Carlini, Liu, Erlingsson, Kos and Song, "The secret sharer", USENIX Security 2019). A secret before
 all candidates has at least ``log2(n)`` bits; how many more is read off a normal distribution that is

@@ -1,28 +1,26 @@
-"""Fixed point: updates as integers of a ring, and the sum of a cohort back again.
+"""Updates as integers of a ring, the masks on them, a site's share of the noise, and the sum back again.
 
-A number x becomes ``floor(x / step + u)`` with u uniform in [0, 1): stochastic rounding, which is right
-on average. Numbers beyond a bound are set to it and counted; the bound times the cohort is below half
-the ring, so no sum can overflow, whatever the sites send honestly. Steps are powers of two: integer sums
-decode without rounding.
+*Fixed point.* A number x becomes ``floor(x / step + u)`` with u uniform in [0, 1): stochastic rounding,
+which is right on average. Numbers beyond a bound are set to it and counted; the bound times the cohort
+is below half the ring, so no sum can overflow, whatever the sites send honestly. Steps are powers of
+two: integer sums decode without rounding.
 
-Masks: the keystream of AES-256 in counter mode (NIST SP 800-38A), added in the ring of the vector.
+*Masks* are the keystream of AES-256 in counter mode (NIST SP 800-38A), added in the ring. Every mask has
+a key of its own (HKDF over an X25519 agreement of this round's keys, or a fresh seed), so the counter
+starts at zero each time. All masks of a block are added while it is in the cache: the vector is read
+from memory once, whatever the number of peers.
 
-Every mask has a key of its own (HKDF over an X25519 agreement of this round's keys, or a fresh seed), so
-the counter starts at zero each time. All masks of a block are added while it is in the cache: the vector
-is read from memory once, whatever the number of peers.
-
-Each site's share of one Gaussian, added in the integers of secure aggregation.
-
-The release is the *sum* of what the sites send, so what has to be proven is a statement on the sum.
-Let site i have the clipped sum x_i, in steps of the ring, and send ``y_i = round(x_i + n_i)``, where n_i
-is Gaussian with standard deviation t. By Poisson summation y_i has the characteristic function
-``sum over m of f(w + 2 pi m) exp(i (w + 2 pi m) x_i)`` with ``f(w) = exp(-t^2 w^2 / 2) sinc(w / 2)``.
-For t >= 6 all terms but m = 0 together are below 2**-250 on [-pi, pi], so the sum of the y_i has, but
-for that, the law of ``round(sum x_i + N + V)``: N Gaussian of variance (number of sites) t^2, V a sum of
-independent uniform numbers. That is post-processing of the Gaussian mechanism on ``sum x_i``: rounding
-at the sites costs no privacy and adds nothing to the sensitivity, in any dimension (docs/privacy.md has
-the proof and what it leaves to whom). Discrete Gaussians or Skellam noise would need an inflated
-sensitivity of their own (Kairouz, Liu and Steinke, ICML 2021; Agarwal, Kairouz and Liu, NeurIPS 2021).
+*Shared noise* is each site's share of one Gaussian, added in the same integers. The release is the *sum*
+of what the sites send, so what has to be proven is a statement on the sum. Let site i have the clipped
+sum x_i, in steps of the ring, and send ``y_i = round(x_i + n_i)``, where n_i is Gaussian with standard
+deviation t. By Poisson summation y_i has the characteristic function ``sum over m of f(w + 2 pi m) exp(i
+(w + 2 pi m) x_i)`` with ``f(w) = exp(-t^2 w^2 / 2) sinc(w / 2)``. For t >= 6 all terms but m = 0
+together are below 2**-250 on [-pi, pi], so the sum of the y_i has, but for that, the law of ``round(sum
+x_i + N + V)``: N Gaussian of variance (number of sites) t^2, V a sum of independent uniform numbers.
+That is post-processing of the Gaussian mechanism on ``sum x_i``: rounding at the sites costs no privacy
+and adds nothing to the sensitivity, in any dimension (docs/privacy.md has the proof and what it leaves
+to whom). Discrete Gaussians or Skellam noise would need an inflated sensitivity of their own (Kairouz,
+Liu and Steinke, ICML 2021; Agarwal, Kairouz and Liu, NeurIPS 2021).
 
 All arithmetic behind the noise is on integers: a step is a whole number of units of the sampler of
 `silotune.privacy.noise`, whose discretisation and proof are those of that module.

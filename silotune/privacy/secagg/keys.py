@@ -1,4 +1,4 @@
-"""Keys of a round: X25519 agreements, what is derived from them, sealed shares.
+"""Keys of a round: X25519 agreements, what is derived from them, secrets in sealed shares.
 
 A site makes two X25519 pairs (RFC 7748) and a seed for every round. The first pair agrees on pairwise
 masks and is rebuilt by the others if the site drops out; the second seals shares and is never shared, so
@@ -6,11 +6,10 @@ that rebuilding the first opens nothing. Keys are derived by HKDF-SHA256 (RFC 58
 context and to the pair; shares are sealed by ChaCha20-Poly1305 (RFC 8439) under a key that seals one
 message in each direction.
 
-Shamir's secret sharing over a prime field (Shamir, CACM 1979), for secrets of 32 bytes.
-
-The field is that of the smallest prime above ``2**256``, so that a secret is one element and a share 33
-bytes. Python's integers are not constant-time: a secret lives for one round, and who can time a site to
-the microsecond is outside the threat model.
+Secrets of 32 bytes are shared over a prime field (Shamir, CACM 1979). The field is that of the smallest
+prime above ``2**256``, so that a secret is one element and a share 33 bytes. Python's integers are not
+constant-time: a secret lives for one round, and who can time a site to the microsecond is outside the
+threat model.
 """
 
 from __future__ import annotations

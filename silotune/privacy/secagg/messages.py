@@ -1,6 +1,6 @@
-"""What travels in secure aggregation, as bytes: length-prefixed parts, one form for each content.
+"""What travels in secure aggregation, as bytes, and who takes part: a site's identity and limits.
 
-Who takes part in secure aggregation: a site, its identity, and its own limits.
+Contents are length-prefixed parts; each has one form.
 """
 
 from __future__ import annotations

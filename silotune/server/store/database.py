@@ -1,6 +1,6 @@
 """The coordinator's durable store: one database, SQLite by default, PostgreSQL by URL.
 
-Tables of the coordinator's store. Every change of them is a migration in ``migrations/``.
+Its tables are here. Every change of them is a migration in ``migrations/``.
 """
 
 from __future__ import annotations

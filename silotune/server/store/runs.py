@@ -1,8 +1,7 @@
 """Runs in the store: plans, decisions, and the durable history that a `RoundLoop` writes.
 
-What happens in the federation outside of any run: enrolments, alarms, people, who is silent.
-
-The coordinator's runs as a source of pages, streams and metrics.
+`FederationLog` has what happens outside of any run: enrolments, alarms, people, who is silent.
+`StoredRuns` is all of it as a source of pages, streams and metrics.
 """
 
 from __future__ import annotations
