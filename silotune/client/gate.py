@@ -46,7 +46,7 @@ from silotune.protocol.replies import RELEASED, Scalar, records_of
 from silotune.trust.errors import SealBroken
 
 if TYPE_CHECKING:
-    from dp_accounting import DpEvent
+    from silotune.privacy.events import DpEvent
 
 
 _SCALARS = "scalars"
@@ -223,7 +223,7 @@ class Gate:
         BudgetExceeded, ReservationInvalid, LedgerDamaged
             From the ledger. Nothing was charged.
         """
-        from dp_accounting import ComposedDpEvent
+        from silotune.privacy.events import ComposedDpEvent
 
         self._require_own(key)
         if self._ledger is None:

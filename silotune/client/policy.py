@@ -13,14 +13,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 
-from dp_accounting import ComposedDpEvent
-
 from silotune.client import errors
 from silotune.client.terms import run_events, sigma_for
 from silotune.data.site import PolicyConfig, SiteConfig
 from silotune.errors import PolicyError
 from silotune.models.layout import Layout
 from silotune.plan.plan import Plan
+from silotune.privacy.events import ComposedDpEvent
 from silotune.privacy.ledger import Ledger
 from silotune.privacy.tally import epsilon_of, tally_of, total
 

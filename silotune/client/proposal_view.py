@@ -11,12 +11,12 @@ from silotune.client.policy import PlanVerdict, facts_for, judge, total_epsilon
 from silotune.client.site_run import local_time
 from silotune.client.terms import delta_notes
 from silotune.data.checks import survey
-from silotune.data.records import require_declared
+from silotune.data.declared import require_declared
 from silotune.data.site import SiteConfig
 from silotune.errors import SilotuneError
 from silotune.models.base import outline, require_taken
 from silotune.models.layout import Layout
-from silotune.models.tasks import get_task
+from silotune.models.needs import needs_of
 from silotune.plan.plan import Plan, plan_in_words
 from silotune.privacy.ledger import find_ledger
 
@@ -74,7 +74,7 @@ def require_servable(site: SiteConfig, plan: Plan) -> None:
 def _verdict(site: SiteConfig, entry: ProposalRecord) -> PlanVerdict:
     """What the policy says; hours don't count before the training itself."""
     assert site.policy is not None  # the daemon has seen to it
-    require_declared(site, entry.plan, roles=get_task(entry.plan.model.task).roles)
+    require_declared(site, entry.plan, roles=needs_of(entry.plan).roles)
     ledger = find_ledger(site.state_folder)
     facts = facts_for(
         site,
@@ -163,7 +163,7 @@ def records_in_words(site: SiteConfig, plan: Plan) -> list[str]:
 
     They are read here and now. Look-alikes are counted on a split of the same shares.
     """
-    roles, secrets = get_task(plan.model.task).roles, {site.name: os.urandom(32)}
+    roles, secrets = needs_of(plan).roles, {site.name: os.urandom(32)}
     (found,) = survey([site], plan, roles=roles, secrets=secrets)
     own = [] if plan.data.dataset not in site.datasets else delta_notes(plan, site)
     return [*found.notes(split_by=plan.data.split_by), *own]

@@ -15,7 +15,6 @@ from typing import cast
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from dp_accounting import ComposedDpEvent, DpEvent
 from flwr.app import RecordDict
 from numpy.typing import NDArray
 
@@ -37,7 +36,8 @@ from silotune.client.terms import (
 )
 from silotune.client.trainer import RoundUpdate, SiteData, TrainableModel, Trainer, Vector
 from silotune.client.troubles import Troubles
-from silotune.data.records import Records, Split, load_records, own_secret, require_declared
+from silotune.data.declared import own_secret, require_declared
+from silotune.data.records import Records, Split, load_records
 from silotune.data.site import DatasetConfig, Role, SiteConfig
 from silotune.errors import (
     EnvironmentFault,
@@ -50,11 +50,11 @@ from silotune.errors import (
 )
 from silotune.models.adapter import write_adapter
 from silotune.models.batching import Encoded, padding_id
+from silotune.models.needs import needs_of
 from silotune.models.pretrained import locate, weights_sha256
-from silotune.models.tasks import get_task
 from silotune.plan.plan import Plan
 from silotune.privacy.certificate import CertificateBody, issue
-from silotune.privacy.events import gaussian_event
+from silotune.privacy.events import ComposedDpEvent, DpEvent, gaussian_event
 from silotune.privacy.ledger import LEDGER_FILE, Ledger, ReleaseKey
 from silotune.privacy.noise import NoiseSource, noise_for
 from silotune.protocol.errors import MessageRefused
@@ -190,7 +190,7 @@ class SiteRun:
 
     def require_declared(self) -> None:
         """Judge the plan by what the site declares of its dataset. Raises as `data.records` says."""
-        require_declared(self.site, self.plan, roles=get_task(self.plan.model.task).roles)
+        require_declared(self.site, self.plan, roles=needs_of(self.plan).roles)
         require_small_delta(self.plan, self.site)
 
     def train(self, adapter: Vector, server_round: int, *, clip: float | None = None) -> RecordDict:

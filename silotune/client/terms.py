@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from dp_accounting import DpEvent
-
 from silotune.client.errors import DeltaTooLarge
 from silotune.data.site import DatasetConfig, SiteConfig
 from silotune.errors import BudgetExceeded
 from silotune.plan.plan import Plan
-from silotune.privacy.accounting import calibrate
-from silotune.privacy.events import gaussian_event, shared_step_event, step_event
+from silotune.privacy.costs import calibrate
+from silotune.privacy.events import DpEvent, gaussian_event, shared_step_event, step_event
 from silotune.privacy.ledger import Budget
 from silotune.privacy.tally import Tally, epsilon_of, tally_of, total
 from silotune.strategies.secure import shared_noise

@@ -17,7 +17,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from dp_accounting import DpEvent
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -32,6 +31,7 @@ from silotune.models.task import LoadedModel
 from silotune.plan.plan import Plan
 from silotune.privacy.clipping import Attached, attach
 from silotune.privacy.engine import ClipGroup, DpSgd, PlainSgd
+from silotune.privacy.events import DpEvent
 from silotune.privacy.noise import NoiseSource, noise_for
 from silotune.strategies import method_of
 from silotune.strategies.secure import shared_noise

@@ -33,23 +33,19 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
 from hashlib import sha256
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from silotune.data.declared import columns_for, identity_role, require_declared
 from silotune.data.site import DatasetConfig, SiteConfig
 from silotune.data.sources import Faults, LeftOut, Table, numbered, read_dataset
-from silotune.errors import ColumnMissing, HeldOutTooMuch, LabelsUnfit, TooFewRecords, UnitMismatch
 from silotune.plan.plan import Plan
-from silotune.trust.files import create_file, create_private_folder
-from silotune.trust.vault import Vault
 
 # Separates these hashes from any other use of the same secret. Changing it would move units that a
 # model was trained on into the test split, so it never changes.
@@ -200,30 +196,6 @@ class Records:
         return split
 
 
-SECRET_FILE = "split.secret.sealed"  # noqa: S105 - a file's name
-"""Its name in the state folder."""
-
-_BYTES = 32
-
-
-def own_secret(state: Path, vault: Vault, *, new: bytes | None = None) -> bytes:
-    """The secret in a state folder, made (or taken from `new`) if there is none yet.
-
-    Raises
-    ------
-    SealBroken, FileExposed
-        The file was changed, or other accounts of the machine may read it.
-    """
-    path = state / SECRET_FILE
-    if not path.exists():
-        create_private_folder(state)
-        create_file(path, vault.seal(new or os.urandom(_BYTES), name=path.name))
-    return vault.read(path)
-
-
-_LEAST_UNITS = 1.0
-
-
 def load_records(site: SiteConfig, plan: Plan, *, roles: Collection[str], secret: bytes) -> Records:
     """Read and split the dataset that a plan asks a site for, without what doesn't fit.
 
@@ -253,7 +225,7 @@ def load_records(site: SiteConfig, plan: Plan, *, roles: Collection[str], secret
     """
     require_declared(site, plan, roles=roles)
     dataset = site.dataset(plan.data.dataset)
-    columns = _columns(dataset, plan, roles)
+    columns = columns_for(dataset, plan, roles)
     table = read_dataset(dataset, folder=site.folder, columns=list(columns.values()))
     sieve = _Sieve(
         table, {role: [*map(str.strip, table.columns[c])] for role, c in columns.items()}
@@ -279,75 +251,9 @@ def load_records(site: SiteConfig, plan: Plan, *, roles: Collection[str], secret
     )
 
 
-def require_declared(site: SiteConfig, plan: Plan, *, roles: Collection[str]) -> None:
-    """Judge a plan by what the site declares of its dataset, without a look at any record.
-
-    Raises
-    ------
-    DatasetUnknown
-        The site has no dataset of this name.
-    UnitMismatch
-        The plan protects another unit than the one that the site offers the dataset under.
-    ColumnMissing
-        A role that the plan needs has no column.
-    LabelsUnfit
-        The site declares a label that the plan lacks.
-    HeldOutTooMuch, TooFewRecords
-        The plan holds out more than the site allows, or than leaves a declared unit to train on.
-    """
-    dataset = site.dataset(plan.data.dataset)
-    _check_unit_name(dataset, plan)
-    _columns(dataset, plan, roles)
-    lacking = [label for label in dataset.labels if label not in plan.model.labels]
-    if lacking and "label" in roles:
-        raise LabelsUnfit(
-            f"model.labels of the plan lacks {', '.join(map(repr, lacking))}, which labels of "
-            f"[datasets.{plan.data.dataset}] declares"
-        )
-    held_out = plan.data.test_share + plan.data.validation_share
-    if held_out > dataset.max_held_out + 1e-9:
-        raise HeldOutTooMuch(
-            f"the plan holds out {held_out:g}, max_held_out of the dataset is "
-            f"{dataset.max_held_out:g}"
-        )
-    if plan.training_units(dataset.declared_units) < _LEAST_UNITS:
-        raise TooFewRecords(
-            f"of {dataset.declared_units} declared units a plan that holds out {held_out:g} leaves "
-            "none to train on"
-        )
-
-
-def _check_unit_name(dataset: DatasetConfig, plan: Plan) -> None:
-    # Declared units, budget and rate all count the site's unit: a plan with another one would give
-    # a guarantee about something else than what the site agreed to. Without privacy there is none.
-    if plan.private and dataset.unit != plan.privacy.unit:
-        raise UnitMismatch(
-            f"the site offers {plan.data.dataset!r} by {dataset.unit!r}, "
-            f"but privacy.unit of the plan is {plan.privacy.unit!r}"
-        )
-
-
 def _labels(dataset: DatasetConfig, plan: Plan) -> frozenset[str]:
     """The labels that a record may have; empty if the task has none."""
     return frozenset(dataset.labels or plan.model.labels) & frozenset(plan.model.labels)
-
-
-def _columns(dataset: DatasetConfig, plan: Plan, roles: Collection[str]) -> dict[str, str]:
-    """The columns to read, by role: the task's, and those of unit, group and split."""
-    named = dataset.columns.by_role()
-    needed: set[str] = set(roles)
-    if plan.data.split_by == "group":
-        needed.add("group")
-    missing = sorted(needed - set(named))
-    if missing:
-        raise ColumnMissing(
-            f"the plan needs the roles {', '.join(missing)}, for which "
-            f"[datasets.{plan.data.dataset}.columns] in site.toml names no column"
-        )
-    if "unit" in named:
-        needed.add("unit")
-    needed.add(_identity_role(named))
-    return {str(role): column for role, column in named.items() if role in needed}
 
 
 class _Sieve:
@@ -442,11 +348,6 @@ def _content(values: Mapping[str, list[str]]) -> str:
 def _identities(values: Mapping[str, list[str]]) -> list[str]:
     """What tells records apart. A prompt alone would not: often it is the same for all of them."""
     if "text" in values or "response" not in values:
-        return values[_identity_role(values)]
+        return values[identity_role(values)]
     pairs = zip(values["prompt"], values["response"], strict=True)
     return [json.dumps(pair) for pair in pairs]
-
-
-def _identity_role(columns: Collection[str]) -> str:
-    """The role whose text tells records apart where the record itself is the unit."""
-    return "text" if "text" in columns else "prompt"

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from dp_accounting import DpEvent, GaussianDpEvent, PoissonSampledDpEvent
 from pydantic import Field
 
 from silotune import __version__
@@ -27,7 +26,14 @@ from silotune.plan.document import Document, Sha256
 from silotune.plan.plan import Plan
 from silotune.plan.rules import sends_all_it_trains
 from silotune.plan.sections import Positive
-from silotune.privacy.events import SharedGaussianDpEvent, from_json, to_json
+from silotune.privacy.events import (
+    DpEvent,
+    GaussianDpEvent,
+    PoissonSampledDpEvent,
+    SharedGaussianDpEvent,
+    from_json,
+    to_json,
+)
 from silotune.privacy.ledger import Ledger
 from silotune.privacy.secagg.graph import tolerated_collusion
 from silotune.privacy.tally import Tally, epsilon_of, total

@@ -8,12 +8,38 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
 from typing import Any
 
-from dp_accounting import (
+from silotune.errors import EventInvalid
+from silotune.plan.document import canonical_json
+
+_MODULE = "dp_accounting.dp_event"
+
+
+def _load_alone() -> None:
+    """Load the module of the event classes without its package, which would load SciPy: 90 MB.
+
+    It stands under its own name: whoever imports the package later gets these very classes.
+    """
+    package = find_spec("dp_accounting")
+    if _MODULE in sys.modules or package is None or not package.submodule_search_locations:
+        return
+    path = Path(package.submodule_search_locations[0], "dp_event.py")
+    spec = spec_from_file_location(_MODULE, path)
+    if spec is None or spec.loader is None:
+        return
+    sys.modules[_MODULE] = module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+
+_load_alone()
+from dp_accounting.dp_event import (  # noqa: E402
     ComposedDpEvent,
     DpEvent,
     GaussianDpEvent,
@@ -22,8 +48,14 @@ from dp_accounting import (
     SelfComposedDpEvent,
 )
 
-from silotune.errors import EventInvalid
-from silotune.plan.document import canonical_json
+__all__ = [
+    "ComposedDpEvent",
+    "DpEvent",
+    "GaussianDpEvent",
+    "NoOpDpEvent",
+    "PoissonSampledDpEvent",
+    "SelfComposedDpEvent",
+]
 
 
 @dataclass(frozen=True)

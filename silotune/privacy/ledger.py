@@ -34,7 +34,8 @@ from silotune.trust.chain import Head
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-    from dp_accounting import DpEvent
+
+    from silotune.privacy.events import DpEvent
 
 
 LEDGER_FILE = "ledger.sqlite"
@@ -313,9 +314,7 @@ class Ledger:
         budget : Budget
             The dataset's, to be shown with it.
         """
-        from dp_accounting import ComposedDpEvent, SelfComposedDpEvent
-
-        from silotune.privacy.events import from_json
+        from silotune.privacy.events import ComposedDpEvent, SelfComposedDpEvent, from_json
 
         parts = [
             SelfComposedDpEvent(from_json(leaf), count) for leaf, count in sorted(missing.items())

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dp_accounting import DpEvent
+    from silotune.privacy.events import DpEvent
 
 Tally = Counter[str]
 """Canonical JSON of an event that is not a composition -> how often it happened."""
@@ -33,9 +33,12 @@ def tally_of(event: DpEvent) -> Tally:
     Exception
         Whatever `silotune.privacy.events.to_json` raises for an event it doesn't account for.
     """
-    from dp_accounting import ComposedDpEvent, NoOpDpEvent, SelfComposedDpEvent
-
-    from silotune.privacy.events import to_json
+    from silotune.privacy.events import (
+        ComposedDpEvent,
+        NoOpDpEvent,
+        SelfComposedDpEvent,
+        to_json,
+    )
 
     if isinstance(event, NoOpDpEvent):
         return Counter()
@@ -73,23 +76,21 @@ def epsilon_of(tally: Mapping[str, int], *, delta: float, colluding: int = 0) ->
 
     With `colluding` sites on the coordinator's side, noise that sites share counts without theirs.
     """
-    from silotune.privacy import accounting
+    from silotune.privacy import costs
 
     events = _events(tally)
-    return float(accounting.epsilon(events, delta=delta, colluding=colluding)) if events else 0.0
+    return costs.epsilon(events, delta=delta, colluding=colluding) if events else 0.0
 
 
 def epsilon_at_two_sites(tally: Mapping[str, int], *, delta: float) -> float:
     """Epsilon of a person with a unit at two sites that each released what is in the tally."""
-    from silotune.privacy import accounting
+    from silotune.privacy import costs
 
-    return accounting.epsilon_at_two_sites(_events(tally), delta=delta)
+    return costs.epsilon_at_two_sites(_events(tally), delta=delta)
 
 
 def _events(tally: Mapping[str, int]) -> list[DpEvent]:
-    from dp_accounting import SelfComposedDpEvent
-
-    from silotune.privacy.events import from_json
+    from silotune.privacy.events import SelfComposedDpEvent, from_json
 
     return [
         SelfComposedDpEvent(event=from_json(leaf), count=n)

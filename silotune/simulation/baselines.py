@@ -27,7 +27,8 @@ from silotune.client.model_cache import ModelCache
 from silotune.client.site_run import SiteRun
 from silotune.client.terms import sigma_for
 from silotune.client.trainer import RoundUpdate, SiteData, Trainer, Vector
-from silotune.data.records import Records, Split, own_secret
+from silotune.data.declared import own_secret
+from silotune.data.records import Records, Split
 from silotune.data.site import SiteConfig
 from silotune.models.adapter import write_adapter
 from silotune.models.batching import Encoded, batches

@@ -27,7 +27,7 @@ from flwr.serverapp import ServerApp
 from silotune import __version__
 from silotune.client.terms import delta_notes
 from silotune.data.checks import Surveyed, survey
-from silotune.data.records import own_secret
+from silotune.data.declared import own_secret
 from silotune.data.site import SiteConfig, load_sites
 from silotune.errors import (
     QuorumLost,
@@ -38,7 +38,7 @@ from silotune.errors import (
 )
 from silotune.events.source import held
 from silotune.models.choices import Choices, choose
-from silotune.models.tasks import get_task
+from silotune.models.needs import needs_of
 from silotune.plan.plan import Plan, notes_on
 from silotune.rounds.rounds import build_server_app
 from silotune.rounds.run_directory import RunDirectory
@@ -75,7 +75,7 @@ def survey_sites(
     """
     for sentence in notes_on(plan):
         note(sentence)
-    found = survey(sites, plan, roles=get_task(plan.model.task).roles, secrets=secrets)
+    found = survey(sites, plan, roles=needs_of(plan).roles, secrets=secrets)
     for site, one in zip(sites, found, strict=True):
         for sentence in one.notes(split_by=plan.data.split_by):
             note(sentence)
@@ -122,7 +122,7 @@ def require_same_records(
         return
     states = {site.name: directory.site(site.name) for site in sites}
     secrets = {name: own_secret(state, Vault(state)) for name, state in states.items()}
-    found = survey(sites, plan, roles=get_task(plan.model.task).roles, secrets=secrets)
+    found = survey(sites, plan, roles=needs_of(plan).roles, secrets=secrets)
     now = _fingerprints(found, secrets)
     changed = sorted(name for name in now if now[name] != began.get(name))
     if changed:

@@ -15,9 +15,10 @@ from sklearn.metrics import f1_score
 
 from silotune.client.policy import facts_for, judge
 from silotune.data import demo
+from silotune.data.declared import require_declared
 from silotune.data.demo import HOSPITALS, load_conditions, write_hospitals
 from silotune.data.partition import declare
-from silotune.data.records import Records, Split, load_records, require_declared
+from silotune.data.records import Records, Split, load_records
 from silotune.data.site import SiteConfig, load_sites
 from silotune.errors import EnvironmentFault, FolderOccupied
 from silotune.models.base import outline

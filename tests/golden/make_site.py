@@ -22,7 +22,7 @@ from silotune.client.run_files import (
     SealedMemory,
 )
 from silotune.dashboard.accounts import Accounts
-from silotune.data.records import own_secret
+from silotune.data.declared import own_secret
 from silotune.data.site import SiteConfig
 from silotune.events.schema import written
 from silotune.plan.plan import Plan

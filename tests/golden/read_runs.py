@@ -3,7 +3,7 @@
 import hashlib
 import os
 
-from silotune.data.records import own_secret
+from silotune.data.declared import own_secret
 from silotune.events.source import RunDirectories
 from silotune.models.adapter import load_adapter
 from silotune.models.base import load_model

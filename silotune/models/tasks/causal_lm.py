@@ -31,6 +31,7 @@ from silotune.models.batching import (
     padding_id,
     prompt_ids,
 )
+from silotune.models.needs import NEEDS
 from silotune.models.task import LoadedModel, TaskModel
 from silotune.plan.plan import Plan
 
@@ -41,8 +42,8 @@ _LOGITS = 1 << 24  # that a score makes at a time: 64 MB
 class CausalLm:
     """Mean negative log-likelihood of a response's tokens, given its prompt."""
 
-    roles = frozenset({"prompt", "response"})
-    has_head = False
+    roles = NEEDS["causal_lm"].roles
+    has_head = NEEDS["causal_lm"].has_head
 
     def encode(
         self, examples: Sequence[Mapping[str, str]], tokenizer: Any, *, plan: Plan

@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from silotune.errors import RecordInvalid
 from silotune.models.batching import Batch, Encoded, Rows, batches, padding_id, text_ids
+from silotune.models.needs import NEEDS
 from silotune.models.task import LoadedModel, TaskModel
 from silotune.plan.plan import Plan
 
@@ -32,8 +33,8 @@ class Prediction:
 class TextClassification:
     """Cross-entropy of one label a text."""
 
-    roles = frozenset({"text", "label"})
-    has_head = True
+    roles = NEEDS["text_classification"].roles
+    has_head = NEEDS["text_classification"].has_head
 
     def encode(
         self, examples: Sequence[Mapping[str, str]], tokenizer: Any, *, plan: Plan

@@ -1,0 +1,145 @@
+"""What events cost, computed in this process or, once it asked for that, by one that ends again.
+
+The libraries of accounting take 90 MB. A site's daemon, which is idle most of the time, calls
+`compute_apart` at its start: it then asks a child process, which has no key, no network of its own
+accord and no file, and which ends some seconds after the last question.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable, Sequence
+from typing import IO, Any
+
+from silotune.errors import SilotuneError, catalogue
+from silotune.privacy.events import DpEvent, from_json, to_json
+
+_LINGER = 5.0  # seconds that the process waits for another question
+_MOST_KEPT = 4096
+
+
+def epsilon(events: Iterable[DpEvent], *, delta: float, colluding: int = 0) -> float:
+    """See `silotune.privacy.accounting.epsilon`."""
+    if _apart is None:
+        from silotune.privacy import accounting
+
+        return float(accounting.epsilon(events, delta=delta, colluding=colluding))
+    return _apart.ask("epsilon", events, delta=delta, colluding=colluding)
+
+
+def epsilon_at_two_sites(events: Iterable[DpEvent], *, delta: float) -> float:
+    """See `silotune.privacy.accounting.epsilon_at_two_sites`."""
+    if _apart is None:
+        from silotune.privacy import accounting
+
+        return accounting.epsilon_at_two_sites(events, delta=delta)
+    return _apart.ask("epsilon_at_two_sites", events, delta=delta)
+
+
+def calibrate(
+    *, epsilon: float, delta: float, rate: float, steps: int, extra: Sequence[DpEvent] = ()
+) -> float:
+    """See `silotune.privacy.accounting.calibrate`."""
+    asked: dict[str, Any] = {"epsilon": epsilon, "delta": delta, "rate": rate, "steps": steps}
+    if _apart is None:
+        from silotune.privacy import accounting
+
+        return accounting.calibrate(**asked, extra=extra)
+    return _apart.ask("calibrate", extra, **asked)
+
+
+class _Apart:
+    """The process, started when it is asked something; what it said is remembered."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
+        self._timer: threading.Timer | None = None
+        self._known: dict[str, float] = {}
+
+    def ask(self, function: str, events: Iterable[DpEvent], **numbers: float) -> float:
+        question = json.dumps([function, sorted(to_json(event) for event in events), numbers])
+        with self._lock:
+            if question not in self._known:
+                if len(self._known) >= _MOST_KEPT:
+                    self._known.clear()
+                self._known[question] = self._told(question)
+            return self._known[question]
+
+    def _told(self, question: str) -> float:
+        if self._timer is not None:
+            self._timer.cancel()
+        process = self._running()
+        assert process.stdin is not None and process.stdout is not None  # pipes, see below
+        try:
+            process.stdin.write(question + "\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+        except OSError:
+            line = ""
+        if not line:
+            self._end()
+            raise SilotuneError("the process that computes what events cost came to an end")
+        self._timer = threading.Timer(_LINGER, self._rest)
+        self._timer.daemon = True
+        self._timer.start()
+        code, found = json.loads(line)
+        if code:
+            raise next(kind for kind in catalogue() if kind.code == code)(found)
+        return float(found)
+
+    def _running(self) -> subprocess.Popen[str]:
+        if self._process is None or self._process.poll() is not None:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "silotune.privacy.costs"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+            )
+        return self._process
+
+    def _rest(self) -> None:
+        with self._lock:
+            self._end()
+
+    def _end(self) -> None:
+        if self._process is not None:
+            process, self._process = self._process, None
+            process.kill()
+            process.communicate()
+
+
+_apart: _Apart | None = None
+
+
+def compute_apart() -> None:
+    """From now on, have costs computed by another process."""
+    global _apart  # noqa: PLW0603 - a choice of the process, made once at its start
+    _apart = _apart or _Apart()
+
+
+def serve(questions: IO[str], answers: IO[str]) -> None:
+    """Answer questions, one a line, until there are no more: the child process's work."""
+    from silotune.privacy import accounting
+
+    for line in questions:
+        function, texts, numbers = json.loads(line)
+        events = [from_json(text) for text in texts]
+        try:
+            if function == "calibrate":
+                found = accounting.calibrate(**numbers, extra=events)
+            else:
+                found = getattr(accounting, function)(events, **numbers)
+            told = ["", found]
+        except SilotuneError as exc:
+            told = [exc.code, exc.detail]
+        answers.write(json.dumps(told) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    serve(sys.stdin, sys.stdout)
