@@ -298,6 +298,21 @@ class DiskLow(EnvironmentFault):
     advice = "Free some space: without it nothing can be charged, and so nothing released."
 
 
+class IsolationMissing(EnvironmentFault):
+    """The kernel, or what the account may ask of it, lacks a protection that the site requires."""
+
+    code = "ST-749"
+    title = "A required protection of records is not in force"
+    cause = (
+        "[isolation] require of site.toml names a protection of the process that reads records, and "
+        "this machine does not put it up."
+    )
+    advice = (
+        "`silotune site doctor` says what each one needs: a newer kernel, user namespaces, a limit in "
+        "site.toml. Or take the name out of [isolation] require."
+    )
+
+
 class DeviceMissing(EnvironmentFault):
     """No GPU."""
 

@@ -133,6 +133,31 @@ class PolicyConfig(Section):
         return tuple(parse_window(text) for text in self.hours)
 
 
+ProtectionName = Literal[
+    "no_new_privileges",
+    "user_namespace",
+    "network_namespace",
+    "ipc_namespace",
+    "capabilities",
+    "memory_hidden",
+    "memory_limit",
+    "process_limit",
+    "landlock_files",
+    "landlock_network",
+    "landlock_scopes",
+    "seccomp",
+]
+"""What may confine the process that reads records; `client/isolation` has each."""
+
+
+class IsolationConfig(Section):
+    """``[isolation]``: what must confine the process that reads records."""
+
+    require: tuple[ProtectionName, ...] = Field(
+        (), description="Without these the site does not start; without others it warns."
+    )
+
+
 class ResourcesConfig(Section):
     """``[resources]``: what the daemon may use of this machine."""
 
@@ -259,6 +284,8 @@ class SiteConfig(Section):
         What a plan may ask. Without one a site can be simulated, and its daemon doesn't start.
     resources : ResourcesConfig
         What the daemon may use of the machine.
+    isolation : IsolationConfig
+        What must confine the process that reads records.
     at_rest : AtRest
         What opens the sealed files of the state.
     """
@@ -270,6 +297,7 @@ class SiteConfig(Section):
     datasets: dict[Name, DatasetConfig] = Field(min_length=1)
     policy: PolicyConfig | None = None
     resources: ResourcesConfig = ResourcesConfig()
+    isolation: IsolationConfig = IsolationConfig()
     at_rest: AtRest = AtRest()
     _folder: Path = PrivateAttr(default=Path())
     _file: Path | None = PrivateAttr(default=None)
