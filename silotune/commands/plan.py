@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -97,10 +96,11 @@ def _notes(plan: Plan, sites: Sequence[SiteConfig]) -> list[str]:
     """What the plan leaves open, and what each site would say of it to its own team."""
     from silotune.client.terms import delta_notes
     from silotune.data.checks import survey
+    from silotune.data.declared import new_secret
     from silotune.models.tasks import get_task
 
     notes = notes_on(plan)
-    secrets = {site.name: os.urandom(32) for site in sites}
+    secrets = {site.name: new_secret() for site in sites}
     roles = get_task(plan.model.task).roles
     for site, found in zip(sites, survey(sites, plan, roles=roles, secrets=secrets), strict=True):
         notes += found.notes(split_by=plan.data.split_by)

@@ -11,6 +11,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from silotune.data.site import DatasetConfig, SiteConfig
+from silotune.data.values import Rule
 from silotune.errors import ColumnMissing, HeldOutTooMuch, LabelsUnfit, TooFewRecords, UnitMismatch
 from silotune.plan.plan import Plan
 from silotune.trust.files import create_file, create_private_folder
@@ -20,6 +21,24 @@ SECRET_FILE = "split.secret.sealed"  # noqa: S105 - a file's name
 """Its name in the state folder."""
 
 _BYTES = 32
+
+# In front of the random bytes of a secret: by which rule the values of its site become text. One that
+# was made before there was a second rule has nothing in front.
+_BY_RULE_2 = b"silotune values 2\0"
+
+
+def new_secret() -> bytes:
+    """A new secret of a site, under the newest rule of values."""
+    return _BY_RULE_2 + os.urandom(_BYTES)
+
+
+def rule_for(dataset: DatasetConfig, secret: bytes) -> Rule:
+    """By which rule the values of a dataset become text (`silotune.data.values`).
+
+    Another rule may give a unit another text, and so another side of the split: a site keeps the rule
+    that its secret was made under, unless its site.toml says otherwise.
+    """
+    return dataset.values or (2 if secret.startswith(_BY_RULE_2) else 1)
 
 
 def own_secret(state: Path, vault: Vault, *, new: bytes | None = None) -> bytes:
@@ -33,7 +52,7 @@ def own_secret(state: Path, vault: Vault, *, new: bytes | None = None) -> bytes:
     path = state / SECRET_FILE
     if not path.exists():
         create_private_folder(state)
-        create_file(path, vault.seal(new or os.urandom(_BYTES), name=path.name))
+        create_file(path, vault.seal(new or new_secret(), name=path.name))
     return vault.read(path)
 
 
@@ -59,12 +78,14 @@ def require_declared(site: SiteConfig, plan: Plan, *, roles: Collection[str]) ->
     dataset = site.dataset(plan.data.dataset)
     _check_unit_name(dataset, plan)
     columns_for(dataset, plan, roles)
-    lacking = [label for label in dataset.labels if label not in plan.model.labels]
+    lacking = [label for label in dataset.declared_labels if label not in plan.model.labels]
     if lacking and "label" in roles:
         raise LabelsUnfit(
             f"model.labels of the plan lacks {', '.join(map(repr, lacking))}, which labels of "
             f"[datasets.{plan.data.dataset}] declares"
         )
+    if "label" in roles and (same := dataset.same_label(plan.model.labels)) is not None:
+        raise LabelsUnfit(f"model.labels of the plan: {same} in [datasets.{plan.data.dataset}]")
     held_out = plan.data.test_share + plan.data.validation_share
     if held_out > dataset.max_held_out + 1e-9:
         raise HeldOutTooMuch(
@@ -100,8 +121,7 @@ def columns_for(dataset: DatasetConfig, plan: Plan, roles: Collection[str]) -> d
             f"the plan needs the roles {', '.join(missing)}, for which "
             f"[datasets.{plan.data.dataset}.columns] in site.toml names no column"
         )
-    if "unit" in named:
-        needed.add("unit")
+    needed.update({"unit", "split"} & set(named))
     needed.add(identity_role(named))
     return {str(role): column for role, column in named.items() if role in needed}
 

@@ -26,7 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from silotune.data.site import BudgetConfig, Format, Role
-from silotune.data.sources import Table, numbered, read_file
+from silotune.data.sources import read_file
+from silotune.data.table import Table, numbered
 from silotune.errors import ColumnMissing, DatasetUnreadable, FolderOccupied, TooFewRecords
 from silotune.plan.plan import Plan
 

@@ -42,9 +42,10 @@ from hashlib import sha256
 import numpy as np
 from numpy.typing import NDArray
 
-from silotune.data.declared import columns_for, identity_role, require_declared
+from silotune.data.declared import columns_for, identity_role, require_declared, rule_for
+from silotune.data.roles import Sieve, read_roles
 from silotune.data.site import DatasetConfig, SiteConfig
-from silotune.data.sources import Faults, LeftOut, Table, numbered, read_dataset
+from silotune.data.table import LeftOut, numbered
 from silotune.plan.plan import Plan
 
 # Separates these hashes from any other use of the same secret. Changing it would move units that a
@@ -226,107 +227,91 @@ def load_records(site: SiteConfig, plan: Plan, *, roles: Collection[str], secret
     require_declared(site, plan, roles=roles)
     dataset = site.dataset(plan.data.dataset)
     columns = columns_for(dataset, plan, roles)
-    table = read_dataset(dataset, folder=site.folder, columns=list(columns.values()))
-    sieve = _Sieve(
-        table, {role: [*map(str.strip, table.columns[c])] for role, c in columns.items()}
-    )
-    sieve.drop_unfit(columns, _labels(dataset, plan))
+    labels = _labels(dataset, plan) if "label" in columns else frozenset()
+    rule = rule_for(dataset, secret)
+    sieve = Sieve(read_roles(dataset, folder=site.folder, roles=columns, labels=labels, rule=rule))
+    _drop_unfit(sieve, columns, labels)
+    if "split" in columns:
+        _drop_torn(sieve, "split", "on another side of the split")
     if plan.data.split_by == "group":
-        sieve.drop_torn()
-    sieve.drop_surplus(dataset.max_records_per_unit)
-    values = sieve.values
-    keys = _split_keys(values, plan)
-    picked = sorted(roles)
+        _drop_torn(sieve, "group", "in another group")
+    _drop_surplus(sieve, dataset.max_records_per_unit)
+    left = sieve.table()
+    values, picked = left.columns, sorted(roles)
     return Records(
-        examples=[{role: values[role][row] for role in picked} for row in range(len(keys))],
-        unit_of=_units(values, len(keys), plan),
-        split=assign(
-            keys,
-            test_share=plan.data.test_share,
-            validation_share=plan.data.validation_share,
-            salt=salt_for(seed=plan.plan.seed, site=site.name, secret=secret),
-        ),
-        left_out=tuple(sieve.faults.found),
+        examples=[
+            dict(zip(picked, row, strict=True))
+            for row in zip(*(values[role] for role in picked), strict=True)
+        ],
+        unit_of=_units(values, len(left.rows), plan),
+        split=_split(values, plan, salt_for(seed=plan.plan.seed, site=site.name, secret=secret)),
+        left_out=tuple(left.faults.found),
         content=_content(values),
     )
 
 
 def _labels(dataset: DatasetConfig, plan: Plan) -> frozenset[str]:
     """The labels that a record may have; empty if the task has none."""
-    return frozenset(dataset.labels or plan.model.labels) & frozenset(plan.model.labels)
+    return frozenset(dataset.declared_labels or plan.model.labels) & frozenset(plan.model.labels)
 
 
-class _Sieve:
-    """Takes rows out of a table, one reason after the other."""
-
-    def __init__(self, table: Table, values: Mapping[str, list[str]]) -> None:
-        self.values = dict(values)
-        self.faults = Faults(table.source, list(table.faults.found))
-        self._rows = list(table.rows)
-
-    def drop_unfit(self, columns: Mapping[str, str], labels: Collection[str]) -> None:
-        """Rows with something empty, then those with a label that is not among `labels`."""
-        for role, column in columns.items():
-            empty = [row for row, value in enumerate(self.values[role]) if not value]
-            self._drop(empty, f"empty {role}", column=column)
-        if "label" in columns and labels:
-            found = self.values["label"]
-            unknown = [row for row, value in enumerate(found) if value not in labels]
-            self._drop(
-                unknown,
-                "label is not one of model.labels",
-                column=columns["label"],
-                values=[found[row] for row in unknown],
-            )
-
-    def drop_torn(self) -> None:
-        """Records of a unit in another group than its first, so that both stay whole."""
-        if "unit" not in self.values:
-            return
-        first: dict[str, str] = {}
-        pairs = zip(self.values["unit"], self.values["group"], strict=True)
-        torn = [
-            row for row, (unit, group) in enumerate(pairs) if first.setdefault(unit, group) != group
-        ]
-        self._drop(torn, "the unit has an earlier record in another group")
-
-    def drop_surplus(self, most: int) -> None:
-        """What a unit has beyond its first `most` records."""
-        if "unit" not in self.values:
-            return
-        seen: dict[str, int] = {}
-        surplus = []
-        for row, unit in enumerate(self.values["unit"]):
-            seen[unit] = seen.get(unit, 0) + 1
-            if seen[unit] > most:
-                surplus.append(row)
-        self._drop(surplus, f"the unit has {most} earlier records, its max_records_per_unit")
-
-    def _drop(
-        self,
-        rows: Sequence[int],
-        problem: str,
-        *,
-        column: str | None = None,
-        values: Sequence[str] = (),
-    ) -> None:
-        if not rows:
-            return
-        self.faults.add(problem, [self._rows[row] for row in rows], column=column, values=values)
-        gone = set(rows)
-        kept = [row for row in range(len(self._rows)) if row not in gone]
-        self._rows = [self._rows[row] for row in kept]
-        self.values = {role: [v[row] for row in kept] for role, v in self.values.items()}
+def _drop_unfit(sieve: Sieve, columns: Mapping[str, str], labels: Collection[str]) -> None:
+    """Rows with something empty, then those with a label that is not among `labels`."""
+    for role, column in columns.items():
+        found = sieve.column(role)
+        if "" in found:
+            sieve.drop([row for row in sieve.rows() if not found[row]], f"empty {role}", column)
+    if labels:
+        found = sieve.column("label")
+        unknown = [row for row in sieve.rows() if found[row] not in labels]
+        told = [found[row] for row in unknown]
+        sieve.drop(unknown, "label is not one of model.labels", columns["label"], told)
 
 
-def _units(values: Mapping[str, list[str]], size: int, plan: Plan) -> NDArray[np.int64]:
+def _drop_torn(sieve: Sieve, role: str, elsewhere: str) -> None:
+    """Records of a unit with another value of a role than its first, so that both stay whole."""
+    if "unit" not in sieve:
+        return
+    first: dict[str, str] = {}
+    units, places = sieve.column("unit"), sieve.column(role)
+    torn = [row for row in sieve.rows() if first.setdefault(units[row], places[row]) != places[row]]
+    sieve.drop(torn, f"the unit has an earlier record {elsewhere}")
+
+
+def _drop_surplus(sieve: Sieve, most: int) -> None:
+    """What a unit has beyond its first `most` records."""
+    if "unit" not in sieve:
+        return
+    seen: dict[str, int] = {}
+    units, surplus = sieve.column("unit"), []
+    for row in sieve.rows():
+        unit = units[row]
+        seen[unit] = number = seen.get(unit, 0) + 1
+        if number > most:
+            surplus.append(row)
+    sieve.drop(surplus, f"the unit has {most} earlier records, its max_records_per_unit")
+
+
+Values = Mapping[str, Sequence[str]]
+
+
+def _units(values: Values, size: int, plan: Plan) -> NDArray[np.int64]:
     """Dense numbers of units by first appearance."""
     if "unit" not in values or (plan.privacy.unit == "record" and not plan.private):
         return np.arange(size)
     return numbered(values["unit"])[0]
 
 
-def _split_keys(values: Mapping[str, list[str]], plan: Plan) -> list[str]:
+def _split(values: Values, plan: Plan, salt: bytes) -> NDArray[np.uint8]:
+    """The side of each row: the given one, or what its key says."""
+    if "split" in values:
+        return np.array([Split[side.upper()] for side in values["split"]], dtype=np.uint8)
+    number_of, keys = numbered(_split_keys(values, plan))
+    shares = {"test_share": plan.data.test_share, "validation_share": plan.data.validation_share}
+    return assign(keys, **shares, salt=salt)[number_of]
+
+
+def _split_keys(values: Values, plan: Plan) -> Sequence[str]:
     """What the split hashes for each row."""
     if plan.data.split_by == "group":
         return values["group"]
@@ -334,7 +319,7 @@ def _split_keys(values: Mapping[str, list[str]], plan: Plan) -> list[str]:
     return values["unit"] if "unit" in values else _identities(values)
 
 
-def _content(values: Mapping[str, list[str]]) -> str:
+def _content(values: Values) -> str:
     """SHA-256 over every value that is used, told apart by role and length."""
     digest = hashlib.sha256()
     for role in sorted(values):
@@ -345,7 +330,7 @@ def _content(values: Mapping[str, list[str]]) -> str:
     return digest.hexdigest()
 
 
-def _identities(values: Mapping[str, list[str]]) -> list[str]:
+def _identities(values: Values) -> Sequence[str]:
     """What tells records apart. A prompt alone would not: often it is the same for all of them."""
     if "text" in values or "response" not in values:
         return values[identity_role(values)]

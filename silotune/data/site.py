@@ -11,11 +11,12 @@ site's configuration or its state: `load_guarded` sees to it.
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import datetime, time, timedelta
 from pathlib import Path
@@ -24,6 +25,7 @@ from urllib.parse import quote
 
 from pydantic import AfterValidator, Field, PrivateAttr, SecretStr, ValidationError, model_validator
 
+from silotune.data.values import Rule, canonical
 from silotune.errors import DatasetUnknown, SiteConfigInvalid
 from silotune.plan.explain import explain
 from silotune.plan.plan import Plan
@@ -174,12 +176,38 @@ class ResourcesConfig(Section):
     )
 
 
-Role = Literal["text", "label", "unit", "group", "prompt", "response"]
-Format = Literal["csv", "jsonl", "parquet", "sql"]
+Role = Literal["text", "label", "unit", "group", "split", "prompt", "response"]
+Format = Literal["csv", "jsonl", "json", "parquet", "arrow", "excel", "sql"]
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 Column = Annotated[str, Field(min_length=1)]
+
+_PIECE = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
+
+
+def pieces_of(text: str) -> list[tuple[str, str | None]] | None:
+    """What ``{title}: {body}`` puts together; None if it is the name of one column.
+
+    Returns
+    -------
+    list of (str, str or None)
+        Text that stands between columns, and the column's name where one is.
+    """
+    pieces: list[tuple[str, str | None]] = []
+    at = 0
+    for match in _PIECE.finditer(text):
+        pieces.append((text[at : match.start()], None))
+        pieces.append((match[0][0], None) if match[1] is None else ("", match[1]))
+        at = match.end()
+    pieces.append((text[at:], None))
+    return pieces if any(name is not None for _, name in pieces) else None
+
+
+def columns_in(text: str) -> list[str]:
+    """The columns that a role is made of: those of a template, or the one that it is."""
+    pieces = pieces_of(text)
+    return [text] if pieces is None else [name for _, name in pieces if name is not None]
 
 
 class ColumnsConfig(Section):
@@ -189,13 +217,44 @@ class ColumnsConfig(Section):
     label: Column | None = None
     unit: Column | None = Field(None, description="Identifies the patient, customer, ...")
     group: Column | None = Field(None, description="Kept whole when data.split_by is 'group'.")
+    split: Column | None = Field(
+        None, description="Says train, validation or test; the site's secret decides without it."
+    )
     prompt: Column | None = None
     response: Column | None = None
+
+    @model_validator(mode="after")
+    def _single(self) -> Self:
+        for role in ("label", "unit", "group", "split"):
+            column = getattr(self, role)
+            if column is not None and pieces_of(column) is not None:
+                raise ValueError(f"{role} is one column, and {column!r} puts several together")
+        return self
 
     def by_role(self) -> dict[Role, str]:
         """The columns that are named, by role."""
         roles: tuple[Role, ...] = get_args(Role)
         return {role: getattr(self, role) for role in roles if getattr(self, role) is not None}
+
+
+# Keys of a dataset that mean something in some formats only.
+_MEANT_FOR: dict[str, tuple[Format, ...]] = {
+    "delimiter": ("csv",),
+    "decimal": ("csv",),
+    "encoding": ("csv", "jsonl", "json"),
+    "skip_rows": ("csv", "excel"),
+    "sheet": ("excel",),
+}
+
+
+def _encoding(name: str) -> str:
+    try:
+        known = codecs.lookup(name)
+    except LookupError:
+        raise ValueError(f"{name!r} is no encoding that Python knows, such as cp1252") from None
+    if not known._is_text_encoding:
+        raise ValueError(f"{name!r} is no encoding of text")
+    return known.name
 
 
 class BudgetConfig(Section):
@@ -214,6 +273,19 @@ class DatasetConfig(Section):
     format: Format
     path: Annotated[str, Field(min_length=1)] | None = None
     delimiter: Literal[",", ";", "\t", "|"] = ","
+    encoding: Annotated[str, AfterValidator(_encoding)] = Field(
+        "utf-8", description="Of text files: 'cp1252', 'utf-16', ... as Python names it."
+    )
+    skip_rows: Annotated[int, Field(ge=0)] = Field(0, description="Rows before the header.")
+    decimal: Literal[".", ","] = Field(".", description="What numbers of a CSV file have.")
+    sheet: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description="Of a workbook; its first sheet when absent."
+    )
+    values: Rule | None = Field(
+        None,
+        description="By which rule values become text; by the newest one that this site's split "
+        "began with when absent.",
+    )
     url: SecretStr | None = Field(
         None, description="SQLAlchemy URL; ${VARIABLE} is taken from the environment."
     )
@@ -226,20 +298,42 @@ class DatasetConfig(Section):
         description="Number of units, rounded: the public number that weights and rates use."
     )
     max_records_per_unit: Annotated[int, Field(ge=1)] = 1
-    labels: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
-        (), description="PUBLIC. Labels that records have; others are left out."
+    labels: Words | dict[Column, str] = Field(
+        (),
+        description="PUBLIC. Labels that records have; others are left out. Or what the column says, "
+        "and the label that it means; records that it means none of ('') are left out.",
     )
     max_held_out: Share = Field(
         0.5, description="Most that a plan may hold out for validation and test together."
     )
     budget: BudgetConfig | None = None
 
+    @property
+    def declared_labels(self) -> tuple[str, ...]:
+        """The labels that records have, by the names that plans use."""
+        if isinstance(self.labels, tuple):
+            return self.labels
+        return tuple(label for label in dict.fromkeys(self.labels.values()) if label)
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         problems = [*self._source_conflicts(), *self._unit_conflicts()]
+        if (same := self.same_label(self.labels)) is not None:
+            problems.append(f"labels: {same}")
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def same_label(self, labels: Collection[str]) -> str | None:
+        """What is wrong if two labels are one value under the rule of the dataset's values."""
+        if self.values == 1:
+            return None
+        seen: dict[str, str] = {}
+        for label in labels:
+            other = seen.setdefault(canonical(label), label)
+            if other != label:
+                return f"{other!r} and {label!r} are one value; values = 1 tells them apart"
+        return None
 
     def _source_conflicts(self) -> list[str]:
         wanted = ("url", "query") if self.format == "sql" else ("path",)
@@ -250,8 +344,10 @@ class DatasetConfig(Section):
                 found.append(f"{key} has no meaning when format is '{self.format}'; remove it")
             if not given and key in wanted:
                 found.append(f"{key} is needed when format is '{self.format}'")
-        if self.delimiter != "," and self.format != "csv":
-            found.append("delimiter is for format 'csv' only; remove it")
+        for key, formats in _MEANT_FOR.items():
+            if key in self.model_fields_set and self.format not in formats:
+                listed = " or ".join(f"'{name}'" for name in formats)
+                found.append(f"{key} is for format {listed} only; remove it")
         return found
 
     def _unit_conflicts(self) -> list[str]:

@@ -27,7 +27,7 @@ from flwr.serverapp import ServerApp
 from silotune import __version__
 from silotune.client.terms import delta_notes
 from silotune.data.checks import Surveyed, survey
-from silotune.data.declared import own_secret
+from silotune.data.declared import new_secret, own_secret
 from silotune.data.site import SiteConfig, load_sites
 from silotune.errors import (
     QuorumLost,
@@ -245,7 +245,7 @@ def simulate(
     plan = Plan.load(plan_path).override(overrides or {})
     sites = list(load_sites(sites_folder or plan_path.resolve().parent))
     _require_sites(plan, sites)
-    secrets = {site.name: os.urandom(32) for site in sites}
+    secrets = {site.name: new_secret() for site in sites}
     found = survey_sites(plan, sites, secrets=secrets, note=note)
     choices = choose(plan, device=settings.device)
     directory = RunDirectory.create(runs, plan.plan.name, plan_toml=plan_path.read_text("utf-8"))

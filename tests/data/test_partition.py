@@ -19,7 +19,7 @@ from silotune.data.partition import (
 )
 from silotune.data.records import load_records
 from silotune.data.site import BudgetConfig, load_sites
-from silotune.data.sources import Table
+from silotune.data.table import Table
 from silotune.errors import ColumnMissing, DatasetUnreadable, FolderOccupied, TooFewRecords
 from silotune.plan.plan import Plan
 

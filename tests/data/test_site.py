@@ -62,7 +62,11 @@ def test_a_configuration_can_not_be_changed_after_it_was_read(tmp_path):
         ("epsilon = 8.0", 'epsilon = "8"', "budget.epsilon: expected a valid number, got '8'"),
         ("epsilon = 8.0", "epsilon = 0.0", "budget.epsilon: expected greater than 0"),
         ("declared_units = 300\n", "", "datasets.notes.declared_units: missing"),
-        ('format = "csv"', 'format = "xlsx"', "expected 'csv', 'jsonl', 'parquet' or 'sql'"),
+        (
+            'format = "csv"',
+            'format = "xlsx"',
+            "expected 'csv', 'jsonl', 'json', 'parquet', 'arrow', 'excel' or 'sql'",
+        ),
         ('format = "csv"', 'format = "sql"', "url is needed when format is 'sql'"),
         ('path = "records.csv"\n', "", "path is needed when format is 'csv'"),
         ('format = "csv"', 'format = "jsonl"\ndelimiter = ";"', "delimiter is for format 'csv'"),

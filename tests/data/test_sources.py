@@ -12,6 +12,7 @@ from pydantic import SecretStr
 
 from silotune.data.site import DatasetConfig
 from silotune.data.sources import read_dataset, read_file
+from silotune.data.values import canonical
 from silotune.errors import ColumnMissing, DatasetUnreadable, RecordInvalid, SiteConfigInvalid
 
 SECRET = "Mrs Smith has gout"
@@ -38,7 +39,7 @@ def test_every_format_gives_back_what_was_written(tmp_path, rows):
         base.execute('CREATE TABLE t ("one", "two, or more", "th""ree")')
         base.executemany("INSERT INTO t VALUES (?, ?, ?)", rows)
     base.close()
-    expected = {name: [row[i] for row in rows] for i, name in enumerate(names)}
+    expected = {name: [canonical(row[i]) for row in rows] for i, name in enumerate(names)}
     for kind in ("csv", "jsonl", "parquet"):
         assert read_file(tmp_path / f"t.{kind}", kind=kind).columns == expected
     assert read_dataset(sql("t.db"), folder=tmp_path, columns=names).columns == expected
@@ -58,7 +59,7 @@ def sql(database: str, query: str = "SELECT * FROM t") -> DatasetConfig:
     )
 
 
-def test_numbers_stay_the_text_that_the_source_has(tmp_path):
+def test_numbers_in_a_text_file_stay_its_text_and_typed_ones_get_theirs(tmp_path):
     (tmp_path / "t.csv").write_text("a,b\n007,1.50\nNA,null\n")
     (tmp_path / "t.jsonl").write_text('{"a": 1.50, "b": 12345678901234567890}\n{"a": true}\n')
     assert read_file(tmp_path / "t.csv", kind="csv").columns == {
@@ -66,7 +67,7 @@ def test_numbers_stay_the_text_that_the_source_has(tmp_path):
         "b": ["1.50", "null"],
     }
     assert read_file(tmp_path / "t.jsonl", kind="jsonl").columns == {
-        "a": ["1.50", "true"],
+        "a": ["1.5", "true"],
         "b": ["12345678901234567890", ""],
     }
 

@@ -17,10 +17,11 @@ from tests.golden import (
     read_coordinator,
     read_runs,
     read_site,
+    values,
 )
 from tests.golden.registry import GOLDEN, READERS, WRITERS, private_copy, told_by
 
-PARTS = (make_coordinator, make_runs, make_site, read_coordinator, read_runs, read_site)
+PARTS = (make_coordinator, make_runs, make_site, read_coordinator, read_runs, read_site, values)
 """Modules that register writers and readers."""
 
 

@@ -11,6 +11,7 @@ import socket
 import ssl
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from urllib.parse import urlsplit
 
 import httpx
@@ -236,25 +237,28 @@ class SiteDoctor:
 
     def _dataset(self, name: str) -> Callable[[], str]:
         def check() -> str:
-            from silotune.data.sources import Faults, read_dataset
+            from silotune.data.declared import SECRET_FILE, new_secret, rule_for
+            from silotune.data.roles import read_roles
             from silotune.errors import RecordInvalid
 
-            dataset = self._site.dataset(name)
-            columns = dataset.columns.by_role()
-            names, folder = list(columns.values()), self._site.folder
+            dataset, secret = self._site.dataset(name), self._site.state_folder / SECRET_FILE
+            known = self._vault.read(secret) if self._vault and secret.exists() else None
+            rule = rule_for(dataset, known or new_secret())
+            columns = {str(role): column for role, column in dataset.columns.by_role().items()}
+            read = partial(read_roles, dataset, folder=self._site.folder, roles=columns, rule=rule)
             with suppress(
                 RecordInvalid
             ):  # of single rows; a file that is not what it should be fails
-                read_dataset(dataset, folder=folder, columns=names, strict=True)
-            table = read_dataset(dataset, folder=folder, columns=names)
-            faults = Faults(table.source, list(table.faults.found))
+                read(strict=True)
+            table = read()
+            faults = table.faults.again()
             for role, column in columns.items():
-                values = [value.strip() for value in table.columns[column]]
+                values = table.columns[role]
                 empty = [row for row, value in zip(table.rows, values, strict=True) if not value]
                 faults.add(f"empty {role}", empty, column=column)
-                if role == "label" and dataset.labels:
+                if role == "label" and dataset.declared_labels:
                     pairs = zip(table.rows, values, strict=True)
-                    other = [(row, v) for row, v in pairs if v and v not in dataset.labels]
+                    other = [(row, v) for row, v in pairs if v and v not in dataset.declared_labels]
                     rows, labels = [row for row, _ in other], [label for _, label in other]
                     faults.add("label is not declared", rows, column=column, values=labels)
             left_out = "".join(f"; left out where it is needed: {f.told}" for f in faults.found)

@@ -1,0 +1,121 @@
+"""Parquet and Arrow files, which know the types of their columns."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from silotune.data.shape import Shape
+from silotune.data.table import Faults, Table, choose, of_texts
+from silotune.data.values import of_float
+from silotune.errors import DatasetUnreadable
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_STATE = "state.json"
+_FILE_FORMAT = b"ARROW1"
+
+
+def read_parquet(path: Path, wanted: Collection[str] | None, shape: Shape) -> Table:
+    """Some columns of a Parquet file, or all of them; records are numbered from 1.
+
+    Raises
+    ------
+    DatasetUnreadable
+        It is no Parquet file, or a column holds no plain values.
+    ColumnMissing
+        A wanted column is not there.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            names = choose(file.schema_arrow.names, wanted, str(path))
+            table = file.read(columns=names)
+    except pa.ArrowException:
+        raise DatasetUnreadable(f"{path}: not a Parquet file, or a damaged one") from None
+    return _as_text(path, table, names, shape)
+
+
+def read_arrow(path: Path, wanted: Collection[str] | None, shape: Shape) -> Table:
+    """Some columns of an Arrow file or stream, as Hugging Face ``datasets`` keeps them.
+
+    Raises
+    ------
+    DatasetUnreadable, ColumnMissing
+        As `read_parquet`.
+    """
+    import pyarrow as pa
+
+    try:
+        with pa.memory_map(str(path)) as source:
+            in_file = source.read(len(_FILE_FORMAT)) == _FILE_FORMAT
+            source.seek(0)
+            reader = pa.ipc.open_file(source) if in_file else pa.ipc.open_stream(source)
+            names = choose(reader.schema.names, wanted, str(path))
+            table = reader.read_all().select(names)
+            return _as_text(path, table, names, shape)
+    except pa.ArrowException:
+        raise DatasetUnreadable(f"{path}: not an Arrow file, or a damaged one") from None
+
+
+def arrow_parts(folder: Path) -> list[Path] | None:
+    """The files of a folder that ``Dataset.save_to_disk`` wrote; None if it is no such folder.
+
+    Raises
+    ------
+    DatasetUnreadable
+        It has several splits, or rows by an index.
+    """
+    if (folder / "dataset_dict.json").is_file():
+        raise DatasetUnreadable(
+            f"{folder} has several splits",
+            remedy="Name the folder of one of them as path in site.toml.",
+        )
+    try:
+        state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+        names = [entry["filename"] for entry in state["_data_files"]]
+        by_index = bool(state.get("_indices_files") or state.get("_indices_data_files"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError):
+        raise DatasetUnreadable(f"{folder / _STATE} is not what `datasets` writes") from None
+    if by_index or any(Path(name).name != name for name in names):
+        raise DatasetUnreadable(
+            f"{folder}: its rows stand in other files",
+            remedy="Write it again: dataset.flatten_indices().save_to_disk(FOLDER).",
+        )
+    return [folder / name for name in names]
+
+
+def _as_text(path: Path, table: pa.Table, names: Sequence[str], shape: Shape) -> Table:
+    import pyarrow as pa
+
+    columns = {}
+    for name in names:
+        column = table.column(name)
+        try:
+            columns[name] = _texts(column, shape)
+        except pa.ArrowException:
+            raise DatasetUnreadable(
+                f"{path}: column {name!r} of type {column.type} can't be read as text"
+            ) from None
+    rows = range(1, table.num_rows + 1)
+    return of_texts(str(path), rows, columns, Faults(str(path)), shape.rule)
+
+
+def _texts(column: pa.ChunkedArray, shape: Shape) -> list[str]:
+    import pyarrow as pa
+
+    kind: Any = column.type
+    if not shape.strict and pa.types.is_binary(kind):  # one record's bytes may be no text
+        values = column.to_pylist()
+        return [(value or b"").decode("utf-8", "surrogateescape") for value in values]
+    texts: list[str] = column.cast(pa.string()).fill_null("").to_pylist()
+    if shape.rule > 1 and pa.types.is_floating(kind):
+        return [text and of_float(float(text)) for text in texts]
+    return texts
