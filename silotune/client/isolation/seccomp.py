@@ -84,9 +84,11 @@ _NEWEST = 462  # mseal; about a newer call nothing is known here, and it is said
 _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 _X32 = 0x40000000
 
+_OF_SERVERS = ("connect", "bind", "listen", "accept", "accept4", "sendmsg", "sendmmsg")
 _ALL_BITS = 0xFFFFFFFF
 _NEW_NAMESPACES, _THREAD = 0x7E020000, 0x00010000
-_SHARED_NAMELESS = 0x21  # MAP_SHARED and MAP_ANONYMOUS: memory that no limit on a process counts
+# MAP_SHARED with MAP_ANONYMOUS, and MAP_GROWSDOWN: the limit on private memory doesn't count them.
+_SHARED_NAMELESS, _STACK = 0x21, 0x100
 _FAST_OPEN = 0x20000000  # connects past Landlock's rule for connections
 # By these a process has the kernel send a signal to another, or types into a terminal.
 _OWNER_IOCTLS = {0x5412, 0x541C, 0x5423, 0x8901, 0x8902}
@@ -100,9 +102,10 @@ _PRCTLS = {3, 15, 16, 21, 23, 30, 39, 41, 42, 50, 51, 56, 0x53564D41}
 
 @dataclass(frozen=True, kw_only=True)
 class ArgumentRule:
-    """An argument (from 0), masked, is among `values`, or with `excluded` is none of them."""
+    """Half of an argument (from 0), masked, is among `values`, or with `excluded` is none of them."""
 
     argument: int
+    upper: bool = False
     values: frozenset[int]
     mask: int = _ALL_BITS
     excluded: bool = False
@@ -130,18 +133,26 @@ def _conditions(
         "tgkill": (own,),
         "prlimit64": (_one_of(0, 0, pid),),
         "sched_setaffinity": (_one_of(0, 0, pid),),
-        "sendto": (_none_of(3, _FAST_OPEN, mask=_FAST_OPEN),),
-        "sendmsg": (_none_of(2, _FAST_OPEN, mask=_FAST_OPEN),),
-        "sendmmsg": (_none_of(3, _FAST_OPEN, mask=_FAST_OPEN),),
-        "mmap": () if gpu else (_none_of(3, _SHARED_NAMELESS, mask=_SHARED_NAMELESS),),
+        # To the other end only: no address, and by sendmsg nothing, whose addresses a filter can't see.
+        "sendto": (
+            _one_of(4, 0),
+            ArgumentRule(argument=4, upper=True, values=frozenset({0})),
+            _none_of(3, _FAST_OPEN, mask=_FAST_OPEN),
+        ),
+        "mmap": (
+            _none_of(3, _STACK, mask=_STACK),
+            _none_of(3, _SHARED_NAMELESS, mask=_SHARED_NAMELESS),
+        ),
     }
     if gpu:
+        found["mmap"] = (_none_of(3, _STACK, mask=_STACK),)
         found["memfd_create"] = ()
     internet = (int(socket.AF_INET), int(socket.AF_INET6))
     if loopback:
         netlink = 16  # asks for the interfaces, of which there is one
         found["socket"] = (_one_of(0, *internet, netlink),)
-        found |= dict.fromkeys(("connect", "bind", "listen", "accept", "accept4"), ())
+        found["sendto"] = ()
+        found |= dict.fromkeys(_OF_SERVERS, ())
     elif reaches:
         # Plain TCP only: Landlock's rules for ports say nothing of the others.
         stream = _one_of(1, int(socket.SOCK_STREAM), mask=0xF)
@@ -166,7 +177,7 @@ Step = tuple[int, int, int, int]  # code, jump if true, jump if false, operand
 def _checked(number: int, conditions: Iterable[ArgumentRule]) -> list[Step]:
     body: list[Step] = []
     for condition in conditions:
-        body.append((_LOAD, 0, 0, _ARGUMENTS + 8 * condition.argument))  # its lower half
+        body.append((_LOAD, 0, 0, _ARGUMENTS + 8 * condition.argument + 4 * condition.upper))
         body.append((_AND, 0, 0, condition.mask))
         values = sorted(condition.values)
         for left, value in zip(range(len(values) - 1, -1, -1), values, strict=True):
