@@ -84,8 +84,19 @@ def print_status(found: Mapping[str, Any], console: Console) -> None:
     )
     for sentence in found.get("failures", []):
         console.print(headed("Failed", f"     {sentence}", style="red", indent=2))
+    _print_isolation(found["isolation"], console)
     if found["proposed"]:
         console.print(f"  {found['proposed']} plans wait for you: silotune site plans")
+
+
+def _print_isolation(protections: Sequence[Mapping[str, Any]], console: Console) -> None:
+    missing = [each for each in protections if not each["in_force"]]
+    console.print(
+        f"  Isolation    {len(protections) - len(missing)} of {len(protections)} protections are in "
+        "force around what reads records" + (", without:" if missing else "")
+    )
+    for each in missing:
+        console.print(f"               {each['name']}: {each['reason']}")
 
 
 def print_proposal(found: Mapping[str, Any], console: Console) -> None:
@@ -227,8 +238,8 @@ def doctor(config: ConfigPath = _CONFIG, as_json: AsJson = False) -> None:
     """Check everything a site needs; exit 70 if something is wrong.
 
     Looks at who may change site.toml and the state folder, at policy, keys, enrolment, name service,
-    port, proxy, TLS, certificate, clock, disk, device, base models, datasets, ledger and audit log.
-    Each trouble has a code and a remedy.
+    port, proxy, TLS, certificate, clock, disk, device, isolation of the process that reads records, base
+    models, datasets, ledger and audit log. Each trouble has a code and a remedy.
     """
     from silotune.client.daemon.doctor import SiteDoctor
 
@@ -253,10 +264,12 @@ def start(
     in progress finish; what is abandoned has released nothing.
     """
     from silotune.client.daemon.daemon import Daemon, apply_limits
+    from silotune.client.isolation.kernel import hide_memory
     from silotune.events import tracing
 
     configure(style=log_format, level=log_level)
     site = load_guarded(config)
+    hide_memory()
     apply_limits(site.resources)
     tracing.configure("silotune-site")
     try:

@@ -16,6 +16,7 @@ STATUS = {
     "work": "",
     "paused": False,
     "trouble": "",
+    "isolation": [],
     "answered": 3,
     "refused": 0,
     "pid": 1,

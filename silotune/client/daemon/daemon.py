@@ -23,6 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, suppress
+from dataclasses import asdict
 from typing import Any
 
 from silotune.client.approvals import Approvals, ProposalRecord
@@ -34,6 +35,7 @@ from silotune.client.daemon.enrolment import Enrolment
 from silotune.client.daemon.runner import Runner
 from silotune.client.daemon.socket import ControlSocket, Request
 from silotune.client.errors import PolicyMissing, RunNotProposed, SiteCommandFailed
+from silotune.client.isolation.confinement import checked
 from silotune.client.run_files import remove_old
 from silotune.client.troubles import in_words, latest_troubles
 from silotune.data.site import ResourcesConfig, SiteConfig, require_guarded
@@ -79,6 +81,9 @@ class Daemon:
         self._state = site.state_folder
         create_private_folder(self._state)
         require_guarded(site)
+        self._protections = checked(site)
+        for each in (p for p in self._protections if not p.in_force):
+            logger.warning("%s", each.lack)
         self._lock_file = hold_state(self._state)
         self._vault = Vault(self._state, site.at_rest, base=site.folder)
         self._enrolment = Enrolment.open(site, self._vault)
@@ -305,6 +310,7 @@ class Daemon:
             "work": status.work,
             "paused": (self._state / PAUSED).exists(),
             "trouble": self._books.trouble,
+            "isolation": [asdict(each) for each in self._protections],
             "failures": [in_words(each) for each in latest_troubles(self._state)],
             "answered": status.answered,
             "refused": status.refused,

@@ -27,6 +27,7 @@ from silotune.client.errors import (
     PolicyMissing,
     SiteNotEnrolled,
 )
+from silotune.client.isolation.confinement import checked
 from silotune.data.site import SiteConfig, require_guarded
 from silotune.findings import Check, Finding, Skipped, examine
 from silotune.protocol import http
@@ -82,6 +83,7 @@ class SiteDoctor:
             ("clock", self._clock),
             ("disk", self._disk),
             ("device", self._device),
+            ("isolation", self._isolation),
             ("base models", self._models),
             *((f"dataset {name}", self._dataset(name)) for name in self._site.datasets),
             *((f"plan of {entry.run}", self._plan(entry)) for entry in self._open()),
@@ -224,6 +226,12 @@ class SiteDoctor:
         if place.type == "cuda":
             return f"{place}: {torch.cuda.get_device_name(place)}"
         return f"the CPU, {self._site.resources.threads or torch.get_num_threads()} threads"
+
+    def _isolation(self) -> str:
+        found = checked(self._site)
+        held = ", ".join(p.name for p in found if p.in_force) or "nothing"
+        missing = "".join(f"; {p.lack}" for p in found if not p.in_force)
+        return f"what reads records is confined by {held}{missing}"
 
     def _models(self) -> str:
         from silotune.models.pretrained import locate, require_weights

@@ -17,19 +17,20 @@ import mmap
 import os
 import re
 import resource
-import site
+import site as installation
 import socket
 import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import get_args
 
 from silotune.client.errors import IsolationMissing
 from silotune.client.isolation import kernel, landlock, seccomp
-from silotune.data.site import ProtectionName
+from silotune.data.site import ProtectionName, SiteConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,7 @@ class Confinement:
     write: tuple[Path, ...] = ()
     reach: tuple[str, int] | None = None
     memory: int | None = None
-    processes: int | None = None
+    processes: int | None = 2048
     gpu: bool = False
 
 
@@ -80,6 +81,11 @@ class Protection:
     in_force: bool
     reason: str = ""
 
+    @property
+    def lack(self) -> str:
+        """What it means that it is not in force."""
+        return f"{self.name} is not in force ({self.reason}): {MEANINGS[self.name]}"
+
 
 MEANINGS: Mapping[ProtectionName, str] = {
     "no_new_privileges": "it could gain rights through programs such as sudo",
@@ -95,7 +101,7 @@ MEANINGS: Mapping[ProtectionName, str] = {
     "landlock_scopes": "without the system-call filter it could send signals to other processes",
     "seccomp": "it could ask the kernel for anything: sockets, programs, other processes' memory",
 }
-"""What a process could do without each protection, the others in force."""
+"""What a process could do without each protection."""
 
 _SYSTEM = (
     "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/usr/share/zoneinfo",
@@ -148,18 +154,20 @@ def confine(
 
 def offered(confinement: Confinement | None = None) -> tuple[Protection, ...]:
     """What this machine would put up, found out in a process that ends right after."""
-    asked = json.dumps(asdict(confinement or Confinement()), default=str)
-    ran = subprocess.run(  # noqa: S603 (our own module)
-        [sys.executable, "-P", "-m", __name__, asked],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    if ran.returncode:
-        why = f"a process that tried ended with {ran.returncode}: {ran.stderr.strip()[-200:]}"
+    try:
+        told = _tried(json.dumps(asdict(confinement or Confinement()), default=str))
+    except subprocess.CalledProcessError as exc:
+        why = f"a process that tried ended with {exc.returncode}: {exc.stderr.strip()[-200:]}"
         return tuple(Protection(name=name, in_force=False, reason=why) for name in _LAYERS)
-    return tuple(Protection(**found) for found in json.loads(ran.stdout))
+    return tuple(Protection(**found) for found in json.loads(told))
+
+
+@cache
+def _tried(asked: str) -> str:
+    """What `_tell` printed: the kernel stays the same as long as this process lives."""
+    command = [sys.executable, "-P", "-m", __name__, asked]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)  # noqa: S603
+    return ran.stdout
 
 
 def require(found: Collection[Protection], names: Collection[ProtectionName]) -> None:
@@ -174,6 +182,21 @@ def require(found: Collection[Protection], names: Collection[ProtectionName]) ->
     if missing:
         told = "; ".join(f"{p.name}: {p.reason}" for p in missing)
         raise IsolationMissing(f"[isolation] requires what is not in force here: {told}")
+
+
+def checked(site: SiteConfig) -> tuple[Protection, ...]:
+    """What a site's process that reads records will have here.
+
+    Raises
+    ------
+    IsolationMissing
+        Something that its site.toml requires will not be in force.
+    """
+    memory, gpu = site.resources.memory_mb, site.resources.device != "cpu"
+    limit = None if memory is None else memory * 1_000_000
+    found = offered(Confinement(memory=limit, gpu=gpu))
+    require(found, site.isolation.require)
+    return found
 
 
 def _put_up(
@@ -287,7 +310,7 @@ def _needed(confinement: Confinement) -> list[Path]:
     package = Path(__file__).resolve().parents[2]
     patterns = _GPU_FILES if confinement.gpu else ()
     found = [p for pattern in patterns for p in glob.glob(pattern)]  # noqa: PTH207
-    return [package, *map(Path, [*own, *site.getsitepackages(), *_SYSTEM, *found])]
+    return [package, *map(Path, [*own, *installation.getsitepackages(), *_SYSTEM, *found])]
 
 
 def _landlock_network(confinement: Confinement) -> None:

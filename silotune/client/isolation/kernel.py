@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from pathlib import Path
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -37,7 +38,8 @@ def hide_memory() -> None:
     A limit on core files of zero is not enough: the kernel ignores it where a program, such as
     systemd-coredump, collects them.
     """
-    call("prctl", _PR_SET_DUMPABLE, 0, 0, 0, 0)
+    if sys.platform == "linux":
+        call("prctl", _PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
 def drop_capabilities() -> None:

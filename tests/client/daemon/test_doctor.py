@@ -120,6 +120,19 @@ def test_a_missing_column_is_found(folder):
     assert failures(found) == {"dataset notes": "ST-204"}
 
 
+def test_a_protection_that_is_required_and_missing_is_found(folder):
+    found = examined(folder)["isolation"]
+    assert "is confined by no_new_privileges, " in found.detail
+    assert (
+        "memory_limit is not in force (resources.memory_mb of site.toml sets none)" in found.detail
+    )
+    asked = '[isolation]\nrequire = ["seccomp", "memory_limit"]\n[policy]'
+    found = examined(folder, lambda text: text.replace("[policy]", asked, 1))["isolation"]
+    assert (found.state, found.code) == ("failed", "ST-749")
+    assert "memory_limit: resources.memory_mb of site.toml sets none" in found.detail
+    assert "seccomp" not in found.detail
+
+
 def test_an_open_key_file_is_found(folder):
     (folder / "state" / "vault.key").chmod(0o644)
     assert failures(examined(folder))["keys"] == "ST-409"
