@@ -15,6 +15,7 @@ from silotune.commands import (
     admin,
     books,
     coordinator,
+    data,
     plan,
     reference,
     results,
@@ -35,6 +36,7 @@ app = typer.Typer(
 )
 app.add_typer(simulate.demo, name="demo")
 app.command("partition")(simulate.partition)
+app.add_typer(data.app, name="data")
 app.add_typer(plan.app, name="plan")
 app.command("simulate")(simulate.simulate)
 app.add_typer(coordinator.app, name="coordinator")

@@ -4,28 +4,25 @@ At a real site that is its own team; in a simulation, whoever simulates. Nothing
 
 Told are held-out texts that have a look-alike among the training texts. A split by record or by unit
 puts near-copies of a text (a template, left for right, a copied note) on both sides: the model is
-then tested on what it was trained on, and scores flatter. Two texts of one label are look-alikes if
-they are the same, case, digits and punctuation aside, or differ in one word; a text of many words is
-cut into equal stretches, one of which may differ. At most so many texts are compared, in the order of
-the records, that it takes a second or two.
+then tested on what it was trained on, and scores flatter. `silotune.data.duplicates` says what a
+look-alike is; here both have one label. At most so many texts are compared, in the order of the
+records, that it takes a few seconds; `silotune data check` compares them all.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from silotune.data.duplicates import Sketches, find_twins
 from silotune.data.records import Records, Split, load_records
 from silotune.data.site import SiteConfig
 from silotune.errors import SilotuneError
 from silotune.plan.plan import Plan
 
-_WORD = re.compile(r"[^\W\d_]+")
-_STRETCHES, _FEWEST = 24, 4
-_MOST_HELD_OUT, _MOST_TRAINED = 2_000, 50_000
+_MOST_HELD_OUT, _MOST_TRAINED = 2_000, 20_000
 _WORTH_TELLING = 0.05
 
 
@@ -57,37 +54,20 @@ class LookAlikes:
     def __str__(self) -> str:
         return (
             f"{self.share:.0%} of the held-out texts ({self.found} of {self.compared} looked at) "
-            "differ from a training text in one word at most: scores will flatter"
+            "are a training text again, or nearly: scores will flatter"
         )
 
 
 def find_look_alikes(records: Records) -> LookAlikes:
-    """Compare the held-out texts of some records with the training texts."""
+    """Compare the held-out texts of some records with the training texts of the same label."""
     held_out = records.split != Split.TRAIN
-    tested = np.flatnonzero(held_out)[:_MOST_HELD_OUT].tolist()
-    trained = np.flatnonzero(~held_out)[:_MOST_TRAINED].tolist()
-    where: dict[int, list[int]] = {}
-    for number in tested:
-        for signature in _signatures(records.examples[number]):
-            where.setdefault(signature, []).append(number)
-    hit: set[int] = set()
-    for number in trained:
-        for signature in _signatures(records.examples[number]):
-            hit.update(where.pop(signature, ()))
-    return LookAlikes(len(tested), len(hit))
-
-
-def _signatures(example: Mapping[str, str]) -> Iterator[int]:
-    """The text's words with one of them left out, each in turn; all of them, if they are few."""
-    text, label = example.get("text") or example.get("prompt", ""), example.get("label")
-    words = _WORD.findall(text.casefold())
-    size = -(-len(words) // _STRETCHES) or 1
-    parts = [tuple(words[start : start + size]) for start in range(0, len(words), size)]
-    if len(parts) < _FEWEST:  # without one of two words, many texts would look alike
-        yield hash((label, tuple(parts)))
-        return
-    for place in range(len(parts)):
-        yield hash((label, place, tuple(parts[:place]), tuple(parts[place + 1 :])))
+    tested = np.flatnonzero(held_out)[:_MOST_HELD_OUT]
+    rows = np.concatenate([tested, np.flatnonzero(~held_out)[:_MOST_TRAINED]])
+    examples = [records.examples[row] for row in rows.tolist()]
+    texts = [example.get("text") or example.get("prompt", "") for example in examples]
+    labels = [example.get("label", "") for example in examples]
+    twins = find_twins(Sketches.of(texts, labels=labels), held_out[rows])
+    return LookAlikes(len(tested), int(np.count_nonzero(twins.in_training >= 0)))
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ def write_report(run_dir: Path, *, beside: Sequence[Path] = ()) -> Path:
 
 def draw_charts(record: RunRecord, found: Summary) -> dict[str, Chart]:
     """Every chart that there is something to draw for, by name; none without matplotlib."""
-    if not _can_draw():
+    if not can_draw():
         return {}
     from silotune.report.charts import (
         bytes_chart,
@@ -106,24 +106,30 @@ def draw_charts(record: RunRecord, found: Summary) -> dict[str, Chart]:
     return {chart.name: chart for chart in drawn if chart is not None}
 
 
-def _can_draw() -> bool:
+def can_draw() -> bool:
+    """Whether charts can be drawn here."""
     return importlib.util.find_spec("matplotlib") is not None
 
 
 def render_page(record: RunRecord, found: Summary, charts: Mapping[str, Chart]) -> str:
     """The page as text. Everything but our own CSS and SVG is escaped by Jinja."""
+    inline = {name: InlineChart(chart) for name, chart in charts.items()}
+    return fill("report.html", charts=inline, **_words(record, found))
+
+
+def fill(name: str, **words: Any) -> str:
+    """A page of this room: its template and the style of all, filled with words and charts."""
     templates = files("silotune.report") / "templates"
     # The template is the package's own file, and autoescape is on for every value it prints.
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    template = environment.from_string((templates / "report.html").read_text(encoding="utf-8"))
+    template = environment.from_string((templates / name).read_text(encoding="utf-8"))
     css = (templates / "report.css").read_text(encoding="utf-8")
-    inline = {name: _Inline(chart) for name, chart in charts.items()}
-    return template.render(css=Markup(css), charts=inline, **_words(record, found))  # noqa: S704
+    return template.render(css=Markup(css), version=__version__, **words)  # noqa: S704
 
 
-class _Inline:
+class InlineChart:
     """A chart's SVG, marked as ours so that it isn't escaped."""
 
     def __init__(self, chart: Chart) -> None:
@@ -142,8 +148,7 @@ def _words(record: RunRecord, found: Summary) -> dict[str, Any]:
     alarm, alarm_words = _alarm(found)
     return {
         "found": found,
-        "can_draw": _can_draw(),
-        "version": __version__,
+        "can_draw": can_draw(),
         "minus": "\N{MINUS SIGN}",
         "sites_in_words": plural(len(found.sites), "site"),
         "alarm": alarm,

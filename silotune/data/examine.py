@@ -1,0 +1,279 @@
+"""Looking at a dataset as training would read it, and counting what is in it.
+
+Records are read as training reads them (`silotune.data.records`), so what is counted is what a run would
+see. The split is one of the plan's shares, but not the site's own, which no page should tell.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from silotune.data.duplicates import Sketches, Twins, find_twins
+from silotune.data.examination import Examination, Histogram, LabelCount, Lengths, Resemblance
+from silotune.data.flattery import measure_flattery
+from silotune.data.identifiers import Sighting, find_identifiers
+from silotune.data.records import Records, Split, load_records
+from silotune.data.remarks import remarks_on
+from silotune.data.site import DatasetConfig, SiteConfig
+from silotune.data.sources import read_dataset
+from silotune.errors import ColumnMissing, ModelNotFound
+from silotune.models.tasks import get_task
+from silotune.plan.plan import Plan
+
+Advance = Callable[[], None]
+Stage = Callable[[str, int], Advance]
+"""Told what begins and of how many steps; gives what is called after each."""
+
+_SECRET = b"silotune data check"
+_TASKS = ("text_classification", "causal_lm")
+_MOST_LABELS, _LONGEST_LABEL, _LEAST_OF_A_LABEL = 50, 60, 5
+_CHUNK = 1_000
+_BARS = 24
+
+
+def examine(
+    site: SiteConfig,
+    name: str,
+    *,
+    plan: Plan | None,
+    stage: Stage = lambda title, steps: lambda: None,
+) -> Examination:
+    """Look at one dataset.
+
+    Parameters
+    ----------
+    site : SiteConfig
+        Whose it is.
+    name : str
+        Of the dataset; the plan's own, if there is one.
+    plan : Plan or None
+        What it is read for: labels, split, length, bound. Without one, all labels and the usual shares.
+    stage : callable
+        Is told how far this has come.
+
+    Raises
+    ------
+    DataError
+        The site can't serve the plan, or the dataset can't be read.
+    """
+    dataset = site.dataset(name)
+    asked = plan or _usual_plan(site, name, dataset)
+    roles = get_task(asked.model.task).roles
+    done = stage("reading", 1)
+    records = load_records(site, asked, roles=roles, secret=_SECRET)
+    done()
+    looked = _Look(site, asked, records, stage, given=plan is not None)
+    found = looked.examination(name, dataset)
+    return replace(found, remarks=tuple(remarks_on(found)))
+
+
+def _usual_plan(site: SiteConfig, name: str, dataset: DatasetConfig) -> Plan:
+    """A plan that takes every record: what its roles allow, with every label there is."""
+    named = dataset.columns.by_role()
+    task = next((t for t in _TASKS if get_task(t).roles <= set(named)), None)
+    if task is None:
+        raise ColumnMissing(
+            f"[datasets.{name}.columns] names neither text and label nor prompt and response"
+        )
+    labels = list(dataset.labels)
+    if task == "text_classification" and not labels:
+        column = named["label"]
+        table = read_dataset(dataset, folder=site.folder, columns=[column])
+        labels = sorted({value.strip() for value in table.columns[column]} - {""})
+    while task == "text_classification" and len(labels) < 2:
+        labels.append(f"no label {len(labels)}")  # a plan has two at least
+    held_out = min(0.15, dataset.max_held_out / 2)
+    return Plan.from_mapping(
+        {
+            "plan": {"name": "data-check", "purpose": "a look at the records"},
+            "model": {"base": "none", "task": task, "labels": labels},
+            "data": {"dataset": name, "test_share": held_out, "validation_share": held_out},
+            "rounds": {"number": 1},
+            "privacy": {
+                "mode": "none",
+                "unit": dataset.unit,
+                "max_records_per_unit": dataset.max_records_per_unit,
+                "rate": 0.5,
+            },
+            "aggregation": {"strategy": "fedavg"},
+        }
+    )
+
+
+class _Look:
+    """Counts one dataset's records."""
+
+    def __init__(
+        self, site: SiteConfig, plan: Plan, records: Records, stage: Stage, *, given: bool
+    ) -> None:
+        self._site, self._plan, self._records, self._stage = site, plan, records, stage
+        self._given = given
+        self._role = "text" if plan.model.task == "text_classification" else "prompt"
+
+    def examination(self, name: str, dataset: DatasetConfig) -> Examination:
+        records, plan = self._records, self._plan
+        sizes = np.bincount(records.unit_of) if len(records) else np.zeros(0, dtype=np.int64)
+        bound = plan.privacy.max_records_per_unit
+        shown, other, lacking = self._labels(dataset)
+        return Examination(
+            site=self._site.name,
+            dataset=name,
+            unit=plan.privacy.unit,
+            plan=plan.plan.name if self._given else None,
+            rows=len(records) + records.rows_left_out,
+            records=len(records),
+            units=records.n_units(),
+            declared_units=(dataset.declared_units if plan.privacy.unit == dataset.unit else None),
+            by_split={
+                part: (records.n_units(split), len(records.rows(split)))
+                for part, split in zip(("training", "validation", "test"), Split, strict=True)
+            },
+            per_unit=dict(sorted(Counter(sizes.tolist()).items())),
+            bound=bound,
+            over_bound=int(np.count_nonzero(sizes > bound)),
+            labels=shown,
+            other_labels=other,
+            lacking=lacking,
+            lengths=self._lengths(),
+            resemblance=self._resemblance(),
+            identifiers=self._identifiers(),
+            left_out=tuple(str(part) for part in records.left_out),
+        )
+
+    @cached_property
+    def _given_labels(self) -> list[str]:
+        return [example.get("label", "") for example in self._records.examples]
+
+    def _labels(
+        self, dataset: DatasetConfig
+    ) -> tuple[tuple[LabelCount, ...], tuple[int, int], tuple[str, ...]]:
+        if self._role != "text":
+            return (), (0, 0), ()
+        records, declared = self._records, set(dataset.labels)
+        declared |= set(self._plan.model.labels) if self._given else set()
+        labels = np.array(self._given_labels, dtype=object)
+        shown: list[LabelCount] = []
+        hidden = [0, 0]
+        for label, count in Counter(self._given_labels).most_common():
+            told = len(label) <= _LONGEST_LABEL and count >= _LEAST_OF_A_LABEL
+            if label not in declared and (not told or len(shown) >= _MOST_LABELS):
+                hidden = [hidden[0] + 1, hidden[1] + count]
+                continue
+            own = labels == label
+            split = np.bincount(records.split[own], minlength=3).tolist()
+            units = len(np.unique(records.unit_of[own]))
+            shown.append(LabelCount(label, count, units, (split[0], split[1], split[2])))
+        seen = set(self._given_labels)
+        lacking = tuple(sorted(declared - seen))
+        return tuple(shown), (hidden[0], hidden[1]), lacking
+
+    def _texts(self) -> list[str]:
+        return [example[self._role] for example in self._records.examples]
+
+    def _whole(self) -> list[str]:
+        """All that a model reads of each record."""
+        if self._role == "text":
+            return self._texts()
+        return [f"{e['prompt']}\n{e['response']}" for e in self._records.examples]
+
+    def _lengths(self) -> Lengths | None:
+        if not len(self._records):
+            return None
+        measure, counts = "words", self._tokens() if self._given else None
+        if counts is None:
+            counts = np.array([len(text.split()) for text in self._whole()])
+            limit = None
+        else:
+            measure, limit = "tokens", self._plan.data.max_length
+        over = None if limit is None else np.maximum(counts - limit, 0)
+        names = {"shortest": 0, "quarter": 25, "half": 50, "three quarters": 75, "nine tenths": 90}
+        names |= {"99 of 100": 99, "longest": 100}
+        return Lengths(
+            measure=measure,
+            quantiles={name: int(np.percentile(counts, at)) for name, at in names.items()},
+            limit=limit,
+            cut=None if over is None else int(np.count_nonzero(over)),
+            lost=None if over is None else float(over.sum() / max(1, counts.sum())),
+            histogram=_histogram(counts),
+        )
+
+    def _tokens(self) -> NDArray[np.int64] | None:
+        """How many tokens the plan's tokenizer makes of each record; None if it isn't here."""
+        from silotune.models.batching import bare_ids, prompt_ids, text_ids
+        from silotune.models.pretrained import load_tokenizer, locate
+
+        try:
+            tokenizer = load_tokenizer(locate(self._site.model_place(self._plan)))
+        except ModelNotFound:
+            return None
+        advance, found = self._stage("counting tokens", len(self._records)), []
+        probe = ["a"]
+        around = len(text_ids(tokenizer, probe, limit=64)[0]) - len(bare_ids(tokenizer, probe)[0])
+        for start in range(0, len(self._records), _CHUNK):
+            part = self._records.examples[start : start + _CHUNK]
+            if self._role == "text":
+                ids = bare_ids(tokenizer, [e["text"] for e in part])
+                found += [len(own) + around for own in ids]
+            else:
+                prompts = prompt_ids(tokenizer, [e["prompt"] for e in part])
+                responses = bare_ids(tokenizer, [e["response"] for e in part])
+                found += [len(p) + len(r) + 1 for p, r in zip(prompts, responses, strict=True)]
+            for _ in part:
+                advance()
+        return np.array(found, dtype=np.int64)
+
+    def _resemblance(self) -> Resemblance:
+        records, texts = self._records, self._texts()
+        held_out = records.split != Split.TRAIN
+        advance = self._stage("looking for duplicates", len(texts))
+        sketches = Sketches.of(texts, advance=advance)
+        twins = find_twins(sketches, held_out)
+        found = twins.in_training >= 0
+        parts = {"validation": Split.VALIDATION, "test": Split.TEST}
+        flattery = None
+        if self._role == "text" and found.any():
+            done = self._stage("asking two simple models", 1)
+            flattery = measure_flattery(
+                texts, self._given_labels, held_out, sketches=sketches, twins=twins
+            )
+            done()
+        return Resemblance(
+            copies=int(np.count_nonzero(twins.copies)),
+            repeats=int(np.count_nonzero(twins.repeats)),
+            contradicting=self._contradicting(sketches, twins),
+            held_out={
+                part: (
+                    len(np.unique(records.unit_of[found & (records.split == split)])),
+                    records.n_units(split),
+                )
+                for part, split in parts.items()
+            },
+            flattery=flattery,
+        )
+
+    def _contradicting(self, sketches: Sketches, twins: Twins) -> int:
+        if self._role != "text" or not twins.copies.any():
+            return 0
+        _, first, group = np.unique(sketches.exact, return_index=True, return_inverse=True)
+        labels = np.array(self._given_labels, dtype=object)
+        return int(np.count_nonzero(labels != labels[first[group]]))
+
+    def _identifiers(self) -> tuple[Sighting, ...]:
+        advance = self._stage("looking for identifiers", len(self._records))
+        return find_identifiers(self._whole(), self._records.unit_of, advance=advance)
+
+
+def _histogram(counts: NDArray[Any]) -> Histogram:
+    """Bars of whole width up to the 99th percentile; the last has all that is longer."""
+    top = max(int(np.percentile(counts, 99)) + 1, 2)
+    width = max(1, -(-top // _BARS))
+    edges = np.arange(0, top + width, width)
+    numbers = np.bincount(np.minimum(counts // width, len(edges) - 2), minlength=len(edges) - 1)
+    return Histogram(tuple(edges.astype(float).tolist()), tuple(numbers.tolist()))
