@@ -8,7 +8,6 @@ from html.parser import HTMLParser
 
 import pytest
 
-from silotune.data.sources import Table
 from tests.commands.terminal import FORMS, shown
 from tests.federation import write_federation
 
@@ -309,22 +308,6 @@ def test_a_look_leaves_nothing_behind(tmp_path):
 def test_counts_are_the_same_every_time(tmp_path):
     path = planted(tmp_path)
     assert checked(path) == checked(path)
-
-
-def test_a_reader_sees_the_records_that_training_reads(tmp_path, monkeypatch):
-    """One way to read: what the reader leaves out, the check leaves out."""
-    from silotune.data import records
-
-    read = records.read_dataset
-
-    def shorter(dataset, **rest):
-        table = read(dataset, **rest)
-        columns = {name: values[:50] for name, values in table.columns.items()}
-        return Table(table.source, table.rows[:50], columns, table.faults)
-
-    monkeypatch.setattr(records, "read_dataset", shorter)
-    _, facts = checked(site_of(tmp_path, notes(200), labels=["acute", "chronic"]))
-    assert facts["records"] == 50
 
 
 @pytest.mark.slow
