@@ -241,6 +241,8 @@ def _cohort(policy: PolicyConfig, plan: Plan, facts: Facts) -> Clause:
 
 def _base_model(policy: PolicyConfig, plan: Plan, facts: Facts) -> Clause:
     name, error, pinned = "base_models", errors.BaseModelRefused, plan.model.sha256
+    if not plan.model.base:
+        return _clause(name, error, True, "no model takes part")
     if not policy.base_models:
         return _clause(name, error, False, _unstated(name))
     if pinned is None:
@@ -260,12 +262,16 @@ def _modules(policy: PolicyConfig, plan: Plan, facts: Facts) -> Clause:
     asked = plan.lora.target_modules
     names = (asked,) if isinstance(asked, str) else asked
     name, error = "target_modules", errors.TargetModulesRefused
+    if plan.statistics is not None:
+        return _clause(name, error, True, "no model is adapted")
     return _among(name, error, names, policy.target_modules, "modules")
 
 
 def _strategy(policy: PolicyConfig, plan: Plan, facts: Facts) -> Clause:
-    asked = (plan.aggregation.strategy,)
-    return _among("strategies", errors.StrategyRefused, asked, policy.strategies, "strategy")
+    asked, error = (plan.aggregation.strategy,), errors.StrategyRefused
+    if plan.statistics is not None:
+        return _clause("strategies", error, True, "statistics are sums, and need no strategy")
+    return _among("strategies", error, asked, policy.strategies, "strategy")
 
 
 def _rounds(policy: PolicyConfig, plan: Plan, facts: Facts) -> Clause:

@@ -15,7 +15,7 @@ from silotune.data.declared import require_declared
 from silotune.data.site import SiteConfig
 from silotune.errors import SilotuneError
 from silotune.models.base import outline, require_taken
-from silotune.models.layout import Layout
+from silotune.models.layout import Layout, statistics_layout
 from silotune.models.needs import needs_of
 from silotune.plan.plan import Plan, plan_in_words
 from silotune.privacy.ledger import find_ledger
@@ -67,6 +67,8 @@ def require_servable(site: SiteConfig, plan: Plan) -> None:
     ModelError
         Of some kind, with the number, the nearest name or the layer.
     """
+    if plan.statistics is not None:
+        return
     if site.policy is not None and plan.model.sha256 in site.policy.base_models:
         require_taken(plan, base=site.model_place(plan))
 
@@ -90,6 +92,8 @@ def _verdict(site: SiteConfig, entry: ProposalRecord) -> PlanVerdict:
 
 def layout_at(site: SiteConfig, sha256: str | None, entry: ProposalRecord) -> Layout | None:
     """The adapter's layout, if the policy knows the base model; else nothing is looked at."""
+    if entry.plan.statistics is not None:
+        return statistics_layout(entry.plan)
     if site.policy is None or sha256 not in site.policy.base_models:
         return None
     return outline(entry.plan, base=site.model_place(entry.plan))

@@ -9,8 +9,8 @@ masking and charging: then it drops out, and masks nothing again in that round.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -39,7 +39,8 @@ from silotune.strategies.base import weight_in
 from silotune.strategies.secure import encoding_for
 
 if TYPE_CHECKING:
-    from silotune.client.trainer import RoundUpdate, TrainableModel
+    from silotune.client.trainer import RoundUpdate
+    from silotune.models.layout import Part
 
 _log = logging.getLogger(__name__)
 
@@ -85,6 +86,13 @@ def member_of(
     )
 
 
+class SharesNoise(Protocol):
+    """What knows a site's share of the noise."""
+
+    def shares(self, parts: Collection[Part], *, sigma: float) -> dict[Part, float]:
+        """Standard deviation of one site's share, by part; empty if it is not shared."""
+
+
 class _HeldRound(NamedTuple):
     """A round in memory, and the version of its file that it is."""
 
@@ -123,7 +131,7 @@ class SecurePart:
         self._rounds: dict[int, _HeldRound] = {}
         self._method = method_of(plan)
 
-    def require_fine_enough(self, trainable: TrainableModel, *, sigma: float) -> None:
+    def require_fine_enough(self, sharing: SharesNoise, *, sigma: float) -> None:
         """Check before the first round that the ring can carry this site's share of the noise.
 
         Raises
@@ -133,7 +141,7 @@ class SecurePart:
         """
         for number in (1, self._plan.rounds.number):
             encoding = self._encoding(number)
-            stds = trainable.shares(self._method.trained(self._plan, number), sigma=sigma)
+            stds = sharing.shares(self._method.trained(self._plan, number), sigma=sigma)
             if stds:
                 encoding.require_room([stds[span.part] for span in self._spans(number)])
 

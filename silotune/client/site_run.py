@@ -36,6 +36,7 @@ from silotune.client.terms import (
 )
 from silotune.client.trainer import RoundUpdate, SiteData, TrainableModel, Trainer, Vector
 from silotune.client.troubles import Troubles
+from silotune.client.unit_counter import UnitCounter
 from silotune.data.declared import own_secret, require_declared
 from silotune.data.records import Records, Split, load_records
 from silotune.data.site import DatasetConfig, Role, SiteConfig
@@ -50,6 +51,7 @@ from silotune.errors import (
 )
 from silotune.models.adapter import write_adapter
 from silotune.models.batching import Encoded, padding_id
+from silotune.models.layout import Layout, statistics_layout
 from silotune.models.needs import needs_of
 from silotune.models.pretrained import locate, weights_sha256
 from silotune.plan.plan import Plan
@@ -161,9 +163,9 @@ class SiteRun:
         """Check that the plan can be served here, reserve its budget, and declare the terms."""
         self._require_rank()
         self.require_declared()
-        model = self.trainable.model
         if self.plan.aggregation.secure:
-            self.secure.require_fine_enough(self.trainable, sigma=self.sigma)
+            sharing = self.trainable if self.plan.statistics is None else self.counter()
+            self.secure.require_fine_enough(sharing, sigma=self.sigma)
         self._reserve()
         declared = self.dataset.declared_units
         more: dict[str, Field] = {}
@@ -174,13 +176,13 @@ class SiteRun:
         fields = JoinReply.fields(
             site=Public(self.site.name, "site.toml: name"),
             declared_units=Public(declared, "site.toml: declared_units"),
-            layout=Public(model.layout.to_json(), "plan: model and lora"),
-            dtype=Public(str(model.dtype).removeprefix("torch."), "plan: dtype; this machine"),
+            layout=Public(self.layout.to_json(), "plan: model and lora, or statistics"),
+            dtype=Public(self.dtype, "plan: dtype; this machine"),
             rate=Public(self.plan.release_rate(declared), "plan: privacy.rate or privacy.batch"),
             **more,
         )
         try:
-            self.trainer.prepare()
+            self.worker.prepare()
         except Exception as exc:
             if not self.plan.private or not self._to_disk:
                 raise  # nothing is kept from the coordinator, or there is none
@@ -248,14 +250,15 @@ class SiteRun:
     ) -> RoundUpdate:
         started = time.monotonic()
         try:
-            update = self.trainer.round(adapter, server_round, clip=clip)
+            update = self.worker.round(adapter, server_round, clip=clip)
             if self.plan.private and not np.isfinite(update.flat).all():
                 raise SelfCheckFailed("the update is not finite")
         except Exception as exc:
             if not self.plan.private:
                 raise
             self.troubles.add("blank", round=server_round, error=exc)
-            update = self._idle.round(adapter, server_round, clip=clip)
+            idle = self._idle if self.plan.statistics is None else self.counter(empty=True)
+            update = idle.round(adapter, server_round, clip=clip)
         self.train_seconds[server_round] = time.monotonic() - started
         return update
 
@@ -263,7 +266,7 @@ class SiteRun:
 
     def _require_usable(self, adapter: Vector) -> None:
         """Look at what was sent before any record is touched, so that none can make it fail."""
-        size = self.trainable.model.layout.size
+        size = self.layout.size
         if adapter.shape != (size,):
             raise BroadcastRefused(f"the adapter has shape {list(adapter.shape)}, not [{size}]")
         if not np.isfinite(adapter).all() or np.abs(adapter).max(initial=0.0) > _MOST_WEIGHT:
@@ -404,12 +407,48 @@ class SiteRun:
             run=self.run,
             plan=self.plan,
             site=self.site.name,
-            model_sha256=weights_sha256(locate(self.site.model_place(self.plan))),
+            model_sha256=self._model_sha256,
             secure_noise=self.plan.plan.seed is None,
             key=self._keys.signing,
         )
 
     # --- parts, each made on first use ---
+
+    @property
+    def layout(self) -> Layout:
+        """Of what this site sends."""
+        if self.plan.statistics is not None:
+            return statistics_layout(self.plan)
+        return self.trainable.model.layout
+
+    @property
+    def dtype(self) -> str:
+        """What this site computes in."""
+        if self.plan.statistics is not None:
+            return "float64"
+        return str(self.trainable.model.dtype).removeprefix("torch.")
+
+    @cached_property
+    def worker(self) -> Trainer | UnitCounter:
+        """What works on this site's records: a trainer, or for statistics a counter."""
+        return self.trainer if self.plan.statistics is None else self.counter()
+
+    def counter(self, *, empty: bool = False) -> UnitCounter:
+        """Counts this site's units for statistics; an empty one has none, and gives noise alone."""
+        return UnitCounter(
+            self.plan,
+            site=self.site.name,
+            declared_units=self.dataset.declared_units,
+            sigma=self.sigma,
+            records=None if empty else lambda: self.records,
+            base=self.site.model_place(self.plan),
+        )
+
+    @property
+    def _model_sha256(self) -> str | None:
+        """Of the weights that take part; None if there are none."""
+        place = self.site.model_place(self.plan)
+        return weights_sha256(locate(place)) if place else None
 
     @property
     def trainable(self) -> TrainableModel:
@@ -466,7 +505,7 @@ class SiteRun:
         return SecurePart(
             self.plan,
             member=member,
-            layout=self.trainable.model.layout,
+            layout=self.layout,
             gate=self.gate,
             files=self._files(ROUNDS),
         )
@@ -479,7 +518,7 @@ class SiteRun:
     @cached_property
     def records(self) -> Records:
         """The site's records."""
-        roles = cast("frozenset[Role]", self.trainable.model.task.roles)
+        roles = cast("frozenset[Role]", needs_of(self.plan).roles)
         found = load_records(self.site, self.plan, roles=roles, secret=self.secret)
         self._models.forget_other_content(self.site, self.plan, found.content)
         if self._on_records is not None:
@@ -521,7 +560,9 @@ class SiteRun:
     def _facts(self) -> Facts:
         """What the policy's judgement rests on, but for the time."""
         policy, layout = self.site.policy, None
-        if policy and self.plan.model.sha256 in policy.base_models:
+        if self.plan.statistics is not None:
+            layout = self.layout
+        elif policy and self.plan.model.sha256 in policy.base_models:
             layout = self._models.layout(self.plan, base=self.site.model_place(self.plan))
         return facts_for(
             self.site,

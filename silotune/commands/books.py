@@ -204,7 +204,7 @@ def _rows(verified: Verified) -> dict[str, str]:
         "noise": body.noise_in_words,
         "accountant": body.accountant_in_words,
         "plan": body.plan_sha256,
-        "base model": body.model_sha256,
+        "base model": body.model_sha256 or "none",
         "ledger": f"row {body.ledger_seq}, {body.ledger_head}",
         "signed": f"{body.time} by silotune {body.code_version}",
         "key": verified.key_sha256,

@@ -14,6 +14,7 @@ from silotune.data.site import DatasetConfig, SiteConfig
 from silotune.data.values import Rule
 from silotune.errors import ColumnMissing, HeldOutTooMuch, LabelsUnfit, TooFewRecords, UnitMismatch
 from silotune.plan.plan import Plan
+from silotune.plan.statistics import number_key
 from silotune.trust.files import create_file, create_private_folder
 from silotune.trust.vault import Vault
 
@@ -78,6 +79,7 @@ def require_declared(site: SiteConfig, plan: Plan, *, roles: Collection[str]) ->
     dataset = site.dataset(plan.data.dataset)
     _check_unit_name(dataset, plan)
     columns_for(dataset, plan, roles)
+    numbers_for(dataset, plan)
     lacking = [label for label in dataset.declared_labels if label not in plan.model.labels]
     if lacking and "label" in roles:
         raise LabelsUnfit(
@@ -124,6 +126,17 @@ def columns_for(dataset: DatasetConfig, plan: Plan, roles: Collection[str]) -> d
     needed.update({"unit", "split"} & set(named))
     needed.add(identity_role(named))
     return {str(role): column for role, column in named.items() if role in needed}
+
+
+def numbers_for(dataset: DatasetConfig, plan: Plan) -> dict[str, str]:
+    """The columns of numbers that the plan's statistics ask for; none of them need have a value."""
+    asked = [] if plan.statistics is None else sorted(plan.statistics.numbers)
+    if missing := [name for name in asked if name not in dataset.numbers]:
+        raise ColumnMissing(
+            f"the plan asks for statistics of {', '.join(missing)}, for which "
+            f"[datasets.{plan.data.dataset}.numbers] in site.toml names no column"
+        )
+    return {number_key(name): dataset.numbers[name] for name in asked}
 
 
 def identity_role(columns: Collection[str]) -> str:

@@ -42,7 +42,13 @@ from hashlib import sha256
 import numpy as np
 from numpy.typing import NDArray
 
-from silotune.data.declared import columns_for, identity_role, require_declared, rule_for
+from silotune.data.declared import (
+    columns_for,
+    identity_role,
+    numbers_for,
+    require_declared,
+    rule_for,
+)
 from silotune.data.roles import Sieve, read_roles
 from silotune.data.site import DatasetConfig, SiteConfig
 from silotune.data.table import LeftOut, numbered
@@ -226,10 +232,11 @@ def load_records(site: SiteConfig, plan: Plan, *, roles: Collection[str], secret
     """
     require_declared(site, plan, roles=roles)
     dataset = site.dataset(plan.data.dataset)
-    columns = columns_for(dataset, plan, roles)
+    columns, numbers = columns_for(dataset, plan, roles), numbers_for(dataset, plan)
     labels = _labels(dataset, plan) if "label" in columns else frozenset()
     rule = rule_for(dataset, secret)
-    sieve = Sieve(read_roles(dataset, folder=site.folder, roles=columns, labels=labels, rule=rule))
+    named = {**columns, **numbers}
+    sieve = Sieve(read_roles(dataset, folder=site.folder, roles=named, labels=labels, rule=rule))
     _drop_unfit(sieve, columns, labels)
     if "split" in columns:
         _drop_torn(sieve, "split", "on another side of the split")
@@ -237,7 +244,7 @@ def load_records(site: SiteConfig, plan: Plan, *, roles: Collection[str], secret
         _drop_torn(sieve, "group", "in another group")
     _drop_surplus(sieve, dataset.max_records_per_unit)
     left = sieve.table()
-    values, picked = left.columns, sorted(roles)
+    values, picked = left.columns, sorted({*roles, *numbers})
     return Records(
         examples=[
             dict(zip(picked, row, strict=True))
@@ -315,6 +322,8 @@ def _split_keys(values: Values, plan: Plan) -> Sequence[str]:
     """What the split hashes for each row."""
     if plan.data.split_by == "group":
         return values["group"]
+    if plan.statistics is not None:  # nothing is held out, and there may be no text
+        return next(iter(values.values()))
     # A record without a unit is known by what it says: equal records then stay together.
     return values["unit"] if "unit" in values else _identities(values)
 

@@ -291,6 +291,9 @@ class DatasetConfig(Section):
     )
     query: Annotated[str, Field(min_length=1)] | None = None
     columns: ColumnsConfig
+    numbers: dict[Name, Column] = Field(
+        {}, description="Numeric columns whose statistics plans may ask for, by a name for plans."
+    )
     unit: Name = Field(
         "record", description="'record', or what one value of columns.unit is: 'patient'."
     )

@@ -213,7 +213,7 @@ class RoundStarted(RoundEvent):
     """A round begins; a second one of the same number replaces the first."""
 
     event: Literal["round_started"]
-    phase: str = Field("", description="What is trained: head or adapter.")
+    phase: str = Field("", description="What is trained: head or adapter; or statistics.")
     cohort: tuple[str, ...] = ()
 
 
@@ -271,6 +271,13 @@ class Evaluated(RoundEvent):
     )
 
 
+class StatisticsReleased(Event):
+    """What a statistics run found, all of it: the content of statistics.json."""
+
+    event: Literal["statistics"]
+    found: dict[str, Any] = Field(description="See docs/statistics.md.")
+
+
 # --- the federation ---
 
 
@@ -321,7 +328,7 @@ KINDS: tuple[type[Event], ...] = (
     *(RunProposed, PlanApproved, PlanRejected, RunStarted, RunResumed, RunPaused, RunStopped),
     *(RunFailed, RunFinished, WorkerReady, BaselineFinished),
     *(SiteJoined, SiteRefused, SitePhase, SiteReplied, SiteFailed),
-    *(RoundStarted, RoundSaved, RoundFinished, RoundVoid, Evaluated),
+    *(RoundStarted, RoundSaved, RoundFinished, RoundVoid, Evaluated, StatisticsReleased),
     *(SiteSilent, SiteBack, EnrolmentRequested, OperatorAction, Alarm),
 )
 """Every kind of this version, in the order of the documentation."""

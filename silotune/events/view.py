@@ -243,6 +243,7 @@ class RunView:
         self.resumed_at: list[int] = []
         self.workers = self._newest = 0
         self.baseline: Baseline | None = None
+        self.statistics: dict[str, Any] | None = None
 
     # --- reading ---
 
@@ -467,6 +468,9 @@ class RunView:
                 *(event.round, event.view, event.split, _known(event.pooled), sites, event.left_out)
             )
         )
+
+    def _statistics(self, event: schema.StatisticsReleased) -> None:
+        self.statistics = event.found
 
     def _enrolment_requested(self, event: schema.EnrolmentRequested) -> None:
         """Of the federation, not of a run."""

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from silotune.errors import AdapterMismatch
 from silotune.plan.document import canonical_json
 from silotune.plan.plan import Plan
+from silotune.plan.statistics import counted_parts
 
 Group = Literal["head", "adapter"]
 Part = Literal["A", "B", "head"]
@@ -217,6 +218,12 @@ class Layout:
     def fingerprint(self) -> str:
         """SHA-256, in hex, over names, shapes, groups and their order."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+
+def statistics_layout(plan: Plan) -> Layout:
+    """Where each part of a plan's statistics lies: they travel as an adapter's head does."""
+    parts = counted_parts(plan)
+    return Layout(tuple(ArrayEntry(part.name, (part.size,), "head") for part in parts))
 
 
 def initial_adapter(layout: Layout, plan: Plan) -> Vector:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from silotune.plan.plan import Plan
+from silotune.plan.statistics import roles_counted
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,11 @@ NEEDS = {
     "text_classification": TaskNeeds(frozenset({"text", "label"}), True),
     "causal_lm": TaskNeeds(frozenset({"prompt", "response"}), False),
 }
-"""By the task's name."""
+"""By the task's name, of those that train a model."""
 
 
 def needs_of(plan: Plan) -> TaskNeeds:
     """What the plan's task needs; the plan has validated its name."""
+    if plan.statistics is not None:
+        return TaskNeeds(roles_counted(plan), False)
     return NEEDS[plan.model.task]

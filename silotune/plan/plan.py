@@ -20,6 +20,7 @@ from silotune.plan.document import text_sha256
 from silotune.plan.explain import explain
 from silotune.plan.rules import conflicts
 from silotune.plan.sections import Sections
+from silotune.plan.statistics import statistics_in_words
 
 
 class Plan(Sections):
@@ -111,6 +112,15 @@ def dotted(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def plan_in_words(plan: Plan) -> list[tuple[str, str]]:
     """Pairs of a heading and one or two sentences, in the order a reader asks."""
+    if plan.statistics is not None:
+        return [
+            ("Purpose", plan.plan.purpose),
+            ("Statistics", statistics_in_words(plan)),
+            ("Data", f"Every record of each site's dataset '{plan.data.dataset}'."),
+            ("Rounds", f"One, with {_patience(plan)}."),
+            ("Privacy", _privacy(plan)),
+            ("Aggregation", f"The sites' sums are added.{_secure(plan)}"),
+        ]
     return [
         ("Purpose", plan.plan.purpose),
         ("Model", _model(plan)),
@@ -179,10 +189,13 @@ def _rounds(plan: Plan) -> str:
     rounds, head = plan.rounds, plan.optimizer.site.head_rounds
     steps = "one step" if rounds.local_steps == 1 else f"{rounds.local_steps} local steps"
     first = f" The first {head} train the head alone, on features computed once." if head else ""
-    return (
-        f"{rounds.number} rounds of {steps} at each site, with at least {rounds.min_sites} "
-        f"site{'s' * (rounds.min_sites > 1)} answering within {rounds.deadline:g} s.{first}"
-    )
+    return f"{rounds.number} rounds of {steps} at each site, with {_patience(plan)}.{first}"
+
+
+def _patience(plan: Plan) -> str:
+    rounds = plan.rounds
+    sites = f"{rounds.min_sites} site{'s' * (rounds.min_sites > 1)}"
+    return f"at least {sites} answering within {rounds.deadline:g} s"
 
 
 def _optimizers(plan: Plan) -> str:
@@ -250,9 +263,12 @@ def _privacy(plan: Plan) -> str:
         if privacy.noise == "shared"
         else ""
     )
+    promised = f"At most epsilon {privacy.epsilon:g} at delta {delta} for each {privacy.unit}; "
+    if plan.statistics is not None:
+        return f"{promised}all that one adds has length 1 at most.{shared}{_seeded(plan)}"
     return (
-        f"At most epsilon {privacy.epsilon:g} at delta {delta} for each {privacy.unit}; "
-        f"gradients clipped to {norms}; each step samples {sampled}.{shared}{metrics}{_seeded(plan)}"
+        f"{promised}gradients clipped to {norms}; each step samples {sampled}.{shared}{metrics}"
+        f"{_seeded(plan)}"
     )
 
 
@@ -262,11 +278,13 @@ def _aggregation(plan: Plan) -> str:
         "equal": "every site weighing the same",
     }
     found = f"{plan.aggregation.strategy}, {weights[plan.aggregation.weights]}."
-    return found + _secure(plan) if plan.aggregation.secure else found
+    return found + _secure(plan)
 
 
 def _secure(plan: Plan) -> str:
     aggregation = plan.aggregation
+    if not aggregation.secure:
+        return ""
     needed = aggregation.threshold or "more than two thirds"
     return (
         f" Under secure aggregation, in {aggregation.encoding}: the coordinator sees the sum over at "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from silotune.plan.sections import Sections
+from silotune.plan.statistics import statistics_conflicts
 from silotune.plan.strategies import STRATEGIES
 
 
@@ -105,6 +106,7 @@ def _shared_conflicts(plan: Sections) -> list[str]:
 def conflicts(plan: Sections) -> list[str]:
     """Every impossible combination of a plan: the key's path and the reason."""
     return [
+        *statistics_conflicts(plan),
         *_model_conflicts(plan),
         *_site_privacy_conflicts(plan),
         *_privacy_conflicts(plan),

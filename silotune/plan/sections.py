@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 from pydantic import BeforeValidator, Field
 
-from silotune.plan.document import Document
-from silotune.plan.strategies import STRATEGIES, StrategyFacts, not_dropped
+from silotune.plan.document import ADDED_LATER, Document
+from silotune.plan.statistics import StatisticsSection
+from silotune.plan.strategies import STRATEGIES, SUMS, StrategyFacts, not_dropped
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
@@ -34,11 +35,11 @@ class About(Section):
 class ModelSection(Section):
     """``[model]``: the base model and the task it is tuned for."""
 
-    base: str = Field(
-        min_length=1, description="Hugging Face model id or a folder on this machine."
+    base: Annotated[str, ADDED_LATER] = Field(
+        "", description="Hugging Face model id or a folder on this machine."
     )
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
-    task: Literal["text_classification", "causal_lm"]
+    task: Literal["text_classification", "causal_lm", "statistics"]
     labels: tuple[str, ...] = ()
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     pooling: Literal["mean", "first", "last"] = "mean"
@@ -261,11 +262,12 @@ class Sections(Section):
     optimizer: OptimizerSection = OptimizerSection()
     privacy: PrivacySection
     aggregation: AggregationSection = AggregationSection()
+    statistics: Annotated[StatisticsSection | None, ADDED_LATER] = None
 
     @property
     def strategy(self) -> StrategyFacts:
         """What the aggregation strategy is."""
-        return STRATEGIES[self.aggregation.strategy]
+        return STRATEGIES[self.aggregation.strategy] if self.statistics is None else SUMS
 
     @property
     def private(self) -> bool:

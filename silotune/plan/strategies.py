@@ -119,6 +119,9 @@ STRATEGIES: Mapping[str, StrategyFacts] = {
 }
 """Every strategy by its name in a plan."""
 
+SUMS = StrategyFacts(made_by="sums:Sums", sends_all=True)
+"""What adds up statistics; no plan names it."""
+
 DROPPED: Mapping[str, str] = {
     "krum": "'multi_krum'",
     "bulyan": "'trimmed_mean' or 'multi_krum'",

@@ -22,7 +22,7 @@ from pydantic import Field
 
 from silotune import __version__
 from silotune.errors import CertificateInvalid
-from silotune.plan.document import Document, Sha256
+from silotune.plan.document import ADDED_LATER, Document, Sha256
 from silotune.plan.plan import Plan
 from silotune.plan.rules import sends_all_it_trains
 from silotune.plan.sections import Positive
@@ -248,7 +248,7 @@ class CertificateBody(Document):
     accountant_version: str
     code_version: str
     plan_sha256: Sha256
-    model_sha256: Sha256
+    model_sha256: Annotated[Sha256 | None, ADDED_LATER] = None
     ledger_seq: Annotated[int, Field(ge=0)]
     ledger_head: Sha256
     measured: Measured | None = None
@@ -324,7 +324,7 @@ def issue(
     run: str,
     plan: Plan,
     site: str,
-    model_sha256: str,
+    model_sha256: str | None,
     secure_noise: bool,
     key: Ed25519PrivateKey,
 ) -> CertificateBody:
@@ -337,7 +337,7 @@ def issue(
     plan : Plan
         The run's plan, with ``privacy.mode`` other than ``'none'``.
     model_sha256 : str
-        Identity of the base model's weights, in hex.
+        Identity of the base model's weights, in hex; None if no model took part.
     secure_noise : bool
         `NoiseSource.secure` of every source that was used; False makes it "seeded: not private".
 

@@ -31,12 +31,14 @@ from silotune.plan.plan import Plan
 from silotune.privacy.errors import MessageMalformed
 from silotune.protocol.replies import JoinReply, TrainReply, error_code
 from silotune.protocol.requests import JoinRequest, TrainRequest, as_arrays
+from silotune.rounds import estimates
 from silotune.rounds.secure_rounds import SecureRounds
 from silotune.strategies import strategy_for
 from silotune.strategies.base import AdapterStrategy, Terms
 from silotune.strategies.linear import LinearStrategy
 from silotune.strategies.secure import encoding_for
 from silotune.strategies.server_optimizer import phase_of
+from silotune.strategies.sums import Sums
 
 FEWEST = 4
 """With fewer sites there are no "others" to speak of: no scores."""
@@ -147,10 +149,28 @@ class RoundLoop:
         for number in range(done + 1, self._plan.rounds.number + 1):
             with tracing.span("round", run=self._run, round=number):
                 adapter = self._round(number, adapter, strategy, layout)
+        if isinstance(strategy, Sums):
+            self._tell_statistics(strategy, adapter)
         self._store.append_event(
             "run_finished", rounds=self._plan.rounds.number, seconds=time.monotonic() - started
         )
         return adapter
+
+    def _tell_statistics(self, strategy: Sums, sums: Vector) -> None:
+        """Record what the sums say. Raises `QuorumLost` if the one round came to nothing."""
+        if not strategy.names:
+            raise QuorumLost(
+                "the one round came to nothing; what sites charged for it stays charged",
+                remedy="Propose the plan again when the sites are there.",
+            )
+        found = estimates.find(
+            self._plan,
+            sums,
+            variance=strategy.noise_variance,
+            sites=strategy.names,
+            declared={terms.site: terms.declared_units for terms in strategy.cohort.values()},
+        )
+        self._store.append_event("statistics", found=found)
 
     # --- joining ---
 
@@ -165,7 +185,14 @@ class RoundLoop:
                 self._store.append_event("site_refused", site=str(node), code=found)
                 continue
             units = found.declared_units
-            cohort.append(Terms(node=node, site=found.site, declared_units=units, rank=found.rank))
+            terms = Terms(
+                node=node,
+                site=found.site,
+                declared_units=units,
+                rank=found.rank,
+                sigma=found.sigma,
+            )
+            cohort.append(terms)
             layouts[found.site] = found.layout
             told = {"rate": found.rate, "sigma": found.sigma, "dtype": found.dtype}
             shown = {key: value for key, value in told.items() if value is not None}
@@ -201,7 +228,7 @@ class RoundLoop:
         self._store.append_event(
             "round_started",
             round=number,
-            phase=phase_of(self._plan, number),
+            phase="statistics" if self._plan.statistics else phase_of(self._plan, number),
             cohort=[terms.site for terms in strategy.cohort.values()],
         )
         asked = self._request(number, adapter, strategy)
@@ -280,6 +307,8 @@ class RoundLoop:
         facts |= {"exchanges": found.exchanges, "saturated": found.saturated}
         if found.total is not None:
             strategy.fold_sum(found.total, mass=found.mass)
+            if isinstance(strategy, Sums):
+                strategy.note(found.survivors)
             self._void = 0
             return facts
         self._void += 1

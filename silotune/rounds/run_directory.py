@@ -37,6 +37,9 @@ from silotune.events.view import RunView
 from silotune.plan.document import canonical_json
 from silotune.protocol.errors import StoreUnusable
 
+STATISTICS_FILE = "statistics.json"
+"""In the run directory of a statistics run: what `silotune.rounds.estimates.find` made of its sums."""
+
 _REQUIRED = ("plan.toml", "resolved.json")
 _STATE_KEY = "silotune"
 

@@ -96,6 +96,11 @@ class LoggedStore:
             self.directory.adapter_of_round(old).unlink(missing_ok=True)
 
     @property
+    def statistics(self) -> dict[str, Any] | None:
+        """What a statistics run found."""
+        return self._told.statistics
+
+    @property
     def done(self) -> int:
         """The last finished round."""
         return self._told.done

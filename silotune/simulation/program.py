@@ -57,7 +57,8 @@ class SimulatedSites:
         self._models = ModelCache(Choices(**payload["choices"]), shared=Path(payload["shared"]))
         self._roster = {name: bytes.fromhex(key) for name, key in payload["roster"].items()}
         self._runs: dict[int, SiteRun] = {}
-        self._models.for_plan(self._plan)
+        if self._plan.statistics is None:
+            self._models.for_plan(self._plan)
         self.client_app = build_client_app(self._find)
 
     def _find(self, context: Context, plan: Plan, run: str) -> SiteRun:
@@ -101,7 +102,7 @@ class SimulatedSites:
                 return {
                     "certificate": None if body is None else body.model_dump(mode="json"),
                     "train_seconds": {str(k): v for k, v in site.train_seconds.items()},
-                    "records": site.trainer.records_used,
+                    "records": site.worker.records_used,
                 }, {}
             case "save":
                 model = self._models.for_plan(self._plan).model

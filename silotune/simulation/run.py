@@ -41,7 +41,7 @@ from silotune.models.choices import Choices, choose
 from silotune.models.needs import needs_of
 from silotune.plan.plan import Plan, notes_on
 from silotune.rounds.rounds import build_server_app
-from silotune.rounds.run_directory import RunDirectory
+from silotune.rounds.run_directory import STATISTICS_FILE, RunDirectory
 from silotune.simulation.grid import WorkerGrid
 from silotune.simulation.outcome import (
     AdapterScorer,
@@ -247,12 +247,15 @@ def simulate(
     _require_sites(plan, sites)
     secrets = {site.name: new_secret() for site in sites}
     found = survey_sites(plan, sites, secrets=secrets, note=note)
-    choices = choose(plan, device=settings.device)
+    choices = choose(plan, device=settings.device) if plan.statistics is None else _NO_MODEL
     directory = RunDirectory.create(runs, plan.plan.name, plan_toml=plan_path.read_text("utf-8"))
     keep_survey(directory, found, secrets)
     job = _Job(directory=directory, plan=plan, sites=sites, choices=choices, settings=settings)
     directory.write_json("resolved.json", _resolved(job))
     return _execute(job, listener)
+
+
+_NO_MODEL = Choices(device="cpu", dtype="float64", attention="none", reason="no model takes part")
 
 
 def _require_sites(plan: Plan, sites: Sequence[SiteConfig]) -> None:
@@ -395,16 +398,18 @@ def _conclude(job: _Job, store: LoggedStore, scorer: AdapterScorer, view: View) 
     final = saved[0]["adapter"]
     scorer.look_at_final(final)
     joined = [site for site in job.sites if site.name in store.joined]
+    if job.plan.statistics is not None:
+        found = {"run": job.directory.name, **(store.statistics or {})}
+        job.directory.write_json(STATISTICS_FILE, found)
+        _close_books(job, store, view)
+        job.directory.write_json("results.json", {"methods": []})
+        return
     model = view.save(final, job.directory.final_adapter.resolve(), site=joined[0].name)
     facts = job.directory.read_json("resolved.json")
     facts |= {"model": model["description"], "trainable_parameters": model["parameters"]}
     job.directory.write_json("resolved.json", facts)
-    finished = view.finish(store.joined)
-    write_privacy(job.directory, job.plan, finished)
-    slots, count = _slots(job), job.settings.worker_count(len(job.sites))
-    parts = spread([slot.weight for slot in slots], count)
-    workers = [[slots[index].name for index in part] for part in parts]
-    write_timings(job.directory, finished, workers=workers)
+    finished = _close_books(job, store, view)
+    count = job.settings.worker_count(len(job.sites))
     write_results(
         job.directory,
         job.plan,
@@ -419,6 +424,17 @@ def _conclude(job: _Job, store: LoggedStore, scorer: AdapterScorer, view: View) 
         store=store,
     )
     shutil.rmtree(job.shared, ignore_errors=True)
+
+
+def _close_books(job: _Job, store: LoggedStore, view: View) -> dict[str, dict[str, Any]]:
+    """Have the sites settle and certify; write down what they spent, and what took time."""
+    finished = view.finish(store.joined)
+    write_privacy(job.directory, job.plan, finished)
+    slots, count = _slots(job), job.settings.worker_count(len(job.sites))
+    parts = spread([slot.weight for slot in slots], count)
+    workers = [[slots[index].name for index in part] for part in parts]
+    write_timings(job.directory, finished, workers=workers)
+    return finished
 
 
 def _scope(job: _Job) -> dict[str, Any]:
@@ -442,7 +458,7 @@ def _resolved(job: _Job) -> dict[str, Any]:
         "choices": asdict(job.choices),
         "versions": {"silotune": __version__, **{name: version(name) for name in libraries}},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
-        "model": f"{plan.model.base}, {job.choices}",
+        "model": f"{plan.model.base or 'none'}, {job.choices}",
         "sites": [
             {
                 "name": site.name,

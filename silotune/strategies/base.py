@@ -49,12 +49,15 @@ class Terms:
         Rounded number of privacy units, from the site's own configuration.
     rank : int or None
         Rank of the site's adapter; None for the plan's.
+    sigma : float or None
+        Its noise multiplier; None without privacy.
     """
 
     node: int
     site: str
     declared_units: int
     rank: int | None = None
+    sigma: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

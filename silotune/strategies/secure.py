@@ -19,6 +19,8 @@ _ADAM_REACH = 4.0
 # Bounds in clip norms. A number of a gradient sum passes them only if so many units push it alike.
 _SUM_REACH = {"uint32": 1024.0, "uint16": 16.0}
 _MEAN_REACH = 16.0
+MOST_UNITS = float(1 << 20)
+"""That a site's part in statistics has room for, unless the plan says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ def update_bound(plan: Plan, part: Part) -> float:
     given = plan.aggregation.update_bound
     if given is not None:
         return given
+    if plan.statistics is not None:
+        return MOST_UNITS
     site = plan.optimizer.site
     rate = site.head_lr if part == "head" else site.adapter_lr
     if plan.rounds.local_steps > 1 and site.local == "adam":

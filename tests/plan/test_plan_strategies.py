@@ -17,7 +17,7 @@ from silotune.cli import main
 from silotune.errors import PlanInvalid
 from silotune.plan.sections import AggregationSection
 from silotune.plan.sections import ServerOptimizerSettings as Server
-from silotune.plan.strategies import DROPPED, STRATEGIES
+from silotune.plan.strategies import DROPPED, STRATEGIES, SUMS
 from silotune.strategies.base import AdapterStrategy, RobustStrategy
 from silotune.strategies.linear import LinearStrategy
 from tests.strategies.contract import plan_with
@@ -43,7 +43,8 @@ def test_every_file_of_a_strategy_is_in_the_table():
             own = isinstance(kind, type) and kind.__module__ == module.__name__
             if own and issubclass(kind, AdapterStrategy) and not inspect.isabstract(kind):
                 found.add(f"{info.name}:{kind.__name__}")
-    assert found - {"linear:LinearStrategy"} == {facts.made_by for facts in STRATEGIES.values()}
+    named = {facts.made_by for facts in (*STRATEGIES.values(), SUMS)}
+    assert found - {"linear:LinearStrategy"} == named
 
 
 def test_options_in_the_table_are_keys_of_a_plan():
