@@ -400,6 +400,7 @@ class SiteRun:
         accounts = self.ledger.runs(self.plan.data.dataset)
         if not any(account.charged for account in accounts if account.run == self.run):
             return None
+        base = self.site.model_place(self.plan)
         return issue(
             certificate or self._state / "certificate.json",
             ledger=self.ledger,
@@ -407,7 +408,7 @@ class SiteRun:
             run=self.run,
             plan=self.plan,
             site=self.site.name,
-            model_sha256=self._model_sha256,
+            model_sha256=weights_sha256(locate(base)) if base else None,
             secure_noise=self.plan.plan.seed is None,
             key=self._keys.signing,
         )
@@ -435,20 +436,8 @@ class SiteRun:
 
     def counter(self, *, empty: bool = False) -> UnitCounter:
         """Counts this site's units for statistics; an empty one has none, and gives noise alone."""
-        return UnitCounter(
-            self.plan,
-            site=self.site.name,
-            declared_units=self.dataset.declared_units,
-            sigma=self.sigma,
-            records=None if empty else lambda: self.records,
-            base=self.site.model_place(self.plan),
-        )
-
-    @property
-    def _model_sha256(self) -> str | None:
-        """Of the weights that take part; None if there are none."""
-        place = self.site.model_place(self.plan)
-        return weights_sha256(locate(place)) if place else None
+        records = None if empty else lambda: self.records
+        return UnitCounter(self.plan, self.site, sigma=self.sigma, records=records)
 
     @property
     def trainable(self) -> TrainableModel:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from silotune.client.terms import round_event
 from silotune.client.trainer import RoundUpdate, Vector
 from silotune.data.records import Records
+from silotune.data.site import SiteConfig
 from silotune.data.statistics import CountTokens, site_sums
 from silotune.errors import SelfCheckFailed
 from silotune.models.layout import Layout, Part, statistics_layout
@@ -32,30 +33,23 @@ class UnitCounter:
     ----------
     plan : Plan
         With ``model.task = "statistics"``.
-    site : str
-        The site's name.
-    declared_units : int
-        What it declares.
+    site : SiteConfig
+        The site.
     sigma : float
         Noise multiplier of the whole release.
     records : callable or None
         Gives the site's records; None for a counter of nothing, whose round is noise alone.
-    base : str
-        Where the model is whose tokens are counted, if any are.
     """
 
     def __init__(
         self,
         plan: Plan,
+        site: SiteConfig,
         *,
-        site: str,
-        declared_units: int,
         sigma: float,
         records: Callable[[], Records] | None,
-        base: str = "",
     ) -> None:
-        self._plan, self._site, self._declared, self._sigma = plan, site, declared_units, sigma
-        self._records, self._base = records, base
+        self._plan, self._site, self._sigma, self._records = plan, site, sigma, records
         self.records_used = 0
 
     @property
@@ -78,10 +72,11 @@ class UnitCounter:
             records = self._records()
             sums = site_sums(records, self._plan, count_tokens=self._count_tokens())
             self.records_used += len(records)
-        event = round_event(self._plan, self._declared, sigma=self._sigma)
+        declared = self._site.units_for(self._plan)
+        event = round_event(self._plan, declared, sigma=self._sigma)
         if shares := self.shares({entry.part for entry in self.layout.entries}, sigma=self._sigma):
             return RoundUpdate(flat=sums, event=event, missing_noise=shares)
-        noise = noise_for(self._plan.plan.seed, "train", self._site, server_round)
+        noise = noise_for(self._plan.plan.seed, "train", self._site.name, server_round)
         return RoundUpdate(flat=_noisy(sums, self._sigma, noise), event=event)
 
     def shares(self, parts: Collection[Part], *, sigma: float) -> dict[Part, float]:
@@ -90,9 +85,9 @@ class UnitCounter:
         return {} if shared is None else dict.fromkeys(parts, sigma / math.sqrt(shared.sharers))
 
     def _count_tokens(self) -> CountTokens | None:
-        if not self._base:
+        if not self._plan.model.base:
             return None
-        tokenizer = load_tokenizer(locate(self._base))
+        tokenizer = load_tokenizer(locate(self._site.model_place(self._plan)))
 
         def count(texts: Sequence[str]) -> list[int]:
             found = tokenizer(list(texts), split_special_tokens=True, verbose=False)["input_ids"]

@@ -13,8 +13,8 @@ from pathlib import Path
 from silotune.data.site import DatasetConfig, SiteConfig
 from silotune.data.values import Rule
 from silotune.errors import ColumnMissing, HeldOutTooMuch, LabelsUnfit, TooFewRecords, UnitMismatch
+from silotune.plan.counted import number_key
 from silotune.plan.plan import Plan
-from silotune.plan.statistics import number_key
 from silotune.trust.files import create_file, create_private_folder
 from silotune.trust.vault import Vault
 

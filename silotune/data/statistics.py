@@ -1,6 +1,6 @@
 """What one site's records add to a plan's statistics: a sum over units of vectors of length 1 at most.
 
-`silotune.plan.statistics` says what the parts are. Here a unit's part is made of its records' *shares*
+`silotune.plan.counted` says what the parts are. Here a unit's part is made of its records' *shares*
 of the unit: each of n records that have something to count counts 1/n. Whatever a unit's records hold,
 and however many there are, its part so has length 1 at most.
 
@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 
 from silotune.data.records import Records
 from silotune.models.layout import statistics_layout
+from silotune.plan.counted import number_key, part_scale
 from silotune.plan.plan import Plan
-from silotune.plan.statistics import NumberSection, number_key, part_scale
+from silotune.plan.statistics import NumberSection
 
 Integers = NDArray[np.int64]
 Floats = NDArray[np.float64]

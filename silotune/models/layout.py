@@ -21,9 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from silotune.errors import AdapterMismatch
+from silotune.plan.counted import counted_parts
 from silotune.plan.document import canonical_json
 from silotune.plan.plan import Plan
-from silotune.plan.statistics import counted_parts
 
 Group = Literal["head", "adapter"]
 Part = Literal["A", "B", "head"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from silotune.plan.counted import roles_counted
 from silotune.plan.plan import Plan
-from silotune.plan.statistics import roles_counted
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from typing import Any, Self
 from pydantic import ValidationError, model_validator
 
 from silotune.errors import PlanInvalid, PlanUnreadable
+from silotune.plan.counted import statistics_in_words
 from silotune.plan.document import text_sha256
 from silotune.plan.explain import explain
 from silotune.plan.rules import conflicts
 from silotune.plan.sections import Sections
-from silotune.plan.statistics import statistics_in_words
 
 
 class Plan(Sections):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from silotune.plan.counted import statistics_conflicts
 from silotune.plan.sections import Sections
-from silotune.plan.statistics import statistics_conflicts
 from silotune.plan.strategies import STRATEGIES
 
 

@@ -28,8 +28,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from silotune.models.layout import Vector, statistics_layout
+from silotune.plan.counted import part_scale
 from silotune.plan.plan import Plan
-from silotune.plan.statistics import LengthsSection, NumberSection, part_scale
+from silotune.plan.statistics import LengthsSection, NumberSection
 
 FORMAT = "silotune statistics 1"
 NOISE_FLOOR = 2.0

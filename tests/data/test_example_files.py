@@ -7,6 +7,7 @@ from pathlib import Path
 from silotune.data.site import SiteConfig
 from silotune.plan.explain import key_paths
 from silotune.plan.plan import Plan
+from silotune.plan.statistics import NumberSection
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 _TABLE = re.compile(r"(?:# )?\[([\w.]+)\]$")
@@ -28,7 +29,16 @@ def mentioned(path: Path) -> dict[str, str]:
 
 def test_the_example_plan_mentions_every_key_and_no_other():
     keys = set(mentioned(EXAMPLES / "plan.toml")) | {"optimizer"}
-    assert keys == set(key_paths(Plan))
+    inline = set(key_paths(NumberSection, "statistics.numbers.NAME."))  # of a table in one line
+    assert keys == set(key_paths(Plan)) - inline
+    (numbers,) = tomllib.loads(
+        f"n = {mentioned(EXAMPLES / 'plan.toml')['statistics.numbers']}"
+    ).values()
+    assert {key for table in numbers.values() for key in table} == set(NumberSection.model_fields)
+
+
+def test_the_example_of_statistics_is_a_valid_plan():
+    assert Plan.load(EXAMPLES / "statistics.toml").statistics is not None
 
 
 def test_the_example_site_mentions_every_key_and_no_other():

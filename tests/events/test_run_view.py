@@ -125,7 +125,7 @@ def minimal(kind):
         "from_round": 0,
         "number": 1,
     }
-    given |= {"of": 2, "worker": 0, "phase": "masked", "view": "simulator", "bytes": 1}
+    given |= {"of": 2, "worker": 0, "phase": "masked", "view": "simulator", "bytes": 1, "found": {}}
     fields = {
         name: given.get(name, "x")
         for name, field in kind.model_fields.items()
