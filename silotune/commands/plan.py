@@ -130,6 +130,12 @@ def assess(plan: Plan, declared: dict[str, int]) -> dict[str, Any]:
 
 
 def _model_facts(plan: Plan) -> dict[str, Any]:
+    if plan.statistics is not None:
+        from silotune.models.layout import statistics_layout
+
+        nbytes = statistics_layout(plan).nbytes
+        sizes = {"trainable_parameters": 0, "bytes_up": nbytes, "bytes_down": nbytes}
+        return {"model": "no model takes part", **sizes, "kept_bytes": nbytes}
     from silotune.models.base import load_model
     from silotune.models.pretrained import locate
     from silotune.rounds.run_directory import most_kept
@@ -154,6 +160,8 @@ def _model_facts(plan: Plan) -> dict[str, Any]:
 
 def untried(plan: Plan) -> str:
     """Why the plan can't be tried here; empty if it was. Raises `ModelError` if the model fails."""
+    if plan.statistics is not None:
+        return ""
     try:
         from silotune.models.base import require_taken
         from silotune.models.pretrained import locate
@@ -196,7 +204,7 @@ def _print(plan: Plan, facts: dict[str, Any], console: Console) -> None:
     if plan.plan.seed is not None:
         console.print(headed("Seeded:", "repeatable, and therefore not private.", indent=2))
     console.print(headed("Here.", str(facts["model"]), indent=2))
-    if facts["trainable_parameters"] is not None:
+    if facts["trainable_parameters"]:
         console.print(
             f"  Trains {facts['trainable_parameters']:,} parameters: {facts['bytes_up']:,} bytes up and "
             f"{facts['bytes_down']:,} down, a site and round."

@@ -22,7 +22,7 @@ from rich.text import Text
 
 from silotune import __version__
 from silotune.plan.plan import stored_plan_in_words
-from silotune.report import page
+from silotune.report import page, statistics
 from silotune.report.figures import MOST_SITES, Summary, summarise
 from silotune.report.verdict import (
     DASH,
@@ -72,12 +72,17 @@ def write_report(run_dir: Path, *, beside: Sequence[Path] = ()) -> Path:
         A folder is no run or damaged, or a run beside it is of another plan.
     """
     record = read_record(run_dir)
-    found = summarise(record, beside=read_beside(record, beside))
-    charts = draw_charts(record, found)
+    if record.counts:
+        charts = draw_histograms(record.history.statistics)
+        page_text = render_statistics(record, charts)
+    else:
+        found = summarise(record, beside=read_beside(record, beside))
+        charts = draw_charts(record, found)
+        page_text = render_page(record, found, charts)
     for chart in charts.values():
         write_atomically(run_dir / f"report-{chart.name}.png", chart.png)
     path = record.directory.report_path
-    write_atomically(path, render_page(record, found, charts).encode())
+    write_atomically(path, page_text.encode())
     return path
 
 
@@ -109,6 +114,54 @@ def draw_charts(record: RunRecord, found: Summary) -> dict[str, Chart]:
 def can_draw() -> bool:
     """Whether charts can be drawn here."""
     return importlib.util.find_spec("matplotlib") is not None
+
+
+def draw_histograms(found: statistics.Found | None) -> dict[str, Chart]:
+    """A chart for each histogram of a statistics run, by name; none without matplotlib."""
+    if found is None or not can_draw():
+        return {}
+    from silotune.report.histograms import histogram_chart
+
+    drawn = (
+        (name, histogram_chart(name, heading, rows, floor=found["floor"]))
+        for name, heading, rows in statistics.histograms(found)
+    )
+    return {name: chart for name, chart in drawn if chart is not None}
+
+
+def render_statistics(record: RunRecord, charts: Mapping[str, Chart]) -> str:
+    """The page of a statistics run as text, escaped as `render_page` is."""
+    found = record.history.statistics
+    about = record.plan.get("plan") or {}
+    words: dict[str, Any] = {
+        "found": found,
+        "name": printable(str(about.get("name") or record.directory.name)),
+        "purpose": str(about.get("purpose") or ""),
+        "run": record.directory.name,
+        "sites_in_words": plural(len(found["sites"] if found else record.sites), "site"),
+        "can_draw": can_draw(),
+        "plan": stored_plan_in_words(record.plan),
+        "facts": page.facts(record),
+    }
+    if found is not None:
+        declared = ", ".join(
+            f"{printable(site)} {told['declared_units'] or DASH}"
+            for site, told in found["sites"].items()
+        )
+        words |= {
+            "told": statistics.sentences(found),
+            "tiles": statistics.tiles(found),
+            "tables": list(statistics.tables(found)),
+            "means": statistics.mean_table(found),
+            "quantiles": statistics.quantile_table(found),
+            "training": statistics.training_table(found),
+            "rounds": statistics.ROUNDS,
+            "epsilon": epsilon(found["epsilon"]),
+            "delta": power(found["delta"]),
+            "declared": declared,
+        }
+    inline = {name: InlineChart(chart) for name, chart in charts.items()}
+    return fill("statistics.html", charts=inline, **words)
 
 
 def render_page(record: RunRecord, found: Summary, charts: Mapping[str, Chart]) -> str:
@@ -262,6 +315,8 @@ def summary(run_dir: Path, *, beside: Sequence[Path] = ()) -> dict[str, Any]:
         The folder is no run, or one of its files is damaged.
     """
     record = read_record(run_dir)
+    if record.counts:
+        return {"run": record.directory.name, **(record.history.statistics or {})}
     found = summarise(record, beside=read_beside(record, beside))
     plain = jsonable({**asdict(found), "verdict": verdict(found)})
     assert isinstance(plain, dict)
@@ -276,7 +331,11 @@ def print_summary(run_dir: Path, console: Console) -> None:
     RunDirectoryInvalid
         The folder is no run, or one of its files is damaged.
     """
-    found = summarise(read_record(run_dir))
+    record = read_record(run_dir)
+    if record.counts and record.history.statistics is not None:
+        statistics.print_statistics(record.history.statistics, console)
+        return
+    found = summarise(record)
     if found.methods:
         console.print(_methods(found))
         console.print()

@@ -404,6 +404,11 @@ class RunRecord:
         return plan if isinstance(plan, Mapping) else {}
 
     @property
+    def counts(self) -> bool:
+        """Whether it is a run of statistics, which trains nothing."""
+        return bool(self.plan.get("statistics"))
+
+    @property
     def sites(self) -> tuple[str, ...]:
         """Every site's name, in the order of the run."""
         listed = [str(site["name"]) for site in self.resolved.get("sites", ())]
