@@ -135,7 +135,7 @@ def render_statistics(record: RunRecord, charts: Mapping[str, Chart]) -> str:
     about = record.plan.get("plan") or {}
     words: dict[str, Any] = {
         "found": found,
-        "name": printable(str(about.get("name") or record.directory.name)),
+        "title": printable(str(about.get("name") or record.directory.name)),
         "purpose": str(about.get("purpose") or ""),
         "run": record.directory.name,
         "sites_in_words": plural(len(found["sites"] if found else record.sites), "site"),
