@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TextIO
 
 from silotune.data.parts import open_part
+from silotune.data.site import Resource
 from silotune.data.values import NEWEST, Rule
 from silotune.errors import DatasetUnreadable
 
@@ -42,6 +43,8 @@ class Shape:
         Lines (of a sheet: rows) before the header.
     sheet : str or None
         Of a workbook; its first one when None.
+    resource : str
+        Which resources of a FHIR export are records.
     rule : int
         By which values become text (`silotune.data.values`).
     strict : bool
@@ -53,6 +56,7 @@ class Shape:
     skip_rows: int = 0
     decimal: str = "."
     sheet: str | None = None
+    resource: Resource = "DocumentReference"
     rule: Rule = NEWEST
     strict: bool = False
 

@@ -177,7 +177,11 @@ class ResourcesConfig(Section):
 
 
 Role = Literal["text", "label", "unit", "group", "split", "prompt", "response"]
-Format = Literal["csv", "jsonl", "json", "parquet", "arrow", "excel", "sql"]
+Format = Literal[
+    "csv", "jsonl", "json", "parquet", "arrow", "excel", "sql",
+    "fhir", "i2b2", "camt053", "ofx",
+]  # fmt: skip
+Resource = Literal["DocumentReference", "DiagnosticReport", "Condition", "Observation"]
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
@@ -244,6 +248,7 @@ _MEANT_FOR: dict[str, tuple[Format, ...]] = {
     "encoding": ("csv", "jsonl", "json"),
     "skip_rows": ("csv", "excel"),
     "sheet": ("excel",),
+    "resource": ("fhir",),
 }
 
 
@@ -280,6 +285,9 @@ class DatasetConfig(Section):
     decimal: Literal[".", ","] = Field(".", description="What numbers of a CSV file have.")
     sheet: Annotated[str, Field(min_length=1)] | None = Field(
         None, description="Of a workbook; its first sheet when absent."
+    )
+    resource: Resource = Field(
+        "DocumentReference", description="Of a FHIR export: which resources are records."
     )
     values: Rule | None = Field(
         None,

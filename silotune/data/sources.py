@@ -23,6 +23,7 @@ from typing import Any
 
 from silotune.data.columnar import arrow_parts, read_arrow, read_parquet
 from silotune.data.delimited import read_csv
+from silotune.data.formats import READERS
 from silotune.data.json_records import read_array, read_lines
 from silotune.data.parts import partition_values, parts_of, told
 from silotune.data.shape import Shape
@@ -77,6 +78,7 @@ def read_dataset(
         skip_rows=dataset.skip_rows,
         decimal=dataset.decimal,
         sheet=dataset.sheet,
+        resource=dataset.resource,
         rule=rule,
         strict=strict,
     )
@@ -133,6 +135,9 @@ def _parts(path: Path, kind: Format) -> list[Path]:
 
 
 def _read(path: Path, kind: Format, columns: Collection[str] | None, shape: Shape) -> Table:
+    if kind in READERS:
+        with told(path):
+            return READERS[kind](path, columns, shape)
     read = _READERS[kind]
     with told(path):
         parts = _parts(path, kind)

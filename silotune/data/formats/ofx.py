@@ -93,7 +93,7 @@ def _take(found: dict[str, str], gathering: Gathering, versions: Versions) -> No
     gathering.add(row, [values[column] for column in gathering.names])
 
 
-class _Place:
+class _Cursor:
     """Where in a file a tag stands: the statement's account, and the transaction that is open."""
 
     def __init__(self) -> None:
@@ -130,7 +130,7 @@ class _Place:
 
 def _transactions(tags: Iterator[tuple[bool, str, str]]) -> Iterator[dict[str, str]]:
     """Each STMTTRN as its values by tag, with ``account`` and CURDEF of its statement."""
-    place = _Place()
+    place = _Cursor()
     for closing, tag, value in tags:
         if ended := place.ended_by(closing, tag):
             yield ended

@@ -82,7 +82,7 @@ def _pick(found: tuple[str, str]) -> _Pick:
 
 def _below(holders: list[Any], key: str) -> list[Any]:
     """What the objects among some values have under a key; of a list, its members."""
-    found = []
+    found: list[Any] = []
     for holder in holders:
         if isinstance(holder, dict):
             value = holder.get(key)

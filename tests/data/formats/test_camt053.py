@@ -155,5 +155,5 @@ def test_one_broken_file_among_others_does_not_stop_a_site(tmp_path):
 
 
 def test_a_column_that_statements_do_not_have_is_told_with_those_they_have(tmp_path):
-    with pytest.raises(ColumnMissing, match="no column 'iban'.*are text, account, amount"):
+    with pytest.raises(ColumnMissing, match=r"no column 'iban'.*are text, account, amount"):
         of(write(tmp_path / "s.xml", statement(entry())), "iban")

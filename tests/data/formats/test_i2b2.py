@@ -32,7 +32,8 @@ def test_docs_of_the_obesity_challenge(tmp_path):
     path.write_text(
         '<root><docs><doc id="1"><text>one</text></doc><doc id="2"><text>two</text></doc></docs></root>'
     )
-    assert of(path, "text", "record").columns == {"text": ["one", "two"], "record": ["1", "2"]}  # fmt: skip
+    table = of(path, "text", "record")
+    assert table.columns == {"text": ["one", "two"], "record": ["1", "2"]}
 
 
 @pytest.mark.parametrize("root", ["deIdi2b2", "root", "PatientMatching"])
@@ -41,7 +42,8 @@ def test_a_folder_with_a_file_for_each_note(tmp_path, root):
     folder.mkdir()
     for name, met in (("110-01", "met"), ("110-02", "not met"), ("111-01", "met")):
         (folder / f"{name}.xml").write_text(
-            f"<{root}><TEXT><![CDATA[note {name} a < b]]></TEXT><TAGS><ABDOMINAL met='{met}'/></TAGS></{root}>"
+            f"<{root}><TEXT><![CDATA[note {name} a < b]]></TEXT>"
+            f"<TAGS><ABDOMINAL met='{met}'/></TAGS></{root}>"
         )
     assert of(folder, "text", "patient", "record", "TAGS/ABDOMINAL/@met").columns == {
         "text": [f"note {name} a < b" for name in ("110-01", "110-02", "111-01")],

@@ -38,7 +38,8 @@ XML = """<?xml version="1.0" encoding="UTF-8"?>
 <BANKTRANLIST><STMTTRN><TRNTYPE>DEBIT</TRNTYPE><DTPOSTED>20260302</DTPOSTED><TRNAMT>-34.51</TRNAMT>
 <FITID>487</FITID><NAME>PHARMACY</NAME><MEMO><![CDATA[PHARMACY Mrs Smith's pills]]></MEMO></STMTTRN>
 <STMTTRN><TRNTYPE>CREDIT</TRNTYPE><DTPOSTED>20260303</DTPOSTED><TRNAMT>0.10</TRNAMT><FITID>488</FITID>
-<NAME>A&amp;B</NAME><!-- <NAME>no</NAME> --><MEMO>interest</MEMO><BANKACCTTO><ACCTID>1</ACCTID></BANKACCTTO>
+<NAME>A&amp;B</NAME><!-- <NAME>no</NAME> --><MEMO>interest</MEMO>
+<BANKACCTTO><ACCTID>1</ACCTID></BANKACCTTO>
 </STMTTRN></BANKTRANLIST></CCSTMTRS></CCSTMTTRNRS></CREDITCARDMSGSRSV1></OFX>
 """
 
@@ -92,8 +93,9 @@ def test_a_transaction_that_was_downloaded_twice_or_corrected_is_used_once(tmp_p
 
 
 @pytest.mark.parametrize(
-    ("header", "raw"), [("1252", "Café".encode("cp1252")), ("1252", "Café".encode()), ("NONE", b"Caf\xe9")]
-)  # fmt: skip
+    ("header", "raw"),
+    [("1252", "Café".encode("cp1252")), ("1252", "Café".encode()), ("NONE", b"Caf\xe9")],
+)
 def test_code_pages_are_read_and_so_is_utf8_whatever_the_header_says(tmp_path, header, raw):
     content = SGML.replace("CHARSET:1252", f"CHARSET:{header}").encode().replace(b"interest", raw)
     (tmp_path / "s.ofx").write_bytes(content)

@@ -67,9 +67,17 @@ def test_text_among_elements_keeps_its_place(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"no xml", b"<L><r></L>", b"<L>&unknown;</L>", b"<?xml version='1.0' encoding='x-y'?><L/>",
-             b"<?xml version='1.0' encoding='shift_jis'?><L/>", b"\xff\xfe<"]
-)  # fmt: skip
+    "body",
+    [
+        b"",
+        b"no xml",
+        b"<L><r></L>",
+        b"<L>&unknown;</L>",
+        b"<?xml version='1.0' encoding='x-y'?><L/>",
+        b"<?xml version='1.0' encoding='shift_jis'?><L/>",
+        b"\xff\xfe<",
+    ],
+)
 def test_what_is_no_xml_is_told_as_such(tmp_path, body):
     with pytest.raises(XmlBroken):
         read(tmp_path, io.BytesIO(body))
