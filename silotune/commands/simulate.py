@@ -82,7 +82,12 @@ class How(StrEnum):
 
 
 def partition(  # noqa: PLR0917 - one a command-line option
-    source: Annotated[Path, typer.Argument(help="A .csv, .jsonl or .parquet file.")],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="A .csv, .jsonl, .json, .parquet, .arrow or .xlsx file; .gz and .zst too."
+        ),
+    ],
     folder: Annotated[Path, typer.Argument(help="Where to make the site folders.")],
     column: Annotated[
         list[str],

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from silotune.data.parts import most_unpacked, unpacks_too_far
 from silotune.data.shape import Shape
 from silotune.data.table import Faults, Table, choose, of_texts
 from silotune.data.values import of_float
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
 _STATE = "state.json"
 _FILE_FORMAT = b"ARROW1"
+
+# Rows that are unpacked at once.
+_AT_ONCE = 16_384
 
 
 def read_parquet(path: Path, wanted: Collection[str] | None, shape: Shape) -> Table:
@@ -34,8 +38,10 @@ def read_parquet(path: Path, wanted: Collection[str] | None, shape: Shape) -> Ta
 
     try:
         with pq.ParquetFile(path) as file:
-            names = choose(file.schema_arrow.names, wanted, str(path))
-            table = file.read(columns=names)
+            schema = file.schema_arrow
+            names = choose(schema.names, wanted, str(path))
+            batches = file.iter_batches(_AT_ONCE, columns=names)
+            table = _table(path, batches, pa.schema([schema.field(name) for name in names]))
     except pa.ArrowException:
         raise DatasetUnreadable(f"{path}: not a Parquet file, or a damaged one") from None
     return _as_text(path, table, names, shape)
@@ -57,8 +63,10 @@ def read_arrow(path: Path, wanted: Collection[str] | None, shape: Shape) -> Tabl
             source.seek(0)
             reader = pa.ipc.open_file(source) if in_file else pa.ipc.open_stream(source)
             names = choose(reader.schema.names, wanted, str(path))
-            table = reader.read_all().select(names)
-            return _as_text(path, table, names, shape)
+            schema = pa.schema([reader.schema.field(name) for name in names])
+            batches = map(reader.get_batch, range(reader.num_record_batches)) if in_file else reader
+            selected = (batch.select(names) for batch in batches)
+            return _as_text(path, _table(path, selected, schema), names, shape)
     except pa.ArrowException:
         raise DatasetUnreadable(f"{path}: not an Arrow file, or a damaged one") from None
 
@@ -90,6 +98,19 @@ def arrow_parts(folder: Path) -> list[Path] | None:
             remedy="Write it again: dataset.flatten_indices().save_to_disk(FOLDER).",
         )
     return [folder / name for name in names]
+
+
+def _table(path: Path, batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> pa.Table:
+    """All batches, unless they are far more than the file: columns may be packed, or repeat."""
+    import pyarrow as pa
+
+    limit, size, kept = most_unpacked(path.stat().st_size), 0, []
+    for batch in batches:
+        size += batch.nbytes
+        if size > limit:
+            raise unpacks_too_far(path, limit)
+        kept.append(batch)
+    return pa.Table.from_batches(kept, schema)
 
 
 def _as_text(path: Path, table: pa.Table, names: Sequence[str], shape: Shape) -> Table:

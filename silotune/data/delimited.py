@@ -105,7 +105,7 @@ class _Reader:
         used, odd = array("q"), array("q")
         for numbers, rows in batches:
             whole_numbers, whole = numbers, rows
-            if any(len(row) != width for row in rows):
+            if set(map(len, rows)) != {width}:
                 odd.extend(_those(numbers, rows, lambda row: len(row) != width)[0])
                 whole_numbers, whole = _those(numbers, rows, lambda row: len(row) == width)
             used.extend(whole_numbers)

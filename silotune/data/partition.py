@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from silotune.data.site import BudgetConfig, Format, Role
 from silotune.data.sources import read_file
 from silotune.data.table import Table, numbered
+from silotune.data.values import without_missing
 from silotune.errors import ColumnMissing, DatasetUnreadable, FolderOccupied, TooFewRecords
 from silotune.plan.plan import Plan
 
@@ -166,7 +167,15 @@ def _policy(plan: Plan | None) -> dict[str, str]:
 
 Ints = NDArray[np.int64]
 
-_SUFFIXES: dict[str, Format] = {".csv": "csv", ".jsonl": "jsonl", ".parquet": "parquet"}
+_SUFFIXES: dict[str, Format] = {
+    ".csv": "csv",
+    ".jsonl": "jsonl",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".xlsx": "excel",
+}
+_PACKED = frozenset({".gz", ".zst"})
 
 
 @dataclass(frozen=True)
@@ -324,7 +333,8 @@ def partition_file(
     Parameters
     ----------
     source : Path
-        A ``.csv``, ``.jsonl`` or ``.parquet`` file. All its columns are kept.
+        A file whose name ends in ``.csv``, ``.jsonl``, ``.json``, ``.parquet``, ``.arrow`` or ``.xlsx``,
+        perhaps packed (``.gz``, ``.zst``). All its columns are kept.
     folder : Path
         Where to; made if needed. Its site folders are overwritten.
     partitioner : Partitioner
@@ -360,7 +370,8 @@ def partition_file(
 
 
 def _read_units(source: Path, columns: Mapping[Role, str]) -> Units:
-    kind = _SUFFIXES.get(source.suffix.lower())
+    name = Path(source.stem) if source.suffix.lower() in _PACKED else source
+    kind = _SUFFIXES.get(name.suffix.lower())
     if kind is None:
         raise DatasetUnreadable(f"{source}: expected a name that ends in {', '.join(_SUFFIXES)}")
     table = read_file(source, kind=kind)
@@ -371,7 +382,12 @@ def _read_units(source: Path, columns: Mapping[Role, str]) -> Units:
         raise TooFewRecords(f"{source}: no records")
     if "unit" not in columns:
         return Units(np.arange(len(table.rows)), table, columns.get("label"))
-    unit_of, _ = numbered(value.strip() for value in table.columns[columns["unit"]])
+    column = columns["unit"]
+    values = without_missing([value.strip() for value in table.columns[column]])
+    nobody = [row for row, value in zip(table.rows, values, strict=True) if not value]
+    table.faults.add("empty unit", nobody, column=column)
+    table.faults.check()  # records of nobody are no unit of their own
+    unit_of, _ = numbered(values)
     return Units(unit_of, table, columns.get("label"))
 
 

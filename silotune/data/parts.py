@@ -65,6 +65,14 @@ def most_unpacked(packed: int) -> int:
     return max(ALWAYS_UNPACKED, MOST_UNPACKED * packed)
 
 
+def unpacks_too_far(path: Path, limit: int) -> DatasetUnreadable:
+    """The refusal of a file that unpacks to more than `limit` bytes."""
+    return DatasetUnreadable(
+        f"{path} unpacks to more than {limit:,} bytes, {MOST_UNPACKED} times its size",
+        remedy="If it is right, write its records unpacked, and name that file in site.toml.",
+    )
+
+
 class _Unpacking(io.RawIOBase):
     """An unpacking stream that ends with an error where it has given too much."""
 
@@ -80,11 +88,7 @@ class _Unpacking(io.RawIOBase):
             content = self._stream.read(len(buffer))
         self._left -= len(content)
         if self._left < 0:
-            raise DatasetUnreadable(
-                f"{self._path} unpacks to more than {self._limit:,} bytes, {MOST_UNPACKED} times its "
-                "size",
-                remedy="If it is right, unpack it, and name the unpacked file in site.toml.",
-            )
+            raise unpacks_too_far(self._path, self._limit)
         buffer[: len(content)] = content
         return len(content)
 

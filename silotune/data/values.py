@@ -49,6 +49,9 @@ _MOMENT = re.compile(
 )
 _CANDIDATE = re.compile(rf"{_FLOAT.pattern}|{'|'.join(_TRUTH)}|{_MOMENT.pattern}").fullmatch
 
+# What begins anything that spells a value.
+_BEGIN = frozenset("0123456789-TF") | {chr(n) for n in range(0x3001) if chr(n).isspace()}
+
 _EXACT = 1e22  # beyond it, a float's own digits say no more
 
 
@@ -121,10 +124,10 @@ def _offset(spelled: str) -> timedelta:
 
 
 def canonical_column(column: Sequence[str]) -> Sequence[str]:
-    """`canonical` of each, fast: texts of a table repeat, or are too long to spell anything."""
+    """`canonical` of each, fast: few texts begin like a value, and those of a table repeat."""
     changed = {}
-    for text in set(column):
-        if len(text) <= _LONGEST and (found := canonical(text)) != text:
+    for text in {text for text in column if text[:1] in _BEGIN}:
+        if (found := canonical(text)) != text:
             changed[text] = found
     return [changed.get(text, text) for text in column] if changed else column
 

@@ -8,7 +8,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from silotune.data.parts import MOST_UNPACKED, most_unpacked, told
+from silotune.data.parts import most_unpacked, told, unpacks_too_far
 from silotune.data.shape import Shape
 from silotune.data.table import Faults, Table, as_table, choose, empty_table
 from silotune.data.values import text_of
@@ -86,11 +86,9 @@ def _require_bounded(path: Path) -> None:
             size = sum(member.file_size for member in packed.infolist())
     except zipfile.BadZipFile:
         raise _no_workbook(path) from None
-    if size > most_unpacked(path.stat().st_size):
-        raise DatasetUnreadable(
-            f"{path} unpacks to {size:,} bytes, more than {MOST_UNPACKED} times its size",
-            remedy="Export the sheet as CSV.",
-        )
+    limit = most_unpacked(path.stat().st_size)
+    if size > limit:
+        raise unpacks_too_far(path, limit)
 
 
 def _no_workbook(path: Path) -> DatasetUnreadable:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 from collections import Counter
 
 import numpy as np
@@ -20,7 +21,13 @@ from silotune.data.partition import (
 from silotune.data.records import load_records
 from silotune.data.site import BudgetConfig, load_sites
 from silotune.data.table import Table
-from silotune.errors import ColumnMissing, DatasetUnreadable, FolderOccupied, TooFewRecords
+from silotune.errors import (
+    ColumnMissing,
+    DatasetUnreadable,
+    FolderOccupied,
+    RecordInvalid,
+    TooFewRecords,
+)
 from silotune.plan.plan import Plan
 
 BUDGET = BudgetConfig(epsilon=8.0, delta=1e-5)
@@ -149,6 +156,22 @@ def test_values_that_make_one_site_name_make_two_sites(tmp_path):
     }
 
 
+def test_records_of_nobody_are_refused_and_no_unit_of_their_own(tmp_path):
+    rows = [["a", "x", "p", "c"], ["b", "x", "", "c"], ["c", "x", "NULL", "c"]]
+    with pytest.raises(RecordInvalid, match=r"'patient': empty unit in 2 rows \(3, 4\)"):
+        divide(tmp_path, rows, Iid(1), columns=BY_PATIENT)
+
+
+def test_a_packed_file_is_divided_as_the_file_itself(tmp_path):
+    source = write_file(tmp_path / "all.csv", rows_of(20))
+    (tmp_path / "all.csv.gz").write_bytes(gzip.compress(source.read_bytes()))
+    found = [
+        partition_file(path, tmp_path / name, partitioner=Iid(2), columns=COLUMNS, budget=BUDGET)
+        for name, path in (("a", source), ("b", tmp_path / "all.csv.gz"))
+    ]
+    assert [f.to_dict() for f in written(found[0])] == [f.to_dict() for f in written(found[1])]
+
+
 def test_iid_sites_are_equal_in_size_and_alike(tmp_path):
     parts = divide(tmp_path, rows_of(2002), Iid(4))
     assert sorted(part.records for part in parts) == [500, 500, 501, 501]
@@ -239,6 +262,6 @@ def test_other_formats_are_divided_too(tmp_path, kind):
 def test_a_file_of_unknown_kind_is_told(tmp_path):
     with pytest.raises(DatasetUnreadable, match=r"expected a name that ends in \.csv"):
         partition_file(
-            tmp_path / "all.xlsx", tmp_path / "s", partitioner=Iid(2), columns=COLUMNS,
+            tmp_path / "all.xls", tmp_path / "s", partitioner=Iid(2), columns=COLUMNS,
             budget=BUDGET,
         )  # fmt: skip

@@ -14,7 +14,7 @@ from silotune.data.declared import new_secret, rule_for
 from silotune.data.records import load_records
 from silotune.data.site import DatasetConfig, Format, SiteConfig
 from silotune.data.sources import read_dataset
-from silotune.data.values import MISSING, canonical, text_of, without_missing
+from silotune.data.values import MISSING, canonical, canonical_column, text_of, without_missing
 from silotune.plan.plan import Plan
 from tests.data.written import FIXED, TEXTS, VALUES, WRITERS, source_of
 from tests.golden.registry import GOLDEN
@@ -187,3 +187,14 @@ def test_a_label_that_is_a_word_for_nothing_is_a_label_where_it_is_declared(tmp_
     plan = plan_by("patient").override({"model.labels": ["None", "no"]})
     records = load_records(site, plan, roles={"text", "label"}, secret=NEW)
     assert [e["label"] for e in records.examples] == ["None", "no"]
+
+
+@given(
+    st.lists(
+        st.sampled_from(
+            ["1001.0", " True", "\u00a02.0", "x", "", "007", "-0.0", "2024-02-01 00:00:00"]
+        )
+    )
+)
+def test_a_column_is_read_as_its_values_are(column):
+    assert list(canonical_column(column)) == [canonical(text) for text in column]
