@@ -15,14 +15,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from silotune.data.declared import new_secret
 from silotune.data.duplicates import Sketches, Twins, find_twins
 from silotune.data.examination import Examination, Histogram, LabelCount, Lengths, Resemblance
 from silotune.data.flattery import measure_flattery
 from silotune.data.identifiers import Sighting, find_identifiers
 from silotune.data.records import Records, Split, load_records
 from silotune.data.remarks import remarks_on
+from silotune.data.roles import read_roles
 from silotune.data.site import DatasetConfig, SiteConfig
-from silotune.data.sources import read_dataset
 from silotune.errors import ColumnMissing, ModelNotFound
 from silotune.models.tasks import get_task
 from silotune.plan.plan import Plan
@@ -31,7 +32,7 @@ Advance = Callable[[], None]
 Stage = Callable[[str, int], Advance]
 """Told what begins and of how many steps; gives what is called after each."""
 
-_SECRET = b"silotune data check"
+_SECRET = new_secret(b"silotune data check")
 _TASKS = ("text_classification", "causal_lm")
 _MOST_LABELS, _LONGEST_LABEL, _LEAST_OF_A_LABEL = 50, 60, 5
 _CHUNK = 1_000
@@ -82,11 +83,11 @@ def _usual_plan(site: SiteConfig, name: str, dataset: DatasetConfig) -> Plan:
         raise ColumnMissing(
             f"[datasets.{name}.columns] names neither text and label nor prompt and response"
         )
-    labels = list(dataset.labels)
+    labels = list(dataset.declared_labels)
     if task == "text_classification" and not labels:
         column = named["label"]
-        table = read_dataset(dataset, folder=site.folder, columns=[column])
-        labels = sorted({value.strip() for value in table.columns[column]} - {""})
+        table = read_roles(dataset, folder=site.folder, roles={"label": column})
+        labels = sorted({*table.columns["label"]} - {""})
     while task == "text_classification" and len(labels) < 2:
         labels.append(f"no label {len(labels)}")  # a plan has two at least
     held_out = min(0.15, dataset.max_held_out / 2)
@@ -156,7 +157,7 @@ class _Look:
     ) -> tuple[tuple[LabelCount, ...], tuple[int, int], tuple[str, ...]]:
         if self._role != "text":
             return (), (0, 0), ()
-        records, declared = self._records, set(dataset.labels)
+        records, declared = self._records, set(dataset.declared_labels)
         declared |= set(self._plan.model.labels) if self._given else set()
         labels = np.array(self._given_labels, dtype=object)
         shown: list[LabelCount] = []
