@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from silotune.data.declared import new_secret
+from silotune.data.declared import SECRET_FILE, new_secret, own_secret, rule_for, stand_in
 from silotune.data.duplicates import Sketches, Twins, find_twins
 from silotune.data.examination import Examination, Histogram, LabelCount, Lengths, Resemblance
 from silotune.data.flattery import measure_flattery
@@ -24,15 +25,16 @@ from silotune.data.records import Records, Split, load_records
 from silotune.data.remarks import remarks_on
 from silotune.data.roles import read_roles
 from silotune.data.site import DatasetConfig, SiteConfig
-from silotune.errors import ColumnMissing, ModelNotFound
+from silotune.errors import ColumnMissing, ModelNotFound, SilotuneError
 from silotune.models.tasks import get_task
 from silotune.plan.plan import Plan
+from silotune.trust.vault import Vault
 
 Advance = Callable[[], None]
 Stage = Callable[[str, int], Advance]
 """Told what begins and of how many steps; gives what is called after each."""
 
-_SECRET = new_secret(b"silotune data check")
+_PURPOSE = b"silotune data check"
 _TASKS = ("text_classification", "causal_lm")
 _MOST_LABELS, _LONGEST_LABEL, _LEAST_OF_A_LABEL = 50, 60, 5
 _CHUNK = 1_000
@@ -65,17 +67,28 @@ def examine(
         The site can't serve the plan, or the dataset can't be read.
     """
     dataset = site.dataset(name)
-    asked = plan or _usual_plan(site, name, dataset)
+    secret = _secret(site)
+    asked = plan or _usual_plan(site, name, dataset, secret)
     roles = get_task(asked.model.task).roles
     done = stage("reading", 1)
-    records = load_records(site, asked, roles=roles, secret=_SECRET)
+    records = load_records(site, asked, roles=roles, secret=secret)
     done()
     looked = _Look(site, asked, records, stage, given=plan is not None)
     found = looked.examination(name, dataset)
     return replace(found, remarks=tuple(remarks_on(found)))
 
 
-def _usual_plan(site: SiteConfig, name: str, dataset: DatasetConfig) -> Plan:
+def _secret(site: SiteConfig) -> bytes:
+    """What splits for this look: values become text as they do for the site's own runs."""
+    own = new_secret()
+    if (site.state_folder / SECRET_FILE).exists():
+        with suppress(SilotuneError):  # it can't be opened here: then by the newest rule
+            vault = Vault(site.state_folder, site.at_rest, base=site.folder)
+            own = own_secret(site.state_folder, vault)
+    return stand_in(own, _PURPOSE)
+
+
+def _usual_plan(site: SiteConfig, name: str, dataset: DatasetConfig, secret: bytes) -> Plan:
     """A plan that takes every record: what its roles allow, with every label there is."""
     named = dataset.columns.by_role()
     task = next((t for t in _TASKS if get_task(t).roles <= set(named)), None)
@@ -85,9 +98,9 @@ def _usual_plan(site: SiteConfig, name: str, dataset: DatasetConfig) -> Plan:
         )
     labels = list(dataset.declared_labels)
     if task == "text_classification" and not labels:
-        column = named["label"]
-        table = read_roles(dataset, folder=site.folder, roles={"label": column})
-        labels = sorted({*table.columns["label"]} - {""})
+        rule, roles = rule_for(dataset, secret), {"label": named["label"]}
+        table = read_roles(dataset, folder=site.folder, roles=roles, rule=rule)
+        labels = sorted(set(table.columns["label"]) - {""})
     while task == "text_classification" and len(labels) < 2:
         labels.append(f"no label {len(labels)}")  # a plan has two at least
     held_out = min(0.15, dataset.max_held_out / 2)

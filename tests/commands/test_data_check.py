@@ -82,6 +82,32 @@ def wrong_labels(rows):
     return [[text, f"kind {at}", unit] for at, (text, _, unit) in enumerate(rows)]
 
 
+def test_labels_are_those_that_the_site_maps_to(tmp_path):
+    rows = [[text, {"acute": "A", "chronic": "C"}[label], unit] for text, label, unit in notes(100)]
+    path = site_of(tmp_path, rows)
+    mapped = '[datasets.notes.labels]\nA = "acute"\nC = "chronic"\n'
+    path.write_text(path.read_text() + mapped)
+    code, facts = checked(path)
+    assert code == 0
+    assert {one["label"] for one in facts["labels"]} == {"acute", "chronic"}
+
+
+@pytest.mark.parametrize("new", [True, False], ids=["newest rule", "rule of an old state"])
+def test_values_become_text_as_they_do_for_the_sites_own_runs(tmp_path, new):
+    """Under the first rule the label 1.0 is not the label 1."""
+    from silotune.data.declared import new_secret, own_secret
+    from silotune.trust.vault import Vault
+
+    names = {"acute": "1.0", "chronic": "2"}
+    rows = [[text, names[label], unit] for text, label, unit in notes(100)]
+    path = site_of(tmp_path, rows, labels=["1", "2"])
+    own_secret(
+        tmp_path / "state", Vault(tmp_path / "state"), new=new_secret() if new else b"k" * 32
+    )
+    twos = sum(row[1] == "2" for row in rows)
+    assert checked(path)[1]["records"] == (100 if new else twos)
+
+
 WRONG = {
     "empty": lambda rows: [["", label, unit] for _, label, unit in rows],
     "left_out": lambda rows: [
