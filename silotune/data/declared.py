@@ -28,9 +28,9 @@ _BYTES = 32
 _BY_RULE_2 = b"silotune values 2\0"
 
 
-def new_secret(material: bytes | None = None) -> bytes:
-    """A secret of a site under the newest rule of values: of random bytes, or of given ones."""
-    return _BY_RULE_2 + (material or os.urandom(_BYTES))
+def new_secret() -> bytes:
+    """A new secret of a site, under the newest rule of values."""
+    return _BY_RULE_2 + os.urandom(_BYTES)
 
 
 def stand_in(secret: bytes, purpose: bytes) -> bytes:
