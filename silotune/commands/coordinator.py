@@ -24,6 +24,7 @@ from silotune.commands.folder import (
     tell,
 )
 from silotune.commands.plan import untried
+from silotune.commands.statistics import statistics
 from silotune.events.schema import in_a_line
 from silotune.plan.plan import Plan
 from silotune.terminal import say
@@ -486,6 +487,9 @@ def adapter(
     digest = hashlib.sha256(content).hexdigest()
     found = {"run": run, "round": number, "path": str(path), "sha256": digest}
     tell(found, f"Adapter of {run} after round {number}: {path}", as_json=as_json)
+
+
+runs.command("statistics")(statistics)
 
 
 def _write_peft(content: bytes, plan: Plan, out: Path) -> None:

@@ -403,4 +403,6 @@ def _short(value: Any) -> str:
         return f"{value:.4g}"
     if isinstance(value, list):
         return ",".join(str(item) for item in value)
+    if isinstance(value, dict) and any(isinstance(part, dict | list) for part in value.values()):
+        return f"{len(value)} figures"  # of a document, which is no line
     return str(value)

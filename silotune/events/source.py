@@ -300,6 +300,7 @@ _TAIL = 200_000
 _TELLING = (b'"event":"run_', b'"event":"round_')
 _FILES = (
     ("report.html", "Report"),
+    ("statistics.json", "What was counted"),
     ("plan.toml", "Plan"),
     ("privacy.json", "Privacy statement"),
     ("results.json", "Results"),

@@ -37,7 +37,7 @@ def histogram_chart(
         for at, (_, share) in enumerate(rows):
             _bar(axes, at, share, floor=floor, canvas=canvas)
         names = [(at, group) for at, (group, _) in enumerate(rows)]
-        site_names(axes, names, canvas, head=0.36)
+        site_names(axes, names, canvas, head=0.3)
         axes.set_ylim(len(rows) - 0.4, -0.9 if canvas.narrow else -0.6)
         axes.set_xlim(0, 1.16 * max(share["high"] for _, share in rows if share))
         axes.xaxis.set_major_formatter(PercentFormatter(1.0))
@@ -52,7 +52,7 @@ def _bar(axes: Any, at: float, share: Any, *, floor: float, canvas: Canvas) -> N
         text, end, colour = f"fewer than {floor:,.0f}", 0.0, MUTED
     else:
         text, end, colour = f"{share['value']:.1%}", share["high"], INK
-        axes.barh(at, share["value"], height=0.5 if canvas.narrow else 0.7, color=BLUE)
+        axes.barh(at, share["value"], height=0.44 if canvas.narrow else 0.7, color=BLUE)
         axes.plot([share["low"], share["high"]], [at, at], color=INK, linewidth=1.4)
     axes.annotate(
         text,

@@ -72,9 +72,10 @@ def _length_sentence(lengths: Found) -> list[str]:
     (row,) = [row for row in lengths["quantiles"] if row["q"] == 0.95]
     if row["value"] is None:
         return []
-    most = "or more" if row["high"] is None else f"to {row['high']:,.0f}"
+    end = "or more" if row["high"] is None else f"to {row['high']:,.0f}"
     return [
-        f"19 of 20 {lengths['of']}s are no longer than {row['low']:,.0f} {most} {lengths['counted']}."
+        f"95% of the {lengths['of']}s have at most about {row['value']:,.0f} {lengths['counted']} "
+        f"({row['low']:,.0f} {end})."
     ]
 
 

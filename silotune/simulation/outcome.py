@@ -65,6 +65,7 @@ class LoggedStore:
     ) -> None:
         self.directory, self._listener, self.names = directory, listener, tuple(names)
         self._told, self._rounds = RunView(directory.name), plan.rounds.number
+        self._counts = plan.statistics is not None
         self._told.extend(directory.events)  # of a run that goes on, also what happened before
         self._names = {str(node): name for node, name in enumerate(names, start=1)}
         self._live = LiveEpsilon(
@@ -90,6 +91,8 @@ class LoggedStore:
 
     def save_adapter(self, number: int, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Keep the adapter after a round; of those before only what `kept_adapters` says."""
+        if self._counts:
+            return  # bare sums would tell what lies below the floor
         self.directory.save_adapter(number, arrays)
         have = self.directory.adapter_rounds()
         for old in spare(self._told, have, newest=number, rounds=self._rounds):

@@ -402,6 +402,8 @@ class StoredRuns:
         """The newest adapter once there is one, the signed plan, the events, sites' certificates."""
         row = self._row(run)
         adapter = [FileOffer("adapter.safetensors", f"Adapter after round {row['round']}")]
+        if _plan(row["plan"]).get("statistics"):  # bare sums would tell what lies below the floor
+            adapter = [FileOffer("statistics.json", "What was counted")]
         others = [FileOffer("plan.json", "Signed plan"), FileOffer("events.jsonl", "Events")]
         names = self._runs.certificates(run)
         signed = [FileOffer(_certificate_of(s), f"Privacy certificate of {s}") for s in names]
@@ -417,11 +419,20 @@ class StoredRuns:
         for site, content in self._runs.certificates(run).items():
             if name == _certificate_of(site):
                 return content.encode()
+        if _plan(row["plan"]).get("statistics"):
+            return self._statistics(run, name)
         found = self._runs.newest_adapter(run) if name == "adapter.safetensors" else None
         if found is None:
             raise FileNotOffered(f"{run} has no {name[:80]!r} to download")
         number, _, arrays = found
         return packed(arrays, {"round": number})
+
+    def _statistics(self, run: str, name: str) -> bytes:
+        """The one other file of a run that counts."""
+        told = [e["found"] for e in self.events(run) if e["event"] == "statistics"]
+        if name != "statistics.json" or not told:
+            raise FileNotOffered(f"{run} has no {name[:80]!r} to download")
+        return json.dumps({"run": run, **told[-1]}, indent=2).encode()
 
     def _row(self, run: str) -> RowMapping:
         try:
