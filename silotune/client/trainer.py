@@ -8,6 +8,7 @@ Privacy units are drawn by Poisson sampling and packed into micro-batches.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -20,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from silotune.client.data_parallel import Ranks
 from silotune.client.run_files import ControlVariate, PersonalParts, ProcessMemory, RoundArrays
 from silotune.client.terms import round_event
 from silotune.errors import SelfCheckFailed
@@ -158,6 +160,13 @@ class SiteData:
     train: NDArray[np.int64]
     declared_units: int
 
+    @cached_property
+    def sha256(self) -> bytes:
+        """Of the records and whose they are."""
+        encoded = self.encoded
+        parts = (encoded.ids, encoded.offsets, encoded.targets, self.unit_of, self.train)
+        return hashlib.sha256(b"".join(part.tobytes() for part in parts)).digest()
+
 
 @dataclass(frozen=True, kw_only=True)
 class RoundUpdate:
@@ -258,6 +267,8 @@ class Trainer:
         Gives what the base model alone makes of the records, if somebody has it already.
     memory : Memory, optional
         Where the site keeps its own parts and variates between rounds; by default in this process.
+    ranks : Ranks, optional
+        The processes that share its steps; by default this one is alone.
 
     Attributes
     ----------
@@ -273,16 +284,22 @@ class Trainer:
         sigma: float,
         frozen: Callable[[], Frozen] | None = None,
         memory: RoundArrays | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self._shared, self._data, self._sigma = trainable, data, sigma
         self._plan, self._model = trainable.plan, trainable.model
+        self._ranks = ranks or Ranks()
         privacy = self._plan.privacy
         self._sampler = UnitSampler(
             encoded=data.encoded,
             unit_of=data.unit_of,
             rows=data.train,
             max_records=privacy.max_records_per_unit,
-            max_physical=privacy.max_physical_batch,
+            max_physical=self._ranks.micro_batch(
+                privacy.max_physical_batch,
+                expected=self._plan.expected_batch(data.declared_units),
+                unit=privacy.max_records_per_unit,
+            ),
         )
         self._find_frozen = frozen or (lambda: compute_frozen(self._model, data.encoded))
         self._still = {id(p): _MOVE_PATIENCE for p in self._model.parameters()}
@@ -364,12 +381,13 @@ class Trainer:
     def _step(self, engine: Engine, phase: Phase, noise: NoiseSource) -> tuple[list[Tensor], int]:
         """One step: sample units, accumulate micro-batches, return the (noisy) sums."""
         rate = self._plan.rate_for(self._data.declared_units)
-        records = 0
-        for batch in self._sampler.draw(rate, noise):
-            self._accumulate(engine, batch, phase)
-            records += len(batch.rows)
+        drawn = [(batch.rows, batch.units) for batch in self._sampler.draw(rate, noise)]
+        own, records = self._ranks.deal(drawn, data=lambda: self._data.sha256)
+        with self._ranks.adding(engine.parameters, private=self._plan.per_unit):
+            for rows, units in own:
+                self._accumulate(engine, MicroBatch(rows=rows, units=units), phase)
         self._check_moving(engine.parameters, phase, records)
-        return engine.release(), records
+        return self._ranks.as_first(engine.release()), records
 
     def _accumulate(self, engine: Engine, batch: MicroBatch, phase: Phase) -> None:
         """Add a micro-batch to a step; a unit that can't be computed adds nothing.

@@ -23,7 +23,7 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import get_args
@@ -53,6 +53,9 @@ class Confinement:
         Most threads. It can start no process in any case.
     gpu : bool
         Whether it may use NVIDIA's and AMD's devices, and memory that is shared with them.
+    loopback : bool
+        Whether several processes share its network and talk within it. Without a network of its own it
+        stays without sockets.
     """
 
     read: tuple[Path, ...] = ()
@@ -61,6 +64,7 @@ class Confinement:
     memory: int | None = None
     processes: int | None = 2048
     gpu: bool = False
+    loopback: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,12 +117,20 @@ _GPU_FILES = (
     "/sys/module/nvidia*", "/sys/class/kfd", "/sys/class/drm", "/usr/local/cuda*", "/opt/rocm*",
     "/usr/local/nvidia", "/usr/share/nvidia",
 )  # fmt: skip
+_GLOO_FILES = (
+    "/sys/bus/pci",
+    "/sys/class/net",
+    "/sys/devices",
+)  # it asks which card a network is on
 _LET_THROUGH = "the kernel took the rules and lets through what they refuse"
 _GPU_DEVICES = ("/dev/nvidia*", "/dev/kfd", "/dev/dri")
 
 
 def confine(
-    confinement: Confinement, *, only: Collection[ProtectionName] | None = None
+    confinement: Confinement,
+    *,
+    share: Callable[[], None] | None = None,
+    only: Collection[ProtectionName] | None = None,
 ) -> tuple[Protection, ...]:
     """Bind this process, and all that it will ever start, to a confinement; for good.
 
@@ -126,6 +138,9 @@ def confine(
     ----------
     confinement : Confinement
         What it may do.
+    share : callable, optional
+        With `loopback`, called once this process has a network of its own, to start processes that share
+        it; each goes on from there, and is confined like this one. Not called where it has none.
     only : collection of str, optional
         Put up these layers alone, and the first, without which most can't be: it shows what each does.
 
@@ -149,7 +164,15 @@ def confine(
         return tuple(Protection(name=name, in_force=False, reason=why) for name in layers)
     if kernel.threads() != 1:
         raise RuntimeError("a process is confined before it starts threads")
-    return tuple(_put_up(name, layer, confinement) for name, layer in layers.items())
+    found = [_put_up(name, layers[name], confinement) for name in layers if name in _NAMESPACES]
+    alone = Protection(name="network_namespace", in_force=True) in found
+    confinement = replace(confinement, loopback=confinement.loopback and alone)
+    if confinement.loopback:
+        kernel.raise_loopback()
+        if share is not None:
+            share()
+    others = [name for name in layers if name not in _NAMESPACES]
+    return (*found, *(_put_up(name, layers[name], confinement) for name in others))
 
 
 def offered(confinement: Confinement | None = None) -> tuple[Protection, ...]:
@@ -308,12 +331,17 @@ def _needed(confinement: Confinement) -> list[Path]:
     paths = sysconfig.get_paths()
     own = [paths[key] for key in ("stdlib", "platstdlib", "purelib", "platlib")]
     package = Path(__file__).resolve().parents[2]
-    patterns = _GPU_FILES if confinement.gpu else ()
+    patterns = (
+        *(_GPU_FILES if confinement.gpu else ()),
+        *(_GLOO_FILES if confinement.loopback else ()),
+    )
     found = [p for pattern in patterns for p in glob.glob(pattern)]  # noqa: PTH207
     return [package, *map(Path, [*own, *installation.getsitepackages(), *_SYSTEM, *found])]
 
 
 def _landlock_network(confinement: Confinement) -> None:
+    if confinement.loopback:
+        raise OSError(errno.EPERM, "its processes talk by TCP, within a network of their own")
     landlock.restrict_network(confinement.reach[1] if confinement.reach else None)
     with socket.socket() as probe:
         _must_fail(lambda: probe.bind(("127.0.0.1", 0)))
@@ -325,7 +353,9 @@ def _landlock_scopes(_: Confinement) -> None:
 
 
 def _seccomp(confinement: Confinement) -> None:
-    seccomp.install(reaches=confinement.reach is not None, loopback=False, gpu=confinement.gpu)
+    seccomp.install(
+        reaches=confinement.reach is not None, loopback=confinement.loopback, gpu=confinement.gpu
+    )
     _must_fail(lambda: socket.socket(socket.AF_UNIX).close())
 
 
@@ -337,6 +367,7 @@ def _must_fail(action: Callable[[], None]) -> None:
     raise OSError(errno.EINVAL, _LET_THROUGH)
 
 
+_NAMESPACES = ("no_new_privileges", "user_namespace", "network_namespace", "ipc_namespace")
 # In this order: namespaces before the rights to make them go, the filter of calls last.
 _LAYERS: Mapping[ProtectionName, Callable[[Confinement], None]] = {
     "no_new_privileges": _no_new_privileges,

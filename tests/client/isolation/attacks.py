@@ -495,7 +495,13 @@ def lay_out():
 
 
 def confinement():
-    return Confinement(read=(ROWS, MODEL), write=(SCRATCH,), memory=MEMORY, processes=60)
+    return Confinement(
+        read=(ROWS, MODEL),
+        write=(SCRATCH,),
+        memory=MEMORY,
+        processes=60,
+        loopback="--loopback" in sys.argv,
+    )
 
 
 def in_child(layers, attack, stage, answer):
@@ -549,7 +555,7 @@ def become_an_ordinary_account():
 
 
 def main():
-    if sys.argv[1:] == ["--ordinary"] and os.getuid() == 0:
+    if "--ordinary" in sys.argv and os.getuid() == 0:
         become_an_ordinary_account()
     lay_out()
     stage = Stage()

@@ -155,6 +155,22 @@ def test_a_confined_process_is_refused_each(as_an_account, as_whoever_runs_this)
         assert {a: e for a, e in ended.items() if not e.startswith("refused")} == {}
 
 
+def test_processes_that_share_a_network_of_their_own_have_sockets_in_it_and_no_more(tmp_path):
+    """They reach nobody, unless a socket of the machine's network had been left open for them."""
+    found = outcomes(tmp_path, [(None, attack) for attack in ATTACKS], "--ordinary", "--loopback")
+    own = {"socket inet", "socket inet6", "socket netlink"}
+    inherited = {
+        "connect fast open",
+        "send inherited",
+        "send message inherited",
+        "connect inherited",
+    }
+    assert {attack for (_, attack), ended in found.items() if ended == "done"} <= own | inherited
+    assert {found[None, attack] for attack in ("connect", "connect inet6")} <= {
+        "refused ECONNREFUSED", "refused ENETUNREACH", "refused EADDRNOTAVAIL",
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("layer", [name for name in MEANINGS if name in dict(ALONE)])
 def test_the_layer_alone_refuses_what_the_table_says(layer, as_an_account, as_whoever_runs_this):
     found = as_an_account | {k: v for k, v in as_whoever_runs_this.items() if k[0]}
