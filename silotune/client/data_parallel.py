@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from silotune.data.site import ResourcesConfig
 from silotune.errors import SelfCheckFailed
 
 if TYPE_CHECKING:
@@ -43,6 +44,22 @@ Rows = tuple[list[int], NDArray[np.int64]]
 _PR_SET_PDEATHSIG = 1
 _LOST = 71  # exit code of a process whose others are gone
 _PATIENCE = timedelta(days=7)  # the daemon's deadline comes first
+
+
+def processes_for(resources: ResourcesConfig) -> int:
+    """How many processes a site's trainer is: one for each GPU that it may use, else one.
+
+    It is known before PyTorch is imported, from the driver's devices and ``CUDA_VISIBLE_DEVICES``. On
+    processors alone it is what ``resources.devices`` says.
+    """
+    if resources.device == "cpu":
+        return resources.devices or 1
+    if ":" in resources.device:
+        return 1
+    found = len([path for path in Path("/dev").glob("nvidia*") if path.name[6:].isdigit()])
+    if (chosen := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        found = min(found, len([name for name in chosen.split(",") if name.strip()]))
+    return max(1, min(resources.devices or found, found))
 
 
 @dataclass

@@ -167,6 +167,9 @@ class ResourcesConfig(Section):
         None, description="Processor threads; PyTorch's own choice when absent."
     )
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    devices: Annotated[int, Field(ge=1, le=64)] | None = Field(
+        None, description="GPUs that share a step, a process each; all when absent."
+    )
     memory_mb: Annotated[int, Field(ge=512)] | None = Field(
         None, description="Memory of the process; a step that needs more fails and sends nothing."
     )
@@ -174,6 +177,12 @@ class ResourcesConfig(Section):
         None,
         description="PUBLIC. Largest adapter rank; for strategies that let ranks differ by site.",
     )
+
+    @model_validator(mode="after")
+    def _one_device_is_one(self) -> Self:
+        if ":" in self.device and self.devices not in (None, 1):
+            raise ValueError(f"devices has no meaning where device is '{self.device}'; remove one")
+        return self
 
 
 Role = Literal["text", "label", "unit", "group", "split", "prompt", "response"]

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
-from silotune.client.data_parallel import Ranks
+from silotune.client.data_parallel import Ranks, processes_for
+from silotune.data.site import ResourcesConfig
 from tests.client.ranked_training import CLIP, influence, rounds
 
 SCRIPT = Path(__file__).with_name("ranked_training.py")
@@ -73,6 +75,35 @@ def test_if_one_dies_the_other_ends_at_once(ran):
     _, ended = ran
     assert ended.returncode == 71
     assert "a process of the trainer is gone" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    "settings, gpus, visible, processes",
+    [
+        ({}, 0, None, 1),
+        ({}, 4, None, 4),
+        ({}, 4, "2,3", 2),
+        ({}, 4, "", 1),
+        ({"devices": 3}, 4, None, 3),
+        ({"devices": 8}, 4, None, 4),
+        ({"device": "cuda"}, 2, None, 2),
+        ({"device": "cuda:1"}, 4, None, 1),
+        ({"device": "cpu"}, 4, None, 1),
+        ({"device": "cpu", "devices": 2}, 4, None, 2),
+    ],
+)
+def test_a_process_for_each_gpu_that_may_be_used(monkeypatch, settings, gpus, visible, processes):
+    names = [f"nvidia{n}" for n in range(gpus)] + ["nvidiactl", "nvidia-uvm", "nvidia-caps"]
+    monkeypatch.setattr(Path, "glob", lambda place, _: [place / name for name in names])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert processes_for(ResourcesConfig(**settings)) == processes
+
+
+def test_one_chosen_gpu_and_several_are_a_contradiction():
+    with pytest.raises(ValidationError, match="devices has no meaning where device is 'cuda:1'"):
+        ResourcesConfig(device="cuda:1", devices=2)
 
 
 def test_micro_batches_are_small_enough_for_each_and_hold_a_unit():

@@ -19,6 +19,7 @@ import httpx
 from silotune.client.approvals import Approvals, ProposalRecord
 from silotune.client.daemon.books import verify_books
 from silotune.client.daemon.enrolment import Enrolment, trusting
+from silotune.client.data_parallel import processes_for
 from silotune.client.errors import (
     CertificateExpired,
     DeviceMissing,
@@ -224,8 +225,12 @@ class SiteDoctor:
         except EnvironmentFault as exc:
             raise DeviceMissing(exc.detail) from exc
         if place.type == "cuda":
-            return f"{place}: {torch.cuda.get_device_name(place)}"
-        return f"the CPU, {self._site.resources.threads or torch.get_num_threads()} threads"
+            found = f"{place}: {torch.cuda.get_device_name(place)}"
+        else:
+            threads = self._site.resources.threads or torch.get_num_threads()
+            found = f"the CPU, {threads} threads"
+        processes = processes_for(self._site.resources)
+        return found if processes == 1 else f"{found}; {processes} processes share a step"
 
     def _isolation(self) -> str:
         found = checked(self._site)
