@@ -40,6 +40,12 @@ def test_a_unit_runs_an_existing_command_and_comes_back_after_a_crash(path):
     assert service["UMask"] == "0077"
 
 
+def test_a_sites_unit_leaves_its_trainer_the_namespaces_that_it_needs():
+    service = read(DEPLOY / "silotune-site.service")["Service"]
+    assert service["RestrictNamespaces"].split() == ["user", "net", "ipc"]
+    assert "AF_NETLINK" in service["RestrictAddressFamilies"].split()
+
+
 @pytest.mark.parametrize("path", UNITS, ids=lambda path: path.stem)
 def test_systemd_accepts_a_unit(path, tmp_path):
     # The program of the unit is not installed where tests run; everything else is judged.

@@ -101,7 +101,7 @@ MEANINGS: Mapping[ProtectionName, str] = {
     "memory_limit": "a record could use up the machine's memory",
     "process_limit": "it could start threads without end",
     "landlock_files": "it could open every file of this account, the keys among them",
-    "landlock_network": "without the system-call filter it could connect to any port",
+    "landlock_network": "where it reads a database it could connect to any address",
     "landlock_scopes": "without the system-call filter it could send signals to other processes",
     "seccomp": "it could ask the kernel for anything: sockets, programs, other processes' memory",
 }
@@ -164,6 +164,7 @@ def confine(
         return tuple(Protection(name=name, in_force=False, reason=why) for name in layers)
     if kernel.threads() != 1:
         raise RuntimeError("a process is confined before it starts threads")
+    kernel.go_first()
     found = [_put_up(name, layers[name], confinement) for name in layers if name in _NAMESPACES]
     alone = Protection(name="network_namespace", in_force=True) in found
     confinement = replace(confinement, loopback=confinement.loopback and alone)

@@ -46,6 +46,11 @@ def hide_memory() -> None:
         call("prctl", _PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
+def go_first() -> None:
+    """Where memory runs out, the kernel ends this process before others."""
+    Path("/proc/self/oom_score_adj").write_text("1000")
+
+
 def drop_capabilities() -> None:
     """Give up all rights of root, so that only those of the account are left."""
     header = ctypes.create_string_buffer(_CAPABILITY_VERSION_3.to_bytes(4, "little") + bytes(4), 8)

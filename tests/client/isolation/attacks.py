@@ -494,8 +494,9 @@ def lay_out():
     KEY.chmod(0o600)
 
 
-def confinement():
+def confinement(stage):
     return Confinement(
+        reach=("127.0.0.1", stage.port) if "--reach" in sys.argv else None,
         read=(ROWS, MODEL),
         write=(SCRATCH,),
         memory=MEMORY,
@@ -512,7 +513,7 @@ def in_child(layers, attack, stage, answer):
         resource.setrlimit(resource.RLIMIT_CORE, (resource.RLIM_INFINITY,) * 2)
         steps = ATTACKS[attack](stage)
         next(steps)
-        confine(confinement(), only=layers)
+        confine(confinement(stage), only=layers)
         next(steps, None)
     except OSError as exc:
         told = f"refused {errno.errorcode.get(exc.errno, exc.errno)}"
@@ -550,6 +551,8 @@ def become_an_ordinary_account():
     LIBC.unshare(0x10000000)
     for name, line in (("setgroups", "deny"), ("gid_map", "1000 0 1"), ("uid_map", "1000 0 1")):
         Path("/proc/self", name).write_text(line)
+    if "--no-namespaces" in sys.argv:
+        Path("/proc/sys/user/max_user_namespaces").write_text("0")  # of those in this one
     kernel.drop_capabilities()
     LIBC.prctl(4, 1, 0, 0, 0)
 

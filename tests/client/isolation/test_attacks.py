@@ -171,6 +171,32 @@ def test_processes_that_share_a_network_of_their_own_have_sockets_in_it_and_no_m
     }  # fmt: skip
 
 
+def test_where_namespaces_are_refused_as_in_a_container_the_other_layers_do(tmp_path):
+    cases = [(None, attack) for attack in ATTACKS] + [(("user_namespace",), "read environ")]
+    found = outcomes(tmp_path, cases, "--ordinary", "--no-namespaces")
+    assert found.pop((("user_namespace",), "read environ")) == "done"
+    assert {key: ended for key, ended in found.items() if not ended.startswith("refused")} == {}
+
+
+def test_without_landlock_what_is_left_open_is_what_the_table_gives_to_it_alone(tmp_path):
+    layers = tuple(name for name in MEANINGS if not name.startswith("landlock"))
+    found = outcomes(tmp_path, [(layers, attack) for attack in ATTACKS], "--ordinary")
+    alone = {
+        attack
+        for attacks, by in REFUSED_BY.values()
+        for attack in attacks
+        if all(name.startswith("landlock") for name in by)
+    }
+    assert {attack for (_, attack), ended in found.items() if ended == "done"} == alone
+
+
+def test_a_process_that_reads_a_database_reaches_that_port_and_no_other(tmp_path):
+    found = outcomes(tmp_path, [(None, attack) for attack in ATTACKS], "--ordinary", "--reach")
+    done = {attack for (_, attack), ended in found.items() if ended == "done"}
+    assert done == {"socket inet", "socket inet6", "connect", "connect inherited"}
+    assert found[None, "connect inet6"] == "refused EACCES"  # another port
+
+
 @pytest.mark.parametrize("layer", [name for name in MEANINGS if name in dict(ALONE)])
 def test_the_layer_alone_refuses_what_the_table_says(layer, as_an_account, as_whoever_runs_this):
     found = as_an_account | {k: v for k, v in as_whoever_runs_this.items() if k[0]}

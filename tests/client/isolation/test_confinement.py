@@ -1,5 +1,10 @@
 """What this machine puts up, and what it says of it."""
 
+import os
+import subprocess
+import sys
+import threading
+
 import pytest
 
 from silotune.client.errors import IsolationMissing
@@ -7,6 +12,7 @@ from silotune.client.isolation.confinement import (
     MEANINGS,
     Confinement,
     Protection,
+    confine,
     offered,
     require,
 )
@@ -22,7 +28,30 @@ def test_each_protection_is_in_force_or_says_why_not(found):
     assert all(bool(p.reason) != p.in_force for p in found.values())
     always = ("no_new_privileges", "capabilities", "memory_hidden", "memory_limit", "seccomp")
     assert all(found[name].in_force for name in always)
-    assert found["process_limit"].reason == "none is set"
+    limit = found["process_limit"]  # as root there is none, by the kernel
+    assert limit.in_force if os.getuid() else "is root" in limit.reason
+
+
+def test_where_memory_runs_out_a_confined_process_goes_first():
+    program = (
+        "from silotune.client.isolation.confinement import Confinement, confine\n"
+        "confine(Confinement())\n"
+        "print(open('/proc/self/oom_score_adj').read())"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert int(told.stdout) == 1000
+
+
+def test_a_process_with_other_threads_is_not_confined_in_part():
+    done = threading.Event()
+    thread = threading.Thread(target=done.wait)
+    thread.start()
+    with pytest.raises(RuntimeError, match="before it starts threads"):
+        confine(Confinement())
+    done.set()
+    thread.join()
 
 
 def test_what_is_required_and_not_in_force_is_named_with_its_reason():
