@@ -146,6 +146,8 @@ class Examination:
         See there.
     left_out : tuple of str
         Rows that are not used, and why.
+    versions : int or None
+        Versions of training texts that augmentation adds; None where site.toml asks for none.
     """
 
     site: str
@@ -167,6 +169,7 @@ class Examination:
     resemblance: Resemblance
     identifiers: tuple[Sighting, ...]
     left_out: tuple[str, ...]
+    versions: int | None = None
     remarks: tuple[Remark, ...] = ()
 
     @property

@@ -26,7 +26,7 @@ from silotune.data.remarks import remarks_on
 from silotune.data.roles import read_roles
 from silotune.data.site import DatasetConfig, SiteConfig
 from silotune.errors import ColumnMissing, ModelNotFound, SilotuneError
-from silotune.models.tasks import get_task
+from silotune.models.needs import NEEDS, needs_of
 from silotune.plan.plan import Plan
 from silotune.trust.vault import Vault
 
@@ -35,7 +35,6 @@ Stage = Callable[[str, int], Advance]
 """Told what begins and of how many steps; gives what is called after each."""
 
 _PURPOSE = b"silotune data check"
-_TASKS = ("text_classification", "causal_lm")
 _MOST_LABELS, _LONGEST_LABEL, _LEAST_OF_A_LABEL = 50, 60, 5
 _CHUNK = 1_000
 _BARS = 24
@@ -69,12 +68,17 @@ def examine(
     dataset = site.dataset(name)
     secret = _secret(site)
     asked = plan or _usual_plan(site, name, dataset, secret)
-    roles = get_task(asked.model.task).roles
+    roles = needs_of(asked).roles
     done = stage("reading", 1)
-    records = load_records(site, asked, roles=roles, secret=secret)
+    records = load_records(site, asked, roles=roles, secret=secret, augment=False)
     done()
     looked = _Look(site, asked, records, stage, given=plan is not None)
     found = looked.examination(name, dataset)
+    if dataset.augmentation is not None:
+        done = stage("making versions", 1)
+        every = load_records(site, asked, roles=roles, secret=secret)
+        found = replace(found, versions=len(every) - len(records))
+        done()
     return replace(found, remarks=tuple(remarks_on(found)))
 
 
@@ -91,7 +95,7 @@ def _secret(site: SiteConfig) -> bytes:
 def _usual_plan(site: SiteConfig, name: str, dataset: DatasetConfig, secret: bytes) -> Plan:
     """A plan that takes every record: what its roles allow, with every label there is."""
     named = dataset.columns.by_role()
-    task = next((t for t in _TASKS if get_task(t).roles <= set(named)), None)
+    task = next((t for t in NEEDS if NEEDS[t].roles <= set(named)), None)
     if task is None:
         raise ColumnMissing(
             f"[datasets.{name}.columns] names neither text and label nor prompt and response"

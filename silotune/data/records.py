@@ -34,7 +34,7 @@ import hashlib
 import hmac
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cached_property
 from hashlib import sha256
@@ -42,6 +42,7 @@ from hashlib import sha256
 import numpy as np
 from numpy.typing import NDArray
 
+from silotune.data.augmentation import Augmentation
 from silotune.data.declared import (
     columns_for,
     identity_role,
@@ -203,11 +204,21 @@ class Records:
         return split
 
 
-def load_records(site: SiteConfig, plan: Plan, *, roles: Collection[str], secret: bytes) -> Records:
+def load_records(
+    site: SiteConfig,
+    plan: Plan,
+    *,
+    roles: Collection[str],
+    secret: bytes,
+    augment: bool = True,
+) -> Records:
     """Read and split the dataset that a plan asks a site for, without what doesn't fit.
 
     A unit with more records than ``privacy.max_records_per_unit`` of the plan keeps them all here;
     each training step draws that many of them anew.
+
+    What a plan trains on is augmented as the site says: versions of training texts stand behind all
+    records, each in the unit of its text.
 
     Parameters
     ----------
@@ -217,6 +228,8 @@ def load_records(site: SiteConfig, plan: Plan, *, roles: Collection[str], secret
         What the plan's task reads: ``text`` and ``label``, or ``prompt`` and ``response``.
     secret : bytes
         The site's own, from which the split's salt is derived.
+    augment : bool
+        False for the records of the source alone.
 
     Returns
     -------
@@ -230,6 +243,7 @@ def load_records(site: SiteConfig, plan: Plan, *, roles: Collection[str], secret
     DatasetUnreadable, ColumnMissing
         There is no such file or column.
     """
+    salt = salt_for(seed=plan.plan.seed, site=site.name, secret=secret)
     require_declared(site, plan, roles=roles)
     dataset = site.dataset(plan.data.dataset)
     columns, numbers = columns_for(dataset, plan, roles), numbers_for(dataset, plan)
@@ -245,15 +259,37 @@ def load_records(site: SiteConfig, plan: Plan, *, roles: Collection[str], secret
     _drop_surplus(sieve, dataset.max_records_per_unit)
     left = sieve.table()
     values, picked = left.columns, sorted({*roles, *numbers})
-    return Records(
+    found = Records(
         examples=[
             dict(zip(picked, row, strict=True))
             for row in zip(*(values[role] for role in picked), strict=True)
         ],
         unit_of=_units(values, len(left.rows), plan),
-        split=_split(values, plan, salt_for(seed=plan.plan.seed, site=site.name, secret=secret)),
+        split=_split(values, plan, salt),
         left_out=tuple(left.faults.found),
         content=_content(values),
+    )
+    if dataset.augmentation is None or plan.statistics is not None or not augment:
+        return found
+    return augmented(found, Augmentation.of(dataset.augmentation, folder=site.folder, secret=salt))
+
+
+def augmented(records: Records, augmentation: Augmentation) -> Records:
+    """Records with versions of the training texts behind them, each in the unit of its text."""
+    role = "text" if records.examples and "text" in records.examples[0] else "prompt"
+    made = [
+        (row, version)
+        for row in records.rows(Split.TRAIN).tolist()
+        for version in augmentation.versions(records.examples[row][role])
+    ]
+    own = np.array([row for row, _ in made], dtype=np.int64)
+    told = f"{records.content} {augmentation.name}"
+    return replace(
+        records,
+        examples=[*records.examples, *({**records.examples[r], role: v} for r, v in made)],
+        unit_of=np.concatenate([records.unit_of, records.unit_of[own]]),
+        split=np.concatenate([records.split, records.split[own]]),
+        content=sha256(told.encode()).hexdigest(),
     )
 
 

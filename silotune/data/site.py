@@ -25,6 +25,7 @@ from urllib.parse import quote
 
 from pydantic import AfterValidator, Field, PrivateAttr, SecretStr, ValidationError, model_validator
 
+from silotune.data.augmentation import AugmentationConfig
 from silotune.data.values import Rule, canonical
 from silotune.errors import DatasetUnknown, SiteConfigInvalid
 from silotune.plan.explain import explain
@@ -327,6 +328,7 @@ class DatasetConfig(Section):
         0.5, description="Most that a plan may hold out for validation and test together."
     )
     budget: BudgetConfig | None = None
+    augmentation: AugmentationConfig | None = None
 
     @property
     def declared_labels(self) -> tuple[str, ...]:

@@ -108,7 +108,7 @@ def read_file(
 
 
 def paths_of(dataset: DatasetConfig, *, folder: Path) -> list[Path]:
-    """Every file that reading a dataset opens, and the folder of its parts.
+    """Every file that reading a dataset opens, and the folder of its parts; also its synonyms.
 
     A database of SQLite is one; of a database on a server there is none. Files that are not there are
     named too.
@@ -120,13 +120,15 @@ def paths_of(dataset: DatasetConfig, *, folder: Path) -> list[Path]:
     SiteConfigInvalid
         The URL needs an environment variable that is not set.
     """
+    augmentation = dataset.augmentation
+    words = [folder / augmentation.synonyms] if augmentation and augmentation.synonyms else []
     if dataset.format == "sql":
         assert dataset.url is not None  # validated
         file = _sqlite_file(expand_url(dataset.url), folder)
-        return [] if file is None else [file]
+        return words if file is None else [file, *words]
     assert dataset.path is not None  # validated
     path = folder / dataset.path
-    return [path, *_parts(path, dataset.format)] if path.is_dir() else [path]
+    return [path, *(_parts(path, dataset.format) if path.is_dir() else []), *words]
 
 
 def _parts(path: Path, kind: Format) -> list[Path]:

@@ -80,6 +80,10 @@ def facts_of(found: Examination) -> list[tuple[str, str]]:
         ("Records of a unit", _per_unit(found)),
         ("Split", f"{split} (of the plan's shares, not the site's own split)"),
     ]
+    if found.versions is not None:
+        facts.append(
+            ("Augmentation", f"{found.versions:,} versions of training texts, in their units")
+        )
     return [*facts, *_lengths(found), *_resemblance(found)]
 
 
