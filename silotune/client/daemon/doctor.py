@@ -250,6 +250,7 @@ class SiteDoctor:
 
     def _dataset(self, name: str) -> Callable[[], str]:
         def check() -> str:
+            from silotune.data.augmentation import Augmentation
             from silotune.data.declared import SECRET_FILE, new_secret, rule_for
             from silotune.data.roles import read_roles
             from silotune.errors import RecordInvalid
@@ -275,6 +276,8 @@ class SiteDoctor:
                     rows, labels = [row for row, _ in other], [label for _, label in other]
                     faults.add("label is not declared", rows, column=column, values=labels)
             left_out = "".join(f"; left out where it is needed: {f.told}" for f in faults.found)
+            if dataset.augmentation is not None:  # its list of synonyms can be read
+                Augmentation.of(dataset.augmentation, folder=self._site.folder, secret=b"")
             budget = "" if dataset.budget else "; it has no budget, so no private plan can use it"
             return f"{len(table.rows)} records, with every column that is named{left_out}{budget}"
 
