@@ -7,9 +7,10 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from silotune.data.nested import finder, root_of
 from silotune.data.parts import most_unpacked, unpacks_too_far
 from silotune.data.shape import Shape
-from silotune.data.table import Faults, Table, choose, of_texts
+from silotune.data.table import Faults, Table, as_table, choose, of_texts
 from silotune.data.values import of_float
 from silotune.errors import DatasetUnreadable
 
@@ -39,12 +40,12 @@ def read_parquet(path: Path, wanted: Collection[str] | None, shape: Shape) -> Ta
     try:
         with pq.ParquetFile(path) as file:
             schema = file.schema_arrow
-            names = choose(schema.names, wanted, str(path))
+            names = _roots(schema.names, wanted, path)
             batches = file.iter_batches(_AT_ONCE, columns=names)
             table = _table(path, batches, pa.schema([schema.field(name) for name in names]))
     except pa.ArrowException:
         raise DatasetUnreadable(f"{path}: not a Parquet file, or a damaged one") from None
-    return _as_text(path, table, names, shape)
+    return _as_text(path, table, wanted or names, shape)
 
 
 def read_arrow(path: Path, wanted: Collection[str] | None, shape: Shape) -> Table:
@@ -62,11 +63,11 @@ def read_arrow(path: Path, wanted: Collection[str] | None, shape: Shape) -> Tabl
             in_file = source.read(len(_FILE_FORMAT)) == _FILE_FORMAT
             source.seek(0)
             reader = pa.ipc.open_file(source) if in_file else pa.ipc.open_stream(source)
-            names = choose(reader.schema.names, wanted, str(path))
+            names = _roots(reader.schema.names, wanted, path)
             schema = pa.schema([reader.schema.field(name) for name in names])
             batches = map(reader.get_batch, range(reader.num_record_batches)) if in_file else reader
             selected = (batch.select(names) for batch in batches)
-            return _as_text(path, _table(path, selected, schema), names, shape)
+            return _as_text(path, _table(path, selected, schema), wanted or names, shape)
     except pa.ArrowException:
         raise DatasetUnreadable(f"{path}: not an Arrow file, or a damaged one") from None
 
@@ -113,11 +114,23 @@ def _table(path: Path, batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> 
     return pa.Table.from_batches(kept, schema)
 
 
-def _as_text(path: Path, table: pa.Table, names: Sequence[str], shape: Shape) -> Table:
+def _roots(present: Sequence[str], wanted: Collection[str] | None, path: Path) -> list[str]:
+    """The columns of the file that what is wanted is in."""
+    roots = None if wanted is None else [root_of(name, present) for name in wanted]
+    return choose(present, roots, str(path))
+
+
+def _as_text(path: Path, table: pa.Table, names: Collection[str], shape: Shape) -> Table:
     import pyarrow as pa
 
-    columns = {}
+    rows = range(1, table.num_rows + 1)
+    columns: dict[str, Sequence[str]] = {}
+    nested: dict[str, list[Any]] = {}
     for name in names:
+        if name not in table.column_names:
+            root, find = root_of(name, table.column_names), finder(name)
+            nested[name] = [find({root: value}) for value in table.column(root).to_pylist()]
+            continue
         column = table.column(name)
         try:
             columns[name] = _texts(column, shape)
@@ -125,7 +138,9 @@ def _as_text(path: Path, table: pa.Table, names: Sequence[str], shape: Shape) ->
             raise DatasetUnreadable(
                 f"{path}: column {name!r} of type {column.type} can't be read as text"
             ) from None
-    rows = range(1, table.num_rows + 1)
+    if nested:
+        faults = Faults(str(path))
+        return as_table(str(path), rows, {**columns, **nested}, faults, shape.rule)
     return of_texts(str(path), rows, columns, Faults(str(path)), shape.rule)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from silotune.data.nested import finder, root_of
 from silotune.data.shape import Shape, not_text, open_text
 from silotune.data.table import Faults, Table, as_table, choose, empty_table
 from silotune.data.values import Rule, of_float
@@ -65,7 +66,8 @@ def _read(
     kept: list[Record] = []
     present: dict[str, None] = {}
     wanted = None if wanted is None else list(dict.fromkeys(wanted))
-    columns: list[list[Any]] = [[] for _ in wanted or ()]
+    finders = [finder(name) for name in wanted or ()]
+    columns: list[list[Any]] = [[] for _ in finders]
     try:
         for number, record in records_of(path, shape, faults):
             if record is None:
@@ -74,8 +76,8 @@ def _read(
             numbers.append(number)
             if wanted is None:
                 kept.append(record)
-            for column, name in zip(columns, wanted or (), strict=True):
-                column.append(record.get(name))
+            for column, find in zip(columns, finders, strict=True):
+                column.append(find(record))
             if shape.strict or wanted is None:
                 present.update(dict.fromkeys(record))
     except UnicodeDecodeError:
@@ -86,7 +88,9 @@ def _read(
     if not numbers and not faults.found:
         return empty_table(path, wanted, strict=shape.strict)
     # Which keys there are depends on the records, so a site takes an absent one as empty.
-    names = choose(list(present), wanted, str(path)) if shape.strict or wanted is None else wanted
+    if shape.strict or wanted is None:
+        choose(list(present), wanted and [root_of(name, present) for name in wanted], str(path))
+    names = list(present) if wanted is None else wanted
     if wanted is None:
         columns = [[record.get(name) for record in kept] for name in names]
     return as_table(str(path), numbers, dict(zip(names, columns, strict=True)), faults, shape.rule)

@@ -254,6 +254,47 @@ def test_a_folder_without_a_file_is_told(tmp_path):
         records_of(tmp_path, format="csv")
 
 
+NESTED = [
+    {"content": [{"attachment": {"data": "first"}}, {"attachment": {"data": "second"}}],
+     "subject": {"id": 7.0}, "a.b": "dotted"},
+    {"content": [], "subject": {"id": 8}, "a.b": None},
+    {"content": [{"attachment": {"data": "third"}}], "subject": {"id": 7}, "a.b": "x"},
+]  # fmt: skip
+
+
+def write_nested(path, kind: str) -> None:
+    if kind == "json":
+        path.write_text(json.dumps(NESTED))
+    elif kind == "jsonl":
+        path.write_text("\n".join(map(json.dumps, NESTED)))
+    else:
+        table = pa.Table.from_pylist(NESTED)
+        if kind == "parquet":
+            pq.write_table(table, path)
+        else:
+            with (
+                pa.OSFile(str(path), "wb") as sink,
+                pa.ipc.new_stream(sink, table.schema) as writer,
+            ):
+                writer.write_table(table)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "arrow"])
+def test_nested_fields_are_columns_by_their_path_and_dotted_names_by_their_name(tmp_path, kind):
+    write_nested(tmp_path / "t", kind)
+    names = ["content.attachment.data", "subject.id", "a.b"]
+    found = read_file(tmp_path / "t", kind=kind, columns=names).columns
+    assert found == {
+        "content.attachment.data": ["first", "", "third"],
+        "subject.id": ["7", "8", "7"],
+        "a.b": ["dotted", "", "x"],
+    }
+    with pytest.raises(ColumnMissing, match="no column 'other' among its 3"):
+        read_file(tmp_path / "t", kind=kind, columns=["other.name"])
+    with pytest.raises(ColumnMissing, match="is no path"):
+        read_file(tmp_path / "t", kind=kind, columns=["content..data"])
+
+
 def test_a_json_array_is_read_by_name_and_told_where_lines_were_said(tmp_path):
     records = [dict(zip(HEADER, row, strict=True)) for row in ROWS]
     (tmp_path / "t").write_text(json.dumps(records, indent=2))
