@@ -7,13 +7,17 @@ and a quoted line break begins no row.
 from __future__ import annotations
 
 import csv
+import io
 import re
 from array import array
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from itertools import chain, islice
 from pathlib import Path
 from typing import TextIO
 
+from silotune.data.blocks import read_blocks
+from silotune.data.parts import open_part
 from silotune.data.shape import Shape, not_text, open_text
 from silotune.data.table import Faults, Table, choose, empty_table, of_texts
 from silotune.data.values import encodable
@@ -63,16 +67,17 @@ class _Reader:
         first = text.readline()
         named = _SEPARATOR.fullmatch(first)
         self._delimiter = named[1] if named else shape.delimiter
-        lines = text if named else chain([first], text)
-        self._reader = csv.reader(lines, delimiter=self._delimiter, strict=True)
-        self._lines_before = shape.skip_rows + bool(named)
-        self._last = self._lines_before
-        self._broken = False
+        self._lines_before = self._last = shape.skip_rows + bool(named)
+        self._faults, self._odd, self._broken = Faults(str(path)), array("q"), False
+        self._read_by_block = 0
+        self._go_on(text if named else chain([first], text))
+
+    def _go_on(self, lines: Iterable[str]) -> None:
+        self._rows = csv.reader(lines, delimiter=self._delimiter, strict=True)
 
     def read(self, wanted: Collection[str] | None) -> Table:
-        batches = self._batches()
-        numbers, rows = next(batches, ((), []))
-        if len(rows) < 2 and self._broken:
+        numbers, rows = next(self._batches(1), ((), []))
+        if self._broken:
             raise self._invalid()
         if not rows:
             return empty_table(self._path, wanted, strict=self._shape.strict)
@@ -81,48 +86,72 @@ class _Reader:
             raise not_text(self._path, self._shape)
         hint = f"; is row {numbers[0]} a header, and is the delimiter {self._delimiter!r}?"
         names = choose(header, wanted, str(self._path), hint)
-        faults = Faults(str(self._path))
-        used, columns = self._columns(
-            chain([(numbers[1:], rows[1:])], batches), header, names, faults
-        )
+        used, columns = array("q"), [[] for _ in names]  # type: tuple[array[int], list[list[str]]]
+        places = [header.index(name) for name in names]
+        with ExitStack() as stack:
+            self._read_blocks(rows[0], places, used, columns, stack)
+            self._read_rows(len(header), places, used, columns)
+        if self._broken and (self._shape.strict or not used):
+            raise self._invalid()
+        self._faults.add(f"not {len(header)} fields as in the header", self._odd)
         if self._broken:
-            if self._shape.strict:
-                raise self._invalid()
             after = "not valid CSV, and nothing behind it was read, from"
-            faults.add(after, [self._last + 1])
-        return of_texts(str(self._path), used, columns, faults, self._shape.rule)
+            self._faults.add(after, [self._last + 1])
+        if self._shape.decimal == ",":
+            columns = [[*map(_with_point, column)] for column in columns]
+        values = dict(zip(names, columns, strict=True))
+        return of_texts(str(self._path), used, values, self._faults, self._shape.rule)
 
-    def _columns(
+    def _read_blocks(
         self,
-        batches: Iterator[tuple[Sequence[int], Rows]],
         header: Row,
-        names: Sequence[str],
-        faults: Faults,
-    ) -> tuple[Sequence[int], dict[str, list[str]]]:
-        """The numbers and values of the rows that have as many fields as the header."""
-        width, places = len(header), [header.index(name) for name in names]
-        columns: list[list[str]] = [[] for _ in names]
-        used, odd = array("q"), array("q")
-        for numbers, rows in batches:
+        places: Sequence[int],
+        used: array[int],
+        columns: Sequence[list[str]],
+        stack: ExitStack,
+    ) -> None:
+        """Read what is well formed, and open the file again behind it."""
+        stream = stack.enter_context(open_part(self._path))
+        if self._shape.encoding != "utf-8" or not stream.seekable():
+            return
+        for _ in range(self._last - 1):
+            stream.readline()
+        line = stream.readline().decode("utf-8-sig", "replace")
+        if [*csv.reader([line], delimiter=self._delimiter)] != [header]:
+            return  # more than a line
+        end = stream.tell()
+        for block in read_blocks(
+            stream, delimiter=self._delimiter, width=len(header), places=places
+        ):
+            used.extend(range(self._last + 1, self._last + 1 + block.rows))
+            self._last, end = self._last + block.rows, block.end
+            for column, values in zip(columns, block.columns, strict=True):
+                column.extend(values)
+        stream.seek(end)
+        self._read_by_block = end
+        errors = "strict" if self._shape.strict else "surrogateescape"
+        self._go_on(io.TextIOWrapper(stream, "utf-8", errors, newline=""))
+
+    def _read_rows(
+        self, width: int, places: Sequence[int], used: array[int], columns: Sequence[list[str]]
+    ) -> None:
+        """Read the rest, row by row; those that have another number of fields are noted."""
+        for numbers, rows in self._batches(_AT_ONCE):
             whole_numbers, whole = numbers, rows
             if set(map(len, rows)) != {width}:
-                odd.extend(_those(numbers, rows, lambda row: len(row) != width)[0])
+                self._odd.extend(_those(numbers, rows, lambda row: len(row) != width)[0])
                 whole_numbers, whole = _those(numbers, rows, lambda row: len(row) == width)
             used.extend(whole_numbers)
             fields = list(zip(*whole, strict=True)) or [()] * width
             for column, place in zip(columns, places, strict=True):
                 column.extend(fields[place])
-        faults.add(f"not {width} fields as in the header", odd)
-        if self._shape.decimal == ",":
-            columns = [[*map(_with_point, column)] for column in columns]
-        return used, dict(zip(names, columns, strict=True))
 
-    def _batches(self) -> Iterator[tuple[Sequence[int], Rows]]:
+    def _batches(self, size: int) -> Iterator[tuple[Sequence[int], Rows]]:
         """The rows that are not blank, some at a time, and their numbers."""
         while not self._broken:
             rows: Rows = []
             try:
-                rows.extend(islice(self._reader, _AT_ONCE))
+                rows.extend(islice(self._rows, size))
             except csv.Error:
                 self._broken = True
             if not rows:
@@ -136,7 +165,13 @@ class _Reader:
                 yield _those(numbers, rows, any)
 
     def _invalid(self) -> DatasetUnreadable:
-        line = self._reader.line_num + self._lines_before
+        before = self._lines_before
+        if self._read_by_block:
+            with open_part(self._path) as stream:
+                before = 0
+                while stream.tell() < self._read_by_block:
+                    before += len(stream.readline()) > 0
+        line = self._rows.line_num + before
         return DatasetUnreadable(f"{self._path}: not valid CSV at line {line}")
 
 

@@ -38,6 +38,7 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cached_property
 from hashlib import sha256
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -364,14 +365,17 @@ def _split_keys(values: Values, plan: Plan) -> Sequence[str]:
     return values["unit"] if "unit" in values else _identities(values)
 
 
+_HASHED_AT_ONCE = 1_000
+
+
 def _content(values: Values) -> str:
     """SHA-256 over every value that is used, told apart by role and length."""
     digest = hashlib.sha256()
     for role in sorted(values):
         digest.update(f"{role} {len(values[role])}\n".encode())
-        for value in values[role]:
-            encoded = value.encode()
-            digest.update(b"%d:" % len(encoded) + encoded)
+        encoded = map(str.encode, values[role])
+        while some := list(islice(encoded, _HASHED_AT_ONCE)):
+            digest.update(b"".join([b"%d:%b" % (len(value), value) for value in some]))
     return digest.hexdigest()
 
 
