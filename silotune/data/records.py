@@ -264,7 +264,8 @@ def load_records(
         examples=[
             dict(zip(picked, row, strict=True))
             for row in zip(*(values[role] for role in picked), strict=True)
-        ],
+        ]
+        or [{} for _ in left.rows],  # of a plan that asks for counts alone
         unit_of=_units(values, len(left.rows), plan),
         split=_split(values, plan, salt),
         left_out=tuple(left.faults.found),

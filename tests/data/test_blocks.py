@@ -65,7 +65,7 @@ def require_same(path, content: bytes, size: int) -> None:
 
 
 slow = settings(
-    suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=100
+    suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60
 )
 
 

@@ -12,7 +12,7 @@ from tests.data.written import FIXED, WRITERS
 from tests.federation import write_federation
 from tests.whole_run import final, play
 
-QUICK = ("parquet", "fhir")
+QUICK = ("parquet",)
 """What is tried always; the others take as long each, and are tried with the slow tests."""
 
 OWN = {"i2b2", "camt053", "ofx"}
