@@ -67,7 +67,10 @@ def hospitals(
         shutil.rmtree(folder)
     write_hospitals(folder, split=split, patients=patients)  # type: ignore[arg-type]
     console = terminal()
-    console.print(f"Seven hospitals and a plan are in {folder}. Next:")
+    console.print(f"Seven hospitals and two plans are in {folder}. Next:")
+    console.print(
+        f"  silotune simulate {folder}/statistics.toml    # what they have, under privacy"
+    )
     console.print(f"  silotune plan check {folder}/plan.toml")
     console.print(f"  silotune simulate {folder}/plan.toml --baselines")
 

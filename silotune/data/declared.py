@@ -12,8 +12,15 @@ from pathlib import Path
 
 from silotune.data.site import DatasetConfig, SiteConfig
 from silotune.data.values import Rule
-from silotune.errors import ColumnMissing, HeldOutTooMuch, LabelsUnfit, TooFewRecords, UnitMismatch
-from silotune.plan.counted import number_key
+from silotune.errors import (
+    CalibrationImpossible,
+    ColumnMissing,
+    HeldOutTooMuch,
+    LabelsUnfit,
+    TooFewRecords,
+    UnitMismatch,
+)
+from silotune.plan.counted import number_key, units_with_room
 from silotune.plan.plan import Plan
 from silotune.trust.files import create_file, create_private_folder
 from silotune.trust.vault import Vault
@@ -80,11 +87,14 @@ def require_declared(site: SiteConfig, plan: Plan, *, roles: Collection[str]) ->
         The site declares a label that the plan lacks.
     HeldOutTooMuch, TooFewRecords
         The plan holds out more than the site allows, or than leaves a declared unit to train on.
+    CalibrationImpossible
+        A plan that counts has no room for so many units.
     """
     dataset = site.dataset(plan.data.dataset)
     _check_unit_name(dataset, plan)
     columns_for(dataset, plan, roles)
     numbers_for(dataset, plan)
+    _require_room(dataset, plan)
     lacking = [label for label in dataset.declared_labels if label not in plan.model.labels]
     if lacking and "label" in roles:
         raise LabelsUnfit(
@@ -142,6 +152,16 @@ def numbers_for(dataset: DatasetConfig, plan: Plan) -> dict[str, str]:
             f"[datasets.{plan.data.dataset}.numbers] in site.toml names no column"
         )
     return {number_key(name): dataset.numbers[name] for name in asked}
+
+
+def _require_room(dataset: DatasetConfig, plan: Plan) -> None:
+    """Units beyond what a sum has room for would silently not be counted."""
+    declared, room = dataset.declared_units, units_with_room(plan)
+    if plan.statistics is not None and declared > room:
+        raise CalibrationImpossible(
+            f"the site declares {declared} units, the sum of the plan has room for {room:.0f} of a site",
+            remedy="Raise aggregation.update_bound of the plan.",
+        )
 
 
 def identity_role(columns: Collection[str]) -> str:

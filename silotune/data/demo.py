@@ -256,6 +256,7 @@ def write_hospitals(
     labels = sorted({_label(c, task) for own in chosen.values() for c in own})
     folder.mkdir(parents=True, exist_ok=True)
     _write_plan(folder / "plan.toml", task, split, patients=patients, labels=labels)
+    _write_statistics(folder / "statistics.toml", patients=patients, labels=labels)
     plan = Plan.load(folder / "plan.toml")
     for hospital, own in chosen.items():
         ids = _patients(hospital, own, whole_category=split == "category") if patients else None
@@ -361,6 +362,16 @@ def _write_plan(
         labels=toml_value(labels),
         split=_SPLITS[split][0],
         unit=_UNITS[patients][0],
+    )
+    path.write_text(filled, encoding="utf-8")
+
+
+def _write_statistics(path: Path, *, patients: bool, labels: Sequence[str]) -> None:
+    sizes = "# Records that a patient has; each edge begins a group.\nrecords_a_unit = [2, 3, 4]\n"
+    filled = read_template("hospitals_statistics.toml").substitute(
+        labels=toml_value(labels),
+        records=sizes if patients else "",
+        unit=toml_value("patient" if patients else "record"),
     )
     path.write_text(filled, encoding="utf-8")
 

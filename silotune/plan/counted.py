@@ -25,6 +25,7 @@ from silotune.plan.statistics import StatisticsSection
 MOST_BINS = 10_000
 """Of a plan, all parts together."""
 
+_MOST_UNITS = float(1 << 20)  # unless the plan says otherwise
 _MARGIN = 2.0**-19  # of a unit's length: more than rounding can add in a sum of a million units
 
 
@@ -64,6 +65,12 @@ def number_key(name: str) -> str:
 def part_scale(plan: Sections) -> float:
     """What each part is multiplied by: a unit's whole vector then has length 1 at most."""
     return (1.0 - _MARGIN) / math.sqrt(len(counted_parts(plan)))
+
+
+def units_with_room(plan: Sections) -> float:
+    """Units of one site that a sum of whole numbers has room for."""
+    given = plan.aggregation.update_bound
+    return _MOST_UNITS if given is None else given
 
 
 def roles_counted(plan: Sections) -> frozenset[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from silotune.models.layout import Layout, Part
+from silotune.plan.counted import units_with_room
 from silotune.plan.plan import Plan
 from silotune.privacy.secagg.encoding import BoundedSpan, Encoding
 from silotune.privacy.secagg.graph import tolerated_collusion
@@ -19,8 +20,6 @@ _ADAM_REACH = 4.0
 # Bounds in clip norms. A number of a gradient sum passes them only if so many units push it alike.
 _SUM_REACH = {"uint32": 1024.0, "uint16": 16.0}
 _MEAN_REACH = 16.0
-MOST_UNITS = float(1 << 20)
-"""That a site's part in statistics has room for, unless the plan says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +59,10 @@ def encoding_for(plan: Plan, *, layout: Layout, server_round: int) -> Encoding:
 def update_bound(plan: Plan, part: Part) -> float:
     """Largest absolute value that a number of a site's (weighted) update may have."""
     given = plan.aggregation.update_bound
+    if plan.statistics is not None:
+        return units_with_room(plan)
     if given is not None:
         return given
-    if plan.statistics is not None:
-        return MOST_UNITS
     site = plan.optimizer.site
     rate = site.head_lr if part == "head" else site.adapter_lr
     if plan.rounds.local_steps > 1 and site.local == "adam":

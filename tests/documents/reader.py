@@ -308,5 +308,11 @@ def alternatives(command):
 
 def played():
     """Documents that are read with the hands on the keyboard."""
-    names = ("README.md", "docs/operations.md", "docs/site.md", "docs/monitoring.md")
+    names = (
+        "README.md",
+        "docs/statistics.md",
+        "docs/operations.md",
+        "docs/site.md",
+        "docs/monitoring.md",
+    )
     return [ROOT / name for name in names]

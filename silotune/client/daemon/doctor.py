@@ -294,6 +294,8 @@ class SiteDoctor:
             from silotune.client.proposal_view import require_servable
 
             policy, plan = self._site.policy, entry.plan
+            if plan.statistics is not None:
+                return f"{plan.plan.name}: statistics, for which no model is needed"
             if policy is None or plan.model.sha256 not in policy.base_models:
                 raise Skipped("policy.base_models does not list its base model")
             require_servable(self._site, plan)
