@@ -6,16 +6,19 @@ import shutil
 import tempfile
 from contextlib import chdir, suppress
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from transformers import BertConfig, BertModel
 
+from silotune.simulation import run
 from silotune.simulation.run import Settings
 from tests.federation import write_federation
 from tests.golden.read_runs import HERE
 from tests.golden.registry import GOLDEN, makes
 from tests.models.model_material import trained_tokenizer
-from tests.whole_run import play
+from tests.statistics_sites import SECURE, write_wards
+from tests.whole_run import in_this_process, play
 
 OVERRIDES = {
     "rounds.number": 3,
@@ -66,6 +69,22 @@ def run_finished(folder):
         shutil.rmtree(folder / site)
         for name in ("split.secret.sealed", "vault.json", "vault.key"):
             (made / "sites" / site / name).unlink()
+
+
+@makes("statistics.json")
+def statistics(path):
+    """What a run of statistics found at four small sites."""
+    with tempfile.TemporaryDirectory() as scratch:
+        wards = write_wards(Path(scratch) / "sites")
+        with patch.object(run, "WorkerGrid", in_this_process):
+            made = run.simulate(
+                wards.plan_path,
+                runs=Path(scratch) / "runs",
+                settings=Settings(workers=1),
+                listener=lambda event: None,
+                overrides=SECURE,
+            )
+        shutil.copyfile(made.root / "statistics.json", path)
 
 
 @makes("run_stopped")

@@ -73,6 +73,7 @@ from tests.golden.material import (
 )
 from tests.golden.read_site import secure_members
 from tests.golden.registry import makes
+from tests.statistics_sites import PLAN
 
 NOTE = b"What a sealed file says.\n"
 
@@ -429,6 +430,17 @@ def plans_of_sites(folder):
     for old, new in changes.items():
         text = text.replace(old, new)
     _write_plans(folder, {"whole_site": text})
+
+
+@makes("plans_that_count")
+def plans_that_count(folder):
+    """Statistics: with these every key of ``[statistics]`` is in a text."""
+    tokens = PLAN.replace('task = "statistics"', 'base = "public/model"\ntask = "statistics"')
+    tokens = tokens.replace(
+        "edges = [4, 8, 16]", 'counted = "tokens"\nof = "text"\nedges = [4, 8, 16]'
+    )
+    whole = tokens.replace("[statistics]\n", "[statistics]\nfloor = 50.0\nconfidence = 0.9\n")
+    _write_plans(folder, {"words": PLAN, "tokens": whole})
 
 
 def _write_plans(folder, texts):

@@ -11,6 +11,14 @@ from silotune.plan.plan import Plan
 from silotune.privacy.certificate import verify
 from silotune.privacy.ledger import Ledger, run_rows
 from silotune.report.report import summary
+from silotune.report.statistics import (
+    mean_table,
+    quantile_table,
+    read,
+    sentences,
+    training_table,
+)
+from silotune.report.statistics import tables as tables_of
 from silotune.rounds.run_directory import RunDirectory, read_record
 from silotune.simulation.run import recorded, require_same_records
 from silotune.trust.identity import fingerprint, load_or_create
@@ -19,6 +27,16 @@ from tests.golden.registry import reads
 
 HERE = "@HERE@"
 """Stands in ``resolved.json`` for the folder that the sites lie in."""
+
+
+@reads("statistics.json")
+def statistics(path):
+    found = read(path)
+    tables = {name: [table.head, *table.rows] for name, _, table in tables_of(found)}
+    more = {"quantiles": quantile_table(found), "means": mean_table(found)}
+    more |= {"training": training_table(found)}
+    rows = {name: [table.head, *table.rows] for name, table in more.items()}
+    return {"found": found, "said": sentences(found), "tables": tables | rows}
 
 
 def run_in(folder):

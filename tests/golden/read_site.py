@@ -245,6 +245,7 @@ def coordinator_config(path):
 # --- plans, messages and events ---
 
 
+@reads("plans_that_count")
 @reads("plans_of_sites")
 @reads("plans")
 def plans(folder):
