@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from rich.table import Table
 from silotune.commands.folder import AsJson
 from silotune.data.site import SiteConfig, load_sites
 from silotune.errors import ModelNotFound, PlanInvalid
+from silotune.plan.counted import part_scale
 from silotune.plan.plan import Plan, notes_on, plan_in_words, schema
 from silotune.terminal import headed, octets, terminal
 
@@ -116,17 +118,29 @@ def assess(plan: Plan, declared: dict[str, int]) -> dict[str, Any]:
     dict
         ``plan_sha256``, ``steps``, ``model`` (description, or why it can't be loaded here),
         ``trainable_parameters``, ``bytes_up`` and ``bytes_down`` a site and round (None where the
-        model isn't here), ``kept_bytes`` of the adapters that a simulation leaves, and ``sites``:
-        declared units, expected batch, rate, sigma and epsilon.
+        model isn't here), ``kept_bytes`` of the adapters that a simulation leaves, for statistics
+        ``noise_of_a_count`` (one standard deviation, in units), and ``sites``: declared units,
+        expected batch, rate, sigma and epsilon.
     """
+    sites = {name: _site_facts(plan, units) for name, units in declared.items()}
     return {
         "name": plan.plan.name,
         "plan_sha256": plan.sha256,
         "steps": plan.steps,
         "private": plan.private and plan.plan.seed is None,
         **_model_facts(plan),
-        "sites": {name: _site_facts(plan, units) for name, units in declared.items()},
+        **_count_facts(plan, [facts["sigma"] for facts in sites.values()]),
+        "sites": sites,
     }
+
+
+def _count_facts(plan: Plan, sigmas: Sequence[float]) -> dict[str, float]:
+    """Of a plan that counts: the noise of a count, in units, if all these sites take part."""
+    if plan.statistics is None or not sigmas:
+        return {}
+    sharers = plan.aggregation.threshold if plan.privacy.noise == "shared" else 1
+    variance = math.fsum(sigma**2 for sigma in sigmas) / (sharers or 1)
+    return {"noise_of_a_count": math.sqrt(variance) / part_scale(plan)}
 
 
 def _model_facts(plan: Plan) -> dict[str, Any]:
@@ -213,6 +227,12 @@ def _print(plan: Plan, facts: dict[str, Any], console: Console) -> None:
         console.print(
             f"  A simulation keeps at most {plural(most_kept(number), 'adapter')}, the last, the best "
             f"and one in {every(number)}: {octets(facts['kept_bytes'])}."
+        )
+    if "noise_of_a_count" in facts:
+        noise = f"{facts['noise_of_a_count']:.1f} {plan.privacy.unit}s"
+        console.print(
+            f"  A count comes with noise of {noise} (one standard deviation), if all "
+            f"{len(facts['sites'])} sites take part; more epsilon or fewer things counted make it less."
         )
     for sentence in facts["notes"]:
         console.print(headed("Note.", f"{sentence}.", style="yellow", indent=2))

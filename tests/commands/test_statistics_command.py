@@ -84,6 +84,8 @@ def test_a_terminal_gets_tables_the_page_and_what_a_person_reads_first(hospitals
     said = cli("plan", "check", hospitals / "statistics.toml").stdout
     assert "how often each label occurs (acute, chronic)" in " ".join(said.split())
     assert "no model takes part" in said
+    checked = json.loads(cli("plan", "check", hospitals / "statistics.toml", "--json").stdout)
+    assert checked["noise_of_a_count"] == pytest.approx(counted["noise"])  # all seven took part
     again = json.loads(cli("report", directory, "--json").stdout)
     assert again["units"] == counted["units"]
     assert json.loads((directory / "statistics.json").read_text()) == again
