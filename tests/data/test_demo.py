@@ -147,7 +147,7 @@ def test_the_same_call_writes_the_same_bytes_also_over_older_files(tmp_path):
     for folder in ("a", "b", "b"):
         write_hospitals(tmp_path / folder, patients=True, rows_per_site=60)
     files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.*"))
-    assert len(files) == 2 + 2 * 7
+    assert len(files) == 3 + 2 * 7
     for path in files:
         assert (tmp_path / "a" / path).read_bytes() == (tmp_path / "b" / path).read_bytes()
 
