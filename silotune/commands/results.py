@@ -277,6 +277,10 @@ def _finished(run: Path) -> RunDirectory:
     from silotune.rounds.run_directory import RunDirectory
 
     directory = RunDirectory.open(run)
+    if directory.find_json("statistics.json") is not None:
+        raise RunDirectoryInvalid(
+            f"{run} counted and trained nothing", remedy=f"See what it found: silotune report {run}"
+        )
     if not directory.final_adapter.is_dir():
         raise RunDirectoryInvalid(
             f"{run} has no final adapter yet",

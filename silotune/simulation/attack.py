@@ -127,6 +127,10 @@ def attack(directory: RunDirectory, *, settings: Settings, say: Say) -> Attacks:
     if directory.find_json("results.json") is None:
         raise RunDirectoryInvalid(f"{directory.root} is not finished; attack it when it is")
     run = recorded(directory)
+    if run.plan.statistics is not None:
+        raise RunDirectoryInvalid(
+            f"{directory.root} counted and trained nothing: there is no adapter to attack"
+        )
     if refusing := [site.name for site in run.sites if not site.allow_attacks]:
         raise AttackRefused(f"not allowed by {', '.join(refusing)}")
     found = _attacked(directory, run, settings=settings, say=say)

@@ -30,6 +30,7 @@ from silotune.data.checks import Surveyed, survey
 from silotune.data.declared import new_secret, own_secret
 from silotune.data.site import SiteConfig, load_sites
 from silotune.errors import (
+    PlanInvalid,
     QuorumLost,
     RecordsChanged,
     RunDirectoryInvalid,
@@ -243,6 +244,8 @@ def simulate(
         Of any family; the run directory keeps what was finished.
     """
     plan = Plan.load(plan_path).override(overrides or {})
+    if plan.statistics is not None and settings.baselines:
+        raise PlanInvalid("a plan that counts trains nothing that baselines could stand beside")
     sites = list(load_sites(sites_folder or plan_path.resolve().parent))
     _require_sites(plan, sites)
     secrets = {site.name: new_secret() for site in sites}

@@ -7,12 +7,14 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 
-from silotune.errors import RunDirectoryInvalid
+from silotune.commands.results import _finished as finished
+from silotune.errors import PlanInvalid, RunDirectoryInvalid
 from silotune.privacy import certificate
 from silotune.privacy.ledger import Ledger
 from silotune.report.statistics import read
 from silotune.rounds import estimates
 from silotune.simulation import run
+from silotune.simulation.attack import attack
 from silotune.simulation.run import Settings
 from tests.statistics_sites import SECURE, WARDS, write_wards
 from tests.whole_run import go_on, in_this_process
@@ -95,6 +97,21 @@ def test_a_statistics_run_leaves_its_figures_and_no_bare_sums(together):
     found = read(together.root / "statistics.json")
     assert found == {"run": together.name, **told["found"]}
     assert found["sites"] == {name: {"declared_units": 150} for name in WARDS}
+
+
+def test_what_is_for_adapters_says_that_there_is_none(together, wards):
+    with pytest.raises(RunDirectoryInvalid, match="trained nothing"):
+        attack(together, settings=Settings(workers=1), say=print)
+    with pytest.raises(RunDirectoryInvalid, match="trained nothing"):
+        finished(together.root)
+    with pytest.raises(PlanInvalid, match="trains nothing"):
+        run.simulate(
+            wards.plan_path,
+            runs=wards.folder / "never",
+            settings=Settings(baselines=True),
+            listener=lambda event: None,
+        )
+    assert not (wards.folder / "never").exists()
 
 
 def test_a_file_of_another_format_is_not_taken_for_statistics(together, tmp_path):
