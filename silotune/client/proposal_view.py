@@ -11,7 +11,7 @@ from silotune.client.policy import PlanVerdict, facts_for, judge, total_epsilon
 from silotune.client.site_run import local_time
 from silotune.client.terms import delta_notes
 from silotune.data.checks import survey
-from silotune.data.declared import require_declared
+from silotune.data.declared import require_declared, secret_for_a_look
 from silotune.data.site import SiteConfig
 from silotune.errors import SilotuneError
 from silotune.models.base import outline, require_taken
@@ -167,7 +167,7 @@ def records_in_words(site: SiteConfig, plan: Plan) -> list[str]:
 
     They are read here and now. Look-alikes are counted on a split of the same shares.
     """
-    roles, secrets = needs_of(plan).roles, {site.name: os.urandom(32)}
+    roles, secrets = needs_of(plan).roles, {site.name: secret_for_a_look(site, os.urandom(32))}
     (found,) = survey([site], plan, roles=roles, secrets=secrets)
     own = [] if plan.data.dataset not in site.datasets else delta_notes(plan, site)
     return [*found.notes(split_by=plan.data.split_by), *own]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 
 from silotune.data.site import DatasetConfig, SiteConfig
@@ -17,6 +18,7 @@ from silotune.errors import (
     ColumnMissing,
     HeldOutTooMuch,
     LabelsUnfit,
+    SilotuneError,
     TooFewRecords,
     UnitMismatch,
 )
@@ -38,11 +40,6 @@ _BY_RULE_2 = b"silotune values 2\0"
 def new_secret() -> bytes:
     """A new secret of a site, under the newest rule of values."""
     return _BY_RULE_2 + os.urandom(_BYTES)
-
-
-def stand_in(secret: bytes, purpose: bytes) -> bytes:
-    """A secret that is no site's, under the rule of one that is: it reads alike and splits otherwise."""
-    return (_BY_RULE_2 if secret.startswith(_BY_RULE_2) else b"") + purpose
 
 
 def rule_for(dataset: DatasetConfig, secret: bytes) -> Rule:
@@ -67,6 +64,20 @@ def own_secret(state: Path, vault: Vault, *, new: bytes | None = None) -> bytes:
         create_private_folder(state)
         create_file(path, vault.seal(new or new_secret(), name=path.name))
     return vault.read(path)
+
+
+def secret_for_a_look(site: SiteConfig, purpose: bytes) -> bytes:
+    """A secret for whoever looks at a site's records without a run.
+
+    Values become text as they do for the site's own runs, and the split is another one: no page and no
+    terminal should tell on which side a unit is.
+    """
+    own = new_secret()  # also where the site's can't be opened here
+    if (site.state_folder / SECRET_FILE).exists():
+        with suppress(SilotuneError):
+            vault = Vault(site.state_folder, site.at_rest, base=site.folder)
+            own = own_secret(site.state_folder, vault)
+    return (_BY_RULE_2 if own.startswith(_BY_RULE_2) else b"") + purpose
 
 
 _LEAST_UNITS = 1.0

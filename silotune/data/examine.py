@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from silotune.data.declared import SECRET_FILE, new_secret, own_secret, rule_for, stand_in
+from silotune.data.declared import rule_for, secret_for_a_look
 from silotune.data.duplicates import Sketches, Twins, find_twins
 from silotune.data.examination import Examination, Histogram, LabelCount, Lengths, Resemblance
 from silotune.data.flattery import measure_flattery
@@ -25,10 +24,9 @@ from silotune.data.records import Records, Split, load_records
 from silotune.data.remarks import remarks_on
 from silotune.data.roles import read_roles
 from silotune.data.site import DatasetConfig, SiteConfig
-from silotune.errors import ColumnMissing, ModelNotFound, SilotuneError
+from silotune.errors import ColumnMissing, ModelNotFound
 from silotune.models.needs import NEEDS, needs_of
 from silotune.plan.plan import Plan
-from silotune.trust.vault import Vault
 
 Advance = Callable[[], None]
 Stage = Callable[[str, int], Advance]
@@ -66,7 +64,7 @@ def examine(
         The site can't serve the plan, or the dataset can't be read.
     """
     dataset = site.dataset(name)
-    secret = _secret(site)
+    secret = secret_for_a_look(site, _PURPOSE)
     asked = plan or _usual_plan(site, name, dataset, secret)
     roles = needs_of(asked).roles
     done = stage("reading", 1)
@@ -80,16 +78,6 @@ def examine(
         found = replace(found, versions=len(every) - len(records))
         done()
     return replace(found, remarks=tuple(remarks_on(found)))
-
-
-def _secret(site: SiteConfig) -> bytes:
-    """What splits for this look: values become text as they do for the site's own runs."""
-    own = new_secret()
-    if (site.state_folder / SECRET_FILE).exists():
-        with suppress(SilotuneError):  # it can't be opened here: then by the newest rule
-            vault = Vault(site.state_folder, site.at_rest, base=site.folder)
-            own = own_secret(site.state_folder, vault)
-    return stand_in(own, _PURPOSE)
 
 
 def _usual_plan(site: SiteConfig, name: str, dataset: DatasetConfig, secret: bytes) -> Plan:

@@ -10,12 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from silotune.data.declared import new_secret, rule_for
+from silotune.data.declared import new_secret, own_secret, rule_for, secret_for_a_look
 from silotune.data.records import load_records
 from silotune.data.site import DatasetConfig, Format, SiteConfig
 from silotune.data.sources import read_dataset
 from silotune.data.values import MISSING, canonical, canonical_column, text_of, without_missing
 from silotune.plan.plan import Plan
+from silotune.trust.vault import Vault
 from tests.data.written import FIXED, TEXTS, VALUES, WRITERS, source_of
 from tests.golden.registry import GOLDEN
 
@@ -198,3 +199,16 @@ def test_a_label_that_is_a_word_for_nothing_is_a_label_where_it_is_declared(tmp_
 )
 def test_a_column_is_read_as_its_values_are(column):
     assert list(canonical_column(column)) == [canonical(text) for text in column]
+
+
+def test_whoever_only_looks_reads_by_the_sites_rule_and_splits_otherwise(tmp_path):
+    site = site_of(tmp_path, "csv", {"note": ["a"], "outcome": ["no"], "patient": [1001.0]})
+    dataset = site.datasets["notes"]
+    assert rule_for(dataset, secret_for_a_look(site, b"look")) == 2  # a site that begins
+    for own, rule in ((OLD, 1), (NEW, 2)):
+        state = site.model_copy(update={"state_dir": f"state{rule}"})
+        state._folder = tmp_path
+        own_secret(state.state_folder, Vault(state.state_folder), new=own)
+        found = secret_for_a_look(state, b"look")
+        assert rule_for(dataset, found) == rule
+        assert own not in found

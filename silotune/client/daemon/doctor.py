@@ -251,13 +251,12 @@ class SiteDoctor:
     def _dataset(self, name: str) -> Callable[[], str]:
         def check() -> str:
             from silotune.data.augmentation import Augmentation
-            from silotune.data.declared import SECRET_FILE, new_secret, rule_for
+            from silotune.data.declared import rule_for, secret_for_a_look
             from silotune.data.roles import read_roles
             from silotune.errors import RecordInvalid
 
-            dataset, secret = self._site.dataset(name), self._site.state_folder / SECRET_FILE
-            known = self._vault.read(secret) if self._vault and secret.exists() else None
-            rule = rule_for(dataset, known or new_secret())
+            dataset = self._site.dataset(name)
+            rule = rule_for(dataset, secret_for_a_look(self._site, b"doctor"))
             columns = {str(role): column for role, column in dataset.columns.by_role().items()}
             read = partial(read_roles, dataset, folder=self._site.folder, roles=columns, rule=rule)
             with suppress(
