@@ -28,6 +28,7 @@ from functools import cache
 from pathlib import Path
 from typing import get_args
 
+from silotune.client.data_parallel import processes_for
 from silotune.client.errors import IsolationMissing
 from silotune.client.isolation import kernel, landlock, seccomp
 from silotune.data.site import ProtectionName, SiteConfig
@@ -218,7 +219,8 @@ def checked(site: SiteConfig) -> tuple[Protection, ...]:
     """
     memory, gpu = site.resources.memory_mb, site.resources.device != "cpu"
     limit = None if memory is None else memory * 1_000_000
-    found = offered(Confinement(memory=limit, gpu=gpu))
+    together = processes_for(site.resources) > 1
+    found = offered(Confinement(memory=limit, gpu=gpu, loopback=together))
     require(found, site.isolation.require)
     return found
 

@@ -8,6 +8,7 @@ import os
 import socket
 import struct
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -47,8 +48,9 @@ def hide_memory() -> None:
 
 
 def go_first() -> None:
-    """Where memory runs out, the kernel ends this process before others."""
-    Path("/proc/self/oom_score_adj").write_text("1000")
+    """Where memory runs out, the kernel ends this process before others, if it may be told so."""
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
 
 
 def drop_capabilities() -> None:

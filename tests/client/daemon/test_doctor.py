@@ -126,6 +126,9 @@ def test_a_protection_that_is_required_and_missing_is_found(folder):
     assert (
         "memory_limit is not in force (resources.memory_mb of site.toml sets none)" in found.detail
     )
+    two = examined(folder, lambda text: text.replace("[resources]", "[resources]\ndevices = 2", 1))
+    assert "; 2 processes share a step" in two["device"].detail
+    assert "landlock_network is not in force (its processes talk by TCP" in two["isolation"].detail
     asked = '[isolation]\nrequire = ["seccomp", "memory_limit"]\n[policy]'
     found = examined(folder, lambda text: text.replace("[policy]", asked, 1))["isolation"]
     assert (found.state, found.code) == ("failed", "ST-749")

@@ -547,9 +547,10 @@ def outcome(layers, attack, stage):
 
 
 def become_an_ordinary_account():
-    """As root: an account without rights, in a user namespace that gives root's files another owner."""
+    """An account without rights, as root too: in a user namespace where root is not the owner."""
+    user, group = f"1000 {os.getuid()} 1", f"1000 {os.getgid()} 1"
     LIBC.unshare(0x10000000)
-    for name, line in (("setgroups", "deny"), ("gid_map", "1000 0 1"), ("uid_map", "1000 0 1")):
+    for name, line in (("setgroups", "deny"), ("gid_map", group), ("uid_map", user)):
         Path("/proc/self", name).write_text(line)
     if "--no-namespaces" in sys.argv:
         Path("/proc/sys/user/max_user_namespaces").write_text("0")  # of those in this one
@@ -558,7 +559,7 @@ def become_an_ordinary_account():
 
 
 def main():
-    if "--ordinary" in sys.argv and os.getuid() == 0:
+    if "--ordinary" in sys.argv and (os.getuid() == 0 or "--no-namespaces" in sys.argv):
         become_an_ordinary_account()
     lay_out()
     stage = Stage()
