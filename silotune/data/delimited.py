@@ -31,7 +31,7 @@ _LONGEST_FIELD = 2**31 - 1
 _AT_ONCE = 500
 
 # Excel writes, and reads, a first line that names the delimiter.
-_SEPARATOR = re.compile(r'"?sep=(.)"?\s*', re.IGNORECASE)
+_SEPARATOR = re.compile(r'"?sep=([,;|\t])"?\s*', re.IGNORECASE)
 
 _WITH_COMMA = re.compile(r"\s*-?(?:\d+|\d{1,3}(?:\.\d{3})+),\d+\s*").fullmatch
 
@@ -117,8 +117,10 @@ class _Reader:
         for _ in range(self._last - 1):
             stream.readline()
         line = stream.readline().decode("utf-8-sig", "replace")
-        if [*csv.reader([line], delimiter=self._delimiter)] != [header]:
-            return  # more than a line
+        if "\r" in line.removesuffix("\n").removesuffix("\r") or [
+            *csv.reader([line], delimiter=self._delimiter)
+        ] != [header]:
+            return  # it is more than a line, or rows end otherwise
         end = stream.tell()
         for block in read_blocks(
             stream, delimiter=self._delimiter, width=len(header), places=places

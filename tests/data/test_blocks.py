@@ -91,6 +91,35 @@ def test_files_that_programs_wrote_are_read_alike(tmp_path, rows, end, size):
     require_same(tmp_path / "t", "".join(lines).encode(), size)
 
 
+@pytest.mark.parametrize(
+    "header",
+    [
+        '"a\n",b,c\n',
+        "a,b,c\r",
+        "a,b,c\r\n",
+        "\n,,\na,b,c\n",
+        '"a","b","c"\n',
+        "sep=;\na;b;c\n",
+        "é,b,c\n",
+    ],
+)
+def test_headers_of_every_kind_are_read_alike(tmp_path, header):
+    rows = 'x,y,z\n1.0,"n",\n'
+    if header.endswith("\r"):
+        rows = rows.replace("\n", "\r")
+    if ";" in header:
+        rows = rows.replace(",", ";")
+    content = (header + rows * 20).encode()
+    for size in (16, 10_000):
+        (tmp_path / "t").write_bytes(content)
+        found = [
+            outcome(tmp_path / "t", by_block=by_block, size=size, strict=True, wanted=["b", "c"])
+            for by_block in (True, False)
+        ]
+        assert found[0] == found[1]
+        assert list(found[0][1]["b"]) == ["y", "n"] * 20
+
+
 def test_bytes_that_are_no_text_are_told_alike(tmp_path):
     content = HEADER.encode() + b"x,y,z\n" * 50 + b"x,\xff,z\n" + b"x,y,z\n" * 50
     for size in (7, 64, 10_000):
