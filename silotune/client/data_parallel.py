@@ -18,8 +18,10 @@ import ctypes
 import logging
 import math
 import os
+import select
 import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -119,6 +121,7 @@ class Ranks:
         """Meet the others, once; with PyTorch imported."""
         if self.size == 1 or not self._meeting:
             return
+        threading.Thread(target=self._end_with, daemon=True).start()
         import torch
         from accelerate import PartialState
 
@@ -133,6 +136,14 @@ class Ranks:
         PartialState(cpu=True, backend="gloo", init_method=self._meeting, timeout=_PATIENCE)
         torch.set_num_threads(threads)  # Accelerate sets its own where OMP_NUM_THREADS does not
         self._meeting = ""
+
+    def _end_with(self) -> None:
+        """End the process as soon as another one has, whatever it is doing."""
+        gone = select.poll()
+        for link in (*self._followers, *([self.leader] if self.leader else [])):
+            gone.register(link, select.POLLRDHUP)
+        gone.poll()
+        self._lose("a process of the trainer is gone")
 
     def _lose(self, why: str) -> NoReturn:
         _log.error("%s; this one ends too", why)
