@@ -48,13 +48,14 @@ def sites_of(plan: Plan, folder: Path, state: Path, *, most: int) -> list[SiteRu
         for site in load_sites(folder)[:most]
     ]
     for run in runs:
-        run.trainer.prepare()
+        run.training.prepare()
+        run.trainer = run.training.alone()  # with all of a round's work in it
     return runs
 
 
 def turn(runs: list[SiteRun], number: int) -> dict[str, float]:
     """Seconds of one round at all sites, one after the other, by both clocks."""
-    adapter = initial_adapter(runs[0].trainer.layout, runs[0].plan)
+    adapter = initial_adapter(runs[0].layout, runs[0].plan)
     # Away from the start, where B and head are zero and A has no gradient.
     adapter += np.random.default_rng(number).normal(0.0, 0.01, adapter.size).astype(np.float32)
     start = {name: clock() for name, clock in CLOCKS.items()}

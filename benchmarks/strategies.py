@@ -106,8 +106,8 @@ def parts_of(
         roomy = site.model_copy(update={"datasets": {"diagnoses": offered}})
         part = SiteRun(roomy, state=state / str(number), plan=plan, run="grid", models=models)
         if site.name not in kept:
-            kept[site.name] = part.records, part.encoded
-        part.records, part.encoded = kept[site.name]  # type: ignore[misc,assignment]
+            kept[site.name] = part.training.records, part.training.encoded
+        part.training.records, part.training.encoded = kept[site.name]
         parts.append(part)
     return parts
 
@@ -125,7 +125,7 @@ def run(job: tuple[Case, str, str]) -> tuple[Case, dict[str, float]]:
 
 def train(plan: Plan, parts: list[SiteRun], *, poisoned: int) -> dict[str, float]:
     """Train, score on everybody's test records, and count what would have travelled."""
-    layout = parts[0].trainer.layout
+    layout = parts[0].layout
     terms = [
         Terms(node=n, site=part.site.name, declared_units=part.dataset.declared_units)
         for n, part in enumerate(parts)
@@ -148,9 +148,8 @@ def train(plan: Plan, parts: list[SiteRun], *, poisoned: int) -> dict[str, float
         adapter = strategy.finish(adapter, server_round=number)
         server += time.process_time()
     found = {"f1": macro_f1(plan, parts, [adapter] * len(parts))}
-    keeping = [part.trainer.keeping for part in parts]
-    if keeping[0].any:
-        own = [one.personal(adapter, before=plan.rounds.number + 1) for one in keeping]
+    own = [part.updates.personal(adapter, before=plan.rounds.number + 1) for part in parts]
+    if own[0] is not None:
         found["f1_personal"] = macro_f1(plan, parts, own)
     rounds = plan.rounds.number * len(parts)
     found |= {"up": up / rounds, "down": down / rounds}
@@ -160,7 +159,7 @@ def train(plan: Plan, parts: list[SiteRun], *, poisoned: int) -> dict[str, float
 def macro_f1(plan: Plan, parts: list[SiteRun], adapters: list[np.ndarray]) -> float:
     frozen = plan.optimizer.site.head_rounds >= plan.rounds.number
     counts = [
-        score(part, adapter, split=Split.TEST, frozen=frozen)
+        score(part.training, adapter, split=Split.TEST, frozen=frozen)
         for part, adapter in zip(parts, adapters, strict=True)
     ]
     return metrics_of(plan, sum(counts))["macro_f1"]

@@ -156,3 +156,10 @@ def write_policy(config: Path, base: Path, **clauses) -> str:
     config.write_text(config.read_text() + "\n".join(tables))
     config.chmod(0o600)
     return sha256
+
+
+def trainer_of(run):
+    """A site's trainer as comparisons use it: the noise of a round is in its update."""
+    if "trainer" not in vars(run):
+        run.trainer = run.training.alone()
+    return run.trainer

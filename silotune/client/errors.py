@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from silotune.errors import EnvironmentFault, PolicyError, PrivacyError, RunError
+from silotune.errors import EnvironmentFault, PolicyError, PrivacyError, RunError, SilotuneError
 
 # --- policy: one code a clause ------------------------------------------------------------------
 
@@ -331,3 +331,81 @@ class RestoreNotNeeded(RunError):
         "Ledger and audit log are those that the coordinator signed last, or it has signed none."
     )
     advice = "Start the site: `silotune site start`."
+
+
+# --- the trainer, the process that reads records: exit code 70 -----------------------------------
+
+
+class TrainerFault(SilotuneError):
+    """The process that reads records failed; what it failed on stays at the site."""
+
+    code, exit_code = "ST-750", 70
+    title = "The trainer failed"
+    cause = "The process that reads the records and trains met an error that it has no name for."
+    advice = "Read the daemon's log around that time; the next round begins with a fresh process."
+
+
+class TrainerDied(TrainerFault):
+    """It ended while something was asked of it."""
+
+    code = "ST-751"
+    title = "The trainer came to an end in the middle of its work"
+    cause = (
+        "It crashed, somebody ended it, or the kernel did because the machine's memory was used up."
+    )
+    advice = (
+        "Look into the kernel's log for 'Out of memory' and into the daemon's for a crash. The next "
+        "round begins with a fresh process."
+    )
+
+
+class TrainerStuck(TrainerFault):
+    """It did not answer in time."""
+
+    code = "ST-752"
+    title = "The trainer took longer than the plan's deadline"
+    cause = (
+        "A round took longer than rounds.deadline of the plan, or the process hangs; it was ended."
+    )
+    advice = "If rounds are slow here, ask for a longer deadline, or give more threads or a device."
+
+
+class TrainerOutOfMemory(TrainerFault):
+    """It asked for more memory than it may have."""
+
+    code = "ST-753"
+    title = "The trainer ran out of memory"
+    cause = (
+        "resources.memory_mb of site.toml, the machine or the device has less than a step needs."
+    )
+    advice = "Raise resources.memory_mb, or ask for a smaller privacy.max_physical_batch."
+
+
+class TrainerDiskFull(TrainerFault):
+    """Its scratch folder has no room."""
+
+    code = "ST-754"
+    title = "The trainer's disk is full"
+    cause = "The disk of the site's state folder has no room for the trainer's temporary files."
+    advice = "Free space there; the next round begins with a fresh process."
+
+
+class TrainerAnswerInvalid(TrainerFault):
+    """It said something that it can't have to say."""
+
+    code = "ST-755"
+    title = "The trainer's answer is not of the form that was asked for"
+    cause = "It is of another shape, type or size than the plan's, or is no answer to the question."
+    advice = (
+        "It was ended, and nothing of the answer was used. If it happens again, look at what the "
+        "records contain: somebody may have taken the process over by them."
+    )
+
+
+class TrainerNotStarted(TrainerFault):
+    """The process could not be started."""
+
+    code = "ST-756"
+    title = "The trainer could not be started"
+    cause = "The machine has no process or memory left, or the installation is damaged."
+    advice = "Run `silotune site doctor`, and read the daemon's log."

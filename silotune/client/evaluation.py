@@ -1,85 +1,68 @@
-"""Evaluation on a site's validation units: counts that leave only with noise, or not at all.
+"""What a site tells of its validation units: counts that leave only with noise, or not at all.
 
 Each validation unit adds one record to the counts, so that a unit moves them by a known amount: one
-cell of a confusion matrix, or one capped loss and one to the number of texts.
+cell of a confusion matrix, or one capped loss and one to the number of texts. Counting is
+`silotune.client.scoring`'s; here are the shape and the bounds that it has to keep, and the noise.
 """
 
 from __future__ import annotations
 
-import logging
 import math
-from contextlib import suppress
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from silotune.models.batching import Encoded, batches
-from silotune.models.task import LoadedModel
+from silotune.errors import SelfCheckFailed
+from silotune.models.needs import needs_of
+from silotune.plan.plan import Plan
 from silotune.privacy.noise import NoiseSource
 
-_log = logging.getLogger(__name__)
+LOSS_CAP = 10.0
+"""No text counts with a larger loss."""
 
-_LOSS_CAP = 10.0
-
-
-def sensitivity(model: LoadedModel) -> float:
-    """L2 norm of the most that one unit can add to `counts`."""
-    return 1.0 if model.task.has_head else math.sqrt(_LOSS_CAP**2 + 1.0)
+_MOST_UNITS = 8  # times as many as are declared: more would be a mistake in site.toml, or a lie
 
 
-def counts(
-    model: LoadedModel, encoded: Encoded, *, rows: NDArray[np.int64], units: NDArray[np.int64]
-) -> NDArray[np.float64]:
-    """Summed counts over the first record of each unit.
+def sensitivity(plan: Plan) -> float:
+    """L2 norm of the most that one unit can add to counts."""
+    return 1.0 if needs_of(plan).has_head else math.hypot(LOSS_CAP, 1.0)
+
+
+def nothing(plan: Plan) -> NDArray[np.float64]:
+    """Counts of no unit at all."""
+    labels = len(plan.model.labels)
+    return np.zeros((labels, labels) if needs_of(plan).has_head else 2)
+
+
+def bounded(values: NDArray[np.float64], plan: Plan, *, units: int) -> NDArray[np.float64]:
+    """Counts as they may be, whoever counted: of the plan's shape, none below zero, none too large.
+
+    Each number is moved to the nearest one that is allowed, so that two countings are no further apart
+    afterwards than they were: the noise hides as much as before.
 
     Parameters
     ----------
-    model : LoadedModel
-        With the adapter to be measured written into it.
-    encoded : Encoded
-        The site's records.
-    rows : int array
-        Validation records.
-    units : int array
-        The unit of each of `rows`.
+    values : float64 array
+        As they were counted.
+    plan : Plan
+        Its task gives the shape.
+    units : int
+        That the site declares.
 
-    Returns
-    -------
-    float64 array
-        Classification: confusion matrix [labels, labels]. Causal LM: [sum of capped losses, texts].
+    Raises
+    ------
+    SelfCheckFailed
+        They have another shape or type, or are not finite.
     """
-    _, first = np.unique(units, return_index=True)
-    chosen = rows[np.sort(first)]
-    total = nothing(model)
-    for batch in batches(encoded, chosen, size=model.plan.privacy.max_physical_batch):
-        try:
-            total += _batch_counts(model, encoded, batch)
-        except Exception:
-            if not model.plan.private:
-                raise
-            # What it is about one record, nobody may learn: alone, it counts as nothing.
-            _log.exception("%d records could not be scored together", len(batch))
-            for row in batch:
-                with suppress(Exception):
-                    total += _batch_counts(model, encoded, [row])
-    return total
-
-
-def nothing(model: LoadedModel) -> NDArray[np.float64]:
-    """Counts of no unit at all."""
-    labels = len(model.plan.model.labels)
-    return np.zeros((labels, labels) if model.task.has_head else 2)
-
-
-def _batch_counts(model: LoadedModel, encoded: Encoded, rows: list[int]) -> NDArray[np.float64]:
-    inputs = model.task.collate(encoded, rows, model.device)
-    return model.task.score(model.module, inputs, cap=_LOSS_CAP)
+    if values.shape != nothing(plan).shape or values.dtype != np.float64:
+        raise SelfCheckFailed("the counts are not of the plan's shape")
+    if not np.isfinite(values).all():
+        raise SelfCheckFailed("a count is not finite")
+    return np.clip(values, 0.0, _MOST_UNITS * units * sensitivity(plan))
 
 
 def noisy(
     values: NDArray[np.float64], *, sigma: float, sensitivity: float, noise: NoiseSource
 ) -> NDArray[np.float32]:
     """Counts with Gaussian noise of standard deviation sigma times sensitivity."""
-    sums = torch.tensor(values, dtype=torch.float32)
-    return np.asarray(noise.add(sums, sigma * sensitivity).numpy(), dtype=np.float32)
+    return noise.added(values.astype(np.float32), sigma * sensitivity)

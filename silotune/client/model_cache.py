@@ -1,22 +1,44 @@
-"""The base model of a process: loaded once, kept between messages, shared by its sites."""
+"""The base model of a process, loaded once and shared by its sites; and their training with it."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from silotune.client.trainer import TrainableModel
+import numpy as np
+from numpy.typing import NDArray
+
+from silotune.client.run_files import CarriedMemory
+from silotune.client.scoring import counts
+from silotune.client.trainer import SiteData, TrainableModel, Trainer
+from silotune.client.training.base import (
+    LoadedAs,
+    Prior,
+    RecordsRead,
+    Trained,
+    TrainingJob,
+    Vector,
+    sums_of,
+)
+from silotune.data.records import Records, Split, load_records
 from silotune.data.site import SiteConfig
+from silotune.data.statistics import CountTokens, site_sums
+from silotune.models.adapter import write_adapter
 from silotune.models.base import load_model, outline
-from silotune.models.batching import Encoded
+from silotune.models.batching import Encoded, padding_id
 from silotune.models.choices import Choices
 from silotune.models.features import Frozen, compute_frozen
-from silotune.models.layout import Layout
+from silotune.models.layout import Layout, statistics_layout
+from silotune.models.needs import needs_of
+from silotune.models.pretrained import load_tokenizer, locate, weights_sha256
 from silotune.plan.plan import Plan
 
 _MOST_FROZEN = 16  # sites whose frozen features are kept at a time
+_ANY_ROUND = 1 << 62  # later than all
 
 
 @dataclass
@@ -32,14 +54,24 @@ class ModelCache:
         has none: what is made of its records stays in memory.
     device : str
         What to compute on when `choices` are made here.
+    trial : bool
+        Whether a model is tried on public texts when it is loaded.
+    kind : callable or None
+        Makes the trainings of this process, if they are not plain `LocalTraining`.
     """
 
     choices: Choices | None = None
     shared: Path | None = None
     device: str = "auto"
+    trial: bool = True
+    kind: Callable[[TrainingJob, ModelCache], LocalTraining] | None = None
     _held: dict[int, TrainableModel] = field(default_factory=dict)
     _outlined: tuple[Plan, Layout] | None = None
     _frozen: dict[_Made, Frozen] = field(default_factory=dict)
+
+    def training(self, job: TrainingJob) -> LocalTraining:
+        """The training of a run, in this process."""
+        return (self.kind or LocalTraining)(job, self)
 
     def for_plan(
         self, plan: Plan, *, base: str | None = None, rank: int | None = None
@@ -55,7 +87,7 @@ class ModelCache:
         if rank not in self._held:
             wish = asdict(self.choices) if self.choices else {"device": self.device}
             wish.pop("reason", None)
-            loaded = load_model(plan, base=base, rank=rank, **wish)
+            loaded = load_model(plan, base=base, rank=rank, trial=self.trial, **wish)
             self._held[rank] = TrainableModel(plan, loaded)
         return self._held[rank]
 
@@ -69,7 +101,13 @@ class ModelCache:
         return self._outlined[1]
 
     def frozen(
-        self, site: SiteConfig, plan: Plan, encoded: Encoded, *, content: str = ""
+        self,
+        site: SiteConfig,
+        plan: Plan,
+        encoded: Encoded,
+        *,
+        content: str = "",
+        base: str | None = None,
     ) -> Frozen:
         """What the base model makes of a site's records: the same for all plans of one model.
 
@@ -83,7 +121,7 @@ class ModelCache:
         if key not in self._frozen:
             if len(self._frozen) >= _MOST_FROZEN:
                 self._frozen.clear()
-            self._frozen[key] = self._find_frozen(key, plan, encoded, base=site.model_place(plan))
+            self._frozen[key] = self._find_frozen(key, plan, encoded, base=base)
         return self._frozen[key]
 
     def forget_other_content(self, site: SiteConfig, plan: Plan, content: str) -> None:
@@ -95,7 +133,7 @@ class ModelCache:
             if not path.name.startswith(f"{place}-{content}-"):
                 path.unlink(missing_ok=True)
 
-    def _find_frozen(self, key: _Made, plan: Plan, encoded: Encoded, *, base: str) -> Frozen:
+    def _find_frozen(self, key: _Made, plan: Plan, encoded: Encoded, *, base: str | None) -> Frozen:
         path = self.shared / f"{'-'.join(key)}.safetensors" if self.shared else None
         if path is not None and path.exists():
             return Frozen.load(path, encoded)
@@ -119,3 +157,191 @@ def _place(site: SiteConfig, plan: Plan) -> str:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+class LocalTraining:
+    """A run's training in this process: what reads a site's records, and nothing that they leave by.
+
+    Parameters
+    ----------
+    job : TrainingJob
+        Whose records, for which plan.
+    models : ModelCache
+        The process's model.
+    """
+
+    def __init__(self, job: TrainingJob, models: ModelCache) -> None:
+        self.job, self._models = job, models
+        self._memory = CarriedMemory()
+
+    # --- what a site's part in a run asks ---
+
+    def layout(self) -> Layout:
+        """The adapter's layout at the plan's rank; no weight is loaded for it."""
+        plan = self.job.plan
+        if plan.statistics is not None:
+            return statistics_layout(plan)
+        return self._models.layout(plan, base=self.job.base)
+
+    def loaded(self) -> LoadedAs:
+        """Load the model and try it, before any record is read."""
+        if self.job.plan.statistics is not None:
+            return sums_of(self.job.plan)
+        model = self.trainable.model
+        return LoadedAs(layout=model.layout, dtype=str(model.dtype).removeprefix("torch."))
+
+    def weights_sha256(self) -> str | None:
+        """Hash of the base model's weights here; None for statistics without one."""
+        return weights_sha256(locate(self.job.base)) if self.job.base else None
+
+    def prepare(self) -> None:
+        """Read the records, and compute what the base model alone makes of them."""
+        if self.job.plan.statistics is not None:
+            _ = self.records
+        else:
+            self.trainer.prepare()
+
+    def round(
+        self, adapter: Vector, server_round: int, *, clip: float | None, prior: Prior | None
+    ) -> Trained:
+        """The steps of a round on the site's records; of statistics the sums over its units."""
+        if self.job.plan.statistics is not None:
+            sums = site_sums(self.records, self.job.plan, count_tokens=self._count_tokens())
+            return Trained(flat=sums, kept={}, records=len(self.records))
+        return self._worked(self.trainer, adapter, server_round, clip=clip, prior=prior)
+
+    def blank(
+        self, adapter: Vector, server_round: int, *, clip: float | None, prior: Prior | None
+    ) -> Trained:
+        """The same round without records."""
+        return self._worked(self._idle, adapter, server_round, clip=clip, prior=prior)
+
+    def tables(self, adapter: Vector, *, prior: Prior | None) -> dict[str, NDArray[np.float64]]:
+        """Counts of the shared adapter, and of the site's own where it keeps parts."""
+        self._memory.given = prior
+        found, keeping = {"counts": self._counts(adapter)}, self._idle.keeping
+        if keeping.any:
+            found["personal"] = self._counts(keeping.personal(adapter, before=_ANY_ROUND))
+        return found
+
+    def close(self) -> None:
+        """Nothing: the process's memory is everybody's here."""
+
+    # --- parts, each made on first use ---
+
+    @property
+    def trainable(self) -> TrainableModel:
+        """The process's model, ready for this plan."""
+        return self._models.for_plan(self.job.plan, base=self.job.base, rank=self.job.rank)
+
+    @cached_property
+    def records(self) -> Records:
+        """The site's records."""
+        site, plan = self.job.site, self.job.plan
+        secret = self.job.secret()
+        found = load_records(site, plan, roles=needs_of(plan).roles, secret=secret)
+        self._models.forget_other_content(site, plan, found.content)
+        self.job.on_records(
+            RecordsRead(
+                records=len(found),
+                rows_left_out=found.rows_left_out,
+                left_out=tuple(map(str, found.left_out)),
+                fingerprint=found.fingerprint(secret),
+            )
+        )
+        return found
+
+    @cached_property
+    def encoded(self) -> Encoded:
+        """The records as token ids."""
+        model = self.trainable.model
+        return model.task.encode(self.records.examples, model.tokenizer, plan=self.job.plan)
+
+    @cached_property
+    def trainer(self) -> Trainer:
+        """Trains this site's share; what its updates still need, `SiteRun` sees to."""
+        return Trainer(
+            self.trainable,
+            self._shared_data,
+            sigma=self.job.sigma(),
+            frozen=self._frozen,
+            memory=self._memory,
+            finishes=False,
+        )
+
+    def alone(self, *, frozen: Callable[[], Frozen] | None = None) -> Trainer:
+        """A trainer for comparisons: nothing is released, and what it keeps counts at once."""
+        return Trainer(
+            self.trainable,
+            self._shared_data,
+            sigma=self.job.sigma(),
+            frozen=frozen or self._frozen,
+        )
+
+    def _frozen(self) -> Frozen:
+        return self._models.frozen(
+            self.job.site,
+            self.job.plan,
+            self.encoded,
+            content=self.records.content,
+            base=self.job.base,
+        )
+
+    @property
+    def _shared_data(self) -> SiteData:
+        return self._data(self.encoded, self.records.unit_of, self.records.rows(Split.TRAIN))
+
+    @cached_property
+    def _idle(self) -> Trainer:
+        """A trainer without records: its rounds are noise alone."""
+        nothing = np.zeros(0, dtype=np.int64)
+        encoded = Encoded.of([], [], padding_id(self.trainable.model.tokenizer))
+        data = self._data(encoded, nothing, nothing)
+        return Trainer(
+            self.trainable, data, sigma=self.job.sigma(), memory=self._memory, finishes=False
+        )
+
+    def _data(
+        self, encoded: Encoded, unit_of: NDArray[np.int64], train: NDArray[np.int64]
+    ) -> SiteData:
+        return SiteData(
+            site=self.job.site.name,
+            encoded=encoded,
+            unit_of=unit_of,
+            train=train,
+            declared_units=self.job.site.units_for(self.job.plan),
+        )
+
+    def _worked(
+        self,
+        trainer: Trainer,
+        adapter: Vector,
+        server_round: int,
+        *,
+        clip: float | None,
+        prior: Prior | None,
+    ) -> Trained:
+        self._memory.given, self._memory.left = prior, {}
+        before = trainer.records_used
+        update = trainer.round(adapter, server_round, clip=clip)
+        return Trained(
+            flat=update.flat, kept=self._memory.left, records=trainer.records_used - before
+        )
+
+    def _count_tokens(self) -> CountTokens | None:
+        if not self.job.base:
+            return None
+        tokenizer = load_tokenizer(locate(self.job.base))
+
+        def count(texts: Sequence[str]) -> list[int]:
+            found = tokenizer(list(texts), split_special_tokens=True, verbose=False)["input_ids"]
+            return [len(row) for row in found]
+
+        return count
+
+    def _counts(self, adapter: Vector) -> NDArray[np.float64]:
+        """Counts of an adapter on the validation units."""
+        model = self.trainable.model
+        write_adapter(model, adapter)
+        rows = self.records.rows(Split.VALIDATION)
+        return counts(model, self.encoded, rows=rows, units=self.records.unit_of[rows])

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from silotune.client.approvals import Approvals, ProposalRecord, difference
-from silotune.client.policy import PlanVerdict, facts_for, judge, total_epsilon
-from silotune.client.site_run import local_time
+from silotune.client.judging import knows_base, verdict_on
+from silotune.client.policy import PlanVerdict, total_epsilon
 from silotune.client.terms import delta_notes
 from silotune.data.checks import survey
-from silotune.data.declared import require_declared, secret_for_a_look
+from silotune.data.declared import secret_for_a_look
 from silotune.data.site import SiteConfig
 from silotune.errors import SilotuneError
 from silotune.models.base import outline, require_taken
@@ -69,25 +69,12 @@ def require_servable(site: SiteConfig, plan: Plan) -> None:
     """
     if plan.statistics is not None:
         return
-    if site.policy is not None and plan.model.sha256 in site.policy.base_models:
+    if knows_base(site, plan):
         require_taken(plan, base=site.model_place(plan))
 
 
 def _verdict(site: SiteConfig, entry: ProposalRecord) -> PlanVerdict:
-    """What the policy says; hours don't count before the training itself."""
-    assert site.policy is not None  # the daemon has seen to it
-    require_declared(site, entry.plan, roles=needs_of(entry.plan).roles)
-    ledger = find_ledger(site.state_folder)
-    facts = facts_for(
-        site,
-        entry.plan,
-        run=entry.run,
-        ledger=ledger,
-        layout=layout_at(site, entry.plan.model.sha256, entry),
-        moment=local_time(),
-    )
-    verdict = judge(site.policy, entry.plan, facts)
-    return PlanVerdict(tuple(clause for clause in verdict.clauses if clause.name != "hours"))
+    return verdict_on(site, entry, layout_at(site, entry.plan.model.sha256, entry))
 
 
 def layout_at(site: SiteConfig, sha256: str | None, entry: ProposalRecord) -> Layout | None:

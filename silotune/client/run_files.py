@@ -15,7 +15,7 @@ would not cover that.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -237,6 +237,30 @@ class ProcessMemory:
             del self._rounds[old]
 
 
+class CarriedMemory:
+    """Kept elsewhere: given before a round, taken after it.
+
+    Attributes
+    ----------
+    given : (int, mapping of name to array) or None
+        What was kept in the newest round before.
+    left : mapping of name to array
+        What the round ended with.
+    """
+
+    def __init__(self) -> None:
+        self.given: tuple[int, Arrays] | None = None
+        self.left: Arrays = {}
+
+    def recall(self, *, before: int) -> tuple[int, Arrays] | None:
+        """What was given."""
+        return self.given
+
+    def keep(self, server_round: int, arrays: Arrays) -> None:
+        """Have it ready to be taken."""
+        self.left = dict(arrays)
+
+
 class SealedMemory:
     """Sealed files in a site's state folder, one a round.
 
@@ -285,6 +309,18 @@ class SealedMemory:
 Vector = NDArray[np.float32]
 
 
+def with_own_parts(
+    adapter: Vector, found: tuple[int, Arrays] | None, kept: Iterable[Span]
+) -> Vector:
+    """The global adapter with what a site `found` kept in the spans that it keeps."""
+    if found is None:
+        return adapter
+    own = np.array(adapter, dtype=np.float32)
+    for span, place in laid_out(kept):
+        own[span.start : span.stop] = found[1]["kept"][place]
+    return own
+
+
 class PersonalParts:
     """What the plan's strategy keeps at this site.
 
@@ -313,7 +349,7 @@ class PersonalParts:
     def personal(self, adapter: Vector, *, before: int) -> Vector:
         """The global adapter with the site's own parts in it, as they were before a round."""
         found = self._memory.recall(before=before) if self._kept else None
-        return adapter if found is None else self._placed(adapter, found[1])
+        return with_own_parts(adapter, found, self._kept)
 
     def leave(self, own: Vector, update: Vector, server_round: int) -> Vector:
         """Keep the new own parts, and give the part of an update that is to be sent.
@@ -351,12 +387,6 @@ class PersonalParts:
         gradient = update / np.float32(self._batch)
         moved = optimizer.step(own, gradient, spans, server_round=server_round)
         return {"kept": gathered(moved, self._kept), **optimizer.state()}
-
-    def _placed(self, adapter: Vector, arrays: Arrays) -> Vector:
-        own = np.array(adapter, dtype=np.float32)
-        for span, place in laid_out(self._kept):
-            own[span.start : span.stop] = arrays["kept"][place]
-        return own
 
 
 class ControlVariate:

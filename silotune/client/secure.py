@@ -9,8 +9,8 @@ masking and charging: then it drops out, and masks nothing again in that round.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -18,6 +18,7 @@ from flwr.app import RecordDict
 
 from silotune.client.gate import DpRelease, Field, Gate, Public, Unprotected
 from silotune.client.run_files import RunFiles
+from silotune.client.terms import missing_noise
 from silotune.models.layout import Layout, Span
 from silotune.plan.plan import Plan
 from silotune.privacy.errors import RoundUsed, SignerUnknown
@@ -39,8 +40,7 @@ from silotune.strategies.base import weight_in
 from silotune.strategies.secure import encoding_for
 
 if TYPE_CHECKING:
-    from silotune.client.trainer import RoundUpdate
-    from silotune.models.layout import Part
+    from silotune.client.training.base import RoundUpdate
 
 _log = logging.getLogger(__name__)
 
@@ -86,13 +86,6 @@ def member_of(
     )
 
 
-class SharesNoise(Protocol):
-    """What knows a site's share of the noise."""
-
-    def shares(self, parts: Collection[Part], *, sigma: float) -> dict[Part, float]:
-        """Standard deviation of one site's share, by part; empty if it is not shared."""
-
-
 class _HeldRound(NamedTuple):
     """A round in memory, and the version of its file that it is."""
 
@@ -131,7 +124,7 @@ class SecurePart:
         self._rounds: dict[int, _HeldRound] = {}
         self._method = method_of(plan)
 
-    def require_fine_enough(self, sharing: SharesNoise, *, sigma: float) -> None:
+    def require_fine_enough(self, *, sigma: float) -> None:
         """Check before the first round that the ring can carry this site's share of the noise.
 
         Raises
@@ -140,10 +133,10 @@ class SecurePart:
             It is too coarse, or too small.
         """
         for number in (1, self._plan.rounds.number):
-            encoding = self._encoding(number)
-            stds = sharing.shares(self._method.trained(self._plan, number), sigma=sigma)
-            if stds:
-                encoding.require_room([stds[span.part] for span in self._spans(number)])
+            encoding, spans = self._encoding(number), self._spans(number)
+            stds = missing_noise(self._plan, [span.part for span in spans], sigma=sigma)
+            if stds and self._plan.privacy.noise == "shared":
+                encoding.require_room([stds[span.part] for span in spans])
 
     # --- what the coordinator may ask ---
 

@@ -1,17 +1,19 @@
-"""A site at run time: its records, ledger and gate around the model of its process."""
+"""A site's part in a run: policy, ledger, noise and gate around a training that has the records.
+
+Nothing here reads a record or loads a model: `silotune.client.training.base.Training` does, which at a
+real site is a process of its own and is not believed. What is charged, the shape and type of what is
+released and the noise in it follow from the plan and from the base model alone.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -21,9 +23,16 @@ from numpy.typing import NDArray
 from silotune.client import evaluation
 from silotune.client.errors import BroadcastRefused, RankRefused, RoundUnanswered
 from silotune.client.gate import DpRelease, Field, Gate, Public, Unprotected
-from silotune.client.model_cache import ModelCache
+from silotune.client.judging import local_time
 from silotune.client.policy import Facts, facts_for, judge
-from silotune.client.run_files import MEMORY, OUTBOX, ROUNDS, FileKind, RunFiles, SealedMemory
+from silotune.client.run_files import (
+    MEMORY,
+    OUTBOX,
+    ROUNDS,
+    FileKind,
+    RunFiles,
+    SealedMemory,
+)
 from silotune.client.secure import SecurePart, member_of
 from silotune.client.terms import (
     budget_for,
@@ -34,12 +43,18 @@ from silotune.client.terms import (
     run_events,
     sigma_for,
 )
-from silotune.client.trainer import RoundUpdate, SiteData, TrainableModel, Trainer, Vector
+from silotune.client.training.base import (
+    LoadedAs,
+    RecordsRead,
+    Trainers,
+    Training,
+    TrainingJob,
+    Vector,
+)
 from silotune.client.troubles import Troubles
-from silotune.client.unit_counter import UnitCounter
+from silotune.client.updates import Updates
 from silotune.data.declared import own_secret, require_declared
-from silotune.data.records import Records, Split, load_records
-from silotune.data.site import DatasetConfig, Role, SiteConfig
+from silotune.data.site import DatasetConfig, SiteConfig
 from silotune.errors import (
     EnvironmentFault,
     ModelError,
@@ -49,11 +64,8 @@ from silotune.errors import (
     SelfCheckFailed,
     ValueUnaccounted,
 )
-from silotune.models.adapter import write_adapter
-from silotune.models.batching import Encoded, padding_id
-from silotune.models.layout import Layout, statistics_layout
+from silotune.models.layout import Layout
 from silotune.models.needs import needs_of
-from silotune.models.pretrained import locate, weights_sha256
 from silotune.plan.plan import Plan
 from silotune.privacy.certificate import CertificateBody, issue
 from silotune.privacy.events import ComposedDpEvent, DpEvent, gaussian_event
@@ -70,11 +82,6 @@ _MOST_WEIGHT = 1e6  # of a number in an adapter: far more than any that is of us
 
 _TELLABLE = (PolicyError, PrivacyError, RunError, ModelError, EnvironmentFault)
 _UNTELLABLE = (SelfCheckFailed, ValueUnaccounted)
-
-
-def local_time() -> datetime:
-    """Now, in the machine's time zone: what a policy's hours are compared with."""
-    return datetime.now().astimezone()
 
 
 @dataclass(frozen=True)
@@ -103,8 +110,8 @@ class SiteRun:
         The run's plan.
     run : str
         The run's name.
-    models : ModelCache
-        The process's model.
+    models : Trainers
+        Gives the run its training: `silotune.client.model_cache.ModelCache` in this process.
     keys : SealingKeys, optional
         What to seal and sign with; by default `SealingKeys.beside` the state.
     to_disk : bool
@@ -115,12 +122,7 @@ class SiteRun:
     secret : bytes, optional
         The site's own (`silotune.data.records`), if not the one in the state.
     on_records : callable, optional
-        Given the records and their fingerprint each time they were read.
-
-    Attributes
-    ----------
-    train_seconds : dict of int to float
-        Time spent training, by round: for the site's own log and the simulator.
+        Told each time the records were read.
     """
 
     def __init__(
@@ -130,19 +132,18 @@ class SiteRun:
         state: Path,
         plan: Plan,
         run: str,
-        models: ModelCache,
+        models: Trainers,
         keys: SealingKeys | None = None,
         to_disk: bool = True,
         roster: Mapping[str, bytes] | None = None,
         secret: bytes | None = None,
-        on_records: Callable[[Records, str], None] | None = None,
+        on_records: Callable[[RecordsRead], None] | None = None,
     ) -> None:
         self.site, self.plan, self.run, self._to_disk = site, plan, run, to_disk
         self._roster, self._given_secret, self._on_records = roster, secret, on_records
         self._keys = keys or SealingKeys.beside(state)
-        self._state, self._models = state, models
+        self._state, self._trainers = state, models
         self.dataset: DatasetConfig = site.dataset(plan.data.dataset)
-        self.train_seconds: dict[int, float] = {}
 
     # --- what the coordinator may ask ---
 
@@ -163,9 +164,9 @@ class SiteRun:
         """Check that the plan can be served here, reserve its budget, and declare the terms."""
         self._require_rank()
         self.require_declared()
+        loaded = self.loaded
         if self.plan.aggregation.secure:
-            sharing = self.trainable if self.plan.statistics is None else self.counter()
-            self.secure.require_fine_enough(sharing, sigma=self.sigma)
+            self.secure.require_fine_enough(sigma=self.sigma)
         self._reserve()
         declared = self.dataset.declared_units
         more: dict[str, Field] = {}
@@ -176,13 +177,13 @@ class SiteRun:
         fields = JoinReply.fields(
             site=Public(self.site.name, "site.toml: name"),
             declared_units=Public(declared, "site.toml: declared_units"),
-            layout=Public(self.layout.to_json(), "plan: model and lora, or statistics"),
-            dtype=Public(self.dtype, "plan: dtype; this machine"),
+            layout=Public(loaded.layout.to_json(), "plan: model and lora, or statistics"),
+            dtype=Public(loaded.dtype, "plan: dtype; this machine"),
             rate=Public(self.plan.release_rate(declared), "plan: privacy.rate or privacy.batch"),
             **more,
         )
         try:
-            self.worker.prepare()
+            self.training.prepare()
         except Exception as exc:
             if not self.plan.private or not self._to_disk:
                 raise  # nothing is kept from the coordinator, or there is none
@@ -207,7 +208,7 @@ class SiteRun:
             mechanisms = {} if event is None else {"steps": event}
             if mechanisms:
                 self._charge(key, mechanisms)
-            flat = self._trained(adapter, server_round, clip=clip).flat
+            flat = self.updates.of_round(adapter, server_round, clip=clip).flat
             return self.gate.release(
                 key,
                 fields=TrainReply.fields(
@@ -235,7 +236,7 @@ class SiteRun:
                 present=present,
                 sealed=sealed,
                 charge=charge,
-                train=lambda: self._trained(adapter, number),
+                train=lambda: self.updates.of_round(adapter, number),
                 noise=self._noise("ring", number),
                 beside=self._promote(number),
             )
@@ -244,23 +245,6 @@ class SiteRun:
         """The site's part in a secure round. Raises `MessageRefused` if the plan has no such round."""
         self._require_round(server_round, secure=True)
         return self.secure
-
-    def _trained(
-        self, adapter: Vector, server_round: int, *, clip: float | None = None
-    ) -> RoundUpdate:
-        started = time.monotonic()
-        try:
-            update = self.worker.round(adapter, server_round, clip=clip)
-            if self.plan.private and not np.isfinite(update.flat).all():
-                raise SelfCheckFailed("the update is not finite")
-        except Exception as exc:
-            if not self.plan.private:
-                raise
-            self.troubles.add("blank", round=server_round, error=exc)
-            idle = self._idle if self.plan.statistics is None else self.counter(empty=True)
-            update = idle.round(adapter, server_round, clip=clip)
-        self.train_seconds[server_round] = time.monotonic() - started
-        return update
 
     # --- what can be seen from outside, whatever the records are ---
 
@@ -305,7 +289,9 @@ class SiteRun:
                 raise
             raise RoundUnanswered from exc
 
-    def _promote(self, server_round: int) -> Callable[[str], None]:
+    def _promote(self, server_round: int) -> Callable[[str], None] | None:
+        if not self.updates.keeps:
+            return None
         return lambda digest: self._memory.promote(server_round, digest)
 
     @property
@@ -316,20 +302,6 @@ class SiteRun:
     def troubles(self) -> Troubles:
         """What went wrong in this run, for the site's own people."""
         return Troubles(self._state, run=self.run)
-
-    @cached_property
-    def _idle(self) -> Trainer:
-        """A trainer without records: its rounds are noise alone."""
-        model = self.trainable.model
-        nothing = np.zeros(0, dtype=np.int64)
-        data = SiteData(
-            site=self.site.name,
-            encoded=Encoded.of([], [], padding_id(model.tokenizer)),
-            unit_of=nothing,
-            train=nothing,
-            declared_units=self.dataset.declared_units,
-        )
-        return Trainer(self.trainable, data, sigma=self.sigma, memory=self._memory)
 
     @cached_property
     def _memory(self) -> SealedMemory:
@@ -355,12 +327,20 @@ class SiteRun:
         with self._untold():
             return self._noisy_tables(key, adapter)
 
-    def _tables(self, adapter: Vector, server_round: int) -> dict[str, NDArray[np.float64]]:
+    def _tables(self, adapter: Vector, server_round: int) -> Mapping[str, NDArray[np.float64]]:
         """Counts of the shared adapter, and of the site's own where it keeps parts."""
-        found, keeping = {"counts": self._counts(adapter)}, self._idle.keeping
-        if keeping.any:
-            found["personal"] = self._counts(keeping.personal(adapter, before=server_round + 1))
-        return found
+        found = self.training.tables(adapter, prior=self.updates.prior(before=server_round + 1))
+        if set(found) != set(self._table_names):
+            raise SelfCheckFailed("the counts are not those of the plan")
+        units = self.dataset.declared_units
+        return {
+            name: evaluation.bounded(values, self.plan, units=units)
+            for name, values in found.items()
+        }
+
+    @property
+    def _table_names(self) -> tuple[str, ...]:
+        return ("counts", "personal") if self.updates.keeps_parts else ("counts",)
 
     def _noisy_tables(self, key: ReleaseKey, adapter: Vector) -> RecordDict:
         sigma, noise = metric_sigma(self.plan), self._noise("metrics", key.round)
@@ -370,24 +350,15 @@ class SiteRun:
             found = self._tables(adapter, key.round)
         except Exception as exc:
             self.troubles.add("blank", round=key.round, error=exc)
-            names = ("counts", "personal") if self._idle.keeping.any else ("counts",)
-            found = {name: evaluation.nothing(self.trainable.model) for name in names}
+            found = {name: evaluation.nothing(self.plan) for name in self._table_names}
         # One unit moves every table: together they are one release of sqrt(tables) the sensitivity.
-        reach = evaluation.sensitivity(self.trainable.model) * math.sqrt(len(found))
+        reach = evaluation.sensitivity(self.plan) * math.sqrt(len(found))
         made = {
             name: evaluation.noisy(v, sigma=sigma, sensitivity=reach, noise=noise)
             for name, v in found.items()
         }
         released = EvaluateReply.fields(**{n: DpRelease(v, "counts") for n, v in made.items()})
         return self.gate.release(key, fields=released, mechanisms={"counts": event})
-
-    def _counts(self, adapter: Vector) -> NDArray[np.float64]:
-        """Counts of an adapter on the validation units."""
-        model = self.trainable.model
-        write_adapter(model, adapter)
-        rows = self.records.rows(Split.VALIDATION)
-        units = self.records.unit_of[rows]
-        return evaluation.counts(model, self.encoded, rows=rows, units=units)
 
     def finish(self, certificate: Path | None = None) -> CertificateBody | None:
         """Settle the reservation and write the certificate; None if nothing was charged.
@@ -400,7 +371,6 @@ class SiteRun:
         accounts = self.ledger.runs(self.plan.data.dataset)
         if not any(account.charged for account in accounts if account.run == self.run):
             return None
-        base = self.site.model_place(self.plan)
         return issue(
             certificate or self._state / "certificate.json",
             ledger=self.ledger,
@@ -408,42 +378,54 @@ class SiteRun:
             run=self.run,
             plan=self.plan,
             site=self.site.name,
-            model_sha256=weights_sha256(locate(base)) if base else None,
+            model_sha256=self.training.weights_sha256(),
             secure_noise=self.plan.plan.seed is None,
             key=self._keys.signing,
         )
 
     # --- parts, each made on first use ---
 
+    @cached_property
+    def _job(self) -> TrainingJob:
+        return TrainingJob(
+            site=self.site,
+            plan=self.plan,
+            base=self.site.model_place(self.plan),
+            rank=self.rank,
+            sigma=lambda: self.sigma,
+            secret=lambda: self.secret,
+            on_records=self._on_records or (lambda found: None),
+        )
+
+    @cached_property
+    def training(self) -> Training:
+        """What has the records and the model."""
+        return self._trainers.training(self._job)
+
+    @cached_property
+    def updates(self) -> Updates:
+        """What the training's rounds are made into."""
+        return Updates(
+            self._job,
+            training=self.training,
+            layout=self.layout,
+            memory=lambda: self._memory,
+            troubles=self.troubles,
+        )
+
+    @cached_property
+    def loaded(self) -> LoadedAs:
+        """What the model is once it is loaded here; before any record is read."""
+        return self.training.loaded()
+
     @property
     def layout(self) -> Layout:
         """Of what this site sends."""
-        if self.plan.statistics is not None:
-            return statistics_layout(self.plan)
-        return self.trainable.model.layout
+        return self.loaded.layout
 
-    @property
-    def dtype(self) -> str:
-        """What this site computes in."""
-        if self.plan.statistics is not None:
-            return "float64"
-        return str(self.trainable.model.dtype).removeprefix("torch.")
-
-    @cached_property
-    def worker(self) -> Trainer | UnitCounter:
-        """What works on this site's records: a trainer, or for statistics a counter."""
-        return self.trainer if self.plan.statistics is None else self.counter()
-
-    def counter(self, *, empty: bool = False) -> UnitCounter:
-        """Counts this site's units for statistics; an empty one has none, and gives noise alone."""
-        records = None if empty else lambda: self.records
-        return UnitCounter(self.plan, self.site, sigma=self.sigma, records=records)
-
-    @property
-    def trainable(self) -> TrainableModel:
-        """The process's model, ready for this plan."""
-        place = self.site.model_place(self.plan)
-        return self._models.for_plan(self.plan, base=place, rank=self.rank)
+    def close(self) -> None:
+        """Give back what the training holds."""
+        self.training.close()
 
     @property
     def rank(self) -> int:
@@ -452,7 +434,7 @@ class SiteRun:
 
     def at_own_rank(self, adapter: Vector) -> Vector:
         """A global adapter as it arrives at this site."""
-        own = self.trainable.model.layout
+        own = self.layout
         if self.rank == self.plan.lora.r:
             return adapter
         return own.at_rank(self.plan.lora.r).cut(adapter, own)
@@ -505,45 +487,9 @@ class SiteRun:
         return sigma_for(self.plan, self.dataset.declared_units) if self.plan.private else 0.0
 
     @cached_property
-    def records(self) -> Records:
-        """The site's records."""
-        roles = cast("frozenset[Role]", needs_of(self.plan).roles)
-        found = load_records(self.site, self.plan, roles=roles, secret=self.secret)
-        self._models.forget_other_content(self.site, self.plan, found.content)
-        if self._on_records is not None:
-            self._on_records(found, found.fingerprint(self.secret))
-        return found
-
-    @cached_property
     def secret(self) -> bytes:
         """What decides which side of the split a unit is on: the site's own, and always the same."""
         return self._given_secret or own_secret(self._state, self._keys.vault)
-
-    @cached_property
-    def encoded(self) -> Encoded:
-        """The records as token ids."""
-        model = self.trainable.model
-        return model.task.encode(self.records.examples, model.tokenizer, plan=self.plan)
-
-    @cached_property
-    def trainer(self) -> Trainer:
-        """Trains this site's share."""
-        data = SiteData(
-            site=self.site.name,
-            encoded=self.encoded,
-            unit_of=self.records.unit_of,
-            train=self.records.rows(Split.TRAIN),
-            declared_units=self.dataset.declared_units,
-        )
-        return Trainer(
-            self.trainable,
-            data,
-            sigma=self.sigma,
-            frozen=lambda: self._models.frozen(
-                self.site, self.plan, self.encoded, content=self.records.content
-            ),
-            memory=self._memory,
-        )
 
     @cached_property
     def _facts(self) -> Facts:
@@ -552,7 +498,7 @@ class SiteRun:
         if self.plan.statistics is not None:
             layout = self.layout
         elif policy and self.plan.model.sha256 in policy.base_models:
-            layout = self._models.layout(self.plan, base=self.site.model_place(self.plan))
+            layout = self.training.layout()
         return facts_for(
             self.site,
             self.plan,

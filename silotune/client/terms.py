@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from silotune.client.errors import DeltaTooLarge
 from silotune.data.site import DatasetConfig, SiteConfig
 from silotune.errors import BudgetExceeded
+from silotune.models.layout import Part, Span, laid_out
 from silotune.plan.plan import Plan
 from silotune.privacy.costs import calibrate
 from silotune.privacy.events import DpEvent, gaussian_event, shared_step_event, step_event
 from silotune.privacy.ledger import Budget
 from silotune.privacy.tally import Tally, epsilon_of, tally_of, total
+from silotune.strategies import method_of
 from silotune.strategies.secure import shared_noise
 
+_log = logging.getLogger(__name__)
+
 _ALL_OTHERS = 1 << 30  # more than share any noise
+_MOST_DRAWN, _MORE_DRAWN = 4.0, 16.0  # times the expected batch, and more
 
 
 def metric_releases(plan: Plan) -> int:
@@ -170,6 +181,71 @@ def round_event(plan: Plan, declared_units: int, *, sigma: float) -> DpEvent | N
     if not plan.private:
         return None
     return training_event(plan, declared_units, sigma=sigma, steps=plan.releases_a_round)
+
+
+def missing_noise(plan: Plan, parts: Iterable[Part], *, sigma: float) -> dict[Part, float]:
+    """Standard deviation of the noise that a round's clipped sums still lack, by part.
+
+    Sums of one step leave the training as they are clipped, and get their noise next to the ledger: a
+    site's share of it in the ring of secure aggregation, or all of it. Empty where the training itself
+    has to add it, because it goes on from noisy sums: with several local steps, or with parts that stay
+    at the site.
+
+    Parameters
+    ----------
+    plan : Plan
+        What is trained.
+    parts : iterable of Part
+        Of the adapter, that the round trains.
+    sigma : float
+        Noise multiplier of the whole.
+    """
+    if not (plan.per_unit and plan.sends_sums) or method_of(plan).kept(plan):
+        return {}
+    shared, clipping, found = shared_noise(plan), plan.privacy.clipping, sorted(set(parts))
+    own = sigma / math.sqrt(shared.sharers) if shared else sigma
+    if plan.statistics is not None:
+        return dict.fromkeys(found, own)  # of what one unit moves by a length of 1
+    alone = len({clipping.group(part) for part in found}) == 1  # it has all of the sensitivity
+    return {
+        part: own * clipping.of(part).norm / math.sqrt(1.0 if alone else clipping.of(part).share)
+        for part in found
+    }
+
+
+def shortened_sums(
+    plan: Plan, sums: NDArray[Any], spans: Sequence[Span], *, declared_units: int
+) -> NDArray[Any]:
+    """Clipped sums, none longer than of far more units than a step draws, whoever summed them up.
+
+    Each group is projected onto a ball. That brings two sums no further apart, so that what hides one
+    unit still does.
+
+    Parameters
+    ----------
+    plan : Plan
+        Whose clip norms they have.
+    sums : float64 array
+        Of the spans, one after the other; changed in place.
+    spans : sequence of Span
+        What they are of.
+    declared_units : int
+        The site's.
+    """
+    clipping, counted = plan.privacy.clipping, plan.statistics is not None
+    drawn = declared_units if counted else plan.expected_batch(declared_units)
+    groups: dict[str, list[slice]] = {}
+    for span, place in laid_out(spans):
+        groups.setdefault("sums" if counted else clipping.group(span.part), []).append(place)
+    for group, places in groups.items():
+        norm_of_one = 1.0 if counted else clipping.bounds[group].norm
+        longest = (_MOST_DRAWN * drawn + _MORE_DRAWN) * norm_of_one
+        norm = math.hypot(*(float(np.linalg.norm(sums[place])) for place in places))
+        if norm > longest:
+            _log.warning("a gradient sum of the %s was far too long; shortened", group)
+            for place in places:
+                sums[place] *= longest / norm
+    return sums
 
 
 def _metric_events(plan: Plan) -> list[DpEvent]:

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
 
@@ -23,7 +22,8 @@ from torch import Tensor, nn
 
 from silotune.client.data_parallel import Ranks
 from silotune.client.run_files import ControlVariate, PersonalParts, ProcessMemory, RoundArrays
-from silotune.client.terms import round_event
+from silotune.client.terms import missing_noise, round_event
+from silotune.client.training.base import RoundUpdate, Vector
 from silotune.errors import SelfCheckFailed
 from silotune.models.adapter import write_adapter
 from silotune.models.batching import Encoded, batches
@@ -36,7 +36,6 @@ from silotune.privacy.engine import ClipGroup, DpSgd, PlainSgd
 from silotune.privacy.events import DpEvent
 from silotune.privacy.noise import NoiseSource, noise_for
 from silotune.strategies import method_of
-from silotune.strategies.secure import shared_noise
 from silotune.strategies.server_optimizer import Phase, learning_rate, phase_of
 from silotune.strategies.site_privacy import hidden
 
@@ -130,7 +129,6 @@ class UnitSampler:
 
 _log = logging.getLogger(__name__)
 
-Vector = NDArray[np.float32]
 Engine = DpSgd | PlainSgd
 
 _MOVE_PATIENCE = 4  # LoRA's A has no gradient until B left zero, one or two steps later
@@ -166,26 +164,6 @@ class SiteData:
         encoded = self.encoded
         parts = (encoded.ids, encoded.offsets, encoded.targets, self.unit_of, self.train)
         return hashlib.sha256(b"".join(part.tobytes() for part in parts)).digest()
-
-
-@dataclass(frozen=True, kw_only=True)
-class RoundUpdate:
-    """What one round produced at a site, before the gate.
-
-    Attributes
-    ----------
-    flat : float32 array
-        The update of the trained groups, in the order of the layout.
-    event : DpEvent or None
-        What the update costs; None without privacy.
-    missing_noise : mapping of part to float
-        Standard deviation of this site's share of the noise, where it is shared: `flat`, in float64
-        then, is without it.
-    """
-
-    flat: Vector | NDArray[np.float64]
-    event: DpEvent | None
-    missing_noise: Mapping[Part, float] = field(default_factory=dict)
 
 
 class TrainableModel:
@@ -224,17 +202,6 @@ class TrainableModel:
             return PlainSgd(self.attached, self.parameters(parts))
         return DpSgd(self.attached, self._groups(parts), sigma=sigma, noise=noise)
 
-    def shares(self, parts: Collection[Part], *, sigma: float) -> dict[Part, float]:
-        """Standard deviation of one site's share of the noise, by part; empty if it is not shared."""
-        shared = shared_noise(self.plan)
-        if shared is None:
-            return {}
-        return {
-            self.part_of(parameter): group.noise_std(sigma / math.sqrt(shared.sharers))
-            for group in self._groups(parts)
-            for parameter in group.parameters
-        }
-
     def _groups(self, parts: Collection[Part]) -> list[ClipGroup]:
         clipping = self.plan.privacy.clipping
         grouped: dict[str, list[nn.Parameter]] = {}
@@ -269,6 +236,9 @@ class Trainer:
         Where the site keeps its own parts and variates between rounds; by default in this process.
     ranks : Ranks, optional
         The processes that share its steps; by default this one is alone.
+    finishes : bool
+        Whether a round ends with all that its update needs before it leaves. A site's `SiteRun` sees to
+        that itself: it adds what `missing_noise` names, and has the strategy shorten what goes out.
 
     Attributes
     ----------
@@ -285,8 +255,10 @@ class Trainer:
         frozen: Callable[[], Frozen] | None = None,
         memory: RoundArrays | None = None,
         ranks: Ranks | None = None,
+        finishes: bool = True,
     ) -> None:
         self._shared, self._data, self._sigma = trainable, data, sigma
+        self._finishes = finishes
         self._plan, self._model = trainable.plan, trainable.model
         self._ranks = ranks or Ranks()
         privacy = self._plan.privacy
@@ -341,8 +313,10 @@ class Trainer:
         write_adapter(self._model, own)
         noise = self._stream(server_round)
         trained = method.trained(self._plan, server_round)
-        if shares := self._shared.shares(trained, sigma=self._sigma):
-            return self._clean(trained, shares, server_round, noise)
+        parts = [span.part for span in self.layout.spans(trained)]
+        missing = missing_noise(self._plan, parts, sigma=self._sigma)
+        if missing and (not self._finishes or self._plan.privacy.noise == "shared"):
+            return self._clean(trained, missing, server_round, noise)
         engine = self._shared.engine(trained, sigma=self._sigma, noise=noise)
         if self._plan.sends_sums:
             sums, records = self._step(engine, phase_of(self._plan, server_round), noise)
@@ -351,6 +325,8 @@ class Trainer:
             flat, records = self._walk(engine, noise, adapter, server_round)
         self.records_used += records
         sent = self.keeping.leave(own, flat, server_round)
+        if not self._finishes:
+            return RoundUpdate(flat=sent, event=self._event())
         units = self._data.declared_units
         sent = method.outgoing(self._plan, sent, declared_units=units)
         sent = hidden(self._plan, sent, clip=clip, sigma=self._sigma, noise=noise)
@@ -359,16 +335,16 @@ class Trainer:
     def _clean(
         self,
         trained: Collection[Part],
-        shares: Mapping[Part, float],
+        missing: Mapping[Part, float],
         server_round: int,
         noise: NoiseSource,
     ) -> RoundUpdate:
-        """Clipped sums whose noise comes later, in the integers of secure aggregation."""
+        """Clipped sums whose noise comes later."""
         engine = self._shared.engine(trained, sigma=self._sigma, noise=None)
         sums, records = self._step(engine, phase_of(self._plan, server_round), noise)
         self.records_used += records
         flat = torch.cat([part.detach().reshape(-1).double().cpu() for part in sums]).numpy()
-        return RoundUpdate(flat=flat, event=self._event(), missing_noise=shares)
+        return RoundUpdate(flat=flat, event=self._event(), missing_noise=missing)
 
     def _event(self) -> DpEvent | None:
         """What a round costs."""

@@ -263,14 +263,13 @@ def start(
     message at a time, and reconnects for ever; `status` says what it waits for. SIGTERM lets the step
     in progress finish; what is abandoned has released nothing.
     """
-    from silotune.client.daemon.daemon import Daemon, apply_limits
+    from silotune.client.daemon.daemon import Daemon
     from silotune.client.isolation.kernel import hide_memory
     from silotune.events import tracing
 
     configure(style=log_format, level=log_level)
     site = load_guarded(config)
     hide_memory()
-    apply_limits(site.resources)
     tracing.configure("silotune-site")
     try:
         Daemon(site, grace=grace).run()

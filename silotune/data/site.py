@@ -174,6 +174,9 @@ class ResourcesConfig(Section):
     memory_mb: Annotated[int, Field(ge=512)] | None = Field(
         None, description="Memory of the process; a step that needs more fails and sends nothing."
     )
+    keep_warm: Annotated[float, Field(ge=0.0, le=86400.0)] = Field(
+        900.0, description="Seconds that the trainer is kept when nothing is asked of it."
+    )
     max_rank: Annotated[int, Field(ge=1)] | None = Field(
         None,
         description="PUBLIC. Largest adapter rank; for strategies that let ranks differ by site.",

@@ -42,11 +42,13 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal, localcontext
 from functools import lru_cache
-from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+from silotune.errors import SelfCheckFailed
 
 if TYPE_CHECKING:  # a coordinator has this module and no need of PyTorch, which is 200 MB
     from torch import Tensor
@@ -88,6 +90,9 @@ class NoiseSource(Protocol):
 
     def add(self, sums: Tensor, std: float) -> Tensor:
         """``sums`` plus independent N(0, std**2), float32, safe against floating-point attacks."""
+
+    def added(self, values: npt.NDArray[np.floating[Any]], std: float) -> npt.NDArray[np.float32]:
+        """The same for an array."""
 
     def draws(self, n: int) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
         """Blocks of the integers behind `add`, with where they start; see `DRAW_STD`."""
@@ -134,14 +139,21 @@ class _KeyedNoise:
         """
         import torch
 
-        if not (std == 0.0 or _STD_RANGE[0] <= std <= _STD_RANGE[1]):
-            raise ValueError(f"the standard deviation of noise is 0 or 1e-30 to 1e30, not {std}")
         if sums.dtype not in {torch.float32, torch.float64}:
             raise ValueError(f"noise is added to float32 or float64, not {sums.dtype}")
+        noisy = self.added(sums.detach().cpu().contiguous().numpy(), std)
+        return torch.from_numpy(noisy).to(sums.device)
+
+    def added(self, values: npt.NDArray[np.floating[Any]], std: float) -> npt.NDArray[np.float32]:
+        """`add` for a float32 or float64 array, without PyTorch. Raises `ValueError` as it does."""
+        if not (std == 0.0 or _STD_RANGE[0] <= std <= _STD_RANGE[1]):
+            raise ValueError(f"the standard deviation of noise is 0 or 1e-30 to 1e30, not {std}")
+        if values.dtype not in {np.dtype(np.float32), np.dtype(np.float64)}:
+            raise ValueError(f"noise is added to float32 or float64, not {values.dtype}")
         if std == 0.0:
-            return sums.detach().to(torch.float32, copy=True)
+            return values.astype(np.float32)
+        shape, values = values.shape, np.ascontiguousarray(values).reshape(-1)
         grid = std * _GRID_PER_STD
-        values = sums.detach().cpu().contiguous().view(-1).numpy()
         noisy = np.empty(values.size, dtype=np.float32)
         pair = np.empty((2, min(values.size, _BLOCK)), dtype=np.float64)
         for start, draws in self.draws(values.size):
@@ -155,7 +167,7 @@ class _KeyedNoise:
             np.add(exact, noise, out=exact)
             np.multiply(exact, grid, out=exact)
             np.copyto(noisy[here], exact, casting="same_kind")
-        return torch.from_numpy(noisy).view(sums.shape).to(sums.device)
+        return noisy.reshape(shape)
 
     def uniform(self, n: int) -> npt.NDArray[np.float64]:
         """Independent uniform numbers in [0, 1), e.g. for Poisson sampling (``uniform(n) < q``).
@@ -240,6 +252,41 @@ class SeededNoise(_KeyedNoise):
 
     def __init__(self, seed: int | bytes) -> None:
         super().__init__(_digest([b"silotune seeded noise", _labelled(seed)]))
+
+
+def noised(
+    sums: npt.NDArray[np.floating[Any]],
+    stds: Sequence[float],
+    sizes: Sequence[int],
+    *,
+    noise: NoiseSource,
+) -> npt.NDArray[np.float32]:
+    """Sums that lie one after the other, each with noise of its own standard deviation, and checked.
+
+    Parameters
+    ----------
+    sums : float32 or float64 array
+        All of them.
+    stds, sizes : sequence of float, of int
+        Of each.
+    noise : NoiseSource
+        Where it comes from.
+
+    Raises
+    ------
+    SelfCheckFailed
+        The noise is not what was asked for (false alarms: at most 1e-9).
+    """
+    made, start, squares = np.empty(len(sums), dtype=np.float32), 0, 0.0
+    for std, size in zip(stds, sizes, strict=True):
+        here = slice(start, start + size)
+        made[here] = noise.added(sums[here], std)
+        if std:
+            squares += float(np.sum(np.square((made[here] - sums[here]) / std, dtype=np.float64)))
+        start += size
+    if any(stds) and not noise_is_plausible(squares, len(sums)):
+        raise SelfCheckFailed("the noise of an update is not what was asked for")
+    return made
 
 
 def noise_for(seed: int | None, *labels: str | int) -> NoiseSource:

@@ -17,16 +17,17 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from silotune.client.model_cache import ModelCache
+from silotune.client.model_cache import LocalTraining, ModelCache
 from silotune.client.site_run import SiteRun
 from silotune.client.terms import sigma_for
-from silotune.client.trainer import RoundUpdate, SiteData, Trainer, Vector
+from silotune.client.trainer import SiteData, Trainer
+from silotune.client.training.base import RoundUpdate, Vector
 from silotune.data.declared import own_secret
 from silotune.data.records import Records, Split
 from silotune.data.site import SiteConfig
@@ -213,9 +214,11 @@ def run_job(job: Job) -> Outcome:
         seconds = time.monotonic() - started
         frozen = trains_head_only(plan)
         counts = {
-            part.site.name: score(part, adapter, split=Split.TEST, frozen=frozen)
+            part.site.name: score(
+                _local(part), part.at_own_rank(adapter), split=Split.TEST, frozen=frozen
+            )
             for part in parts
-            if len(part.records.rows(Split.TEST))
+            if len(_local(part).records.rows(Split.TEST))
         }
     return Outcome(job=job, counts=counts, seconds=seconds, examples=examples)
 
@@ -237,8 +240,8 @@ def _parts(job: Job, plan: Plan, *, models: ModelCache, scratch: Path) -> list[S
         read = (plan.model, plan.data, plan.privacy.unit, plan.private, plan.plan.seed, part.secret)
         key = f"{path} {read!r}"
         if key not in _READ:
-            _READ[key] = part.records, part.encoded
-        part.records, part.encoded = _READ[key]
+            _READ[key] = _local(part).records, _local(part).encoded
+        _local(part).records, _local(part).encoded = _READ[key]
         found.append(part)
     return found
 
@@ -253,6 +256,11 @@ def _models(choices: str, shared: str | None) -> ModelCache:
     return ModelCache(Choices(**json.loads(choices)), shared=Path(shared) if shared else None)
 
 
+def _local(part: SiteRun) -> LocalTraining:
+    """A site's records and model, which are in this process."""
+    return cast(LocalTraining, part.training)
+
+
 def _trainers(job: Job, plan: Plan, parts: list[SiteRun]) -> list[tuple[Terms, Trainer]]:
     if job.kind == "pooled":
         return [_pooled(plan, parts)]
@@ -264,18 +272,9 @@ def _trainer(
     part: SiteRun, *, node: int, frozen: Callable[[], Frozen] | None = None
 ) -> tuple[Terms, Trainer]:
     """A site's own trainer. Nothing is released: what it keeps counts at once, in this process."""
-    name, declared = part.site.name, part.dataset.declared_units
-    data = SiteData(
-        site=name,
-        encoded=part.encoded,
-        unit_of=part.records.unit_of,
-        train=part.records.rows(Split.TRAIN),
-        declared_units=declared,
-    )
-    trainer = Trainer(
-        part.trainable, data, sigma=part.sigma, frozen=frozen or (lambda: part.trainer.frozen)
-    )
-    return Terms(node=node, site=name, declared_units=declared), trainer
+    declared = part.dataset.declared_units
+    terms = Terms(node=node, site=part.site.name, declared_units=declared)
+    return terms, _local(part).alone(frozen=frozen)
 
 
 def _pooled(plan: Plan, parts: list[SiteRun]) -> tuple[Terms, Trainer]:
@@ -283,12 +282,12 @@ def _pooled(plan: Plan, parts: list[SiteRun]) -> tuple[Terms, Trainer]:
     examples, units, train = list[Mapping[str, str]](), list[Any](), list[Any]()
     rows, offset = 0, 0
     for part in parts:
-        records = part.records
+        records = _local(part).records
         units.append(records.unit_of + offset)
         train.append(records.rows(Split.TRAIN) + rows)
         examples += records.examples
         rows, offset = rows + len(records), offset + records.n_units()
-    trainable = parts[0].trainable
+    trainable = _local(parts[0]).trainable
     declared = sum(part.dataset.declared_units for part in parts)
     data = SiteData(
         site="pooled",
@@ -301,7 +300,7 @@ def _pooled(plan: Plan, parts: list[SiteRun]) -> tuple[Terms, Trainer]:
     terms = Terms(node=1, site="pooled", declared_units=declared)
 
     def frozen() -> Frozen:
-        return Frozen.joined(data.encoded, [part.trainer.frozen for part in parts])
+        return Frozen.joined(data.encoded, [_local(part).trainer.frozen for part in parts])
 
     return terms, Trainer(trainable, data, sigma=sigma, frozen=frozen)
 
@@ -314,7 +313,7 @@ def _with_own_heads(job: Job, plan: Plan, parts: list[SiteRun]) -> Outcome:
     assert job.start is not None
     start = np.frombuffer(job.start, dtype="<f4")
     adapted = {part.site.name: _features(part, start) for part in parts}
-    tested = [part for part in parts if len(part.records.rows(Split.TEST))]
+    tested = [part for part in parts if len(_local(part).records.rows(Split.TEST))]
     counts: dict[str, Counts] = {}
     everywhere: dict[str, Counts] = {}
     started, examples = time.monotonic(), 0
@@ -344,22 +343,24 @@ def _own_head(
 
 def _features(part: SiteRun, adapter: Vector) -> torch.Tensor:
     """Features [records, hidden] of a site's records under an adapter."""
-    model = part.trainable.model
+    model = _local(part).trainable.model
     write_adapter(model, adapter)
-    found = torch.empty(len(part.encoded), model.module.centre.numel())
+    found = torch.empty(len(_local(part).encoded), model.module.centre.numel())
     with model.module.inference():
-        for rows in batches(part.encoded, range(len(part.encoded)), size=_SCORE_BATCH):
-            inputs = part.trainer.inputs(rows)
+        for rows in batches(
+            _local(part).encoded, range(len(_local(part).encoded)), size=_SCORE_BATCH
+        ):
+            inputs = _local(part).trainer.inputs(rows)
             found[rows] = model.module.features(inputs).cpu()
     return found
 
 
 def _head_counts(part: SiteRun, adapter: Vector, adapted: Mapping[str, torch.Tensor]) -> Counts:
     """Counts of an adapter's head on a site's test records."""
-    model, rows = part.trainable.model, part.records.rows(Split.TEST)
+    model, rows = _local(part).trainable.model, _local(part).records.rows(Split.TEST)
     write_adapter(model, adapter)
     features = adapted[part.site.name][rows].to(model.device)
-    return model.task.head_score(model.module, features, part.encoded, rows)
+    return model.task.head_score(model.module, features, _local(part).encoded, rows)
 
 
 def federate(

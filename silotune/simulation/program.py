@@ -18,9 +18,9 @@ from flwr.app import Context
 from numpy.typing import NDArray
 
 from silotune.client.app import build_client_app
-from silotune.client.model_cache import ModelCache
+from silotune.client.model_cache import LocalTraining, ModelCache
 from silotune.client.site_run import SiteRun
-from silotune.client.trainer import Vector
+from silotune.client.training.base import Vector
 from silotune.data.records import Records, Split
 from silotune.data.site import SiteConfig
 from silotune.errors import RunError
@@ -47,14 +47,16 @@ class SimulatedSites:
         ``shared`` (a folder for what processes share) and ``roster`` (public keys, in hex, by site).
     """
 
-    part: ClassVar[type[SiteRun]] = SiteRun
+    kind: ClassVar[type[LocalTraining]] = LocalTraining
 
     def __init__(self, payload: Mapping[str, Any]) -> None:
         self._plan = Plan.from_canonical(payload["plan"])
         self._run = str(payload["run"])
         self._configs = [Path(path) for path in payload["sites"]]
         self._states = [Path(path) for path in payload["states"]]
-        self._models = ModelCache(Choices(**payload["choices"]), shared=Path(payload["shared"]))
+        self._models = ModelCache(
+            Choices(**payload["choices"]), shared=Path(payload["shared"]), kind=self.kind
+        )
         self._roster = {name: bytes.fromhex(key) for name, key in payload["roster"].items()}
         self._runs: dict[int, SiteRun] = {}
         if self._plan.statistics is None:
@@ -69,7 +71,7 @@ class SimulatedSites:
     def site(self, index: int) -> SiteRun:
         """The site at an index (node order from 0), made on first use."""
         if index not in self._runs:
-            self._runs[index] = self.part(
+            self._runs[index] = SiteRun(
                 SiteConfig.load(self._configs[index]),
                 state=self._states[index],
                 plan=self._plan,
@@ -80,6 +82,10 @@ class SimulatedSites:
             )
         return self._runs[index]
 
+    def training(self, index: int) -> LocalTraining:
+        """The records and the model of the site at an index, in this process."""
+        return cast(LocalTraining, self.site(index).training)
+
     def inspect(
         self, site_index: int, request: dict[str, Any], arrays: Arrays
     ) -> tuple[dict[str, Any], Arrays]:
@@ -87,22 +93,22 @@ class SimulatedSites:
         site = self.site(site_index)
         match request["op"]:
             case "score":
-                split = Split[str(request["split"]).upper()]
+                training, split = self.training(site_index), Split[str(request["split"]).upper()]
                 frozen = bool(request["frozen"])
-                if not len(site.records.rows(split)):
+                if not len(training.records.rows(split)):
                     return {}, {}
-                found = {"counts": score(site, arrays["flat"], split=split, frozen=frozen)}
-                keeping = site.trainer.keeping
-                if keeping.any:
-                    own = keeping.personal(arrays["flat"], before=int(request["round"]) + 1)
-                    found["personal"] = score(site, own, split=split, frozen=frozen)
+                adapter = site.at_own_rank(arrays["flat"])
+                found = {"counts": score(training, adapter, split=split, frozen=frozen)}
+                own = site.updates.personal(adapter, before=int(request["round"]) + 1)
+                if own is not None:
+                    found["personal"] = score(training, own, split=split, frozen=frozen)
                 return {}, found
             case "finish":
                 body = site.finish()
                 return {
                     "certificate": None if body is None else body.model_dump(mode="json"),
-                    "train_seconds": {str(k): v for k, v in site.train_seconds.items()},
-                    "records": site.worker.records_used,
+                    "train_seconds": {str(k): v for k, v in site.updates.seconds.items()},
+                    "records": site.updates.records_used,
                 }, {}
             case "save":
                 model = self._models.for_plan(self._plan).model
@@ -117,33 +123,37 @@ def build(payload: Mapping[str, Any]) -> SimulatedSites:
     return SimulatedSites(payload)
 
 
-def score(site: SiteRun, adapter: Vector, *, split: Split, frozen: bool) -> NDArray[np.float64]:
+def score(
+    training: LocalTraining, adapter: Vector, *, split: Split, frozen: bool
+) -> NDArray[np.float64]:
     """Counts of an adapter on one split of a site's records.
 
     Parameters
     ----------
-    site : SiteRun
+    training : LocalTraining
         Whose records.
     adapter : float32 array
-        The global adapter.
+        At the site's rank.
     split : Split
         Which records.
     frozen : bool
         Whether only the head was trained so far: then the cached features give the same counts.
     """
-    model = site.trainable.model
-    write_adapter(model, site.at_own_rank(adapter))
+    model = training.trainable.model
+    write_adapter(model, adapter)
     total: NDArray[np.float64] | None = None
-    size = site.plan.privacy.max_physical_batch
-    for rows in batches(site.encoded, site.records.rows(split), size=size):
+    size = training.job.plan.privacy.max_physical_batch
+    for rows in batches(training.encoded, training.records.rows(split), size=size):
         if frozen:
-            features = site.trainer.frozen.features[rows].to(model.device)
-            counts = model.task.head_score(model.module, features, site.encoded, rows)
+            features = training.trainer.frozen.features[rows].to(model.device)
+            counts = model.task.head_score(model.module, features, training.encoded, rows)
         else:
-            counts = model.task.score(model.module, site.trainer.inputs(rows))
+            counts = model.task.score(model.module, training.trainer.inputs(rows))
         total = counts if total is None else total + counts
     if total is None:
-        raise RunError(f"site {site.site.name} has no records in the {split.name.lower()} split")
+        raise RunError(
+            f"site {training.job.site.name} has no records in the {split.name.lower()} split"
+        )
     return total
 
 
@@ -175,8 +185,8 @@ def enrol(sites: list[SiteConfig], states: list[Path]) -> dict[str, str]:
     return dict(zip((site.name for site in sites), publics, strict=True))
 
 
-class _PlantedSite(SiteRun):
-    """A site that trains on canaries too, each a unit of its own."""
+class _PlantedTraining(LocalTraining):
+    """A training on canaries too, each a unit of its own."""
 
     planted: Sequence[Example] = ()
 
@@ -202,7 +212,7 @@ class CanarySites(SimulatedSites):
         That of `SimulatedSites`, and ``planted``: the canaries to train on, a list a site.
     """
 
-    part = _PlantedSite
+    kind = _PlantedTraining
 
     def __init__(self, payload: Mapping[str, Any]) -> None:
         self._planted = payload["planted"]
@@ -211,7 +221,7 @@ class CanarySites(SimulatedSites):
     def site(self, index: int) -> SiteRun:
         """The site at an index, with its canaries."""
         found = super().site(index)
-        cast(_PlantedSite, found).planted = self._planted[index]
+        cast(_PlantedTraining, found.training).planted = self._planted[index]
         return found
 
     def inspect(
@@ -223,7 +233,7 @@ class CanarySites(SimulatedSites):
                 return {}, {"losses": self._losses(site_index, request["examples"], arrays["flat"])}
             case "complete":
                 site = self.site(site_index)
-                model = site.trainable.model
+                model = self.training(site_index).trainable.model
                 write_adapter(model, site.at_own_rank(arrays["flat"]))
                 return {"texts": model.task.predict(model, request["prompts"])}, {}
             case _:
@@ -233,7 +243,7 @@ class CanarySites(SimulatedSites):
         self, site_index: int, examples: Sequence[Example], flat: NDArray[np.float32]
     ) -> NDArray[np.float64]:
         site = self.site(site_index)
-        model = site.trainable.model
+        model = self.training(site_index).trainable.model
         write_adapter(model, site.at_own_rank(flat))
         encoded = model.task.encode(examples, model.tokenizer, plan=self._plan)
         found = np.empty(len(examples))

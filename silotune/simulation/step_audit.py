@@ -15,7 +15,7 @@ import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,10 +25,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from silotune.client.app import build_client_app
-from silotune.client.model_cache import ModelCache
+from silotune.client.model_cache import LocalTraining, ModelCache
 from silotune.client.site_run import SiteRun
 from silotune.client.terms import sigma_for
-from silotune.client.trainer import TrainableModel, Vector
+from silotune.client.trainer import TrainableModel
+from silotune.client.training.base import TrainingJob, Vector
 from silotune.data.records import Records, Split
 from silotune.data.site import SiteConfig
 from silotune.models.batching import Encoded, Rows
@@ -250,37 +251,39 @@ class _CanaryTask:
         return cast(Tensor, model(batch))
 
 
-class _AuditedSite(SiteRun):
-    """A site whose records are canaries and whose model is made for them."""
+class _AuditedTraining(LocalTraining):
+    """Records that are canaries, and a model that is made for them."""
 
-    def __init__(self, *args: Any, canaries: NDArray[np.int64], size: int, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self, job: TrainingJob, models: ModelCache, canaries: NDArray[np.int64], size: int
+    ) -> None:
+        super().__init__(job, models)
         self._canaries, self._size = canaries, size
 
     @cached_property
     def trainable(self) -> TrainableModel:
         """The canaries' model."""
-        module = _CanaryModel(_sizes(self.plan), self._size)
+        module = _CanaryModel(_sizes(self.job.plan), self._size)
         entries = [
             ArrayEntry(n, tuple(p.shape), cast(Any, _PARTS[n])) for n, p in module.trained.items()
         ]
         loaded = LoadedModel(
             module=cast(Any, module),
             tokenizer=None,
-            task=cast(Any, _CanaryTask(self.plan, self._size)),
+            task=cast(Any, _CanaryTask(self.job.plan, self._size)),
             layout=Layout(tuple(entries)),
             device=torch.device("cpu"),
             dtype=torch.float32,
             attention="none",
             description="canaries",
-            plan=self.plan,
+            plan=self.job.plan,
         )
-        return TrainableModel(self.plan, loaded)
+        return TrainableModel(self.job.plan, loaded)
 
     @cached_property
     def records(self) -> Records:
         """Each canary's records, to train on."""
-        units = np.repeat(np.arange(len(self._canaries), dtype=np.int64), _records(self.plan))
+        units = np.repeat(np.arange(len(self._canaries), dtype=np.int64), _records(self.job.plan))
         return Records([{}] * len(units), units, np.full(len(units), Split.TRAIN, dtype=np.uint8))
 
     @cached_property
@@ -304,18 +307,18 @@ class _Canaries:
     ) -> None:
         keys = enrol(list(sites), list(states)) if plan.aggregation.secure else {}
         roster = {name: bytes.fromhex(key) for name, key in keys.items()}
-        models = ModelCache(Choices(device="cpu", dtype="float32", attention="eager"))
+        choices = Choices(device="cpu", dtype="float32", attention="eager")
         self.runs = [
-            _AuditedSite(
+            SiteRun(
                 site,
                 state=state,
                 plan=plan,
                 run=_RUN,
-                models=models,
+                models=ModelCache(
+                    choices, kind=partial(_AuditedTraining, canaries=share, size=canaries)
+                ),
                 to_disk=False,
                 roster=roster,
-                canaries=share,
-                size=canaries,
             )
             for site, state, share in zip(sites, states, shares, strict=True)
         ]

@@ -154,7 +154,4 @@ def _length(update: Vector) -> float:
 
 
 def _noisy(values: NDArray[Any], std: float, noise: NoiseSource) -> NDArray[np.float64]:
-    import torch  # a coordinator with other plans does without it
-
-    clean = torch.from_numpy(values.astype(np.float32))
-    return np.asarray(noise.add(clean, std).numpy(), dtype=np.float64)
+    return noise.added(values.astype(np.float32), std).astype(np.float64)

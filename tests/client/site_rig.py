@@ -13,6 +13,7 @@ from silotune.client.daemon.connection import SiteConnection
 from silotune.client.daemon.documents import DocumentExchange
 from silotune.client.daemon.enrolment import Joining
 from silotune.client.daemon.runner import Runner
+from silotune.client.model_cache import ModelCache
 from silotune.data.site import SiteConfig
 from silotune.models.base import outline
 from silotune.privacy.ledger import Ledger
@@ -46,6 +47,7 @@ class Rig:
             approvals=self.approvals,
             vault=self.vault,
             audit=self.audit,
+            trainers=ModelCache(device="cpu"),
             paused=lambda: self.paused,
         )
         self.books = SiteBooks(enrolment=self.enrolment, audit=self.audit)

@@ -59,7 +59,7 @@ def ask(plan, kind):
 
 
 def adapter_for(site_run):
-    return np.zeros(site_run.trainable.model.layout.size, dtype=np.float32)
+    return np.zeros(site_run.training.trainable.model.layout.size, dtype=np.float32)
 
 
 def test_an_allowed_plan_runs_on_the_weights_at_the_sites_own_place(federation):
@@ -74,7 +74,7 @@ def test_an_allowed_plan_runs_on_the_weights_at_the_sites_own_place(federation):
 def test_nothing_is_loaded_charged_or_reserved_for_a_refused_plan(federation, monkeypatch):
     loaded = []
     monkeypatch.setattr(model_cache, "load_model", lambda *a, **k: loaded.append(a))
-    monkeypatch.setattr(runtime, "load_records", lambda *a, **k: loaded.append(a))
+    monkeypatch.setattr(model_cache, "load_records", lambda *a, **k: loaded.append(a))
     part = run_of(federation, federation.plan.override({"rounds.number": 11}))
     app = build_client_app(lambda context, plan, run: part)
     for kind in sorted(REQUESTS):

@@ -25,7 +25,7 @@ def started(tmp_path, bert_folder, **settings):
         **settings,
     )
     run.join()
-    return run, initial_adapter(run.trainer.layout, plan)
+    return run, initial_adapter(run.training.trainer.layout, plan)
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ class Round:
         self.parts = {name: self.started(name) for name in SITES}
         for part in self.parts.values():
             part.join()
-        self.adapter = initial_adapter(part.trainable.model.layout, self.plan)
+        self.adapter = initial_adapter(part.training.trainable.model.layout, self.plan)
         self.coordinator = CoordinatorRound(threshold=2, largest_cohort=3)
         for name, part in self.parts.items():
             self.coordinator.advertise(name, released(part.secure.keys(1), "keys"))
@@ -144,7 +144,7 @@ def test_the_charge_is_on_the_disk_before_the_masked_bytes_exist(federation, mon
         played.masked("alpha")
     again = played.started("alpha")
     assert again.ledger.events("notes") == []
-    assert again.trainer.records_used == 0
+    assert again.training.trainer.records_used == 0
     played.parts["alpha"] = again
     played.masked("alpha")  # nothing was masked, trained or charged: as if it had not been asked
     assert len(again.ledger.events("notes")) == 1
@@ -236,7 +236,7 @@ def test_a_site_that_was_promised_seven_shares_nothing_with_a_cohort_of_three(
     with pytest.raises(CohortTooSmall, match="3 members; this site's minimum is 7"):
         part.in_secure(1).share(1, shown)
     # Nor can it be brought to mask: it has shared its secrets with nobody.
-    adapter = np.zeros(part.trainable.model.layout.size, np.float32)
+    adapter = np.zeros(part.training.trainable.model.layout.size, np.float32)
     with pytest.raises(RoundUsed):
         part.train_masked(adapter, 1, present=MANY[:3], sealed={})
     assert part.ledger.events("notes") == []
@@ -250,7 +250,7 @@ def test_a_site_that_was_promised_seven_opens_no_sum_of_fewer(tmp_path, bert_fol
         played.coordinator.add_shares(name, unpack_named(sealed))
     part = played.parts[MANY[0]]
     part.join()
-    adapter = initial_adapter(part.trainable.model.layout, played.plan)
+    adapter = initial_adapter(part.training.trainable.model.layout, played.plan)
     sealed = played.coordinator.sealed_for(MANY[0])
     with pytest.raises(CohortTooSmall):  # the masks of those that are left out would not go on
         few = {name: blob for name, blob in sealed.items() if name in MANY[:6]}

@@ -12,7 +12,7 @@ from silotune.models.layout import gathered, initial_adapter
 from silotune.privacy.noise import SeededNoise, derive_seed
 from silotune.simulation.baselines import federate
 from silotune.strategies.base import Terms
-from tests.federation import PRIVATE, write_federation
+from tests.federation import PRIVATE, trainer_of, write_federation
 
 pytestmark = pytest.mark.usefixtures("task_identity")
 
@@ -24,7 +24,7 @@ def task_identity():
 
 def terms_and_trainers(runs):
     return [
-        (Terms(node=n, site=r.site.name, declared_units=r.dataset.declared_units), r.trainer)
+        (Terms(node=n, site=r.site.name, declared_units=r.dataset.declared_units), trainer_of(r))
         for n, r in enumerate(runs)
     ]
 
@@ -33,7 +33,9 @@ def drawn_rows(run, plan, server_round):
     """The rows that a seeded site trains on in a round, by replaying its stream."""
     noise = SeededNoise(derive_seed(plan.plan.seed, "train", run.site.name, server_round))
     return [
-        row for batch in run.trainer._sampler.draw(plan.privacy.rate, noise) for row in batch.rows
+        row
+        for batch in trainer_of(run)._sampler.draw(plan.privacy.rate, noise)
+        for row in batch.rows
     ]
 
 
@@ -55,7 +57,7 @@ def test_one_step_a_round_is_pooled_training_of_the_same_batches(tmp_path, bert_
         model.module.zero_grad()
         for run in runs:
             for row in drawn_rows(run, plan, number):
-                inputs = model.task.collate(run.encoded, [row], model.device)
+                inputs = model.task.collate(run.training.encoded, [row], model.device)
                 (model.task.losses(model.module, inputs).sum() / batch).backward()
         rise = min(1.0, number / (site.warmup_share * total))
         factor = rise * (1 - (1 - site.final_share) * (number - 1) / total)
@@ -80,9 +82,9 @@ def test_several_steps_send_the_change_of_the_sites_own_optimizer(tmp_path, bert
         optimizer__site__head_rounds=0,
     )
     run = federation.runs()[0]
-    layout = run.trainer.layout
+    layout = trainer_of(run).layout
     start = initial_adapter(layout, federation.plan)
-    update = run.trainer.round(start, 1)
+    update = trainer_of(run).round(start, 1)
     assert update.flat.shape == (layout.size,)
     moved = layout.unpack(update.flat)
     assert np.abs(moved["head.weight"]).max() > 0
@@ -101,8 +103,8 @@ def test_fedprox_descends_the_loss_with_its_proximal_term(tmp_path, bert_folder)
         },
     )  # fmt: skip
     plan, run = federation.plan, federation.runs()[0]
-    start = initial_adapter(run.trainer.layout, plan)
-    ours = run.trainer.round(start, 1).flat
+    start = initial_adapter(trainer_of(run).layout, plan)
+    ours = trainer_of(run).round(start, 1).flat
 
     # Li et al. (MLSys 2020), literally: torch differentiates loss + prox / 2 |w - w_0|^2.
     from silotune.models.adapter import read_adapter
@@ -116,8 +118,10 @@ def test_fedprox_descends_the_loss_with_its_proximal_term(tmp_path, bert_folder)
     origin = [p.detach().clone() for p in parameters]
     noise = SeededNoise(derive_seed(plan.plan.seed, "train", run.site.name, 1))
     for _ in range(3):
-        rows = [row for b in run.trainer._sampler.draw(plan.privacy.rate, noise) for row in b.rows]
-        inputs = model.task.collate(run.encoded, rows, model.device)
+        rows = [
+            row for b in trainer_of(run)._sampler.draw(plan.privacy.rate, noise) for row in b.rows
+        ]
+        inputs = model.task.collate(run.training.encoded, rows, model.device)
         loss = model.task.losses(model.module, inputs).sum()
         loss = loss / plan.expected_batch(run.dataset.declared_units)
         pull = sum(((p - o) ** 2).sum() for p, o in zip(parameters, origin, strict=True))
@@ -127,7 +131,7 @@ def test_fedprox_descends_the_loss_with_its_proximal_term(tmp_path, bert_folder)
     theirs = read_adapter(model) - start
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
     free = federation.runs(plan.override({"optimizer.site.prox": 0.0}), state="free")[0]
-    assert np.abs(ours - free.trainer.round(start, 1).flat).max() > 1e-3
+    assert np.abs(ours - trainer_of(free).round(start, 1).flat).max() > 1e-3
 
 
 def test_a_seeded_round_is_repeatable_and_depends_on_the_round(tmp_path, bert_folder):
@@ -135,10 +139,10 @@ def test_a_seeded_round_is_repeatable_and_depends_on_the_round(tmp_path, bert_fo
         tmp_path, bert_folder, **{k.replace(".", "__"): v for k, v in PRIVATE.items()}
     )
     run = plan.runs()[0]
-    start = initial_adapter(run.trainer.layout, plan.plan)
-    first = run.trainer.round(start, 3).flat
-    assert run.trainer.round(start, 3).flat.tobytes() == first.tobytes()
-    assert run.trainer.round(start, 4).flat.tobytes() != first.tobytes()
+    start = initial_adapter(trainer_of(run).layout, plan.plan)
+    first = trainer_of(run).round(start, 3).flat
+    assert trainer_of(run).round(start, 3).flat.tobytes() == first.tobytes()
+    assert trainer_of(run).round(start, 4).flat.tobytes() != first.tobytes()
 
 
 def test_without_a_seed_no_two_rounds_have_the_same_noise(tmp_path, bert_folder):
@@ -149,8 +153,11 @@ def test_without_a_seed_no_two_rounds_have_the_same_noise(tmp_path, bert_folder)
         **{k.replace(".", "__"): v for k, v in PRIVATE.items()},
     )
     run = federation.runs()[0]
-    start = initial_adapter(run.trainer.layout, federation.plan)
-    assert run.trainer.round(start, 3).flat.tobytes() != run.trainer.round(start, 3).flat.tobytes()
+    start = initial_adapter(trainer_of(run).layout, federation.plan)
+    assert (
+        trainer_of(run).round(start, 3).flat.tobytes()
+        != trainer_of(run).round(start, 3).flat.tobytes()
+    )
 
 
 @pytest.mark.parametrize("private", [True, False])
@@ -158,10 +165,10 @@ def test_an_empty_sample_is_a_step_all_the_same(tmp_path, bert_folder, private):
     settings = {k.replace(".", "__"): v for k, v in PRIVATE.items()} if private else {}
     federation = write_federation(tmp_path, bert_folder, privacy__rate=1e-9, **settings)
     run = federation.runs()[0]
-    update = run.trainer.round(initial_adapter(run.trainer.layout, federation.plan), 3)
+    update = trainer_of(run).round(initial_adapter(trainer_of(run).layout, federation.plan), 3)
     assert bool(update.flat.any()) == private
     assert (update.event is not None) == private
-    assert run.trainer.records_used == 0
+    assert trainer_of(run).records_used == 0
 
 
 def test_noise_has_the_planned_size_in_both_groups(tmp_path, bert_folder):
@@ -169,9 +176,9 @@ def test_noise_has_the_planned_size_in_both_groups(tmp_path, bert_folder):
     settings["privacy__clip"] = {"head": 0.5, "adapter": 2.0, "head_share": 0.2}
     federation = write_federation(tmp_path, bert_folder, privacy__rate=1e-9, **settings)
     run = federation.runs()[0]
-    layout = run.trainer.layout
+    layout = trainer_of(run).layout
     start = initial_adapter(layout, federation.plan)
-    flats = np.stack([run.trainer.round(start, number).flat for number in (3, 4, 5)])
+    flats = np.stack([trainer_of(run).round(start, number).flat for number in (3, 4, 5)])
     sigma = run.sigma
     for parts, want in (
         ({"A", "B"}, sigma * 2.0 / np.sqrt(0.8)),
@@ -185,8 +192,8 @@ def test_noise_has_the_planned_size_in_both_groups(tmp_path, bert_folder):
 def test_a_tensor_that_never_gets_a_gradient_stops_the_run(tmp_path, bert_folder):
     federation = write_federation(tmp_path, bert_folder, optimizer__site__head_rounds=0)
     run = federation.runs()[0]
-    adapter = initial_adapter(run.trainer.layout, federation.plan)
-    model = run.trainable.model
+    adapter = initial_adapter(trainer_of(run).layout, federation.plan)
+    model = run.training.trainable.model
     # A classifier whose input is cut off from one adapted layer, as a stale hook would do.
     name = next(n for n in model.module.trained if "lora_B" in n)
     layer = model.module.peft.get_submodule(name.removesuffix(".lora_B.weight"))
@@ -194,18 +201,18 @@ def test_a_tensor_that_never_gets_a_gradient_stops_the_run(tmp_path, bert_folder
     layer.forward = plain
     with pytest.raises(SelfCheckFailed, match="2 trainable tensors never had a gradient"):
         for number in range(1, 6):
-            flat = run.trainer.round(adapter, number).flat
+            flat = trainer_of(run).round(adapter, number).flat
             adapter = adapter - np.float32(0.1) * flat / np.abs(flat).max()
 
 
 def test_a_sound_model_passes_the_same_check(tmp_path, bert_folder):
     federation = write_federation(tmp_path, bert_folder, optimizer__site__head_rounds=0)
     run = federation.runs()[0]
-    adapter = initial_adapter(run.trainer.layout, federation.plan)
+    adapter = initial_adapter(trainer_of(run).layout, federation.plan)
     for number in range(1, 6):
-        flat = run.trainer.round(adapter, number).flat
+        flat = trainer_of(run).round(adapter, number).flat
         adapter = adapter - np.float32(0.1) * flat / np.abs(flat).max()
-    assert run.trainer._still == {}
+    assert trainer_of(run)._still == {}
 
 
 # --- sampling ---
@@ -269,7 +276,7 @@ def test_features_are_computed_ahead_only_where_a_round_uses_them(
     settings = {"optimizer__site__head_rounds": head_rounds, "lora__last_layers": last_layers}
     run = write_federation(tmp_path, bert_folder, **settings).runs()[0]
     asked = []
-    find = run.trainer._find_frozen
-    run.trainer._find_frozen = lambda: (asked.append(True), find())[1]
-    run.trainer.prepare()
+    find = trainer_of(run)._find_frozen
+    trainer_of(run)._find_frozen = lambda: (asked.append(True), find())[1]
+    trainer_of(run).prepare()
     assert bool(asked) == worth_it

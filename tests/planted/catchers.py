@@ -94,7 +94,7 @@ def _refused(error: type[SilotuneError]) -> Iterator[None]:
 
 
 def start(site):
-    return initial_adapter(site.trainable.model.layout, site.plan)
+    return initial_adapter(site.training.trainable.model.layout, site.plan)
 
 
 # --- audits ----------------------------------------------------------------------------------------
@@ -289,7 +289,7 @@ def samples_are_poisson(world: World) -> None:
     """The size of a Poisson sample varies; that of a fixed one does not."""
     site = world.site({})
     noise = SeededNoise(5)
-    sampler = site.trainer._sampler
+    sampler = site.training.trainer._sampler
     sizes = [sum(b.n_units for b in sampler.draw(0.3, noise)) for _ in range(400)]
     mean, spread = sampler.units * 0.3, sampler.units * 0.3 * 0.7
     # Five standard errors of a mean and of a variance of 400 binomial numbers: 1e-5.
@@ -303,8 +303,8 @@ def units_stay_whole(world: World) -> None:
         {"privacy.max_records_per_unit": 2, "privacy.max_physical_batch": 5}, world.patients
     )
     drawn = Counter()
-    for batch in site.trainer._sampler.draw(1.0, SeededNoise(1)):
-        drawn.update(set(site.records.unit_of[batch.rows].tolist()))
+    for batch in site.training.trainer._sampler.draw(1.0, SeededNoise(1)):
+        drawn.update(set(site.training.records.unit_of[batch.rows].tolist()))
     assert max(drawn.values()) == 1
 
 
@@ -373,7 +373,7 @@ def changed_records_are_trained_on(world: World) -> None:
     def features():
         site = load_sites(place.folder)[0]
         run = SiteRun(site, state=place.folder / "x", plan=plan, run="r", models=models)
-        return run.trainer.frozen.features.clone()
+        return run.training.trainer.frozen.features.clone()
 
     before, notes = features(), place.folder / "alpha" / "notes.csv"
     notes.write_text(notes.read_text().replace("left", "lower"))
@@ -429,7 +429,7 @@ def a_withdrawn_record_is_forgotten(world: World) -> None:
         site = SiteRun(
             place.sites[0], state=place.folder / "s", plan=place.plan, run=run, models=models
         )
-        return site.trainer.frozen.features
+        return site.training.trainer.frozen.features
 
     before = features("first")
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))

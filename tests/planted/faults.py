@@ -150,7 +150,9 @@ def _true_units(honest: Any, *args: Any, **kwargs: Any) -> None:
     """A site that weighs itself by the number of units that it has."""
     honest(*args, **kwargs)
     site = args[0]
-    site.dataset = site.dataset.model_copy(update={"declared_units": site.records.n_units()})
+    site.dataset = site.dataset.model_copy(
+        update={"declared_units": site.training.records.n_units()}
+    )
 
 
 def _counted(honest: Any, site: SiteRun) -> Any:
@@ -158,7 +160,7 @@ def _counted(honest: Any, site: SiteRun) -> Any:
     release = site.gate.release
 
     def told(key: Any, *, fields: Any, mechanisms: Any = None) -> Any:
-        count = Public(len(site.records), "site.toml: declared_units")
+        count = Public(len(site.training.records), "site.toml: declared_units")
         return release(key, fields={**fields, "records": count}, mechanisms=mechanisms or {})
 
     site.gate.release = told  # type: ignore[method-assign]

@@ -10,7 +10,7 @@ import shutil
 import numpy as np
 import pytest
 
-from silotune.client import site_run
+from silotune.client import model_cache
 from silotune.client.errors import BroadcastRefused, RoundUnanswered
 from silotune.client.model_cache import ModelCache
 from silotune.client.site_run import SiteRun
@@ -89,20 +89,20 @@ def books(run):
 
 
 def flat(run, value=0.0):
-    return np.full(run.trainable.model.layout.size, value, dtype=np.float32)
+    return np.full(run.training.trainable.model.layout.size, value, dtype=np.float32)
 
 
 def warm_start(run):
     """An adapter in which everything has a gradient."""
-    layout = run.trainable.model.layout
+    layout = run.training.trainable.model.layout
     noise = np.random.default_rng(0).normal(0, 0.05, layout.size).astype(np.float32)
     return initial_adapter(layout, run.plan) + noise
 
 
 def along_a_text(run, row):
     """A head with the largest weights there are, along the features of one record's text."""
-    adapter, layout = flat(run), run.trainable.model.layout
-    features = run.trainer.frozen.features[row].numpy()
+    adapter, layout = flat(run), run.training.trainable.model.layout
+    features = run.training.trainer.frozen.features[row].numpy()
     weight = np.stack([features, -features]) * np.float32(1e37)
     layout.unpack(adapter)["head.weight"][:] = weight
     return adapter
@@ -114,7 +114,7 @@ def test_a_weight_without_bound_tells_nobody_whether_a_text_is_there(tmp_path, b
     here, gone = pair.runs()
     for run in (here, gone):
         run.join()
-    last = int(here.records.rows(Split.TRAIN)[-1])
+    last = int(here.training.records.rows(Split.TRAIN)[-1])
     adapter = along_a_text(here, last)
     answers = [
         [shown(lambda r=r, n=n: r.train(adapter, n)) for n in range(1, 6)] for r in (here, gone)
@@ -164,7 +164,7 @@ def hostile(run):
 
 def out_of_memory(run, monkeypatch):
     """The last record can't be computed, alone or with others."""
-    last, plain = len(run.records) - 1, Trainer._losses
+    last, plain = len(run.training.records) - 1, Trainer._losses
 
     def losses(self, batch, phase):
         if last in batch.rows:
@@ -175,7 +175,7 @@ def out_of_memory(run, monkeypatch):
 
 
 def not_finite(run, monkeypatch):
-    last, plain = len(run.records) - 1, Trainer._losses
+    last, plain = len(run.training.records) - 1, Trainer._losses
 
     def losses(self, batch, phase):
         import torch
@@ -219,7 +219,7 @@ def test_records_that_cannot_be_read_are_answered_with_noise_and_then_the_run_st
     def unreadable(*args, **kwargs):
         raise RecordInvalid("row 7")
 
-    monkeypatch.setattr(site_run, "load_records", unreadable)
+    monkeypatch.setattr(model_cache, "load_records", unreadable)
     assert shown(run.join) == shown(honest.join)
     adapter = warm_start(run)
     answers = [shown(lambda n=n: run.train(adapter, n)) for n in range(1, 6)]
@@ -318,8 +318,8 @@ def test_kept_parts_count_only_with_the_round_that_is_released(
         assert shown(lambda: run.train(adapter, 1)) == RoundUnanswered.code
     assert len(run.ledger.events("notes")) == 1
     for part in (run, pair.run("with")):  # neither in this process nor after a restart
-        assert part._idle.keeping.personal(adapter, before=9) is adapter
+        assert part.updates.personal(adapter, before=9) is adapter
     run.train(adapter, 1)
-    own = pair.run("with")._idle.keeping.personal(adapter, before=2)
+    own = pair.run("with").updates.personal(adapter, before=2)
     assert np.abs(own - adapter).max() > 0
     assert len(run.ledger.events("notes")) == 1

@@ -32,7 +32,7 @@ def test_every_field_of_every_message_is_public_or_charged(federation):
     assert set(joined) == {"released"}
     assert set(joined["released"]) == PUBLIC
     assert ledger.events("notes") == []
-    adapter = initial_adapter(run.trainer.layout, plan)
+    adapter = initial_adapter(run.training.trainer.layout, plan)
     charged = 0
     for number in range(1, plan.rounds.number + 1):
         reply = ask(run, "train", number, adapter)
@@ -55,22 +55,22 @@ def test_every_field_of_every_message_is_public_or_charged(federation):
 def test_a_repeated_message_gets_the_same_bytes_and_no_charge(federation):
     run = federation.runs()[0]
     ask(run, "query.join")
-    adapter = initial_adapter(run.trainer.layout, federation.plan)
+    adapter = initial_adapter(run.training.trainer.layout, federation.plan)
     first = ask(run, "train", 3, adapter)["update"]["flat"].numpy()
     spent = run.ledger.events("notes")
-    used = run.trainer.records_used
+    used = run.training.trainer.records_used
     # A restarted site has the same answer too.
     for site in (run, federation.runs()[0]):
         again = ask(site, "train", 3, adapter + 1)["update"]["flat"].numpy()
         assert again.tobytes() == first.tobytes()
     assert run.ledger.events("notes") == spent
-    assert run.trainer.records_used == used
+    assert run.training.trainer.records_used == used
 
 
 def test_the_noisy_counts_are_not_the_counts(federation):
     run = federation.runs()[0]
     ask(run, "query.join")
-    adapter = initial_adapter(run.trainer.layout, federation.plan)
+    adapter = initial_adapter(run.training.trainer.layout, federation.plan)
     released = ask(run, "evaluate", 2, adapter)["counts"]["flat"].numpy()
     assert released.shape == (2, 2)
     assert not np.allclose(released, np.round(released), atol=1e-3)
@@ -80,7 +80,7 @@ def test_without_privacy_the_same_messages_leave_and_nothing_is_charged(tmp_path
     TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 1
     run = write_federation(tmp_path, bert_folder).runs()[0]
     assert set(ask(run, "query.join")["released"]) == PUBLIC - {"sigma"}
-    adapter = initial_adapter(run.trainer.layout, run.plan)
+    adapter = initial_adapter(run.training.trainer.layout, run.plan)
     assert set(ask(run, "train", 1, adapter)) == {"update", "released"}
     counts = ask(run, "evaluate", 2, adapter)["counts"]["flat"].numpy()
     assert counts.sum() == math.floor(counts.sum())
@@ -104,7 +104,7 @@ def test_a_site_without_a_budget_refuses_every_private_plan(federation):
 
 def test_training_without_joining_first_releases_nothing(federation):
     run = federation.runs()[0]
-    adapter = initial_adapter(run.trainer.layout, federation.plan)
+    adapter = initial_adapter(run.training.trainer.layout, federation.plan)
     with pytest.raises(Exception, match="reserved"):
         ask(run, "train", 1, adapter)
     assert run.ledger.events("notes") == []
@@ -113,6 +113,6 @@ def test_training_without_joining_first_releases_nothing(federation):
 @pytest.mark.parametrize("number", [None, 0, -1])
 def test_a_message_without_a_sound_round_number_is_refused(federation, number):
     run = federation.runs()[0]
-    adapter = initial_adapter(run.trainer.layout, federation.plan)
+    adapter = initial_adapter(run.training.trainer.layout, federation.plan)
     with pytest.raises(PlanInvalid, match="round"):
         ask(run, "train", number, adapter)

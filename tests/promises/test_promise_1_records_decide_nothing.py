@@ -58,7 +58,7 @@ def part_of(federation, rows, *, models, state, told=None, **settings):
 def seen(part):
     """What leaves in a run: names, types and sizes of everything, and what is declared."""
     found = [described(part.join())]
-    adapter = initial_adapter(part.trainer.layout, part.plan)
+    adapter = initial_adapter(part.training.trainer.layout, part.plan)
     for number in (1, 2):
         found.append(described(part.train(adapter, number)))
         found.append(described(part.evaluate(adapter, number)))
@@ -96,20 +96,20 @@ def test_no_share_of_a_plan_tells_on_which_side_the_only_unit_is(federation, mod
             joined = described(part.join())[1]["released"]
             joined.pop("sigma"), joined.pop("rate")
             answers.append((joined, described(part.train(first_adapter(part), 1))[0]))
-            sides.update(part.records.split.tolist())
+            sides.update(part.training.records.split.tolist())
     assert sides <= {Split.TRAIN, Split.TEST}
     assert all(answer == answers[0] for answer in answers)
 
 
 def first_adapter(part):
-    return initial_adapter(part.trainer.layout, part.plan)
+    return initial_adapter(part.training.trainer.layout, part.plan)
 
 
 def test_the_split_is_the_sites_secret_and_stays(federation, models):
     rows = [[f"note {i}", "no"] for i in range(200)]
-    first = part_of(federation, rows, models=models, state="a").records.split
-    again = part_of(federation, rows, models=models, state="a").records.split
-    elsewhere = part_of(federation, rows, models=models, state="b").records.split
+    first = part_of(federation, rows, models=models, state="a").training.records.split
+    again = part_of(federation, rows, models=models, state="a").training.records.split
+    elsewhere = part_of(federation, rows, models=models, state="b").training.records.split
     assert (first == again).all()
     assert not (first == elsewhere).all()  # alike by chance: under (0.54)^200
 
@@ -130,7 +130,7 @@ def test_the_audit_log_tells_the_content_in_one_line_whatever_was_left_out(feder
             federation, rows, models=models, state="same",
             told=lambda *found: runner._read_records(Approved, *found),
         )  # fmt: skip
-        content = part.records.content
+        content = part.training.records.content
         assert log.head.seq == before + 1
         line = list(log.lines())[-1]
         assert line.kind == "records_read"
@@ -144,11 +144,11 @@ def test_the_audit_log_tells_the_content_in_one_line_whatever_was_left_out(feder
 def test_a_withdrawn_record_is_gone_from_memory_at_the_next_run(federation):
     models, rows = ModelCache(CHOICES), NOTES
     before = part_of(federation, rows, models=models, state="1")
-    kept = before.trainer.frozen.features
+    kept = before.training.trainer.frozen.features
     after = part_of(
         federation, [*rows[1:], ["lupus", "no"], ["copd", "yes"]], models=models, state="1"
     )
-    found = after.trainer.frozen.features
+    found = after.training.trainer.frozen.features
     assert len(found) == len(rows) + 1  # added rows ended in an IndexError
     assert np.allclose(found[:5], kept[1:6], atol=1e-5)
     assert [len(frozen.features) for frozen in models._frozen.values()] == [len(found)]
@@ -156,9 +156,9 @@ def test_a_withdrawn_record_is_gone_from_memory_at_the_next_run(federation):
 
 def test_a_withdrawn_record_is_gone_from_the_disk_at_the_next_run(federation, tmp_path):
     models = ModelCache(CHOICES, shared=tmp_path / "shared")
-    part_of(federation, NOTES, models=models, state="1").trainer.prepare()
+    part_of(federation, NOTES, models=models, state="1").training.trainer.prepare()
     (old,) = (tmp_path / "shared").iterdir()
     again = ModelCache(CHOICES, shared=tmp_path / "shared")
-    part_of(federation, NOTES[1:], models=again, state="1").trainer.prepare()
+    part_of(federation, NOTES[1:], models=again, state="1").training.trainer.prepare()
     (new,) = (tmp_path / "shared").iterdir()
     assert new.name != old.name

@@ -30,7 +30,7 @@ def federation(tmp_path, bert_folder):
 def conversation(run, **settings):
     """Join, a round, its evaluation; what was answered."""
     joined = ask(run, "query.join", **settings)
-    adapter = initial_adapter(run.trainer.layout, run.plan)
+    adapter = initial_adapter(run.training.trainer.layout, run.plan)
     answers = [joined]
     answers += [ask(run, "train", number, adapter, **settings) for number in (1, 2)]
     return [*answers, ask(run, "evaluate", 2, adapter, **settings)]
@@ -78,7 +78,7 @@ def test_what_goes_wrong_on_a_record_is_in_no_span(federation):
         run = federation.runs()[0]
         ask(run, "query.join", traceparent=HEADER)  # whether records can be read, nobody is told
         found = spans()
-    assert [part.values for part in run.records.left_out] == [{"SECRET-DIAGNOSIS": 1}]
+    assert [part.values for part in run.training.records.left_out] == [{"SECRET-DIAGNOSIS": 1}]
     assert {span.name for span in found} == {"query.join", "release"}
     assert all(span.status.description is None for span in found)
     told = json.dumps([json.loads(span.to_json()) for span in found])

@@ -78,7 +78,7 @@ def site(folder: Path) -> int:
         to_disk=False,
     )
     run.join()
-    before, adapter = peak(), initial_adapter(run.trainer.layout, plan) + np.float32(0.01)
+    before, adapter = peak(), initial_adapter(run.training.trainer.layout, plan) + np.float32(0.01)
     for number in range(1, STEPS + 1):
         run.train(adapter, number)
     score(run, adapter, split=Split.TRAIN, frozen=False)

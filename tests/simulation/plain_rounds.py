@@ -8,7 +8,7 @@ from silotune.client.site_run import SiteRun
 from silotune.models.layout import initial_adapter
 from silotune.strategies import strategy_for
 from silotune.strategies.base import Terms
-from tests.federation import CHOICES
+from tests.federation import CHOICES, trainer_of
 
 PHASES = ("keys", "share", "masked", "check", "open")
 
@@ -32,7 +32,7 @@ def plainly(sites, plan, present, folder):
     }
     for run in runs.values():  # nothing is released here: what a round leaves counts at once
         run.__dict__["_memory"] = ProcessMemory()
-    layout = next(iter(runs.values())).trainable.model.layout
+    layout = next(iter(runs.values())).training.trainable.model.layout
     strategy = strategy_for(plan, layout=layout)
     terms = {
         name: Terms(node=i, site=name, declared_units=run.dataset.declared_units)
@@ -43,7 +43,7 @@ def plainly(sites, plan, present, folder):
     for number in range(1, plan.rounds.number + 1):
         strategy.begin(number, adapter)
         for name in sorted(present[number]):
-            update = runs[name].trainer.round(adapter, number)
+            update = trainer_of(runs[name]).round(adapter, number)
             strategy.fold(terms[name], update.flat)
         adapter = strategy.finish(adapter, server_round=number)
     return adapter

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from silotune.client.model_cache import ModelCache
-from silotune.client.terms import sigma_for
+from silotune.client.terms import missing_noise, sigma_for
 from silotune.models.features import compute_frozen
 from silotune.models.layout import initial_adapter
 from silotune.plan.plan import Plan
@@ -64,14 +64,16 @@ def test_a_federated_baseline_has_the_noise_of_the_federations_own_sums(federati
     titled = {job.key: Plan.from_canonical(job.plan) for job in jobs(federation, shared)}
     assert titled["probe_federated"].privacy.noise == "shared"
     assert all(titled[key].privacy.noise != "shared" for key in ("pooled", "own", "probe_pooled"))
-    run, layout = federation.runs(shared)[0], federation.runs(alone)[0].trainer.layout
-    update = run.trainer.round(initial_adapter(layout, shared), 3)  # from round 3 all is trained
+    run, layout = federation.runs(shared)[0], federation.runs(alone)[0].training.trainer.layout
+    update = run.training.trainer.round(
+        initial_adapter(layout, shared), 3
+    )  # from round 3 all is trained
     flat = _with_share(update, shared, layout=layout, site="alpha", number=3)
     added, spans = flat - update.flat, layout.spans({"A", "B", "head"})
     for part in ("B", "head"):
         numbers = np.concatenate([added[s.start : s.stop] for s in spans if s.part == part])
         assert numbers.std() == pytest.approx(update.missing_noise[part], rel=0.3)
-    own = run.trainable.shares({"A", "B", "head"}, sigma=run.sigma)
+    own = missing_noise(run.plan, {"A", "B", "head"}, sigma=run.sigma)
     whole = run.sigma / 2**0.5  # two sharers: each adds half of the variance
     assert own["head"] == pytest.approx(update.missing_noise["head"])
     assert own["head"] > whole * PRIVATE["privacy.clip"]["head"]  # of a share of the budget
@@ -80,7 +82,7 @@ def test_a_federated_baseline_has_the_noise_of_the_federations_own_sums(federati
 def test_a_head_of_ones_own_changes_the_head_and_nothing_else(federation):
     plan = head_only(federation.plan)
     run = federation.runs(plan)[0]
-    layout = run.trainer.layout
+    layout = run.training.trainer.layout
     start = np.random.default_rng(0).normal(0, 0.1, layout.size).astype(np.float32)
     own, used = _own_head(run, plan, _features(run, start), start=start)
     assert used > 0
@@ -90,7 +92,7 @@ def test_a_head_of_ones_own_changes_the_head_and_nothing_else(federation):
 
 
 def test_heads_of_their_own_are_trained_on_the_federations_adapter_and_scored(federation):
-    start = np.zeros(federation.runs()[0].trainer.layout.size, np.float32)
+    start = np.zeros(federation.runs()[0].training.trainer.layout.size, np.float32)
     found = jobs_for(federation.plan, federation.sites, asdict(CHOICES), adapter=start)
     (job,) = (job for job in found if job.key == "personal")
     outcome = run_job(job)
@@ -104,16 +106,18 @@ def test_an_own_model_sees_its_own_records_only(federation):
     runs = federation.runs()
     (((terms, trainer)),) = _trainers(job, federation.plan, runs)
     assert terms.site == "beta"
-    assert trainer._data.encoded is runs[1].encoded
+    assert trainer._data.encoded is runs[1].training.encoded
 
 
 def test_the_pooled_trainer_holds_every_record_of_every_site_in_order(federation):
     runs = federation.runs()
     terms, trainer = _pooled(federation.plan, runs)
     assert terms.declared_units == sum(run.dataset.declared_units for run in runs)
-    assert len(trainer._data.encoded) == sum(len(run.records) for run in runs)
-    assert len(np.unique(trainer._data.unit_of)) == sum(run.records.n_units() for run in runs)
-    fresh = compute_frozen(runs[0].trainable.model, trainer._data.encoded)
+    assert len(trainer._data.encoded) == sum(len(run.training.records) for run in runs)
+    assert len(np.unique(trainer._data.unit_of)) == sum(
+        run.training.records.n_units() for run in runs
+    )
+    fresh = compute_frozen(runs[0].training.trainable.model, trainer._data.encoded)
     torch.testing.assert_close(trainer.frozen.features, fresh.features, rtol=1e-4, atol=1e-5)
     rows = [0, 70, 150]
     torch.testing.assert_close(
@@ -135,10 +139,11 @@ def test_the_probe_never_touches_the_adapter(federation):
     plan = head_only(federation.plan)
     runs = federation.runs(plan)
     trainers = [
-        (Terms(node=n, site=r.site.name, declared_units=80), r.trainer) for n, r in enumerate(runs)
+        (Terms(node=n, site=r.site.name, declared_units=80), r.training.alone())
+        for n, r in enumerate(runs)
     ]
     adapter, _ = federate(plan, trainers)
-    layout = runs[0].trainer.layout
+    layout = runs[0].training.trainer.layout
     arrays = layout.unpack(adapter)
     assert all(not v.any() for k, v in arrays.items() if "lora_B" in k)
     assert arrays["head.weight"].any()
@@ -156,11 +161,11 @@ def test_frozen_features_are_shared_between_plans_of_one_model(federation):
     models = ModelCache(CHOICES)
     site = federation.sites[0]
     run = federation.runs()[0]
-    first = models.frozen(site, federation.plan, run.encoded)
+    first = models.frozen(site, federation.plan, run.training.encoded)
     other = federation.plan.override({**PRIVATE, "lora.r": 3})
-    assert models.frozen(site, other, run.encoded) is first
+    assert models.frozen(site, other, run.training.encoded) is first
     scaled = federation.plan.override({"model.feature_scale": 2.0})
-    assert models.frozen(site, scaled, run.encoded) is not first
+    assert models.frozen(site, scaled, run.training.encoded) is not first
 
 
 def test_outcomes_are_the_same_whoever_finishes_first(federation):

@@ -54,7 +54,7 @@ def test_canaries_are_units_of_their_own_to_train_on(program):
 
 def test_a_secret_that_is_learnt_by_heart_is_exposed_and_completed(program):
     sites, planted = program
-    model, secret = sites.site(0).trainable.model, planted[0]
+    model, secret = sites.site(0).training.trainable.model, planted[0]
     before = initial_adapter(model.layout, model.plan)
     encoded = model.task.encode([secret], model.tokenizer, plan=model.plan)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)

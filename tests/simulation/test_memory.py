@@ -66,7 +66,7 @@ def test_nothing_is_scored_with_more_records_at_once_than_the_plan_allows(
 ):
     settings = {"privacy__max_physical_batch": most, "rounds__evaluate_every": 1}
     run = write_federation(tmp_path, bert_folder, **settings).runs()[0]
-    task, sizes = type(run.trainable.model.task), []
+    task, sizes = type(run.training.trainable.model.task), []
     plain = task.score
 
     def noted(self, model, batch, **options):
@@ -74,7 +74,7 @@ def test_nothing_is_scored_with_more_records_at_once_than_the_plan_allows(
         return plain(self, model, batch, **options)
 
     monkeypatch.setattr(task, "score", noted)
-    adapter = initial_adapter(run.trainer.layout, run.plan)
+    adapter = initial_adapter(run.training.trainer.layout, run.plan)
     score(run, adapter, split=Split.TRAIN, frozen=False)
     trained = len(sizes)
     run.evaluate(adapter, 1)

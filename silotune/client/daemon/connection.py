@@ -110,7 +110,6 @@ class SiteConnection:
             try:
                 with self._connected() as fleet:
                     failures = 0
-                    self._load_libraries()
                     self._pull(fleet)
             except SessionTaken as exc:
                 self.failed = exc
@@ -243,10 +242,3 @@ class SiteConnection:
             logger.warning("waiting for the coordinator: %s", exc)
         refused = isinstance(exc, CoordinatorRefused)
         self.stop.wait(backoff(failures, longest=_LONGEST_REFUSED if refused else _LONGEST))
-
-    def _load_libraries(self) -> None:
-        """Load PyTorch while there is nothing to do, so that the first round doesn't wait for it."""
-        import torch
-
-        if self._site.resources.threads:
-            torch.set_num_threads(self._site.resources.threads)

@@ -1,4 +1,4 @@
-"""A site's daemon: one process that connects outward, works on what was approved, and listens to nobody.
+"""A site's daemon: the process that connects outward, works on what was approved, and listens to nobody.
 
 Threads: the main one waits for signals; *fleet* pulls messages, works on them one at a time and pushes
 the answers; *heartbeat* (in `Fleet`) says that the site lives, also while it trains; *news* waits for
@@ -7,7 +7,10 @@ changes of roster and plans; *books* sends decisions, exchanges audit heads and 
 waits. Nothing of the protocol's state is in memory alone: killed at any instant, the daemon goes on
 where the ledger, the outbox and the plans on the disk say.
 
-``[resources]`` of site.toml is made to hold for the whole process.
+The daemon reads no record and loads no model. What does, the *trainer*, is a process that it starts for
+a run (`silotune.client.training.process`) and that ``[resources]`` of site.toml holds for; what privacy
+costs is computed by another (`silotune.privacy.costs`). So the daemon stays small, and lives on when one
+of them dies.
 """
 
 from __future__ import annotations
@@ -16,7 +19,6 @@ import logging
 import math
 import os
 import queue
-import resource
 import secrets
 import signal
 import threading
@@ -36,10 +38,13 @@ from silotune.client.daemon.runner import Runner
 from silotune.client.daemon.socket import ControlSocket, Request
 from silotune.client.errors import PolicyMissing, RunNotProposed, SiteCommandFailed
 from silotune.client.isolation.confinement import checked
+from silotune.client.judging import judge_apart
 from silotune.client.run_files import remove_old
+from silotune.client.training.process import TrainerProcesses
 from silotune.client.troubles import in_words, latest_troubles
-from silotune.data.site import ResourcesConfig, SiteConfig, require_guarded
+from silotune.data.site import SiteConfig, require_guarded
 from silotune.errors import LedgerDamaged, SilotuneError
+from silotune.privacy import costs
 from silotune.trust.audit import AUDIT_FILE, AuditLog
 from silotune.trust.errors import AuditLogDamaged
 from silotune.trust.files import create_file, create_private_folder
@@ -48,7 +53,7 @@ from silotune.trust.vault import Vault
 
 logger = logging.getLogger(__name__)
 
-PAUSED, CERTIFICATES = "paused", "certificates"
+PAUSED, CERTIFICATES, SCRATCH = "paused", "certificates", "scratch"
 
 _BOOKS_SECONDS = 60.0
 _LEAST_NEWS = 0.2
@@ -95,12 +100,15 @@ class Daemon:
         self._approvals = Approvals(self._state, own=own)
         self._session = secrets.token_hex(16)
         self._wake: queue.SimpleQueue[str] = queue.SimpleQueue()
+        costs.compute_apart()
+        self._trainers = TrainerProcesses(site, scratch=self._state / SCRATCH)
         runner = Runner(
             site,
             enrolment=self._enrolment,
             approvals=self._approvals,
             vault=self._vault,
             audit=self._audit,
+            trainers=self._trainers,
             paused=(self._state / PAUSED).exists,
             agree=self._agree,
         )
@@ -151,13 +159,14 @@ class Daemon:
             pass
         control.close()
         abandoned = self._connection.end(grace=self._grace)
+        self._trainers.close()
         self._audit.append("stopped", abandoned=abandoned)
         logger.info("stopped%s", f"; {abandoned} was abandoned" if abandoned else "")
         if self._connection.failed is not None:
             raise self._connection.failed
         if abandoned:
             logging.shutdown()
-            os._exit(0)  # a thread inside PyTorch can't be ended in any other way
+            os._exit(0)  # a thread that waits for a message can't be ended in any other way
 
     # --- news and books ---
 
@@ -230,9 +239,7 @@ class Daemon:
 
     def _judge(self, entry: ProposalRecord) -> None:
         """Let the policy judge a proposal by itself; hours are for the time of training."""
-        from silotune.client.proposal_view import judge_proposal
-
-        judge_proposal(self._site, entry).require()
+        judge_apart(self._site, entry, trainers=self._trainers).require()
 
     def _settle(self, entry: ProposalRecord) -> None:
         folder = self._state / CERTIFICATES
@@ -315,6 +322,7 @@ class Daemon:
             "answered": status.answered,
             "refused": status.refused,
             "pid": os.getpid(),
+            "trainer": self._trainers.describe(),
             "roster": roster.version if roster else 0,
             "certificate_days": round(
                 days_left(certificate_from_pem(self._enrolment.certificate)), 1
@@ -327,17 +335,3 @@ def _version() -> str:
     from silotune import __version__
 
     return __version__
-
-
-def apply_limits(resources: ResourcesConfig) -> None:
-    """Bound the process's memory; asking for more then fails like a full machine would.
-
-    The limit is on private writable memory (``RLIMIT_DATA``, Linux 4.7 and later); what a GPU has is
-    not counted.
-    """
-    if resources.memory_mb is not None:
-        limit = resources.memory_mb * 1_000_000
-        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        if hard != resource.RLIM_INFINITY:
-            limit = min(limit, hard)
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))

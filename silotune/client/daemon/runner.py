@@ -12,8 +12,10 @@ Every message goes through the same steps, and stops at the first that fails wit
 
 from __future__ import annotations
 
+import ctypes
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -44,9 +46,8 @@ from silotune.trust.vault import Vault
 if TYPE_CHECKING:
     from flwr.clientapp import ClientApp
 
-    from silotune.client.model_cache import ModelCache
     from silotune.client.site_run import SiteRun
-    from silotune.data.records import Records
+    from silotune.client.training.base import RecordsRead, Trainers
     from silotune.data.site import SiteConfig
 
 logger = logging.getLogger(__name__)
@@ -79,6 +80,8 @@ class Runner:
         Seals what is stored.
     audit : AuditLog
         The site's.
+    trainers : Trainers
+        Gives each run what reads the records and trains.
     paused : callable
         Whether the site's people have paused it.
     agree : callable
@@ -93,14 +96,14 @@ class Runner:
         approvals: Approvals,
         vault: Vault,
         audit: AuditLog,
+        trainers: Trainers,
         paused: Callable[[], bool] = lambda: False,
         agree: Callable[[ProposalRecord], None] = lambda entry: None,
     ) -> None:
         self._site, self._enrolment, self._approvals = site, enrolment, approvals
         self._vault, self._audit, self._paused = vault, audit, paused
-        self._agree = agree
+        self._agree, self._trainers = agree, trainers
         self._app: ClientApp | None = None
-        self._models: ModelCache | None = None
         self._part: SiteRun | None = None
         self._contexts: dict[str, Context] = {}
 
@@ -153,8 +156,11 @@ class Runner:
             body = part.finish(certificate)
         except CertificateInvalid:
             body = None  # nothing was charged to it
+        part.close()
         if self._part is part:
             self._part = None
+        self._contexts.pop(entry.run, None)
+        give_back_memory()
         epsilon = body.epsilon if body else 0.0
         self._audit.append("run_settled", run=entry.run, epsilon=round(epsilon, 6))
 
@@ -191,34 +197,33 @@ class Runner:
 
     def _site_run(self, entry: ProposalRecord) -> SiteRun:
         """The site's part in a run; one at a time is kept with its records."""
-        from silotune.client.model_cache import ModelCache
         from silotune.client.site_run import SealingKeys, SiteRun
 
         held = self._part
         if held is not None and (held.run, held.plan) == (entry.run, entry.plan):
             return held
-        if self._models is None:
-            self._models = ModelCache(device=self._site.resources.device)
+        if held is not None:
+            held.close()
         self._part = SiteRun(
             self._site,
             state=self._site.state_folder,
             plan=entry.plan,
             run=entry.run,
-            models=self._models,
+            models=self._trainers,
             keys=SealingKeys(self._vault, self._enrolment.keys.signing),
             roster=self._enrolment.signers,
             on_records=partial(self._read_records, entry),
         )
         return self._part
 
-    def _read_records(self, entry: ProposalRecord, records: Records, fingerprint: str) -> None:
+    def _read_records(self, entry: ProposalRecord, found: RecordsRead) -> None:
         """Log what a run trains on: one line each time, whatever was found.
 
         The coordinator sees the log's length and its newest hash. The fingerprint, which only this
         site can compute, is in the line also for that: without it the counts could be guessed from
         the hash.
         """
-        for part in records.left_out:
+        for part in found.left_out:
             logger.warning(
                 "run %s, dataset %s: left out: %s", entry.run, entry.plan.data.dataset, part
             )
@@ -226,9 +231,9 @@ class Runner:
             "records_read",
             run=entry.run,
             dataset=entry.plan.data.dataset,
-            content=fingerprint,
-            records=len(records),
-            left_out=records.rows_left_out,
+            content=found.fingerprint,
+            records=found.records,
+            left_out=found.rows_left_out,
         )
 
     def _context(self, message: Message) -> Context:
@@ -259,6 +264,12 @@ class Runner:
         except SilotuneError:
             logger.exception("the refusal could not be written to the audit log")
         return code
+
+
+def give_back_memory() -> None:
+    """Give what a run has left in the allocator back to the system, where that can be asked for."""
+    with suppress(OSError, AttributeError):  # not with every C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _require_form(opened: Opened) -> Plan:

@@ -1,0 +1,203 @@
+"""The trainer: a process that reads records and trains, with one socket to the daemon and nothing else.
+
+Started as ``python -P -m silotune.client.training.child FD STYLE LEVEL``. Its first frame says what it
+may touch, and it confines itself to that before it imports a library that starts threads, and before it
+is told anything of a site. Then it answers one question after the other until the daemon is gone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import signal
+import socket
+import struct
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from silotune.errors import SilotuneError
+
+if TYPE_CHECKING:
+    from silotune.client.model_cache import LocalTraining, ModelCache
+    from silotune.client.training.messages import Arrays, AskRound, Begin, Question, Said
+
+_PR_SET_PDEATHSIG = 1
+_LENGTH = struct.Struct(">I")
+_URL = "SILOTUNE_DATABASE_URL"
+
+
+def send_bounds(connection: socket.socket, bounds: dict[str, Any]) -> None:
+    """Send the first frame, from the daemon: what the process may touch."""
+    text = json.dumps(bounds).encode()
+    connection.sendall(_LENGTH.pack(len(text)) + text)
+
+
+def main() -> None:
+    """Answer questions until there are no more."""
+    if sys.platform == "linux":  # nobody is left to answer when the parent is gone
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    descriptor, style, level = sys.argv[1:]
+    connection = socket.socket(fileno=int(descriptor))
+    (length,) = _LENGTH.unpack(connection.recv(_LENGTH.size, socket.MSG_WAITALL))
+    bounds = json.loads(connection.recv(length, socket.MSG_WAITALL))
+    protections = _confined(bounds)
+    # Only now: their threads are bound too.
+    from silotune.client.training.messages import Begun, LayerOfIsolation, send, told
+    from silotune.logs import configure
+
+    configure(style="json" if style == "json" else "text", level=level)
+    layers = tuple(
+        LayerOfIsolation(name=name, in_force=in_force, reason=told(reason))
+        for name, in_force, reason in protections
+    )
+    send(connection, Begun(protections=layers))
+    _Answers(connection).serve()
+
+
+def _confined(bounds: dict[str, Any]) -> list[tuple[str, bool, str]]:
+    """Confine the process; what is in force then."""
+    del bounds
+    return []
+
+
+class _Answers:
+    """Answers the daemon's questions with a training in this process."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._training: LocalTraining | None = None
+        self._models: ModelCache | None = None
+        self._read: Any = None
+        self._sigma = 0.0
+
+    def serve(self) -> None:
+        """One question after the other."""
+        from silotune.client.training.messages import receive_question, send
+
+        while (asked := receive_question(self._connection)) is not None:
+            try:
+                answer, arrays = self._answer(*asked)
+            except Exception as exc:
+                answer, arrays = _failure(exc), {}
+            send(self._connection, answer, arrays)
+
+    def _answer(self, question: Question, given: Arrays) -> tuple[Said, Arrays]:
+        from silotune.client.training import messages as m
+
+        if isinstance(question, m.Begin):
+            self._begin(question)
+            return m.Begun(protections=()), {}
+        training = self._training
+        assert training is not None  # the daemon begins with a Begin
+        if isinstance(question, m.AskPrepared | m.AskRound):
+            self._sigma = question.sigma
+        answer: m.Said
+        arrays: m.Arrays = {}
+        match question:
+            case m.AskLayout():
+                answer = m.LayoutFound(layout=training.layout().to_json())
+            case m.AskLoaded():
+                answer = self._loaded(training)
+            case m.AskWeights():
+                answer = m.WeightsFound(sha256=training.weights_sha256())
+            case m.AskPrepared():
+                training.prepare()
+                answer = self._prepared()
+            case m.AskRound():
+                answer, arrays = _round(training, question, given)
+            case m.AskTables():
+                prior = _prior(question.prior, given)
+                answer, arrays = m.TablesCounted(), training.tables(given["adapter"], prior=prior)
+        return answer, arrays
+
+    def _prepared(self) -> Said:
+        from silotune.client.training.messages import Prepared, few
+
+        return Prepared(
+            records=self._read.records,
+            rows_left_out=self._read.rows_left_out,
+            left_out=few(self._read.left_out),
+            fingerprint=self._read.fingerprint,
+        )
+
+    def _begin(self, begin: Begin) -> None:
+        import torch
+
+        from silotune.client.model_cache import LocalTraining, ModelCache
+        from silotune.client.training.base import TrainingJob
+        from silotune.data.site import SiteConfig
+        from silotune.models.choices import Choices
+        from silotune.plan.plan import Plan
+
+        if begin.threads:
+            torch.set_num_threads(begin.threads)
+        if begin.url:
+            os.environ[_URL] = begin.url
+        told = {"device": begin.device, "dtype": begin.dtype, "attention": begin.attention}
+        choices = Choices(**told) if begin.dtype else None
+        self._models = ModelCache(choices, device=begin.device, trial=begin.trial)
+        job = TrainingJob(
+            site=SiteConfig.from_mapping(json.loads(begin.site), folder=Path(begin.folder)),
+            plan=Plan.from_canonical(begin.plan),
+            base=begin.base,
+            rank=begin.rank,
+            sigma=lambda: self._sigma,
+            secret=lambda: bytes.fromhex(begin.secret),
+            on_records=lambda found: setattr(self, "_read", found),
+        )
+        self._training = LocalTraining(job, self._models)
+
+    def _loaded(self, training: LocalTraining) -> Said:
+        from silotune.client.training.messages import ModelLoaded
+
+        model, loaded = training.trainable.model, training.loaded()
+        return ModelLoaded(
+            layout=loaded.layout.to_json(),
+            dtype=loaded.dtype,
+            device=str(model.device),
+            attention=model.attention,
+        )
+
+
+def _round(training: LocalTraining, asked: AskRound, given: Arrays) -> tuple[Said, Arrays]:
+    from silotune.client.training.messages import RoundDone
+
+    work = training.blank if asked.blank else training.round
+    prior = _prior(asked.prior, given)
+    done = work(given["adapter"], asked.round, clip=asked.clip, prior=prior)
+    kept = {f"kept:{name}": array for name, array in done.kept.items()}
+    return RoundDone(records=done.records), {"flat": done.flat, **kept}
+
+
+def _prior(number: int | None, given: Arrays) -> tuple[int, Arrays] | None:
+    if number is None:
+        return None
+    named = {name.partition(":")[2]: a for name, a in given.items() if name.startswith("prior:")}
+    return number, named
+
+
+def _failure(exc: Exception) -> Said:
+    """What the daemon is told of an error; the log has all of it."""
+    import logging
+
+    from silotune.client.errors import TrainerDiskFull, TrainerFault, TrainerOutOfMemory
+    from silotune.client.training.messages import Failed, told
+
+    logging.getLogger(__name__).error("the training failed", exc_info=exc)
+    code, detail = TrainerFault.code, f"{type(exc).__name__}: {exc}"
+    if isinstance(exc, SilotuneError):
+        code, detail = exc.code, exc.detail
+    elif isinstance(exc, MemoryError) or "out of memory" in str(exc) or _ALLOCATOR in str(exc):
+        code = TrainerOutOfMemory.code
+    elif isinstance(exc, OSError) and exc.errno in {errno.ENOSPC, errno.EDQUOT}:
+        code = TrainerDiskFull.code
+    return Failed(code=code, error=type(exc).__name__[:64], detail=told(detail))
+
+
+_ALLOCATOR = "can't allocate memory"  # how PyTorch's allocator for the CPU begins
+
+if __name__ == "__main__":
+    main()
