@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 from silotune.client.training.base import TrainingJob
 from silotune.data.site import DatasetConfig, ResourcesConfig, expand_url
 
+_SOME_THREADS = 64
 _PORTS = {"postgresql": 5432, "mysql": 3306, "mariadb": 3306, "mssql": 1433, "oracle": 1521}
 _KEPT = (
     "PATH", "LANG", "LANGUAGE", "TZ", "PYTHONPATH", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES",
@@ -42,6 +43,7 @@ def bounds_of(job: TrainingJob, resources: ResourcesConfig, *, records: bool) ->
     return {
         "read": [str(path) for path in read],
         "reach": _address(job, dataset) if records else None,
+        "threads": (resources.threads or os.cpu_count() or 1) * 8 + _SOME_THREADS,
         "memory": None if resources.memory_mb is None else resources.memory_mb * 1_000_000,
         "gpu": resources.device != "cpu",
     }

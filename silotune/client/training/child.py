@@ -7,24 +7,24 @@ is told anything of a site. Then it answers one question after the other until t
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import json
 import os
-import signal
+import select
 import socket
 import struct
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from silotune.client.isolation.confinement import Confinement, confine
 from silotune.errors import SilotuneError
 
 if TYPE_CHECKING:
     from silotune.client.model_cache import LocalTraining, ModelCache
     from silotune.client.training.messages import Arrays, AskRound, Begin, Question, Said
 
-_PR_SET_PDEATHSIG = 1
 _LENGTH = struct.Struct(">I")
 _URL = "SILOTUNE_DATABASE_URL"
 
@@ -37,30 +37,44 @@ def send_bounds(connection: socket.socket, bounds: dict[str, Any]) -> None:
 
 def main() -> None:
     """Answer questions until there are no more."""
-    if sys.platform == "linux":  # nobody is left to answer when the parent is gone
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     descriptor, style, level = sys.argv[1:]
     connection = socket.socket(fileno=int(descriptor))
     (length,) = _LENGTH.unpack(connection.recv(_LENGTH.size, socket.MSG_WAITALL))
     bounds = json.loads(connection.recv(length, socket.MSG_WAITALL))
-    protections = _confined(bounds)
+    protections = confine(_confinement(bounds))
+    threading.Thread(target=_end_with, args=(connection,), daemon=True).start()
     # Only now: their threads are bound too.
     from silotune.client.training.messages import Begun, LayerOfIsolation, send, told
     from silotune.logs import configure
 
     configure(style="json" if style == "json" else "text", level=level)
     layers = tuple(
-        LayerOfIsolation(name=name, in_force=in_force, reason=told(reason))
-        for name, in_force, reason in protections
+        LayerOfIsolation(name=layer.name, in_force=layer.in_force, reason=told(layer.reason))
+        for layer in protections
     )
     send(connection, Begun(protections=layers))
     _Answers(connection).serve()
 
 
-def _confined(bounds: dict[str, Any]) -> list[tuple[str, bool, str]]:
-    """Confine the process; what is in force then."""
-    del bounds
-    return []
+def _confinement(bounds: dict[str, Any]) -> Confinement:
+    """The first frame, read."""
+    reach = bounds["reach"]
+    return Confinement(
+        read=tuple(map(Path, bounds["read"])),
+        write=tuple(map(Path, bounds["write"])),
+        reach=None if reach is None else (reach[0], reach[1]),
+        memory=bounds["memory"],
+        processes=bounds["threads"],
+        gpu=bounds["gpu"],
+    )
+
+
+def _end_with(connection: socket.socket) -> None:
+    """End the process when the daemon is gone, also in the middle of its work: nobody is left to ask."""
+    hung_up = select.poll()
+    hung_up.register(connection, select.POLLRDHUP)
+    hung_up.poll()
+    os._exit(0)
 
 
 class _Answers:

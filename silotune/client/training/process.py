@@ -20,22 +20,24 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import NDArray
 
 from silotune.client.errors import (
+    IsolationMissing,
     TrainerAnswerInvalid,
     TrainerDied,
     TrainerFault,
     TrainerNotStarted,
 )
+from silotune.client.isolation.confinement import Protection, require
 from silotune.client.training import messages as m
 from silotune.client.training.base import (
     LoadedAs,
@@ -47,7 +49,7 @@ from silotune.client.training.base import (
 )
 from silotune.client.training.bounds import bounds_of, database_url, environment
 from silotune.client.training.child import send_bounds
-from silotune.data.site import SiteConfig
+from silotune.data.site import ProtectionName, SiteConfig
 from silotune.errors import AdapterMismatch, SilotuneError, catalogue
 from silotune.logs import JsonFormatter
 from silotune.models.layout import Layout
@@ -78,14 +80,25 @@ class TrainerProcess:
         here.
     scratch : Path
         Folder in which scratch folders are made.
+    required : collection of str
+        Protections that have to be in force.
 
     Raises
     ------
     TrainerNotStarted
         It could not be started, or ended at once.
+    IsolationMissing
+        A required protection is not in force.
     """
 
-    def __init__(self, begin: m.Begin, bounds: Mapping[str, Any], *, scratch: Path) -> None:
+    def __init__(
+        self,
+        begin: m.Begin,
+        bounds: Mapping[str, Any],
+        *,
+        scratch: Path,
+        required: Collection[ProtectionName],
+    ) -> None:
         create_private_folder(scratch)
         self._folder = Path(tempfile.mkdtemp(dir=scratch))
         self._connection, child = socket.socketpair()
@@ -94,10 +107,17 @@ class TrainerProcess:
             with child:
                 self._process = _start(child, self._folder)
             send_bounds(self._connection, {**bounds, "write": [str(self._folder)]})
-            self.protections = self._answer(m.Begun, most=0, seconds=_LONGEST_START)[0].protections
+            begun, _ = self._answer(m.Begun, most=0, seconds=_LONGEST_START)
+            self.protections = tuple(
+                Protection(name=cast(ProtectionName, p.name), in_force=p.in_force, reason=p.reason)
+                for p in begun.protections
+            )
+            require(self.protections, required)
             self.ask(begin, m.Begun, seconds=_LONGEST_START)
-        except (OSError, TrainerFault) as exc:
+        except (OSError, SilotuneError) as exc:
             self.end()
+            if isinstance(exc, IsolationMissing):
+                raise
             raise TrainerNotStarted(str(exc)) from exc
 
     @property
@@ -336,7 +356,7 @@ class ProcessTraining:
             "memory_mb": round(_memory(process.pid) / 1e6, 1),
             "seconds": round(time.monotonic() - process.started, 1),
             "idle": round(time.monotonic() - process.used, 1),
-            "protections": [layer.model_dump() for layer in process.protections],
+            "protections": [asdict(layer) for layer in process.protections],
         }
 
     # --- inside ---
@@ -424,7 +444,12 @@ class ProcessTraining:
             threads=site.resources.threads or 0,
         )
         bounds = bounds_of(job, site.resources, records=records)
-        return TrainerProcess(begin, bounds, scratch=self._processes.scratch)
+        return TrainerProcess(
+            begin,
+            bounds,
+            scratch=self._processes.scratch,
+            required=site.isolation.require,
+        )
 
     @contextmanager
     def _in_use(self) -> Iterator[None]:
