@@ -84,6 +84,8 @@ def _hub_cache() -> Path:
 
 
 def _model_paths(base: str) -> Iterator[Path]:
+    if not base:
+        return
     folder = Path(base).expanduser()
     if not folder.is_dir():
         yield _hub_cache() / f"models--{base.replace('/', '--')}"

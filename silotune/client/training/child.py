@@ -116,7 +116,7 @@ class _Answers:
             case m.AskLoaded():
                 answer = self._loaded(training)
             case m.AskWeights():
-                answer = m.WeightsFound(sha256=training.weights_sha256())
+                answer = m.WeightsFound(sha256=training.weights_sha256() or "")
             case m.AskPrepared():
                 training.prepare()
                 answer = self._prepared()

@@ -46,6 +46,7 @@ from silotune.client.training.base import (
     Trained,
     TrainingJob,
     Vector,
+    sums_of,
 )
 from silotune.client.training.bounds import bounds_of, database_url, environment
 from silotune.client.training.child import send_bounds
@@ -400,15 +401,17 @@ class ProcessTraining:
         """The trainer, started and with the records read."""
         if self._trainer is not None and self._trainer.alive:
             return self._trainer
-        expected = self._model_loaded()
+        counts = self._job.plan.statistics is not None  # which need no model
+        expected = None if counts else self._model_loaded()
         if self._survey is not None:
             self._survey.end()
             self._survey = None
         trainer = self._started(records=True)
         try:
-            loaded, _ = trainer.ask(m.AskLoaded(), m.ModelLoaded, seconds=_LONGEST_LOAD)
-            if loaded != expected:
-                raise TrainerAnswerInvalid("its model is not the one that the site told of")
+            if expected is not None:
+                loaded, _ = trainer.ask(m.AskLoaded(), m.ModelLoaded, seconds=_LONGEST_LOAD)
+                if loaded != expected:
+                    raise TrainerAnswerInvalid("its model is not the one that the site told of")
             read, _ = trainer.ask(
                 m.AskPrepared(sigma=self._job.sigma()), m.Prepared, seconds=_LONGEST_LOAD
             )
