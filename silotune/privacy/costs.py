@@ -1,24 +1,25 @@
 """What events cost, computed in this process or, once it asked for that, by one that ends again.
 
 The libraries of accounting take 90 MB. A site's daemon, which is idle most of the time, calls
-`compute_apart` at its start: it then asks a child process, which has no key, no network of its own
-accord and no file, and which ends some seconds after the last question.
+`compute_apart` at its start: it then asks a process of its own, which ends some seconds after the last
+question.
 """
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import socket
 import threading
-from collections.abc import Iterable, Sequence
-from typing import IO, Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from silotune.errors import SilotuneError, catalogue
+from silotune.privacy.errors import CostsUnknown
 from silotune.privacy.events import DpEvent, from_json, to_json
 
 _LINGER = 5.0  # seconds that the process waits for another question
-_MOST_KEPT = 4096
+_LONGEST = 600.0
+_MOST_KEPT, _MOST_ANSWER = 4096, 1 << 16
 
 
 def epsilon(events: Iterable[DpEvent], *, delta: float, colluding: int = 0) -> float:
@@ -51,12 +52,15 @@ def calibrate(
     return _apart.ask("calibrate", extra, **asked)
 
 
+End = Callable[[], None]
+
+
 class _Apart:
     """The process, started when it is asked something; what it said is remembered."""
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._process: subprocess.Popen[str] | None = None
+    def __init__(self, start: Callable[[socket.socket], End]) -> None:
+        self._start, self._lock = start, threading.Lock()
+        self._process: tuple[socket.socket, End] | None = None
         self._timer: threading.Timer | None = None
         self._known: dict[str, float] = {}
 
@@ -72,17 +76,21 @@ class _Apart:
     def _told(self, question: str) -> float:
         if self._timer is not None:
             self._timer.cancel()
-        process = self._running()
-        assert process.stdin is not None and process.stdout is not None  # pipes, see below
+        if self._process is None:
+            ours, theirs = socket.socketpair()
+            ours.settimeout(_LONGEST)
+            with theirs:
+                self._process = ours, self._start(theirs)
+        connection, _ = self._process
         try:
-            process.stdin.write(question + "\n")
-            process.stdin.flush()
-            line = process.stdout.readline()
+            connection.sendall(question.encode() + b"\n")
+            with connection.makefile() as answers:
+                line = answers.readline(_MOST_ANSWER)
         except OSError:
             line = ""
         if not line:
             self._end()
-            raise SilotuneError("the process that computes what events cost came to an end")
+            raise CostsUnknown("the process that computes what events cost came to an end")
         self._timer = threading.Timer(_LINGER, self._rest)
         self._timer.daemon = True
         self._timer.start()
@@ -91,55 +99,47 @@ class _Apart:
             raise next(kind for kind in catalogue() if kind.code == code)(found)
         return float(found)
 
-    def _running(self) -> subprocess.Popen[str]:
-        if self._process is None or self._process.poll() is not None:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "silotune.privacy.costs"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                start_new_session=True,
-            )
-        return self._process
-
     def _rest(self) -> None:
         with self._lock:
             self._end()
 
     def _end(self) -> None:
         if self._process is not None:
-            process, self._process = self._process, None
-            process.kill()
-            process.communicate()
+            (connection, end), self._process = self._process, None
+            connection.close()
+            end()
 
 
 _apart: _Apart | None = None
 
 
-def compute_apart() -> None:
-    """From now on, have costs computed by another process."""
+def compute_apart(start: Callable[[socket.socket], End]) -> None:
+    """From now on, have costs computed by another process.
+
+    Parameters
+    ----------
+    start : callable
+        Starts a process that calls `serve` at its end of a connection; gives what ends it.
+    """
     global _apart  # noqa: PLW0603 - a choice of the process, made once at its start
-    _apart = _apart or _Apart()
+    _apart = _Apart(start)
 
 
-def serve(questions: IO[str], answers: IO[str]) -> None:
-    """Answer questions, one a line, until there are no more: the child process's work."""
+def serve(connection: socket.socket) -> None:
+    """Answer questions, one a line, until there are no more: the other process's work."""
     from silotune.privacy import accounting
 
-    for line in questions:
-        function, texts, numbers = json.loads(line)
-        events = [from_json(text) for text in texts]
-        try:
-            if function == "calibrate":
-                found = accounting.calibrate(**numbers, extra=events)
-            else:
-                found = getattr(accounting, function)(events, **numbers)
-            told = ["", found]
-        except SilotuneError as exc:
-            told = [exc.code, exc.detail]
-        answers.write(json.dumps(told) + "\n")
-        answers.flush()
-
-
-if __name__ == "__main__":
-    serve(sys.stdin, sys.stdout)
+    with connection.makefile("rw") as lines:
+        for line in iter(lines.readline, ""):
+            function, texts, numbers = json.loads(line)
+            try:
+                events = [from_json(text) for text in texts]
+                if function == "calibrate":
+                    found = accounting.calibrate(**numbers, extra=events)
+                else:
+                    found = getattr(accounting, function)(events, **numbers)
+                told = ["", found]
+            except SilotuneError as exc:
+                told = [exc.code, exc.detail]
+            lines.write(json.dumps(told) + "\n")
+            lines.flush()

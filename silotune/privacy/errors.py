@@ -99,3 +99,12 @@ class ShareInvalid(SecureAggregationError):
     title = "A site's shares do not fit together"
     cause = "Some site sent wrong shares, so that a mask can't be removed."
     advice = "The round is void. If it happens again, find the site by leaving sites out."
+
+
+class CostsUnknown(PrivacyError):
+    """The process that computes what events cost gave no answer."""
+
+    code = "ST-433"
+    title = "What the releases cost could not be computed"
+    cause = "The short-lived process that computes it was ended, or had no memory left."
+    advice = "Nothing was charged. It is started again with the next question; look at free memory."

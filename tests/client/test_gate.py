@@ -359,7 +359,7 @@ def test_a_stored_reply_is_the_same_to_the_last_bit(some_arrays, some_scalars):
     reply = Reply(arrays=some_arrays, scalars=some_scalars)
     again = Reply.from_bytes(reply.to_bytes())
     assert again.to_bytes() == reply.to_bytes()
-    assert again.training.records().object_id == reply.records().object_id
+    assert again.records().object_id == reply.records().object_id
     for name, array in some_arrays.items():
         assert again.arrays[name].tobytes() == array.tobytes()
 

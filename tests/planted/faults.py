@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from silotune.client import site_run
+from silotune.client import site_run, updates
 from silotune.client import trainer as sampling
 from silotune.client.errors import RoundUnanswered
 from silotune.client.gate import DpRelease, Gate, Public
@@ -219,11 +219,11 @@ _no_sqrt = SimpleNamespace(**{n: getattr(math, n) for n in dir(math) if not n.st
 _no_sqrt.sqrt = lambda value: 1.0
 
 _SHARE_OF_VARIANCE = wrap(
-    TrainableModel,
-    "shares",
-    lambda honest, model, parts, *, sigma: {
-        part: std / math.sqrt(model.plan.aggregation.threshold)
-        for part, std in honest(model, parts, sigma=sigma).items()
+    updates,
+    "missing_noise",
+    lambda honest, plan, parts, *, sigma: {
+        part: std / math.sqrt(plan.aggregation.threshold)
+        for part, std in honest(plan, parts, sigma=sigma).items()
     },
 )
 

@@ -40,7 +40,9 @@ from silotune.client.errors import PolicyMissing, RunNotProposed, SiteCommandFai
 from silotune.client.isolation.confinement import checked
 from silotune.client.judging import judge_apart
 from silotune.client.run_files import remove_old
-from silotune.client.training.process import TrainerProcesses
+from silotune.client.training.bounds import table_of
+from silotune.client.training.launcher import Launcher
+from silotune.client.training.process import TrainerProcesses, start_costs
 from silotune.client.troubles import in_words, latest_troubles
 from silotune.data.site import SiteConfig, require_guarded
 from silotune.errors import LedgerDamaged, SilotuneError
@@ -100,8 +102,10 @@ class Daemon:
         self._approvals = Approvals(self._state, own=own)
         self._session = secrets.token_hex(16)
         self._wake: queue.SimpleQueue[str] = queue.SimpleQueue()
-        costs.compute_apart()
-        self._trainers = TrainerProcesses(site, scratch=self._state / SCRATCH)
+        table = table_of(site, scratch=self._state / SCRATCH)
+        self._launcher = Launcher(table)
+        costs.compute_apart(start_costs(self._launcher))
+        self._trainers = TrainerProcesses(site, launcher=self._launcher)
         runner = Runner(
             site,
             enrolment=self._enrolment,
@@ -160,6 +164,7 @@ class Daemon:
         control.close()
         abandoned = self._connection.end(grace=self._grace)
         self._trainers.close()
+        self._launcher.close()
         self._audit.append("stopped", abandoned=abandoned)
         logger.info("stopped%s", f"; {abandoned} was abandoned" if abandoned else "")
         if self._connection.failed is not None:

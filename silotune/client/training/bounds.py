@@ -1,78 +1,95 @@
 """What a trainer may touch, by what it is for: the base model, the records of one dataset, a device.
 
-Records in a database are read by the trainer itself: it may then connect to that one address. The
-daemon finds the address out, since a trainer asks no name server.
+Records in a database are read by the trainer itself: it may then connect to that one port.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from silotune.client.training.base import TrainingJob
-from silotune.data.site import DatasetConfig, ResourcesConfig, expand_url
+from silotune.client.training.launcher import python_path
+from silotune.data.site import DatasetConfig, SiteConfig, expand_url
 
 _SOME_THREADS = 64
 _PORTS = {"postgresql": 5432, "mysql": 3306, "mariadb": 3306, "mssql": 1433, "oracle": 1521}
 _KEPT = (
-    "PATH", "LANG", "LANGUAGE", "TZ", "PYTHONPATH", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES",
+    "PATH", "LANG", "LANGUAGE", "TZ", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES",
     "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "TOKENIZERS_PARALLELISM",
 )  # fmt: skip
 _KEPT_KINDS = ("LC_", "OMP_", "MKL_", "OPENBLAS_", "CUDA_", "NVIDIA_", "PYTORCH_")
 
 
-def bounds_of(job: TrainingJob, resources: ResourcesConfig, *, records: bool) -> dict[str, Any]:
-    """What a process may read, reach and use, as JSON values; where it may write is added later.
+def table_of(site: SiteConfig, *, scratch: Path, models: Iterable[str] = ()) -> dict[str, Any]:
+    """What trainers of a site may open, reach and use: the `Launcher`'s table, as JSON values.
 
     Parameters
     ----------
-    job : TrainingJob
-        What is to be trained on what.
-    resources : ResourcesConfig
-        Of the site.
-    records : bool
-        Whether it may read the records of the plan's dataset.
+    site : SiteConfig
+        Its datasets, its resources and the base models of its policy.
+    scratch : Path
+        Folder in which each trainer gets one of its own to write in.
+    models : iterable of str
+        More base models, by their place here.
+
+    Raises
+    ------
+    SiteConfigInvalid
+        The URL of a database names an environment variable that is not set.
     """
-    dataset = job.site.dataset(job.plan.data.dataset)
-    read = [*_model_paths(job.base)]
-    if records:
-        read += _record_paths(job, dataset)
+    resources = site.resources
+    places = {*models, *(site.policy.base_models.values() if site.policy else ())}
     return {
-        "read": [str(path) for path in read],
-        "reach": _address(job, dataset) if records else None,
-        "threads": (resources.threads or os.cpu_count() or 1) * 8 + _SOME_THREADS,
-        "memory": None if resources.memory_mb is None else resources.memory_mb * 1_000_000,
-        "gpu": resources.device != "cpu",
+        "datasets": {name: _records(site, dataset) for name, dataset in site.datasets.items()},
+        "models": {place: [str(path) for path in _model_paths(place)] for place in places},
+        "resources": {
+            "processes": (resources.threads or os.cpu_count() or 1) * 8 + _SOME_THREADS,
+            "memory": None if resources.memory_mb is None else resources.memory_mb * 1_000_000,
+            "gpu": resources.device != "cpu",
+        },
+        "scratch": str(scratch),
+        "environment": _environment(),
     }
 
 
-def environment(scratch: Path) -> dict[str, str]:
+def _environment() -> dict[str, str]:
     """The environment of a trainer: of the daemon's what computing needs, and no secret."""
     kept = {
         name: value
         for name, value in os.environ.items()
         if name in _KEPT or name.startswith(_KEPT_KINDS)
     }
-    if "PYTHONPATH" in kept:
-        paths = kept["PYTHONPATH"].split(os.pathsep)
-        kept["PYTHONPATH"] = os.pathsep.join(str(Path(path).absolute()) for path in paths if path)
-    place = str(scratch)
     return kept | {
-        "HOME": place,
-        "TMPDIR": place,
-        "HF_HOME": place,
+        "PYTHONPATH": python_path(),
         "HF_HUB_CACHE": str(_hub_cache()),
         "HF_HUB_OFFLINE": "1",
         "PYTHONDONTWRITEBYTECODE": "1",
     }
 
 
-def database_url(job: TrainingJob) -> str:
-    """Where the records are, if they are in a database, with its password; else empty."""
-    dataset = job.site.dataset(job.plan.data.dataset)
+def record_paths(site: SiteConfig, dataset: DatasetConfig) -> list[Path]:
+    """Where the records of a dataset lie; nothing if they are in a database that is reached by TCP."""
+    if dataset.path is not None:
+        return [(site.folder / dataset.path).resolve()]
+    url = urlsplit(_url(dataset))
+    if not url.scheme.startswith("sqlite"):
+        return []
+    file = (site.folder / url.path.removeprefix("/")).resolve()
+    return [file, *(file.with_name(file.name + end) for end in ("-wal", "-shm", "-journal"))]
+
+
+def _records(site: SiteConfig, dataset: DatasetConfig) -> dict[str, Any]:
+    return {
+        "read": [str(path) for path in record_paths(site, dataset)],
+        "reach": _address(dataset),
+        "url": _url(dataset),
+    }
+
+
+def _url(dataset: DatasetConfig) -> str:
     return "" if dataset.url is None else expand_url(dataset.url)
 
 
@@ -96,22 +113,10 @@ def _model_paths(base: str) -> Iterator[Path]:
             yield path.resolve()
 
 
-def _record_paths(job: TrainingJob, dataset: DatasetConfig) -> list[Path]:
-    if dataset.path is not None:
-        return [(job.site.folder / dataset.path).resolve()]
-    url = urlsplit(database_url(job))
-    if not url.scheme.startswith("sqlite"):
-        return []
-    file = (job.site.folder / url.path.removeprefix("/")).resolve()
-    return [file, *(file.with_name(file.name + end) for end in ("-wal", "-shm", "-journal"))]
-
-
-def _address(job: TrainingJob, dataset: DatasetConfig) -> list[Any] | None:
+def _address(dataset: DatasetConfig) -> list[Any] | None:
     """Host and port of a database; None if the records are in a file."""
-    if dataset.url is None:
-        return None
-    url = urlsplit(database_url(job))
+    url = urlsplit(_url(dataset))
     kind = url.scheme.partition("+")[0]
-    if kind == "sqlite":
+    if not kind or kind == "sqlite":
         return None
     return [url.hostname or "localhost", url.port or _PORTS.get(kind, 0)]

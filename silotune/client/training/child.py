@@ -1,8 +1,8 @@
 """The trainer: a process that reads records and trains, with one socket to the daemon and nothing else.
 
-Started as ``python -P -m silotune.client.training.child FD STYLE LEVEL``. Its first frame says what it
-may touch, and it confines itself to that before it imports a library that starts threads, and before it
-is told anything of a site. Then it answers one question after the other until the daemon is gone.
+Started by the launcher, with two descriptors: the socket, and a pipe that says what the process may
+touch. It confines itself to that before it imports a library that starts threads, and before it is told
+anything of a site. Then it answers one question after the other until the daemon is gone.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import json
 import os
 import select
 import socket
-import struct
 import sys
 import threading
 from pathlib import Path
@@ -25,29 +24,28 @@ if TYPE_CHECKING:
     from silotune.client.model_cache import LocalTraining, ModelCache
     from silotune.client.training.messages import Arrays, AskRound, Begin, Question, Said
 
-_LENGTH = struct.Struct(">I")
 _URL = "SILOTUNE_DATABASE_URL"
-
-
-def send_bounds(connection: socket.socket, bounds: dict[str, Any]) -> None:
-    """Send the first frame, from the daemon: what the process may touch."""
-    text = json.dumps(bounds).encode()
-    connection.sendall(_LENGTH.pack(len(text)) + text)
 
 
 def main() -> None:
     """Answer questions until there are no more."""
-    descriptor, style, level = sys.argv[1:]
+    descriptor, told_bounds, work, style, level = sys.argv[1:]
     connection = socket.socket(fileno=int(descriptor))
-    (length,) = _LENGTH.unpack(connection.recv(_LENGTH.size, socket.MSG_WAITALL))
-    bounds = json.loads(connection.recv(length, socket.MSG_WAITALL))
+    with os.fdopen(int(told_bounds), "rb") as pipe:
+        bounds = json.loads(pipe.read())
+    if bounds["url"]:
+        os.environ[_URL] = bounds["url"]
     protections = confine(_confinement(bounds))
     threading.Thread(target=_end_with, args=(connection,), daemon=True).start()
     # Only now: their threads are bound too.
     from silotune.client.training.messages import Begun, LayerOfIsolation, send, told
     from silotune.logs import configure
+    from silotune.privacy import costs
 
     configure(style="json" if style == "json" else "text", level=level)
+    if work == "costs":
+        costs.serve(connection)
+        return
     layers = tuple(
         LayerOfIsolation(name=layer.name, in_force=layer.in_force, reason=told(layer.reason))
         for layer in protections
@@ -57,14 +55,14 @@ def main() -> None:
 
 
 def _confinement(bounds: dict[str, Any]) -> Confinement:
-    """The first frame, read."""
+    """What the launcher said, read."""
     reach = bounds["reach"]
     return Confinement(
         read=tuple(map(Path, bounds["read"])),
         write=tuple(map(Path, bounds["write"])),
         reach=None if reach is None else (reach[0], reach[1]),
         memory=bounds["memory"],
-        processes=bounds["threads"],
+        processes=bounds["processes"],
         gpu=bounds["gpu"],
     )
 
@@ -148,8 +146,6 @@ class _Answers:
 
         if begin.threads:
             torch.set_num_threads(begin.threads)
-        if begin.url:
-            os.environ[_URL] = begin.url
         told = {"device": begin.device, "dtype": begin.dtype, "attention": begin.attention}
         choices = Choices(**told) if begin.dtype else None
         self._models = ModelCache(choices, device=begin.device, trial=begin.trial)

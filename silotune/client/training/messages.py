@@ -45,7 +45,7 @@ class Said(BaseModel):
 
 
 class Begin(Said):
-    """The first frame: what the process is for. It has no key but that of the records' split.
+    """What the process is for. It has no key but that of the records' split.
 
     Attributes
     ----------
@@ -53,8 +53,6 @@ class Begin(Said):
         Canonical JSON.
     site : str
         The part of site.toml that reading needs, as JSON: name, and the one dataset.
-    url : str
-        Of a database, if the records are in one.
     folder, base : str
         Where relative paths start; where the base model is.
     rank : int
@@ -72,7 +70,6 @@ class Begin(Said):
     kind: Literal["begin"] = "begin"
     plan: str
     site: str
-    url: str
     folder: str
     base: str
     rank: int

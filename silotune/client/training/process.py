@@ -12,17 +12,14 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 import signal
 import socket
-import subprocess
-import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 from weakref import WeakSet
@@ -48,18 +45,16 @@ from silotune.client.training.base import (
     Vector,
     sums_of,
 )
-from silotune.client.training.bounds import bounds_of, database_url, environment
-from silotune.client.training.child import send_bounds
+from silotune.client.training.launcher import Launcher
 from silotune.data.site import ProtectionName, SiteConfig
 from silotune.errors import AdapterMismatch, SilotuneError, catalogue
 from silotune.logs import JsonFormatter
 from silotune.models.layout import Layout
-from silotune.trust.files import create_private_folder
 
 logger = logging.getLogger(__name__)
 
 _LONGEST_LOAD = 3600.0
-_LONGEST_START = 120.0
+_LONGEST_START, _LAST_SECONDS = 120.0, 2.0
 _SURVEY_SECONDS = 30.0  # that a survey is kept for another question
 _ARRAYS = (
     64  # bytes a number of the adapter: in float64, and what is kept with an optimizer's state
@@ -76,11 +71,10 @@ class TrainerProcess:
     ----------
     begin : Begin
         What it is for.
-    bounds : mapping
-        What it may touch, see `silotune.client.training.bounds.bounds_of`; its scratch folder is made
-        here.
-    scratch : Path
-        Folder in which scratch folders are made.
+    launcher : Launcher
+        Starts it.
+    model, dataset : str
+        What it may open, by the names of the launcher's table; empty for nothing.
     required : collection of str
         Protections that have to be in force.
 
@@ -95,19 +89,20 @@ class TrainerProcess:
     def __init__(
         self,
         begin: m.Begin,
-        bounds: Mapping[str, Any],
         *,
-        scratch: Path,
+        launcher: Launcher,
+        model: str,
+        dataset: str,
         required: Collection[ProtectionName],
     ) -> None:
-        create_private_folder(scratch)
-        self._folder = Path(tempfile.mkdtemp(dir=scratch))
+        self._launcher, self.pid = launcher, 0
         self._connection, child = socket.socketpair()
         self.started = self.used = time.monotonic()
         try:
             with child:
-                self._process = _start(child, self._folder)
-            send_bounds(self._connection, {**bounds, "write": [str(self._folder)]})
+                self.pid = launcher.start(
+                    child, work="train", model=model, dataset=dataset, **_log_settings()
+                )
             begun, _ = self._answer(m.Begun, most=0, seconds=_LONGEST_START)
             self.protections = tuple(
                 Protection(name=cast(ProtectionName, p.name), in_force=p.in_force, reason=p.reason)
@@ -120,11 +115,6 @@ class TrainerProcess:
             if isinstance(exc, IsolationMissing):
                 raise
             raise TrainerNotStarted(str(exc)) from exc
-
-    @property
-    def pid(self) -> int:
-        """Its process id."""
-        return self._process.pid
 
     def ask(
         self,
@@ -166,47 +156,48 @@ class TrainerProcess:
 
     def _ended(self, fault: TrainerFault) -> TrainerFault:
         """End the process, and say how it ended if that is the fault."""
-        if type(fault) is TrainerFault or not hasattr(self, "_process"):
+        if type(fault) is TrainerFault or not self.pid:
             return fault  # it said so itself, and lives
-        with suppress(subprocess.TimeoutExpired):
-            if isinstance(fault, TrainerDied):
-                self._process.wait(2.0)
-        code = self._process.poll()
+        code = None
+        if isinstance(fault, TrainerDied):
+            with suppress(OSError):
+                code = self._launcher.ended(self.pid, seconds=_LAST_SECONDS)
         self.end()
-        if isinstance(fault, TrainerDied) and code is not None:
-            how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-            return TrainerDied(f"the trainer ended with {how}")
-        return fault
+        if code is None:
+            return fault
+        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        return TrainerDied(f"the trainer ended with {how}")
 
     def end(self) -> None:
         """End it, now; its memory, devices and scratch folder are given back."""
         self._connection.close()
-        if hasattr(self, "_process"):
-            with suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        if self.pid:
+            self._launcher.end(self.pid)
 
     @property
     def alive(self) -> bool:
         """Whether it runs."""
-        return self._process.poll() is None
+        try:
+            return self._launcher.ended(self.pid) is None
+        except OSError:
+            return False
 
 
-def _start(child: socket.socket, folder: Path) -> subprocess.Popen[bytes]:
+def start_costs(launcher: Launcher) -> Callable[[socket.socket], Callable[[], None]]:
+    """What starts a process that computes costs, for `silotune.privacy.costs.compute_apart`."""
+
+    def start(connection: socket.socket) -> Callable[[], None]:
+        pid = launcher.start(connection, work="costs", model="", dataset="", **_log_settings())
+        return partial(launcher.end, pid)
+
+    return start
+
+
+def _log_settings() -> dict[str, str]:
     handlers = logging.getLogger().handlers
-    style = "json" if any(isinstance(h.formatter, JsonFormatter) for h in handlers) else "text"
+    as_json = any(isinstance(handler.formatter, JsonFormatter) for handler in handlers)
     level = logging.getLevelName(logging.getLogger().getEffectiveLevel()).lower()
-    number = str(child.fileno())
-    return subprocess.Popen(  # noqa: S603 - our own program
-        [sys.executable, "-P", "-m", "silotune.client.training.child", number, style, level],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        pass_fds=[child.fileno()],
-        env=environment(folder),
-        cwd=folder,
-        start_new_session=True,
-    )
+    return {"style": "json" if as_json else "text", "level": level}
 
 
 def _error_of(failed: m.Failed) -> SilotuneError:
@@ -229,15 +220,14 @@ class TrainerProcesses:
     ----------
     site : SiteConfig
         Its ``[resources]`` hold for every process.
-    scratch : Path
-        Folder for what processes write; what an earlier daemon left there is removed.
+    launcher : Launcher
+        Starts them.
     """
 
-    def __init__(self, site: SiteConfig, *, scratch: Path) -> None:
-        self.site, self.scratch = site, scratch
+    def __init__(self, site: SiteConfig, *, launcher: Launcher) -> None:
+        self.site, self.launcher = site, launcher
         self.surveyed: dict[tuple[str, str, int], _Surveyed] = {}
         self._all: WeakSet[ProcessTraining] = WeakSet()
-        shutil.rmtree(scratch, ignore_errors=True)
 
     def training(self, job: TrainingJob) -> ProcessTraining:
         """The training of a run: nothing is started for it yet."""
@@ -435,7 +425,6 @@ class ProcessTraining:
         begin = m.Begin(
             plan=job.plan.canonical(),
             site=_site_json(job),
-            url=database_url(job) if records else "",
             folder=str(job.site.folder),
             base=job.base,
             rank=job.rank,
@@ -446,11 +435,11 @@ class ProcessTraining:
             trial=found is None,
             threads=site.resources.threads or 0,
         )
-        bounds = bounds_of(job, site.resources, records=records)
         return TrainerProcess(
             begin,
-            bounds,
-            scratch=self._processes.scratch,
+            launcher=self._processes.launcher,
+            model=job.base,
+            dataset=job.plan.data.dataset if records else "",
             required=site.isolation.require,
         )
 
