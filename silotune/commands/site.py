@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -84,9 +85,24 @@ def print_status(found: Mapping[str, Any], console: Console) -> None:
     )
     for sentence in found.get("failures", []):
         console.print(headed("Failed", f"     {sentence}", style="red", indent=2))
+    _print_processes(found, console)
     _print_isolation(found["isolation"], console)
     if found["proposed"]:
         console.print(f"  {found['proposed']} plans wait for you: silotune site plans")
+
+
+def _print_processes(found: Mapping[str, Any], console: Console) -> None:
+    trainer, why = found["trainer"], found["reads_records"]
+    told = "none: it is started for a run"
+    if trainer is not None:
+        told = (
+            f"process {trainer['pid']}, {trainer['memory_mb']:.0f} MB, for {trainer['seconds']:.0f} s; "
+            f"asked last {trainer['idle']:.0f} s ago"
+        )
+    console.print(f"  Trainer      {told}")
+    console.print(
+        f"  Daemon       {f'could read records: {why}' if why else 'can not open a record'}"
+    )
 
 
 def _print_isolation(protections: Sequence[Mapping[str, Any]], console: Console) -> None:
@@ -263,6 +279,8 @@ def start(
     message at a time, and reconnects for ever; `status` says what it waits for. SIGTERM lets the step
     in progress finish; what is abandoned has released nothing.
     """
+    # Threads of NumPy's BLAS, which a daemon has no use for, would be left out when it shuts itself out.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from silotune.client.daemon.daemon import Daemon
     from silotune.client.isolation.kernel import hide_memory
     from silotune.events import tracing

@@ -36,11 +36,17 @@ from silotune.client.daemon.documents import DocumentExchange
 from silotune.client.daemon.enrolment import Enrolment
 from silotune.client.daemon.runner import Runner
 from silotune.client.daemon.socket import ControlSocket, Request
-from silotune.client.errors import PolicyMissing, RunNotProposed, SiteCommandFailed
+from silotune.client.errors import (
+    IsolationMissing,
+    PolicyMissing,
+    RunNotProposed,
+    SiteCommandFailed,
+)
 from silotune.client.isolation.confinement import checked
+from silotune.client.isolation.shut_out import shut_out
 from silotune.client.judging import judge_apart
 from silotune.client.run_files import remove_old
-from silotune.client.training.bounds import table_of
+from silotune.client.training.bounds import record_paths, table_of
 from silotune.client.training.launcher import Launcher
 from silotune.client.training.process import TrainerProcesses, start_costs
 from silotune.client.troubles import in_words, latest_troubles
@@ -103,6 +109,7 @@ class Daemon:
         self._session = secrets.token_hex(16)
         self._wake: queue.SimpleQueue[str] = queue.SimpleQueue()
         table = table_of(site, scratch=self._state / SCRATCH)
+        self._reads_records = ""
         self._launcher = Launcher(table)
         costs.compute_apart(start_costs(self._launcher))
         self._trainers = TrainerProcesses(site, launcher=self._launcher)
@@ -144,6 +151,7 @@ class Daemon:
         SessionTaken
             Another process with this site's keys took its place.
         """
+        self._shut_out()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._stop.set())
         self._audit.append("started", version=_version(), session=self._session[:8])
@@ -172,6 +180,21 @@ class Daemon:
         if abandoned:
             logging.shutdown()
             os._exit(0)  # a thread that waits for a message can't be ended in any other way
+
+    def _shut_out(self) -> None:
+        """Open no record from now on; the launcher and its trainers are not bound by it.
+
+        Raises
+        ------
+        IsolationMissing
+            This machine can't do it, and site.toml requires what it takes.
+        """
+        records = {name: record_paths(self._site, d) for name, d in self._site.datasets.items()}
+        self._reads_records = why = shut_out(self._site, records=records)
+        if why and "landlock_files" in self._site.isolation.require:
+            raise IsolationMissing(f"the daemon could read records: {why}")
+        if why:
+            logger.warning("the daemon could read records: %s", why)
 
     # --- news and books ---
 
@@ -328,6 +351,7 @@ class Daemon:
             "refused": status.refused,
             "pid": os.getpid(),
             "trainer": self._trainers.describe(),
+            "reads_records": self._reads_records,
             "roster": roster.version if roster else 0,
             "certificate_days": round(
                 days_left(certificate_from_pem(self._enrolment.certificate)), 1

@@ -320,7 +320,7 @@ def _landlock_files(confinement: Confinement) -> None:
     devices = [Path(p) for pattern in _GPU_DEVICES for p in glob.glob(pattern)]  # noqa: PTH207
     landlock.restrict_files(
         [
-            *((path, landlock.READ) for path in (*confinement.read, *_needed(confinement))),
+            *((path, landlock.READ) for path in (*confinement.read, *needed(confinement))),
             *((path, landlock.WRITE) for path in confinement.write),
             *((path, landlock.DEVICE) for path in devices if confinement.gpu),
             (Path("/dev/null"), landlock.READ | landlock.DEVICE),
@@ -329,7 +329,7 @@ def _landlock_files(confinement: Confinement) -> None:
     _must_fail(lambda: os.close(os.open("/", os.O_RDONLY | os.O_DIRECTORY)))
 
 
-def _needed(confinement: Confinement) -> list[Path]:
+def needed(confinement: Confinement) -> list[Path]:
     """Python's installation, this package, and what libraries ask of the machine."""
     paths = sysconfig.get_paths()
     own = [paths[key] for key in ("stdlib", "platstdlib", "purelib", "platlib")]

@@ -23,6 +23,7 @@ _PATH_BENEATH, _NET_PORT = 1, 2
 
 _EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR = 1 << 0, 1 << 1, 1 << 2, 1 << 3
 _REMOVE_DIR, _REMOVE_FILE, _MAKE_DIR, _MAKE_REG = 1 << 4, 1 << 5, 1 << 7, 1 << 8
+_MAKE_SOCK = 1 << 9
 _REFER, _TRUNCATE, _IOCTL_DEV = 1 << 13, 1 << 14, 1 << 15
 _FILE_RIGHTS = _EXECUTE | _WRITE_FILE | _READ_FILE | _TRUNCATE | _IOCTL_DEV
 # How many of the rights on files each version knows, from the first.
@@ -33,6 +34,7 @@ _ABSTRACT_SOCKETS, _SIGNALS = 1, 2
 READ = _READ_FILE | _READ_DIR
 # No links, sockets, pipes or devices: whoever clears the folder up later must meet only plain files.
 WRITE = READ | _WRITE_FILE | _TRUNCATE | _REFER | _MAKE_REG | _MAKE_DIR | _REMOVE_FILE | _REMOVE_DIR
+MAKE_SOCKET = _MAKE_SOCK
 DEVICE = READ | _WRITE_FILE | _IOCTL_DEV
 
 FILES_SINCE, NETWORK_SINCE, SCOPES_SINCE = 1, 4, 6

@@ -20,7 +20,7 @@ _KEPT = (
     "PATH", "LANG", "LANGUAGE", "TZ", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES",
     "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "TOKENIZERS_PARALLELISM",
 )  # fmt: skip
-_KEPT_KINDS = ("LC_", "OMP_", "MKL_", "OPENBLAS_", "CUDA_", "NVIDIA_", "PYTORCH_")
+_KEPT_KINDS = ("LC_", "OMP_", "MKL_", "CUDA_", "NVIDIA_", "PYTORCH_")
 
 
 def table_of(site: SiteConfig, *, scratch: Path, models: Iterable[str] = ()) -> dict[str, Any]:

@@ -478,7 +478,7 @@ def _layout(text: str) -> Layout:
 def _site_json(job: TrainingJob) -> str:
     name = job.plan.data.dataset
     dataset = job.site.dataset(name)
-    told = dataset.model_dump(mode="json", exclude_none=True, exclude={"budget"})
+    told = dataset.model_dump(mode="json", exclude_unset=True, exclude={"budget"})
     if dataset.url is not None:
         told["url"] = "${SILOTUNE_DATABASE_URL}"
     return json.dumps({"name": job.site.name, "datasets": {name: told}})
