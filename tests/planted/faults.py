@@ -109,13 +109,23 @@ def _clip_each_record(honest: Any, self: Any, losses: Any, **units: Any) -> None
     honest(self, losses)
 
 
-def _no_noise(self: Any, sums: torch.Tensor, std: float) -> torch.Tensor:
+def _no_noise(self: Any, values: Any, std: float) -> Any:
     del self, std
-    return sums.float()
+    return values.astype(np.float32)
 
 
-def _half_of_the_noise(honest: Any, self: Any, sums: torch.Tensor, std: float) -> torch.Tensor:
-    return honest(self, sums, std / 2)
+def _half_of_the_noise(honest: Any, self: Any, values: Any, std: float) -> Any:
+    return honest(self, values, std / 2)
+
+
+def _half_asked_for(honest: Any, plan: Plan, parts: Any, *, sigma: float) -> Any:
+    return honest(plan, parts, sigma=sigma / 2)
+
+
+def _whole_share(honest: Any, plan: Plan, parts: Any, *, sigma: float) -> Any:
+    """As if each group had all of the sensitivity."""
+    found = honest(plan, parts, sigma=sigma)
+    return {part: sigma * plan.privacy.clipping.of(part).norm for part in found}
 
 
 def _skip_empty(honest: Any, self: Any, used: Any, phase: Any, noise: Any) -> Any:
@@ -243,29 +253,29 @@ def _stale(
 FAULTS = [
     Fault(
         "noise off",
-        put(_KeyedNoise, "add", _no_noise),
+        put(_KeyedNoise, "added", _no_noise),
         catchers.charges_name_what_was_done,
         RoundUnanswered,
     ),
     Fault(
         "half of the noise drawn",
-        wrap(_KeyedNoise, "add", _half_of_the_noise),
+        wrap(_KeyedNoise, "added", _half_of_the_noise),
         catchers.audit_of_a_step,
         SilotuneError,
     ),
     Fault(
         "half of the noise asked for",
-        wrap(ClipGroup, "noise_std", lambda f, g, s: f(g, s / 2)),
+        wrap(updates, "missing_noise", _half_asked_for),
         catchers.audit_of_a_step,
     ),
     Fault(
         "half of the noise, shared",
-        wrap(ClipGroup, "noise_std", lambda f, g, s: f(g, s / 2)),
+        wrap(updates, "missing_noise", _half_asked_for),
         catchers.audit_of_a_shared_step,
     ),
     Fault(
         "a group's share of the sensitivity left out",
-        put(ClipGroup, "noise_std", lambda g, s: s * g.clip),
+        wrap(updates, "missing_noise", _whole_share),
         catchers.audit_of_a_step,
     ),
     Fault(
