@@ -92,7 +92,7 @@ def print_status(found: Mapping[str, Any], console: Console) -> None:
 
 
 def _print_processes(found: Mapping[str, Any], console: Console) -> None:
-    trainer, why = found["trainer"], found["reads_records"]
+    trainer, why = found.get("trainer"), found.get("reads_records", "")
     told = "none: it is started for a run"
     if trainer is not None:
         told = (
