@@ -192,7 +192,7 @@ class ResourcesConfig(Section):
 Role = Literal["text", "label", "unit", "group", "split", "prompt", "response"]
 Format = Literal[
     "csv", "jsonl", "json", "parquet", "arrow", "excel", "sql",
-    "fhir", "i2b2", "camt053", "ofx",
+    "fhir", "i2b2", "camt053", "ofx", "dicom_sr",
 ]  # fmt: skip
 Resource = Literal["DocumentReference", "DiagnosticReport", "Condition", "Observation"]
 

@@ -1,7 +1,7 @@
 """The queries of examples/omop.toml over tables of OMOP CDM 5.4, as its DDL defines them.
 
-The database is a SQLite file. ``SILOTUNE_TEST_POSTGRES=postgresql+psycopg://user@host/postgres`` makes it
-a schema of a new database of a PostgreSQL server.
+The database is a SQLite file. ``SILOTUNE_TEST_POSTGRES=postgresql+psycopg://user@host/postgres`` makes
+it a schema of a new database of a PostgreSQL server.
 """
 
 import os

@@ -66,7 +66,7 @@ def test_a_configuration_can_not_be_changed_after_it_was_read(tmp_path):
             'format = "csv"',
             'format = "xlsx"',
             "expected 'csv', 'jsonl', 'json', 'parquet', 'arrow', 'excel', 'sql', 'fhir', "
-            "'i2b2', 'camt053' or 'ofx'",
+            "'i2b2', 'camt053', 'ofx' or 'dicom_sr'",
         ),
         ('format = "csv"', 'format = "sql"', "url is needed when format is 'sql'"),
         ('path = "records.csv"\n', "", "path is needed when format is 'csv'"),

@@ -130,7 +130,7 @@ WRITERS: dict[str, Callable[[Path, Columns], None]] = {
 }
 """One for each format that can hold any table; those with columns of their own have their own tests."""
 
-FIXED = {"fhir", "i2b2", "camt053", "ofx"}
+FIXED = {"fhir", "i2b2", "camt053", "ofx", "dicom_sr"}
 """Formats whose columns and values a standard fixes as text."""
 
 
