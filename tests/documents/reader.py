@@ -158,6 +158,7 @@ class Reader:
         return [
             (r"simulate ", self.make_quick),
             (r"partition all\.csv", self.write_records),
+            (r"examples/", self.have_examples),
             (r"coordinator (people|run|runs)\b", self.have_coordinator),
             (r"coordinator run plan\.toml", self.have_site),
             (r"coordinator runs (watch|show|adapter)", self.have_run),
@@ -193,6 +194,10 @@ class Reader:
     def write_records(self):
         rows = [f"note {i} of a patient,{'chronic' if i % 2 else 'acute'}" for i in range(200)]
         (self.folder / "all.csv").write_text("\n".join(["note,kind", *rows]) + "\n")
+
+    def have_examples(self):
+        if not (self.folder / "examples").exists():
+            shutil.copytree(ROOT / "examples", self.folder / "examples")
 
     def have_coordinator(self):
         if not self.federation.exists():
@@ -314,5 +319,6 @@ def played():
         "docs/operations.md",
         "docs/site.md",
         "docs/monitoring.md",
+        "docs/formats.md",
     )
     return [ROOT / name for name in names]
