@@ -3,7 +3,7 @@
 A record is a file of a structured report's SOP class; images beside it are passed over. The columns:
 
 ``text``
-    The report's headings, texts, codes in words and measurements, one a line, in their order. Who
+    The headings, texts, codes in words and measurements below the title, one a line, in order. Who
     reported and how it was acquired (observation and acquisition context) is not part of it.
 ``patient``, ``study``, ``id``
     Patient ID (without its issuer: two people of one number are protected as one), study, and instance.
@@ -126,8 +126,8 @@ def _values(report: Dataset) -> dict[str, str]:
 
 
 def _lines(report: Dataset) -> Iterator[str]:
-    """What the content tree says, in its order, without recursion."""
-    open_items = [report]
+    """What stands below the report's title, in its order, without recursion."""
+    open_items = _below(report)
     seen = 0
     while open_items:
         item = open_items.pop()
@@ -136,12 +136,13 @@ def _lines(report: Dataset) -> Iterator[str]:
             raise _Unread(f"a report of more than {_MOST_ITEMS:,} items")
         if line := _line(item):
             yield line
-        below = [
-            child
-            for child in item.get("ContentSequence") or []
-            if _text(child, "RelationshipType") in _FOLLOWED
-        ]
-        open_items.extend(reversed(below))
+        open_items.extend(_below(item))
+
+
+def _below(item: Dataset) -> list[Dataset]:
+    """What an item holds of the report itself, the first of it last."""
+    found = item.get("ContentSequence") or []
+    return [child for child in reversed(found) if _text(child, "RelationshipType") in _FOLLOWED]
 
 
 def _line(item: Dataset) -> str:

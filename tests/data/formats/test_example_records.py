@@ -1,4 +1,4 @@
-"""The records of examples/records, in the formats of hospitals and banks, by the examples' own site.toml."""
+"""The records of examples/records, in the formats of hospitals and banks, by their own site.toml."""
 
 from collections import Counter
 from pathlib import Path
@@ -14,7 +14,8 @@ SITE = SiteConfig.load(Path(__file__).parents[3] / "examples" / "records" / "sit
 @pytest.mark.parametrize(
     ("name", "labels", "units", "text"),
     [
-        ("note-types", {"progress": 8, "discharge": 4}, 6, "Visit\nFollow-up of asthma, inhaler twice a day."),
+        ("note-types", {"progress": 8, "discharge": 4}, 6,
+         "Visit\nFollow-up of asthma, inhaler twice a day."),
         ("notes", {"chronic": 6, "acute": 6}, 6, "Gout of the left toe, third attack this year."),
         ("reports", {"normal": 6, "abnormal": 6}, 6, "Chest: no change, image 2."),
         ("challenge", {"chronic": 6, "acute": 6}, 6, "Gout of the left toe, third attack this year."),
