@@ -5,8 +5,13 @@ from __future__ import annotations
 import base64
 import csv
 import json
+from xml.sax.saxutils import escape
 
+import pydicom
 import pytest
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.sequence import Sequence
+from pydicom.uid import ExplicitVRLittleEndian
 
 from tests.data.written import FIXED, WRITERS
 from tests.federation import write_federation
@@ -15,11 +20,7 @@ from tests.whole_run import final, play
 QUICK = ("parquet",)
 """What is tried always; the others take as long each, and are tried with the slow tests."""
 
-OWN = {"i2b2", "camt053", "ofx"}
-"""Formats whose records have no text that another format's could have: see tests/data/formats."""
-
-PLACES = {"note": "note", "chronic": "chronic", "patient": "patient"}
-IN_FHIR = {"note": "text", "chronic": "category.coding.code", "patient": "patient"}
+PLACES = ("note", "chronic", "patient")
 
 
 def read_rows(path):
@@ -36,25 +37,80 @@ def as_other_programs_have_it(rows):
     }
 
 
+def rows_of(columns):
+    """Number, text, label and patient of each record, as texts."""
+    for number, (note, chronic, patient) in enumerate(zip(*columns.values(), strict=True)):
+        name = patient if isinstance(patient, str) else f"{patient:.0f}"
+        yield number, note, str(chronic).lower(), name
+
+
 def write_fhir(path, columns):
     with path.open("w") as file:
-        for n, (note, chronic, patient) in enumerate(zip(*columns.values(), strict=True)):
+        for number, note, chronic, patient in rows_of(columns):
+            data = base64.b64encode(note.encode()).decode()
             resource = {
                 "resourceType": "DocumentReference",
-                "id": f"d{n}",
+                "id": f"d{number}",
                 "status": "current",
-                "subject": {"reference": f"Patient/{int(patient)}"},
-                "category": [{"coding": [{"code": str(chronic).lower()}]}],
-                "content": [
-                    {
-                        "attachment": {
-                            "contentType": "text/plain",
-                            "data": base64.b64encode(note.encode()).decode(),
-                        }
-                    }
-                ],
+                "subject": {"reference": f"Patient/{patient}"},
+                "category": [{"coding": [{"code": chronic}]}],
+                "content": [{"attachment": {"contentType": "text/plain", "data": data}}],
             }
             file.write(json.dumps(resource) + "\n")
+
+
+def write_i2b2(path, columns):
+    facts = "".join(
+        f"<observation><event_id>{number}</event_id><patient_id>{patient}</patient_id><concept_cd>{chronic}"
+        f"</concept_cd><observation_blob>{escape(note)}</observation_blob></observation>"
+        for number, note, chronic, patient in rows_of(columns)
+    )
+    path.write_text(f"<patient_data><observation_set>{facts}</observation_set></patient_data>")
+
+
+def write_camt053(path, columns):
+    """One statement a record: an account's need not stand together."""
+    statements = "".join(
+        f"<Stmt><Id>{number}</Id><Acct><Id><Othr><Id>{patient}</Id></Othr></Id></Acct><Ntry><Sts>BOOK</Sts>"
+        f"<BkTxCd><Prtry><Cd>{chronic}</Cd></Prtry></BkTxCd><AddtlNtryInf>{escape(note)}</AddtlNtryInf>"
+        "</Ntry></Stmt>"
+        for number, note, chronic, patient in rows_of(columns)
+    )
+    path.write_text(f"<Document><BkToCstmrStmt>{statements}</BkToCstmrStmt></Document>")
+
+
+def write_ofx(path, columns):
+    statements = "".join(
+        f"<STMTRS><BANKACCTFROM><ACCTID>{patient}</BANKACCTFROM><STMTTRN><TRNTYPE>{chronic}"
+        f"<FITID>{number}<MEMO>{escape(note)}</STMTTRN></STMTRS>\n"
+        for number, note, chronic, patient in rows_of(columns)
+    )
+    path.write_text(f"OFXHEADER:100\n\n<OFX>{statements}</OFX>")
+
+
+def write_dicom_sr(path, columns):
+    path.mkdir()
+    for number, note, chronic, patient in rows_of(columns):
+        said, title, report = Dataset(), Dataset(), Dataset()
+        said.RelationshipType, said.ValueType, said.TextValue = "CONTAINS", "TEXT", note
+        title.CodeValue, title.CodingSchemeDesignator, title.CodeMeaning = chronic, "99X", "Note"
+        report.SOPClassUID, report.SOPInstanceUID = "1.2.840.10008.5.1.4.1.1.88.11", f"1.2.{number}"
+        report.PatientID, report.ValueType = patient, "CONTAINER"
+        report.ConceptNameCodeSequence = Sequence([title])
+        report.ContentSequence = Sequence([said])
+        report.file_meta = FileMetaDataset()
+        report.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        pydicom.dcmwrite(path / f"{number:04}.dcm", report, enforce_file_format=True)
+
+
+EXCHANGED = {
+    "fhir": (write_fhir, ("text", "category.coding.code", "patient")),
+    "i2b2": (write_i2b2, ("text", "concept_cd", "patient")),
+    "camt053": (write_camt053, ("text", "type", "account")),
+    "ofx": (write_ofx, ("text", "type", "account")),
+    "dicom_sr": (write_dicom_sr, ("text", "code", "patient")),
+}
+"""Formats with columns of their own: who writes them, and where text, label and unit are."""
 
 
 def rewritten(federation, kind, *, patients=lambda number: number):
@@ -62,12 +118,13 @@ def rewritten(federation, kind, *, patients=lambda number: number):
     for site in federation.folder.glob("*/site.toml"):
         columns = as_other_programs_have_it(read_rows(site.parent / "notes.csv"))
         columns["patient"] = [patients(number) for number in columns["patient"]]
-        (write_fhir if kind == "fhir" else WRITERS[kind])(site.parent / f"t.{kind}", columns)
+        write, places = EXCHANGED.get(kind) or (WRITERS[kind], PLACES)
+        write(site.parent / f"t.{kind}", columns)
         where = f'path = "t.{kind}"'
         if kind == "sql":
             where = 'url = "sqlite:///t.sql"\nquery = "SELECT * FROM t"'
         text = site.read_text().replace('"csv"\npath = "notes.csv"', f'"{kind}"\n{where}')
-        for name, place in (IN_FHIR if kind == "fhir" else PLACES).items():
+        for name, place in zip(PLACES, places, strict=True):
             text = text.replace(f'= "{name}"', f'= "{place}"')
         site.write_text(text)
     return federation
@@ -83,15 +140,15 @@ def adapter_from(kind, folder, bert_folder, **options):
     return final(play(rewritten(federation, kind, **options), "runs", **asked))
 
 
-def test_every_format_is_tried_here_or_has_records_of_its_own():
-    assert {"fhir"} >= FIXED - OWN
+def test_every_format_is_tried_here():
+    assert set(EXCHANGED) == FIXED
 
 
 @pytest.mark.parametrize(
     "kind",
     [
         k if k in QUICK else pytest.param(k, marks=pytest.mark.slow)
-        for k in (*WRITERS, "fhir")
+        for k in (*WRITERS, *EXCHANGED)
         if k != "csv"
     ],
 )
