@@ -1,18 +1,24 @@
 """What a unit adds to statistics: never longer than 1, whatever its records hold."""
 
 import math
+import tomllib
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from silotune.data.records import Records, Split
+from silotune.data.records import Records, Split, load_records
+from silotune.data.site import SiteConfig
 from silotune.data.statistics import site_sums
 from silotune.models.layout import statistics_layout
+from silotune.models.needs import needs_of
 from silotune.plan.counted import part_scale
 from silotune.plan.plan import Plan
+from tests.statistics_sites import PLAN as WARDS_PLAN
+from tests.statistics_sites import write_ward
 
+COUNTED = Plan.from_mapping(tomllib.loads(WARDS_PLAN))
 PLAN = Plan.from_mapping(
     {
         "plan": {"name": "s", "purpose": "tests"},
@@ -117,6 +123,48 @@ def test_a_unit_of_a_thousand_records_adds_no_more_than_one_of_one(value):
     moved = sums([many])
     assert np.isfinite(moved).all()
     assert np.linalg.norm(moved) <= 1.0
+
+
+def each_record_counts_whole(self, has):
+    return np.where(has, 1 << 30, 0).astype(np.int64)
+
+
+FAULTS = {
+    "each record counts whole": ("_PartCounter._shares", each_record_counts_whole),
+    "parts have the whole length each": ("part_scale", lambda plan: 1.0),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_in_the_counting_is_a_longer_vector(fault, monkeypatch):
+    """What the tests above would see, if it were there."""
+    unit = [example("b", "x y", age="110", sodium="1e15"), example("b", "x y", age="120")]
+    assert np.linalg.norm(sums([unit])) <= 1.0
+    name, planted = FAULTS[fault]
+    monkeypatch.setattr(f"silotune.data.statistics.{name}", planted)
+    moved = sums([unit])
+    assert np.linalg.norm(moved) > 1.0
+
+
+cells = st.one_of(
+    st.sampled_from([*ODD, "a", "b", "7", "\u202e", '"', ",", "\n"]), st.text(max_size=8)
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(rows=st.lists(st.tuples(cells, cells, cells), max_size=6))
+def test_from_the_file_on_one_unit_moves_the_sum_by_a_length_of_1_at_most(rows, tmp_path_factory):
+    """Through the reader, the labels that a plan takes, and the bound on a unit's records."""
+    folder = tmp_path_factory.mktemp("ward")
+    honest = [["a note", "gout", f"p{n}", "40"] for n in range(5)]
+    odd = [[note, label, "odd", age] for note, label, age in rows]
+    found = []
+    for number, content in enumerate(([*honest[:3], *odd, *honest[3:]], honest)):
+        write_ward(folder / str(number), content, declared=10)
+        site = SiteConfig.load(folder / str(number) / "site.toml")
+        records = load_records(site, COUNTED, roles=needs_of(COUNTED).roles, secret=b"s" * 32)
+        found.append(site_sums(records, COUNTED))
+    assert np.linalg.norm(found[0] - found[1]) <= 1.0
 
 
 def test_the_longest_vector_is_almost_1_so_that_no_epsilon_is_wasted():
