@@ -82,6 +82,7 @@ class Ranks:
     _followers: list[socket.socket] = field(default_factory=list)
     _meeting: str = ""
     _differs: bool = False
+    _shared: Exception | None = None
 
     # --- processes ---
 
@@ -109,11 +110,11 @@ class Ranks:
             theirs.close()
             self._followers.append(ours)
 
-    def tell(self, send: Callable[[socket.socket], None]) -> None:
-        """Have the others do what this one was asked: `send` it by each of these sockets."""
+    def tell(self, send: Callable[..., None], *asked: Any) -> None:
+        """Have the others do what this one was asked: ``send(socket, *asked)`` to each."""
         for link in self._followers:
             try:
-                send(link)
+                send(link, *asked)
             except OSError:
                 self._lose("a process of the trainer is gone")
 
@@ -144,6 +145,15 @@ class Ranks:
             gone.register(link, select.POLLRDHUP)
         gone.poll()
         self._lose("a process of the trainer is gone")
+
+    def device(self, wanted: str) -> str:
+        """The device of this process, where `wanted` is that of a trainer alone."""
+        return wanted if self.size == 1 or wanted == "cpu" else f"cuda:{self.rank}"
+
+    def end_unless_shared(self, fault: Exception) -> None:
+        """End the process after a round that failed in it alone: the others wait for it in a step."""
+        if self.size > 1 and fault is not self._shared:
+            self._lose("a round failed outside of its steps")
 
     def _lose(self, why: str) -> NoReturn:
         _log.error("%s; this one ends too", why)
@@ -202,10 +212,10 @@ class Ranks:
             fault = SelfCheckFailed("the processes of the trainer have read different records")
         name = "summed_grad" if private else "grad"
         failed = self._sum(parameters, name, failed=fault is not None)
-        if fault is not None:
-            raise fault
         if failed:
-            raise SelfCheckFailed("another process of the trainer failed; its log says in what")
+            told = SelfCheckFailed("another process of the trainer failed; its log says in what")
+            self._shared = fault or told
+            raise self._shared
 
     def _sum(self, parameters: Sequence[nn.Parameter], name: str, *, failed: bool) -> bool:
         """Add up a step's sums over all processes; whether one of them failed."""

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from silotune.client.data_parallel import Ranks
 from silotune.client.run_files import CarriedMemory
 from silotune.client.scoring import counts
 from silotune.client.trainer import SiteData, TrainableModel, Trainer
@@ -168,10 +169,12 @@ class LocalTraining:
         Whose records, for which plan.
     models : ModelCache
         The process's model.
+    ranks : Ranks, optional
+        The processes that share the steps, if there are others.
     """
 
-    def __init__(self, job: TrainingJob, models: ModelCache) -> None:
-        self.job, self._models = job, models
+    def __init__(self, job: TrainingJob, models: ModelCache, *, ranks: Ranks | None = None) -> None:
+        self.job, self._models, self._ranks = job, models, ranks
         self._memory = CarriedMemory()
 
     # --- what a site's part in a run asks ---
@@ -266,6 +269,7 @@ class LocalTraining:
             sigma=self.job.sigma(),
             frozen=self._frozen,
             memory=self._memory,
+            ranks=self._ranks,
             finishes=False,
         )
 

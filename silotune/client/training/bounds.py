@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from silotune.client.data_parallel import processes_for
 from silotune.client.training.launcher import python_path
 from silotune.data.site import DatasetConfig, SiteConfig, expand_url
 
@@ -49,6 +50,7 @@ def table_of(site: SiteConfig, *, scratch: Path, models: Iterable[str] = ()) -> 
             "processes": (resources.threads or os.cpu_count() or 1) * 8 + _SOME_THREADS,
             "memory": None if resources.memory_mb is None else resources.memory_mb * 1_000_000,
             "gpu": resources.device != "cpu",
+            "devices": processes_for(resources),
         },
         "scratch": str(scratch),
         "environment": _environment(),

@@ -17,6 +17,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from silotune.client.data_parallel import Ranks
 from silotune.client.isolation.confinement import Confinement, confine
 from silotune.errors import SilotuneError
 
@@ -35,7 +36,12 @@ def main() -> None:
         bounds = json.loads(pipe.read())
     if bounds["url"]:
         os.environ[_URL] = bounds["url"]
-    protections = confine(_confinement(bounds))
+    confinement, ranks = _confinement(bounds), Ranks()
+    scratch, devices = confinement.write[0], bounds["devices"]
+    protections = confine(confinement, share=lambda: ranks.fork(devices, scratch=scratch))
+    if ranks.leader is not None:  # the daemon is the first process's to talk to
+        connection.close()
+        connection = ranks.leader
     threading.Thread(target=_end_with, args=(connection,), daemon=True).start()
     # Only now: their threads are bound too.
     from silotune.client.training.messages import Begun, LayerOfIsolation, send, told
@@ -50,8 +56,9 @@ def main() -> None:
         LayerOfIsolation(name=layer.name, in_force=layer.in_force, reason=told(layer.reason))
         for layer in protections
     )
-    send(connection, Begun(protections=layers))
-    _Answers(connection).serve()
+    if ranks.leader is None:
+        send(connection, Begun(protections=layers))
+    _Answers(connection, ranks).serve()
 
 
 def _confinement(bounds: dict[str, Any]) -> Confinement:
@@ -61,9 +68,10 @@ def _confinement(bounds: dict[str, Any]) -> Confinement:
         read=tuple(map(Path, bounds["read"])),
         write=tuple(map(Path, bounds["write"])),
         reach=None if reach is None else (reach[0], reach[1]),
-        memory=bounds["memory"],
+        memory=None if bounds["memory"] is None else bounds["memory"] // bounds["devices"],
         processes=bounds["processes"],
         gpu=bounds["gpu"],
+        loopback=bounds["devices"] > 1,
     )
 
 
@@ -76,10 +84,10 @@ def _end_with(connection: socket.socket) -> None:
 
 
 class _Answers:
-    """Answers the daemon's questions with a training in this process."""
+    """Answers the daemon's questions with a training in this process, and others where they share it."""
 
-    def __init__(self, connection: socket.socket) -> None:
-        self._connection = connection
+    def __init__(self, connection: socket.socket, ranks: Ranks) -> None:
+        self._connection, self._ranks = connection, ranks
         self._training: LocalTraining | None = None
         self._models: ModelCache | None = None
         self._read: Any = None
@@ -87,14 +95,22 @@ class _Answers:
 
     def serve(self) -> None:
         """One question after the other."""
-        from silotune.client.training.messages import receive_question, send
+        from silotune.client.training import messages as m
 
-        while (asked := receive_question(self._connection)) is not None:
+        while (asked := m.receive_question(self._connection)) is not None:
+            question, given = asked
+            shared = isinstance(question, m.Begin | m.AskPrepared | m.AskRound)
+            if shared:
+                self._ranks.tell(m.send, question, given)
+            fault: Exception | None = None
             try:
-                answer, arrays = self._answer(*asked)
+                answer, arrays = self._answer(question, given)
             except Exception as exc:
-                answer, arrays = _failure(exc), {}
-            send(self._connection, answer, arrays)
+                answer, arrays, fault = _failure(exc), {}, exc
+            if self._ranks.leader is None:
+                m.send(self._connection, answer, arrays)
+            if fault is not None and isinstance(question, m.AskRound):
+                self._ranks.end_unless_shared(fault)
 
     def _answer(self, question: Question, given: Arrays) -> tuple[Said, Arrays]:
         from silotune.client.training import messages as m
@@ -145,10 +161,11 @@ class _Answers:
         from silotune.plan.plan import Plan
 
         if begin.threads:
-            torch.set_num_threads(begin.threads)
-        told = {"device": begin.device, "dtype": begin.dtype, "attention": begin.attention}
+            torch.set_num_threads(max(1, begin.threads // self._ranks.size))
+        device = self._ranks.device(begin.device)
+        told = {"device": device, "dtype": begin.dtype, "attention": begin.attention}
         choices = Choices(**told) if begin.dtype else None
-        self._models = ModelCache(choices, device=begin.device, trial=begin.trial)
+        self._models = ModelCache(choices, device=device, trial=begin.trial)
         job = TrainingJob(
             site=SiteConfig.from_mapping(json.loads(begin.site), folder=Path(begin.folder)),
             plan=Plan.from_canonical(begin.plan),
@@ -158,7 +175,7 @@ class _Answers:
             secret=lambda: bytes.fromhex(begin.secret),
             on_records=lambda found: setattr(self, "_read", found),
         )
-        self._training = LocalTraining(job, self._models)
+        self._training = LocalTraining(job, self._models, ranks=self._ranks)
 
     def _loaded(self, training: LocalTraining) -> Said:
         from silotune.client.training.messages import ModelLoaded

@@ -169,6 +169,8 @@ class _Served:
             records = table["datasets"][asked["dataset"]]
             bounds |= {"reach": records["reach"], "url": records["url"]}
             bounds["read"] = [*bounds["read"], *records["read"]]
+        else:
+            bounds["devices"] = 1  # only steps on records are shared
         Path(table["scratch"]).mkdir(mode=0o700, exist_ok=True)
         folder = Path(tempfile.mkdtemp(dir=table["scratch"]))
         own = {**table["environment"], "HOME": str(folder), "TMPDIR": str(folder)}
