@@ -69,6 +69,8 @@ class IdentifierKind:
         Whether it has four digits or more, close together.
     bare : bool
         Whether the check wants digits without anything between them.
+    marks : tuple of str
+        One of these is in every text that has it.
     """
 
     name: str
@@ -78,6 +80,7 @@ class IdentifierKind:
     chance: float | None = None
     digits: bool = True
     bare: bool = False
+    marks: tuple[str, ...] = ()
 
     def checker(self) -> Check:
         """Says whether a text of this form is such an identifier."""
@@ -105,9 +108,14 @@ KINDS: tuple[IdentifierKind, ...] = (
         "e-mail addresses",
         re.compile(r"[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{2,63})+"),
         digits=False,
+        marks=("@",),
     ),
     IdentifierKind(
-        "url", "web addresses", re.compile(r"(?:https?://|\bwww\.)[\w-]+\.\S", re.I), digits=False
+        "url",
+        "web addresses",
+        re.compile(r"(?:[Hh][Tt][Tt][Pp][Ss]?://|\b(?:www|WWW)\.)[\w-]+\.\S"),
+        digits=False,
+        marks=("://", "www.", "WWW."),
     ),
     IdentifierKind(
         "titled_name",
@@ -232,7 +240,7 @@ def find_identifiers(
         numbers = _around_digits(text)
         for place, kind in enumerate(KINDS):
             searched = numbers if kind.digits else text
-            if not searched:
+            if not searched or (kind.marks and not any(mark in text for mark in kind.marks)):
                 continue
             for match in kind.form.finditer(searched):
                 seen[place] += 1

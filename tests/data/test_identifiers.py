@@ -3,6 +3,7 @@
 import random
 import re._parser as parser
 import string
+import time
 
 import numpy as np
 import pytest
@@ -141,3 +142,15 @@ def test_a_number_that_the_library_fails_on_is_none():
     rng, tree = random.Random(1), parser.parse(r"\d{17}[\dX]")
     texts = [random_text(tree, rng) for _ in range(300)]
     assert found_in(*texts)["cn_ric"].seen == 300
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    "part",
+    ["1", "1 ", "a@", "A", "a.b@c.", "1-", "+1 ", "(1)", "born ", "MRN:A-", "DE89 3704 ", "é1"],
+)
+def test_no_text_takes_long(part):
+    """100,000 characters that patterns could stumble over, in the order of a second."""
+    before = time.process_time()
+    find_identifiers([part * (100_000 // len(part))], np.zeros(1, dtype=np.int64))
+    assert time.process_time() - before < 10
