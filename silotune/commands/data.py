@@ -48,6 +48,10 @@ def check(  # noqa: PLR0917 - one a command-line option
         Path | None,
         typer.Option("--html", help="Write a page with pictures to this file, mode 0600."),
     ] = None,
+    names: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a spaCy model of your own: look for names, too, by Presidio."),
+    ] = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="Exit with 70 on warnings, too.")
     ] = False,
@@ -69,7 +73,7 @@ def check(  # noqa: PLR0917 - one a command-line option
     """
     config = SiteConfig.load(site)
     asked = None if plan is None else Plan.load(plan).override(parsed(overrides or []))
-    found = _examined(config, asked, dataset)
+    found = _examined(config, asked, dataset, names)
     if page is not None:
         from silotune.report.records_page import write_records_page
 
@@ -85,15 +89,22 @@ def check(  # noqa: PLR0917 - one a command-line option
         raise typer.Exit(_WRONG)
 
 
-def _examined(config: SiteConfig, plan: Plan | None, dataset: str | None) -> Sequence[Examination]:
+def _examined(
+    config: SiteConfig, plan: Plan | None, dataset: str | None, model: Path | None
+) -> Sequence[Examination]:
     from silotune.data.examine import examine
 
+    if plan and plan.statistics is not None:
+        raise typer.BadParameter(
+            "it counts, and trains on nothing: leave it out, or give one that trains",
+            param_hint="--plan",
+        )
     names = [plan.data.dataset] if plan else [dataset] if dataset else list(config.datasets)
     if plan and dataset not in (None, plan.data.dataset):
         raise typer.BadParameter(f"the plan asks for {plan.data.dataset}", param_hint="--dataset")
     try:
         with _progress() as stage:
-            return [examine(config, name, plan=plan, stage=stage) for name in names]
+            return [examine(config, name, plan=plan, names=model, stage=stage) for name in names]
     except (SilotuneError, KeyboardInterrupt):
         raise
     except Exception as exc:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from silotune.data.duplicates import Sketches, Twins, find_twins
 from silotune.data.examination import Examination, Histogram, LabelCount, Lengths, Resemblance
 from silotune.data.flattery import measure_flattery
 from silotune.data.identifiers import Sighting, find_identifiers
+from silotune.data.names import find_names
 from silotune.data.records import Records, Split, load_records
 from silotune.data.remarks import remarks_on
 from silotune.data.roles import read_roles
@@ -43,6 +45,7 @@ def examine(
     name: str,
     *,
     plan: Plan | None,
+    names: Path | None = None,
     stage: Stage = lambda title, steps: lambda: None,
 ) -> Examination:
     """Look at one dataset.
@@ -55,6 +58,8 @@ def examine(
         Of the dataset; the plan's own, if there is one.
     plan : Plan or None
         What it is read for: labels, split, length, bound. Without one, all labels and the usual shares.
+    names : Path or None
+        The folder of a spaCy model that looks for names, too.
     stage : callable
         Is told how far this has come.
 
@@ -70,7 +75,7 @@ def examine(
     done = stage("reading", 1)
     records = load_records(site, asked, roles=roles, secret=secret, augment=False)
     done()
-    looked = _Look(site, asked, records, stage, given=plan is not None)
+    looked = _Look(site, asked, records, stage, given=plan is not None, names=names)
     found = looked.examination(name, dataset)
     if dataset.augmentation is not None:
         done = stage("making versions", 1)
@@ -117,10 +122,17 @@ class _Look:
     """Counts one dataset's records."""
 
     def __init__(
-        self, site: SiteConfig, plan: Plan, records: Records, stage: Stage, *, given: bool
+        self,
+        site: SiteConfig,
+        plan: Plan,
+        records: Records,
+        stage: Stage,
+        *,
+        given: bool,
+        names: Path | None,
     ) -> None:
         self._site, self._plan, self._records, self._stage = site, plan, records, stage
-        self._given = given
+        self._given, self._names = given, names
         self._role = "text" if plan.model.task == "text_classification" else "prompt"
 
     def examination(self, name: str, dataset: DatasetConfig) -> Examination:
@@ -273,7 +285,12 @@ class _Look:
 
     def _identifiers(self) -> tuple[Sighting, ...]:
         advance = self._stage("looking for identifiers", len(self._records))
-        return find_identifiers(self._whole(), self._records.unit_of, advance=advance)
+        texts, unit_of = self._whole(), self._records.unit_of
+        found = find_identifiers(texts, unit_of, advance=advance)
+        if self._names is None:
+            return found
+        advance = self._stage("looking for names", len(texts))
+        return (*find_names(texts, unit_of, model=self._names, advance=advance), *found)
 
 
 def _histogram(counts: NDArray[Any]) -> Histogram:

@@ -9,7 +9,7 @@ from silotune.data.examination import Examination, Remark
 _FAR, _OFF = 2.0, 1.25
 _MUCH, _SOME = 0.5, 0.05
 _FEW_UNITS = 10
-_NOT_PERSONS = {"url", "date"}
+_NOT_PERSONS = {"url", "date", "location", "organization"}
 
 
 def remarks_on(found: Examination) -> list[Remark]:
