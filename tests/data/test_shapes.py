@@ -6,6 +6,7 @@ import csv
 import gzip
 import json
 import os
+import sys
 import zipfile
 
 import openpyxl
@@ -347,6 +348,14 @@ def test_a_workbook_that_is_none_or_a_bomb_is_refused(tmp_path):
         packed.writestr("xl/worksheets/sheet1.xml", b" " * (parts.ALWAYS_UNPACKED + 1))
     with pytest.raises(DatasetUnreadable, match=r"unpacks to more than .* bytes, 200 times"):
         records_of(tmp_path, format="excel")
+
+
+def test_a_site_without_openpyxl_is_told_what_to_install(tmp_path, monkeypatch):
+    write_book(tmp_path / "t")
+    monkeypatch.setitem(sys.modules, "openpyxl", None)
+    with pytest.raises(DatasetUnreadable, match="needs openpyxl") as caught:
+        records_of(tmp_path, format="excel", sheet="Letters")
+    assert "silotune[excel]" in caught.value.remedy
 
 
 def test_entities_of_a_workbook_are_not_blown_up(tmp_path):
