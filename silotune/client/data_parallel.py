@@ -10,6 +10,8 @@ The processes are forks of the trainer, made after it has entered a network of i
 over its loopback. That is right for GPUs too: what is added up is an adapter, some megabytes a step, and
 what NCCL would need (shared memory, sockets beyond those of TCP) stays closed. If one of them dies, so
 do all, and the round fails as by any trainer's death.
+
+Nothing is imported here that starts threads: it would be there before the process is confined.
 """
 
 from __future__ import annotations
@@ -29,19 +31,18 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
-import numpy as np
-from numpy.typing import NDArray
-
 from silotune.data.site import ResourcesConfig
 from silotune.errors import SelfCheckFailed
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor, nn
 
-_log = logging.getLogger(__name__)
+    Rows = tuple[list[int], NDArray[np.int64]]
+    """A micro-batch: record numbers, and for each the number of its unit within the batch."""
 
-Rows = tuple[list[int], NDArray[np.int64]]
-"""A micro-batch: record numbers, and for each the number of its unit within the batch."""
+_log = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG = 1
 _LOST = 71  # exit code of a process whose others are gone
@@ -178,6 +179,8 @@ class Ranks:
         """
         if self.size == 1:
             return list(drawn), sum(len(rows) for rows, _ in drawn)
+        import numpy as np
+
         own = np.frombuffer(data(), dtype=np.int64)
         sizes = [len(rows) for rows, _ in drawn] if self.rank == 0 else []
         head = self._from_first(np.array([len(sizes), *own], dtype=np.int64))
@@ -254,7 +257,7 @@ class Ranks:
             return numbers
         sent = torch.from_numpy(numbers)
         found = self._together(lambda accelerate: accelerate.broadcast(sent))
-        return cast(NDArray[np.int64], found.numpy())
+        return cast("NDArray[np.int64]", found.numpy())
 
     def _together(self, exchange: Callable[[Any], Tensor]) -> Tensor:
         from accelerate import utils
@@ -268,4 +271,6 @@ class Ranks:
 
 def _filled(found: Sequence[int] | NDArray[np.int64], size: int) -> NDArray[np.int64]:
     """The first process's numbers, or room for them."""
+    import numpy as np
+
     return np.array(found, dtype=np.int64) if len(found) else np.zeros(size, dtype=np.int64)

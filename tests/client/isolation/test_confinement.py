@@ -44,6 +44,20 @@ def test_where_memory_runs_out_a_confined_process_goes_first():
     assert int(told.stdout) == 1000
 
 
+def test_what_a_trainer_imports_before_it_is_confined_starts_no_thread():
+    """NumPy's libraries start some where nothing in the environment holds them back."""
+    program = (
+        "import sys, silotune.client.training.child\n"
+        "from silotune.client.isolation.kernel import threads\n"
+        "print(threads(), {'numpy', 'torch', 'pyarrow'} & set(sys.modules))"
+    )
+    held = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    free = {name: value for name, value in os.environ.items() if name not in held}
+    command = [sys.executable, "-c", program]
+    told = subprocess.run(command, capture_output=True, text=True, check=True, env=free)
+    assert told.stdout.split() == ["1", "set()"]
+
+
 def test_a_process_with_other_threads_is_not_confined_in_part():
     done = threading.Event()
     thread = threading.Thread(target=done.wait)
