@@ -17,13 +17,14 @@ import json
 import math
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 from markupsafe import Markup, escape
 
+from silotune.events.schema import STATISTICS_FORMAT
 from silotune.events.source import RunFacts
 from silotune.events.view import OPEN_PHASES, UNLIKE, RunView, Trouble, TroubleLine, by_error
 from silotune.plan.plan import dotted
@@ -323,6 +324,7 @@ class RunPage:
     charts: tuple[PageChart, ...]
     sites: list[SiteLine]
     troubles: list[TroubleLine]
+    counted: list[tuple[str, list[tuple[str, str, str]]]]
     last_id: int
 
 
@@ -349,8 +351,44 @@ def run_page(facts: RunFacts, view: RunView, curves: Mapping[str, Curve]) -> Run
         charts=_charts(facts, view, curves, planned),
         sites=_sites(facts, view, spent),
         troubles=trouble_lines(view.troubles),
+        counted=list(_counted(view.statistics)) if view.statistics else [],
         last_id=view.last_id,
     )
+
+
+def _counted(found: Mapping[str, Any]) -> Iterator[tuple[str, list[tuple[str, str, str]]]]:
+    """Figures of a statistics run: a heading, and group, figure and interval a row."""
+    if found.get("format") != STATISTICS_FORMAT:
+        return  # of another version
+    floor = found["floor"]
+    if found["units"] is not None:
+        units = found["units"]
+        row = (f"{found['unit']}s", f"{units['value']:,.0f}", _from_to(units, "{:,.0f}"))
+        yield "All sites together", [row]
+    if found["labels"] is not None:
+        yield "Labels", [_share_row(row["label"], row["share"], floor) for row in found["labels"]]
+    binned = {
+        "Length of a text": found["lengths"],
+        f"Records a {found['unit']}": found["records_a_unit"],
+        **found["numbers"],
+    }
+    for heading, part in binned.items():
+        if part is not None and part["bins"] is not None:
+            yield heading, [_share_row(_group(row), row["share"], floor) for row in part["bins"]]
+
+
+def _share_row(name: str, share: Mapping[str, float] | None, floor: float) -> tuple[str, str, str]:
+    if share is None:
+        return name, f"under {floor:,.0f}", _DASH
+    return name, f"{share['value']:.1%}", _from_to(share, "{:.1%}")
+
+
+def _from_to(estimate: Mapping[str, float], form: str) -> str:
+    return f"{form.format(estimate['low'])} to {form.format(estimate['high'])}"
+
+
+def _group(row: Mapping[str, Any]) -> str:
+    return f"{row['from']:g} or more" if row["to"] is None else f"{row['from']:g} to {row['to']:g}"
 
 
 def learning_curves(view: RunView) -> dict[str, list[tuple[int, float]]]:

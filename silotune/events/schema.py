@@ -27,6 +27,9 @@ from silotune.errors import EventMalformed
 SCHEMA_VERSION = 1
 """Version of the schema that this package writes."""
 
+STATISTICS_FORMAT = "silotune statistics 1"
+"""Of the figures that a statistics run finds, in their event and in statistics.json."""
+
 Number = float | None
 """A figure; null where it was not finite or is not known."""
 

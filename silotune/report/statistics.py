@@ -17,9 +17,9 @@ from rich.table import Table
 from rich.text import Text
 
 from silotune.errors import RunDirectoryInvalid
+from silotune.events.schema import STATISTICS_FORMAT
 from silotune.report.page import TextTable, Tile
 from silotune.report.verdict import DASH, epsilon, plural, power, printable
-from silotune.rounds.estimates import FORMAT
 
 Found = Mapping[str, Any]
 
@@ -41,8 +41,8 @@ def read(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as exc:
         raise RunDirectoryInvalid(f"{path} is not a readable statistics.json") from exc
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise RunDirectoryInvalid(f"{path} is not of the format {FORMAT!r}")
+    if not isinstance(found, dict) or found.get("format") != STATISTICS_FORMAT:
+        raise RunDirectoryInvalid(f"{path} is not of the format {STATISTICS_FORMAT!r}")
     return found
 
 

@@ -27,12 +27,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from silotune.events.schema import STATISTICS_FORMAT
 from silotune.models.layout import Vector, statistics_layout
 from silotune.plan.counted import part_scale
 from silotune.plan.plan import Plan
 from silotune.plan.statistics import LengthsSection, NumberSection
 
-FORMAT = "silotune statistics 1"
 NOISE_FLOOR = 2.0
 """Standard deviations of the noise that a group must have, to be shown."""
 
@@ -83,7 +83,7 @@ def find(
         units=float(counted["units"][0]),
     )
     return {
-        "format": FORMAT,
+        "format": STATISTICS_FORMAT,
         "plan_sha256": plan.sha256,
         "dataset": plan.data.dataset,
         "unit": privacy.unit,

@@ -12,6 +12,7 @@ from silotune.dashboard.pages import Templates
 from silotune.events.source import RunDirectories
 from silotune.rounds.run_directory import RunDirectory
 from tests.dashboard.browsing import HTML, browser, of
+from tests.golden.registry import GOLDEN
 from tests.simulation.synthetic_run import VARIANTS, Synthetic
 
 
@@ -160,6 +161,28 @@ def test_a_download_is_never_shown_in_the_page(client, run_dir):
     answer = client.get(f"/runs/{run_dir.name}/files/plan.toml")
     assert answer.content == (run_dir / "plan.toml").read_bytes()
     assert answer.headers["content-disposition"].startswith("attachment")
+
+
+def test_the_page_of_a_statistics_run_shows_its_figures_and_no_label_breaks_out(tmp_path):
+    root = Synthetic(stop_after=5, faults=False).write(tmp_path)
+    found = json.loads((GOLDEN / "statistics.json").read_text())
+    found["labels"][0]["label"] = "<img src=x>"
+    RunDirectory.open(root).append_event("statistics", found=found)
+    text = browser(of(RunDirectories(root))).get(f"/runs/{root.name}", headers=HTML).text
+    assert "What was counted" in text
+    for row in (*found["labels"], *found["lengths"]["bins"], *found["numbers"]["age"]["bins"]):
+        shown = row["share"]
+        assert (f"{shown['low']:.1%} to {shown['high']:.1%}" if shown else "under ") in text
+    assert "&lt;img src=x&gt;" in text
+    assert "<img" not in text
+
+
+def test_figures_of_another_version_are_left_alone(tmp_path):
+    root = Synthetic(stop_after=5, faults=False).write(tmp_path)
+    RunDirectory.open(root).append_event("statistics", found={"format": "silotune statistics 9"})
+    answer = browser(of(RunDirectories(root))).get(f"/runs/{root.name}", headers=HTML)
+    assert answer.status_code == 200
+    assert "What was counted" not in answer.text
 
 
 def test_names_from_outside_can_not_break_out_of_the_page(tmp_path):

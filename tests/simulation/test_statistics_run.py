@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from silotune.commands.results import _finished as finished
-from silotune.errors import PlanInvalid, RunDirectoryInvalid
+from silotune.errors import PlanInvalid, QuorumLost, RunDirectoryInvalid
 from silotune.privacy import certificate
 from silotune.privacy.ledger import Ledger
 from silotune.report.statistics import read
 from silotune.rounds import estimates
+from silotune.rounds.secure_rounds import SecureRounds, SecureSum
 from silotune.simulation import run
 from silotune.simulation.attack import attack
 from silotune.simulation.run import Settings
@@ -97,6 +98,29 @@ def test_a_statistics_run_leaves_its_figures_and_no_bare_sums(together):
     found = read(together.root / "statistics.json")
     assert found == {"run": together.name, **told["found"]}
     assert found["sites"] == {name: {"declared_units": 150} for name in WARDS}
+
+
+def test_a_site_that_refuses_is_not_in_the_sum_and_the_figures_say_so(tmp_path):
+    wards = write_wards(tmp_path, patients=100)
+    config = tmp_path / "gamma" / "site.toml"
+    config.write_text(config.read_text().replace('numbers = { age = "years" }', ""))
+    directory = counted(wards, "three", **SECURE)
+    found = read(directory.root / "statistics.json")
+    assert set(found["sites"]) == {"alpha", "beta", "delta"}
+    assert found["units"]["value"] == pytest.approx(300, abs=FAR * found["noise"])
+    four = counted(write_wards(tmp_path / "all", patients=100), "four", **SECURE)
+    with_all = read(four.root / "statistics.json")["noise"]
+    # Of three sites of which three suffice, all noise is needed; a fourth site's share is on top.
+    assert (with_all / found["noise"]) ** 2 == pytest.approx(4.0 / 3.0)
+
+
+def test_a_round_that_comes_to_nothing_is_no_figure_of_nobody(wards):
+    void = SecureSum(codes=("ST-604",))
+    nothing = patch.object(SecureRounds, "round", lambda *args, **words: void)
+    with nothing, pytest.raises(QuorumLost, match="came to nothing"):
+        counted(wards, "void", **SECURE)
+    (path,) = (wards.folder / "void").iterdir()
+    assert not (path / "statistics.json").exists()
 
 
 def test_what_is_for_adapters_says_that_there_is_none(together, wards):
