@@ -388,7 +388,9 @@ def _from_to(estimate: Mapping[str, float], form: str) -> str:
 
 
 def _group(row: Mapping[str, Any]) -> str:
-    return f"{row['from']:g} or more" if row["to"] is None else f"{row['from']:g} to {row['to']:g}"
+    if row["to"] is None:
+        return f"{row['from']:g} or more"
+    return f"{row['from']:g}" if row["from"] == row["to"] else f"{row['from']:g} to {row['to']:g}"
 
 
 def learning_curves(view: RunView) -> dict[str, list[tuple[int, float]]]:
