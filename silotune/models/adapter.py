@@ -19,7 +19,6 @@ import safetensors
 import safetensors.numpy
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from silotune.errors import AdapterMismatch
 from silotune.models.batching import PROMPT_END, end_ids, leading_ids, padding_id
@@ -36,17 +35,24 @@ _POOLED = {
     "last": "hidden[torch.arange(len(hidden)), mask[..., 0].sum(1) - 1]",
 }
 
+_COSINES = """
+    turns = features @ head["frequencies"].T + head["phases"]
+    features = torch.cos(turns) * settings["feature_scale"] * (2 / len(head["phases"])) ** 0.5"""
+
 
 def meaning(plan: Plan) -> dict[str, Any]:
     """Settings without which an adapter's numbers mean something else."""
     shared: dict[str, Any] = {"task": plan.model.task}
     if plan.model.task == "causal_lm":
         return shared | {"prompt_end": PROMPT_END}
-    return shared | {
+    found = shared | {
         "labels": list(plan.model.labels),
         "pooling": plan.model.pooling,
         "feature_scale": plan.model.feature_scale,
     }
+    if (features := plan.model.head_features) is not None:
+        found["head_features"] = features.model_dump(mode="json")
+    return found
 
 
 def settings(plan: Plan, *, tokens: dict[str, Any]) -> dict[str, Any]:
@@ -68,7 +74,9 @@ def settings(plan: Plan, *, tokens: dict[str, Any]) -> dict[str, Any]:
 def readme(plan: Plan, description: str) -> str:
     """The adapter card: what it is, how private its training was, and code that loads it."""
     generative = plan.model.task == "causal_lm"
-    code = _template(plan.model.task).substitute(pooled=_POOLED[plan.model.pooling])
+    code = _template(plan.model.task).substitute(
+        pooled=_POOLED[plan.model.pooling], cosines=_COSINES if plan.model.head_features else ""
+    )
     return _template("card").substitute(
         base=plan.model.base,
         tag="text-generation" if generative else "text-classification",
@@ -77,8 +85,18 @@ def readme(plan: Plan, description: str) -> str:
         description=description,
         privacy=_privacy(plan),
         sha256=plan.sha256,
-        head="" if generative else "`head.safetensors` holds the head and the feature centre; ",
+        head="" if generative else f"`head.safetensors` holds {_head_file(plan)}; ",
         code=code,
+    )
+
+
+def _head_file(plan: Plan) -> str:
+    """What lies in the head's file."""
+    if (features := plan.model.head_features) is None:
+        return "the head and the feature centre"
+    return (
+        f"the head, the feature centre, and the frequencies and phases of the {features.number:,} fixed "
+        "random cosines that the head sees (public, drawn from the plan, not trained)"
     )
 
 
@@ -154,7 +172,7 @@ def save_adapter(model: LoadedModel, flat: NDArray[Any], folder: Path, *, plan: 
     folder.mkdir(parents=True, exist_ok=True)
     _replace(folder / MATRICES, safetensors.numpy.save(matrices, metadata={"format": "pt"}))
     if head:
-        head["centre"] = model.module.centre.cpu().numpy()
+        head |= _fixed(model.module)
         _replace(folder / HEAD, safetensors.numpy.save(head, metadata={"format": "pt"}))
     _replace(folder / SETTINGS, _json(settings(plan, tokens=_control_tokens(model))))
     _replace(folder / "README.md", readme(plan, model.description).encode())
@@ -176,11 +194,12 @@ def load_adapter(model: LoadedModel, folder: Path) -> Vector:
     arrays = _read_arrays(folder / MATRICES)
     if model.module.head is not None:
         arrays |= _read_arrays(folder / HEAD)
-        _require_close("centre", arrays.pop("centre", None), model.module.centre)
+        for name, own in _fixed(model.module).items():
+            _require_close(name, arrays.pop(name, None), own)
     trained = {entry.name for entry in model.layout.entries}
     for name, frozen in _live_matrices(model).items():
         if name not in trained:
-            _require_close(name, arrays.pop(name, None), torch.from_numpy(frozen))
+            _require_close(name, arrays.pop(name, None), frozen)
     return model.layout.pack(arrays)
 
 
@@ -191,6 +210,14 @@ def _live_matrices(model: LoadedModel) -> dict[str, Vector]:
         for name, parameter in model.module.peft.named_parameters()
         if ".lora_" in name
     }
+
+
+def _fixed(module: TaskModel) -> dict[str, Vector]:
+    """What stands between the model and its head and is not trained, by its name in the head's file."""
+    parts = {"centre": module.centre}
+    if module.cosines is not None:
+        parts |= {"frequencies": module.cosines.frequencies, "phases": module.cosines.phases}
+    return {name: part.cpu().numpy() for name, part in parts.items()}
 
 
 def _control_tokens(model: LoadedModel) -> dict[str, Any]:
@@ -246,8 +273,7 @@ def _require_equal(found: Mapping[str, Any], expected: Mapping[str, Any]) -> Non
             raise AdapterMismatch(f"{key} is {found.get(key)!r}, the plan's model has {value!r}")
 
 
-def _require_close(name: str, found: NDArray[Any] | None, expected: Tensor) -> None:
+def _require_close(name: str, found: NDArray[Any] | None, own: NDArray[Any]) -> None:
     """What is not trained must be the model's own, up to the rounding of another machine."""
-    own = expected.cpu().numpy()
     if found is None or found.shape != own.shape or not np.allclose(found, own, atol=1e-3):
         raise AdapterMismatch(f"{name} is not the one of the plan's model")

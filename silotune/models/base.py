@@ -27,6 +27,7 @@ from silotune.errors import ModelError, SilotuneError, TargetModulesUnknown
 from silotune.models.adapter import layout_of
 from silotune.models.batching import Encoded
 from silotune.models.choices import Choices, choose, resolve_device
+from silotune.models.cosines import Cosines
 from silotune.models.layout import Layout, initial_matrix, saved_name
 from silotune.models.pretrained import (
     fixed_rng,
@@ -199,17 +200,20 @@ def with_adapter(bare: PreTrainedModel, plan: Plan, *, rank: int | None = None) 
     TargetModulesUnknown, ModelError
         The adapter does not fit the model.
     """
-    head = None
+    head, cosines = None, None
     if get_task(plan.model.task).has_head:
         hidden = getattr(bare.config.get_text_config(), "hidden_size", None)
         if hidden is None:
             raise ModelError(f"a {bare.config.model_type} model has no one width of hidden states")
-        head = nn.Linear(int(hidden), len(plan.model.labels))
+        cosines = Cosines.of(plan, hidden=int(hidden))
+        width = int(hidden) if cosines is None else len(cosines.phases)
+        head = nn.Linear(width, len(plan.model.labels))
     return TaskModel(
         wrap(bare, plan, rank=rank),
         head,
         pooling=plan.model.pooling,
         feature_scale=plan.model.feature_scale,
+        cosines=cosines,
     )
 
 

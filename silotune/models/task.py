@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from silotune.models.batching import Batch, Encoded, Rows
+from silotune.models.cosines import Cosines
 from silotune.models.layout import Group, Layout, saved_name
 from silotune.plan.plan import Plan
 
@@ -158,17 +159,26 @@ class TaskModel(nn.Module):
         How the tokens of a text become one vector: "mean", "first" or "last" token.
     feature_scale : float
         Factor of the features.
+    cosines : Cosines, optional
+        Stands between the features and the head.
     """
 
     centre: Tensor
 
     def __init__(
-        self, peft: Any, head: nn.Linear | None, *, pooling: str, feature_scale: float
+        self,
+        peft: Any,
+        head: nn.Linear | None,
+        *,
+        pooling: str,
+        feature_scale: float,
+        cosines: Cosines | None = None,
     ) -> None:
         super().__init__()
-        self.peft, self.head = peft, head
+        self.peft, self.head, self.cosines = peft, head, cosines
         self.pooling, self.feature_scale = pooling, feature_scale
-        hidden = 0 if head is None else head.in_features
+        inputs = 0 if head is None else head.in_features
+        hidden = inputs if cosines is None else cosines.frequencies.shape[1]
         self.register_buffer("centre", torch.zeros(hidden))
         if head is not None:
             nn.init.zeros_(head.weight)
@@ -209,11 +219,17 @@ class TaskModel(nn.Module):
         return normalize(_pool(hidden, mask, self.pooling), dim=-1)
 
     def features(self, batch: Batch) -> Tensor:
-        """What the head sees: embeddings minus the centre, times the scale; [n, hidden].
+        """Embeddings minus the centre, times the scale; [n, hidden]: what `logits` is asked of.
 
         Unit length bounds the gradient of the head; the centre takes out what all texts share.
         """
         return (self.embed(batch) - self.centre) * self.feature_scale
+
+    def logits(self, features: Tensor) -> Tensor:
+        """What the head says of features [n, hidden]: [n, labels]."""
+        assert self.head is not None
+        seen = features if self.cosines is None else self.cosines(features)
+        return self.head(seen)  # type: ignore[no-any-return]
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits.
@@ -224,7 +240,7 @@ class TaskModel(nn.Module):
             With a head [n, labels]; without [n, k, vocabulary] at the positions ``batch["kept"]``.
         """
         if self.head is not None:
-            return self.head(self.features(batch))  # type: ignore[no-any-return]
+            return self.logits(self.features(batch))
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
         kept = batch["kept"]
         if self._keeps:  # logits of a large vocabulary are most of a step's memory

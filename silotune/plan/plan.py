@@ -155,9 +155,16 @@ def _model(plan: Plan) -> str:
     if plan.model.task == "causal_lm":
         task = "answer a prompt with a response"
     else:
-        task = f"tell {_joined(plan.model.labels)} apart by text"
+        task = f"tell {_joined(plan.model.labels)} apart by {_seen(plan)}"
     checked = " Its weights must have the plan's SHA-256." if plan.model.sha256 else ""
     return f"{plan.model.base}, tuned to {task}.{checked}"
+
+
+def _seen(plan: Plan) -> str:
+    """What the head is given."""
+    if (chosen := plan.model.head_features) is None:
+        return "text"
+    return f"text, through {chosen.number:,} fixed random cosines (scale {chosen.scale:g})"
 
 
 def _joined(names: tuple[str, ...]) -> str:
@@ -204,11 +211,23 @@ def _optimizers(plan: Plan) -> str:
     rates = f"learning rates: adapter {site.adapter_lr:g}{head}, {site.schedule} schedule"
     name = {"none": "as it is", "sgd": "by SGD with momentum", "adam": "by Adam"}[server.name]
     scaled = "" if server.lr == 1 else f", scaled by {server.lr:g}"
+    rates += _averaged(plan)
     if plan.rounds.local_steps == 1:
         return f"The server applies the sites' summed gradients {name}{scaled}; {rates}."
     return (
         f"Each site trains with {site.local}, and the server applies the mean change "
         f"{name}{scaled}; {rates}."
+    )
+
+
+def _averaged(plan: Plan) -> str:
+    server = plan.optimizer.server
+    kinds = {"ema": "an exponential mean", "uniform": "the mean"}
+    if server.average == "none":
+        return ""
+    return (
+        f". The run ends with {kinds[server.average]} of the adapters of its last "
+        f"{server.average_share:.0%} of rounds"
     )
 
 

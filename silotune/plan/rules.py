@@ -130,6 +130,8 @@ def _model_conflicts(plan: Sections) -> list[str]:
         found.append("model.labels: causal_lm has no labels; remove them")
     if task == "causal_lm" and plan.optimizer.site.head_rounds:
         found.append("optimizer.site.head_rounds: causal_lm has no head to train; set 0")
+    if task == "causal_lm" and plan.model.head_features:
+        found.append("model.head_features: causal_lm has no head; remove it")
     if plan.data.test_share + plan.data.validation_share >= 1.0:
         found.append("data.test_share: with data.validation_share it leaves nothing to train on")
     return found
@@ -158,6 +160,12 @@ def _privacy_conflicts(plan: Sections) -> list[str]:
 
 def _step_conflicts(plan: Sections) -> list[str]:
     found = []
+    server = plan.optimizer.server
+    if server.average != "none" and plan.strategy.turns_matrices:
+        found.append(
+            f"optimizer.server.average: must be 'none' with strategy '{plan.aggregation.strategy}', "
+            f"{plan.strategy.turns_matrices}"
+        )
     if plan.rounds.local_steps == 1 and plan.optimizer.server.name == "none":
         found.append(
             "optimizer.server.name: with rounds.local_steps = 1 sites send gradients, "

@@ -32,6 +32,14 @@ class About(Section):
     )
 
 
+class HeadFeatures(Section):
+    """``[model.head_features]``: a fixed layer of random features under the head."""
+
+    kind: Literal["cosines"]
+    number: Annotated[int, Field(ge=1, le=65_536)] = 2048
+    scale: Positive = Field(description="How fast two texts grow unlike with their distance.")
+
+
 class ModelSection(Section):
     """``[model]``: the base model and the task it is tuned for."""
 
@@ -47,6 +55,9 @@ class ModelSection(Section):
         (), description="Public texts whose mean embedding is subtracted from every feature."
     )
     feature_scale: Positive = 4.0
+    head_features: Annotated[HeadFeatures | None, ADDED_LATER] = Field(
+        None, description="Fixed random features under the head; the text's own when absent."
+    )
 
 
 class LoraSection(Section):
@@ -108,6 +119,12 @@ class ServerOptimizerSettings(Section):
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     beta2: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.999
     epsilon: Positive = 1e-8
+    average: Annotated[Literal["none", "ema", "uniform"], ADDED_LATER] = Field(
+        "none", description="What the run ends with: the last adapter, or a mean of the last ones."
+    )
+    average_share: Annotated[float, Field(gt=0.0, le=1.0), ADDED_LATER] = Field(
+        0.5, description="How far the mean looks back, as a share of the rounds."
+    )
 
 
 class OptimizerSection(Section):

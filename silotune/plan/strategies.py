@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 _VOTE = "it compares the sites' updates with each other"
+_TURNED = "which factors each product BA anew: the matrices of two rounds are in other coordinates"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,8 @@ class StrategyFacts:
         Why there can be no optimizer at the server.
     needs_sgd : str or None
         Why local steps must be plain SGD.
+    turns_matrices : str or None
+        Why the matrices of two rounds can't be averaged.
     refused_by_site : str or None
         Why it does not go with ``privacy.mode = "site"``, besides not being linear.
     """
@@ -57,6 +60,7 @@ class StrategyFacts:
     idle_in_one_step: str | None = None
     no_server_optimizer: str | None = None
     needs_sgd: str | None = None
+    turns_matrices: str | None = None
     refused_by_site: str | None = None
 
     @property
@@ -69,7 +73,7 @@ STRATEGIES: Mapping[str, StrategyFacts] = {
     "fedavg": StrategyFacts(made_by="fedavg:FedAvg", sends_all=True),
     "ffa": StrategyFacts(made_by="ffa:FrozenA", sends_all=True, freezes_a=True),
     "rolora": StrategyFacts(made_by="rolora:Alternating", sends_all=True),
-    "fedsvd": StrategyFacts(made_by="fedsvd:Refactored", sends_all=True),
+    "fedsvd": StrategyFacts(made_by="fedsvd:Refactored", sends_all=True, turns_matrices=_TURNED),
     "flexlora": StrategyFacts(
         made_by="flexlora:Redistributed",
         needs_each=(
@@ -79,6 +83,7 @@ STRATEGIES: Mapping[str, StrategyFacts] = {
         keeps_parts=False,
         idle_in_one_step="sites send gradients, whose mean is exact; 'flexlora' has nothing to mend",
         no_server_optimizer="whose new adapter is no step from the old one",
+        turns_matrices=_TURNED,
     ),
     "fedsa": StrategyFacts(made_by="fedsa:KeptB"),
     "scaffold": StrategyFacts(

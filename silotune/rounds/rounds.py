@@ -240,7 +240,9 @@ class RoundLoop:
             messages = list(configured)
             facts = self._collect(number, strategy, messages, clock)
         clock.lap("wait")
-        updated = strategy.finish(adapter, server_round=number)
+        updated = strategy.conclude(
+            strategy.finish(adapter, server_round=number), server_round=number
+        )
         self._save(number, updated, strategy, layout)
         clock.lap("aggregate")
         self._store.append_event(

@@ -385,7 +385,9 @@ def federate(
             update = trainer.round(adapter, number, clip=strategy.settings().get("clip"))
             flat = _with_share(update, plan, layout=layout, site=terms.site, number=number)
             strategy.fold(terms, np.asarray(flat, dtype=np.float32))
-        adapter = strategy.finish(adapter, server_round=number)
+        adapter = strategy.conclude(
+            strategy.finish(adapter, server_round=number), server_round=number
+        )
     return adapter, sum(trainer.records_used for _, trainer in trainers)
 
 

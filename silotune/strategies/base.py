@@ -14,6 +14,7 @@ What an update counts for follows from public numbers: one rule for sites and co
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from silotune.plan.plan import Plan
 from silotune.privacy.errors import MessageMalformed
 from silotune.protocol.replies import EvaluateReply, TrainReply
 from silotune.protocol.requests import adapter_content, as_arrays
+from silotune.strategies.averaging import TailAverage
 from silotune.strategies.server_optimizer import ServerOptimizer, phase_of
 
 
@@ -90,7 +92,13 @@ class AdapterStrategy(Strategy):
     def __init__(self, plan: Plan, *, layout: Layout) -> None:
         self.plan, self.layout = plan, layout
         self.optimizer = ServerOptimizer(plan, size=layout.size)
+        self._average = TailAverage(plan, layout=layout, rounds=self._rounds_of_parts(plan))
         self.cohort: dict[int, Terms] = {}
+
+    @classmethod
+    def _rounds_of_parts(cls, plan: Plan) -> Counter[Part]:
+        """In how many rounds of a run each part is sent."""
+        return Counter(p for n in range(1, plan.rounds.number + 1) for p in cls.sent(plan, n))
 
     # --- what a site trains, sends and keeps ---
 
@@ -145,17 +153,23 @@ class AdapterStrategy(Strategy):
     def finish(self, adapter: Vector, *, server_round: int) -> Vector:
         """The next global adapter, from the sum of the round; `adapter` itself without replies."""
 
+    def conclude(self, adapter: Vector, *, server_round: int) -> Vector:
+        """What a finished round leaves; at the end of the run a mean, if the plan asks for one."""
+        sent = self.sent(self.plan, server_round)
+        return self._average.after(adapter, trained=sent, server_round=server_round)
+
     def settings(self) -> dict[str, float]:
         """Numbers that sites need beside plan and adapter in the coming round."""
         return {}
 
     def state(self) -> dict[str, NDArray[Any]]:
         """Arrays that `restore` takes back: all that a resumed run needs beside the adapter."""
-        return self.optimizer.state()
+        return self.optimizer.state() | self._average.state()
 
     def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
         """Go on from a saved `state`."""
         self.optimizer.restore(state)
+        self._average.restore(state)
 
     def step(self, adapter: Vector, mean: Vector, *, server_round: int) -> Vector:
         """The server optimizer's step with an aggregate of updates.

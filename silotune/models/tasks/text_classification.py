@@ -72,9 +72,8 @@ class TextClassification:
         self, model: TaskModel, features: Tensor, encoded: Encoded, rows: Rows
     ) -> Tensor:
         """Cross-entropy of each text from its features [n, hidden], shape [n]."""
-        assert model.head is not None
         targets = _targets(encoded, rows, features.device)
-        return cross_entropy(model.head(features), targets, reduction="none")
+        return cross_entropy(model.logits(features), targets, reduction="none")
 
     def score(
         self, model: TaskModel, batch: Batch, *, cap: float = math.inf
@@ -88,9 +87,8 @@ class TextClassification:
         self, model: TaskModel, features: Tensor, encoded: Encoded, rows: Rows
     ) -> NDArray[np.float64]:
         """Confusion matrix from features [n, hidden] of the given rows."""
-        assert model.head is not None
         with model.inference():
-            return _confusion(model.head(features), _targets(encoded, rows, features.device))
+            return _confusion(model.logits(features), _targets(encoded, rows, features.device))
 
     def predict(self, model: LoadedModel, texts: Sequence[str]) -> list[Prediction]:
         """Label and probabilities of each text, in the order given."""
