@@ -1,0 +1,62 @@
+"""Random cosines by their user's path: secure shared noise, a mean at the end, resume, predict."""
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from typer.testing import CliRunner
+
+from silotune import cli
+from tests.commands.commanded import SECURED
+from tests.federation import SITES, write_federation
+from tests.whole_run import play
+
+COSINES = {"kind": "cosines", "number": 40, "scale": 1.5}
+SETTINGS = {
+    **SECURED["shared"],
+    "model.head_features": COSINES,
+    "optimizer.server.name": "sgd",
+    "optimizer.server.average": "ema",
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, bert_folder):
+    federation = write_federation(tmp_path_factory.mktemp("cosines"), bert_folder)
+    return federation, play(federation, "runs", **SETTINGS)
+
+
+def test_the_layout_and_the_bytes_of_a_round_have_their_width(run):
+    arrays = run[1].load_adapter(5)
+    assert arrays["head.weight"].shape == (2, 40)
+    assert any(arrays["head.weight"].ravel())
+    head = [e for e in run[1].events if e["event"] == "round_finished" and e["round"] <= 2]
+    assert all(0 < event["bytes_down"] for event in head)
+
+
+def test_they_cost_no_epsilon(run):
+    """Every site is charged for its rounds, as without them."""
+    facts = run[1].read_json("privacy.json")["sites"]
+    assert set(facts) == set(SITES)
+    assert all(site["epsilon"] == pytest.approx(8.0, rel=1e-3) for site in facts.values())
+
+
+def test_the_run_ends_with_a_mean_and_saves_it(run):
+    last = run[1].load_adapter(5)
+    saved = load_file(run[1].final_adapter / "head.safetensors")
+    np.testing.assert_array_equal(saved["head.weight"], last["head.weight"])
+    assert saved["frequencies"].shape == (40, 32)
+
+
+def test_predict_answers_with_them(run):
+    said = CliRunner().invoke(cli.app, ["predict", str(run[1].root), "gout", "--json"])
+    assert said.exit_code == 0, said.output
+    (line,) = said.output.splitlines()
+    assert set(json.loads(line)["prediction"]["probabilities"]) == {"no", "yes"}
+
+
+def test_the_report_names_them(run):
+    said = CliRunner().invoke(cli.app, ["report", str(run[1].root)])
+    assert said.exit_code == 0, said.output
+    assert "40 fixed random cosines" in (run[1].root / "report.html").read_text()
