@@ -229,7 +229,7 @@ def _complete(
 
 
 def _centre(module: TaskModel, tokenizer: Any, task: Task, plan: Plan, place: torch.device) -> None:
-    """Set the centre: the mean embedding of public texts, by the base model as it came."""
+    """Set the centre, and the unit of distance, from public texts by the base model as it came."""
     texts, labels = plan.model.centre_texts, plan.model.labels
     if module.head is None or not texts:
         return
@@ -237,7 +237,10 @@ def _centre(module: TaskModel, tokenizer: Any, task: Task, plan: Plan, place: to
     encoded: Encoded = task.encode(examples, tokenizer, plan=plan)
     with module.inference():
         batch = encoded.padded(range(len(texts)), place)
-        module.centre.copy_(module.embed(batch).mean(0))
+        embedded = module.embed(batch)
+        module.centre.copy_(embedded.mean(0))
+        if module.cosines is not None:
+            module.cosines.fit(embedded)
 
 
 def _shown(folder: Path, plan: Plan) -> str:

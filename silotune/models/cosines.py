@@ -10,8 +10,12 @@ extendable-output hash, and every step behind it is exact. SHAKE-256 over the AS
 ``silotune cosines v1``, a zero byte and the source (``seed N`` for a plan with a seed, else
 ``plan HASH``) gives ``8 · number · hidden`` bytes, read as little-endian 64-bit words in the order
 [number, hidden], then ``4 · number`` bytes of 32-bit words. A frequency is the number of ones in its
-word less 32, over 4: a binomial number of mean 0 and variance 1, all but normal. It is multiplied by
-the plan's scale. A phase is 2 pi times the leading 24 bits of its word over 2**24.
+word less 32, over 4: a binomial number of mean 0 and variance 1, all but normal. A phase is 2 pi times
+the leading 24 bits of its word over 2**24.
+
+Frequencies are then multiplied by the plan's scale over the median distance of its public texts (the
+median heuristic, without a look at anybody's records): that median is the base model's, and like the
+centre it is the same at every site up to the rounding of another machine.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from silotune.errors import ModelError
 from silotune.plan.plan import Plan
 
 _TURN = 2.0 * math.pi
@@ -35,7 +40,7 @@ class Cosines(nn.Module):
     Parameters
     ----------
     frequencies : float32 array [number, hidden]
-        Of features of unit length.
+        Of features of length 1 before `feature_scale`, where the median distance is 1.
     phases : float32 array [number]
         In radians.
     feature_scale : float
@@ -67,6 +72,13 @@ class Cosines(nn.Module):
         frequencies, phases = drawn(plan, number=chosen.number, hidden=hidden)
         scaled = frequencies * np.float32(chosen.scale)
         return cls(scaled, phases, feature_scale=plan.model.feature_scale)
+
+    def fit(self, public: Tensor) -> None:
+        """Measure distances in the median one between public embeddings [texts, hidden]; once."""
+        median = torch.pdist(public).median()
+        if not median > 0:
+            raise ModelError("model.centre_texts: the base model can't tell these texts apart")
+        self.frequencies /= median
 
     def forward(self, features: Tensor) -> Tensor:
         """Cosines of the features [n, hidden], float32 of shape [n, number]."""

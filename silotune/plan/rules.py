@@ -6,6 +6,8 @@ from silotune.plan.counted import statistics_conflicts
 from silotune.plan.sections import Sections
 from silotune.plan.strategies import STRATEGIES
 
+_PUBLIC_TEXTS = 3
+
 
 def sends_all_it_trains(plan: Sections) -> bool:
     """Whether sites send the sum of all that they train, as it is: other sites' noise then counts.
@@ -132,6 +134,11 @@ def _model_conflicts(plan: Sections) -> list[str]:
         found.append("optimizer.site.head_rounds: causal_lm has no head to train; set 0")
     if task == "causal_lm" and plan.model.head_features:
         found.append("model.head_features: causal_lm has no head; remove it")
+    elif plan.model.head_features and len(plan.model.centre_texts) < _PUBLIC_TEXTS:
+        found.append(
+            f"model.centre_texts: at least {_PUBLIC_TEXTS} with model.head_features, whose scale is "
+            "measured by the median of their distances"
+        )
     if plan.data.test_share + plan.data.validation_share >= 1.0:
         found.append("data.test_share: with data.validation_share it leaves nothing to train on")
     return found

@@ -37,7 +37,11 @@ class HeadFeatures(Section):
 
     kind: Literal["cosines"]
     number: Annotated[int, Field(ge=1, le=65_536)] = 2048
-    scale: Positive = Field(description="How fast two texts grow unlike with their distance.")
+    scale: Positive = Field(
+        1.5,
+        description="How fast two texts grow unlike with their distance: frequencies have this standard "
+        "deviation, over the median distance of model.centre_texts.",
+    )
 
 
 class ModelSection(Section):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from silotune.errors import AdapterMismatch, PlanInvalid
+from silotune.errors import AdapterMismatch, ModelError, PlanInvalid
 from silotune.models.adapter import load_adapter, save_adapter, write_adapter
 from silotune.models.base import load_model, outline
 from silotune.models.cosines import Cosines, drawn
@@ -21,6 +21,7 @@ from tests.models.model_material import TEXTS, a_plan
 from tests.models.test_adapter import random_flat, run_card
 
 PLANS = GOLDEN_FILES / "plans"
+PUBLIC = ["eye", "acute injury", "diabetes", "fracture of the femur"]
 COSINES = {"kind": "cosines", "number": 24, "scale": 1.5}
 GOLDEN = {
     "secure": "6ecc4ead4343b9ccfabf475f55b2c6a7e417da81678d4da3490bda88cfc18c93",
@@ -28,8 +29,9 @@ GOLDEN = {
 }  # with a seed, and from the plan's hash
 
 
-def plan_with(base, **more):
-    return a_plan(base, model__head_features=COSINES, model__centre_texts=["eye"], **more)
+def plan_with(base, *, number=24, **more):
+    chosen = {**COSINES, "number": number}
+    return a_plan(base, **{"model__head_features": chosen, "model__centre_texts": PUBLIC, **more})
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +74,7 @@ def test_frequencies_are_normal_and_phases_uniform():
 
 
 def test_inner_products_are_the_gaussian_kernel_of_the_distance():
-    plan = a_plan("x", model__head_features={**COSINES, "number": 20_000})
+    plan = plan_with("x", number=20_000)
     cosines = Cosines.of(plan, hidden=16)
     points = torch.nn.functional.normalize(
         torch.from_numpy(np.random.default_rng(1).normal(size=(6, 16))).float(), dim=1
@@ -80,6 +82,25 @@ def test_inner_products_are_the_gaussian_kernel_of_the_distance():
     found = cosines(points * 4.0)
     kernel = torch.exp(-((1.5 * torch.cdist(points, points)) ** 2) / 2) * 4.0**2
     torch.testing.assert_close(found @ found.T, kernel, atol=0.4, rtol=0)
+
+
+def test_distances_are_measured_in_the_median_one_of_the_public_texts(model):
+    """So that one scale suits base models whose embeddings lie close together, and others."""
+    module, plan = model.module, model.plan
+    encoded = model.task.encode(
+        [{"text": text, "label": "no"} for text in PUBLIC], model.tokenizer, plan=plan
+    )
+    with module.inference():
+        public = module.embed(encoded.padded(range(len(PUBLIC)), model.device))
+    gaps = sorted((a - b).norm().item() for i, a in enumerate(public) for b in public[:i])
+    frequencies, _ = drawn(plan, number=24, hidden=32)
+    expected = frequencies * 1.5 / 4.0 / gaps[2]  # the lower of the two in the middle
+    torch.testing.assert_close(module.cosines.frequencies, torch.from_numpy(expected))
+
+
+def test_public_texts_that_a_model_cannot_tell_apart_are_refused(bert_folder):
+    with pytest.raises(ModelError, match="can't tell these texts apart"):
+        load_model(plan_with(bert_folder, model__centre_texts=["eye", "eye", "eye"]))
 
 
 def test_the_head_and_nothing_else_has_their_width(model, bert_folder):
@@ -142,10 +163,11 @@ def test_a_damaged_file_of_them_is_refused(model, tmp_path):
 
 
 def test_the_plan_says_them_and_keeps_its_text_without_them():
-    plan = a_plan("x")
-    assert "head_features" not in plan.canonical()
-    with_them = plan.override({"model.head_features": COSINES})
+    assert "head_features" not in a_plan("x").canonical()
+    with_them = plan_with("x")
     assert Plan.from_canonical(with_them.canonical()) == with_them
     assert "through 24 fixed random cosines (scale 1.5)" in dict(plan_in_words(with_them))["Model"]
     with pytest.raises(PlanInvalid, match=r"model\.head_features: causal_lm has no head"):
         a_plan("x", "causal_lm", model__head_features=COSINES)
+    with pytest.raises(PlanInvalid, match=r"model\.centre_texts: at least 3"):
+        plan_with("x", model__centre_texts=["eye", "ear"])

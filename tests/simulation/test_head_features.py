@@ -16,6 +16,7 @@ COSINES = {"kind": "cosines", "number": 40, "scale": 1.5}
 SETTINGS = {
     **SECURED["shared"],
     "model.head_features": COSINES,
+    "model.centre_texts": ["cough", "gout", "left", "right side"],
     "optimizer.server.name": "sgd",
     "optimizer.server.average": "ema",
 }
@@ -31,8 +32,10 @@ def test_the_layout_and_the_bytes_of_a_round_have_their_width(run):
     arrays = run[1].load_adapter(5)
     assert arrays["head.weight"].shape == (2, 40)
     assert any(arrays["head.weight"].ravel())
-    head = [e for e in run[1].events if e["event"] == "round_finished" and e["round"] <= 2]
-    assert all(0 < event["bytes_down"] for event in head)
+    rounds = [event for event in run[1].events if event["event"] == "round_finished"]
+    assert [event["round"] for event in rounds] == [1, 2, 3, 4, 5]
+    # Two head-only rounds: 82 numbers of four bytes from each of three sites, and what masks them.
+    assert 3 * 82 * 4 <= rounds[0]["bytes_up"] < rounds[2]["bytes_up"]
 
 
 def test_they_cost_no_epsilon(run):
