@@ -19,6 +19,7 @@ from silotune.errors import PlanInvalid, PlanUnreadable
 from silotune.plan.counted import statistics_in_words
 from silotune.plan.document import text_sha256
 from silotune.plan.explain import explain
+from silotune.plan.left_out import filled, left_out
 from silotune.plan.rules import conflicts
 from silotune.plan.sections import Sections
 
@@ -33,8 +34,15 @@ class Plan(Sections):
         return self
 
     @classmethod
-    def load(cls, path: Path) -> Plan:
-        """Read a plan from a TOML file.
+    def load(cls, path: Path, settings: Mapping[str, Any] | None = None) -> Plan:
+        """Read a plan from a TOML file, with what its author left out (`silotune.plan.left_out`).
+
+        Parameters
+        ----------
+        path : Path
+            The file.
+        settings : mapping, optional
+            Replace keys of the file, as in `override`, before what is left out is looked for.
 
         Raises
         ------
@@ -43,13 +51,21 @@ class Plan(Sections):
         PlanInvalid
             Unknown key, wrong type or impossible combination; the message lists every one.
         """
+        written = cls.written_in(path, settings)
+        if numbers := left_out(written):
+            return cls.from_mapping(filled(written, numbers), source=str(path))
+        return written
+
+    @classmethod
+    def written_in(cls, path: Path, settings: Mapping[str, Any] | None = None) -> Plan:
+        """What an author wrote in a file and nothing else. Raises what `load` does."""
         try:
             raw = tomllib.loads(path.read_text(encoding="utf-8"))
         except OSError as exc:
             raise PlanUnreadable(f"{path}: {exc.strerror or exc}") from exc
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
             raise PlanUnreadable(f"{path} is not valid TOML: {exc}") from exc
-        return cls.from_mapping(raw, source=str(path))
+        return cls.from_mapping(raw, source=str(path)).override(settings or {})
 
     @classmethod
     def from_mapping(cls, raw: Mapping[str, Any], *, source: str = "plan") -> Plan:

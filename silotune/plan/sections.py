@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
@@ -113,6 +114,18 @@ class ClientOptimizer(Section):
     prox: Annotated[float, Field(ge=0.0)] = Field(
         0.0, description="FedProx: pull of local steps towards the global adapter."
     )
+
+    def factor(self, *, step: int, steps: int) -> float:
+        """Part of the peak learning rate at `step` (from 0) of `steps`: linear warm-up, then decay."""
+        warmup = self.warmup_share * steps
+        rise = min(1.0, (step + 1) / warmup) if warmup > 0 else 1.0
+        done = step / steps
+        if self.schedule == "constant":
+            return rise
+        span = 1.0 - self.final_share
+        if self.schedule == "cosine":
+            return rise * (self.final_share + span * (1 + math.cos(math.pi * done)) / 2)
+        return rise * (1.0 - span * done)
 
 
 class ServerOptimizerSettings(Section):

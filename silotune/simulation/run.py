@@ -243,7 +243,7 @@ def simulate(
     SilotuneError
         Of any family; the run directory keeps what was finished.
     """
-    plan = Plan.load(plan_path).override(overrides or {})
+    plan = Plan.load(plan_path, overrides)
     if plan.statistics is not None and settings.baselines:
         raise PlanInvalid("a plan that counts trains nothing that baselines could stand beside")
     sites = list(load_sites(sites_folder or plan_path.resolve().parent))

@@ -10,7 +10,6 @@ the second at tau squared and leaves the first as it is.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -19,7 +18,6 @@ from numpy.typing import NDArray
 
 from silotune.models.layout import Group, Part, Span, laid_out
 from silotune.plan.plan import Plan
-from silotune.plan.sections import ClientOptimizer
 from silotune.plan.sections import ServerOptimizerSettings as Settings
 
 Phase = Literal["head", "adapter"]
@@ -30,24 +28,11 @@ def phase_of(plan: Plan, server_round: int) -> Phase:
     return "head" if server_round <= plan.optimizer.site.head_rounds else "adapter"
 
 
-def factor(optimizer: ClientOptimizer, *, step: int, steps: int) -> float:
-    """Part of the peak learning rate at `step` (from 0) of `steps`: linear warm-up, then decay."""
-    warmup = optimizer.warmup_share * steps
-    rise = min(1.0, (step + 1) / warmup) if warmup > 0 else 1.0
-    done = step / steps
-    if optimizer.schedule == "constant":
-        return rise
-    span = 1.0 - optimizer.final_share
-    if optimizer.schedule == "cosine":
-        return rise * (optimizer.final_share + span * (1 + math.cos(math.pi * done)) / 2)
-    return rise * (1.0 - span * done)
-
-
 def learning_rate(plan: Plan, group: Group, *, step: int) -> float:
     """Learning rate of a group at a step (from 0) of the whole run."""
     site = plan.optimizer.site
     peak = site.head_lr if group == "head" else site.adapter_lr
-    return peak * factor(site, step=step, steps=plan.steps)
+    return peak * site.factor(step=step, steps=plan.steps)
 
 
 Vector = NDArray[np.float32]

@@ -446,7 +446,7 @@ def plans_that_count(folder):
 def _write_plans(folder, texts):
     for name, text in texts.items():
         (folder / f"{name}.toml").write_text(text)
-        signed = SignedPlan.sign(Plan.load(folder / f"{name}.toml"), FEDERATION_KEY)
+        signed = SignedPlan.sign(Plan.written_in(folder / f"{name}.toml"), FEDERATION_KEY)
         (folder / f"{name}.signed.json").write_text(signed.model_dump_json() + "\n")
 
 

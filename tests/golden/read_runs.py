@@ -59,7 +59,7 @@ def seen(directory):
         key = load_or_create(directory.site(site) / "signing.key").public_key()
         books[site] = [run_rows(ledger), fingerprint(key)]
         ledger.close()
-    plan = Plan.load(directory.plan_path)
+    plan = Plan.written_in(directory.plan_path)
     return {
         "facts": [facts.run, facts.name, facts.state, facts.round, facts.rounds],
         "plan": [facts.plan_sha256, plan.sha256],

@@ -8,7 +8,7 @@ from flwr.serverapp.strategy import FedAdam
 from flwr.supercore.task_identity import TaskIdentity
 
 from silotune.models.layout import Span
-from silotune.strategies.server_optimizer import ServerOptimizer, factor, learning_rate, phase_of
+from silotune.strategies.server_optimizer import ServerOptimizer, learning_rate, phase_of
 from tests.strategies.contract import plan_with
 
 SPANS = {"B": Span("B", 0, 5), "head": Span("head", 5, 8)}
@@ -118,12 +118,12 @@ def test_without_an_optimizer_the_mean_change_is_added():
 
 def test_the_schedule_rises_then_falls_to_its_share():
     site = plan_with().optimizer.site
-    values = [factor(site, step=k, steps=100) for k in range(100)]
+    values = [site.factor(step=k, steps=100) for k in range(100)]
     assert values[0] == pytest.approx(0.1)
     assert max(values) == pytest.approx(values[9])
     assert values[-1] == pytest.approx(1 - 0.8 * 0.99)
     cosine = site.model_copy(update={"schedule": "cosine"})
-    assert factor(cosine, step=99, steps=100) == pytest.approx(0.2, abs=1e-3)
+    assert cosine.factor(step=99, steps=100) == pytest.approx(0.2, abs=1e-3)
 
 
 def test_phases_and_rates_follow_the_plan():
