@@ -83,6 +83,15 @@ class PlanSignatureInvalid(PlanError):
 # --- data: exit code 20 -------------------------------------------------------------------------
 
 
+class PlanInTheWay(PlanError):
+    """A plan would be written over a file."""
+
+    code = "ST-104"
+    title = "There is a file in the plan's place already"
+    cause = "A new plan is written only where no file is, so that nobody's work is lost."
+    advice = "Give another name, or --force to replace the file."
+
+
 class DataError(SilotuneError):
     """A site's records can't be used."""
 

@@ -1,4 +1,4 @@
-"""`silotune plan`: check a plan before anybody runs it."""
+"""`silotune plan`: write a plan, and check one before anybody runs it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import math
 import tomllib
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,14 +14,18 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from silotune.commands import costs
 from silotune.commands.folder import AsJson
+from silotune.commands.new_plan import new, toml_text
 from silotune.data.site import SiteConfig, load_sites
 from silotune.errors import ModelNotFound, PlanInvalid
 from silotune.plan.counted import part_scale
+from silotune.plan.left_out import left_out
 from silotune.plan.plan import Plan, notes_on, plan_in_words, schema
 from silotune.terminal import headed, octets, terminal
 
-app = typer.Typer(no_args_is_help=True, help="Check plans and print their schema.")
+app = typer.Typer(no_args_is_help=True, help="Write and check plans, and print their schema.")
+app.command("new")(new)
 
 Overrides = Annotated[
     list[str] | None,
@@ -36,19 +41,29 @@ def check(
         str,
         typer.Option(help="Units at each site, e.g. 1000,2500. Default: the site folders' own."),
     ] = "",
+    link: Annotated[
+        float,
+        typer.Option(min=0.0, help="What a site can send, in Mbit/s: gives the time of a run."),
+    ] = 100.0,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
     """Validate a plan and say in plain words what it does and what it costs.
 
-    Costs are the trainable parameters, the bytes a round moves, the number of steps, and for each
-    site the noise and the epsilon that the plan comes to. Where site folders lie beside the plan, their
-    records are read: what a site would refuse or leave out is told.
+    Costs are the trainable parameters, the bytes of a round and of the run, the time, the number of
+    steps, and for each site the noise and the epsilon that the plan comes to. What was left out of
+    the file is told with the rule that it follows, and settings in a bad corner with what is better.
+    Where site folders lie beside the plan, their records are read: what a site would refuse or leave
+    out is told.
     """
-    plan = Plan.load(path).override(parsed(overrides or []))
+    settings = parsed(overrides or [])
+    plan = Plan.load(path, settings)
     sites = () if sizes or not any(path.parent.glob("*/site.toml")) else load_sites(path.parent)
     facts = assess(plan, _given(sizes) if sizes else _declared(sites, plan))
-    facts["notes"] = _notes(plan, sites)
+    facts["link_seconds"] = _link_seconds(facts, link)
+    facts["notes"] = [*_notes(plan, sites), *facts.pop("corners")]
+    numbers = left_out(Plan.written_in(path, settings))
+    facts["left_out"] = [asdict(number) for number in numbers]
     if as_json:
         typer.echo(json.dumps(facts))
         return
@@ -117,19 +132,30 @@ def assess(plan: Plan, declared: dict[str, int]) -> dict[str, Any]:
     -------
     dict
         ``plan_sha256``, ``steps``, ``model`` (description, or why it can't be loaded here),
-        ``trainable_parameters``, ``bytes_up`` and ``bytes_down`` a site and round (None where the
-        model isn't here), ``kept_bytes`` of the adapters that a simulation leaves, for statistics
-        ``noise_of_a_count`` (one standard deviation, in units), and ``sites``: declared units,
-        expected batch, rate, sigma and epsilon.
+        ``trainable_parameters``, ``bytes_up`` and ``bytes_down`` a site and round, ``run_bytes_up`` and
+        ``run_bytes_down`` a site and run (None where the model isn't here), ``kept_bytes`` of the
+        adapters that a simulation leaves, ``corners`` (settings that contradict what was measured),
+        for statistics ``noise_of_a_count`` (one standard deviation, in units), and ``sites``: declared
+        units, expected batch, rate, sigma, epsilon, and the seconds of computing that a run would take
+        on this machine.
     """
-    sites = {name: _site_facts(plan, units) for name, units in declared.items()}
+    model = _model_facts(plan)
+    layout, record = model.pop("layout"), model.pop("seconds_a_record")
+    sites = {
+        name: {
+            **_site_facts(plan, units),
+            "seconds": record and costs.seconds(plan, record=record, units=units),
+        }
+        for name, units in declared.items()
+    }
     return {
         "name": plan.plan.name,
         "plan_sha256": plan.sha256,
         "steps": plan.steps,
         "private": plan.private and plan.plan.seed is None,
-        **_model_facts(plan),
+        **model,
         **_count_facts(plan, [facts["sigma"] for facts in sites.values()]),
+        "corners": costs.corners(plan, layout, declared),
         "sites": sites,
     }
 
@@ -143,13 +169,29 @@ def _count_facts(plan: Plan, sigmas: Sequence[float]) -> dict[str, float]:
     return {"noise_of_a_count": math.sqrt(variance) / part_scale(plan)}
 
 
+def _link_seconds(facts: dict[str, Any], link: float) -> float | None:
+    """What a run's adapters and updates take over a site's link."""
+    if facts["run_bytes_up"] is None or not link:
+        return None
+    return float(8e-6 * (facts["run_bytes_up"] + facts["run_bytes_down"]) / link)
+
+
+_UNKNOWN = dict.fromkeys(
+    (
+        "trainable_parameters", "bytes_up", "bytes_down", "run_bytes_up", "run_bytes_down",
+        "kept_bytes", "layout", "seconds_a_record",
+    )
+)  # fmt: skip
+
+
 def _model_facts(plan: Plan) -> dict[str, Any]:
     if plan.statistics is not None:
         from silotune.models.layout import statistics_layout
 
         nbytes = statistics_layout(plan).nbytes
-        sizes = {"trainable_parameters": 0, "bytes_up": nbytes, "bytes_down": nbytes}
-        return {"model": "no model takes part", **sizes, "kept_bytes": nbytes}
+        told = {"trainable_parameters": 0, "bytes_up": nbytes, "bytes_down": nbytes}
+        told |= {"run_bytes_up": nbytes, "run_bytes_down": nbytes, "kept_bytes": nbytes}
+        return {**_UNKNOWN, "model": "no model takes part", **told}
     from silotune.models.base import load_model
     from silotune.models.pretrained import locate
     from silotune.rounds.run_directory import most_kept
@@ -157,18 +199,22 @@ def _model_facts(plan: Plan) -> dict[str, Any]:
     try:
         locate(plan.model.base)
     except ModelNotFound as exc:  # whoever has it will see; every other trouble is the plan's
-        unknown = ("trainable_parameters", "bytes_up", "bytes_down", "kept_bytes")
-        return {"model": f"{exc.code} {exc.detail}", **dict.fromkeys(unknown)}
+        return {"model": f"{exc.code} {exc.detail}", **_UNKNOWN}
     model = load_model(plan, device="cpu")
     nbytes = model.layout.nbytes
     measured = plan.plan.seed is None and plan.model.dtype == "auto"
     later = "; a simulation measures what is fastest, once a run, and writes it down"
+    up, down = costs.moved(plan, model.layout)
     return {
         "model": model.description + later * measured,
         "trainable_parameters": model.layout.size,
         "bytes_up": nbytes,
         "bytes_down": nbytes,
+        "run_bytes_up": up,
+        "run_bytes_down": down,
         "kept_bytes": nbytes * most_kept(plan.rounds.number),
+        "layout": model.layout,
+        "seconds_a_record": costs.seconds_a_record(model),
     }
 
 
@@ -228,12 +274,16 @@ def _print(plan: Plan, facts: dict[str, Any], console: Console) -> None:
             f"  A simulation keeps at most {plural(most_kept(number), 'adapter')}, the last, the best "
             f"and one in {every(number)}: {octets(facts['kept_bytes'])}."
         )
+        _print_times(plan, facts, console)
     if "noise_of_a_count" in facts:
         noise = f"{facts['noise_of_a_count']:.1f} {plan.privacy.unit}s"
         console.print(
             f"  A count comes with noise of {noise} (one standard deviation), if all "
             f"{len(facts['sites'])} sites take part; more epsilon or fewer things counted make it less."
         )
+    for number in facts["left_out"]:
+        line = f"{number['key']} = {_shortened(number['value'])}: {number['why']}."
+        console.print(headed("Left out.", line, indent=2))
     for sentence in facts["notes"]:
         console.print(headed("Note.", f"{sentence}.", style="yellow", indent=2))
     if not facts["sites"]:
@@ -246,3 +296,32 @@ def _print(plan: Plan, facts: dict[str, Any], console: Console) -> None:
         rate, batch = f"{site['rate']:.4f}", f"{site['expected_batch']:.0f}"
         table.add_row(name, f"{site['declared_units']:,}", batch, rate, *cells)
     console.print(table)
+
+
+def _print_times(plan: Plan, facts: dict[str, Any], console: Console) -> None:
+    """How much a run moves, and how long that and its computing take."""
+    moved = f"{octets(facts['run_bytes_up'])} up and {octets(facts['run_bytes_down'])} down"
+    link = facts["link_seconds"]
+    over = "" if link is None else f", {_time(link)} of a site's link"
+    console.print(f"  The whole run of {plan.rounds.number} rounds moves {moved} a site{over}.")
+    seconds = [site["seconds"] for site in facts["sites"].values() if site["seconds"]]
+    if seconds:
+        console.print(
+            f"  Computing takes {_time(max(seconds))} at the largest site, on a machine like this one "
+            "and at texts of full length."
+        )
+
+
+def _time(seconds: float) -> str:
+    """A rough time in words."""
+    for size, unit in ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes")):
+        if seconds >= 1.5 * size:
+            return f"about {seconds / size:.0f} {unit}"
+    return f"about {max(1.0, seconds):.0f} seconds"
+
+
+def _shortened(value: object) -> str:
+    """A value as TOML has it, a long list cut."""
+    if isinstance(value, list) and len(value) > 3:
+        return f"{json.dumps(value[:3], ensure_ascii=False)[:-1]}, ... {len(value)} in all]"
+    return toml_text(value)

@@ -12,7 +12,7 @@ Measured, with what was tried beside them: docs/accuracy.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,9 +62,14 @@ def left_out(plan: Sections) -> tuple[Number, ...]:
     return tuple(_unsaid(plan))
 
 
-def filled(plan: Sections, numbers: tuple[Number, ...]) -> dict[str, Any]:
+def filled(plan: Sections, numbers: Sequence[Number]) -> dict[str, Any]:
     """The author's tables with these numbers in them."""
-    tables = plan.model_dump(mode="json", exclude_none=True, exclude_unset=True)
+    said = plan.model_dump(mode="json", exclude_none=True, exclude_unset=True)
+    return filled_in(said, numbers)
+
+
+def filled_in(tables: dict[str, Any], numbers: Sequence[Number]) -> dict[str, Any]:
+    """Tables with these numbers in them; changed in place."""
     for number in numbers:
         *parents, leaf = number.key.split(".")
         table = tables
@@ -75,7 +80,7 @@ def filled(plan: Sections, numbers: tuple[Number, ...]) -> dict[str, Any]:
 
 
 def _unsaid(plan: Sections) -> Iterator[Number]:
-    if not plan.sends_sums:
+    if not plan.sends_sums or plan.model.task == "statistics":
         return  # several local steps: their optimizer's rates depend on no round
     head = plan.model.task == "text_classification" and plan.aggregation.head == "shared"
     rounds, server = plan.optimizer.site.head_rounds, plan.optimizer.server.name
@@ -92,6 +97,9 @@ def _unsaid(plan: Sections) -> Iterator[Number]:
                 "records are like those trained on: a curved head gains, and costs no epsilon"
             )
             yield Number(key="model.head_features", value=features, why=why)
+    if rounds == plan.rounds.number and "lora" not in plan.model_fields_set:
+        why = "no round trains the adapter: as small as it can be, for every round carries it"
+        yield Number(key="lora.r", value=1, why=why)
     rates: tuple[tuple[str, bool, Callable[..., tuple[float, str]]], ...] = (
         ("head_lr", head, head_lr),
         ("adapter_lr", rounds < plan.rounds.number and server == "adam", adapter_lr),

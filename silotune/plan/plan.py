@@ -211,7 +211,8 @@ def _data(plan: Plan) -> str:
 def _rounds(plan: Plan) -> str:
     rounds, head = plan.rounds, plan.optimizer.site.head_rounds
     steps = "one step" if rounds.local_steps == 1 else f"{rounds.local_steps} local steps"
-    first = f" The first {head} train the head alone, on features computed once." if head else ""
+    first = f" The first {head} train" if head < rounds.number else " All train"
+    first = f"{first} the head alone, on features computed once." if head else ""
     return f"{rounds.number} rounds of {steps} at each site, with {_patience(plan)}.{first}"
 
 

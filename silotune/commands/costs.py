@@ -1,0 +1,175 @@
+"""What a plan is expected to cost, and where its settings lie in a bad corner."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from silotune.plan.left_out import MOST_CURVED_LABELS, adapter_lr, head_lr
+from silotune.plan.plan import Plan
+
+if TYPE_CHECKING:
+    from silotune.models.layout import Layout, Part
+    from silotune.models.task import LoadedModel
+
+_FEWEST_UNITS = 10  # a step, at a site
+_FAR = 5.0  # times more or less than what a rule would say
+_LOST = 3.0  # signal over noise of a whole run, below which most of what is learned is lost
+_TEXTS = 8  # that the time of a record is measured with
+_BACKWARD = 3.0  # a training step takes as long as so many forward passes
+
+
+def moved(plan: Plan, layout: Layout) -> tuple[int, int]:
+    """Bytes that a site sends and is sent in a whole run, masks and envelopes not counted."""
+    up = sum(
+        rounds * sum(span.size for span in layout.spans(parts))
+        for parts, rounds in _rounds_by_parts(plan).items()
+    )
+    return 4 * up, plan.rounds.number * layout.nbytes
+
+
+def _rounds_by_parts(plan: Plan) -> Counter[frozenset[Part]]:
+    """How many rounds send which parts."""
+    from silotune.strategies import method_of
+
+    method = method_of(plan)
+    return Counter(method.sent(plan, number) for number in range(1, plan.rounds.number + 1))
+
+
+def seconds_a_record(model: LoadedModel) -> float:
+    """Time of a forward pass of one text of the greatest length, on this machine."""
+    text = "word " * model.plan.data.max_length
+    label = next(iter(model.plan.model.labels), "")
+    example = {"text": text, "label": label, "prompt": text, "response": text}
+    encoded = model.task.encode([example] * _TEXTS, model.tokenizer, plan=model.plan)
+    batch = model.task.collate(encoded, range(_TEXTS), model.device)
+    with model.module.inference():
+        model.module(batch)  # the first pass also sets things up
+        started = time.perf_counter()
+        model.module(batch)
+    return (time.perf_counter() - started) / _TEXTS
+
+
+def seconds(plan: Plan, *, record: float, units: int) -> float:
+    """Computing time of a run at a site of so many units, of which a forward pass takes `record`."""
+    each = plan.privacy.max_records_per_unit * record
+    head = plan.optimizer.site.head_rounds
+    steps = (plan.rounds.number - head) * plan.rounds.local_steps
+    trained = steps * plan.expected_batch(units) * _BACKWARD
+    return each * (trained + (units if head else 0))
+
+
+def corners(plan: Plan, layout: Layout | None, declared: Mapping[str, int]) -> list[str]:
+    """Where a plan's settings contradict what was measured, in sentences."""
+    if plan.statistics is not None:
+        return []
+    return [*_rates(plan), *_noise(plan, layout, declared), *_features(plan)]
+
+
+def _rates(plan: Plan) -> Iterator[str]:
+    site, head = plan.optimizer.site, plan.optimizer.site.head_rounds
+    if not plan.sends_sums:
+        if plan.per_unit:
+            yield (
+                f"{plan.rounds.local_steps} local steps under privacy: each is noised alone, and the "
+                "noise can't be shared; one step a round learned more where it was measured"
+            )
+        return
+    rules = {
+        "head_lr": (site.head_lr, head_lr, plan.model.task == "text_classification"),
+        "adapter_lr": (
+            site.adapter_lr,
+            adapter_lr,
+            head < plan.rounds.number and plan.optimizer.server.name == "adam",
+        ),
+    }
+    for key, (rate, rule, trained) in rules.items():
+        if not trained:
+            continue
+        usual, why = rule(plan, head_rounds=head)
+        if not usual / _FAR <= rate <= usual * _FAR:
+            much = "small" if rate < usual else "large"
+            yield (
+                f"optimizer.site.{key} = {rate:g} is {much} for this plan: left out, it would be "
+                f"{usual:g} ({why})"
+            )
+
+
+def _noise(plan: Plan, layout: Layout | None, declared: Mapping[str, int]) -> Iterator[str]:
+    if not plan.per_unit or not declared:
+        return
+    few = [name for name, n in declared.items() if plan.expected_batch(n) < _FEWEST_UNITS]
+    if few:
+        yield (
+            f"a step expects fewer than {_FEWEST_UNITS} units at {', '.join(few)}: raise privacy.rate"
+        )
+    if plan.privacy.noise == "local" and len(declared) >= 3 and plan.sends_sums:
+        yield (
+            f"privacy.noise = 'local': the sum of {len(declared)} sites has "
+            f"{math.sqrt(len(declared)):.1f} times the noise that it has with 'shared'"
+        )
+    if layout is not None:
+        yield from _signals(plan, layout, declared)
+
+
+def signals(
+    plan: Plan, layout: Layout, declared: Mapping[str, int]
+) -> dict[str, tuple[float, int, int]]:
+    """By clipping group: signal over noise of one step, numbers in it, and rounds that train it.
+
+    The signal is as long as it can be: every unit's gradient has the length of its clip, and all of
+    them point one way. The noise is a vector of as many normal numbers.
+    """
+    from silotune.client.terms import sigma_for
+
+    clipping = plan.privacy.clipping
+    sigmas = [sigma_for(plan, units) for units in declared.values()]
+    shared = plan.privacy.noise == "shared"
+    sigma = max(sigmas) if shared else math.sqrt(sum(s * s for s in sigmas))
+    units = sum(plan.expected_batch(units) for units in declared.values())
+    found: dict[str, tuple[float, int, int]] = {}
+    for name, bound in clipping.bounds.items():
+        best, numbers, rounds = 0.0, 0, 0
+        for parts, count in _rounds_by_parts(plan).items():
+            own = [span for span in layout.spans(parts) if clipping.group(span.part) == name]
+            size = sum(span.size for span in own)
+            if not size:
+                continue
+            alone = all(clipping.group(part) == name for part in parts)
+            ratio = units / (sigma * math.sqrt(size / (1.0 if alone else bound.share)))
+            best, numbers, rounds = max(best, ratio), max(numbers, size), rounds + count
+        if rounds:
+            found[name] = best, numbers, rounds
+    return found
+
+
+def _signals(plan: Plan, layout: Layout, declared: Mapping[str, int]) -> Iterator[str]:
+    for name, (step, numbers, rounds) in signals(plan, layout, declared).items():
+        whole = step * math.sqrt(rounds)
+        if whole >= _LOST:
+            continue
+        group = {"all": "what is trained"}.get(name, f"the {name}")
+        yield (
+            f"the signal of a step is far below its noise for {group}: at most {step:.2g} of it, and "
+            f"{whole:.2g} over {rounds} rounds, where under {_LOST:g} most of what is learned is lost "
+            f"(docs/accuracy.md). Train fewer than {numbers:,} numbers, with more units, or at a larger "
+            "epsilon"
+        )
+
+
+def _features(plan: Plan) -> Iterator[str]:
+    if plan.model.head_features is None:
+        return
+    if plan.data.split_by == "group":
+        yield (
+            "model.head_features: on groups that were never trained on cosines gained nothing; a head "
+            "without them is smaller"
+        )
+    if len(plan.model.labels) > MOST_CURVED_LABELS:
+        yield (
+            f"model.head_features: with more than {MOST_CURVED_LABELS} labels cosines lost more to "
+            "noise than they gained"
+        )

@@ -1,0 +1,339 @@
+"""`silotune plan new`: a commented plan from a few facts, asked for or given."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import click
+import typer
+
+from silotune.commands.folder import AsJson
+from silotune.errors import ModelNotFound, PlanInTheWay, PlanInvalid
+from silotune.plan.draft import Facts, draft
+from silotune.plan.left_out import Number
+from silotune.terminal import terminal
+
+ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
+TASKS = ("text_classification", "causal_lm")
+
+
+def new(  # noqa: PLR0917 - one a command-line option
+    path: Annotated[Path, typer.Argument(help="The file to write.")] = Path("plan.toml"),
+    base: Annotated[
+        str, typer.Option(help=f"Base model: hub id or folder. Default: {ENCODER} to classify.")
+    ] = "",
+    task: Annotated[str, typer.Option(help="text_classification or causal_lm.")] = "",
+    labels: Annotated[str, typer.Option(help="The classes, e.g. acute,chronic.")] = "",
+    dataset: Annotated[str, typer.Option(help="Its name in the sites' site.toml.")] = "",
+    units: Annotated[
+        str, typer.Option(help="Units at each site: one number, or one a site: 1000,2500.")
+    ] = "",
+    sites: Annotated[int, typer.Option(min=0, help="How many, if --units is one number.")] = 0,
+    unit: Annotated[
+        str, typer.Option(help="Whose data is protected: record, patient, customer.")
+    ] = "",
+    epsilon: Annotated[
+        float | None, typer.Option(min=0.0, help="Of the whole run; 0 for no privacy. Default: 8.")
+    ] = None,
+    delta: Annotated[
+        float | None, typer.Option(help="Default: a tenth of 1/units of the largest site.")
+    ] = None,
+    link: Annotated[
+        float, typer.Option(min=0.0, help="What a site can send, in Mbit/s. Default: 100.")
+    ] = 0.0,
+    name: Annotated[str, typer.Option(help="Of the plan. Default: the dataset's.")] = "",
+    purpose: Annotated[str, typer.Option(help="For whoever approves it at a site.")] = "",
+    split_by: Annotated[
+        str, typer.Option(help="'group' if texts differ by a word: see docs/plans.md.")
+    ] = "unit",
+    from_statistics: Annotated[
+        Path | None,
+        typer.Option(help="A statistics.json of the sites: labels, units and lengths from there."),
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Ask nothing: defaults for the rest.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a commented plan whose numbers follow from a few facts by measured rules.
+
+    What is not given is asked for, on a terminal. With --yes, or where nobody could answer, defaults
+    are taken, and what has none must be given. Every number in the file has its reason beside it.
+    """
+    if path.exists() and not force:
+        raise PlanInTheWay(f"{path} is there already")
+    given = {
+        "base": base, "task": task, "labels": labels, "dataset": dataset, "units": units,
+        "sites": sites, "unit": unit, "epsilon": epsilon, "delta": delta, "link": link,
+        "name": name, "purpose": purpose, "split_by": split_by,
+    }  # fmt: skip
+    known = _counted(from_statistics) if from_statistics else {}
+    answers = {
+        **known,
+        **{key: value for key, value in given.items() if value not in ("", None, 0)},
+    }
+    if epsilon == 0.0:
+        answers["epsilon"] = 0.0
+    asks = not yes and sys.stdin.isatty() and not as_json
+    facts = facts_of(answers, ask=_ask if asks else None)
+    plan, numbers = draft(facts)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(rendered(numbers), encoding="utf-8")
+    if as_json:
+        told = [{"key": n.key, "value": n.value, "why": n.why} for n in numbers]
+        typer.echo(json.dumps({"path": str(path), "sha256": plan.sha256, "settings": told}))
+        return
+    sizes = ",".join(map(str, facts.units))
+    console = terminal()
+    console.print(f"{path}: {len(numbers)} settings, each with its reason. Next:", soft_wrap=True)
+    console.print(f"  silotune plan check {path} --sizes {sizes}", soft_wrap=True)
+    console.print(f"  silotune simulate {path}", soft_wrap=True)
+
+
+Ask = Callable[[str, str, str], str]
+
+
+def _ask(question: str, default: str, kind: str) -> str:
+    """One answer on the terminal."""
+    del kind
+    return str(typer.prompt(question, default=default or None))
+
+
+class Questions:
+    """Answers by name: given, asked for, or by default; what has none is missing."""
+
+    def __init__(self, answers: Mapping[str, Any], ask: Ask | None) -> None:
+        self._answers, self._ask = answers, ask
+        self.missing: list[str] = []
+
+    def text(self, name: str, question: str, default: str = "") -> str:
+        """An answer as text; empty if there is none."""
+        if name in self._answers:
+            return str(self._answers[name])
+        if self._ask is not None:
+            return self._ask(question, default, name).strip()
+        if not default:
+            self.missing.append(f"--{name.replace('_', '-')}")
+        return default
+
+    def number(self, name: str, question: str, default: str) -> float:
+        """An answer as a number; asked again while it is none."""
+        while True:
+            answer = self.text(name, question, default)
+            try:
+                found = float(answer)
+            except ValueError:
+                found = math.nan
+            if math.isfinite(found) and found >= 0:
+                return found
+            if self._ask is None or name in self._answers:
+                raise click.BadParameter(f"{answer!r} is no number", param_hint=f"--{name}")
+            terminal().print("That is no number.")
+
+
+def facts_of(answers: Mapping[str, Any], *, ask: Ask | None) -> Facts:
+    """What a plan is drafted from.
+
+    Parameters
+    ----------
+    answers : mapping
+        What is known already, by option; texts as a person would type them.
+    ask : callable, optional
+        Given a question, its default and its name; without it nothing is asked.
+
+    Raises
+    ------
+    PlanInvalid
+        Something has no default and nobody could be asked.
+    """
+    asked = Questions(answers, ask)
+    task = asked.text("task", f"Task ({' or '.join(TASKS)})", TASKS[0])
+    if task not in TASKS:
+        raise click.BadParameter(f"use {' or '.join(TASKS)}", param_hint="--task")
+    classifies = task == TASKS[0]
+    base = asked.text("base", "Base model (hub id or folder)", ENCODER if classifies else "")
+    labels = asked.text("labels", "Labels, separated by commas") if classifies else ""
+    dataset = asked.text("dataset", "Dataset (its name in the sites' site.toml)")
+    unit = asked.text("unit", "Whose data is protected as one (record, patient, ...)", "record")
+    units = _units(asked, unit)
+    epsilon = asked.number("epsilon", "Epsilon of the whole run (0: no privacy)", "8")
+    link = asked.number("link", "What a site can send, in Mbit/s", "100")
+    if asked.missing:
+        raise PlanInvalid(
+            f"nobody was asked, and these have no default: {', '.join(asked.missing)}",
+            remedy="Give them, or run it on a terminal without --yes.",
+        )
+    optional = {key: answers[key] for key in ("delta", "records_a_unit", "max_length", "split_by")
+                if key in answers}  # fmt: skip
+    listed = tuple(part.strip() for part in labels.split(",") if part.strip())
+    return Facts(
+        name=answers.get("name") or re.sub(r"[^a-z0-9_-]+", "-", dataset.lower()),
+        purpose=answers.get("purpose") or _purpose(task, listed),
+        base=base,
+        sha256=_sha256(base),
+        task=cast(Any, task),
+        labels=listed,
+        dataset=dataset,
+        units=units,
+        unit=unit,
+        epsilon=epsilon or None,
+        link=link or 100.0,
+        **optional,
+    )
+
+
+def _purpose(task: str, labels: Sequence[str]) -> str:
+    if task == "causal_lm":
+        return "Answer a prompt with a response."
+    return f"Tell {', '.join(labels)} apart by text."
+
+
+def _units(asked: Questions, unit: str) -> tuple[int, ...]:
+    text = asked.text("units", f"Units ({unit}s) a site: one number, or one a site: 1000,2500")
+    if not text:
+        return ()
+    try:
+        found = [int(part.replace("_", "")) for part in text.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"{text!r}: use 1000 or 1000,2500", param_hint="--units") from None
+    if min(found) < 1:
+        raise click.BadParameter("a site has at least one unit", param_hint="--units")
+    if len(found) == 1:
+        found *= max(1, int(asked.number("sites", "Number of sites", "3")))
+    return tuple(found)
+
+
+def _sha256(base: str) -> str | None:
+    """Of the weights, where they are on this machine."""
+    from silotune.models.pretrained import locate, weights_sha256
+
+    try:
+        return weights_sha256(locate(base)) if base else None
+    except ModelNotFound:
+        return None
+
+
+def _counted(path: Path) -> dict[str, Any]:
+    """What statistics of the sites say, as answers."""
+    from silotune.report.statistics import read
+
+    found = read(path)
+    sites = found["sites"].values()
+    answers: dict[str, Any] = {
+        "dataset": found["dataset"],
+        "unit": found["unit"],
+        "units": ",".join(str(site["declared_units"]) for site in sites),
+    }
+    if found.get("labels"):
+        answers["labels"] = ",".join(row["label"] for row in found["labels"])
+    if (most := _bounded(found.get("records_a_unit"))) is not None:
+        answers["records_a_unit"] = most
+    if (length := _length(found.get("lengths"))) is not None:
+        answers["max_length"] = length
+    return answers
+
+
+def _bounded(counted: Mapping[str, Any] | None) -> int | None:
+    """So many records that nine units in ten have no more."""
+    if not counted:
+        return None
+    shares, bins = 0.0, counted["bins"]
+    for each in bins:
+        shares += _value(each["share"])
+        if shares >= 0.9 and each["to"] is not None:
+            return int(each["to"])
+    return int(bins[-1]["from"])
+
+
+_TOKENS_A_WORD = 1.6
+
+
+def _value(estimate: Mapping[str, float] | float | None) -> float:
+    """Of an estimate, with its interval or without; 0 for one below the floor."""
+    if isinstance(estimate, Mapping):
+        return float(estimate["value"])
+    return float(estimate or 0.0)
+
+
+def _length(counted: Mapping[str, Any] | None) -> int | None:
+    """Tokens that nineteen texts in twenty fit in, in eights."""
+    if not counted:
+        return None
+    longest = [row for row in counted["quantiles"] if row.get("value") is not None]
+    if not longest:
+        return None
+    value = float(max(longest, key=lambda row: row["q"])["value"])
+    value *= _TOKENS_A_WORD if counted["counted"] == "words" else 1.0
+    return max(16, 8 * math.ceil((value + 2) / 8))
+
+
+# --- the file ---
+
+_TITLES = {
+    "plan": "What is to be learned",
+    "model": "The model",
+    "lora": "The adapter",
+    "data": "The records",
+    "rounds": "How long and with whom",
+    "optimizer.site": "How fast",
+    "optimizer.server": "What the coordinator does with the sum",
+    "privacy": "What is protected",
+    "aggregation": "Who sees what",
+}
+_SETTING, _LINE = 34, 100  # columns of a setting with its reason beside it, and of a line
+
+
+def rendered(numbers: Sequence[Number]) -> str:
+    """A plan's file, every setting with its reason."""
+    order = list(_TITLES)
+    sections = sorted(numbers, key=lambda number: order.index(_section(number)))
+    lines = [
+        "# Written by `silotune plan new`. docs/plans.md says how to go on from here, and",
+        "# examples/plan.toml has every key.",
+    ]
+    for section, own in groupby(sections, key=_section):
+        lines += ["", f"# {_TITLES[section]}", f"[{section}]"]
+        for number in own:
+            lines += _lines(number)
+    return "\n".join(lines) + "\n"
+
+
+def _section(number: Number) -> str:
+    return number.key.rpartition(".")[0]
+
+
+def _lines(number: Number) -> Iterator[str]:
+    """A setting with its reason, beside it or above."""
+    setting = f"{number.key.rpartition('.')[2]} = {toml_text(number.value)}"
+    beside = f"{setting:<{_SETTING}} # {number.why}"
+    if len(setting) <= _SETTING and len(beside) <= _LINE:
+        yield beside
+        return
+    reason = f"{number.why[:1].upper()}{number.why[1:]}."
+    yield from textwrap.wrap(reason, _LINE, initial_indent="# ", subsequent_indent="# ")
+    if len(setting) <= _LINE or not isinstance(number.value, list):
+        yield setting
+        return
+    yield setting.partition("[")[0] + "["
+    row = "   "
+    for item in map(toml_text, number.value):
+        if len(row) + len(item) + 2 > _LINE:
+            yield row
+            row = "   "
+        row += f" {item},"
+    yield row
+    yield "]"
+
+
+def toml_text(value: Any) -> str:
+    """A value as TOML, in one line."""
+    if isinstance(value, Mapping):
+        return f"{{ {', '.join(f'{key} = {toml_text(item)}' for key, item in value.items())} }}"
+    return json.dumps(value, ensure_ascii=False)
