@@ -8,7 +8,7 @@ rules of `silotune.plan.left_out`; the demo's plan was tuned on validation recor
 - required: required keys only
 - required_linear: the same without random cosines
 
-    python benchmarks/plan_rules.py [--rows ...] [--seeds 1 2 3] [--splits code category] [--json FILE]
+    python benchmarks/plan_rules.py [--rows ...] [--seeds 1 2 3] [--splits ...] [--quick] [--json]
 """
 
 from __future__ import annotations
@@ -74,14 +74,19 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", default=ROWS, choices=ROWS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--splits", nargs="+", default=["code", "category"])
-    parser.add_argument("--json", type=Path, help="Write every score there.")
+    parser.add_argument("--json", action="store_true", help="last line is one JSON object")
+    parser.add_argument(
+        "--quick", action="store_true", help="400 records a site, one seed and split"
+    )
     options = parser.parse_args()
+    if options.quick:
+        options.rows, options.seeds, options.splits = ["required"], [1], ["code"]
     torch.set_num_threads(1)
     found: dict[str, list[float]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as scratch:
         for split in options.splits:
             folder = Path(scratch) / split
-            write_hospitals(folder, split=split)
+            write_hospitals(folder, split=split, rows_per_site=400 if options.quick else None)
             paths = tuple(str(site.folder / "site.toml") for site in load_sites(folder))
             for seed in options.seeds:
                 jobs = [
@@ -110,7 +115,7 @@ def main() -> None:
         spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
         print(f"  {row:28} {statistics.fmean(scores):.3f} ({spread:.3f})")
     if options.json:
-        options.json.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", "utf-8")
+        print(json.dumps(found, sort_keys=True))
 
 
 if __name__ == "__main__":

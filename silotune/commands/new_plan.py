@@ -17,7 +17,7 @@ import typer
 
 from silotune.commands.folder import AsJson
 from silotune.errors import ModelNotFound, PlanInTheWay, PlanInvalid
-from silotune.plan.draft import Facts, draft
+from silotune.plan.draft import PlanFacts, draft
 from silotune.plan.left_out import Number
 from silotune.terminal import terminal
 
@@ -138,7 +138,7 @@ class Questions:
             terminal().print("That is no number.")
 
 
-def facts_of(answers: Mapping[str, Any], *, ask: Ask | None) -> Facts:
+def facts_of(answers: Mapping[str, Any], *, ask: Ask | None) -> PlanFacts:
     """What a plan is drafted from.
 
     Parameters
@@ -173,7 +173,7 @@ def facts_of(answers: Mapping[str, Any], *, ask: Ask | None) -> Facts:
     optional = {key: answers[key] for key in ("delta", "records_a_unit", "max_length", "split_by")
                 if key in answers}  # fmt: skip
     listed = tuple(part.strip() for part in labels.split(",") if part.strip())
-    return Facts(
+    return PlanFacts(
         name=answers.get("name") or re.sub(r"[^a-z0-9_-]+", "-", dataset.lower()),
         purpose=answers.get("purpose") or _purpose(task, listed),
         base=base,

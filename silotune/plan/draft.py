@@ -29,7 +29,7 @@ _HELD_OUT = 0.3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts:
+class PlanFacts:
     """What is known in public before a plan is written.
 
     Attributes
@@ -80,7 +80,7 @@ class Facts:
         return sum(self.units) * (1.0 - _HELD_OUT)
 
 
-def draft(facts: Facts) -> tuple[Plan, tuple[Number, ...]]:
+def draft(facts: PlanFacts) -> tuple[Plan, tuple[Number, ...]]:
     """A plan, and each of its settings with one line on why it is what it is.
 
     Raises
@@ -94,7 +94,7 @@ def draft(facts: Facts) -> tuple[Plan, tuple[Number, ...]]:
     return Plan.from_mapping(filled_in({}, numbers)), numbers
 
 
-def _numbers(facts: Facts) -> Iterator[Number]:
+def _numbers(facts: PlanFacts) -> Iterator[Number]:
     for section in (_about, _data, _rounds, _privacy, _aggregation):
         for key, value, why in section(facts):
             if value is not None:
@@ -104,7 +104,7 @@ def _numbers(facts: Facts) -> Iterator[Number]:
 Lines = Iterator[tuple[str, Any, str]]
 
 
-def _about(facts: Facts) -> Lines:
+def _about(facts: PlanFacts) -> Lines:
     yield "plan.name", facts.name, "run directories are named after it"
     yield "plan.purpose", facts.purpose, "for the people who approve the plan at each site"
     yield "model.base", facts.base, "must be at every site already; nothing is downloaded"
@@ -114,7 +114,7 @@ def _about(facts: Facts) -> Lines:
         yield "model.labels", list(facts.labels), "as told; records with others are left out"
 
 
-def _data(facts: Facts) -> Lines:
+def _data(facts: PlanFacts) -> Lines:
     yield "data.dataset", facts.dataset, "the name in each site's site.toml"
     yield "data.max_length", facts.max_length, "tokens; longer texts are cut"
     yield "data.test_share", 0.2, "held out for the end"
@@ -126,7 +126,7 @@ def _data(facts: Facts) -> Lines:
     yield "data.split_by", facts.split_by, why[facts.split_by]
 
 
-def _rounds(facts: Facts) -> Lines:
+def _rounds(facts: PlanFacts) -> Lines:
     number, why = rounds_for(facts)
     yield "rounds.number", number, why
     needed = _threshold(len(facts.units))
@@ -136,7 +136,7 @@ def _rounds(facts: Facts) -> Lines:
     yield "optimizer.server.name", "adam", "one rate suits strong noise and weak; sgd's does not"
 
 
-def rounds_for(facts: Facts) -> tuple[int, str]:
+def rounds_for(facts: PlanFacts) -> tuple[int, str]:
     """How many rounds, and why: what learning needs, unless the link is slow."""
     wanted = ROUNDS[facts.task]
     seconds = _LATENCY + 8e-6 * _bytes(facts) / facts.link
@@ -149,7 +149,7 @@ def rounds_for(facts: Facts) -> tuple[int, str]:
     )
 
 
-def _bytes(facts: Facts) -> float:
+def _bytes(facts: PlanFacts) -> float:
     """About what a site moves in a round, both ways."""
     if facts.task == "causal_lm":
         return 2 * 4.0 * _ADAPTER_NUMBERS
@@ -157,7 +157,7 @@ def _bytes(facts: Facts) -> float:
     return 2 * 4.0 * (_HEAD_INPUTS[few] + 1) * len(facts.labels)
 
 
-def _privacy(facts: Facts) -> Lines:
+def _privacy(facts: PlanFacts) -> Lines:
     private = facts.epsilon is not None
     yield (
         "privacy.mode",
@@ -181,7 +181,7 @@ def _privacy(facts: Facts) -> Lines:
         yield "privacy.noise", "shared", "the sum has the noise of pooled training"
 
 
-def _delta(facts: Facts) -> tuple[float, str]:
+def _delta(facts: PlanFacts) -> tuple[float, str]:
     if facts.delta is not None:
         return facts.delta, "as told"
     largest = max(facts.units)
@@ -189,7 +189,7 @@ def _delta(facts: Facts) -> tuple[float, str]:
     return found, f"a tenth of one over the {largest:,} units of the largest site, 1e-5 at most"
 
 
-def _rate(facts: Facts) -> tuple[float, str]:
+def _rate(facts: PlanFacts) -> tuple[float, str]:
     """Sampling rate: large, until a step has more units than it can use."""
     bounded = _MOST_BATCH / facts.trained
     if bounded >= _RATE:
@@ -205,10 +205,10 @@ def _threshold(sites: int) -> int:
     return max(1, math.ceil(2 * sites / 3))
 
 
-def _aggregation(facts: Facts) -> Lines:
+def _aggregation(facts: PlanFacts) -> Lines:
     sites = len(facts.units)
     yield "aggregation.strategy", "fedavg", "one step a round: the mean is exact"
-    if sites < 3:
+    if sites < 3 or facts.epsilon is None:
         return
     yield "aggregation.secure", True, "the coordinator sees sums over sites, and no update"
     yield "aggregation.cohort", sites, "the sites of a round, at most"
