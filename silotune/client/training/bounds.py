@@ -12,11 +12,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from silotune.client.data_parallel import processes_for
+from silotune.client.training.database import address_of, certificates_of
 from silotune.client.training.launcher import python_path
 from silotune.data.site import DatasetConfig, SiteConfig, expand_url
 
 _SOME_THREADS = 64
-_PORTS = {"postgresql": 5432, "mysql": 3306, "mariadb": 3306, "mssql": 1433, "oracle": 1521}
 _KEPT = (
     "PATH", "LANG", "LANGUAGE", "TZ", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES",
     "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "TOKENIZERS_PARALLELISM",
@@ -85,10 +85,17 @@ def record_paths(site: SiteConfig, dataset: DatasetConfig) -> list[Path]:
 
 def _records(site: SiteConfig, dataset: DatasetConfig) -> dict[str, Any]:
     return {
-        "read": [str(path) for path in record_paths(site, dataset)],
-        "reach": _address(dataset),
+        "read": [str(path) for path in (*record_paths(site, dataset), *_beside(site, dataset))],
+        "reach": address_of(_url(dataset)),
         "url": _url(dataset),
     }
+
+
+def _beside(site: SiteConfig, dataset: DatasetConfig) -> list[Path]:
+    """What is read besides records: synonyms, certificates of a database."""
+    augmentation = dataset.augmentation
+    words = [site.folder / augmentation.synonyms] if augmentation and augmentation.synonyms else []
+    return [*(path.resolve() for path in words), *certificates_of(_url(dataset))]
 
 
 def _url(dataset: DatasetConfig) -> str:
@@ -113,12 +120,3 @@ def _model_paths(base: str) -> Iterator[Path]:
     for path in folder.iterdir():
         if path.is_symlink():
             yield path.resolve()
-
-
-def _address(dataset: DatasetConfig) -> list[Any] | None:
-    """Host and port of a database; None if the records are in a file."""
-    url = urlsplit(_url(dataset))
-    kind = url.scheme.partition("+")[0]
-    if not kind or kind == "sqlite":
-        return None
-    return [url.hostname or "localhost", url.port or _PORTS.get(kind, 0)]

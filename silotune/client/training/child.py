@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from silotune.client.data_parallel import Ranks
 from silotune.client.isolation.confinement import Confinement, confine
+from silotune.client.training.database import looked_up
 from silotune.errors import SilotuneError
 
 if TYPE_CHECKING:
@@ -35,7 +36,8 @@ def main() -> None:
     with os.fdopen(int(told_bounds), "rb") as pipe:
         bounds = json.loads(pipe.read())
     if bounds["url"]:
-        os.environ[_URL] = bounds["url"]
+        place = bounds["reach"]
+        os.environ[_URL] = looked_up(bounds["url"], tuple(place)) if place else bounds["url"]
     confinement, ranks = _confinement(bounds), Ranks()
     scratch, devices = confinement.write[0], bounds["devices"]
     protections = confine(confinement, share=lambda: ranks.fork(devices, scratch=scratch))
