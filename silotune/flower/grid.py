@@ -25,10 +25,12 @@ from flwr.supercore.run import Run
 
 from silotune.events import tracing
 from silotune.flower import messages as wire
+from silotune.flower.link_messages import Instruction, Outgoing
 from silotune.flower.messages import LinkRun
 from silotune.protocol.envelope import (
     COORDINATOR,
     MessagePlace,
+    Packing,
     refusal_code,
     seal,
     seal_id,
@@ -38,8 +40,8 @@ from silotune.protocol.errors import SiteOffline, StoppedByOperator
 from silotune.protocol.requests import put_trace, trace_of
 from silotune.trust.errors import EnvelopeInvalid
 
-if TYPE_CHECKING:  # with it come a web framework and a database, which no simulation needs
-    from silotune.flower.superlink import Instruction, LinkState
+if TYPE_CHECKING:  # with it comes a database, which no simulation needs
+    from silotune.flower.superlink import LinkState
 
 _log = logging.getLogger(__name__)
 
@@ -157,17 +159,12 @@ class Peer:
     key: Ed25519PublicKey
 
 
-@dataclass
+@dataclass(frozen=True)
 class _AwaitedReply:
-    """An instruction whose reply is awaited; `current` changes when it had to be sent again.
+    """An instruction whose reply is awaited."""
 
-    The content is kept as it was before it was sealed: so the sites' share their arrays.
-    """
-
-    current: str
     peer: Peer
     address: MessagePlace
-    content: RecordDict
     seal: str
 
     @property
@@ -228,19 +225,11 @@ class LinkGrid(SiteGrid):
         self._ttl, self._patience = ttl, patience
         self.asked: frozenset[int] = frozenset()
         self._pending: dict[str, _AwaitedReply] = {}
-        self._restarted: set[int] = set()  # nodes that began a session since this grid began
-        self._to_repush: set[int] = set()
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._began, self._began_wall = time.monotonic(), time.time()
         self._seen = link.arrived.count
         self._looked = self._began
-        link.requeue_unconfirmed(link_run)
-        link.on_activation(self._on_activation)
-
-    def close(self) -> None:
-        """Listen no more."""
-        self._link.remove_listener(self._on_activation)
 
     def stop(self) -> None:
         """Have the round loop end with `StoppedByOperator` at its next look at this grid."""
@@ -277,19 +266,25 @@ class LinkGrid(SiteGrid):
             Ids to pull with; "" for a node that was never there.
         """
         self._require_going()
-        known = {(i.node, i.kind, i.group): i for i in self._link.instructions(self._link_run)}
-        ids = []
-        for message in messages:
+        known = {(i.node, i.kind, i.group): i for i in self._instructions()}
+        packing, outgoing = Packing(), dict[int, Outgoing]()
+        ids, awaited = list[str](), list[_AwaitedReply | None]()
+        for number, message in enumerate(messages):
             if message.metadata.dst_node_id not in self._peers:  # of a site that was shut out since
                 ids.append("")
+                awaited.append(None)
                 continue
-            pending, sealed = self._sealed(message)
-            key = (pending.peer.node, pending.address.kind, pending.group)
-            pending.current = self._adopted(known.get(key)) or self._push(pending, sealed)
-            if pending.current:
-                with self._lock:
-                    self._pending[pending.current] = pending
-            ids.append(pending.current)
+            pending, sealed = self._sealed(message, packing)
+            place = (pending.peer.node, pending.address.kind, pending.group)
+            ids.append(self._adopted(known.get(place)))
+            awaited.append(pending)
+            if not ids[-1]:
+                outgoing[number] = self._outgoing(pending, sealed)
+        sent = self._link.push(self._link_run, list(outgoing.values()))
+        for number, message_id in zip(outgoing, sent, strict=True):
+            ids[number] = message_id
+        with self._lock:
+            self._pending |= {i: p for i, p in zip(ids, awaited, strict=True) if i and p}
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
@@ -304,17 +299,17 @@ class LinkGrid(SiteGrid):
             `stop` was called.
         """
         self._require_going()
-        self._repush()
         with self._lock:
             asked = {i: self._pending[i] for i in message_ids if i in self._pending}
-        wanted = {pending.current: original for original, pending in asked.items()}
-        found = []
-        for current, node, message in self._link.replies(self._link_run, wanted):
-            original = wanted[current]
-            found.append(self._opened(original, asked.pop(original), node, message))
+        found = [
+            self._opened(message_id, asked.pop(message_id), node, message)
+            for message_id, node, message in self._link.messages.replies(
+                self._link_run, asked.copy()
+            )
+        ]
         if asked and time.monotonic() - self._looked >= _LONGEST_WAIT:
             self._looked = time.monotonic()
-            found += [self._silent(original, p) for original, p in self._given_up(asked)]
+            found += [self._silent(message_id, p) for message_id, p in self._given_up(asked)]
         return found
 
     def wait(self, timeout: float) -> None:
@@ -328,17 +323,20 @@ class LinkGrid(SiteGrid):
         """A round is durable: forget its messages and those of earlier ones, answered or not."""
         old = [
             i.message_id
-            for i in self._link.instructions(self._link_run)
+            for i in self._instructions()
             if (int(i.group.partition(".")[0]), i.kind == "evaluate") < (finished_round, True)
         ]  # a round's evaluation comes after its checkpoint
-        self._link.forget(old)
+        self._link.messages.forget(old)
         with self._lock:
-            gone = set(old)
-            self._pending = {k: p for k, p in self._pending.items() if p.current not in gone}
+            for message_id in old:
+                self._pending.pop(message_id, None)
+
+    def _instructions(self) -> list[Instruction]:
+        return self._link.messages.instructions(self._link_run)
 
     # --- sending ---
 
-    def _sealed(self, message: Message) -> tuple[_AwaitedReply, RecordDict]:
+    def _sealed(self, message: Message, packing: Packing) -> tuple[_AwaitedReply, RecordDict]:
         peer = self._peers[message.metadata.dst_node_id]
         address = MessagePlace(
             federation=self._federation,
@@ -348,62 +346,26 @@ class LinkGrid(SiteGrid):
             sender=COORDINATOR,
             receiver=peer.site,
         )
-        sealed = seal(message.content, address=address, key=self._key)
-        pending = _AwaitedReply("", peer, address, message.content, seal_id(sealed))
-        return pending, sealed
+        sealed = seal(message.content, address=address, key=self._key, packing=packing)
+        return _AwaitedReply(peer, address, seal_id(sealed)), sealed
 
     def _adopted(self, known: Instruction | None) -> str:
         """The id of an earlier process's instruction, if its answer can still come."""
         if known is None:
             return ""
-        answered = any(True for _ in self._link.replies(self._link_run, [known.message_id]))
-        lost = known.expired or (known.delivered and known.node in self._restarted)
-        if answered or not lost:
+        if self._link.messages.is_answered(known.message_id) or not known.expired:
             return known.message_id
-        self._link.forget([known.message_id])
+        self._link.messages.forget([known.message_id])
         return ""
 
-    def _push(self, pending: _AwaitedReply, sealed: RecordDict) -> str:
-        return self._link.push(
-            self._link_run,
+    def _outgoing(self, pending: _AwaitedReply, sealed: RecordDict) -> Outgoing:
+        return Outgoing(
             node=pending.peer.node,
             kind=pending.address.kind,
             group=pending.group,
             ttl=self._ttl,
             content=sealed,
         )
-
-    def _on_activation(self, node: int, was_online: bool) -> None:
-        del was_online
-        with self._lock:
-            self._restarted.add(node)
-            self._to_repush.add(node)
-
-    def _repush(self) -> None:
-        """Send again what a site that began a new session had been given and not answered.
-
-        Whatever it had worked out it recalls from its outbox: it neither trains nor charges twice.
-        """
-        with self._lock:
-            nodes, self._to_repush = self._to_repush, set()
-            affected = [p for p in self._pending.values() if p.peer.node in nodes]
-        if not affected:
-            return
-        known = {i.message_id: i for i in self._link.instructions(self._link_run)}
-        for pending in affected:
-            old = known.get(pending.current)
-            answered = any(True for _ in self._link.replies(self._link_run, [pending.current]))
-            if answered or (old is not None and not old.delivered):
-                continue
-            self._link.forget([pending.current])
-            sealed = seal(pending.content, address=pending.address, key=self._key)
-            pending.current = self._push(pending, sealed)
-            _log.info(
-                "sent %s of round %d to %s again: its daemon was restarted",
-                pending.address.kind,
-                pending.address.round,
-                pending.peer.site,
-            )
 
     # --- receiving ---
 
@@ -421,11 +383,11 @@ class LinkGrid(SiteGrid):
         except EnvelopeInvalid as exc:
             _log.warning("a reply of %s is not trusted: %s", pending.peer.site, exc.detail)
             self._alarm("reply_not_trusted", site=pending.peer.site, detail=exc.detail)
-            self._link.forget([pending.current])
+            self._link.messages.forget([original])
             return self._reply(original, pending, exc.code)
         code = refusal_code(content)
         if code is not None:
-            self._link.forget([pending.current])  # asked again after a resume, not adopted
+            self._link.messages.forget([original])  # asked again after a resume, not adopted
         return self._reply(original, pending, content if code is None else code)
 
     def _reply(self, original: str, pending: _AwaitedReply, content: RecordDict | str) -> Message:
@@ -455,7 +417,7 @@ class LinkGrid(SiteGrid):
     def _silent(self, original: str, pending: _AwaitedReply) -> Message:
         with self._lock:
             self._pending.pop(original, None)
-        self._link.forget([pending.current])
+        self._link.messages.forget([original])
         return self._reply(original, pending, SiteOffline.code)
 
     def _require_going(self) -> None:

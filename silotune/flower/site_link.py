@@ -1,14 +1,9 @@
-"""Flower's fleet protocol from a site's side: the only module here that knows Flower's internals.
+"""A site's line to the coordinator: outward over HTTPS, a request for each message and for each answer.
 
-It speaks the protocol of flwr 1.41 and 1.42 directly, outward over HTTPS: activate, heartbeat, pull a
-message and its objects, push a reply. No Flower process, no FAB and no listening port is involved, so
-nothing that comes from outside is ever run. What comes is bounded before it is built: the size of
-every reply, the number and depth of objects, their hashes, and the bytes an array is assembled from.
-
-References
-----------
-The lifecycle is that of ``flwr.supernode.fleet_http_connection``; the differences are an own TLS
-context, an own heartbeat interval, retries that never end the process, and the bounds.
+Messages are Flower's; how they cross the wire is `silotune.flower.message_frames`. No Flower process, no
+FAB and no listening port is involved, so nothing that comes from outside is ever run. What comes is
+bounded before it is built: the size of every reply, of a message, and of what is read of it before its
+signature is.
 """
 
 from __future__ import annotations
@@ -17,109 +12,67 @@ import logging
 import ssl
 import threading
 import time
-from base64 import b64encode
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import httpx
-from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from flwr.app import Message
-from flwr.app.message import remove_content_from_message
-from flwr.common.constant import TIMESTAMP_HEADER
-from flwr.common.serde import message_from_proto, message_to_proto
-from flwr.proto.fleet_pb2 import (
-    ActivateNodeRequest,
-    DeactivateNodeRequest,
-    PullMessagesRequest,
-    PushMessagesRequest,
-)
-from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
-from flwr.proto.message_pb2 import (
-    ConfirmMessageReceivedRequest,
-    ObjectTree,
-    PullObjectRequest,
-    PushObjectRequest,
-)
-from flwr.proto.node_pb2 import Node
-from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
-from flwr.supercore.date import now
-from flwr.supercore.inflatable.inflatable_object import (
-    get_object_head_values_from_object_content,
-    get_object_id,
-)
-from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_message
-from flwr.supernode.fleet_http_client import FleetHttpClient
 
-from silotune.flower import messages
-from silotune.protocol.envelope import OBJECT_KINDS
-from silotune.protocol.errors import CoordinatorUnavailable, MessageRefused, SessionTaken
+from silotune.errors import SilotuneError
+from silotune.flower.message_frames import (
+    MessageFrame,
+    Parts,
+    apart,
+    frames,
+    outline_of,
+    read_frame,
+    together,
+)
+from silotune.protocol import http
+from silotune.protocol.envelope import MOST_PIECE
+from silotune.protocol.errors import (
+    CoordinatorUnavailable,
+    MessageRefused,
+    SessionTaken,
+    VersionsDiffer,
+)
 from silotune.protocol.http import SESSION_HEADER
 from silotune.protocol.https import connection_errors, failure, https_client
+from silotune.trust.errors import BodyInvalid
 
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 10.0
-"""The shortest interval that the protocol has; a site counts as gone after two of them."""
+"""Between two signs of life; a site counts as gone when two of them are missing."""
 
-_MOST_OBJECTS, _MOST_LEVELS = 4096, 8
-_PULL_TRIES, _PUSH_TRIES = 20, 5
-
-_T = TypeVar("_T")
-
-
-class RunGone(Exception):
-    """The run isn't running (any more): its message is dropped."""
+_B = TypeVar("_B", bound=http.Body)
 
 
 @dataclass(frozen=True)
 class Delivery:
-    """A message that waits to be fetched: metadata only, nothing of its content.
+    """A message that waits to be fetched: of its content, the first piece has come with it.
 
     Attributes
     ----------
     outline : Message
         With metadata, without content.
-    tree : ObjectTree
-        Ids of the objects that it consists of.
+    frame : MessageFrame
+        Its first frame.
     """
 
     outline: Message
-    tree: ObjectTree
+    frame: MessageFrame
 
     @property
     def message_id(self) -> str:
-        """Flower's id of the message: the hash of its content."""
+        """The coordinator's id of the message."""
         return str(self.outline.metadata.message_id)
 
     @property
     def kind(self) -> str:
         """The message type, as claimed."""
         return str(self.outline.metadata.message_type)
-
-
-class _SignedByNode:
-    """Puts the node's key and its signature of the time into every request.
-
-    What ``flwr.supernode.node_auth_http_interceptor`` does, whose package imports FastAPI and requests:
-    10 MB of a daemon that is idle most of the time.
-    """
-
-    def __init__(self, key: EllipticCurvePrivateKey) -> None:
-        self._key, public = key, public_key_to_bytes(key.public_key())
-        self._public = b64encode(public).decode("ascii")
-
-    def intercept(self, context: Any, call_next: Callable[[Any], httpx.Response]) -> httpx.Response:
-        timestamp = now().isoformat()
-        signature = sign_message(self._key, timestamp.encode("ascii"))
-        context.request.headers.update(
-            {
-                FLEET_HTTP_PUBLIC_KEY_HEADER: self._public,
-                TIMESTAMP_HEADER: timestamp,
-                FLEET_HTTP_SIGNATURE_HEADER: b64encode(signature).decode("ascii"),
-            }
-        )
-        return call_next(context)
 
 
 class Fleet:
@@ -130,62 +83,38 @@ class Fleet:
     url : str
         ``https://host:port``.
     tls : ssl.SSLContext
-        With the site's certificate.
-    node_key : EllipticCurvePrivateKey
-        The key that the coordinator has registered.
+        With the site's certificate, by which the coordinator knows it.
     session : str
         Names this process (`silotune.protocol.http.SESSION_HEADER`).
     heartbeat : float
-        Seconds between signs of life; 10 at least.
+        Seconds between signs of life.
 
     Attributes
     ----------
     node_id : int
-        The id that the coordinator gave; 0 before `connect`.
+        The number that the coordinator gave; 0 before `connect`.
     """
 
     def __init__(
-        self,
-        url: str,
-        *,
-        tls: ssl.SSLContext,
-        node_key: EllipticCurvePrivateKey,
-        session: str,
-        heartbeat: float = HEARTBEAT_SECONDS,
+        self, url: str, *, tls: ssl.SSLContext, session: str, heartbeat: float = HEARTBEAT_SECONDS
     ) -> None:
         self._url, self._heartbeat = url, heartbeat
-        self._public = public_key_to_bytes(node_key.public_key())
-        self._client = FleetHttpClient(
-            url,
-            # Not Flower's check of versions: at an answer that says they differ it ends the process.
-            interceptors=[_SignedByNode(node_key)],
-            verify=tls,
-        )
-        # Flower's own client follows redirects and reads replies of any size.
-        self._client._client.close()
-        headers = {SESSION_HEADER: session}
-        self._client._client = https_client(url, tls=tls, headers=headers)
-        self._node: Node | None = None
+        self._client = https_client(url, tls=tls, headers={SESSION_HEADER: session})
+        self.node_id = 0
         self._stop, self._closing = threading.Event(), threading.Lock()
         self._beating: threading.Thread | None = None
 
-    @property
-    def node_id(self) -> int:
-        """The id that the coordinator gave; 0 before `connect`."""
-        return int(self._node.node_id) if self._node is not None else 0
-
     def connect(self) -> None:
-        """Activate the node and begin to send heartbeats, from a thread of their own.
+        """Begin a session, and send signs of life from a thread of their own.
 
         Raises
         ------
-        PortUnreachable, ProxyFailed, ServerUntrusted, CoordinatorUnavailable
+        PortUnreachable, ProxyFailed, ServerUntrusted, CoordinatorUnavailable, VersionsDiffer
             Try again later.
         CoordinatorRefused
             The site is unknown or revoked there.
         """
-        request = ActivateNodeRequest(public_key=self._public, heartbeat_interval=self._heartbeat)
-        self._node = Node(node_id=self._call(self._client.ActivateNode, request).node_id)
+        self.node_id = self._said(http.ACTIVATE, self._alive(), http.Activated).node
         if self._beating is None:
             self._beating = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
             self._beating.start()
@@ -200,56 +129,46 @@ class Fleet:
         Others
             As `connect`.
         """
-        reply = self._call(self._client.PullMessages, PullMessagesRequest(node=self._node))
-        if not reply.messages_list:
+        content = self._ask(http.PULL)
+        if not content:
             return None
-        if len(reply.message_object_trees) != len(reply.messages_list):
-            raise MessageRefused("a message came without its list of objects")
         try:
-            outline = message_from_proto(reply.messages_list[0])
-        except Exception as exc:
-            raise MessageRefused("what came is no message of the protocol") from exc
-        return Delivery(outline, reply.message_object_trees[0])
+            frame = read_frame(content)
+            return Delivery(outline_of(frame.head), frame)
+        except ValueError as exc:
+            raise CoordinatorUnavailable("the answer is no message of the protocol") from exc
 
     def fetch(self, delivery: Delivery, *, limit: int) -> Message:
-        """Pull a message's objects, at most `limit` bytes of them, and build it.
+        """Pull the rest of a message of at most `limit` bytes, and build it.
 
         Raises
         ------
         MessageRefused
-            Too large, too many objects, wrong hashes or an unknown kind of object.
-        RunGone
-            The run is over.
+            It is too large, or no message with content, or pieces of it are missing.
         Others
             As `connect`.
         """
-        contents = self._pull(delivery, limit)
-        try:
-            _require_plain(contents)
-            message = messages.unpack(delivery.tree.object_id, contents)
-        except MessageRefused:
-            raise
-        except Exception as exc:
-            raise MessageRefused("the objects don't make up a message") from exc
+        first = delivery.frame
+        if (first.of - 1) * MOST_PIECE + len(first.head) > limit:
+            raise MessageRefused(f"the message has more than {limit} bytes")
+        pieces, total = [bytes(first.piece)] * bool(first.of), len(first.head) + len(first.piece)
+        for number in range(1, first.of):
+            query = http.PieceQuery(message=delivery.message_id, number=number)
+            pieces.append(self._ask(http.PIECE, query.model_dump_json().encode()))
+            total += len(pieces[-1])
+            if not pieces[-1]:
+                raise MessageRefused("a piece of the message is not there")
+            if total > limit:
+                break
+        if total > limit:
+            raise MessageRefused(f"the message has more than {limit} bytes")
+        message = together(Parts(first.head, tuple(pieces)))
         if not message.has_content():
-            raise MessageRefused("the objects make up something else than a message with content")
-        if message.metadata.message_type != delivery.kind:
-            raise MessageRefused("the message is of another type than announced")
-        message.metadata.__dict__["_message_id"] = delivery.message_id
-        self.confirm(delivery)
+            raise MessageRefused("what came is something else than a message with content")
         return message
 
-    def confirm(self, delivery: Delivery) -> None:
-        """Tell the coordinator that the message has been received."""
-        request = ConfirmMessageReceivedRequest(
-            node=self._node,
-            run_id=delivery.outline.metadata.run_id,
-            message_object_id=delivery.tree.object_id,
-        )
-        self._call(self._client.ConfirmMessageReceived, request)
-
-    def send(self, reply: Message, *, seconds: float) -> bool:
-        """Push a reply: all objects, the root last, which makes it complete.
+    def send(self, reply: Message) -> bool:
+        """Push a reply, piece by piece; the last makes it complete.
 
         Returns
         -------
@@ -258,126 +177,62 @@ class Fleet:
 
         Raises
         ------
-        RunGone
-            The run is over.
+        CoordinatorUnavailable
+            It has not kept what came before; send all of it again.
         Others
             As `connect`.
         """
-        packed = messages.pack(reply)
-        request = PushMessagesRequest(
-            node=self._node,
-            messages_list=[message_to_proto(remove_content_from_message(reply))],
-            message_object_trees=[packed.tree],
-            clientapp_runtime_list=[seconds],
-        )
-        for attempt in range(_PUSH_TRIES):
-            answer = self._call(self._client.PushMessages, request)
-            wanted = set(answer.objects_to_push)
-            if packed.root not in wanted:
-                return attempt > 0  # taken before, or never wanted
-            stored = all(
-                self._push(reply, answer.session_id, key, packed.deflate(key))
-                for key in packed.objects
-                if key in wanted
-            )
-            if stored:
-                return True
-        raise CoordinatorUnavailable("the coordinator does not store the objects of a reply")
+        for before, piece in frames(apart(reply)):
+            if not self._read(self._ask(http.PUSH, before + piece), http.Pushed).taken:
+                return False
+        return True
 
     def close(self, *, goodbye: bool = True) -> None:
-        """Stop the heartbeats, say goodbye if asked to and if the coordinator listens, and close."""
+        """Stop the signs of life, say goodbye if asked to and if the coordinator listens, and close."""
         with self._closing:
             if self._stop.is_set():
                 return
             self._stop.set()
-        if self._node is not None and goodbye:
-            try:
-                self._client.DeactivateNode(DeactivateNodeRequest(node_id=self._node.node_id))
-            except (httpx.HTTPError, ValueError, MessageRefused):
-                logger.debug("the coordinator was not told of the end", exc_info=True)
+        if self.node_id and goodbye:
+            self._quietly(lambda: self._ask(http.GOODBYE), "was not told of the end")
         self._client.close()
 
     # --- plumbing ---
 
-    def _pull(self, delivery: Delivery, limit: int) -> dict[str, bytes]:
-        ids = _object_ids(delivery.tree)
-        run_id, contents, total = delivery.outline.metadata.run_id, dict[str, bytes](), 0
-        for object_id in ids:
-            content = self._pull_object(run_id, object_id)
-            total += len(content)
-            if total > limit:
-                raise MessageRefused(f"the message has more than {limit} bytes")
-            if get_object_id(content) != object_id:
-                raise MessageRefused("an object is not the one that was announced")
-            contents[object_id] = content
-        return contents
-
-    def _pull_object(self, run_id: int, object_id: str) -> bytes:
-        request = PullObjectRequest(node=self._node, run_id=run_id, object_id=object_id)
-        for attempt in range(_PULL_TRIES):
-            reply = self._call(self._client.PullObject, request)
-            if not reply.object_found:
-                raise MessageRefused("an object of the message is not there")
-            if reply.object_available:
-                return bytes(reply.object_content)
-            time.sleep(min(0.05 * 2**attempt, 1.0))
-        raise CoordinatorUnavailable("an object of the message is still not there")
-
-    def _push(self, reply: Message, session: str, object_id: str, content: bytes) -> bool:
-        request = PushObjectRequest(
-            node=self._node,
-            run_id=reply.metadata.run_id,
-            object_id=object_id,
-            object_content=content,
-            session_id=session,
-        )
-        return bool(self._call(self._client.PushObject, request).stored)
-
     def _beat(self) -> None:
-        request = SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=self._heartbeat)
         while not self._stop.wait(0.8 * self._heartbeat):
-            try:
-                self._client.SendNodeHeartbeat(request)
-            except (httpx.HTTPError, ValueError, MessageRefused) as exc:
-                logger.warning("a heartbeat failed: %s", exc or type(exc).__name__)
+            self._quietly(
+                lambda: self._said(http.HEARTBEAT, self._alive(), http.Done),
+                "missed a sign of life",
+            )
 
-    def _call(self, call: Callable[[Any], _T], request: Any) -> _T:
-        """One request; every failure becomes one of silotune's errors, or `RunGone`."""
+    def _alive(self) -> http.Activation:
+        return http.Activation(seconds=self._heartbeat, sent_at=time.time())
+
+    def _quietly(self, call: Callable[[], object], what: str) -> None:
         try:
-            with connection_errors(self._url):
-                return call(request)
-        except httpx.HTTPStatusError as exc:
-            if _run_is_over(exc.response):
-                raise RunGone from exc
-            if exc.response.status_code == httpx.codes.CONFLICT:
-                raise SessionTaken from exc
-            raise failure(exc.response) from exc
-        except ValueError as exc:
-            raise CoordinatorUnavailable("the answer is not of the fleet protocol") from exc
+            call()
+        except (SilotuneError, RuntimeError) as exc:  # httpx: the client was closed
+            if not self._stop.is_set():
+                logger.warning("the coordinator %s: %s", what, exc)
 
+    def _said(self, path: str, asked: http.Body, reply: type[_B]) -> _B:
+        return self._read(self._ask(path, asked.model_dump_json().encode()), reply)
 
-def _object_ids(tree: ObjectTree) -> list[str]:
-    """Every object of a tree once, children first. Raises `MessageRefused` for absurd trees."""
-    pending, found = [(tree, 1)], dict[str, None]()
-    while pending:
-        part, level = pending.pop()
-        if level > _MOST_LEVELS or len(found) + len(pending) + len(part.children) > _MOST_OBJECTS:
-            raise MessageRefused("the message has too many objects")
-        found[part.object_id] = None
-        pending += [(child, level + 1) for child in part.children]
-    return list(reversed(found))
+    def _read(self, content: bytes, reply: type[_B]) -> _B:
+        try:
+            return http.parse(reply, content)
+        except BodyInvalid as exc:
+            raise CoordinatorUnavailable("the answer is none of the protocol") from exc
 
-
-def _require_plain(contents: dict[str, bytes]) -> None:
-    """Refuse objects of kinds that no sealed message has.
-
-    Arrays among them: one names its chunks by number, and may name one a million times.
-    """
-    for content in contents.values():
-        kind, _, length = get_object_head_values_from_object_content(content)
-        if kind not in OBJECT_KINDS or not 0 <= length <= len(content):
-            raise MessageRefused("an object is of an unknown kind")
-
-
-def _run_is_over(response: httpx.Response) -> bool:
-    return response.status_code == httpx.codes.FORBIDDEN and b"ST-" not in response.content
+    def _ask(self, path: str, content: bytes = b"") -> bytes:
+        """One request; every failure becomes one of silotune's errors."""
+        with connection_errors(self._url):
+            response = self._client.post(self._url + path, content=content)
+        if response.is_success:
+            return response.content
+        if response.status_code == httpx.codes.CONFLICT:
+            raise SessionTaken
+        if response.status_code == httpx.codes.NOT_FOUND:
+            raise VersionsDiffer("the coordinator does not know how this site asks for messages")
+        raise failure(response)

@@ -6,14 +6,15 @@ the bytes is read before the signature fits. The address fixes the place in the 
 names the very request it answers, so no message can be replayed, redirected or exchanged for another.
 Sealing is deterministic: the same content at the same place gives the same bytes again.
 
-Flower moves each part of a content as an object of its own, a request and some ten statements of SQL
-apiece. One run of bytes makes four objects of what were eight, whatever is in it. The bytes are not in
-the record with the address, so that what every site is sent alike is stored once.
+The bytes are not in the record with the address, so that what every site is sent alike is packed once
+(`Packing`) and stored once. `take_pieces` and `add_pieces` part a sealed content into what is small and
+what may be large, so that the large is never copied into another message to be sent.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -30,9 +31,6 @@ from silotune.trust.signed import Signing, fits
 ENVELOPE = "envelope"
 """Name of the record with the address and the signature; ``bytes.0`` and so on hold the content."""
 
-OBJECT_KINDS = frozenset({"Message", "RecordDict", "ConfigRecord"})
-"""What Flower's objects of a sealed message are; others, such as arrays, only ever lie in the bytes."""
-
 COORDINATOR = "coordinator"
 """The coordinator's name as sender and receiver; no site may have it."""
 
@@ -40,7 +38,9 @@ REFUSAL = "refusal"
 """Name of the one record of a reply that is an error: it holds the code, and nothing else."""
 
 _ENVELOPE = Signing("silotune envelope v2", "message", EnvelopeInvalid)
-_PIECE = 4 << 20
+MOST_PIECE = 4 << 20
+"""Bytes of one piece of a sealed content, at most."""
+
 _BYTES = "bytes"
 _MOST_TEXT = 256
 
@@ -76,8 +76,46 @@ class MessagePlace:
         return replace(self, sender=self.receiver, receiver=self.sender, in_reply_to=to)
 
 
-def seal(content: RecordDict, *, address: MessagePlace, key: Ed25519PrivateKey) -> RecordDict:
+class Packing:
+    """Contents as bytes: one that equals the last is not packed, hashed and cut again.
+
+    A round asks every site the same; for 2 MB and a hundred sites that is most of the work.
+    """
+
+    def __init__(self) -> None:
+        self._last: RecordDict | None = None
+        self._digest, self._pieces = b"", tuple[bytes, ...]()
+
+    def of(self, content: RecordDict) -> tuple[bytes, tuple[bytes, ...]]:
+        """SHA-256 of the packed content, and the content in pieces."""
+        if self._last is None or self._last != content:
+            self._last = _in_order(content)  # records of its own, which nobody else changes
+            packed = recorddict_to_proto(self._last).SerializeToString(deterministic=True)
+            starts = range(0, max(len(packed), 1), MOST_PIECE)
+            self._pieces = tuple(packed[start : start + MOST_PIECE] for start in starts)
+            self._digest = hashlib.sha256(packed).digest()
+        return self._digest, self._pieces
+
+
+def seal(
+    content: RecordDict,
+    *,
+    address: MessagePlace,
+    key: Ed25519PrivateKey,
+    packing: Packing | None = None,
+) -> RecordDict:
     """The content as bytes, in pieces of at most 4 MB, and its envelope.
+
+    Parameters
+    ----------
+    content : RecordDict
+        What to seal.
+    address : MessagePlace
+        Where it belongs.
+    key : Ed25519PrivateKey
+        The sender's.
+    packing : Packing, optional
+        Shared by the seals of one exchange.
 
     Raises
     ------
@@ -86,12 +124,30 @@ def seal(content: RecordDict, *, address: MessagePlace, key: Ed25519PrivateKey) 
     """
     if ENVELOPE in content:
         raise EnvelopeInvalid("the content is sealed already")
-    packed = recorddict_to_proto(_in_order(content)).SerializeToString(deterministic=True)
-    signature = key.sign(_covered(address, packed))
+    digest, pieces = (packing or Packing()).of(content)
+    signature = key.sign(_covered(address, digest))
     sealed = RecordDict({ENVELOPE: ConfigRecord({**asdict(address), "signature": signature})})
-    for number, start in enumerate(range(0, max(len(packed), 1), _PIECE)):
-        sealed[_piece(number)] = ConfigRecord({_BYTES: packed[start : start + _PIECE]})
-    return sealed
+    return add_pieces(sealed, pieces)
+
+
+def take_pieces(content: RecordDict) -> tuple[RecordDict, tuple[bytes, ...]]:
+    """A content without its pieces, and the pieces."""
+    pieces = list[bytes]()
+    while (record := content.get(_piece(len(pieces)))) is not None:
+        piece = record.get(_BYTES) if isinstance(record, ConfigRecord) else None
+        if not isinstance(piece, bytes) or len(record) != 1:
+            break
+        pieces.append(piece)
+    taken = {_piece(number) for number in range(len(pieces))}
+    rest = RecordDict({name: record for name, record in content.items() if name not in taken})
+    return rest, tuple(pieces)
+
+
+def add_pieces(content: RecordDict, pieces: Iterable[bytes]) -> RecordDict:
+    """Undo `take_pieces`, in place."""
+    for number, piece in enumerate(pieces):
+        content[_piece(number)] = ConfigRecord({_BYTES: piece})
+    return content
 
 
 def address_of(content: RecordDict) -> MessagePlace:
@@ -127,7 +183,7 @@ def unseal(content: RecordDict, *, address: MessagePlace, key: Ed25519PublicKey)
     if wrong:
         raise EnvelopeInvalid(f"the message is for another place: {', '.join(wrong)} differ")
     packed = _packed(content)
-    if not fits(signature, _covered(claimed, packed), key):
+    if not fits(signature, _covered(claimed, hashlib.sha256(packed).digest()), key):
         raise EnvelopeInvalid(f"the signature of {claimed.sender!r} does not fit")
     try:
         return recorddict_from_proto(RecordDictProto.FromString(packed))
@@ -165,12 +221,14 @@ def _packed(content: RecordDict) -> bytes:
     pieces = [content.config_records.get(name, ConfigRecord()).get(_BYTES) for name in names]
     if not pieces or not all(isinstance(piece, bytes) for piece in pieces):
         raise EnvelopeInvalid("the content is not in pieces of bytes")
+    if len(pieces) == 1 and isinstance(pieces[0], bytes):
+        return pieces[0]
     return b"".join(piece for piece in pieces if isinstance(piece, bytes))
 
 
-def _covered(address: MessagePlace, packed: bytes) -> bytes:
+def _covered(address: MessagePlace, digest: bytes) -> bytes:
     place = canonical_json(asdict(address)).encode()
-    return _ENVELOPE.covered(place + b"\0" + hashlib.sha256(packed).digest())
+    return _ENVELOPE.covered(place + b"\0" + digest)
 
 
 def _parse(content: RecordDict) -> tuple[MessagePlace, bytes]:

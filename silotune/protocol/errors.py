@@ -93,7 +93,7 @@ class ClockWrong(EnvironmentFault):
 
     code = "ST-745"
     title = "The machine's clock is wrong"
-    cause = "It differs from the coordinator's by more than the fleet protocol bears."
+    cause = "It differs from the coordinator's by more than a minute."
     advice = "Start time synchronisation: `timedatectl set-ntp true`."
 
 
@@ -104,3 +104,12 @@ class CoordinatorUnavailable(EnvironmentFault):
     title = "The coordinator does not answer"
     cause = "The connection stands, but what answers is no coordinator, or it is starting up."
     advice = "Try again in a minute; then ask the coordinator's operator."
+
+
+class VersionsDiffer(EnvironmentFault):
+    """One end speaks an older protocol than the other."""
+
+    code = "ST-761"
+    title = "Site and coordinator run versions of silotune that don't understand each other"
+    cause = "Messages cross the wire in another form since a newer version; one end has the older."
+    advice = "Install the same version at both ends; a site goes on by itself once they agree."

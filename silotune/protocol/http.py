@@ -69,8 +69,26 @@ CERTIFICATE = f"{PREFIX}/certificate"
 LEAVE = f"{PREFIX}/leave"
 """POST `Leave`: `Done`."""
 
+ACTIVATE = f"{PREFIX}/link/activate"
+"""POST `Activation`: `Activated`. A session begins."""
+
+HEARTBEAT = f"{PREFIX}/link/heartbeat"
+"""POST `Activation`: `Done`. A sign of life."""
+
+GOODBYE = f"{PREFIX}/link/goodbye"
+"""POST: `Done`. The session ends."""
+
+PULL = f"{PREFIX}/link/pull"
+"""POST: the next instruction's first frame (`silotune.flower.message_frames`), or nothing after a while."""
+
+PIECE = f"{PREFIX}/link/piece"
+"""POST `PieceQuery`: a further piece of an instruction, as it is."""
+
+PUSH = f"{PREFIX}/link/push"
+"""POST a frame of a reply: `Pushed`."""
+
 SESSION_HEADER = "silotune-session"
-"""Header of every fleet request: 32 hex digits, new at each start of a site's daemon.
+"""Header of every request on the link: 32 hex digits, new at each start of a site's daemon.
 
 The session that activated the node last is the only one that is served, so that two processes with
 one key are found out, and neither steals the other's messages.
@@ -83,6 +101,15 @@ SITE_PATHS = frozenset(
     {RENEW, ROSTER, NEWS, PLANS, DECISION, AUDIT, HEADS, RESTORED, CERTIFICATE, LEAVE}
 )
 """What an active site may ask, with its certificate."""
+
+LINK_PATHS = frozenset({ACTIVATE, HEARTBEAT, GOODBYE, PULL, PIECE, PUSH})
+"""What an active site may ask, in the session that it activated last: messages."""
+
+EARLIER_PATHS = "/v1/fleet/"
+"""How paths begin that sites ask whose silotune is older than these routes."""
+
+MOST_SKEW_SECONDS = 60.0
+"""How far the clocks of a site and the coordinator may be apart: what they sign is dated."""
 
 MOST_BYTES = 64 * 1024
 """Size limit of a request's body."""
@@ -100,6 +127,32 @@ RunName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,95}$")]
 
 class Body(Document):
     """Base of every body."""
+
+
+class Activation(Body):
+    """A site is there, and says so again within `seconds`; with the time by its own clock."""
+
+    seconds: Annotated[float, Field(gt=0.0, le=3600.0)]
+    sent_at: float
+
+
+class Activated(Body):
+    """The number by which the coordinator addresses messages to the site."""
+
+    node: Annotated[int, Field(ge=0, lt=2**64)]
+
+
+class PieceQuery(Body):
+    """Which piece of which instruction."""
+
+    message: Sha256
+    number: Annotated[int, Field(ge=0, lt=256)]
+
+
+class Pushed(Body):
+    """What became of a frame of a reply; one that nobody waits for any more is dropped."""
+
+    taken: bool
 
 
 _B = TypeVar("_B", bound=Body)

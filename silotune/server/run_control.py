@@ -172,9 +172,7 @@ class RunThread(threading.Thread):
             return True
         finally:
             with self._lock:
-                grid, self._grid = self._grid, None
-            if grid is not None:
-                grid.close()
+                self._grid = None
         return False
 
     def _state(self) -> str:

@@ -1,10 +1,11 @@
-"""A coordinator for tests: speaks the fleet protocol and our routes over TLS, and says what it is told.
+"""A coordinator for tests: speaks our routes over TLS, and says what it is told.
 
 It shares no code with the real one but the formats, so it can also say what no honest one would.
 """
 
 import http.server
 import json
+import secrets
 import ssl
 import threading
 import time
@@ -13,18 +14,10 @@ from urllib.parse import parse_qs, urlsplit
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import ConfigRecord, Message, RecordDict
-from flwr.app.message import make_message, remove_content_from_message
+from flwr.app.message import make_message
 from flwr.app.metadata import Metadata
-from flwr.common.serde import message_to_proto
-from flwr.proto import fleet_pb2, heartbeat_pb2, message_pb2
-from flwr.supercore.inflatable.inflatable_object import (
-    get_all_nested_objects,
-    get_object_tree,
-    iterate_object_tree,
-    no_object_id_recompute,
-)
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 
+from silotune.flower.message_frames import Parts, apart, prefix, read_frame, together
 from silotune.plan.plan import Plan
 from silotune.protocol import http as wire
 from silotune.protocol.envelope import COORDINATOR, MessagePlace, seal
@@ -73,9 +66,8 @@ class CoordinatorDouble:
         self.plans_version = 1
         self.hook = None  # (path, request bytes) -> (status, body, headers) or None
         self._waiting: list[tuple] = []
-        self._objects: dict[str, bytes] = {}
-        self._uploads: dict[str, bytes] = {}
-        self._roots: dict[str, object] = {}
+        self._pieces: dict[str, list[bytes]] = {}
+        self._uploads: list[bytes] = []
         self._enrolled: dict[str, wire.EnrolRequest] = {}
         self._bell = threading.Condition()
         self._hung_up = 0
@@ -139,10 +131,8 @@ class CoordinatorDouble:
         handler.wfile.write(content)
 
     def _answer(self, path, target, body):
-        if path.startswith("/v1/fleet/"):
-            return getattr(self, "_fleet_" + path.rsplit("/", 1)[1].replace("-", "_"))(
-                body
-            ).SerializeToString()
+        if path in wire.LINK_PATHS:
+            return getattr(self, "_link_" + path.rsplit("/", 1)[1])(body)
         name = path.removeprefix(wire.PREFIX + "/")
         return getattr(self, f"_route_{name}")(parse_qs(urlsplit(target).query), body).encode()
 
@@ -243,57 +233,41 @@ class CoordinatorDouble:
             ledger_signed=ledger,
         ).model_dump_json()
 
-    # --- fleet ---
+    # --- messages ---
 
-    def _fleet_activate_node(self, body):
+    def _link_activate(self, body):
         self.activations.append(time.monotonic())
-        return fleet_pb2.ActivateNodeResponse(node_id=NODE)
+        return wire.Activated(node=NODE).model_dump_json().encode()
 
-    def _fleet_deactivate_node(self, body):
-        return fleet_pb2.DeactivateNodeResponse()
+    def _link_goodbye(self, body):
+        return wire.Done(status="done").model_dump_json().encode()
 
-    def _fleet_send_node_heartbeat(self, body):
+    def _link_heartbeat(self, body):
         self.heartbeats.append(time.monotonic())
-        return heartbeat_pb2.SendNodeHeartbeatResponse(success=True)
+        return wire.Done(status="done").model_dump_json().encode()
 
-    def _fleet_pull_messages(self, body):
+    def _link_pull(self, body):
         with self._bell:
             before = self._hung_up
             self._bell.wait_for(
                 lambda: self._waiting or self._hung_up != before, timeout=_LONG_POLL
             )
-            if not self._waiting:
-                return fleet_pb2.PullMessagesResponse()
-            proto, tree = self._waiting.pop(0)
-        return fleet_pb2.PullMessagesResponse(messages_list=[proto], message_object_trees=[tree])
+            return self._waiting.pop(0) if self._waiting else b""
 
-    def _fleet_pull_object(self, body):
-        wanted = message_pb2.PullObjectRequest.FromString(body).object_id
-        content = self._objects.get(wanted)
-        return message_pb2.PullObjectResponse(
-            object_found=content is not None, object_available=True, object_content=content or b""
-        )
+    def _link_piece(self, body):
+        asked = wire.PieceQuery.model_validate_json(body)
+        pieces = self._pieces.get(asked.message, [])
+        return pieces[asked.number] if asked.number < len(pieces) else b""
 
-    def _fleet_confirm_message_received(self, body):
-        return message_pb2.ConfirmMessageReceivedResponse()
-
-    def _fleet_push_messages(self, body):
-        request = fleet_pb2.PushMessagesRequest.FromString(body)
-        tree = request.message_object_trees[0]
-        self._roots[tree.object_id] = tree
-        ids = {part.object_id for part in iterate_object_tree(tree)}
-        return fleet_pb2.PushMessagesResponse(objects_to_push=sorted(ids), session_id="s")
-
-    def _fleet_push_object(self, body):
-        request = message_pb2.PushObjectRequest.FromString(body)
-        self._uploads[request.object_id] = request.object_content
-        if request.object_id in self._roots:
-            contents = dict(self._uploads)
-            found = inflate_object_from_contents(request.object_id, contents)
+    def _link_push(self, body):
+        frame = read_frame(body)
+        self._uploads = [*self._uploads[: frame.number], bytes(frame.piece)]
+        if frame.number + 1 >= frame.of:
+            found = together(Parts(frame.head, tuple(self._uploads[: frame.of])))
             with self._bell:
                 self.replies.append(found)
                 self._bell.notify_all()
-        return message_pb2.PushObjectResponse(stored=True)
+        return wire.Pushed(taken=True).model_dump_json().encode()
 
     # --- what the test tells it ---
 
@@ -352,17 +326,14 @@ class CoordinatorDouble:
         return make_message(metadata, content)
 
     def send(self, message, *, tamper=None, answers=1):
-        """Hand a message to the site; `tamper(proto, tree, objects)` may change what it is told."""
-        with no_object_id_recompute():
-            message.metadata.__dict__["_message_id"] = message.object_id
-            tree, nested = get_object_tree(message), get_all_nested_objects(message)
-            objects = {key: value.deflate() for key, value in nested.items()}
-            proto = message_to_proto(remove_content_from_message(message))
-        if tamper:
-            proto, tree, objects = tamper(proto, tree, objects)
+        """Hand a message to the site; `tamper(head, pieces)` may give another first frame for it."""
+        message_id = secrets.token_hex(32)
+        message.metadata.__dict__["_message_id"] = message_id
+        head, pieces = apart(message)
+        frame = prefix(head, number=0, of=len(pieces)) + (pieces[0] if pieces else b"")
         with self._bell:
-            self._objects.update(objects)
-            self._waiting.append((proto, tree))
+            self._pieces[message_id] = list(pieces)
+            self._waiting.append(tamper(head, pieces) if tamper else frame)
             self._bell.notify_all()
 
     def wait_for_replies(self, count, *, seconds=60.0):

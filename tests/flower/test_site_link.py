@@ -1,4 +1,4 @@
-"""What the site's line takes for granted of Flower, and what it adds."""
+"""The site's line: what its requests are, what each answer means, and what a bad network does to it."""
 
 import contextlib
 import http.server
@@ -9,19 +9,19 @@ import threading
 import time
 
 import pytest
-from flwr.proto.fleet_pb2 import PullMessagesResponse
-from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
-from flwr.supercore.error import ApiErrorCode
-from flwr.supercore.inflatable.inflatable_utils import inflatable_class_registry
-from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.app import ConfigRecord, Message
 
-from silotune.flower.site_link import HEARTBEAT_SECONDS, Fleet, RunGone
-from silotune.protocol.envelope import refusal_code
+from silotune.flower.message_frames import prefix
+from silotune.flower.site_link import HEARTBEAT_SECONDS, Fleet
+from silotune.protocol import http as wire
+from silotune.protocol.envelope import refusal_code, unseal
 from silotune.protocol.errors import (
     ClockWrong,
     CoordinatorRefused,
     CoordinatorUnavailable,
+    MessageRefused,
     SessionTaken,
+    VersionsDiffer,
 )
 from silotune.protocol.http import SESSION_HEADER
 from silotune.protocol.https import KEPT_SECONDS, https_client, proxy_for
@@ -40,25 +40,10 @@ def rig(tmp_path_factory, bert_folder):
 
 @pytest.fixture
 def fleet(rig):
-    fleet = Fleet(
-        rig.double.url, tls=rig.enrolment.tls(), node_key=rig.enrolment.keys.node, session="5" * 32
-    )
+    fleet = Fleet(rig.double.url, tls=rig.enrolment.tls(), session="5" * 32)
     yield fleet
     rig.double.hook = None
     fleet.close()
-
-
-def test_the_kinds_of_objects_are_those_that_were_read():
-    assert set(inflatable_class_registry) == {
-        "ArrayChunk", "Array", "ArrayRecord", "ConfigRecord", "Message", "MetricRecord", "RecordDict",
-    }  # fmt: skip
-
-
-def test_flowers_own_client_is_the_one_that_follows_redirects():
-    """If this changes, the replacement of its inner client may go."""
-    client = FleetHttpClient("https://127.0.0.1:1")
-    assert client._client.follow_redirects
-    client.close()
 
 
 def test_a_session_is_named_in_every_request_and_its_node_is_known(rig, fleet):
@@ -75,7 +60,7 @@ def test_a_session_is_named_in_every_request_and_its_node_is_known(rig, fleet):
     assert fleet.receive() is None
     rig.double._serve = serve
     assert {session for _, session in seen} == {"5" * 32}
-    assert [path for path, _ in seen] == ["/v1/fleet/activate-node", "/v1/fleet/pull-messages"]
+    assert [path for path, _ in seen] == [wire.ACTIVATE, wire.PULL]
 
 
 def answering(status, content=b"{}", **headers):
@@ -87,10 +72,11 @@ def answering(status, content=b"{}", **headers):
     [
         (answering(401), CoordinatorRefused),
         (answering(403, b'{"code": "ST-802", "detail": "revoked"}'), CoordinatorRefused),
-        (answering(403, b'{"detail": "run is not running"}'), RunGone),
+        (answering(404, b'{"code": "ST-800", "detail": "no such path"}'), VersionsDiffer),
         (answering(409), SessionTaken),
         (answering(500), CoordinatorUnavailable),
-        (answering(200, b"\xff\xff not protobuf"), CoordinatorUnavailable),
+        (answering(412, b'{"code": 1, "detail": "versions differ"}'), RequestDeclined),
+        (answering(200, b"\xff\xff no frame"), CoordinatorUnavailable),
         (answering(401, date="Mon, 01 Jan 2024 00:00:00 GMT"), ClockWrong),
     ],
 )
@@ -101,24 +87,61 @@ def test_each_refusal_means_one_thing(rig, fleet, answer, error):
         fleet.receive()
 
 
-def test_a_coordinator_that_says_versions_differ_does_not_end_the_site(rig, fleet):
-    """Flower's own client leaves the process at this answer, in five seconds for good."""
-    code = int(ApiErrorCode.RUNTIME_VERSION_INCOMPATIBLE)
+@pytest.mark.parametrize("size", [0, 10, 3 * (4 << 20) + 5])
+def test_an_exchange_is_a_request_for_each_piece(rig, fleet, size):
+    """Of Flower's own protocol it would be eleven for the smallest."""
+    asked = []
+    serve = rig.double._serve
+
+    def watching(handler, body):
+        asked.append(handler.path)
+        serve(handler, body)
+
     fleet.connect()
-    rig.double.hook = answering(412, b'{"code": %d, "detail": "versions differ"}' % code)
-    with pytest.raises(RequestDeclined, match="412"):
-        fleet.receive()
+    pieces = -(-size // (4 << 20)) or 1
+    content = rig.double.content("r", rig.plan, blob=ConfigRecord({"bytes": b"x" * size}))
+    place = rig.double.address("r", "train", 1)
+    rig.double._serve = watching
+    try:
+        rig.double.send(rig.double.message(rig.double.sealed(content, address=place), "train"))
+        message = fleet.fetch(fleet.receive(), limit=1 << 30)
+        assert unseal(message.content, address=place, key=rig.double.key.public_key()) == content
+        assert fleet.send(Message(message.content, reply_to=message))
+    finally:
+        rig.double._serve = serve
+    assert len(asked) == 2 * pieces
+    assert rig.double.replies[-1].content == message.content
+
+
+def test_a_message_of_which_a_piece_is_missing_is_refused(rig, fleet):
+    fleet.connect()
+    sealed = rig.double.sealed(
+        rig.double.content("r", rig.plan), address=rig.double.address("r", "train", 1)
+    )
+    rig.double.send(
+        rig.double.message(sealed, "train"),
+        tamper=lambda head, pieces: prefix(head, number=0, of=2) + pieces[0],
+    )
+    with pytest.raises(MessageRefused, match="is not there"):
+        fleet.fetch(fleet.receive(), limit=1 << 30)
+
+
+def test_a_message_that_is_larger_than_it_may_be_is_refused(rig, fleet):
+    fleet.connect()
+    content = rig.double.content("r", rig.plan, blob=ConfigRecord({"bytes": b"x" * 5000}))
+    sealed = rig.double.sealed(content, address=rig.double.address("r", "train", 1))
+    for of in (1, 200):
+        rig.double.send(
+            rig.double.message(sealed, "train"),
+            tamper=lambda head, pieces, of=of: prefix(head, number=0, of=of) + pieces[0],
+        )
+        with pytest.raises(MessageRefused, match="more than 4000 bytes"):
+            fleet.fetch(fleet.receive(), limit=4000)
 
 
 def test_heartbeats_go_on_while_python_is_busy(rig):
     """The interpreter's lock is held by pure Python all the time, as by the worst of trainings."""
-    fleet = Fleet(
-        rig.double.url,
-        tls=rig.enrolment.tls(),
-        node_key=rig.enrolment.keys.node,
-        session="6" * 32,
-        heartbeat=0.25,
-    )
+    fleet = Fleet(rig.double.url, tls=rig.enrolment.tls(), session="6" * 32, heartbeat=0.25)
     fleet.connect()
     before, ends = len(rig.double.heartbeats), time.monotonic() + 60.0
     numbers = 0
@@ -134,7 +157,7 @@ def test_heartbeats_go_on_while_python_is_busy(rig):
 
 def test_an_empty_answer_is_no_message(rig, fleet):
     fleet.connect()
-    rig.double.hook = lambda path, body: (200, PullMessagesResponse().SerializeToString(), {})
+    rig.double.hook = lambda path, body: (200, b"", {})
     assert fleet.receive() is None
 
 
@@ -181,9 +204,7 @@ def test_requests_share_a_connection(rig, fleet):
     try:
         fleet.connect()
         for _ in range(3):
-            fleet._client.SendNodeHeartbeat(
-                SendNodeHeartbeatRequest(node=fleet._node, heartbeat_interval=10.0)
-            )
+            fleet._said(wire.HEARTBEAT, fleet._alive(), wire.Done)
         assert len(made) == 1
     finally:
         rig.double.server.get_request = get_request
@@ -219,15 +240,14 @@ def test_a_session_goes_through_a_proxy_that_relays_it(rig, monkeypatch):
     try:
         monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{server.server_address[1]}")
         monkeypatch.setenv("NO_PROXY", "")
-        keys = rig.enrolment.keys
-        fleet = Fleet(rig.double.url, tls=rig.enrolment.tls(), node_key=keys.node, session="6" * 32)
+        fleet = Fleet(rig.double.url, tls=rig.enrolment.tls(), session="6" * 32)
         fleet.connect()
         assert fleet.node_id == NODE
         assert fleet.receive() is None
         fleet.close()
         seen = b"".join(relayed)
         assert len(seen) > 1000
-        assert b"activate-node" not in seen
+        assert b"activate" not in seen
     finally:
         server.shutdown()
         server.server_close()
@@ -240,7 +260,7 @@ def test_a_failed_delivery_is_answered_from_the_cache_later(tmp_path, bert_folde
         rig.approve()
         rig.ask("query.join")
         activations = len(double.activations)
-        double.hook = lambda path, body: (500, b"", {}) if path.endswith("push-messages") else None
+        double.hook = lambda path, body: (500, b"", {}) if path == wire.PUSH else None
         _, content = rig.sealed("train", 1)
         double.send(double.message(content, "train"))
         ends = time.monotonic() + 60

@@ -5,11 +5,10 @@ import inspect
 import pytest
 from flwr.app import ConfigRecord, RecordDict
 from flwr.app.metadata import Metadata
-from flwr.supercore.error import http_error_translator
-from flwr.superlink.config_loader import SuperLinkLifespanConfig
 from sqlalchemy import event
 
-from silotune.flower.superlink import REQUESTS, LinkState, superlink_app
+from silotune.flower.link_messages import Outgoing
+from silotune.flower.superlink import LinkState
 from silotune.protocol.errors import StoreUnusable
 from silotune.trust import identity
 from silotune.trust.vault import Vault
@@ -30,23 +29,14 @@ def run(link):
 
 def node(link, name="n"):
     made = link.register(identity.public_pem(identity.new_node_key().public_key()), name)
-    assert link._state.activate_node(made, 10.0)
+    assert link.activate(made, heartbeat=10.0)
     return made
 
 
-def push(link, run, to, *, number=1):
-    content = RecordDict({"config": ConfigRecord({"round": number})})
-    return link.push(run, node=to, kind="train", group=f"{number}.x", ttl=60.0, content=content)
-
-
-def counts(link):
-    tables = ("message_ins", "message_res", "objects")
-    rows = [link._state.query(f"SELECT COUNT(*) AS n FROM {t}")[0]["n"] for t in tables]
-    return [*rows, len(link._store)]
-
-
-def test_the_configuration_has_exactly_the_fields_that_are_set():
-    assert len(inspect.signature(SuperLinkLifespanConfig).parameters) == 22
+def push(link, run, to):
+    content = RecordDict({"config": ConfigRecord({"round": 1})})
+    made = Outgoing(node=to, kind="train", group="1.x", ttl=60.0, content=content)
+    return link.push(run, [made])[0]
 
 
 def test_signatures_that_are_called_by_position_are_as_they_were():
@@ -63,25 +53,6 @@ def test_signatures_that_are_called_by_position_are_as_they_were():
     ]
 
 
-def test_the_app_has_the_fleet_paths_that_the_guard_lets_through(tmp_path):
-
-    app = superlink_app(tmp_path / "x.sqlite")
-    schema = app.openapi()["paths"]
-    assert set(REQUESTS) <= set(schema)
-    assert set(schema) - set(REQUESTS) == {  # nothing of the control and the runtime API
-        "/v1/fleet/register-node",
-        "/v1/fleet/unregister-node",
-        "/v1/fleet/get-run",
-        "/v1/fleet/get-fab",
-    }
-    layers = [(layer.cls.__name__, layer.kwargs) for layer in app.user_middleware]
-    assert layers == [
-        ("BaseHTTPMiddleware", {"dispatch": http_error_translator}),
-        ("ProtobufTranslationMiddleware", {}),
-        ("NodeAuthMiddleware", {}),
-    ]
-
-
 def test_a_link_state_of_a_newer_flower_is_refused_and_may_be_made_anew(tmp_path):
     database, vault = tmp_path / "link.sqlite", Vault(tmp_path / "keys")
     LinkState(database, vault=vault)._state.query("UPDATE alembic_version SET version_num = '9999'")
@@ -95,8 +66,9 @@ def test_a_link_state_of_a_newer_flower_is_refused_and_may_be_made_anew(tmp_path
 
 def test_the_tables_that_are_read_directly_have_the_columns(link):
     for table, columns in {
-        "message_ins": "message_id, dst_node_id, message_type, group_id, delivered_at, created_at, ttl",
-        "message_res": "message_id, reply_to_message_id, src_node_id, run_id",
+        "message_ins": "message_id, run_id, dst_node_id, message_type, group_id, created_at, ttl",
+        "message_res": "message_id, reply_to_message_id",
+        "node": "node_id, status, online_until",
         "task": "task_id, token, active_until",
     }.items():
         link._state.query(f"SELECT {columns} FROM {table}")
@@ -111,72 +83,36 @@ def test_a_key_is_registered_once_and_cannot_come_back(link):
         link.register(pem, "a")
 
 
-def test_an_instruction_waits_is_handed_out_and_forgotten_without_a_trace(link, run):
-    to = node(link)
-    message_id = push(link, run, to)
-    assert link.has_work(to)
-    (handed,) = link._state.get_message_ins(node_id=to, limit=1)
-    assert handed.metadata.message_id == message_id
-    (known,) = link.instructions(run)
-    assert (known.node, known.kind, known.group, known.delivered) == (to, "train", "1.x", True)
-    link.forget([message_id])
-    assert counts(link) == [0, 0, 0, 0]
-
-
-def test_the_next_process_finds_messages_and_drops_what_belongs_to_none(tmp_path):
-    vault = Vault(tmp_path / "keys")
-    first = LinkState(tmp_path / "link.sqlite", vault=vault)
-    run = first.new_run()
-    kept, lost = push(first, run, node(first, "a")), push(first, run, node(first, "b"), number=2)
-    first._state.query("DELETE FROM message_ins WHERE message_id=:m", {"m": lost})
-    objects = len(first._store)
-    second = LinkState(tmp_path / "link.sqlite", vault=vault)
-    assert [found.message_id for found in second.instructions(run)] == [kept]
-    assert kept in second._store
-    assert lost not in second._store
-    assert 0 < len(second._store) < objects
-
-
-def test_an_unconfirmed_instruction_is_handed_out_again(link, run):
-    to = node(link)
-    push(link, run, to)
-    link._state.get_message_ins(node_id=to, limit=1)
-    assert link.has_work(to)  # it asks again, so it never got it
-    assert link._state.get_message_ins(node_id=to, limit=1)
-
-
-def test_a_confirmed_instruction_is_not_handed_out_again(link, run):
-    to = node(link)
-    message_id = push(link, run, to)
-    link._state.get_message_ins(node_id=to, limit=1)
-    link._store.delete(message_id)  # what confirming does
-    assert not link.has_work(to)
-    assert not link._state.get_message_ins(node_id=to, limit=1)
-
-
-def test_an_expired_instruction_is_neither_work_nor_handed_out(link, run):
-    to = node(link)
-    push(link, run, to)
-    link._state.query("UPDATE message_ins SET created_at = created_at - 1000")
-    assert not link.has_work(to)
-    assert link.instructions(run)[0].expired
-    assert not link._state.get_message_ins(node_id=to, limit=1)
-
-
 def test_nothing_is_stored_for_a_node_that_was_never_there(link, run):
-    before = counts(link)
     silent = link.register(identity.public_pem(identity.new_node_key().public_key()), "s")
     assert push(link, run, silent) == ""
-    assert counts(link) == before
+    assert link.messages.instructions(run) == []
+    assert push(link, run, node(link)) != ""
 
 
-def test_a_node_that_was_killed_comes_back_at_once_and_listeners_hear_of_it(link):
-    heard = []
-    link.on_activation(listener := lambda node, was_online: heard.append((node, was_online)))
+def test_a_node_is_there_until_it_says_goodbye_or_its_signs_of_life_stay_away(link):
     made = node(link)
-    assert link._state.activate_node(made, 10.0)  # stock Flower refuses this for a minute
-    link.remove_listener(listener)
-    assert heard == [(made, False), (made, True)]
+    assert link.sightings()[made].online
+    link.deactivate(made)
+    assert not link.sightings()[made].online
+    link.heartbeat(made, seconds=10.0)
+    assert link.sightings()[made].online
+    assert link.sightings() == {
+        info.node_id: link.sightings()[info.node_id] for info in link._state.get_node_info()
+    }
+    link._state.query("UPDATE node SET online_until = online_until - 30")
+    assert not link.sightings()[made].online
+    assert {
+        info.node_id: (info.status == "online", info.online_until or 0.0)
+        for info in link._state.get_node_info()
+    } == {number: (one.online, one.until) for number, one in link.sightings().items()}
+
+
+def test_a_node_that_was_killed_comes_back_at_once(link):
+    made, before = node(link), link.arrived.count
+    assert link.activate(made, heartbeat=10.0)  # stock Flower refuses this for a minute
+    assert link.arrived.count == before + 1
+    assert not link._state.activate_node(made, 10.0)
 
 
 def test_a_run_needs_no_heartbeat_and_is_found_again_until_it_is_finished(link):
@@ -191,16 +127,8 @@ def test_a_run_needs_no_heartbeat_and_is_found_again_until_it_is_finished(link):
     assert link.find_run(made.run_id) is None
 
 
-def test_what_is_addressed_to_a_node_is_known_by_message(link, run):
-    one, other = node(link), node(link)
-    mine, theirs = push(link, run, one), push(link, run, other, number=2)
-    assert set(link.addressed_to(one)) == {mine}
-    assert mine in link.addressed_to(one)[mine]
-    assert theirs not in link.addressed_to(one)[mine]
-
-
-def test_the_bookkeeping_that_nobody_needs_is_left_out_of_a_request(link, run):
-    """By what the database is asked; Flower's own classes would write three times here."""
+def test_the_bookkeeping_that_nobody_needs_is_left_out(link, run):
+    """By what the database is asked; Flower's own class would write here."""
     written = []
 
     def note(connection, cursor, statement, *rest):
@@ -211,11 +139,9 @@ def test_the_bookkeeping_that_nobody_needs_is_left_out_of_a_request(link, run):
     event.listen(engine, "before_cursor_execute", note)
     try:
         status = link._state.get_run_status({run.run_id})[run.run_id]
-        link._state.store_traffic(run.run_id, bytes_sent=1, bytes_recv=1)
         assert (status.status, written) == ("running", [])
         state._cleanup_expired_task_tokens(link._state)
-        state.store_traffic(link._state, run.run_id, bytes_sent=1, bytes_recv=1)
-        assert len(written) >= 3
+        assert len(written) >= 1
     finally:
         event.remove(engine, "before_cursor_execute", note)
     with engine.connect() as connection:

@@ -7,15 +7,11 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from flwr.app import ConfigRecord, RecordDict
-from flwr.app.message import remove_content_from_message
-from flwr.supercore.inflatable.inflatable_object import (
-    get_all_nested_objects,
-    get_object_tree,
-    no_object_id_recompute,
-)
 from sqlalchemy import create_engine, inspect
 
-from silotune.flower.messages import reply
+from silotune.flower.link_messages import LinkMessages, Outgoing
+from silotune.flower.message_frames import apart, frames, read_frame
+from silotune.flower.messages import LinkRun, reply
 from silotune.privacy.certificate import issue
 from silotune.privacy.events import gaussian_event
 from silotune.privacy.ledger import Budget, Ledger
@@ -146,25 +142,43 @@ def run(found):
 
 
 def messages(found):
-    link, nodes = found.link, {n: e.node for n, e in found.registrar.enrolled.items()}
-    link_run = link.new_run()
+    nodes = {n: e.node for n, e in found.registrar.enrolled.items()}
+    link_run = found.link.new_run()
     Runs(found.store).change(RUN, link_run=str(link_run.run_id))
-    asked = {}
+    for node in nodes.values():
+        assert found.link.activate(node, heartbeat=30.0)
     content = RecordDict({"config": ConfigRecord({"round": 3, "adapter": b"\0\1"})})
-    for site, node in nodes.items():
-        assert link._state.activate_node(node, 30.0)
-        group = {"node": node, "kind": "train", "group": "3.train"}
-        asked[site] = link.push(link_run, **group, ttl=TEN_YEARS, content=content)
-        assert asked[site]
+    outgoing = [asking(node, content) for node in nodes.values()]
+    asked = dict(zip(nodes, found.link.push(link_run, outgoing), strict=True))
+    answer(found.link.messages, link_run, node=nodes["alpha"], to=asked["alpha"], blob=b"")
+
+
+def asking(node, content):
+    return Outgoing(node=node, kind="train", group="3.train", ttl=TEN_YEARS, content=content)
+
+
+def answer(kept, link_run, *, node, to, blob):
     update = RecordDict({"update": ConfigRecord({"site": "alpha"})})
-    place = {"node": nodes["alpha"], "kind": "train", "group": "3.train"}
-    answer = reply(link_run, **place, to=asked["alpha"], content=update)
-    with no_object_id_recompute():
-        answer.metadata.__dict__["_message_id"] = answer.object_id
-        tree, objects = get_object_tree(answer), get_all_nested_objects(answer)
-        for object_id in link._store.preregister(link_run.run_id, tree):
-            link._store.put(object_id, objects[object_id].deflate())
-        assert link._state.store_message_res(remove_content_from_message(answer))
+    if blob:
+        update["bytes.0"] = ConfigRecord({"bytes": blob})
+    place = {"node": node, "kind": "train", "group": "3.train"}
+    ((before, piece),) = frames(apart(reply(link_run, **place, to=to, content=update)))
+    assert kept.take(node, read_frame(before + piece))
+
+
+@makes("link_messages")
+def link_messages(folder):
+    kept = LinkMessages(
+        folder / "link.sqlite", folder=folder / "link.pieces", vault=Vault(folder / "keys")
+    )
+    small = RecordDict(
+        {"config": ConfigRecord({"round": 3}), "bytes.0": ConfigRecord({"bytes": b"s"})}
+    )
+    large = RecordDict({"bytes.0": ConfigRecord({"bytes": b"shared by two nodes" * 2000})})
+    run = LinkRun(7, 8)
+    asked = kept.send(run, [asking(1, large), asking(2, large), asking(3, small)])
+    answer(kept, run, node=2, to=asked[1], blob=b"a large update" * 3000)
+    answer(kept, run, node=3, to=asked[2], blob=b"a small one")
 
 
 _ROWS = {

@@ -1,10 +1,14 @@
 """How the golden files of a coordinator are read: its folder, databases of older schemas, messages."""
 
+import hashlib
 import json
 import sqlite3
 from contextlib import contextmanager
 from types import SimpleNamespace
 
+from silotune.flower.link_messages import LinkMessages
+from silotune.flower.message_frames import Parts, together
+from silotune.flower.messages import LinkRun
 from silotune.flower.superlink import LinkState
 from silotune.protocol.envelope import COORDINATOR
 from silotune.protocol.http import Decision
@@ -117,20 +121,50 @@ def run(found):
     }
 
 
+def asked_in(kept, instruction):
+    """What an instruction asks, as its site is given it."""
+    stored = kept._all[instruction.message_id].content
+    pieces = stored.pieces or tuple(
+        kept.piece(instruction.node, instruction.message_id, n) for n in range(stored.count)
+    )
+    return together(Parts(stored.head, pieces)).content
+
+
+def digest(content):
+    return hashlib.sha256(json.dumps(plain(content)).encode()).hexdigest()
+
+
+@reads("link_messages")
+def link_messages(folder):
+    """Messages under way without a node or run of Flower's."""
+    kept = LinkMessages(
+        folder / "link.sqlite", folder=folder / "link.pieces", vault=Vault(folder / "keys")
+    )
+    run = LinkRun(7, 8)
+    asked = kept.instructions(run)
+    answers = kept.replies(run, {one.message_id for one in asked})
+    return {
+        "instructions": [
+            [one.message_id, one.node, one.kind, one.group, one.created_at, one.ttl]
+            for one in asked
+        ],
+        "asked": {one.message_id: digest(asked_in(kept, one)) for one in asked},
+        "answers": [[to, node, digest(answer.content)] for to, node, answer in answers],
+        "waits": [kept.waits_for(node) for node in (1, 2, 3)],
+    }
+
+
 def messages(found):
     """Messages under way: what was sent to a node and not answered, and an answer nobody has read."""
     link, row = found.link, Runs(found.store).get(RUN)
     link_run = link.find_run(int(row["link_run"]))
-    asked = link.instructions(link_run)
-    answers = link.replies(link_run, {one.message_id for one in asked})
+    asked = link.messages.instructions(link_run)
+    answers = link.messages.replies(link_run, {one.message_id for one in asked})
     return {
         "link_run": [link_run.run_id, link_run.task_id],
         "instructions": [[one.message_id, one.node, one.kind, one.group] for one in asked],
         "answers": [[to, node, plain(answer.content)] for to, node, answer in answers],
-        "readable": {
-            name: sorted(map(sorted, link.addressed_to(one.node).values()))
-            for name, one in found.registrar.enrolled.items()
-        },
+        "asked": {one.message_id: plain(asked_in(link.messages, one)) for one in asked},
     }
 
 

@@ -1,6 +1,5 @@
 """Seals: every change of content or place is noticed, also after Flower's own serialisation."""
 
-from collections import Counter
 from dataclasses import fields, replace
 
 import numpy as np
@@ -8,14 +7,13 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from hypothesis import given
 from hypothesis import strategies as st
 
 from silotune.protocol import envelope
 from silotune.protocol.envelope import (
-    OBJECT_KINDS,
     MessagePlace,
+    Packing,
     address_of,
     refusal,
     refusal_code,
@@ -141,11 +139,26 @@ def test_a_large_content_goes_in_pieces_that_must_all_be_there_in_order():
             unseal(rest, address=ADDRESS, key=KEY.public_key())
 
 
-def test_a_message_is_four_of_flowers_objects_whatever_is_in_it():
-    found = get_all_nested_objects(seal(content(), address=ADDRESS, key=KEY))
-    kinds = Counter(type(part).__name__ for part in found.values())
-    assert kinds == {"RecordDict": 1, "ConfigRecord": 2}  # and the message that they lie in
-    assert set(kinds) < OBJECT_KINDS
+def test_an_exchange_packs_what_all_are_asked_alike_once(monkeypatch):
+    """And the seals are those that each message would have had alone."""
+    packed, packing = [], Packing()
+    original = envelope.recorddict_to_proto
+    monkeypatch.setattr(
+        envelope, "recorddict_to_proto", lambda found: packed.append(1) or original(found)
+    )
+    places = [replace(ADDRESS, receiver=name) for name in ("alpha", "beta", "gamma")]
+    sealed = [seal(content(), address=p, key=KEY, packing=packing) for p in places]
+    assert len(packed) == 1
+    assert sealed[0]["bytes.0"]["bytes"] is sealed[2]["bytes.0"]["bytes"]
+    assert sealed == [seal(content(), address=p, key=KEY) for p in places]
+
+
+def test_what_is_packed_once_is_packed_again_when_it_has_changed():
+    packing, asked = Packing(), content()
+    seal(asked, address=ADDRESS, key=KEY, packing=packing)
+    asked["config"]["round"] = 4  # the same records, changed in place
+    sealed = seal(asked, address=ADDRESS, key=KEY, packing=packing)
+    assert unseal(sealed, address=ADDRESS, key=KEY.public_key())["config"]["round"] == 4
 
 
 def test_what_is_signed_and_no_records_is_refused(monkeypatch):

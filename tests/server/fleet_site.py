@@ -1,4 +1,4 @@
-"""A site for tests: real TLS, real enrolment and fleet protocol, and whatever work the test wants."""
+"""A site for tests: real TLS, real enrolment, and whatever work the test wants."""
 
 import json
 import secrets
@@ -11,19 +11,8 @@ from contextlib import suppress
 import httpx
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Message
-from flwr.app.message import remove_content_from_message
-from flwr.common.serde import message_from_proto, message_to_proto
-from flwr.proto import fleet_pb2, heartbeat_pb2, message_pb2, node_pb2
-from flwr.supercore.inflatable.inflatable_object import (
-    get_all_nested_objects,
-    get_object_tree,
-    iterate_object_tree,
-    no_object_id_recompute,
-)
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
-from flwr.supernode.fleet_http_client import FleetHttpClient
-from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
+from silotune.flower.message_frames import Parts, apart, frames, outline_of, read_frame, together
 from silotune.protocol import http as wire
 from silotune.protocol.envelope import address_of, seal, seal_id, unseal
 from silotune.trust import identity
@@ -121,64 +110,50 @@ class FleetSite:
         with self.http() as client:
             return client.post(wire.DECISION, content=decision.model_dump_json())
 
-    # --- Flower's fleet protocol ---
+    # --- messages ---
 
-    def fleet(self, *, session=None, key=None):
-        key = key or self.node_key
-        client = FleetHttpClient(
-            self.invite.url,
-            interceptors=[NodeAuthHttpInterceptor(key, key.public_key())],
-            verify=self.context(),
-            timeout=40.0,
-        )
-        client._client.headers[wire.SESSION_HEADER] = session or self.session
-        self._closers.append(client.close)
+    def line(self, *, session=None):
+        """A connection of a session."""
+        client = self.http()
+        client.headers[wire.SESSION_HEADER] = session or self.session
         return client
 
+    def call(self, path, content=b""):
+        """The answer to a request in this session."""
+        response = self.client.post(path, content=content)
+        response.raise_for_status()
+        return response
+
+    def alive(self, **changes):
+        body = {"seconds": 10.0, "sent_at": time.time(), **changes}
+        return wire.Activation(**body).model_dump_json().encode()
+
     def activate(self, *, session=None):
-        self.client = self.fleet(session=session)
-        public = identity.public_pem(self.node_key.public_key()).encode()
-        request = fleet_pb2.ActivateNodeRequest(public_key=public, heartbeat_interval=10.0)
-        self.node = node_pb2.Node(node_id=self.client.ActivateNode(request).node_id)
+        self.client = self.line(session=session)
+        self.node = self.call(wire.ACTIVATE, self.alive()).json()["node"]
         threading.Thread(target=self._beat, args=(self.client,), daemon=True).start()
         return self
 
     def _beat(self, client):
         while not self._stop.wait(5.0) and not self.silent:
             with suppress(httpx.HTTPError, RuntimeError):
-                client.SendNodeHeartbeat(
-                    heartbeat_pb2.SendNodeHeartbeatRequest(node=self.node, heartbeat_interval=10.0)
-                )
+                client.post(wire.HEARTBEAT, content=self.alive())
 
     def pull(self):
-        """The next message's outline and object tree; None if there is none."""
-        reply = self.client.PullMessages(fleet_pb2.PullMessagesRequest(node=self.node))
-        if not reply.messages_list:
-            return None
-        return message_from_proto(reply.messages_list[0]), reply.message_object_trees[0]
+        """The next message's first frame; None if there is none."""
+        content = self.call(wire.PULL).content
+        return read_frame(content) if content else None
 
-    def read_object(self, run_id, object_id):
-        request = message_pb2.PullObjectRequest(node=self.node, run_id=run_id, object_id=object_id)
-        return self.client.PullObject(request)
+    def piece(self, message_id, number):
+        query = wire.PieceQuery(message=message_id, number=number)
+        return self.call(wire.PIECE, query.model_dump_json().encode()).content
 
-    def confirm(self, run_id, message_id):
-        self.client.ConfirmMessageReceived(
-            message_pb2.ConfirmMessageReceivedRequest(
-                node=self.node, run_id=run_id, message_object_id=message_id
-            )
-        )
-
-    def get(self, outline, tree):
-        """The whole message, confirmed."""
-        run_id = outline.metadata.run_id
-        contents = {
-            part.object_id: self.read_object(run_id, part.object_id).object_content
-            for part in iterate_object_tree(tree)
-        }
-        message = inflate_object_from_contents(tree.object_id, contents)
-        message.metadata.__dict__["_message_id"] = outline.metadata.message_id
-        self.confirm(run_id, outline.metadata.message_id)
-        return message
+    def get(self, frame):
+        """The whole message."""
+        message_id = outline_of(frame.head).metadata.message_id
+        others = [self.piece(message_id, number) for number in range(1, frame.of)]
+        pieces = [bytes(frame.piece)] * bool(frame.of) + others
+        return together(Parts(frame.head, tuple(pieces)))
 
     def reply_to(self, message, content, **changes):
         """A sealed reply, as the protocol wants it; `changes` are of its address."""
@@ -187,38 +162,19 @@ class FleetSite:
         return Message(seal(content, address=address, key=self.signing), reply_to=message)
 
     def send(self, reply):
-        """Push a reply; the ids the coordinator asked for."""
-        with no_object_id_recompute():
-            reply.metadata.__dict__["_message_id"] = reply.object_id
-            tree, objects = get_object_tree(reply), get_all_nested_objects(reply)
-            answer = self.client.PushMessages(
-                fleet_pb2.PushMessagesRequest(
-                    node=self.node,
-                    messages_list=[message_to_proto(remove_content_from_message(reply))],
-                    message_object_trees=[tree],
-                    clientapp_runtime_list=[0.0],
-                )
-            )
-            wanted = set(answer.objects_to_push)
-            for part in dict.fromkeys(p.object_id for p in iterate_object_tree(tree)):
-                if part in wanted:
-                    self.client.PushObject(
-                        message_pb2.PushObjectRequest(
-                            node=self.node,
-                            run_id=reply.metadata.run_id,
-                            object_id=part,
-                            object_content=objects[part].deflate(),
-                            session_id=answer.session_id,
-                        )
-                    )
-        return wanted
+        """Push a reply; whether the coordinator took it."""
+        taken = [
+            self.call(wire.PUSH, before + piece).json()["taken"]
+            for before, piece in frames(apart(reply))
+        ]
+        return taken[-1]
 
     def step(self, work):
         """Pull one message, if any, and answer it with what `work(address, content)` returns."""
         delivery = self.pull()
         if delivery is None:
             return None
-        message = self.get(*delivery)
+        message = self.get(delivery)
         address = address_of(message.content)
         content = unseal(message.content, address=address, key=self.federation_key)
         self.seen.append((address.run, address.round, address.kind))

@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 from flwr.supercore import sql_mixin
 
-from silotune.flower.superlink import superlink_app
+from silotune.flower.superlink import flower_state
 from silotune.server.coordinator import Coordinator
 
 
@@ -17,7 +17,7 @@ from silotune.server.coordinator import Coordinator
 def _migrated():
     with tempfile.TemporaryDirectory() as folder:
         database = Path(folder) / "link.sqlite"
-        superlink_app(database).state.linkstate_factory.state()
+        flower_state(database)
         with closing(sqlite3.connect(database)) as connection:
             return connection.serialize()
 

@@ -150,7 +150,7 @@ def test_rotated_keys_replace_the_old_ones_when_approved(town):
     assert new.collect().state == "approved"
     with old.http() as client:
         assert client.get(http.PLANS).status_code == 403
-    assert new.activate().node.node_id != old.node.node_id
+    assert new.activate().node != old.node
 
 
 def test_keys_that_the_federation_has_seen_are_not_taken_again(town):

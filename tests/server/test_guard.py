@@ -1,16 +1,14 @@
-"""What the guard closes: each hole of the fleet API, tried over real TLS with a real site's keys."""
+"""What the guard closes: each hole, tried over real TLS with a real site's keys."""
 
 import socket
 import ssl
 import time
 
 import httpx
-import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, Message, RecordDict
-from flwr.proto import fleet_pb2, heartbeat_pb2, message_pb2, node_pb2
-from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+from flwr.app import Message, RecordDict
 
+from silotune.flower.message_frames import MOST_HEAD, apart, frames, outline_of, prefix
 from silotune.protocol import http
 from silotune.server import listener
 from silotune.trust import identity
@@ -42,21 +40,17 @@ def alarms(town, what):
         "/v1/control/list-nodes",
         "/v1/control/register-node",
         "/v1/runtime/acquire-task",
-        "/v1/fleet/register-node",
-        "/v1/fleet/unregister-node",
-        "/v1/fleet/get-fab",
-        "/v1/fleet/get-run",
         "/docs",
         "/openapi.json",
         "/health",
         "//v1/control/start-run",
-        "/v1/fleet/../control/start-run",
-        "/v1/fleet/%2e%2e/control/start-run",
+        "/silotune/v1/link/../control/start-run",
+        "/silotune/v1/link/%2e%2e/control/start-run",
         "/silotune/v1/../../v1/control/start-run",
         "/",
     ],
 )
-def test_flowers_other_apis_are_not_there_even_for_a_site(path, open_town, member):
+def test_flowers_apis_are_not_there_even_for_a_site(path, open_town, member):
     with member.http() as client:
         # A raw target, which httpx would normalise otherwise.
         request = client.build_request("POST", "/", content=b"")
@@ -64,6 +58,14 @@ def test_flowers_other_apis_are_not_there_even_for_a_site(path, open_town, membe
         response = client.send(request)
     assert response.status_code == 404
     assert response.json()["code"] == "ST-800"
+
+
+@pytest.mark.parametrize("path", ["pull-messages", "activate-node", "register-node", "get-fab"])
+def test_a_site_of_an_earlier_version_is_told_so(path, open_town, member):
+    with member.http() as client:
+        response = client.post(f"/v1/fleet/{path}")
+    assert response.status_code == 426
+    assert response.json()["code"] == "ST-761"
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +82,7 @@ def member(open_town):
     return open_town.enrolled("member").activate()
 
 
-@pytest.mark.parametrize("path", [*sorted(http.SITE_PATHS), "/v1/fleet/pull-messages"])
+@pytest.mark.parametrize("path", sorted(http.SITE_PATHS | http.LINK_PATHS))
 def test_without_a_certificate_only_the_way_in_is_open(path, open_town, member):
     with member.http(certificate=False) as client:
         assert client.post(path).status_code == 401
@@ -143,10 +145,17 @@ def test_bodies_are_bounded_whoever_sends_them(open_town, member):
         assert client.post(http.ENROL, content=iter([b"x" * 1000] * 100)).status_code == 413
         assert client.post(http.ENROL, content=b"{}").status_code == 400
     with member.http() as client:
-        for path, size in (("pull-messages", 20_000), ("push-object", 7 << 20)):
-            response = client.post(f"/v1/fleet/{path}", content=b"\0" * size)
-            assert response.status_code == 413
-        assert client.post("/v1/fleet/push-messages", content=b"rubbish").status_code == 400
+        client.headers[http.SESSION_HEADER] = member.session
+        for path, size in ((http.PULL, 20_000), (http.PUSH, 7 << 20)):
+            assert client.post(path, content=b"\0" * size).status_code == 413
+        large = prefix(b"\0" * (MOST_HEAD + 1), number=0, of=0)
+        wrong = (b"rubbish" * 9, large, prefix(b"", number=3, of=2), prefix(b"", number=0, of=999))
+        for content in (b"", b"rubbish", *wrong, prefix(b"\xff" * 9, number=0, of=0)):
+            assert client.post(http.PUSH, content=content).status_code == 400
+        for content in (b"", b"{}", b'{"message": "../x", "number": 0}'):
+            assert client.post(http.PIECE, content=content).status_code == 400
+        for content in (b"", b"{}", b'{"seconds": -1.0, "sent_at": 0.0}'):
+            assert client.post(http.HEARTBEAT, content=content).status_code == 400
 
 
 def test_connections_without_a_certificate_are_few_and_short(open_town, member, monkeypatch):
@@ -198,84 +207,62 @@ def test_the_operators_own_connection_may_be_held_for_long(open_town, monkeypatc
         assert held.recv(64).startswith(b"HTTP/1.1 200")
 
 
-def test_a_reply_in_another_sites_name_is_refused_and_raises_an_alarm(town, pair):
+def test_a_reply_to_what_another_site_was_asked_is_nobodys(town, pair):
+    """Its sender is who holds the certificate, whatever it says of itself."""
     alpha, beta = pair
-    outline, tree = wait_for(alpha.pull)
-    message = alpha.get(outline, tree)
+    message = alpha.get(wait_for(alpha.pull))
     forged = alpha.reply_to(message, scripted("alpha")(_Address("query.join"), None))
-    beta_client = beta.client
-    forged.metadata.__dict__["_message_id"] = "0" * 64
-    request = fleet_pb2.PushMessagesRequest(node=beta.node)
-    from flwr.app.message import remove_content_from_message
-    from flwr.common.serde import message_to_proto
-
-    request.messages_list.append(message_to_proto(remove_content_from_message(forged)))
-    request.message_object_trees.append(tree)
-    with pytest.raises(httpx.HTTPStatusError) as caught:
-        beta_client.PushMessages(request)
-    assert caught.value.response.status_code == 403
-    assert alarms(town, "forged_request")[0]["site"] == "beta"
+    assert forged.metadata.src_node_id == alpha.node
+    assert not beta.send(forged)
+    assert not town.coordinator.link.messages.is_answered(message.metadata.message_id)
+    assert alpha.send(forged)
 
 
-def test_objects_can_be_read_and_confirmed_only_by_whom_they_are_addressed_to(town, pair):
+def test_a_piece_can_be_read_only_by_whom_it_is_addressed_to(town, pair):
     alpha, beta = pair
-    outline, tree = wait_for(alpha.pull)
-    run_id = outline.metadata.run_id
-    _, own_tree = wait_for(beta.pull)
-    own = {part.object_id for part in iterate_object_tree(own_tree)}
-    ids = [part.object_id for part in iterate_object_tree(tree)]
-    private = [object_id for object_id in ids if object_id not in own]  # equal content is shared
-    assert len(private) >= 2  # the message and its envelope, at least
-    for object_id in private:
-        assert not beta.read_object(run_id, object_id).object_found
-    beta.confirm(run_id, tree.object_id)  # must change nothing
-    assert all(alpha.read_object(run_id, object_id).object_found for object_id in ids)
-    assert alpha.get(outline, tree).has_content()
+    frame = wait_for(alpha.pull)
+    message_id = outline_of(frame.head).metadata.message_id
+    assert frame.of == 1
+    assert alpha.piece(message_id, 0) == bytes(frame.piece)
+    assert beta.piece(message_id, 0) == b""
+    assert alpha.piece(message_id, 1) == b""
+    assert alpha.piece("0" * 64, 0) == b""
 
 
-def test_an_array_that_is_not_under_a_seal_is_refused_before_it_is_stored(town, pair):
-    """Flower would put it together of as many chunks as it names, before any signature is looked at."""
+def test_a_reply_that_is_not_sealed_is_not_trusted_and_raises_an_alarm(town, pair):
     alpha, _ = pair
-    message = alpha.get(*wait_for(alpha.pull))
-    bare = RecordDict({"update": ArrayRecord({"flat": Array(np.zeros(3, np.float32))})})
+    message = alpha.get(wait_for(alpha.pull))
+    assert alpha.send(Message(RecordDict(), reply_to=message))
+    wait_for(lambda: alarms(town, "reply_not_trusted"))
+    assert alarms(town, "reply_not_trusted")[0]["site"] == "alpha"
+
+
+def test_the_pieces_of_a_reply_come_one_behind_the_other_or_again_from_the_first(town, pair):
+    alpha, _ = pair
+    message = alpha.get(wait_for(alpha.pull))
+    reply = alpha.reply_to(message, scripted("alpha")(_Address("query.join"), None))
+    head, pieces = apart(reply)
+    (piece,) = pieces
+    parts = (piece[:10], piece[10:20], piece[20:])
+    sent = [before + part for before, part in frames(type(apart(reply))(head, parts))]
+    alpha.call(http.PUSH, sent[0])
     with pytest.raises(httpx.HTTPStatusError) as caught:
-        alpha.send(Message(bare, reply_to=message))
+        alpha.call(http.PUSH, sent[2])
     assert caught.value.response.status_code == 400
+    for frame in (sent[0], sent[1], sent[0], sent[1]):
+        assert alpha.call(http.PUSH, frame).json()["taken"]
+    assert not town.coordinator.link.messages.is_answered(message.metadata.message_id)
+    assert alpha.call(http.PUSH, sent[2]).json()["taken"]
+    assert not alpha.call(http.PUSH, sent[2]).json()["taken"]  # it has been answered
 
 
-def test_an_object_that_belongs_to_no_reply_of_the_site_is_not_stored(town, pair):
-    alpha, _ = pair
-    request = message_pb2.PushObjectRequest(
-        node=alpha.node, run_id=1, object_id="0" * 64, object_content=b"x", session_id=""
-    )
-    assert not alpha.client.PushObject(request).stored
-
-
-@pytest.mark.parametrize("call", ["PullMessages", "SendNodeHeartbeat", "DeactivateNode"])
-def test_another_sites_node_id_is_refused(town, pair, call):
-    alpha, beta = pair
-    other = node_pb2.Node(node_id=beta.node.node_id)
-    requests = {
-        "PullMessages": fleet_pb2.PullMessagesRequest(node=other),
-        "SendNodeHeartbeat": heartbeat_pb2.SendNodeHeartbeatRequest(
-            node=other, heartbeat_interval=10.0
-        ),
-        "DeactivateNode": fleet_pb2.DeactivateNodeRequest(node_id=other.node_id),
-    }
+@pytest.mark.parametrize("seconds", [-90.0, 90.0])
+def test_a_site_whose_clock_is_wrong_does_not_come_in(town, seconds):
+    alpha = town.enrolled("alpha")
+    alpha.client = alpha.line()
     with pytest.raises(httpx.HTTPStatusError) as caught:
-        getattr(alpha.client, call)(requests[call])
-    assert caught.value.response.status_code == 403
-
-
-def test_a_node_key_must_be_the_certificates(town, pair):
-    alpha, beta = pair
-    public = identity.public_pem(beta.node_key.public_key()).encode()
-    client = alpha.fleet(key=beta.node_key)  # beta's node key over alpha's certificate
-    with pytest.raises(httpx.HTTPStatusError) as caught:
-        client.ActivateNode(
-            fleet_pb2.ActivateNodeRequest(public_key=public, heartbeat_interval=10.0)
-        )
-    assert caught.value.response.status_code == 403
+        alpha.call(http.ACTIVATE, alpha.alive(sent_at=time.time() + seconds))
+    assert caught.value.response.status_code == 401
 
 
 def test_the_newest_session_of_a_key_is_served_and_the_other_raises_an_alarm(town, pair):
@@ -283,7 +270,7 @@ def test_the_newest_session_of_a_key_is_served_and_the_other_raises_an_alarm(tow
     old = alpha.client
     alpha.activate(session="e" * 32)
     with pytest.raises(httpx.HTTPStatusError) as caught:
-        old.PullMessages(fleet_pb2.PullMessagesRequest(node=alpha.node))
+        old.post(http.PULL).raise_for_status()
     assert caught.value.response.status_code == 409
     assert wait_for(alpha.pull)
     assert alarms(town, "second_session")[0]["site"] == "alpha"
@@ -292,13 +279,13 @@ def test_the_newest_session_of_a_key_is_served_and_the_other_raises_an_alarm(tow
 def test_a_request_that_names_no_session_is_refused(town, pair):
     """Otherwise two processes that both leave it out would pass for one."""
     alpha, _ = pair
-    headers = alpha.client._client.headers
+    headers = alpha.client.headers
     for session in (None, "", "e" * 31, "E" * 32):
         headers.pop(http.SESSION_HEADER, None)
         if session is not None:
             headers[http.SESSION_HEADER] = session
         with pytest.raises(httpx.HTTPStatusError) as caught:
-            alpha.client.PullMessages(fleet_pb2.PullMessagesRequest(node=alpha.node))
+            alpha.call(http.PULL)
         assert caught.value.response.status_code == 400
     assert alarms(town, "second_session") == []
 
@@ -310,7 +297,7 @@ def test_a_revoked_site_is_out_at_once_even_on_an_open_connection(town):
         town.coordinator.registrar.revoke("alpha", reason="test")
         assert client.get(http.PLANS).status_code == 403
     with pytest.raises(httpx.HTTPStatusError) as caught:
-        alpha.client.PullMessages(fleet_pb2.PullMessagesRequest(node=alpha.node))
+        alpha.call(http.PULL)
     assert caught.value.response.status_code == 403
 
 

@@ -12,7 +12,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from flwr.app import Message
@@ -22,7 +22,7 @@ from silotune.client.daemon.runner import Runner
 from silotune.data.site import SiteConfig
 from silotune.errors import SilotuneError
 from silotune.flower.messages import error_reply
-from silotune.flower.site_link import Delivery, Fleet, RunGone
+from silotune.flower.site_link import Delivery, Fleet
 from silotune.protocol.errors import CoordinatorRefused, MessageRefused, SessionTaken
 from silotune.trust.audit import AuditLog
 
@@ -114,8 +114,6 @@ class SiteConnection:
             except SessionTaken as exc:
                 self.failed = exc
                 self.stop.set()
-            except RunGone:
-                logger.info("the run of a message is over; the message is dropped")
             except Exception as exc:
                 failures += 1
                 self._wait(exc, failures)
@@ -155,7 +153,6 @@ class SiteConnection:
         fleet = self._fleet = Fleet(
             self._enrolment.facts.url,
             tls=self._enrolment.tls(),
-            node_key=self._enrolment.keys.node,
             session=self._session,
         )
         try:
@@ -190,7 +187,7 @@ class SiteConnection:
             logger.info(
                 "%s %s after %.1f s", kind, f"refused with {code}" if code else "answered", seconds
             )
-            self._send(fleet, reply, seconds=seconds)
+            self._send(fleet, reply)
             self.status.answered += not code
             self.status.refused += bool(code)
         finally:
@@ -203,8 +200,6 @@ class SiteConnection:
         except MessageRefused as exc:
             self._audit.append("refused", type=delivery.kind[:64], code=exc.code, detail=exc.detail)
             logger.warning("a message is refused: %s", exc)
-            with suppress(SilotuneError):
-                fleet.confirm(delivery)
             return error_reply(delivery.outline, code=exc.code), exc.code
         with self.working:
             content, code = self._runner.answer(message)
@@ -212,11 +207,11 @@ class SiteConnection:
             return error_reply(delivery.outline, code=code), code
         return Message(content, reply_to=message), code
 
-    def _send(self, fleet: Fleet, reply: Message, *, seconds: float) -> None:
+    def _send(self, fleet: Fleet, reply: Message) -> None:
         """Push an answer. One that can't be delivered is recalled when the request comes again."""
         for attempt in range(1, _SEND_TRIES + 1):
             try:
-                if not fleet.send(reply, seconds=seconds):
+                if not fleet.send(reply):
                     logger.info("the coordinator has withdrawn the request; the answer is dropped")
                 return
             except (CoordinatorRefused, SessionTaken):
