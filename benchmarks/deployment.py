@@ -1,255 +1,226 @@
-"""What a deployment costs without any training: latency, idle load, memory, time to come back.
+"""What a deployment costs without any training: latency, processor time a site, memory.
 
-One coordinator (the real command) and sites as processes of their own, over TLS on loopback. The sites
-of the latency part answer with constants, so that all that is measured is the way there and back: a
-2 MB adapter out and a 2 MB update in, sealed, signed, stored and acknowledged. The last part is the
-real daemon of a site: idle, killed with SIGKILL and started again.
+A coordinator (the real command) and sites as processes of their own, over TLS on loopback. The sites
+answer with constants, so that all that is measured is the way there and back: sealed, signed, stored and
+acknowledged. The last part is the real daemon of a site: idle, killed with SIGKILL and started again.
 
-    python benchmarks/deployment.py [--quick] [--json]
+With ``--against COMMIT`` the same is done with that commit, checked out beside, in turn with this one:
+ratios are of figures that were taken in one run, on one machine in one state. Processor time is the
+operating system's account of the coordinator's process: on a shared machine it means more than seconds.
+
+    python benchmarks/deployment.py [--quick] [--json] [--against COMMIT] [--sites 8,32]
 """
 
 import argparse
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-
-import psutil
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent))
 
-from tests.e2e.harness import CoordinatorProcess, SiteProcess, environment, wait_for  # noqa: E402
+from deployment_federation import NOOP, SECURE, Build, Deployment, real_daemon  # noqa: E402
 
-SERVICE = {"MALLOC_ARENA_MAX": "2"}  # as deploy/silotune-coordinator.service has it
-VALUES = 512 * 1024  # of float32: 2 MB
-SITE = """
-name = "{name}"
-[datasets.d]
-format = "csv"
-path = "d.csv"
-unit = "record"
-declared_units = 100
-[datasets.d.columns]
-text = "t"
-label = "l"
-"""
-PLAN = """
-[plan]
-name = "noop"
-purpose = "measures the way of a message"
-seed = 1
-[model]
-base = "x"
-task = "text_classification"
-labels = ["a", "b"]
-[data]
-dataset = "d"
-[rounds]
-number = {rounds}
-min_sites = {sites}
-deadline = 300.0
-[privacy]
-mode = "none"
-rate = 0.1
-"""
+TINY, LARGE = 38, 512 * 1024  # float32 values: 152 bytes, 2 MB
 
 
-class Sites:
-    """No-op sites as processes."""
+def exchanges(deployments, *, rounds, turns):
+    """Seconds of a round of 3 sites with 2 MB each way, the builds in turn; memory behind it."""
+    seconds = {name: [] for name in deployments}
+    cpu = dict.fromkeys(deployments, 0.0)
+    for turn in range(turns):
+        for name in sorted(deployments, reverse=bool(turn % 2)):
+            told = deployments[name].run(NOOP, values=LARGE, rounds=rounds)
+            seconds[name] += told["seconds"]
+            cpu[name] += told["cpu_seconds"] / (turns * (rounds + 1))
+    return {
+        name: {
+            "seconds_median": statistics.median(found),
+            "seconds_min": min(found),
+            "seconds_max": max(found),
+            "coordinator_cpu_seconds": cpu[name],
+        }
+        for name, found in seconds.items()
+    }
 
-    def __init__(self, folder, coordinator):
-        self._folder, self._coordinator, self.processes = folder, coordinator, []
 
-    def add(self, count):
-        """Enrol and start so many more, and wait until all are online."""
-        folder, coordinator, total = self._folder, self._coordinator, len(self.processes) + count
-        for number in range(len(self.processes), total):
-            name = f"site{number}"
-            home = folder / name
-            home.mkdir()
-            (home / "site.toml").write_text(SITE.format(name=name))
-            (home / "site.toml").chmod(0o600)
-            code = coordinator.admin.post("/invites", site=name)["code"]
-            words = [ROOT / "benchmarks" / "deployment_site.py", home, code]
-            log = (folder / f"{name}.log").open("wb")
-            self.processes.append(
-                subprocess.Popen(
-                    [sys.executable, *map(str, words), str(VALUES)],
-                    env=environment(),
-                    stdout=log,
-                    stderr=log,
-                )
-            )
-        rows = wait_for(
-            lambda: _all(coordinator, count), seconds=300, what="all requests", every=0.5
+def long_run(deployments, *, first, last):
+    """Megabytes of the coordinator after so many rounds, and after so many more."""
+    found = {}
+    for name, deployment in deployments.items():
+        after = []
+        for rounds in (first, last - first):
+            deployment.run(NOOP, values=LARGE, rounds=rounds)
+            after.append(deployment.megabytes)
+        found[name] = {f"mb_after_{first}": after[0], f"mb_after_{last}": after[1]}
+    return found
+
+
+def fleets(deployments, *, counts, rounds, idle_seconds):
+    """Processor milliseconds a site and round, at growing numbers of sites; load when idle."""
+    found = {name: [] for name in deployments}
+    for count in counts:
+        for name, deployment in deployments.items():
+            deployment.grow(count)
+            row = {"sites": count}
+            kinds = {"tiny": (NOOP, TINY), "plain": (NOOP, LARGE), "secure": (SECURE, LARGE)}
+            for kind, (plan, values) in kinds.items():
+                if kind != "tiny" and name != "this":
+                    continue  # the other build's are measured with three sites
+                told = deployment.run(plan, values=values, rounds=rounds)
+                row[f"{kind}_cpu_ms"] = 1e3 * told["cpu_seconds"] / (count * (rounds + 1))
+                row[f"{kind}_seconds"] = statistics.median(told["seconds"])
+                row[f"{kind}_mb"] = deployment.megabytes
+            found[name].append({**row, "peak_mb": deployment.peak_megabytes})
+    for name, deployment in deployments.items():
+        found[name][-1]["idle_percent"] = deployment.idle(idle_seconds)
+    return found
+
+
+@contextmanager
+def builds(commit):
+    """This build and, if a commit is named, that one's, checked out in a folder of its own."""
+    found = {"this": Build("this", ROOT)}
+    if not commit:
+        yield found
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "tree"
+        git = ["git", "-C", str(ROOT), "worktree"]
+        subprocess.run(
+            [*git, "add", "--detach", str(tree), commit], check=True, capture_output=True
         )
-        for row in rows:
-            coordinator.admin.post(f"/requests/{row['request']}/approve")
-        wait_for(
-            lambda: sum(r["online"] for r in coordinator.admin.get("/sites")) == total,
-            seconds=300,
-            what="all sites online",
-            every=0.5,
-        )
-
-    def close(self):
-        for process in self.processes:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-
-
-def _all(coordinator, count):
-    rows = [r for r in coordinator.admin.get("/requests") if r["state"] == "waiting"]
-    return rows if len(rows) == count else None
-
-
-def exchange(folder, coordinator, *, sites, rounds):
-    """Seconds of a round without training, and the coordinator's CPU and memory for it."""
-    process = psutil.Process(coordinator.process.pid)
-    plan = folder / "plan.toml"
-    plan.write_text(PLAN.format(rounds=rounds, sites=sites))
-    before = _cpu(process)
-    idle = process.memory_info().rss
-    run = coordinator.cli("run", plan)["run"]
-    row = coordinator.wait_over(run, seconds=900)
-    assert row["state"] == "finished", row
-    cpu = (_cpu(process) - before) / (rounds + 1)
-    finished = coordinator.events(run, "round_finished")
-    seconds = [event["seconds"] for event in finished]
-    return {
-        "sites": sites,
-        "adapter_mb": VALUES * 4 / 1e6,
-        "seconds_median": statistics.median(seconds),
-        "seconds_min": min(seconds),
-        "seconds_max": max(seconds),
-        "coordinator_cpu_seconds_per_exchange": cpu,
-        "coordinator_mb_idle": idle / 1e6,
-        "coordinator_mb_after": process.memory_info().rss / 1e6,
-    }
-
-
-def idle(coordinator, *, sites, seconds):
-    """Part of a core that a coordinator uses whose sites have nothing to do."""
-    process = psutil.Process(coordinator.process.pid)
-    time.sleep(5.0)
-    before, started = _cpu(process), time.monotonic()
-    time.sleep(seconds)
-    passed = time.monotonic() - started
-    return {
-        "sites": sites,
-        "seconds": passed,
-        "percent_of_a_core": 100 * (_cpu(process) - before) / passed,
-    }
-
-
-def daemon(folder, coordinator, *, seconds, restarts):
-    """The real daemon of a site: memory and load while idle, and its way back after kill -9."""
-    home = folder / "site"
-    home.mkdir()
-    (home / "site.toml").write_text(SITE.format(name="site") + "[policy]\n")
-    (home / "site.toml").chmod(0o600)
-    site = SiteProcess(home)
-    try:
-        joining = site.joining(coordinator.invite("site"))
-        row = wait_for(lambda: _all(coordinator, 1), what="the request")[0]
-        coordinator.admin.post(f"/requests/{row['request']}/approve")
-        assert joining.wait(timeout=120) == 0
-        site.start()
-        process = psutil.Process(site.process.pid)
-        wait_for(lambda: _ready(site), seconds=180, what="the site online, with PyTorch loaded")
-        time.sleep(3.0)
-        before, started = _cpu(process), time.monotonic()
-        time.sleep(seconds)
-        percent = 100 * (_cpu(process) - before) / (time.monotonic() - started)
-        memory = process.memory_info().rss / 1e6
-        back = [_restarted(site) for _ in range(restarts)]
-    finally:
-        site.close()
-    return {
-        "mb": memory,
-        "percent_of_a_core": percent,
-        "restart_seconds_median": statistics.median(wall for wall, _ in back),
-        "restart_cpu_seconds_median": statistics.median(cpu for _, cpu in back),
-    }
-
-
-def _ready(site):
-    assert site.running, site.output
-    loaded = {m.path for m in psutil.Process(site.process.pid).memory_maps()}
-    return "online at" in site.output and any("libtorch" in path for path in loaded)
-
-
-def _restarted(site):
-    """Wall and processor seconds from kill -9 to a site that asks for work again."""
-    site.kill()
-    seen, started = len(site.output), time.monotonic()
-    site.start()
-    wait_for(lambda: "online at" in site.output[seen:], what="the site back", every=0.01)
-    return time.monotonic() - started, _cpu(psutil.Process(site.process.pid))
-
-
-def _cpu(process):
-    times = process.cpu_times()
-    return times.user + times.system
-
-
-def measured(*, quick):
-    """All parts, on one coordinator: rounds of three sites, eight idle ones, a real daemon."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        coordinator = CoordinatorProcess(folder / "coordinator").up(**SERVICE)
-        sites = Sites(folder, coordinator)
         try:
-            sites.add(3)
-            found = {"exchange": exchange(folder, coordinator, sites=3, rounds=4 if quick else 20)}
-            sites.add(5)
-            found["idle_coordinator"] = idle(coordinator, sites=8, seconds=6 if quick else 60)
-            sites.close()
-            seconds, restarts = (3, 1) if quick else (30, 5)
-            found["site"] = daemon(folder, coordinator, seconds=seconds, restarts=restarts)
+            yield {**found, "that": Build(commit, tree)}
         finally:
-            sites.close()
-            coordinator.close()
-    return {**found, "load_average": os.getloadavg()[0], "cores": os.cpu_count()}
+            subprocess.run([*git, "remove", "--force", str(tree)], check=True)
+
+
+def measured(options):
+    """All parts."""
+    quick, found = options.quick, {}
+    with builds(options.against) as trees, tempfile.TemporaryDirectory() as name:
+        commits = {key: tree.commit for key, tree in trees.items()}
+        folder = Path(name)
+        for part, sites in (("exchange", 3), ("fleet", 0)):
+            if part not in options.parts:
+                continue
+            with ExitStack() as stack:
+                made = {
+                    key: stack.enter_context(Deployment(tree, folder / f"{part}-{key}"))
+                    for key, tree in trees.items()
+                }
+                if part == "fleet":
+                    counts = options.sites
+                    found["fleet"] = fleets(
+                        made,
+                        counts=counts,
+                        rounds=2 if quick else 6,
+                        idle_seconds=6 if quick else 60,
+                    )
+                    continue
+                for deployment in made.values():
+                    deployment.grow(sites)
+                found["exchange"] = exchanges(
+                    made, rounds=4 if quick else 8, turns=2 if quick else 6
+                )
+                first, last = (2, 4) if quick else (20, 200)
+                found["memory"] = long_run({"this": made["this"]}, first=first, last=last)
+        if "daemon" in options.parts:
+            seconds, restarts = (3, 1) if quick else (30, 3)
+            found["daemon"] = {
+                key: real_daemon(tree, folder / f"daemon-{key}", seconds=seconds, restarts=restarts)
+                for key, tree in trees.items()
+            }
+    return {**found, "ratios": ratios(found), "commits": commits, "cores": os.cpu_count()}
+
+
+def ratios(found):
+    """This build's figures over the other's."""
+    told = {}
+    for part in ("exchange", "daemon"):
+        both = found.get(part, {})
+        if "that" in both:
+            told |= {
+                f"{part}.{key}": both["this"][key] / both["that"][key]
+                for key in both["this"]
+                if both["that"].get(key)
+            }
+    fleet = found.get("fleet", {})
+    for mine, other in zip(fleet.get("this", []), fleet.get("that", []), strict=False):
+        told |= {
+            f"fleet.{mine['sites']}.{key}": mine[key] / other[key]
+            for key in other
+            if key != "sites" and mine.get(key) and other[key]
+        }
+    return told
+
+
+def table(found):
+    """What was measured, for people."""
+    names = {"this": "this build", "that": found["commits"].get("that", "")[:12]}
+    for key, row in found.get("exchange", {}).items():
+        yield (
+            f"{names[key]}: exchange, 3 sites, 2 MB each way: median {row['seconds_median']:.2f} s"
+            f" ({row['seconds_min']:.2f} to {row['seconds_max']:.2f}),"
+            f" coordinator CPU {row['coordinator_cpu_seconds']:.3f} s"
+        )
+    for key, row in found.get("memory", {}).items():
+        told = ", ".join(f"{mb:.0f} MB {k.removeprefix('mb_')}" for k, mb in row.items())
+        yield f"{names[key]}: coordinator {told.replace('_', ' ')} rounds"
+    for key, rows in found.get("fleet", {}).items():
+        for row in rows:
+            kinds = [k.removesuffix("_cpu_ms") for k in row if k.endswith("_cpu_ms")]
+            told = "; ".join(
+                f"{kind} {row[f'{kind}_cpu_ms']:.1f} ms, {row[f'{kind}_mb']:.0f} MB"
+                for kind in kinds
+            )
+            idle = f"; idle {row['idle_percent']:.1f} % of a core" if "idle_percent" in row else ""
+            yield (
+                f"{names[key]}: {row['sites']} sites, coordinator's CPU a site and round: {told};"
+                f" peak {row['peak_mb']:.0f} MB{idle}"
+            )
+    for key, row in found.get("daemon", {}).items():
+        yield (
+            f"{names[key]}: idle site {row['mb']:.0f} MB, {row['percent_of_a_core']:.1f} % of a core;"
+            f" back {row['restart_seconds_median']:.1f} s after SIGKILL"
+            f" ({row['restart_cpu_seconds_median']:.1f} s of CPU)"
+        )
+    for key, value in found["ratios"].items():
+        yield f"ratio {key}: {value:.2f}"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="fewer rounds, shorter idling")
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer rounds and sites, shorter idling"
+    )
     parser.add_argument("--json", action="store_true", help="last line is one JSON object")
+    parser.add_argument("--against", metavar="COMMIT", help="measure that commit too, in turn")
+    parser.add_argument("--sites", help="numbers of sites, such as 8,32,100")
+    parser.add_argument("--parts", default="exchange,fleet,daemon", help="what to measure")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write the JSON there, too")
     options = parser.parse_args()
-    found = measured(quick=options.quick)
+    sites = options.sites or ("3,5" if options.quick else "8,32,100")
+    options.sites = [int(count) for count in sites.split(",")]
+    started = time.time()
+    found = measured(options)
+    found |= {"seconds": time.time() - started, "load_average": os.getloadavg()[0]}
+    if options.save:
+        options.save.write_text(json.dumps(found, indent=1) + "\n")
     if options.json:
         print(json.dumps(found))
         return
-    latency, load, site = found["exchange"], found["idle_coordinator"], found["site"]
-    print(f"load average while measuring {found['load_average']:.1f} on {found['cores']} cores")
-    print(
-        f"exchange, {latency['sites']} sites, {latency['adapter_mb']:.1f} MB each way: "
-        f"median {latency['seconds_median']:.2f} s "
-        f"({latency['seconds_min']:.2f} to {latency['seconds_max']:.2f}), target < 1 s; "
-        f"coordinator CPU {latency['coordinator_cpu_seconds_per_exchange']:.2f} s"
-    )
-    print(
-        f"idle coordinator, {load['sites']} sites: {load['percent_of_a_core']:.1f} % of a core, "
-        "target < 3 %"
-    )
-    print(
-        f"memory: coordinator {latency['coordinator_mb_idle']:.0f} MB idle, "
-        f"{latency['coordinator_mb_after']:.0f} MB after the run, target < 300 MB; "
-        f"idle site {site['mb']:.0f} MB, target < 450 MB"
-    )
-    print(
-        f"a site killed with SIGKILL is back after {site['restart_seconds_median']:.1f} s "
-        f"({site['restart_cpu_seconds_median']:.1f} s of CPU), target < 5 s; "
-        f"idle it uses {site['percent_of_a_core']:.1f} % of a core"
-    )
+    print(f"load average {found['load_average']:.1f} on {found['cores']} cores")
+    for line in table(found):
+        print(line)
 
 
 if __name__ == "__main__":

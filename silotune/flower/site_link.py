@@ -12,7 +12,7 @@ import logging
 import ssl
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -45,6 +45,8 @@ logger = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 10.0
 """Between two signs of life; a site counts as gone when two of them are missing."""
+
+_SLICE = 1 << 16  # bytes of a body that are handed on at a time
 
 _B = TypeVar("_B", bound=http.Body)
 
@@ -183,7 +185,7 @@ class Fleet:
             As `connect`.
         """
         for before, piece in frames(apart(reply)):
-            if not self._read(self._ask(http.PUSH, before + piece), http.Pushed).taken:
+            if not self._read(self._ask(http.PUSH, before, piece), http.Pushed).taken:
                 return False
         return True
 
@@ -225,10 +227,13 @@ class Fleet:
         except BodyInvalid as exc:
             raise CoordinatorUnavailable("the answer is none of the protocol") from exc
 
-    def _ask(self, path: str, content: bytes = b"") -> bytes:
+    def _ask(self, path: str, *content: bytes) -> bytes:
         """One request; every failure becomes one of silotune's errors."""
+        headers = {"content-length": str(sum(map(len, content)))}
         with connection_errors(self._url):
-            response = self._client.post(self._url + path, content=content)
+            response = self._client.post(
+                self._url + path, content=_slices(content), headers=headers
+            )
         if response.is_success:
             return response.content
         if response.status_code == httpx.codes.CONFLICT:
@@ -236,3 +241,11 @@ class Fleet:
         if response.status_code == httpx.codes.NOT_FOUND:
             raise VersionsDiffer("the coordinator does not know how this site asks for messages")
         raise failure(response)
+
+
+def _slices(content: tuple[bytes, ...]) -> Iterator[bytes]:
+    """A body as it is sent: of a large one, httpx copies what is left at every few kilobytes."""
+    for part in content:
+        view = memoryview(part)
+        for start in range(0, len(view), _SLICE):
+            yield bytes(view[start : start + _SLICE])

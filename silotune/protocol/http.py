@@ -79,7 +79,7 @@ GOODBYE = f"{PREFIX}/link/goodbye"
 """POST: `Done`. The session ends."""
 
 PULL = f"{PREFIX}/link/pull"
-"""POST: the next instruction's first frame (`silotune.flower.message_frames`), or nothing after a while."""
+"""POST: the first frame (`silotune.flower.message_frames`) of what comes next, or nothing."""
 
 PIECE = f"{PREFIX}/link/piece"
 """POST `PieceQuery`: a further piece of an instruction, as it is."""

@@ -84,6 +84,19 @@ class Store:
         self._engine.dispose()
 
 
+@contextmanager
+def large_rows(connection: Connection) -> Iterator[None]:
+    """Within it, SQLite holds megabytes: what does not fit is written to the disk twice."""
+    if connection.dialect.name != "sqlite":
+        yield
+        return
+    connection.exec_driver_sql("PRAGMA cache_size = -32000")
+    try:
+        yield
+    finally:
+        connection.exec_driver_sql("PRAGMA cache_size = -2000")
+
+
 def migrate(connection: Connection, *, to: str = "head") -> None:
     """Bring the tables to a version, by default this one's; nothing happens if they are."""
     config = Config(attributes={"connection": connection})
@@ -95,6 +108,7 @@ def migrate(connection: Connection, *, to: str = "head") -> None:
 def _make_durable(connection: Any, _record: Any) -> None:
     cursor = connection.cursor()
     for pragma in (
+        "page_size = 16384",  # of a new database: a checkpoint is megabytes in one row
         "journal_mode = WAL",
         "synchronous = FULL",
         "foreign_keys = ON",

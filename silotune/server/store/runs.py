@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import Any
 
 from numpy.typing import NDArray
-from sqlalchemy import Connection, RowMapping, delete, insert, select, update
+from sqlalchemy import Connection, RowMapping, Table, delete, insert, select, update
 
 from silotune.errors import FileNotOffered, RunNotFound
 from silotune.events.source import FileOffer, Row, RunFacts
@@ -32,6 +32,7 @@ from silotune.server.store.database import (
     RUNS,
     SECURE_ROUNDS,
     Store,
+    large_rows,
 )
 from silotune.server.store.events import EventWriter, add_events, event_row, jsonable
 from silotune.trust.signed import SignedPlan
@@ -236,10 +237,8 @@ class RunWriter:
         sealed = self._store.vault.seal(
             packed(arrays, jsonable(state)), name=_seal_name(self._run, "checkpoint")
         )
-        with self._writer.transaction() as connection:
-            connection.execute(delete(CHECKPOINTS).where(CHECKPOINTS.c.run == self._run))
-            row = {"run": self._run, "round": number, "content": sealed}
-            connection.execute(insert(CHECKPOINTS).values(row))
+        with self._writer.transaction() as connection, large_rows(connection):
+            _replace(connection, CHECKPOINTS, run=self._run, round=number, content=sealed)
             if self._adapter is not None:
                 saved = self._write_adapter(connection, *self._adapter)
                 add_events(connection, [event_row(self._run, "round_saved", saved, time.time())])
@@ -259,14 +258,9 @@ class RunWriter:
 
     def save_secure_round(self, number: int, content: bytes) -> None:
         """Replace what a secure round has settled."""
-        row = {
-            "run": self._run,
-            "round": number,
-            "content": self._store.vault.seal(content, name=_seal_name(self._run, "secure")),
-        }
+        sealed = self._store.vault.seal(content, name=_seal_name(self._run, "secure"))
         with self._writer.transaction() as connection:
-            connection.execute(delete(SECURE_ROUNDS).where(SECURE_ROUNDS.c.run == self._run))
-            connection.execute(insert(SECURE_ROUNDS).values(row))
+            _replace(connection, SECURE_ROUNDS, run=self._run, round=number, content=sealed)
 
     def load_secure_round(self, number: int) -> bytes | None:
         """What is kept of a secure round, if it is the newest."""
@@ -308,6 +302,17 @@ class RunWriter:
         }
         connection.execute(insert(ADAPTERS).values(row))
         return saved
+
+
+def _replace(connection: Connection, table: Table, *, run: str, **values: Any) -> None:
+    """Put a run's one row in place of the one before.
+
+    SQLite writes values of one size over each other. A row that is deleted, or may get another key, is
+    overwritten with zeros first: of a checkpoint of megabytes, at every round.
+    """
+    mine = update(table).where(table.c.run == run)
+    if not connection.execute(mine.values(values)).rowcount:
+        connection.execute(insert(table).values(run=run, **values))
 
 
 def _seal_name(run: str, what: str) -> str:

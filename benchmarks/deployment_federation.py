@@ -1,0 +1,261 @@
+"""A coordinator of one build with its doubles of sites, as processes; `deployment.py` measures them."""
+
+import json
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from silotune.server.admin.socket_client import AdminClient
+from silotune.server.config import Home
+from tests.e2e.harness import (
+    CLI,
+    CoordinatorProcess,
+    SiteProcess,
+    cli,
+    environment,
+    free_port,
+    wait_for,
+)
+
+SERVICE = {"MALLOC_ARENA_MAX": "2"}  # as deploy/silotune-coordinator.service has it
+A_PROCESS = 25  # doubles
+NOOP = """
+[plan]
+name = "noop-{values}"
+purpose = "measures the way of a message"
+seed = 1
+[model]
+base = "x"
+task = "text_classification"
+labels = ["a", "b"]
+[data]
+dataset = "d"
+[rounds]
+number = {rounds}
+min_sites = {sites}
+deadline = 600.0
+[privacy]
+mode = "none"
+rate = 0.1
+"""
+SECURE = (
+    NOOP
+    + """
+[aggregation]
+secure = true
+cohort = {sites}
+update_bound = 1.0
+"""
+)
+SITE = """
+name = "{name}"
+[datasets.d]
+format = "csv"
+path = "d.csv"
+unit = "record"
+declared_units = 100
+[datasets.d.columns]
+text = "t"
+label = "l"
+[policy]
+"""
+
+
+@dataclass(frozen=True)
+class Build:
+    """A commit, and where it is checked out."""
+
+    name: str
+    tree: Path
+
+    @property
+    def variables(self):
+        """Of the environment of its processes: its package, not that of the current folder."""
+        return {"PYTHONPATH": str(self.tree), "PYTHONSAFEPATH": "1", **SERVICE}
+
+    @property
+    def commit(self):
+        words = ["git", "-C", str(self.tree), "rev-parse", "HEAD"]
+        return subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip()
+
+
+class BuiltCoordinator(CoordinatorProcess):
+    """The coordinator of a build."""
+
+    def __init__(self, build, folder):
+        self._build, self.folder, self.port = build, folder, free_port()
+        super(CoordinatorProcess, self).__init__(
+            folder.with_name("coordinator.log"), ["coordinator", "start", "--dir", folder]
+        )
+        words = ["--name", "demo", "--host", "127.0.0.1", "--listen", "127.0.0.1"]
+        words += ["--port", self.port]
+        cli("coordinator", "init", "--dir", folder, *words, **build.variables)
+        self.admin = AdminClient(Home(folder))
+
+    def up(self):
+        return super().up(**self._build.variables)
+
+    def propose(self, plan):
+        """Propose a plan by the build's own command; the run's name."""
+        words = ["coordinator", "run", plan, "--dir", self.folder, "--json"]
+        return json.loads(cli(*words, **self._build.variables).stdout)["run"]
+
+
+class Deployment:
+    """A coordinator and sites of one build; left, they are ended."""
+
+    def __init__(self, build, folder):
+        self._build, self._folder, self._sites, self._processes = build, folder, 0, []
+        folder.mkdir()
+        self.coordinator = BuiltCoordinator(build, folder / "coordinator")
+
+    def __enter__(self):
+        self.coordinator.up()
+        self._process = psutil.Process(self.coordinator.process.pid)
+        return self
+
+    def __exit__(self, *_):
+        for process in self._processes:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        self.coordinator.close()
+
+    def grow(self, total):
+        """Enrol and start sites until there are so many, and wait until all are online."""
+        lines = [self._invited(f"site{number}") for number in range(self._sites, total)]
+        for start in range(0, len(lines), A_PROCESS):
+            self._start(lines[start : start + A_PROCESS])
+        asked = wait_for(lambda: self._asking(len(lines)), seconds=900, what="requests", every=0.5)
+        for row in asked:
+            self.coordinator.admin.post(f"/requests/{row['request']}/approve")
+        self._sites = total
+        wait_for(self._all_online, seconds=900, what="all sites online", every=1.0)
+        time.sleep(5.0)  # what the last one's coming made everybody ask
+
+    def run(self, plan, *, values, rounds):
+        """Seconds of each round of a run, and the coordinator's CPU for all of it."""
+        path = self._folder / "plan.toml"
+        path.write_text(plan.format(values=values, rounds=rounds, sites=self._sites))
+        before = self._cpu
+        run = self.coordinator.propose(path)
+        row = wait_for(lambda: self._over(run), seconds=3600, what="the run's end", every=1.0)
+        cpu = self._cpu - before
+        assert row["state"] == "finished", row
+        finished = self.coordinator.events(run, "round_finished")
+        assert not any(event.get("void") for event in finished), finished
+        return {"seconds": [event["seconds"] for event in finished], "cpu_seconds": cpu}
+
+    def idle(self, seconds):
+        """Part of a core that the coordinator uses whose sites have nothing to do."""
+        time.sleep(5.0)
+        before, started = self._cpu, time.monotonic()
+        time.sleep(seconds)
+        return 100 * (self._cpu - before) / (time.monotonic() - started)
+
+    @property
+    def megabytes(self):
+        """Of the coordinator, now."""
+        return self._process.memory_info().rss / 1e6
+
+    @property
+    def peak_megabytes(self):
+        """Of the coordinator, ever."""
+        status = Path(f"/proc/{self._process.pid}/status").read_text()
+        peak = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+        return int(peak.split()[1]) * 1024 / 1e6
+
+    @property
+    def _cpu(self):
+        return cpu_of(self._process)
+
+    def _invited(self, name):
+        home = written_site(self._folder / name, name)
+        return f"{home} {self.coordinator.admin.post('/invites', site=name)['code']}\n"
+
+    def _start(self, lines):
+        log = (self._folder / f"doubles-{len(self._processes)}.log").open("wb")
+        script = Path(__file__).with_name("deployment_site.py")
+        process = subprocess.Popen(
+            [sys.executable, str(script)],
+            env=environment(**self._build.variables),
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+        )
+        process.stdin.write("".join(lines).encode())
+        process.stdin.close()
+        self._processes.append(process)
+
+    def _asking(self, count):
+        rows = [r for r in self.coordinator.admin.get("/requests") if r["state"] == "waiting"]
+        return rows if len(rows) == count else None
+
+    def _all_online(self):
+        return sum(r["online"] for r in self.coordinator.admin.get("/sites")) == self._sites
+
+    def _over(self, run):
+        assert self.coordinator.running, self.coordinator.output
+        row = self.coordinator.state(run)
+        return row if row["state"] in {"finished", "failed", "stopped"} else None
+
+
+def real_daemon(build, folder, *, seconds, restarts):
+    """The real daemon of a site: memory and load while idle, and its way back after kill -9."""
+    folder.mkdir()
+    coordinator = BuiltCoordinator(build, folder / "coordinator").up()
+    site = SiteProcess(written_site(folder / "site", "site"))
+    try:
+        code = coordinator.admin.post("/invites", site="site")["code"]
+        words = ["site", "join", code, "--config", str(site.config), "--wait", "120"]
+        joining = subprocess.Popen([*CLI, *words], env=environment(**build.variables))
+        row = wait_for(lambda: coordinator.admin.get("/requests"), what="the request")[0]
+        coordinator.admin.post(f"/requests/{row['request']}/approve")
+        assert joining.wait(timeout=120) == 0
+        site.start(**build.variables)
+        process = psutil.Process(site.process.pid)
+        wait_for(lambda: "online at" in site.output, seconds=180, what="the site online")
+        time.sleep(20.0)  # whatever it loads when there is nothing to do
+        before, started = cpu_of(process), time.monotonic()
+        time.sleep(seconds)
+        percent = 100 * (cpu_of(process) - before) / (time.monotonic() - started)
+        family = [process, *process.children(recursive=True)]
+        memory = sum(each.memory_info().rss for each in family) / 1e6
+        back = [_restarted(site, build) for _ in range(restarts)]
+    finally:
+        site.close()
+        coordinator.close()
+    return {
+        "mb": memory,
+        "percent_of_a_core": percent,
+        "restart_seconds_median": statistics.median(wall for wall, _ in back),
+        "restart_cpu_seconds_median": statistics.median(cpu for _, cpu in back),
+    }
+
+
+def _restarted(site, build):
+    """Wall and processor seconds from kill -9 to a site that asks for work again."""
+    site.kill()
+    seen, started = len(site.output), time.monotonic()
+    site.start(**build.variables)
+    wait_for(lambda: "online at" in site.output[seen:], what="the site back", every=0.01)
+    return time.monotonic() - started, cpu_of(psutil.Process(site.process.pid))
+
+
+def written_site(home, name):
+    """A site's folder with its configuration."""
+    home.mkdir()
+    (home / "site.toml").write_text(SITE.format(name=name))
+    (home / "site.toml").chmod(0o600)
+    return home
+
+
+def cpu_of(process):
+    """Processor seconds that a process has used."""
+    times = process.cpu_times()
+    return times.user + times.system
