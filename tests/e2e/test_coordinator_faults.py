@@ -20,13 +20,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 ROUNDS = 6
 SKEWED = """
-import datetime, sys, time
+import sys, time
 shift = float(sys.argv.pop(1))
 real = time.time
 time.time = lambda: real() + shift
-import flwr.supercore.date as date
-import flwr.supernode.node_auth_http_interceptor as auth
-auth.now = date.now = lambda: datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=shift)
 from silotune.cli import main
 main()
 """

@@ -12,6 +12,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from silotune.models.base import outline
 from silotune.privacy.ledger import Ledger
+from silotune.protocol import http
 from silotune.protocol.envelope import refusal_code, seal_id, unseal
 from silotune.trust.audit import AuditLog
 from silotune.trust.identity import decode_signing_key
@@ -213,7 +214,7 @@ def test_killed_while_releasing_the_answer_is_the_same_and_charged_once(running)
     reached = []
 
     def hold(path, body):
-        if path.endswith("push-messages"):
+        if path == http.PUSH:
             reached.append(path)
             time.sleep(5)
             return 500, b"", {}

@@ -298,13 +298,8 @@ def test_the_guard_lets_no_message_out_to_a_site_whose_books_went_back(north):
     from silotune.protocol.errors import CoordinatorRefused
 
     def connect():
-        keys = north.enrolment.keys
-        fleet = Fleet(
-            north.enrolment.facts.url,
-            tls=north.enrolment.tls(),
-            node_key=keys.node,
-            session="0" * 32,
-        )
+        enrolment = north.enrolment
+        fleet = Fleet(enrolment.facts.url, tls=enrolment.tls(), session="0" * 32)
         try:
             fleet.connect()
         finally:
