@@ -116,17 +116,18 @@ EXCHANGED = {
 def rewritten(federation, kind, *, patients=lambda number: number):
     """The federation's records in another format, and its sites' entries with it."""
     for site in federation.folder.glob("*/site.toml"):
-        columns = as_other_programs_have_it(read_rows(site.parent / "notes.csv"))
-        columns["patient"] = [patients(number) for number in columns["patient"]]
+        table = as_other_programs_have_it(read_rows(site.parent / "notes.csv"))
+        table["patient"] = [patients(number) for number in table["patient"]]
         write, places = EXCHANGED.get(kind) or (WRITERS[kind], PLACES)
-        write(site.parent / f"t.{kind}", columns)
+        write(site.parent / f"t.{kind}", table)
         where = f'path = "t.{kind}"'
         if kind == "sql":
             where = 'url = "sqlite:///t.sql"\nquery = "SELECT * FROM t"'
         text = site.read_text().replace('"csv"\npath = "notes.csv"', f'"{kind}"\n{where}')
+        head, columns = text.split("[datasets.notes.columns]")
         for name, place in zip(PLACES, places, strict=True):
-            text = text.replace(f'= "{name}"', f'= "{place}"')
-        site.write_text(text)
+            columns = columns.replace(f'= "{name}"', f'= "{place}"')
+        site.write_text(f"{head}[datasets.notes.columns]{columns}")
     return federation
 
 
