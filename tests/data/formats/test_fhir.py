@@ -349,7 +349,7 @@ def test_a_line_that_is_too_long_is_left_out_in_bounded_memory(tmp_path, monkeyp
 
 def test_a_hundred_thousand_deep_costs_no_time(tmp_path):
     line = '{"resourceType": "DocumentReference", "x": ' + '{"a":' * 100_000 + "1" + "}" * 100_001
-    begun = time.perf_counter()
+    begun = time.process_time()
     table = of(write(tmp_path / "n.ndjson", line))
-    assert time.perf_counter() - begun < 2
+    assert time.process_time() - begun < 2
     assert faults(table) == {"not a JSON object": [1]}

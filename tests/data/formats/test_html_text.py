@@ -27,10 +27,10 @@ def test_html_is_shown_as_a_browser_does(html, text):
 )
 def test_time_grows_as_the_length_whatever_stands_in_it(part):
     """The standard library's parser takes minutes for these."""
-    html = part * (500_000 // len(part))
-    begun = time.perf_counter()
+    html = part * (200_000 // len(part))
+    begun = time.process_time()
     plain_text_of(html)
-    assert time.perf_counter() - begun < 3
+    assert time.process_time() - begun < 2
 
 
 def test_a_reference_of_too_many_digits_stays_as_it_is():

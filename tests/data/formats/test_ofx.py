@@ -145,10 +145,10 @@ def test_a_file_without_end_is_left_in_bounded_memory(part):
             return part * (size // len(part))
 
     tracemalloc.start()
-    begun = time.perf_counter()
+    begun = time.process_time()
     with pytest.raises(ofx._OfxBroken, match="without a tag"):
         list(ofx._transactions(ofx._tags(Endless(), Path("s.ofx"))))
-    assert time.perf_counter() - begun < 5
+    assert time.process_time() - begun < 5
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 24 * 2**20
