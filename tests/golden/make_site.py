@@ -443,6 +443,24 @@ def plans_that_count(folder):
     _write_plans(folder, {"words": PLAN, "tokens": whole})
 
 
+@makes("plans_of_heads")
+def plans_of_heads(folder):
+    """Random features under the head, and a mean of adapters at the end."""
+    changes = {
+        'labels = ["a", "b"]': (
+            'labels = ["a", "b"]\ncentre_texts = ["eye", "ear", "hand"]\n'
+            'head_features = { kind = "cosines", number = 64, scale = 1.25 }'
+        ),
+        "[privacy]": (
+            '[optimizer.server]\nname = "sgd"\naverage = "ema"\naverage_share = 0.25\n[privacy]'
+        ),
+    }
+    text = _PLANS["bare"]
+    for old, new in changes.items():
+        text = text.replace(old, new)
+    _write_plans(folder, {"cosines": text})
+
+
 def _write_plans(folder, texts):
     for name, text in texts.items():
         (folder / f"{name}.toml").write_text(text)

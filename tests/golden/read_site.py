@@ -246,6 +246,7 @@ def coordinator_config(path):
 
 
 @reads("plans_that_count")
+@reads("plans_of_heads")
 @reads("plans_of_sites")
 @reads("plans")
 def plans(folder):
