@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -20,7 +21,7 @@ from silotune.client.errors import RunNotProposed, SiteNotEnrolled
 from silotune.commands import folder
 from silotune.commands.folder import AsJson
 from silotune.data.site import SiteConfig, load_guarded
-from silotune.logs import Format, configure
+from silotune.logs import Format
 from silotune.terminal import headed, terminal
 
 if TYPE_CHECKING:
@@ -279,20 +280,13 @@ def start(
     message at a time, and reconnects for ever; `status` says what it waits for. SIGTERM lets the step
     in progress finish; what is abandoned has released nothing.
     """
-    # Threads of NumPy's BLAS, which a daemon has no use for, would be left out when it shuts itself out.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    from silotune.client.daemon.daemon import Daemon
-    from silotune.client.isolation.kernel import hide_memory
-    from silotune.events import tracing
+    from silotune.client.training.launcher import python_path
 
-    configure(style=log_format, level=log_level)
-    site = load_guarded(config)
-    hide_memory()
-    tracing.configure("silotune-site")
-    try:
-        Daemon(site, grace=grace).run()
-    finally:
-        tracing.stop()
+    load_guarded(config)
+    # In this process's place, and under its id: the command line would stay in memory for months.
+    os.environ["PYTHONPATH"] = python_path()
+    daemon = [sys.executable, "-P", "-m", "silotune.client.daemon"]
+    os.execv(sys.executable, [*daemon, str(config), log_format, log_level, str(grace)])  # noqa: S606
 
 
 @app.command()

@@ -24,8 +24,8 @@ import sys, time
 shift = float(sys.argv.pop(1))
 real = time.time
 time.time = lambda: real() + shift
-from silotune.cli import main
-main()
+import silotune.client.daemon.__main__ as daemon
+sys.exit(daemon.main([sys.argv[sys.argv.index("--config") + 1], "text", "debug", "30"]))
 """
 
 

@@ -132,15 +132,36 @@ def test_files_of_a_run_go_thirty_days_after_its_end_and_those_of_an_open_one_st
     assert files("open")
 
 
-def test_an_idle_site_is_small_and_listens_to_nobody(running):
-    running.wait_for(
-        lambda: any("torch" in str(m.path) for m in psutil.Process(running.process.process.pid)
-                    .memory_maps()), "torch is not loaded")  # fmt: skip
+LIBRARIES = ("torch", "scipy", "pyarrow", "tokenizers", "pandas")
+
+
+def libraries_of(pid):
+    """Which libraries of training and reading a process has in its memory."""
+    paths = {m.path for m in psutil.Process(pid).memory_maps()}
+    return {name for name in LIBRARIES if any(f"/{name}/" in path for path in paths)}
+
+
+def test_an_idle_site_is_small_and_is_again_after_a_run_and_listens_to_nobody(running):
+    """Before, the libraries of training were in the daemon: 293 MB, and 1,000 and more after a run."""
+    pid = running.process.process.pid
     time.sleep(2)
-    used = running.process.rss_mb()
-    print(f"idle site with torch loaded: {used:.0f} MB")
-    assert used < 450
-    mine = psutil.Process(running.process.process.pid)
+    idle = running.process.rss_mb()
+    running.approve("small")
+    assert refusal_code(running.ask("query.join", run="small")) is None
+    trainer = running.process.status()["trainer"]
+    assert "torch" in libraries_of(trainer["pid"])
+    for number in (1, 2):
+        assert refusal_code(running.ask("train", number, run="small")) is None
+        assert running.process.status()["trainer"]["pid"] == trainer["pid"]
+        assert libraries_of(pid) == set()
+    running.double.propose("small", running.plan, state="finished")
+    running.wait_for(lambda: not psutil.pid_exists(trainer["pid"]), "the trainer is there still")
+    time.sleep(10)
+    after = running.process.rss_mb()
+    print(f"a site's daemon: {idle:.0f} MB idle, {after:.0f} MB ten seconds after a run")
+    assert idle < 95 and after < idle + 15
+    assert libraries_of(pid) == set()
+    mine = psutil.Process(pid)
     kinds = {c.status for c in mine.net_connections(kind="inet")}
     assert psutil.CONN_LISTEN not in kinds
     assert psutil.CONN_ESTABLISHED in kinds
