@@ -162,7 +162,7 @@ class IsolationConfig(Section):
 
 
 class ResourcesConfig(Section):
-    """``[resources]``: what the daemon may use of this machine."""
+    """``[resources]``: what the trainer, which reads the records, may use of this machine."""
 
     threads: Annotated[int, Field(ge=1)] | None = Field(
         None, description="Processor threads; PyTorch's own choice when absent."
@@ -172,7 +172,7 @@ class ResourcesConfig(Section):
         None, description="GPUs that share a step, a process each; all when absent."
     )
     memory_mb: Annotated[int, Field(ge=512)] | None = Field(
-        None, description="Memory of the process; a step that needs more fails and sends nothing."
+        None, description="Memory of the trainer; a step that needs more fails and sends nothing."
     )
     keep_warm: Annotated[float, Field(ge=0.0, le=86400.0)] = Field(
         900.0, description="Seconds that the trainer is kept when nothing is asked of it."
@@ -404,7 +404,7 @@ class SiteConfig(Section):
     policy : PolicyConfig or None
         What a plan may ask. Without one a site can be simulated, and its daemon doesn't start.
     resources : ResourcesConfig
-        What the daemon may use of the machine.
+        What the trainer may use of the machine.
     isolation : IsolationConfig
         What must confine the process that reads records.
     at_rest : AtRest
