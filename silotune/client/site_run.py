@@ -386,7 +386,8 @@ class SiteRun:
     # --- parts, each made on first use ---
 
     @cached_property
-    def _job(self) -> TrainingJob:
+    def job(self) -> TrainingJob:
+        """What its training is for."""
         return TrainingJob(
             site=self.site,
             plan=self.plan,
@@ -400,13 +401,13 @@ class SiteRun:
     @cached_property
     def training(self) -> Training:
         """What has the records and the model."""
-        return self._trainers.training(self._job)
+        return self._trainers.training(self.job)
 
     @cached_property
     def updates(self) -> Updates:
         """What the training's rounds are made into."""
         return Updates(
-            self._job,
+            self.job,
             training=self.training,
             layout=self.layout,
             memory=lambda: self._memory,

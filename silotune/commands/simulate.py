@@ -193,6 +193,13 @@ Attack = Annotated[
         "With --resume also a finished run.",
     ),
 ]
+Isolate = Annotated[
+    bool,
+    typer.Option(
+        "--isolate",
+        help="Read records and train in confined processes, one a site, as real sites do.",
+    ),
+]
 Resume = Annotated[
     Path | None, typer.Option(help="Go on with this run directory instead of a new run.")
 ]
@@ -210,6 +217,7 @@ def simulate(  # noqa: PLR0917 - one a command-line option
     attack: Attack = False,
     overrides: Overrides = None,
     resume: Resume = None,
+    isolate: Isolate = False,
     as_json: AsJson = False,
 ) -> None:
     """Run a plan over simulated sites on this machine.
@@ -231,6 +239,7 @@ def simulate(  # noqa: PLR0917 - one a command-line option
         baselines=baselines,
         address=address,
         device=device,
+        isolate=isolate,
     )
     console = terminal(stderr=as_json)
     if plan is not None:

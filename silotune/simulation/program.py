@@ -21,6 +21,9 @@ from silotune.client.app import build_client_app
 from silotune.client.model_cache import LocalTraining, ModelCache
 from silotune.client.site_run import SiteRun
 from silotune.client.training.base import Vector
+from silotune.client.training.bounds import table_of
+from silotune.client.training.launcher import Launcher
+from silotune.client.training.process import TrainerProcesses
 from silotune.data.records import Records, Split
 from silotune.data.site import SiteConfig
 from silotune.errors import RunError
@@ -44,7 +47,8 @@ class SimulatedSites:
     payload : mapping
         ``plan`` (canonical JSON), ``run``, ``sites`` (paths of site.toml files in node order),
         ``states`` (their state folders), ``choices`` (`silotune.models.choices.Choices`),
-        ``shared`` (a folder for what processes share) and ``roster`` (public keys, in hex, by site).
+        ``shared`` (a folder for what processes share), ``roster`` (public keys, in hex, by site) and
+        ``isolate`` (whether records are read in confined processes).
     """
 
     kind: ClassVar[type[LocalTraining]] = LocalTraining
@@ -58,7 +62,9 @@ class SimulatedSites:
             Choices(**payload["choices"]), shared=Path(payload["shared"]), kind=self.kind
         )
         self._roster = {name: bytes.fromhex(key) for name, key in payload["roster"].items()}
+        self._isolate, self._choices = bool(payload["isolate"]), dict(payload["choices"])
         self._runs: dict[int, SiteRun] = {}
+        self._local: dict[int, LocalTraining] = {}
         if self._plan.statistics is None:
             self._models.for_plan(self._plan)
         self.client_app = build_client_app(self._find)
@@ -71,12 +77,15 @@ class SimulatedSites:
     def site(self, index: int) -> SiteRun:
         """The site at an index (node order from 0), made on first use."""
         if index not in self._runs:
+            config = SiteConfig.load(self._configs[index])
             self._runs[index] = SiteRun(
-                SiteConfig.load(self._configs[index]),
+                config,
                 state=self._states[index],
                 plan=self._plan,
                 run=self._run,
-                models=self._models,
+                models=self._processes(config, self._states[index])
+                if self._isolate
+                else self._models,
                 to_disk=False,
                 roster=self._roster,
             )
@@ -84,7 +93,20 @@ class SimulatedSites:
 
     def training(self, index: int) -> LocalTraining:
         """The records and the model of the site at an index, in this process."""
-        return cast(LocalTraining, self.site(index).training)
+        site = self.site(index)
+        if not self._isolate:
+            return cast(LocalTraining, site.training)
+        # What the simulator alone asks for, such as scores on held-out data, no trainer would answer.
+        if index not in self._local:
+            self._local[index] = self._models.training(site.job)
+        return self._local[index]
+
+    def _processes(self, site: SiteConfig, state: Path) -> TrainerProcesses:
+        """Confined processes of a site's own, which compute with what was chosen for the run."""
+        base = site.model_place(self._plan)
+        table = table_of(site, scratch=state / "scratch", models=[base] if base else [])
+        chosen = {name: str(self._choices[name]) for name in ("device", "dtype", "attention")}
+        return TrainerProcesses(site, launcher=Launcher(table), chosen=chosen)
 
     def inspect(
         self, site_index: int, request: dict[str, Any], arrays: Arrays
@@ -165,6 +187,7 @@ def payload_for(
     states: list[Path],
     choices: Choices,
     shared: Path,
+    isolate: bool = False,
 ) -> dict[str, Any]:
     """What `build` takes, as JSON values. The simulator enrols the sites: it makes their keys."""
     return {
@@ -174,6 +197,7 @@ def payload_for(
         "states": [str(state) for state in states],
         "choices": asdict(choices),
         "shared": str(shared),
+        "isolate": isolate,
         "roster": enrol(sites, states) if plan.aggregation.secure else {},
     }
 

@@ -25,6 +25,7 @@ from flwr.app import Context, RecordDict
 from flwr.serverapp import ServerApp
 
 from silotune import __version__
+from silotune.client.isolation.confinement import checked
 from silotune.client.terms import delta_notes
 from silotune.data.checks import Surveyed, survey
 from silotune.data.declared import new_secret, own_secret
@@ -161,6 +162,8 @@ class Settings:
         Of a Ray cluster; None starts Ray on this machine.
     device : str
         ``auto``, ``cpu`` or ``cuda:N``.
+    isolate : bool
+        Whether each site's records are read in a confined process of their own.
     """
 
     engine: EngineName = "processes"
@@ -168,6 +171,7 @@ class Settings:
     baselines: bool = False
     address: str | None = None
     device: str = "auto"
+    isolate: bool = False
 
     def worker_count(self, sites: int) -> int:
         """Workers really used: by default one a core, never more than sites."""
@@ -201,6 +205,7 @@ class _Job(Recorded):
             states=states,
             choices=self.choices,
             shared=self.shared,
+            isolate=self.settings.isolate,
         )
 
     @property
@@ -248,6 +253,10 @@ def simulate(
         raise PlanInvalid("a plan that counts trains nothing that baselines could stand beside")
     sites = list(load_sites(sites_folder or plan_path.resolve().parent))
     _require_sites(plan, sites)
+    if settings.isolate:
+        for site in sites:
+            missing = [each.lack for each in checked(site) if not each.in_force]
+            note(f"{site.name} would be confined without: {'; '.join(missing) or 'nothing'}")
     secrets = {site.name: new_secret() for site in sites}
     found = survey_sites(plan, sites, secrets=secrets, note=note)
     choices = choose(plan, device=settings.device) if plan.statistics is None else _NO_MODEL

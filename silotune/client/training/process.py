@@ -222,10 +222,15 @@ class TrainerProcesses:
         Its ``[resources]`` hold for every process.
     launcher : Launcher
         Starts them.
+    chosen : mapping, optional
+        ``device``, ``dtype`` and ``attention`` to compute with, if they are not chosen there.
     """
 
-    def __init__(self, site: SiteConfig, *, launcher: Launcher) -> None:
+    def __init__(
+        self, site: SiteConfig, *, launcher: Launcher, chosen: Mapping[str, str] | None = None
+    ) -> None:
         self.site, self.launcher = site, launcher
+        self.chosen = chosen or {"device": site.resources.device, "dtype": "", "attention": ""}
         self.surveyed: dict[tuple[str, str, int], _Surveyed] = {}
         self._all: WeakSet[ProcessTraining] = WeakSet()
 
@@ -420,7 +425,7 @@ class ProcessTraining:
         return trainer
 
     def _started(self, *, records: bool) -> TrainerProcess:
-        job, site = self._job, self._processes.site
+        job, site, chosen = self._job, self._processes.site, self._processes.chosen
         found = self._surveyed.loaded
         begin = m.Begin(
             plan=job.plan.canonical(),
@@ -429,9 +434,9 @@ class ProcessTraining:
             base=job.base,
             rank=job.rank,
             secret=job.secret().hex() if records else "",
-            device=found.device if found else site.resources.device,
-            dtype=found.dtype if found else "",
-            attention=found.attention if found else "",
+            device=found.device if found else chosen["device"],
+            dtype=found.dtype if found else chosen["dtype"],
+            attention=found.attention if found else chosen["attention"],
             trial=found is None,
             threads=site.resources.threads or 0,
         )
