@@ -10,7 +10,9 @@ from tests.federation import PRIVATE, write_federation
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [{}, {**PRIVATE, "privacy.clip": 1.0, "rounds.local_steps": 2}])
+@pytest.mark.parametrize(
+    "settings", [{}, {**PRIVATE, "privacy.clip": 1.0, "rounds.local_steps": 2}]
+)
 def test_confined_processes_give_the_adapter_that_one_process_gives(
     tmp_path, bert_folder, settings
 ):
