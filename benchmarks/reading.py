@@ -5,7 +5,7 @@ memory that it took. pandas reads the three columns that a plan needs, as text (
 what silotune gives; what it takes to guess types is shown beside. Readers take turns, and medians are
 told.
 
-    python benchmarks/reading.py            # a million records, five turns: some ten minutes
+    python benchmarks/reading.py            # a million records, three turns: some five minutes
     python benchmarks/reading.py --quick    # 100,000 records, one turn
     python benchmarks/reading.py --json     # the last line is one JSON object
 """
@@ -133,7 +133,7 @@ def main() -> None:
     if given.read:
         sys.stdout.write(json.dumps(read(given.read, given.folder)))
         return
-    number, turns = (100_000, 1) if given.quick else (1_000_000, 5)
+    number, turns = (100_000, 1) if given.quick else (1_000_000, 3)
     with tempfile.TemporaryDirectory() as scratch:
         write(Path(scratch), number)
         found = measured(Path(scratch), turns)
