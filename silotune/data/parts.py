@@ -102,11 +102,11 @@ def told(path: Path) -> Iterator[None]:
     """Tell of the system's and the unpackers' errors by file, without what they quote of it."""
     try:
         yield
-    except FileNotFoundError as exc:
-        raise DatasetUnreadable(f"{path}: {exc.strerror}") from None
     except (OSError, EOFError, zlib.error) as exc:
         reason = exc.strerror if isinstance(exc, OSError) else None
-        raise DatasetUnreadable(f"{path}: {reason or 'it is damaged'}") from None
+        other = exc.filename if isinstance(exc, OSError) else None
+        at = f"{path}: {other}" if other not in (None, str(path)) else path
+        raise DatasetUnreadable(f"{at}: {reason or 'it is damaged'}") from None
 
 
 def open_part(path: Path) -> BinaryIO:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mimetypes
 import zipfile
 from collections.abc import Collection, Iterator
 from contextlib import closing
@@ -50,12 +51,7 @@ Cells = tuple[Any, ...]
 
 def _rows(path: Path, shape: Shape) -> Iterator[tuple[int, Cells]]:
     """The rows that are not blank, from the header on."""
-    try:
-        import openpyxl
-    except ImportError:
-        raise DatasetUnreadable(
-            f"{path} needs openpyxl", remedy="pip install 'silotune[excel]'"
-        ) from None
+    openpyxl = _openpyxl(path)
     with told(path):
         _require_bounded(path)
     try:
@@ -71,6 +67,19 @@ def _rows(path: Path, shape: Shape) -> Iterator[tuple[int, Cells]]:
         raise _no_workbook(path) from None
     if name not in names:
         raise DatasetUnreadable(f"{path} has no sheet {name!r} among its {len(names)}")
+
+
+def _openpyxl(path: Path) -> Any:
+    # It asks for the system's list of file types, which a confined trainer may not open.
+    begun, mimetypes.inited = mimetypes.inited, True
+    try:
+        import openpyxl
+    except ImportError:
+        remedy = "pip install 'silotune[excel]'"
+        raise DatasetUnreadable(f"{path} needs openpyxl", remedy=remedy) from None
+    finally:
+        mimetypes.inited = begun
+    return openpyxl
 
 
 def _cells(sheet: Any, skipped: int) -> Iterator[tuple[int, Cells]]:
