@@ -100,6 +100,15 @@ def test_a_statistics_run_leaves_its_figures_and_no_bare_sums(together):
     assert found["sites"] == {name: {"declared_units": 150} for name in WARDS}
 
 
+def test_a_seeded_run_gives_the_same_figures_again_and_says_that_it_is_not_private(wards):
+    one, other = (
+        read(counted(wards, name, **SECURE, **{"plan.seed": 3}).root / "statistics.json")
+        for name in ("seeded", "again")
+    )
+    assert one["private"] is False
+    assert {**one, "run": ""} == {**other, "run": ""}
+
+
 def test_a_site_that_refuses_is_not_in_the_sum_and_the_figures_say_so(tmp_path):
     wards = write_wards(tmp_path, patients=100)
     config = tmp_path / "gamma" / "site.toml"
