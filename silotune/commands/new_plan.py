@@ -8,9 +8,10 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, TypeVar, cast
 
 import click
 import typer
@@ -21,6 +22,7 @@ from silotune.plan.draft import PlanFacts, draft
 from silotune.plan.left_out import Number
 from silotune.terminal import terminal
 
+T = TypeVar("T")
 ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 TASKS = ("text_classification", "causal_lm")
 
@@ -97,12 +99,11 @@ def new(  # noqa: PLR0917 - one a command-line option
     console.print(f"  silotune simulate {path}", soft_wrap=True)
 
 
-Ask = Callable[[str, str, str], str]
+Ask = Callable[[str, str], str]
 
 
-def _ask(question: str, default: str, kind: str) -> str:
+def _ask(question: str, default: str) -> str:
     """One answer on the terminal."""
-    del kind
     return str(typer.prompt(question, default=default or None))
 
 
@@ -118,24 +119,20 @@ class Questions:
         if name in self._answers:
             return str(self._answers[name])
         if self._ask is not None:
-            return self._ask(question, default, name).strip()
+            return self._ask(question, default).strip()
         if not default:
             self.missing.append(f"--{name.replace('_', '-')}")
         return default
 
-    def number(self, name: str, question: str, default: str) -> float:
-        """An answer as a number; asked again while it is none."""
+    def read(self, name: str, question: str, default: str, of: Callable[[str], T | None]) -> T:
+        """An answer as `of` reads it; asked again while it can't, refused if it was given."""
         while True:
             answer = self.text(name, question, default)
-            try:
-                found = float(answer)
-            except ValueError:
-                found = math.nan
-            if math.isfinite(found) and found >= 0:
+            if (found := of(answer)) is not None:
                 return found
             if self._ask is None or name in self._answers:
-                raise click.BadParameter(f"{answer!r} is no number", param_hint=f"--{name}")
-            terminal().print("That is no number.")
+                raise click.BadParameter(f"{answer!r} won't do", param_hint=f"--{name}")
+            terminal().print(f"{answer!r} won't do.")
 
 
 def facts_of(answers: Mapping[str, Any], *, ask: Ask | None) -> PlanFacts:
@@ -146,7 +143,7 @@ def facts_of(answers: Mapping[str, Any], *, ask: Ask | None) -> PlanFacts:
     answers : mapping
         What is known already, by option; texts as a person would type them.
     ask : callable, optional
-        Given a question, its default and its name; without it nothing is asked.
+        Given a question and its default; without it nothing is asked.
 
     Raises
     ------
@@ -154,24 +151,24 @@ def facts_of(answers: Mapping[str, Any], *, ask: Ask | None) -> PlanFacts:
         Something has no default and nobody could be asked.
     """
     asked = Questions(answers, ask)
-    task = asked.text("task", f"Task ({' or '.join(TASKS)})", TASKS[0])
-    if task not in TASKS:
-        raise click.BadParameter(f"use {' or '.join(TASKS)}", param_hint="--task")
+    task = asked.read("task", f"Task ({' or '.join(TASKS)})", TASKS[0], _one_of(*TASKS))
     classifies = task == TASKS[0]
     base = asked.text("base", "Base model (hub id or folder)", ENCODER if classifies else "")
     labels = asked.text("labels", "Labels, separated by commas") if classifies else ""
     dataset = asked.text("dataset", "Dataset (its name in the sites' site.toml)")
     unit = asked.text("unit", "Whose data is protected as one (record, patient, ...)", "record")
     units = _units(asked, unit)
-    epsilon = asked.number("epsilon", "Epsilon of the whole run (0: no privacy)", "8")
-    link = asked.number("link", "What a site can send, in Mbit/s", "100")
+    epsilon = asked.read("epsilon", "Epsilon of the whole run (0: no privacy)", "8", _positive)
+    link = asked.read("link", "What a site can send, in Mbit/s", "100", _positive)
+    split_by = asked.read("split_by", "Held out by unit or group", "unit", _one_of("unit", "group"))
     if asked.missing:
         raise PlanInvalid(
             f"nobody was asked, and these have no default: {', '.join(asked.missing)}",
             remedy="Give them, or run it on a terminal without --yes.",
         )
-    optional = {key: answers[key] for key in ("delta", "records_a_unit", "max_length", "split_by")
-                if key in answers}  # fmt: skip
+    optional = {
+        key: answers[key] for key in ("delta", "records_a_unit", "max_length") if key in answers
+    }
     listed = tuple(part.strip() for part in labels.split(",") if part.strip())
     return PlanFacts(
         name=answers.get("name") or re.sub(r"[^a-z0-9_-]+", "-", dataset.lower()),
@@ -185,6 +182,7 @@ def facts_of(answers: Mapping[str, Any], *, ask: Ask | None) -> PlanFacts:
         unit=unit,
         epsilon=epsilon or None,
         link=link or 100.0,
+        split_by=cast(Any, split_by),
         **optional,
     )
 
@@ -196,18 +194,30 @@ def _purpose(task: str, labels: Sequence[str]) -> str:
 
 
 def _units(asked: Questions, unit: str) -> tuple[int, ...]:
-    text = asked.text("units", f"Units ({unit}s) a site: one number, or one a site: 1000,2500")
-    if not text:
-        return ()
-    try:
-        found = [int(part.replace("_", "")) for part in text.split(",")]
-    except ValueError:
-        raise click.BadParameter(f"{text!r}: use 1000 or 1000,2500", param_hint="--units") from None
-    if min(found) < 1:
-        raise click.BadParameter("a site has at least one unit", param_hint="--units")
+    question = f"Units ({unit}s) a site: one number, or one a site: 1000,2500"
+    found = asked.read("units", question, "", _whole_numbers)
     if len(found) == 1:
-        found *= max(1, int(asked.number("sites", "Number of sites", "3")))
-    return tuple(found)
+        found *= max(1, int(asked.read("sites", "Number of sites", "3", _positive)))
+    return found
+
+
+def _positive(text: str) -> float | None:
+    with suppress(ValueError):
+        found = float(text)
+        return found if math.isfinite(found) and found >= 0 else None
+    return None
+
+
+def _whole_numbers(text: str) -> tuple[int, ...] | None:
+    """Whole numbers above zero; none of no text."""
+    with suppress(ValueError):
+        found = tuple(int(part) for part in text.split(",") if text)
+        return found if all(number > 0 for number in found) else None
+    return None
+
+
+def _one_of(*choices: str) -> Callable[[str], str | None]:
+    return lambda text: text if text in choices else None
 
 
 def _sha256(base: str) -> str | None:

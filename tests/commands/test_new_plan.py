@@ -119,15 +119,16 @@ def test_on_a_terminal_it_asks_for_what_is_not_given_and_no_more(tmp_path, bert_
             "Task": [""],
             "Labels": ["no, yes"],
             "Whose data": ["patient"],
-            "Units": ["500"],
+            "Units": ["many", "500"],
             "Number of sites": ["4"],
             "Epsilon": ["plenty", "2"],
             "What a site can send": [""],
         },
     )
     assert code == 0, screen
-    assert len(asked) == 8
-    assert "That is no number." in screen
+    assert len(asked) == 9
+    assert "'many' won't do." in screen
+    assert "'plenty' won't do." in screen
     plan = Plan.load(path)
     assert plan.model.labels == ("no", "yes")
     assert (plan.privacy.unit, plan.privacy.epsilon) == ("patient", 2.0)
@@ -140,6 +141,16 @@ def test_without_a_terminal_nothing_is_asked_and_what_is_missing_is_named(tmp_pa
     assert told.code == 10
     assert "--labels, --dataset" in told.errors
     assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"units": "60,none"}, {"units": "0"}, {"split-by": "site"}, {"task": "vision"}]
+)
+def test_an_option_that_makes_no_sense_is_named(tmp_path, bert_folder, wrong):
+    told = shown("plain", *words(tmp_path / "plan.toml", bert_folder, "--yes", **wrong))
+    assert told.code == 2
+    assert "won't do" in told.errors
+    assert not (tmp_path / "plan.toml").exists()
 
 
 def test_a_file_in_its_place_is_left_alone(tmp_path, bert_folder):
