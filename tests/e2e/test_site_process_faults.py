@@ -197,6 +197,32 @@ def test_killed_while_idle_it_is_back_at_once(running):
     assert times.user + times.system < 5.0
 
 
+def test_a_trainer_that_is_killed_costs_a_round_and_the_next_has_another(running):
+    """The coordinator gets an update of the plan's form, and is told nothing of it."""
+    running.approve("trainer")
+    assert refusal_code(running.ask("query.join", run="trainer")) is None
+    trainer = running.process.status()["trainer"]
+    running.send("train", 1, run="trainer")
+    running.wait_for(lambda: running.charges("trainer"), "no charge")
+    replies = len(running.double.replies)
+    psutil.Process(trainer["pid"]).kill()
+    running.double.wait_for_replies(replies + 1, seconds=SECONDS)
+    assert refusal_code(running.ask("train", 1, run="trainer")) is None
+    told = running.process.status()["failures"][-1]
+    assert "ST-751" in told and "round 1 of trainer" in told
+    assert refusal_code(running.ask("train", 2, run="trainer")) is None
+    assert running.process.status()["trainer"]["pid"] != trainer["pid"]
+    assert len(running.charges("trainer")) == 2
+
+
+def test_a_daemon_whose_launcher_is_killed_ends_to_be_started_again(running):
+    me = psutil.Process(running.process.process.pid)
+    (launcher,) = [c for c in me.children() if "launcher" in " ".join(c.cmdline())]
+    launcher.kill()
+    assert running.process.process.wait(60) == 70
+    assert "ST-756" in running.process.output()
+
+
 def test_killed_while_training_the_round_is_done_again_under_the_charge_it_began_with(running):
     running.approve("trained")
     assert refusal_code(running.ask("query.join", run="trained")) is None

@@ -41,6 +41,7 @@ from silotune.client.errors import (
     PolicyMissing,
     RunNotProposed,
     SiteCommandFailed,
+    TrainerNotStarted,
 )
 from silotune.client.isolation.confinement import checked
 from silotune.client.isolation.shut_out import shut_out
@@ -150,6 +151,8 @@ class Daemon:
         ------
         SessionTaken
             Another process with this site's keys took its place.
+        TrainerNotStarted
+            The launcher is gone.
         """
         self._shut_out()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -167,16 +170,20 @@ class Daemon:
         ]
         for thread in threads:
             thread.start()
+        lost = False
         while not self._stop.wait(1.0):  # a wait without end would hold signals back
-            pass
+            if lost := not self._launcher.alive:
+                self._stop.set()
         control.close()
         abandoned = self._connection.end(grace=self._grace)
-        self._trainers.close()
-        self._launcher.close()
+        if not abandoned:  # else a trainer's end would be answered like any other fault of it
+            self._launcher.close()
         self._audit.append("stopped", abandoned=abandoned)
         logger.info("stopped%s", f"; {abandoned} was abandoned" if abandoned else "")
         if self._connection.failed is not None:
             raise self._connection.failed
+        if lost:
+            raise TrainerNotStarted("the launcher came to an end; the daemon can't start another")
         if abandoned:
             logging.shutdown()
             os._exit(0)  # a thread that waits for a message can't be ended in any other way

@@ -101,6 +101,11 @@ class Launcher:
         with suppress(OSError):
             self._ask({"ask": "end", "pid": pid})
 
+    @property
+    def alive(self) -> bool:
+        """Whether it runs."""
+        return self._process.poll() is None
+
     def close(self) -> None:
         """End the launcher, and every trainer with it."""
         self._connection.close()
