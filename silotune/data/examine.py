@@ -177,11 +177,13 @@ class _Look:
         records, declared = self._records, set(dataset.declared_labels)
         declared |= set(self._plan.model.labels) if self._given else set()
         labels = np.array(self._given_labels, dtype=object)
+        # More than these are hardly labels: perhaps the wrong column was named, one of names.
+        few = len({*self._given_labels} - declared) <= _MOST_LABELS
         shown: list[LabelCount] = []
         hidden = [0, 0]
         for label, count in Counter(self._given_labels).most_common():
-            told = len(label) <= _LONGEST_LABEL and count >= _LEAST_OF_A_LABEL
-            if label not in declared and (not told or len(shown) >= _MOST_LABELS):
+            told = few and len(label) <= _LONGEST_LABEL and count >= _LEAST_OF_A_LABEL
+            if label not in declared and not told:
                 hidden = [hidden[0] + 1, hidden[1] + count]
                 continue
             own = labels == label

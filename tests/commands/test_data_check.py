@@ -256,6 +256,19 @@ def test_no_record_is_ever_shown(tmp_path, form):
             assert secret.replace(" ", "") not in told.replace("\r\n", "").replace(" ", "")
 
 
+def test_a_column_of_many_values_is_not_shown_as_labels(tmp_path):
+    """Somebody named the column of patients: each has many records, and none is shown."""
+    rows = [
+        [text, f"patient {CANARY} {at // 6}", unit] for at, (text, _, unit) in enumerate(notes(400))
+    ]
+    result = shown("json", "data", "check", str(site_of(tmp_path, rows)))
+    assert result.code == 70
+    assert CANARY not in result.text + result.errors
+    (facts,) = result.facts["datasets"]
+    assert facts["labels"] == []
+    assert remarks(facts)["label_column"] == "wrong"
+
+
 @pytest.mark.parametrize("debug", [(), ("--debug",)], ids=["quiet", "debug"])
 def test_a_foreign_error_is_told_without_its_message(tmp_path, monkeypatch, debug, capsys):
     def failing(texts, units, **rest):
