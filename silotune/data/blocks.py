@@ -140,13 +140,13 @@ def _columns(
         )
     except pa.ArrowException:
         return None
-    columns = [_values(table.column(name)) for name in wanted]
+    columns = [texts_of(table.column(name)) for name in wanted]
     # Without anything in the wanted fields, a row may be blank, and is then no record.
     empty = [{n for n, value in enumerate(c) if not value} if "" in c else set() for c in columns]
     return None if set.intersection(*empty) else columns
 
 
-def _values(column: pa.ChunkedArray) -> list[str]:
+def texts_of(column: pa.ChunkedArray) -> list[str]:
     """The texts of a column; those that repeat, as labels do, are one object."""
     if 2 * len(column[:_SOME].unique()) > min(_SOME, len(column)):
         texts: list[str] = column.to_pylist()

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from silotune.data.blocks import texts_of
 from silotune.data.nested import finder, root_of
 from silotune.data.parts import most_unpacked, unpacks_too_far
 from silotune.data.shape import Shape
@@ -39,13 +40,11 @@ def read_parquet(path: Path, wanted: Collection[str] | None, shape: Shape) -> Ta
 
     try:
         with pq.ParquetFile(path) as file:
-            schema = file.schema_arrow
-            names = _roots(schema.names, wanted, path)
+            names = _roots(file.schema_arrow.names, wanted, path)
             batches = file.iter_batches(_AT_ONCE, columns=names)
-            table = _table(path, batches, pa.schema([schema.field(name) for name in names]))
+            return _as_text(path, batches, wanted or names, shape)
     except pa.ArrowException:
         raise DatasetUnreadable(f"{path}: not a Parquet file, or a damaged one") from None
-    return _as_text(path, table, wanted or names, shape)
 
 
 def read_arrow(path: Path, wanted: Collection[str] | None, shape: Shape) -> Table:
@@ -64,10 +63,9 @@ def read_arrow(path: Path, wanted: Collection[str] | None, shape: Shape) -> Tabl
             source.seek(0)
             reader = pa.ipc.open_file(source) if in_file else pa.ipc.open_stream(source)
             names = _roots(reader.schema.names, wanted, path)
-            schema = pa.schema([reader.schema.field(name) for name in names])
             batches = map(reader.get_batch, range(reader.num_record_batches)) if in_file else reader
             selected = (batch.select(names) for batch in batches)
-            return _as_text(path, _table(path, selected, schema), wanted or names, shape)
+            return _as_text(path, selected, wanted or names, shape)
     except pa.ArrowException:
         raise DatasetUnreadable(f"{path}: not an Arrow file, or a damaged one") from None
 
@@ -101,57 +99,47 @@ def arrow_parts(folder: Path) -> list[Path] | None:
     return [folder / name for name in names]
 
 
-def _table(path: Path, batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> pa.Table:
-    """All batches, unless they are far more than the file: columns may be packed, or repeat."""
-    import pyarrow as pa
-
-    limit, size, kept = most_unpacked(path.stat().st_size), 0, []
-    for batch in batches:
-        size += batch.nbytes
-        if size > limit:
-            raise unpacks_too_far(path, limit)
-        kept.append(batch)
-    return pa.Table.from_batches(kept, schema)
-
-
 def _roots(present: Sequence[str], wanted: Collection[str] | None, path: Path) -> list[str]:
     """The columns of the file that what is wanted is in."""
     roots = None if wanted is None else [root_of(name, present) for name in wanted]
     return choose(present, roots, str(path))
 
 
-def _as_text(path: Path, table: pa.Table, names: Collection[str], shape: Shape) -> Table:
-    import pyarrow as pa
-
-    rows = range(1, table.num_rows + 1)
-    columns: dict[str, Sequence[str]] = {}
-    nested: dict[str, list[Any]] = {}
-    for name in names:
-        if name not in table.column_names:
-            root, find = root_of(name, table.column_names), finder(name)
-            nested[name] = [find({root: value}) for value in table.column(root).to_pylist()]
-            continue
-        column = table.column(name)
-        try:
-            columns[name] = _texts(column, shape)
-        except pa.ArrowException:
-            raise DatasetUnreadable(
-                f"{path}: column {name!r} of type {column.type} can't be read as text"
-            ) from None
-    if nested:
-        faults = Faults(str(path))
-        return as_table(str(path), rows, {**columns, **nested}, faults, shape.rule)
-    return of_texts(str(path), rows, columns, Faults(str(path)), shape.rule)
+def _as_text(
+    path: Path, batches: Iterable[pa.RecordBatch], names: Collection[str], shape: Shape
+) -> Table:
+    """All batches, unless they are far more than the file: columns may be packed, or repeat."""
+    limit, size, rows = most_unpacked(path.stat().st_size), 0, 0
+    columns: dict[str, list[Any]] = {name: [] for name in names}
+    nested = False
+    for batch in batches:
+        size, rows = size + batch.nbytes, rows + batch.num_rows
+        if size > limit:
+            raise unpacks_too_far(path, limit)
+        for name, column in columns.items():
+            if name in batch.schema.names:
+                column.extend(_texts(path, name, batch.column(name), shape))
+                continue
+            nested = True
+            root, find = root_of(name, batch.schema.names), finder(name)
+            column.extend(find({root: value}) for value in batch.column(root).to_pylist())
+    make = as_table if nested else of_texts
+    return make(str(path), range(1, rows + 1), columns, Faults(str(path)), shape.rule)
 
 
-def _texts(column: pa.ChunkedArray, shape: Shape) -> list[str]:
+def _texts(path: Path, name: str, column: pa.Array, shape: Shape) -> list[str]:
     import pyarrow as pa
 
     kind: Any = column.type
     if not shape.strict and pa.types.is_binary(kind):  # one record's bytes may be no text
         values = column.to_pylist()
         return [(value or b"").decode("utf-8", "surrogateescape") for value in values]
-    texts: list[str] = column.cast(pa.string()).fill_null("").to_pylist()
+    try:
+        texts = texts_of(pa.chunked_array([column.cast(pa.string()).fill_null("")]))
+    except pa.ArrowException:
+        raise DatasetUnreadable(
+            f"{path}: column {name!r} of type {kind} can't be read as text"
+        ) from None
     if shape.rule > 1 and pa.types.is_floating(kind):
         return [text and of_float(float(text)) for text in texts]
     return texts
