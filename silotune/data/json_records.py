@@ -58,7 +58,7 @@ def _read(
     path: Path,
     wanted: Collection[str] | None,
     shape: Shape,
-    records_of: Callable[[Path, Shape, Faults], Found],
+    records_in: Callable[[Path, Shape, Faults], Found],
 ) -> Table:
     faults = Faults(str(path))
     numbers: list[int] = []
@@ -69,7 +69,7 @@ def _read(
     finders = [finder(name) for name in wanted or ()]
     columns: list[list[Any]] = [[] for _ in finders]
     try:
-        for number, record in records_of(path, shape, faults):
+        for number, record in records_in(path, shape, faults):
             if record is None:
                 broken.append(number)
                 continue
