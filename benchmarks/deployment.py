@@ -123,7 +123,7 @@ def measured(options):
                         made,
                         counts=counts,
                         rounds=2 if quick else 6,
-                        idle_seconds=6 if quick else 60,
+                        idle_seconds=20 if quick else 60,
                     )
                     continue
                 for deployment in made.values():

@@ -40,6 +40,8 @@ dataset = "d"
 number = {rounds}
 min_sites = {sites}
 deadline = 600.0
+[optimizer.site]
+head_rounds = 0
 [privacy]
 mode = "none"
 rate = 0.1

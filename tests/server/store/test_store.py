@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import create_engine, insert
+from sqlalchemy import create_engine, event, insert
 
 from silotune.protocol.errors import StoreUnusable
 from silotune.rounds.run_directory import packed, unpacked
@@ -88,6 +88,27 @@ def test_a_checkpoint_comes_back_bit_for_bit_and_replaces_the_one_before(record)
     arrays, state = record.load_checkpoint()
     assert state == {"round": 2, "plan_sha256": "p"}
     assert arrays["adapter"].tobytes() == np.full(LAYOUT.size, 2, np.float32).tobytes()
+
+
+def test_a_checkpoint_is_written_over_the_last_and_no_row_of_megabytes_is_deleted(store, record):
+    """With secure_delete, a deleted one is overwritten with zeros first: twice the bytes a round."""
+    save(record, 1)
+    asked = []
+    event.listen(
+        store._engine, "before_cursor_execute", lambda c, r, words, *_: asked.append(words)
+    )
+    save(record, 2)
+    record.save_secure_round(2, b"x")
+    record.save_secure_round(3, b"y")
+    written = [words.split()[:3] for words in asked if "checkpoints" in words]
+    assert [words[0] for words in written] == ["UPDATE"]
+    assert not any("run=" in words.split("WHERE")[0] for words in asked if "UPDATE ch" in words)
+    assert not any(words.startswith(f"DELETE FROM {t}") for words in asked for t in LARGE)
+    assert (record.load_checkpoint()[1]["round"], record.load_secure_round(3)) == (2, b"y")
+    assert record.load_secure_round(2) is None
+
+
+LARGE = ("checkpoints", "secure_rounds")
 
 
 def test_adapters_of_the_newest_rounds_are_kept_and_of_all_their_hashes(store, record):
