@@ -75,10 +75,12 @@ def fleets(deployments, *, counts, rounds, idle_seconds):
                 if kind != "tiny" and name != "this":
                     continue  # the other build's are measured with three sites
                 told = deployment.run(plan, values=values, rounds=rounds)
+                # The exchange in which sites join counts as a round.
                 row[f"{kind}_cpu_ms"] = 1e3 * told["cpu_seconds"] / (count * (rounds + 1))
                 row[f"{kind}_seconds"] = statistics.median(told["seconds"])
                 row[f"{kind}_mb"] = deployment.megabytes
             found[name].append({**row, "peak_mb": deployment.peak_megabytes})
+            print(name, found[name][-1], file=sys.stderr, flush=True)
     for name, deployment in deployments.items():
         found[name][-1]["idle_percent"] = deployment.idle(idle_seconds)
     return found

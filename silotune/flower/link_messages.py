@@ -291,7 +291,11 @@ class LinkMessages:
             raise ValueError("a piece of the reply before this one is missing")
         name = f"{message_id}.{frame.number}"
         self._files.write(name, bytes(frame.piece))
-        found.coming.append(name)
+        with self._lock:
+            if message_id not in self._all:  # withdrawn meanwhile
+                self._files.release([name])
+                return None
+            found.coming.append(name)
         if frame.number + 1 < frame.of:
             return False
         return self._keep_reply(found, _Kept(frame.head, names=tuple(found.coming)))

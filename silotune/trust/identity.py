@@ -1,10 +1,9 @@
 """Who is who: keys, certificates, people, and fingerprints that two of them can read to each other.
 
 A site has two keys. The Ed25519 *signing key* (RFC 8032), made once and private to its owner, signs what
-it says: approvals, payloads, audit heads. The P-384 *node key* authenticates its connection, both to
-Flower's fleet protocol and, with a certificate of the federation's own authority over the very same key,
-to TLS. No private key ever leaves the machine it was made on: the authority sees a certificate request
-(PKCS #10) only.
+it says: approvals, payloads, audit heads. The P-384 *node key* authenticates its connection to TLS, with
+a certificate of the federation's own authority. No private key ever leaves the machine it was made on:
+the authority sees a certificate request (PKCS #10) only.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ _CONSONANTS, _VOWELS = "bdfghjklmnprstvz", "aiou"
 
 
 def new_node_key() -> EllipticCurvePrivateKey:
-    """A fresh P-384 key, of the kind that Flower's node authentication uses."""
+    """A fresh P-384 key, of the kind that Flower registers nodes by."""
     return generate_private_key(SECP384R1())
 
 

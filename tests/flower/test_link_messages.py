@@ -189,6 +189,20 @@ def test_a_reply_that_was_cut_off_by_a_crash_is_sent_again_from_its_first_piece(
     assert list(scene.replies().values()) == [(node, LARGE)]
 
 
+def test_a_reply_that_is_withdrawn_while_a_piece_of_it_is_written_leaves_nothing(
+    scene, monkeypatch
+):
+    node, _ = scene.nodes
+    (asked,) = scene.ask(node)
+    message, files = scene.fetch(node), scene.messages._files
+    write = files.write
+    monkeypatch.setattr(
+        files, "write", lambda name, piece: (write(name, piece), scene.messages.forget([asked]))
+    )
+    assert scene.answer(node, message, LARGE) == [False, False]
+    assert (scene.files(), scene.rows()) == ([], [0, 0])
+
+
 def test_what_all_are_asked_alike_is_stored_once_and_goes_with_the_last(scene):
     content = RecordDict({"bytes.0": ConfigRecord({"bytes": LARGE})})
     outgoing = [

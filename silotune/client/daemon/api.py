@@ -1,4 +1,4 @@
-"""The coordinator's routes beside the fleet protocol, as a site calls them: `silotune.protocol.http`."""
+"""The coordinator's routes beside those of messages, as a site calls them: `silotune.protocol.http`."""
 
 from __future__ import annotations
 
