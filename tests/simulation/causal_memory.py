@@ -81,7 +81,7 @@ def site(folder: Path) -> int:
     before, adapter = peak(), initial_adapter(run.training.trainer.layout, plan) + np.float32(0.01)
     for number in range(1, STEPS + 1):
         run.train(adapter, number)
-    score(run, adapter, split=Split.TRAIN, frozen=False)
+    score(run.training, adapter, split=Split.TRAIN, frozen=False)
     return peak() - before
 
 

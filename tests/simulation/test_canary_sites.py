@@ -45,11 +45,12 @@ def program(tmp_path, llama_folder):
 def test_canaries_are_units_of_their_own_to_train_on(program):
     sites, planted = program
     for index, (first, more) in enumerate([(60, 1), (80, 3), (100, 0)]):
-        records = sites.site(index).records
+        records = sites.training(index).records
+        assert sites.site(index).training.records is records  # those that its rounds draw from
         assert len(records) == first + more
         assert set(records.split[first:]) <= {Split.TRAIN}
         assert len(set(records.unit_of[first:])) == more
-    assert sites.site(1).records.examples[-3:] == planted[1:]
+    assert sites.training(1).records.examples[-3:] == planted[1:]
 
 
 def test_a_secret_that_is_learnt_by_heart_is_exposed_and_completed(program):

@@ -75,7 +75,7 @@ def test_nothing_is_scored_with_more_records_at_once_than_the_plan_allows(
 
     monkeypatch.setattr(task, "score", noted)
     adapter = initial_adapter(run.training.trainer.layout, run.plan)
-    score(run, adapter, split=Split.TRAIN, frozen=False)
+    score(run.training, adapter, split=Split.TRAIN, frozen=False)
     trained = len(sizes)
     run.evaluate(adapter, 1)
     assert 0 < trained < len(sizes)

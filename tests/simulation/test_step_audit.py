@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from silotune.client import updates
 from silotune.plan.sections import Clip
 from silotune.privacy.attacks.bounds import audit_step
 from silotune.privacy.engine import ClipGroup
@@ -39,8 +40,14 @@ def found(federation, settings, *, canaries=2000):
 
 
 def halve_the_noise(monkeypatch):
-    honest = ClipGroup.noise_std
-    monkeypatch.setattr(ClipGroup, "noise_std", lambda group, sigma: honest(group, sigma / 2))
+    """Wherever a site adds any: to the sums beside its ledger, and between a trainer's own steps."""
+    group, missing = ClipGroup.noise_std, updates.missing_noise
+    monkeypatch.setattr(ClipGroup, "noise_std", lambda own, sigma: group(own, sigma / 2))
+    monkeypatch.setattr(
+        updates,
+        "missing_noise",
+        lambda plan, parts, *, sigma: missing(plan, parts, sigma=sigma / 2),
+    )
 
 
 @pytest.mark.parametrize(("claimed", "least"), [(2.0, 0.8), (8.0, 3.0)])
@@ -55,7 +62,7 @@ def test_a_claimed_epsilon_has_a_sharp_lower_bound(federation, claimed, least):
 @pytest.mark.parametrize("mode", [{}, SHARED], ids=["local", "shared"])
 def test_half_the_noise_is_seen_as_a_violation(federation, monkeypatch, claimed, mode):
     halve_the_noise(monkeypatch)
-    # The engine's own check compares with the same wrong number, and sees nothing.
+    # The noise's own check compares with the same wrong number, and sees nothing.
     _, finding = found(federation, {**ONE_STEP, **mode, "privacy.epsilon": claimed})
     assert finding.violated
     assert finding.independent > claimed
