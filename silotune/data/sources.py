@@ -16,10 +16,12 @@ place and count, never by content.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from silotune.data.columnar import arrow_parts, read_arrow, read_parquet
 from silotune.data.delimited import read_csv
@@ -32,6 +34,11 @@ from silotune.data.table import Faults, Table, as_table, choose, joined
 from silotune.data.values import NEWEST, Rule
 from silotune.data.workbook import read_excel
 from silotune.errors import DatasetUnreadable
+
+if TYPE_CHECKING:
+    import os
+
+    import sqlalchemy as sa
 
 # Rows that a query gives at once.
 _AT_ONCE = 500
@@ -167,7 +174,10 @@ def _read_query(url: str, query: str, folder: Path, wanted: Collection[str], rul
         file = _sqlite_file(url, folder)
         if file is not None and not file.is_file():  # SQLite would create it
             raise DatasetUnreadable(f"{file}: no such database file")
-        address = sa.make_url(url) if file is None else sa.make_url(url).set(database=str(file))
+        address, still = sa.make_url(url), file is not None and _is_still(file)
+        before = file.stat() if file is not None and still else None
+        if file is not None:
+            address = _read_only(address, file, still=still)
         engine = sa.create_engine(address, poolclass=sa.pool.NullPool)
         if file is not None:
             sa.event.listen(engine, "connect", _keep_bad_bytes)
@@ -180,10 +190,14 @@ def _read_query(url: str, query: str, folder: Path, wanted: Collection[str], rul
             for rows in result.columns(*names).partitions(_AT_ONCE):
                 for column, values in zip(columns, zip(*rows, strict=True), strict=True):
                     column.extend(values)
+        if file is not None and before is not None and _written_since(file, before):
+            raise DatasetUnreadable(f"{file} was changed while it was read")
     except (sa.exc.SQLAlchemyError, ImportError) as exc:
         # Messages of drivers quote host names, users and statements: only the kind is told.
-        kind = type(getattr(exc, "orig", None) or exc).__name__
-        raise DatasetUnreadable(f"{source} failed: {kind}") from None
+        cause = getattr(exc, "orig", None) or exc
+        if file is not None:
+            _explain(file, getattr(cause, "sqlite_errorname", ""))
+        raise DatasetUnreadable(f"{source} failed: {type(cause).__name__}") from None
     numbers = range(1, len(columns[0]) + 1 if columns else 1)
     return as_table(source, numbers, dict(zip(names, columns, strict=True)), Faults(source), rule)
 
@@ -191,6 +205,51 @@ def _read_query(url: str, query: str, folder: Path, wanted: Collection[str], rul
 def _keep_bad_bytes(connection: Any, _record: object) -> None:
     """Have SQLite give text that is no UTF-8 too, so that its row alone is left out."""
     connection.text_factory = lambda content: content.decode("utf-8", "surrogateescape")
+
+
+def _read_only(address: sa.URL, file: Path, *, still: bool) -> sa.URL:
+    """A SQLite database, opened to be read in a folder where nothing can be written."""
+    if address.get_driver_name() != "pysqlite":
+        return address.set(database=str(file))
+    settings = {"uri": "true", "mode": "ro", **({"immutable": "1"} if still else {})}
+    place = f"file:{quote(str(file.absolute()))}"
+    return address.set(database=place).update_query_dict(settings)
+
+
+def _is_still(file: Path) -> bool:
+    """Whether a SQLite database is in WAL mode and no change waits beside it.
+
+    SQLite would want to make a file beside it only to read it. It can be read as what nobody changes,
+    if it is looked at afterwards whether somebody did.
+    """
+    with file.open("rb") as content:
+        in_wal_mode = content.read(20)[18:] == b"\2\2"  # the versions that write and read it
+    return in_wal_mode and not _waiting(file, "-wal")
+
+
+def _written_since(file: Path, before: os.stat_result) -> bool:
+    now = file.stat()
+    return (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns)
+
+
+def _waiting(file: Path, end: str) -> bool:
+    """Whether changes lie beside a SQLite database."""
+    beside = file.with_name(file.name + end)
+    return beside.exists() and beside.stat().st_size > 0
+
+
+def _explain(file: Path, kind: str) -> None:
+    """Raise what an error of SQLite means where files are only read."""
+    if kind in {"SQLITE_FULL", "SQLITE_IOERR_WRITE"}:  # what it sorts by way of the disk
+        raise OSError(errno.ENOSPC, "no room for SQLite's temporary files")
+    for end in ("-wal", "-journal"):
+        if _waiting(file, end) and kind.startswith(("SQLITE_CANTOPEN", "SQLITE_READONLY")):
+            raise DatasetUnreadable(
+                f"{file.name}{end} holds changes that are not in {file.name} yet, and nothing can be "
+                "written beside it here",
+                remedy="Have the program that writes it finish or close it; or do it by hand: "
+                f"sqlite3 {file.name} 'PRAGMA wal_checkpoint(TRUNCATE)'.",
+            )
 
 
 def _sqlite_file(url: str, folder: Path) -> Path | None:

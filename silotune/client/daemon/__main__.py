@@ -9,8 +9,9 @@ import os
 import sys
 from pathlib import Path
 
-# Threads of NumPy's BLAS, which a daemon has no use for, would be left out when it shuts itself out.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Threads of NumPy's BLAS, which a daemon has no use for, would be left out when it shuts itself out,
+# also where an operator's environment asks for more of them.
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
 # The command line of httpx, which it loads if it can.
 sys.modules.setdefault("httpx._main", None)  # type: ignore[arg-type]
 

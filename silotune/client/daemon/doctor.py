@@ -10,8 +10,6 @@ import shutil
 import socket
 import ssl
 from collections.abc import Callable
-from contextlib import suppress
-from functools import partial
 from urllib.parse import urlsplit
 
 import httpx
@@ -24,11 +22,15 @@ from silotune.client.errors import (
     CertificateExpired,
     DeviceMissing,
     DiskLow,
+    IsolationMissing,
     NameUnresolved,
     PolicyMissing,
     SiteNotEnrolled,
 )
 from silotune.client.isolation.confinement import checked
+from silotune.client.isolation.shut_out import would_shut_out
+from silotune.client.training.bounds import record_paths
+from silotune.data.declared import rule_for, secret_for_a_look
 from silotune.data.site import SiteConfig, require_guarded
 from silotune.findings import Check, Finding, Skipped, examine
 from silotune.protocol import http
@@ -236,7 +238,12 @@ class SiteDoctor:
         found = checked(self._site)
         held = ", ".join(p.name for p in found if p.in_force) or "nothing"
         missing = "".join(f"; {p.lack}" for p in found if not p.in_force)
-        return f"what reads records is confined by {held}{missing}"
+        records = {name: record_paths(self._site, d) for name, d in self._site.datasets.items()}
+        why = would_shut_out(self._site, records=records)
+        if why and "landlock_files" in self._site.isolation.require:
+            raise IsolationMissing(f"the daemon could read records: {why}")
+        daemon = f"could read records: {why}" if why else "can open no record"
+        return f"what reads records is confined by {held}{missing}; the daemon {daemon}"
 
     def _models(self) -> str:
         from silotune.models.pretrained import locate, require_weights
@@ -250,35 +257,14 @@ class SiteDoctor:
 
     def _dataset(self, name: str) -> Callable[[], str]:
         def check() -> str:
-            from silotune.data.augmentation import Augmentation
-            from silotune.data.declared import rule_for, secret_for_a_look
-            from silotune.data.roles import read_roles
-            from silotune.errors import RecordInvalid
+            from silotune.client.training.process import look_at
 
             dataset = self._site.dataset(name)
             rule = rule_for(dataset, secret_for_a_look(self._site, b"doctor"))
-            columns = {str(role): column for role, column in dataset.columns.by_role().items()}
-            read = partial(read_roles, dataset, folder=self._site.folder, roles=columns, rule=rule)
-            with suppress(
-                RecordInvalid
-            ):  # of single rows; a file that is not what it should be fails
-                read(strict=True)
-            table = read()
-            faults = table.faults.again()
-            for role, column in columns.items():
-                values = table.columns[role]
-                empty = [row for row, value in zip(table.rows, values, strict=True) if not value]
-                faults.add(f"empty {role}", empty, column=column)
-                if role == "label" and dataset.declared_labels:
-                    pairs = zip(table.rows, values, strict=True)
-                    other = [(row, v) for row, v in pairs if v and v not in dataset.declared_labels]
-                    rows, labels = [row for row, _ in other], [label for _, label in other]
-                    faults.add("label is not declared", rows, column=column, values=labels)
-            left_out = "".join(f"; left out where it is needed: {f.told}" for f in faults.found)
-            if dataset.augmentation is not None:  # its list of synonyms can be read
-                Augmentation.of(dataset.augmentation, folder=self._site.folder, secret=b"")
+            found = look_at(self._site, name, rule=rule)
+            left_out = "".join(f"; left out where it is needed: {each}" for each in found.left_out)
             budget = "" if dataset.budget else "; it has no budget, so no private plan can use it"
-            return f"{len(table.rows)} records, with every column that is named{left_out}{budget}"
+            return f"{found.records} records, with every column that is named{left_out}{budget}"
 
         return check
 

@@ -31,7 +31,8 @@ from typing import get_args
 from silotune.client.data_parallel import processes_for
 from silotune.client.errors import IsolationMissing
 from silotune.client.isolation import kernel, landlock, seccomp
-from silotune.data.site import ProtectionName, SiteConfig
+from silotune.client.training.database import address_of
+from silotune.data.site import ProtectionName, SiteConfig, expand_url
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,19 +211,33 @@ def require(found: Collection[Protection], names: Collection[ProtectionName]) ->
 
 
 def checked(site: SiteConfig) -> tuple[Protection, ...]:
-    """What a site's process that reads records will have here.
+    """What a site's processes that read records will have here; of a layer that one of them lacks, why.
 
     Raises
     ------
     IsolationMissing
-        Something that its site.toml requires will not be in force.
+        Something that its site.toml requires will not be in force for one of its datasets.
+    SiteConfigInvalid
+        The URL of a database names an environment variable that is not set.
     """
     memory, gpu = site.resources.memory_mb, site.resources.device != "cpu"
     limit = None if memory is None else memory * 1_000_000
     together = processes_for(site.resources) > 1
-    found = offered(Confinement(memory=limit, gpu=gpu, loopback=together))
+    plain = Confinement(memory=limit, gpu=gpu, loopback=together)
+    found = list(offered(plain))
+    for name, dataset in site.datasets.items():
+        place = address_of("" if dataset.url is None else expand_url(dataset.url))
+        if place is not None:
+            # The port alone matters to the kernel: one process tries for all databases on one.
+            reaching = offered(replace(plain, reach=("localhost", place[1])))
+            found = [
+                replace(there, reason=f"{there.reason} (dataset {name})")
+                if here.in_force and not there.in_force
+                else here
+                for here, there in zip(found, reaching, strict=True)
+            ]
     require(found, site.isolation.require)
-    return found
+    return tuple(found)
 
 
 def _put_up(

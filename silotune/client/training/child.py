@@ -24,7 +24,14 @@ from silotune.errors import SilotuneError
 
 if TYPE_CHECKING:
     from silotune.client.model_cache import LocalTraining, ModelCache
-    from silotune.client.training.messages import Arrays, AskRound, Begin, Question, Said
+    from silotune.client.training.messages import (
+        Arrays,
+        AskLook,
+        AskRound,
+        Begin,
+        Question,
+        Said,
+    )
 
 _URL = "SILOTUNE_DATABASE_URL"
 
@@ -120,6 +127,8 @@ class _Answers:
         if isinstance(question, m.Begin):
             self._begin(question)
             return m.Begun(protections=()), {}
+        if isinstance(question, m.AskLook):
+            return _looked(question), {}
         training = self._training
         assert training is not None  # the daemon begins with a Begin
         if isinstance(question, m.AskPrepared | m.AskRound):
@@ -208,22 +217,37 @@ def _prior(number: int | None, given: Arrays) -> tuple[int, Arrays] | None:
     return number, named
 
 
+def _looked(asked: AskLook) -> Said:
+    """What the doctor is told: of foreign errors the kind alone, since they may quote a record."""
+    from silotune.client.training.look import look
+
+    try:
+        return look(asked)
+    except Exception as exc:
+        return _failed(exc, type(exc).__name__)
+
+
 def _failure(exc: Exception) -> Said:
     """What the daemon is told of an error; the log has all of it."""
     import logging
 
+    logging.getLogger(__name__).error("the training failed", exc_info=exc)
+    return _failed(exc, f"{type(exc).__name__}: {exc}")
+
+
+def _failed(exc: Exception, detail: str) -> Said:
     from silotune.client.errors import TrainerDiskFull, TrainerFault, TrainerOutOfMemory
     from silotune.client.training.messages import Failed, told
 
-    logging.getLogger(__name__).error("the training failed", exc_info=exc)
-    code, detail = TrainerFault.code, f"{type(exc).__name__}: {exc}"
+    code, remedy = TrainerFault.code, ""
     if isinstance(exc, SilotuneError):
-        code, detail = exc.code, exc.detail
+        code, detail, remedy = exc.code, exc.detail, exc.remedy
     elif isinstance(exc, MemoryError) or "out of memory" in str(exc) or _ALLOCATOR in str(exc):
         code = TrainerOutOfMemory.code
-    elif isinstance(exc, OSError) and exc.errno in {errno.ENOSPC, errno.EDQUOT}:
+    elif isinstance(exc, OSError) and exc.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
         code = TrainerDiskFull.code
-    return Failed(code=code, error=type(exc).__name__[:64], detail=told(detail))
+    name = type(exc).__name__[:64]
+    return Failed(code=code, error=name, detail=told(detail), remedy=told(remedy))
 
 
 _ALLOCATOR = "can't allocate memory"  # how PyTorch's allocator for the CPU begins

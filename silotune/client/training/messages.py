@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from silotune.client.errors import TrainerAnswerInvalid, TrainerDied, TrainerStuck
+from silotune.data.values import Rule
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -124,7 +125,24 @@ class AskTables(Said):
     prior: int | None
 
 
-Question = Begin | AskLayout | AskLoaded | AskWeights | AskPrepared | AskRound | AskTables
+class AskLook(Said):
+    """Read one dataset, as the doctor asks before any run: no `Begin` comes first.
+
+    Attributes
+    ----------
+    site, folder : str
+        As in `Begin`.
+    rule : int
+        By which values become text.
+    """
+
+    kind: Literal["look"] = "look"
+    site: str
+    folder: str
+    rule: Rule
+
+
+Question = Begin | AskLayout | AskLoaded | AskWeights | AskPrepared | AskRound | AskTables | AskLook
 
 
 # --- what the trainer answers ---
@@ -192,6 +210,14 @@ class TablesCounted(Said):
     kind: Literal["tables_counted"] = "tables_counted"
 
 
+class Looked(Said):
+    """How many records there are, and what would be left out."""
+
+    kind: Literal["looked"] = "looked"
+    records: Count
+    left_out: Annotated[tuple[Told, ...], Field(max_length=_MOST_PARTS)]
+
+
 class Failed(Said):
     """It went wrong: the error's code, and what the site's own people may read of it."""
 
@@ -199,10 +225,19 @@ class Failed(Said):
     code: Annotated[str, Field(pattern=r"^ST-[0-9]{3}$")]
     error: Word
     detail: Told
+    remedy: Told = ""
 
 
 Answer = (
-    Begun | LayoutFound | ModelLoaded | WeightsFound | Prepared | RoundDone | TablesCounted | Failed
+    Begun
+    | LayoutFound
+    | ModelLoaded
+    | WeightsFound
+    | Prepared
+    | RoundDone
+    | TablesCounted
+    | Looked
+    | Failed
 )
 
 _QUESTIONS: TypeAdapter[Question] = TypeAdapter(Annotated[Question, Field(discriminator="kind")])

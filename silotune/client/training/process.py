@@ -14,10 +14,11 @@ import logging
 import os
 import signal
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -45,8 +46,10 @@ from silotune.client.training.base import (
     Vector,
     sums_of,
 )
+from silotune.client.training.bounds import table_of
 from silotune.client.training.launcher import Launcher
 from silotune.data.site import ProtectionName, SiteConfig
+from silotune.data.values import Rule
 from silotune.errors import AdapterMismatch, SilotuneError, catalogue
 from silotune.logs import JsonFormatter
 from silotune.models.layout import Layout
@@ -69,8 +72,8 @@ class TrainerProcess:
 
     Parameters
     ----------
-    begin : Begin
-        What it is for.
+    begin : Begin or None
+        What it is for; None if there is no run.
     launcher : Launcher
         Starts it.
     model, dataset : str
@@ -88,7 +91,7 @@ class TrainerProcess:
 
     def __init__(
         self,
-        begin: m.Begin,
+        begin: m.Begin | None,
         *,
         launcher: Launcher,
         model: str,
@@ -109,7 +112,8 @@ class TrainerProcess:
                 for p in begun.protections
             )
             require(self.protections, required)
-            self.ask(begin, m.Begun, seconds=_LONGEST_START)
+            if begin is not None:
+                self.ask(begin, m.Begun, seconds=_LONGEST_START)
         except (OSError, SilotuneError) as exc:
             self.end()
             if isinstance(exc, IsolationMissing):
@@ -183,6 +187,28 @@ class TrainerProcess:
             return False
 
 
+def look_at(site: SiteConfig, name: str, *, rule: Rule) -> m.Looked:
+    """Have a trainer of one's own read a dataset, confined as in a run: before there is one.
+
+    Raises
+    ------
+    IsolationMissing, TrainerNotStarted, TrainerFault
+        It can't be had here, or failed.
+    SilotuneError
+        What it says that reading failed on.
+    """
+    alone = site.model_copy(update={"datasets": {name: site.dataset(name)}, "policy": None})
+    with tempfile.TemporaryDirectory(prefix="silotune-") as folder:
+        launcher = Launcher(table_of(alone, scratch=Path(folder) / "trainers"))
+        with closing(launcher):
+            required = site.isolation.require
+            process = TrainerProcess(
+                None, launcher=launcher, model="", dataset=name, required=required
+            )
+            asked = m.AskLook(site=_site_json(site, name), folder=str(site.folder), rule=rule)
+            return process.ask(asked, m.Looked, seconds=_LONGEST_LOAD)[0]
+
+
 def start_costs(launcher: Launcher) -> Callable[[socket.socket], Callable[[], None]]:
     """What starts a process that computes costs, for `silotune.privacy.costs.compute_apart`."""
 
@@ -202,7 +228,7 @@ def _log_settings() -> dict[str, str]:
 
 def _error_of(failed: m.Failed) -> SilotuneError:
     kinds = {kind.code: kind for kind in catalogue()}
-    return kinds.get(failed.code, TrainerFault)(failed.detail)
+    return kinds.get(failed.code, TrainerFault)(failed.detail, remedy=failed.remedy or None)
 
 
 @dataclass
@@ -429,7 +455,7 @@ class ProcessTraining:
         found = self._surveyed.loaded
         begin = m.Begin(
             plan=job.plan.canonical(),
-            site=_site_json(job),
+            site=_site_json(job.site, job.plan.data.dataset),
             folder=str(job.site.folder),
             base=job.base,
             rank=job.rank,
@@ -480,13 +506,12 @@ def _layout(text: str) -> Layout:
         raise TrainerAnswerInvalid(exc.detail) from exc
 
 
-def _site_json(job: TrainingJob) -> str:
-    name = job.plan.data.dataset
-    dataset = job.site.dataset(name)
+def _site_json(site: SiteConfig, name: str) -> str:
+    dataset = site.dataset(name)
     told = dataset.model_dump(mode="json", exclude_unset=True, exclude={"budget"})
     if dataset.url is not None:
         told["url"] = "${SILOTUNE_DATABASE_URL}"
-    return json.dumps({"name": job.site.name, "datasets": {name: told}})
+    return json.dumps({"name": site.name, "datasets": {name: told}})
 
 
 def _number(prior: Prior | None) -> int | None:

@@ -1,7 +1,10 @@
 """The doctor: each trouble is found, has its own code and a remedy, and hides nothing else."""
 
+import csv
 import shutil
+import sqlite3
 from collections import namedtuple
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
@@ -195,3 +198,83 @@ def test_a_strangers_error_is_never_quoted(folder, monkeypatch):
     monkeypatch.setattr(enrolment.Enrolment, "open", fail)
     found = examined(folder)["enrolment"]
     assert (found.code, found.detail) == ("ST-000", "RuntimeError")
+
+
+def in_database(url, query="SELECT * FROM notes"):
+    def edit(text):
+        source = f'format = "sql"\nurl = "{url}"\nquery = "{query}"'
+        kept = [line for line in text.splitlines() if not line.startswith(("format =", "path ="))]
+        return "\n".join(kept).replace("[datasets.notes]", f"[datasets.notes]\n{source}", 1) + "\n"
+
+    return edit
+
+
+def as_database(folder, name="notes.db"):
+    """The notes in a database in WAL mode, open for another row."""
+    with (folder / "notes.csv").open(newline="") as file:
+        header, *rows = csv.reader(file)
+    base = sqlite3.connect(folder / name)
+    base.execute("PRAGMA journal_mode = WAL")
+    base.execute(f"CREATE TABLE notes ({', '.join(header)})")
+    base.executemany(f"INSERT INTO notes VALUES ({', '.join('?' * len(header))})", rows)
+    base.commit()
+    return base
+
+
+def test_a_database_in_wal_mode_that_nobody_has_open_is_read(folder):
+    as_database(folder).close()
+    before = sorted(path.name for path in folder.iterdir())
+    found = examined(folder, in_database("sqlite:///notes.db"))
+    assert failures(found) == {}
+    assert "60 records" in found["dataset notes"].detail
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def test_a_database_that_somebody_writes_to_is_read_with_the_newest_rows(folder):
+    with closing(as_database(folder)) as base:
+        base.execute("DELETE FROM notes WHERE rowid <= 10")
+        base.commit()
+        assert (folder / "notes.db-wal").stat().st_size > 0
+        found = examined(folder, in_database("sqlite:///notes.db"))
+    assert "50 records" in found["dataset notes"].detail
+
+
+def test_changes_that_a_run_could_not_read_are_found_by_the_doctor(folder):
+    """A program died and left changes beside the database: its folder is writable here, not there."""
+    with closing(as_database(folder)):
+        for end in ("", "-wal"):
+            shutil.copy(folder / f"notes.db{end}", folder / f"left.db{end}")
+    found = examined(folder, in_database("sqlite:///left.db"))["dataset notes"]
+    assert (found.state, found.code) == ("failed", "ST-203")
+    assert "left.db-wal holds changes" in found.detail
+    assert "PRAGMA wal_checkpoint(TRUNCATE)" in found.remedy
+
+
+def test_records_that_a_trainer_may_not_open_are_found(folder):
+    """What a link of the folder leads to is readable for this account, not for a trainer."""
+    (folder / "parts").mkdir()
+    (folder / "notes.csv").rename(folder / "elsewhere.csv")
+    (folder / "parts" / "a.csv").symlink_to(folder / "elsewhere.csv")
+    found = examined(folder, lambda text: text.replace('"notes.csv"', '"parts"'))
+    assert failures(found)["dataset notes"] == "ST-203"
+
+
+def test_a_protection_that_a_database_over_the_network_costs_is_found(folder):
+    edit = in_database("postgresql+psycopg://reader@127.0.0.1:9/clinic")
+    found = examined(folder, edit)["isolation"]
+    assert "network_namespace is not in force (the process reaches an address" in found.detail
+    assert "(dataset notes)" in found.detail
+    asked = '[isolation]\nrequire = ["network_namespace"]\n[policy]'
+    found = examined(folder, lambda text: text.replace("[policy]", asked, 1))
+    assert failures(found)["isolation"] == "ST-749"
+
+
+def test_records_where_the_daemon_works_are_found(folder):
+    assert "; the daemon can open no record" in examined(folder)["isolation"].detail
+    shutil.copy(folder / "notes.csv", folder / "state" / "notes.csv")
+    inside = examined(folder, lambda text: text.replace('"notes.csv"', '"state/notes.csv"'))
+    why = "the daemon could read records: the records of notes lie where the daemon works"
+    assert why in inside["isolation"].detail
+    asked = '[isolation]\nrequire = ["landlock_files"]\n[policy]'
+    found = examined(folder, lambda text: text.replace("[policy]", asked, 1))["isolation"]
+    assert (found.code, why in found.detail) == ("ST-749", True)

@@ -57,3 +57,12 @@ def test_a_site_does_not_start_without_what_it_requires(site):
     assert "memory_limit: resources.memory_mb of site.toml sets none" in said
     site.config.write_text(text.replace("[policy]", asked.replace("limit", "limits"), 1))
     assert "ST-201" in site.site("start", check=False).stderr
+
+
+def test_threads_that_an_operator_asks_of_numpy_do_not_keep_the_daemon_from_shutting_itself_out(
+    site,
+):
+    site.environment["OPENBLAS_NUM_THREADS"] = "4"
+    status = site.start().wait_online()
+    assert status["reads_records"] == ""
+    assert "can not open a record" in site.site("status").stdout
