@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from silotune.errors import EnvironmentFault, PolicyError, PrivacyError, RunError, SilotuneError
+from silotune.errors import EnvironmentFault, PolicyError, PrivacyError, RunError
 
 # --- policy: one code a clause ------------------------------------------------------------------
 
@@ -336,10 +336,10 @@ class RestoreNotNeeded(RunError):
 # --- the trainer, the process that reads records: exit code 70 -----------------------------------
 
 
-class TrainerFault(SilotuneError):
+class TrainerFault(EnvironmentFault):
     """The process that reads records failed; what it failed on stays at the site."""
 
-    code, exit_code = "ST-750", 70
+    code = "ST-750"
     title = "The trainer failed"
     cause = "The process that reads the records and trains met an error that it has no name for."
     advice = "Read the daemon's log around that time; the next round begins with a fresh process."

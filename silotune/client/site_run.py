@@ -21,7 +21,7 @@ from flwr.app import RecordDict
 from numpy.typing import NDArray
 
 from silotune.client import evaluation
-from silotune.client.errors import BroadcastRefused, RankRefused, RoundUnanswered
+from silotune.client.errors import BroadcastRefused, RankRefused, RoundUnanswered, TrainerFault
 from silotune.client.gate import DpRelease, Field, Gate, Public, Unprotected
 from silotune.client.judging import local_time
 from silotune.client.policy import Facts, facts_for, judge
@@ -81,7 +81,7 @@ _log = logging.getLogger(__name__)
 _MOST_WEIGHT = 1e6  # of a number in an adapter: far more than any that is of use
 
 _TELLABLE = (PolicyError, PrivacyError, RunError, ModelError, EnvironmentFault)
-_UNTELLABLE = (SelfCheckFailed, ValueUnaccounted)
+_UNTELLABLE = (SelfCheckFailed, ValueUnaccounted, TrainerFault)
 
 
 @dataclass(frozen=True)

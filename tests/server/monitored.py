@@ -107,10 +107,10 @@ class Office:
         )
         return registrar.enrol(request).enrolment
 
-    def told_run(self, run="demo-1", *, state="running", rounds=3, **settings):
+    def told_run(self, run="demo-1", *, state="running", rounds=3, plan=None, **settings):
         """A run in the store that no thread performs; what happens in it is told by `record`."""
         run_control = self.coordinator.run_control
-        plan = plan_of(rounds=rounds, **settings)
+        plan = plan or plan_of(rounds=rounds, **settings)
         signed = SignedPlan.sign(plan, self.coordinator.keys.signing)
         run_control.runs.propose(plan, signed, run=run, quorum=2)
         run_control.runs.change(run, state=state, started_at=time.time())

@@ -18,11 +18,13 @@ from typer.testing import CliRunner
 from silotune import cli
 from silotune.dashboard.page_guard import Access
 from silotune.dashboard.pages import Content, build
+from silotune.plan.plan import Plan
 from silotune.server.admin.operations import Operations
 from silotune.server.admin.socket import AdminRoutes
 from silotune.server.admin.socket_client import AdminClient
 from silotune.trust import identity
 from silotune.trust.identity import Person, account_of
+from tests.golden.registry import GOLDEN
 from tests.server.monitored import office, plan_of, tell_round
 from tests.server.test_alerts import Told
 
@@ -136,11 +138,19 @@ def on_member(action):
 
 
 def submitted(stage, *more):
-    return [stage.plan_file(), *more], stage.plan.sha256
+    path = stage.plan_file()
+    return [path, *more], Plan.load(path).sha256
 
 
 def fetched(stage, name, *more):
     return [stage.run(), *more], f"{stage.name}/{name}"
+
+
+def counted(stage):
+    found = json.loads((GOLDEN / "statistics.json").read_text())
+    plan = Plan.load(GOLDEN / "plans_that_count" / "words.toml")
+    stage.office.told_run(stage.name, plan=plan).append_event("statistics", found=found)
+    return [stage.name], f"{stage.name}/statistics.json"
 
 
 # action, then: words and target of one that is done; words, target and code of one that is refused
@@ -166,6 +176,11 @@ COORDINATOR = {
             "nothing/adapter.safetensors",
             "ST-631",
         ),
+    ),
+    "runs statistics": (
+        "download",
+        counted,
+        lambda stage: (["nothing"], "nothing/statistics.json", "ST-631"),
     ),
     "people add": (
         "add_person",
