@@ -2,11 +2,15 @@
 
 import random
 
+import numpy as np
+
 from silotune.client.model_cache import ModelCache
 from silotune.client.run_files import ProcessMemory
 from silotune.client.site_run import SiteRun
+from silotune.client.terms import missing_noise
 from silotune.models.layout import initial_adapter
-from silotune.strategies import strategy_for
+from silotune.privacy.noise import noise_for, noised
+from silotune.strategies import method_of, strategy_for
 from silotune.strategies.base import Terms
 from tests.federation import CHOICES, trainer_of
 
@@ -43,10 +47,25 @@ def plainly(sites, plan, present, folder):
     for number in range(1, plan.rounds.number + 1):
         strategy.begin(number, adapter)
         for name in sorted(present[number]):
-            update = trainer_of(runs[name]).round(adapter, number)
-            strategy.fold(terms[name], update.flat)
+            strategy.fold(terms[name], update_of(runs[name], adapter, number))
         adapter = strategy.finish(adapter, server_round=number)
     return adapter
+
+
+def update_of(run, adapter, number):
+    """A site's update of a round as its training gives it, with the noise that it lacks and no more.
+
+    No sum is shortened here: whatever else a site does to it beside its ledger would be seen.
+    """
+    plan, layout = run.plan, run.layout
+    spans = layout.spans(method_of(plan).sent(plan, number))
+    missing = missing_noise(plan, [span.part for span in spans], sigma=run.sigma)
+    if not missing:
+        return trainer_of(run).round(adapter, number).flat
+    sums = run.training.round(adapter, number, clip=None, prior=None).flat
+    noise = noise_for(plan.plan.seed, "update", run.site.name, number)
+    stds = [missing[span.part] for span in spans]
+    return noised(np.array(sums), stds, [span.size for span in spans], noise=noise)
 
 
 def random_faults(names, rounds, *, seed):
