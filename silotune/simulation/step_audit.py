@@ -7,6 +7,10 @@ has the gradient ``e_i``, ten clip norms long, in every part of the adapter. Eac
 probability 1/2; its coordinate of the released sum says whether it was. With a rate of 1 the claim is
 exactly that of one Gaussian: what the plan's noise multiplier is worth in a step, before sampling hides
 who took part.
+
+The noise is added where the plan's is: to the sums beside the ledger, or in the training, if that goes
+on from noisy sums. Of such a plan two local steps are audited, which cost together what one of its own
+costs.
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ from torch import Tensor, nn
 from silotune.client.app import build_client_app
 from silotune.client.model_cache import LocalTraining, ModelCache
 from silotune.client.site_run import SiteRun
-from silotune.client.terms import sigma_for
+from silotune.client.terms import missing_noise, sigma_for
 from silotune.client.trainer import TrainableModel
 from silotune.client.training.base import TrainingJob, Vector
 from silotune.data.records import Records, Split
@@ -106,15 +110,22 @@ def step_scores(
 
 
 def step_plan(plan: Plan, sites: Sequence[SiteConfig]) -> Plan:
-    """One step of the plan's mechanism, in which everybody takes part."""
+    """One step of the plan's mechanism, or two that cost as much, in which everybody takes part."""
     secure = plan.aggregation.secure
     count = max(3, min(plan.aggregation.threshold or 3, _MOST_SITES)) if secure else None
+    in_training = plan.per_unit and not missing_noise(plan, ("A", "B", "head"), sigma=1.0)
     settings: dict[str, Any] = {
         "rounds.number": 1,
         "rounds.min_sites": count or 1,
-        "rounds.local_steps": 1,
+        "rounds.local_steps": 2 if in_training else 1,
         "rounds.evaluate_every": 0,
-        "optimizer.site": {"adapter_lr": 1.0, "head_lr": 1.0, "warmup_share": 0.0},
+        "optimizer.site": {
+            "adapter_lr": 1.0,
+            "head_lr": 1.0,
+            "warmup_share": 0.0,
+            "schedule": "constant",
+            "local": "sgd",
+        },
         "optimizer.server": {"name": "sgd", "lr": 1.0, "momentum": 0.0},
         "privacy.rate": 1.0,
         "privacy.batch": None,
@@ -162,17 +173,17 @@ def _scored(
     plan: Plan, total: Vector, coins: Coins, *, claimed: float | None, sites: int
 ) -> StepScores:
     """The best linear score of each canary, given the noise that the plan asks for."""
-    stds = [1.0 for _ in _sizes(plan)]
+    steps, stds = plan.rounds.local_steps, [1.0 for _ in _sizes(plan)]
     lengths = [_raw(plan, part) * _records(plan) for part in _sizes(plan)]
     if plan.private:
         (sigma,) = {sigma_for(plan, len(coins))}
         local = plan.privacy.noise == "local"
-        scale = math.sqrt(sites) if local else 1.0
+        scale = math.sqrt(sites * steps) if local else 1.0
         stds, lengths = [], []
         for part in _sizes(plan):
             norm, share = plan.privacy.clipping.of(part)
             stds.append(scale * sigma * norm / math.sqrt(share))
-            lengths.append(norm)
+            lengths.append(norm * steps)
         if not plan.privacy.clipping.grouped:  # one norm over both parts
             lengths = [length / math.sqrt(len(lengths)) for length in lengths]
     signals = [length / std for length, std in zip(lengths, stds, strict=True)]

@@ -117,6 +117,10 @@ def audit_of_a_patients_step(world: World) -> None:
     _audit(world.patients)
 
 
+def audit_of_local_steps(world: World) -> None:
+    _audit(world.records, **{"rounds.local_steps": 2})
+
+
 def audit_of_a_shared_step(world: World) -> None:
     _audit(world.records, **SHARED)
 

@@ -269,6 +269,11 @@ FAULTS = [
         catchers.audit_of_a_step,
     ),
     Fault(
+        "half of the noise of local steps asked for",
+        wrap(engine.ClipGroup, "noise_std", lambda f, group, sigma: f(group, sigma / 2)),
+        catchers.audit_of_local_steps,
+    ),
+    Fault(
         "half of the noise, shared",
         wrap(updates, "missing_noise", _half_asked_for),
         catchers.audit_of_a_shared_step,
