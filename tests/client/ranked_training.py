@@ -144,12 +144,14 @@ def main():
     import torch  # noqa: F401 - once for both; a trainer imports it afterwards, and could not be forked
     import transformers  # noqa: F401
 
+    sys.path.append(str(root))
+    import tests  # noqa: F401 - a confined process can't look it up: the repository is closed to it
+
     bound = Confinement(
         read=(model, root / "tests"), write=(scratch, folder), memory=4 * 10**9, loopback=True
     )
     found = confine(bound, share=lambda: ranks.fork(2, scratch=scratch))
     (folder / f"layers-{ranks.rank}").write_text(" ".join(p.name for p in found if p.in_force))
-    sys.path.append(str(root))
     work(ranks, folder, model)
 
 

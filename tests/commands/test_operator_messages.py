@@ -1,9 +1,12 @@
 """What the commands of operators and sites say to somebody who mistypes, forgets or mixes up."""
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 
+import openpyxl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -312,31 +315,43 @@ def test_a_log_that_is_gone_from_its_folder_is_damage(folder):
 # --- records ---
 
 
-def site_with(tmp_path, name, content, form):
-    path = tmp_path / name
-    path.write_bytes(content) if content is not None else path.mkdir()
+def doctor_of(tmp_path, name, form, *, entry=""):
     (tmp_path / "site.toml").write_text(
-        f'name = "a"\n[datasets.d]\nformat = "{form}"\npath = "{name}"\ndeclared_units = 10\n'
+        f'name = "a"\n[datasets.d]\nformat = "{form}"\npath = "{name}"\ndeclared_units = 10\n{entry}\n'
         '[datasets.d.columns]\ntext = "t"\nlabel = "l"\n'
     )
     result = invoke("site", "doctor", "--config", tmp_path / "site.toml", "--json")
     return next(f for f in json.loads(result.output)["findings"] if f["check"] == "dataset d")
 
 
+def site_with(tmp_path, name, content, form):
+    path = tmp_path / name
+    path.write_bytes(content) if content is not None else path.mkdir()
+    return doctor_of(tmp_path, name, form)
+
+
 ROWS = [{"t": "a", "l": "x"}, {"t": "b", "l": "y"}]
+CSV = b"t,l\na,x\n"
+
+
+def workbook():
+    made, book = io.BytesIO(), openpyxl.Workbook()
+    for row in (("t", "l"), ("a", "x")):
+        book.active.append(row)
+    book.save(made)
+    return made.getvalue()
 
 
 @pytest.mark.parametrize(
     "name, content, form, parts",
     [
-        ("parts", None, "parquet", ("is a folder", "write_table")),
-        ("parts", None, "csv", ("is a folder",)),
-        ("a.csv", gzip.compress(b"t,l\na,x\n"), "csv", ("packed by gzip", "Unpack it")),
-        ("a.xlsx", b"PK\x03\x04\xff\xfe", "csv", ("Excel", "CSV")),
-        ("a.csv", "t,l\na,ä\n".encode("utf-16"), "csv", ("UTF-16", "iconv")),
-        ("a.csv", "t,l\na,ä\n".encode("latin-1"), "csv", ("not UTF-8 text at line 2", "iconv")),
-        ("a.json", json.dumps(ROWS).encode(), "jsonl", ("one JSON array", "jq -c '.[]'")),
-        ("a.json", json.dumps(ROWS, indent=1).encode(), "jsonl", ("one JSON array",)),
+        ("parts", None, "parquet", ("is a folder without a file of records", "Check the path")),
+        ("parts", None, "csv", ("is a folder without a file of records", "Check the path")),
+        ("a.csv", bz2.compress(CSV), "csv", ("packed by bzip2", "Unpack it")),
+        ("a.csv", lzma.compress(CSV), "csv", ("packed by xz", "Unpack it")),
+        ("a.csv", gzip.compress(gzip.compress(CSV)), "csv", ("not UTF-8 text at line 1",)),
+        ("a.csv", CSV, "jsonl", ("there is no record in it", "not a JSON object in 2 rows", "format")),
+        ("a.csv", b"t,l\n", "csv", ("there is no record in it", "format")),
     ],
 )  # fmt: skip
 def test_a_file_of_another_kind_is_named_with_what_to_do(tmp_path, name, content, form, parts):
@@ -344,6 +359,42 @@ def test_a_file_of_another_kind_is_named_with_what_to_do(tmp_path, name, content
     assert (found["state"], found["code"]) == ("failed", "ST-203")
     for part in parts:
         assert part in found["detail"] + found["remedy"]
+
+
+@pytest.mark.parametrize(
+    "name, content, form, kind, remedy",
+    [
+        ("a.xlsx", workbook(), "csv", "Excel", 'format = "excel"'),
+        ("a.csv", "t,l\na,ä\n".encode("utf-16"), "csv", "UTF-16", 'encoding = "utf-16"'),
+        ("a.csv", "t,l\na,ä\n".encode("latin-1"), "csv", "not UTF-8 text at line 2",
+         'encoding = "cp1252"'),
+        ("a.json", json.dumps(ROWS).encode(), "jsonl", "one JSON array", 'format = "json"'),
+        ("a.json", json.dumps(ROWS, indent=1).encode(), "jsonl", "one JSON array",
+         'format = "json"'),
+        ("a.json", b"".join(json.dumps(row).encode() + b"\n" for row in ROWS), "json",
+         "no JSON array", 'format = "jsonl"'),
+    ],
+)  # fmt: skip
+def test_what_the_remedy_says_of_a_file_of_another_kind_reads_it(
+    tmp_path, name, content, form, kind, remedy
+):
+    found = site_with(tmp_path, name, content, form)
+    assert (found["state"], found["code"]) == ("failed", "ST-203")
+    assert kind in found["detail"]
+    assert remedy in found["remedy"]
+    key, value = remedy.replace('"', "").split(" = ")
+    form, entry = (value, "") if key == "format" else (form, remedy)
+    read = doctor_of(tmp_path, name, form, entry=entry)
+    assert read["state"] == "ok", read
+    assert read["detail"].startswith(f"{2 if name == 'a.json' else 1} records, with every column")
+    assert "left out" not in read["detail"]
+
+
+def test_a_file_that_gzip_packed_is_read_whatever_its_name(tmp_path):
+    found = site_with(tmp_path, "a.csv", gzip.compress(CSV), "csv")
+    assert found["state"] == "ok"
+    assert found["detail"].startswith("1 records, with every column")
+    assert "left out" not in found["detail"]
 
 
 def test_a_parquet_file_that_is_called_csv_is_recognised(tmp_path):

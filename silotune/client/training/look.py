@@ -11,7 +11,7 @@ from silotune.client.training import messages as m
 from silotune.data.augmentation import Augmentation
 from silotune.data.roles import read_roles
 from silotune.data.site import SiteConfig
-from silotune.errors import RecordInvalid
+from silotune.errors import DatasetUnreadable, RecordInvalid
 
 
 def look(asked: m.AskLook) -> m.Looked:
@@ -20,7 +20,7 @@ def look(asked: m.AskLook) -> m.Looked:
     Raises
     ------
     DatasetUnreadable, ColumnMissing, SiteConfigInvalid
-        What would stop a run too.
+        What would stop a run too, or there is no record.
     """
     site = SiteConfig.from_mapping(json.loads(asked.site), folder=Path(asked.folder))
     (dataset,) = site.datasets.values()
@@ -30,6 +30,9 @@ def look(asked: m.AskLook) -> m.Looked:
     with suppress(RecordInvalid):  # of single rows; a file that is not what it should be fails
         read(strict=True)
     table = read()
+    if not table.rows:  # such as CSV that is read as JSON lines
+        left_out = "".join(f"; left out: {fault.told}" for fault in table.faults.found)
+        raise DatasetUnreadable(f"{table.source}: there is no record in it{left_out}")
     faults = table.faults.again()
     for role, column in columns.items():
         values = table.columns[role]
