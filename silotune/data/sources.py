@@ -222,7 +222,7 @@ def _is_still(file: Path) -> bool:
     SQLite would want to make a file beside it only to read it. It can be read as what nobody changes,
     if it is looked at afterwards whether somebody did.
     """
-    with file.open("rb") as content:
+    with told(file), file.open("rb") as content:
         in_wal_mode = content.read(20)[18:] == b"\2\2"  # the versions that write and read it
     return in_wal_mode and not _waiting(file, "-wal")
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import json
 import sqlite3
+from contextlib import closing
 
 import pandas as pd
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import SecretStr
 
+from silotune.data import sources
 from silotune.data.site import DatasetConfig
 from silotune.data.sources import read_dataset, read_file
 from silotune.data.values import canonical
@@ -253,3 +255,29 @@ def test_an_unset_variable_stops_before_the_database(tmp_path, monkeypatch):
     config = sql("x").model_copy(update={"url": SecretStr("${CLINIC}")})
     with pytest.raises(SiteConfigInvalid, match="CLINIC is not set"):
         read_dataset(config, folder=tmp_path, columns=["one"])
+
+
+def test_a_database_that_is_written_while_it_is_read_as_a_still_one_is_refused(clinic, monkeypatch):
+    with closing(sqlite3.connect(clinic / "clinic.db")) as base:
+        base.execute("PRAGMA journal_mode = WAL")
+    assert len(read_dataset(sql("clinic.db"), folder=clinic, columns=["one"]).rows) == 2
+    choose = sources.choose
+
+    def write_meanwhile(*given):
+        with closing(sqlite3.connect(clinic / "clinic.db")) as base:
+            base.execute("DELETE FROM t")
+            base.commit()
+        return choose(*given)
+
+    monkeypatch.setattr(sources, "choose", write_meanwhile)
+    with pytest.raises(DatasetUnreadable, match="was changed while it was read"):
+        read_dataset(sql("clinic.db"), folder=clinic, columns=["one"])
+
+
+def test_a_database_that_may_not_be_opened_is_named(clinic, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied", str(clinic / "clinic.db"))
+
+    monkeypatch.setattr(sources.Path, "open", refuse)
+    with pytest.raises(DatasetUnreadable, match=r"clinic\.db: Permission denied"):
+        read_dataset(sql("clinic.db"), folder=clinic, columns=["one"])
