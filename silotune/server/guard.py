@@ -48,6 +48,7 @@ _LIMITS = {
     http.RESTORED: http.MOST_BOOKS_BYTES,
 }
 _BODY_SECONDS = 60.0
+_AT_ONCE = 4  # requests on messages that are answered: each sealing its megabytes holds them twice
 _SESSION = re.compile(r"[0-9a-f]{32}")
 _JSON, _BYTES = "application/json", "application/octet-stream"
 
@@ -107,6 +108,7 @@ class Guard:
         self._link, self._routes, self._admission = link, routes, admission
         self._alarm = alarm
         self._sessions: dict[int, str] = {}
+        self._answering = asyncio.Semaphore(_AT_ONCE)
         self.long_poll = LongPoll()
         link.on_push(self.long_poll.wake)
 
@@ -151,7 +153,8 @@ class Guard:
             await self._pull(caller, receive, send)
             return
         try:
-            answer = await run_in_threadpool(self._answer, path, body, caller)
+            async with self._answering:
+                answer = await run_in_threadpool(self._answer, path, body, caller)
         except (BodyInvalid, ValueError) as exc:
             detail = exc.detail if isinstance(exc, BodyInvalid) else str(exc)
             raise _Refused(400, BodyInvalid(detail)) from exc
