@@ -1,6 +1,5 @@
 """A coordinator of one build with its doubles of sites, as processes; `deployment.py` measures them."""
 
-import json
 import signal
 import statistics
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import psutil
 
+from silotune.plan.plan import Plan
 from silotune.server.admin.socket_client import AdminClient
 from silotune.server.config import Home
 from tests.e2e.harness import (
@@ -103,11 +103,6 @@ class BuiltCoordinator(CoordinatorProcess):
     def up(self):
         return super().up(**self._build.variables)
 
-    def propose(self, plan):
-        """Propose a plan by the build's own command; the run's name."""
-        words = ["coordinator", "run", plan, "--dir", self.folder, "--json"]
-        return json.loads(cli(*words, **self._build.variables).stdout)["run"]
-
 
 class Deployment:
     """A coordinator and sites of one build; left, they are ended."""
@@ -130,14 +125,8 @@ class Deployment:
 
     def grow(self, total):
         """Enrol and start sites until there are so many, and wait until all are online."""
-        lines = [self._invited(f"site{number}") for number in range(self._sites, total)]
-        for start in range(0, len(lines), A_PROCESS):
-            self._start(lines[start : start + A_PROCESS])
-        asked = wait_for(lambda: self._asking(len(lines)), seconds=900, what="requests", every=0.5)
-        for row in asked:
-            self.coordinator.admin.post(f"/requests/{row['request']}/approve")
-        self._sites = total
-        wait_for(self._all_online, seconds=900, what="all sites online", every=1.0)
+        while self._sites < total:
+            self._add(min(A_PROCESS, total - self._sites))
         time.sleep(5.0)  # what the last one's coming made everybody ask
 
     def run(self, plan, *, values, rounds):
@@ -148,13 +137,14 @@ class Deployment:
         """
         path = self._folder / "plan.toml"
         path.write_text(plan.format(values=values, rounds=rounds, sites=self._sites))
-        run, first = self.coordinator.propose(path), None
+        text = Plan.load(path).canonical()
+        run, first = self.coordinator.admin.post("/runs", plan=text, quorum=None)["run"], None
         ends = time.monotonic() + 3600.0
         while (row := self._state(run))["state"] in {"proposed", "running"}:
             assert time.monotonic() < ends, row
             if first is None and row["round"]:
                 first = row["round"], self._cpu
-            time.sleep(0.25)
+            time.sleep(0.1 if first is None else 0.5)
         cpu = self._cpu
         assert row["state"] == "finished", row
         finished = self.coordinator.events(run, "round_finished")
@@ -188,6 +178,16 @@ class Deployment:
     @property
     def _cpu(self):
         return cpu_of(self._process)
+
+    def _add(self, count):
+        """So many sites more, all in one process."""
+        numbers = range(self._sites, self._sites + count)
+        self._start([self._invited(f"site{number}") for number in numbers])
+        asked = wait_for(lambda: self._asking(count), seconds=900, what="requests", every=0.5)
+        for row in asked:
+            self.coordinator.admin.post(f"/requests/{row['request']}/approve")
+        self._sites += count
+        wait_for(self._all_online, seconds=900, what="all sites online", every=1.0)
 
     def _invited(self, name):
         home = written_site(self._folder / name, name)
