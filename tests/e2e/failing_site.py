@@ -1,8 +1,9 @@
 """The real daemon of a site, which drops out where it is told to.
 
-Arguments: a JSON list of ``[round, phase, how]``, and the command line. ``how`` is "refuses", an answer
-that is an error, or "dies", SIGKILL on the message's arrival. A site that is gone from a phase is gone
-for the rest of that round; one that died is back when somebody starts it again, without that fault.
+Arguments: a JSON list of ``[round, phase, how]``, and the words of `silotune site start`. ``how`` is
+"refuses", an answer that is an error, or "dies", SIGKILL on the message's arrival. A site that is gone
+from a phase is gone for the rest of that round; one that died is back when somebody starts it again,
+without that fault.
 """
 
 import json
@@ -10,6 +11,7 @@ import os
 import signal
 import sys
 
+from silotune.client.daemon.__main__ import main
 from silotune.client.daemon.runner import Runner
 from silotune.protocol.envelope import address_of, refusal, seal, seal_id
 from tests.simulation.plain_rounds import PHASES
@@ -34,7 +36,5 @@ def answer(self, message):
 
 
 Runner.answer = answer
-sys.argv = ["silotune", *sys.argv[2:]]
-from silotune.cli import main  # noqa: E402
-
-main()
+given = dict(zip(sys.argv[4::2], sys.argv[5::2], strict=True))  # what the command becomes is itself
+sys.exit(main([given["--config"], "text", given["--log-level"], "30"]))
