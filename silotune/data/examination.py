@@ -7,7 +7,7 @@ leaves the site.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -177,9 +177,3 @@ class Examination:
         """The gravest level of its remarks."""
         levels: tuple[Level, ...] = ("wrong", "warning")
         return next((at for at in levels if any(r.level == at for r in self.remarks)), "note")
-
-
-def worst_of(found: Sequence[Examination]) -> Level:
-    """The gravest level of several datasets."""
-    levels: list[Level] = [one.worst for one in found]
-    return "wrong" if "wrong" in levels else "warning" if "warning" in levels else "note"

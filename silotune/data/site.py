@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from datetime import datetime, time, timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from pydantic import AfterValidator, Field, PrivateAttr, SecretStr, ValidationError, model_validator
 
@@ -567,3 +567,12 @@ def require_guarded(site: SiteConfig) -> None:
         require_unwritable(site.file)
     if site.state_folder.is_symlink() or site.state_folder.exists():
         require_private_tree(site.state_folder)
+
+
+def sqlite_file(url: str, folder: Path) -> Path | None:
+    """The file of a SQLite database, as SQLAlchemy reads its URL; None if there is none."""
+    kind, _, rest = url.partition("://")
+    database = unquote(rest.partition("?")[0].partition("/")[2])
+    if kind.partition("+")[0] != "sqlite" or database in ("", ":memory:"):
+        return None
+    return folder / database

@@ -29,7 +29,7 @@ from silotune.data.formats import READERS
 from silotune.data.json_records import read_array, read_lines
 from silotune.data.parts import partition_values, parts_of, told
 from silotune.data.shape import Shape
-from silotune.data.site import DatasetConfig, Format, expand_url
+from silotune.data.site import DatasetConfig, Format, expand_url, sqlite_file
 from silotune.data.table import Faults, Table, as_table, choose, joined
 from silotune.data.values import NEWEST, Rule
 from silotune.data.workbook import read_excel
@@ -114,30 +114,6 @@ def read_file(
     return table
 
 
-def paths_of(dataset: DatasetConfig, *, folder: Path) -> list[Path]:
-    """Every file that reading a dataset opens, and the folder of its parts; also its synonyms.
-
-    A database of SQLite is one; of a database on a server there is none. Files that are not there are
-    named too.
-
-    Raises
-    ------
-    DatasetUnreadable
-        A folder without a file.
-    SiteConfigInvalid
-        The URL needs an environment variable that is not set.
-    """
-    augmentation = dataset.augmentation
-    words = [folder / augmentation.synonyms] if augmentation and augmentation.synonyms else []
-    if dataset.format == "sql":
-        assert dataset.url is not None  # validated
-        file = _sqlite_file(expand_url(dataset.url), folder)
-        return words if file is None else [file, *words]
-    assert dataset.path is not None  # validated
-    path = folder / dataset.path
-    return [path, *(_parts(path, dataset.format) if path.is_dir() else []), *words]
-
-
 def _parts(path: Path, kind: Format) -> list[Path]:
     found = arrow_parts(path) if kind == "arrow" and path.is_dir() else None
     return parts_of(path) if found is None else found
@@ -171,7 +147,7 @@ def _read_query(url: str, query: str, folder: Path, wanted: Collection[str], rul
 
     source = "the SQL query"
     try:
-        file = _sqlite_file(url, folder)
+        file = sqlite_file(url, folder)
         if file is not None and not file.is_file():  # SQLite would create it
             raise DatasetUnreadable(f"{file}: no such database file")
         address, still = sa.make_url(url), file is not None and _is_still(file)
@@ -250,16 +226,3 @@ def _explain(file: Path, kind: str) -> None:
                 remedy="Have the program that writes it finish or close it; or do it by hand: "
                 f"sqlite3 {file.name} 'PRAGMA wal_checkpoint(TRUNCATE)'.",
             )
-
-
-def _sqlite_file(url: str, folder: Path) -> Path | None:
-    """The file of a SQLite database; None if it has none, or is no SQLite."""
-    import sqlalchemy as sa
-
-    try:
-        address = sa.make_url(url)
-        if address.get_backend_name() != "sqlite":
-            return None
-    except sa.exc.SQLAlchemyError:
-        return None
-    return None if address.database in (None, "", ":memory:") else folder / str(address.database)

@@ -6,11 +6,11 @@ import json
 import numpy as np
 import pytest
 
+from silotune.client.training.bounds import table_of
 from silotune.data.augmentation import Augmentation, AugmentationConfig, Synonyms
 from silotune.data.declared import new_secret
 from silotune.data.records import Split, load_records
 from silotune.data.site import SiteConfig
-from silotune.data.sources import paths_of
 from silotune.errors import DatasetUnreadable, SiteConfigInvalid
 from silotune.plan.plan import Plan
 
@@ -275,8 +275,8 @@ def test_the_source_alone_can_be_read(augmenting):
 
 def test_the_list_is_among_the_files_that_a_dataset_reads(tmp_path):
     site = site_of(tmp_path, rows(2), SETTINGS)
-    paths = paths_of(site.dataset("notes"), folder=tmp_path)
-    assert paths == [tmp_path / "records.csv", tmp_path / "synonyms.csv"]
+    found = table_of(site, scratch=tmp_path / "scratch")["datasets"]["notes"]["read"]
+    assert found == [str(tmp_path / "records.csv"), str(tmp_path / "synonyms.csv")]
 
 
 def test_data_check_says_how_many_versions_there_are_and_counts_records_alone(tmp_path):

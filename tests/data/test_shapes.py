@@ -17,9 +17,10 @@ import pytest
 
 from silotune.data import parts
 from silotune.data.declared import new_secret
+from silotune.data.parts import parts_of
 from silotune.data.records import load_records
 from silotune.data.site import SiteConfig
-from silotune.data.sources import paths_of, read_file
+from silotune.data.sources import read_file
 from silotune.errors import ColumnMissing, DatasetUnreadable, RecordInvalid, SiteConfigInvalid
 from silotune.plan.plan import Plan
 
@@ -222,9 +223,8 @@ def test_a_folder_of_parts_is_one_dataset(tmp_path, kind):
     write_parts(tmp_path / "t", kind)
     assert texts_of(tmp_path, format=kind) == TEXTS
     assert texts_of(tmp_path, format=kind, columns={"text": "year"}) == ["2024", "2024", "2025"]
-    dataset = site_of(tmp_path, format=kind).datasets["notes"]
-    found = [str(path.relative_to(tmp_path)) for path in paths_of(dataset, folder=tmp_path)]
-    assert found == ["t", "t/year=2024/part-00000", "t/year=2025/part-00000"]
+    found = [str(path.relative_to(tmp_path)) for path in parts_of(tmp_path / "t")]
+    assert found == ["t/year=2024/part-00000", "t/year=2025/part-00000"]
 
 
 def test_a_row_of_a_folder_is_named_with_its_file(tmp_path):

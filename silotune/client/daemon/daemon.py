@@ -47,7 +47,7 @@ from silotune.client.isolation.confinement import checked
 from silotune.client.isolation.shut_out import shut_out
 from silotune.client.judging import judge_apart
 from silotune.client.run_files import remove_old
-from silotune.client.training.bounds import record_paths, table_of
+from silotune.client.training.bounds import all_record_paths, table_of
 from silotune.client.training.launcher import Launcher
 from silotune.client.training.process import TrainerProcesses, start_costs
 from silotune.client.troubles import in_words, latest_troubles
@@ -196,8 +196,7 @@ class Daemon:
         IsolationMissing
             This machine can't do it, and site.toml requires what it takes.
         """
-        records = {name: record_paths(self._site, d) for name, d in self._site.datasets.items()}
-        self._reads_records = why = shut_out(self._site, records=records)
+        self._reads_records = why = shut_out(self._site, records=all_record_paths(self._site))
         if why and "landlock_files" in self._site.isolation.require:
             raise IsolationMissing(f"the daemon could read records: {why}")
         if why:

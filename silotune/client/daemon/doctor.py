@@ -29,7 +29,7 @@ from silotune.client.errors import (
 )
 from silotune.client.isolation.confinement import checked
 from silotune.client.isolation.shut_out import would_shut_out
-from silotune.client.training.bounds import record_paths
+from silotune.client.training.bounds import all_record_paths
 from silotune.data.declared import rule_for, secret_for_a_look
 from silotune.data.site import SiteConfig, require_guarded
 from silotune.findings import Check, Finding, Skipped, examine
@@ -238,8 +238,7 @@ class SiteDoctor:
         found = checked(self._site)
         held = ", ".join(p.name for p in found if p.in_force) or "nothing"
         missing = "".join(f"; {p.lack}" for p in found if not p.in_force)
-        records = {name: record_paths(self._site, d) for name, d in self._site.datasets.items()}
-        why = would_shut_out(self._site, records=records)
+        why = would_shut_out(self._site, records=all_record_paths(self._site))
         if why and "landlock_files" in self._site.isolation.require:
             raise IsolationMissing(f"the daemon could read records: {why}")
         daemon = f"could read records: {why}" if why else "can open no record"

@@ -9,12 +9,11 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from silotune.client.data_parallel import processes_for
 from silotune.client.training.database import address_of, certificates_of
 from silotune.client.training.launcher import python_path
-from silotune.data.site import DatasetConfig, SiteConfig, expand_url
+from silotune.data.site import DatasetConfig, SiteConfig, expand_url, sqlite_file
 
 _SOME_THREADS = 64
 _KEPT = (
@@ -76,11 +75,16 @@ def record_paths(site: SiteConfig, dataset: DatasetConfig) -> list[Path]:
     """Where the records of a dataset lie; nothing if they are in a database that is reached by TCP."""
     if dataset.path is not None:
         return [(site.folder / dataset.path).resolve()]
-    url = urlsplit(_url(dataset))
-    if not url.scheme.startswith("sqlite"):
+    file = sqlite_file(_url(dataset), site.folder)
+    if file is None:
         return []
-    file = (site.folder / url.path.removeprefix("/")).resolve()
+    file = file.resolve()
     return [file, *(file.with_name(file.name + end) for end in ("-wal", "-shm", "-journal"))]
+
+
+def all_record_paths(site: SiteConfig) -> dict[str, list[Path]]:
+    """Where the records of each dataset lie: what a daemon shuts itself out from."""
+    return {name: record_paths(site, dataset) for name, dataset in site.datasets.items()}
 
 
 def _records(site: SiteConfig, dataset: DatasetConfig) -> dict[str, Any]:

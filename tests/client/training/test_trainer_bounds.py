@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import pytest
+import sqlalchemy
 
 from silotune.client.training.bounds import record_paths, table_of
-from silotune.data.site import SiteConfig
+from silotune.data.site import SiteConfig, sqlite_file
 from silotune.errors import SiteConfigInvalid
 
 FILE = {"format": "csv", "path": "notes.csv"}
@@ -36,6 +37,22 @@ def test_an_sqlite_file_is_opened_with_what_lies_beside_it(tmp_path):
     names = [path.name for path in record_paths(made, made.dataset("notes"))]
     assert names == ["records.db", "records.db-wal", "records.db-shm", "records.db-journal"]
     assert table(made, tmp_path)["datasets"]["notes"]["reach"] is None
+
+
+@pytest.mark.parametrize(
+    "url", ["sqlite://", "sqlite:///", "sqlite:///:memory:", "sqlite:///?mode=ro"]
+)
+def test_a_database_without_a_file_opens_nothing(tmp_path, url):
+    found = table(site(tmp_path, notes=sql(url)), tmp_path)["datasets"]["notes"]
+    assert (found["read"], found["reach"]) == ([], None)
+
+
+@pytest.mark.parametrize("name", ["a.db", "/srv/a.db", "a#b.db", "a%20b.db", "sub/a.db"])
+def test_the_file_of_a_database_is_the_one_that_sqlalchemy_opens(tmp_path, name):
+    for url in (f"sqlite:///{name}", f"sqlite+pysqlite:///{name}?timeout=5"):
+        assert sqlite_file(url, tmp_path) == tmp_path / sqlalchemy.make_url(url).database
+    for url in ("postgresql://h/d", "no url", "", "sqlite://"):
+        assert sqlite_file(url, tmp_path) is None
 
 
 def test_a_password_that_is_not_there_is_missed_before_the_daemon_starts(tmp_path):
