@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from silotune.client.isolation.confinement import confine
@@ -18,10 +19,12 @@ from silotune.client.training.child import _confinement
 def attempts(asked, scratch):
     """What is tried, by name; each raises an OSError if it is refused."""
     site, base, daemon = Path(asked["site"]), Path(asked["base"]), asked["daemon"]
-    proc = Path(f"/proc/{daemon}")
+    proc, listening = Path(f"/proc/{daemon}"), ("127.0.0.1", asked["port"])
     return {
         "open a socket": lambda: socket.socket().close(),
         "open a unix socket": lambda: socket.socket(socket.AF_UNIX).close(),
+        "connect": lambda: socket.create_connection(listening, 2),
+        "ask the daemon": lambda: socket.socket(socket.AF_UNIX).connect(asked["socket"]),
         "read a key": (site / "state" / "signing.key.sealed").read_bytes,
         "read what opens the keys": (site / "state" / "vault.key").read_bytes,
         "read the ledger": (site / "state" / "ledger.sqlite").read_bytes,
@@ -34,6 +37,7 @@ def attempts(asked, scratch):
         "signal the daemon": lambda: os.kill(daemon, 0),
         "signal the launcher": lambda: os.kill(os.getppid(), signal.SIGTERM),
         "write outside its folder": lambda: (site / "note").write_text("x"),
+        "make a temporary file elsewhere": lambda: tempfile.mkstemp(dir="/tmp"),
         "change its records": lambda: (site / "notes.csv").write_text("x"),
         "change the base model": lambda: (base / "config.json").write_text("x"),
         "fork": os.fork,
@@ -63,8 +67,7 @@ def main():
     told = {
         "ended": {name: ended(action) for name, action in tried.items()},
         "environment": dict(os.environ),
-        "descriptors": len(list(Path("/proc/self/fd").iterdir()))
-        - 1,  # without the one that lists them
+        "descriptors": len([*Path("/proc/self/fd").iterdir()]) - 1,  # one lists them
     }
     connection.sendall(json.dumps(told).encode() + b"\n")
 

@@ -1,6 +1,7 @@
 """A daemon that was taken over: shut out from the records, it tries to get at them.
 
-Run with a site.toml. It starts its launcher and shuts itself out as a daemon does.
+Run with a site.toml and a base model. It starts its launcher and shuts itself out as a daemon does, and
+tells how each attempt ended.
 """
 
 import json
@@ -11,44 +12,53 @@ import sys
 from pathlib import Path
 
 from silotune.client.isolation.shut_out import shut_out
-from silotune.client.training.bounds import record_paths, table_of
+from silotune.client.training.bounds import all_record_paths, table_of
 from silotune.client.training.launcher import Launcher
 from silotune.data.site import SiteConfig
-from tests.client.attacking_trainer import tried
+from tests.promises.curious_trainer import ended
+
+
+def attempts(site, model, launcher, trainer):
+    """What is tried, by name; each raises an OSError if it is refused."""
+    records = site.folder / "notes.csv"
+    return {
+        "read records": records.read_bytes,
+        "read records by a link": Path(f"/proc/self/root{records}").read_bytes,
+        "read other records": (site.folder / "others.csv").read_bytes,
+        "list their folder": lambda: list(records.parent.iterdir()),
+        "read a base model": (model / "config.json").read_bytes,
+        "start a program that reads them": lambda: subprocess.run(
+            ["cat", str(records)], check=True, capture_output=True
+        ),
+        "become a shell": lambda: os.execv("/bin/sh", ["sh"]),
+        "read the trainer's memory": lambda: Path(f"/proc/{trainer}/mem").open("rb").close(),
+        "read through the trainer": Path(f"/proc/{trainer}/root{records}").read_bytes,
+        "read through the launcher": Path(f"/proc/{launcher}/root{records}").read_bytes,
+        "work in its state": lambda: (site.state_folder / "x").write_bytes(b"x"),
+        "read a key": (site.state_folder / "signing.key.sealed").read_bytes,
+        "open a socket": lambda: socket.socket(socket.AF_INET).close(),
+    }
 
 
 def main():
-    site = SiteConfig.load(Path(sys.argv[1]))
-    table = table_of(site, scratch=site.state_folder / "scratch", models=sys.argv[2:])
-    launcher = Launcher(table, program="tests.client.attacking_trainer")
-    paths = {name: record_paths(site, dataset) for name, dataset in site.datasets.items()}
-    why = shut_out(site, records=paths)
-    records, model = paths["notes"][0], Path(sys.argv[2]) / "config.json"
+    site, model = SiteConfig.load(Path(sys.argv[1])), Path(sys.argv[2])
+    table = table_of(site, scratch=site.state_folder / "scratch", models=[str(model)])
+    launcher = Launcher(table, program="tests.promises.curious_trainer")
+    why = shut_out(site, records=all_record_paths(site))
     ours, theirs = socket.socketpair()
-    settings = {"work": "train", "style": "text", "level": "info", "model": sys.argv[2]}
     with theirs:
-        pid = launcher.start(theirs, dataset="notes", **settings)
-    memory = Path(f"/proc/{pid}/mem")
-    found = {
-        "why": why,
-        "reads records": tried(records.read_bytes),
-        "reads records by a link": tried(Path(f"/proc/self/root{records}").read_bytes),
-        "lists their folder": tried(lambda: list(records.parent.iterdir())),
-        "reads a base model": tried(model.read_bytes),
-        "starts a program that reads them": tried(
-            lambda: subprocess.run(["cat", str(records)], check=True, capture_output=True)
-        ),
-        "reads the trainer's memory": tried(lambda: memory.open("rb").close()),
-        "reads through the trainer": tried(Path(f"/proc/{pid}/root{records}").read_bytes),
-        "reads through the launcher": tried(Path(f"/proc/{launcher.pid}/root{records}").read_bytes),
-        "works in its state": tried(lambda: (site.state_folder / "x").write_bytes(b"x")),
-        "opens a socket": tried(lambda: socket.socket(socket.AF_INET).close()),
-    }
-    targets = dict.fromkeys(("other", "key", "elsewhere", "socket"), str(model))
-    ours.sendall(json.dumps({**targets, "pid": os.getpid(), "port": 9}).encode())
-    found["the trainer reads them"] = json.loads(ours.recv(1 << 16))["reads its records"]
+        settings = {"work": "train", "style": "text", "level": "info"}
+        trainer = launcher.start(theirs, model=str(model), dataset="notes", **settings)
+    tried = attempts(site, model, launcher.pid, trainer)
+    found = {name: ended(action) for name, action in tried.items()}
+    libraries = [name for name in ("torch", "transformers") if name in sys.modules]
+    asked = {"site": str(site.folder), "base": str(model), "daemon": os.getpid()}
+    ours.sendall(json.dumps({**asked, "port": 9, "socket": "none"}).encode())
+    with ours.makefile() as answers:
+        trainers = json.loads(answers.readline())["ended"]["its own records"]
     launcher.close()
-    print(json.dumps(found))
+    told = {"why": why, "ended": found, "trainer": trainers, "libraries": libraries}
+    print(json.dumps(told))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,9 @@
-"""Promise 7: what reads records can't reach the network; what reaches the network can't read records."""
+"""Promise 7: what reads records can't reach the network; what reaches the network can't read records.
+
+Tried from inside both, as a daemon starts them, on this kernel; docs/security.md says what takes which
+kernel. Whatever the trainer answers is in tests/client/training, each layer of its confinement in
+tests/client/isolation, and the daemon's memory in tests/e2e.
+"""
 
 import json
 import os
@@ -15,6 +20,11 @@ from silotune.trust.vault import Vault
 from tests.client.site_material import write_site_folder
 
 MAY = {"its own records", "its base model", "its own folder"}
+DAEMON_MAY = {"work in its state", "read a key", "open a socket"}
+READERS = {
+    "torch", "transformers", "peft", "opacus", "scipy", "pandas", "pyarrow", "silotune.data.records",
+    "silotune.data.sources", "silotune.client.trainer", "silotune.client.model_cache",
+}  # fmt: skip
 OTHERS = """
 [datasets.others]
 format = "csv"
@@ -51,19 +61,22 @@ def told(site, bert_folder):
         program="tests.promises.curious_trainer",
     )
     ours, theirs = socket.socketpair()
+    link = site.state_folder / "daemon.sock"
     try:
-        with ours, theirs, ours.makefile() as answers:
-            launcher.start(
-                theirs,
-                work="train",
-                model=str(bert_folder),
-                dataset="notes",
-                style="text",
-                level="info",
-            )
-            theirs.close()
+        with (
+            socket.create_server(("127.0.0.1", 0)) as server,
+            socket.socket(socket.AF_UNIX) as control,
+            ours,
+            ours.makefile() as answers,
+        ):
+            control.bind(str(link))
+            control.listen()
+            with theirs:
+                settings = {"work": "train", "style": "text", "level": "info"}
+                launcher.start(theirs, model=str(bert_folder), dataset="notes", **settings)
             asked = {"site": str(site.folder), "base": str(bert_folder), "daemon": os.getpid()}
-            ours.sendall(json.dumps(asked).encode())
+            more = {"port": server.getsockname()[1], "socket": str(link)}
+            ours.sendall(json.dumps({**asked, **more}).encode())
             return json.loads(answers.readline())
     finally:
         launcher.close()
@@ -74,6 +87,7 @@ def test_a_trainer_reads_its_records_and_reaches_nothing_else(told):
     done = {name for name, ended in told["ended"].items() if ended == "done"}
     assert done == MAY
     assert set(told["ended"].values()) == {"done", "PermissionError"}
+    assert len(told["ended"]) == 25
 
 
 def test_a_trainer_inherits_no_secret_and_no_way_out(told):
@@ -82,40 +96,30 @@ def test_a_trainer_inherits_no_secret_and_no_way_out(told):
     assert not {"LD_PRELOAD", "CREDENTIALS_DIRECTORY"} & set(told["environment"])
 
 
-SHUT_OUT = """
-import json, os, socket, sys
-from pathlib import Path
-from silotune.client.isolation.shut_out import shut_out
-from silotune.client.training.bounds import record_paths
-from silotune.data.site import SiteConfig
-site = SiteConfig.load(Path(sys.argv[1]))
-records = {name: record_paths(site, dataset) for name, dataset in site.datasets.items()}
-said = shut_out(site, records=records)
-tried = {
-    "records": lambda: (site.folder / "notes.csv").read_bytes(),
-    "other records": lambda: (site.folder / "others.csv").read_bytes(),
-    "base model": lambda: (Path(sys.argv[2]) / "config.json").read_bytes(),
-    "shell": lambda: os.execv("/bin/sh", ["sh"]),
-    "socket": lambda: socket.socket().close(),
-    "key": lambda: (site.state_folder / "signing.key.sealed").read_bytes(),
-}
-ended = {}
-for name, action in tried.items():
-    try:
-        action()
-        ended[name] = "done"
-    except OSError as exc:
-        ended[name] = type(exc).__name__
-print(json.dumps([said, ended, [name for name in ("torch", "transformers") if name in sys.modules]]))
-"""
-
-
 def test_a_daemon_that_is_shut_out_has_the_network_and_the_keys_and_no_record(site, bert_folder):
-    command = [sys.executable, "-c", SHUT_OUT, str(site.file), str(bert_folder)]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    script = ["-m", "tests.promises.shut_out_daemon", str(site.file), str(bert_folder)]
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+    ran = subprocess.run(
+        [sys.executable, *script],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        env=environment,
+    )
     assert ran.returncode == 0, ran.stderr
-    said, ended, libraries = json.loads(ran.stdout)
-    assert said == ""
-    assert libraries == []
-    refused = dict.fromkeys(("records", "other records", "base model", "shell"), "PermissionError")
-    assert ended == {**refused, "socket": "done", "key": "done"}
+    told = json.loads(ran.stdout)
+    assert (told["why"], told["libraries"], told["trainer"]) == ("", [], "done")
+    assert {name for name, ended in told["ended"].items() if ended == "done"} == DAEMON_MAY
+    assert set(told["ended"].values()) == {"done", "PermissionError"}
+    assert len(told["ended"]) == 13
+
+
+def test_the_daemons_process_holds_no_library_that_reads_or_trains():
+    """Neither at its start nor with what answers messages loaded."""
+    modules = "silotune.client.daemon.__main__, silotune.client.site_run, silotune.client.app"
+    code = f"import sys, {modules}, silotune.client.training.process; print(*sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(found.stdout.split())
+    assert "silotune.client.site_run" in loaded
+    assert loaded & READERS == set()
