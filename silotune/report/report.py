@@ -14,7 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 from rich.console import Console
 from rich.table import Table
@@ -173,13 +173,17 @@ def render_page(record: RunRecord, found: Summary, charts: Mapping[str, Chart]) 
 def fill(name: str, **words: Any) -> str:
     """A page of this room: its template and the style of all, filled with words and charts."""
     templates = files("silotune.report") / "templates"
-    # The template is the package's own file, and autoescape is on for every value it prints.
+    # The templates are the package's own files, and autoescape is on for every value it prints.
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=FunctionLoader(lambda name: (templates / name).read_text(encoding="utf-8")),
     )
-    template = environment.from_string((templates / name).read_text(encoding="utf-8"))
+    template = environment.get_template(name)
     css = (templates / "report.css").read_text(encoding="utf-8")
-    return template.render(css=Markup(css), version=__version__, **words)  # noqa: S704
+    return template.render(css=Markup(css), minus="\N{MINUS SIGN}", version=__version__, **words)  # noqa: S704
 
 
 class InlineChart:
@@ -202,7 +206,6 @@ def _words(record: RunRecord, found: Summary) -> dict[str, Any]:
     return {
         "found": found,
         "can_draw": can_draw(),
-        "minus": "\N{MINUS SIGN}",
         "sites_in_words": plural(len(found.sites), "site"),
         "alarm": alarm,
         "alarm_words": alarm_words,
