@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import sys
-from dataclasses import asdict, is_dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
@@ -22,6 +21,7 @@ from silotune.errors import ColumnMissing, DatasetUnreadable, RunDirectoryInvali
 from silotune.terminal import say, terminal
 
 if TYPE_CHECKING:
+    from silotune.models.prediction import Prediction
     from silotune.models.task import LoadedModel
     from silotune.release import Examined
     from silotune.rounds.run_directory import RunDirectory
@@ -254,16 +254,15 @@ def predict(  # noqa: PLR0917 - one a command-line option
     directory = _finished(run)
     plan = directory.read_json("resolved.json")["plan"]
     generative = plan["model"]["task"] == "causal_lm"
-    given = texts or ["-"]
+    given, role = texts or ["-"], "prompt" if generative else "text"
     if given == ["-"]:
-        role = column or ("prompt" if generative else "text")
-        given = read_texts(sys.stdin.buffer.read(), form=form, column=role)
+        given = read_texts(sys.stdin.buffer.read(), form=form, column=column or role)
     model = _loaded(directory, device)
-    wanted = [text for text in given if text.strip()]
+    wanted = [{role: text} for text in given if text.strip()]
     found = iter(model.task.predict(model, wanted) if wanted else [])
     for number, text in enumerate(given, start=1):
         answer = next(found) if text.strip() else None
-        value = asdict(answer) if is_dataclass(answer) and not isinstance(answer, type) else answer
+        value = None if answer is None else _as_json(answer)
         if as_json:
             typer.echo(json.dumps({"text": text, "prediction": value}))
         elif generative and len(given) > 1:
@@ -302,6 +301,13 @@ def _loaded(directory: RunDirectory, device: str) -> LoadedModel:
     )
     write_adapter(model, load_adapter(model, directory.final_adapter))
     return model
+
+
+def _as_json(answer: Prediction) -> Any:
+    """A text alone, or a label with its probabilities."""
+    if not answer.probabilities:
+        return answer.output
+    return {"label": answer.output, "probabilities": dict(answer.probabilities)}
 
 
 def _shown(value: Any, text: str) -> str:

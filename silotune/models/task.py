@@ -24,6 +24,7 @@ from torch.nn.functional import normalize
 from silotune.models.batching import Batch, Encoded, Rows
 from silotune.models.cosines import Cosines
 from silotune.models.layout import Group, Layout, saved_name
+from silotune.models.prediction import Prediction
 from silotune.plan.plan import Plan
 
 _LAYER = re.compile(r"^(.*)\.(\d+)\.")
@@ -70,8 +71,10 @@ class Task(Protocol):
         are finite, whatever the model gives.
         """
 
-    def predict(self, model: LoadedModel, texts: Sequence[str]) -> list[Any]:
-        """What the model says of new texts."""
+    def predict(
+        self, model: LoadedModel, examples: Sequence[Mapping[str, str]]
+    ) -> list[Prediction]:
+        """What the model says of new examples, in their order; they have no target role."""
 
 
 class FrozenPrefix:

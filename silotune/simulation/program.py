@@ -259,7 +259,8 @@ class CanarySites(SimulatedSites):
                 site = self.site(site_index)
                 model = self.training(site_index).trainable.model
                 write_adapter(model, site.at_own_rank(arrays["flat"]))
-                return {"texts": model.task.predict(model, request["prompts"])}, {}
+                prompts = [{"prompt": prompt} for prompt in request["prompts"]]
+                return {"texts": [p.output for p in model.task.predict(model, prompts)]}, {}
             case _:
                 return super().inspect(site_index, request, arrays)
 

@@ -176,6 +176,10 @@ def logits_of(model) -> torch.Tensor:
         return model.module(model.task.collate(encoded, range(len(TEXTS)), model.device))
 
 
+def predicted(model, role: str, texts):
+    return model.task.predict(model, [{role: text} for text in texts])
+
+
 def run_card(folder, monkeypatch) -> dict:
     """The names that the code in the adapter's card defines."""
     monkeypatch.chdir(folder)
@@ -207,7 +211,7 @@ def test_the_cards_own_code_gives_our_logits(
     assert ours.std() > 0.1
     theirs = run_card(tmp_path / "a", monkeypatch)
     torch.testing.assert_close(theirs["logits"](TEXTS), ours, rtol=1e-4, atol=1e-4)
-    labels = [p.label for p in model.task.predict(model, TEXTS)]
+    labels = [p.output for p in predicted(model, "text", TEXTS)]
     assert theirs["predict"](TEXTS) == labels
 
 
@@ -245,7 +249,9 @@ def test_a_saved_causal_lm_gives_our_logits_with_peft_alone(llama_folder, tmp_pa
     real = batch["attention_mask"][:, batch["kept"]].bool()
     torch.testing.assert_close(theirs[:, batch["kept"]][real], ours[real], rtol=1e-4, atol=1e-4)
     card = run_card(tmp_path, monkeypatch)
-    assert [card["answer"](text) for text in TEXTS] == model.task.predict(model, TEXTS)
+    assert [card["answer"](text) for text in TEXTS] == [
+        p.output for p in predicted(model, "prompt", TEXTS)
+    ]
 
 
 @pytest.mark.parametrize("template", ["<s> $A </s>", "$A </s>", "<s> </s> $A", "$A"])
@@ -268,12 +274,14 @@ def test_the_cards_code_builds_the_ids_of_predict(
     write_adapter(model, flat)
     card = run_card(tmp_path / "a", monkeypatch)
     if task == "causal_lm":
-        assert [card["answer"](text) for text in texts] == model.task.predict(model, texts)
+        assert [card["answer"](text) for text in texts] == [
+            p.output for p in predicted(model, "prompt", texts)
+        ]
         ids = [card["ids_of"](text) for text in texts]
         lead = len(leading_ids(model.tokenizer))
         assert ids == [keep_end(p, 16, lead=lead) for p in prompt_ids(model.tokenizer, texts)]
     else:
-        found = model.task.predict(model, texts)
+        found = predicted(model, "text", texts)
         shares = torch.tensor([list(p.probabilities.values()) for p in found])
         torch.testing.assert_close(card["logits"](texts).softmax(1), shares, rtol=1e-4, atol=1e-5)
 

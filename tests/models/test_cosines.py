@@ -133,9 +133,8 @@ def test_the_card_loads_them_with_transformers_and_peft_alone(model, tmp_path, m
     assert np.array_equal(load_adapter(model, tmp_path), flat)
     assert "24 fixed random cosines" in (tmp_path / "README.md").read_text()
     card = run_card(tmp_path, monkeypatch)
-    shares = torch.tensor(
-        [list(p.probabilities.values()) for p in model.task.predict(model, TEXTS)]
-    )
+    found = model.task.predict(model, [{"text": text} for text in TEXTS])
+    shares = torch.tensor([list(p.probabilities.values()) for p in found])
     torch.testing.assert_close(card["logits"](TEXTS).softmax(1), shares, rtol=1e-4, atol=1e-5)
 
 

@@ -53,7 +53,7 @@ def test_a_loss_is_minus_the_log_of_the_labels_probability(model):
     with torch.no_grad():
         losses = TASK.losses(model.module, TASK.collate(data, range(4), model.device))
     for text, loss, target in zip(TEXTS, losses, data.targets, strict=True):
-        (prediction,) = TASK.predict(model, [text])
+        (prediction,) = TASK.predict(model, [{"text": text}])
         assert loss.item() == pytest.approx(
             -math.log(prediction.probabilities[LABELS[target]]), rel=1e-4
         )
@@ -75,21 +75,21 @@ def test_counts_add_up_over_batches_and_match_the_predictions(model):
         TASK.score(model.module, TASK.collate(data, rows, model.device))
         for rows in ([0, 1], [2], [3, 4, 5])
     )
-    predicted = [p.label for p in TASK.predict(model, CORPUS)]
+    predicted = [p.output for p in TASK.predict(model, [{"text": text} for text in CORPUS])]
     assert np.array_equal(total, confusion_matrix(labels, predicted, labels=LABELS))
 
 
 def test_predictions_come_in_the_order_asked_and_sum_to_one(model):
     texts = [CORPUS[i % 6] + " eye" * (i % 5) for i in range(150)]
-    found = TASK.predict(model, texts)
+    found = TASK.predict(model, [{"text": text} for text in texts])
     assert TASK.predict(model, []) == []
     for text, prediction in list(zip(texts, found, strict=True))[::37]:
-        (alone,) = TASK.predict(model, [text])
-        assert prediction.label == alone.label
+        (alone,) = TASK.predict(model, [{"text": text}])
+        assert prediction.output == alone.output
         assert prediction.probabilities == pytest.approx(alone.probabilities, rel=1e-3)
         assert sum(prediction.probabilities.values()) == pytest.approx(1, rel=1e-5)
         best = max(prediction.probabilities, key=prediction.probabilities.__getitem__)
-        assert prediction.label == best
+        assert prediction.output == best
 
 
 @settings(max_examples=50, deadline=None)
@@ -129,4 +129,4 @@ def test_a_text_without_any_token_still_has_a_row(llama_folder):
     model.tokenizer.backend_tokenizer.post_processor = None
     data = encoded(model, ["", "eye"], ["no", "no"])
     assert data.lengths.min() == 1
-    assert len(TASK.predict(model, ["", "eye"])) == 2
+    assert len(TASK.predict(model, [{"text": ""}, {"text": "eye"}])) == 2

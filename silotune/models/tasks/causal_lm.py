@@ -32,6 +32,7 @@ from silotune.models.batching import (
     prompt_ids,
 )
 from silotune.models.needs import NEEDS
+from silotune.models.prediction import Prediction
 from silotune.models.task import LoadedModel, TaskModel
 from silotune.plan.plan import Plan
 
@@ -126,7 +127,9 @@ class CausalLm:
                 total += float(losses.sum())
         return np.array([total, len(batch["input_ids"])])
 
-    def predict(self, model: LoadedModel, texts: Sequence[str]) -> list[str]:
+    def predict(
+        self, model: LoadedModel, examples: Sequence[Mapping[str, str]]
+    ) -> list[Prediction]:
         """Greedy responses to prompts, in the order given, whatever the base model's own settings.
 
         A prompt longer than half of ``data.max_length`` keeps its end; prompt and response together
@@ -134,9 +137,8 @@ class CausalLm:
         none is padded and no answer depends on its neighbours.
         """
         limit, lead = model.plan.data.max_length, len(leading_ids(model.tokenizer))
-        prompts = [
-            keep_end(prompt, limit // 2, lead=lead) for prompt in prompt_ids(model.tokenizer, texts)
-        ]
+        given = prompt_ids(model.tokenizer, [example["prompt"] for example in examples])
+        prompts = [keep_end(prompt, limit // 2, lead=lead) for prompt in given]
         alike: dict[int, list[int]] = {}
         for row, prompt in enumerate(prompts):
             alike.setdefault(len(prompt), []).append(row)
@@ -146,7 +148,7 @@ class CausalLm:
                 some = rows[start : start + _PREDICT_BATCH]
                 ids = torch.tensor([prompts[row] for row in some], device=model.device)
                 found |= zip(some, _generate(model, ids, limit=limit), strict=True)
-        return [found[row] for row in range(len(texts))]
+        return [Prediction(output=found[row]) for row in range(len(prompts))]
 
 
 def _generate(model: LoadedModel, ids: Tensor, *, limit: int) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,18 +15,11 @@ from torch.nn.functional import cross_entropy
 from silotune.errors import RecordInvalid
 from silotune.models.batching import Batch, Encoded, Rows, batches, padding_id, text_ids
 from silotune.models.needs import NEEDS
+from silotune.models.prediction import Prediction
 from silotune.models.task import LoadedModel, TaskModel
 from silotune.plan.plan import Plan
 
 _PREDICT_BATCH = 64
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """The likeliest label of one text, and the probability of every label in the plan's order."""
-
-    label: str
-    probabilities: dict[str, float]
 
 
 class TextClassification:
@@ -90,9 +82,11 @@ class TextClassification:
         with model.inference():
             return _confusion(model.logits(features), _targets(encoded, rows, features.device))
 
-    def predict(self, model: LoadedModel, texts: Sequence[str]) -> list[Prediction]:
+    def predict(
+        self, model: LoadedModel, examples: Sequence[Mapping[str, str]]
+    ) -> list[Prediction]:
         """Label and probabilities of each text, in the order given."""
-        labels = model.plan.model.labels
+        labels, texts = model.plan.model.labels, [example["text"] for example in examples]
         encoded = self._tokens(texts, [0] * len(texts), model.tokenizer, model.plan)
         found: dict[int, Prediction] = {}
         for rows in batches(encoded, range(len(texts)), size=_PREDICT_BATCH):
@@ -100,7 +94,9 @@ class TextClassification:
                 logits = model.module(self.collate(encoded, rows, model.device))
             for row, shares in zip(rows, logits.softmax(1).tolist(), strict=True):
                 best = labels[int(np.argmax(shares))]
-                found[row] = Prediction(best, dict(zip(labels, shares, strict=True)))
+                found[row] = Prediction(
+                    output=best, probabilities=dict(zip(labels, shares, strict=True))
+                )
         return [found[row] for row in range(len(texts))]
 
 
