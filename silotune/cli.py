@@ -16,6 +16,7 @@ from silotune.commands import (
     books,
     coordinator,
     data,
+    demos,
     plan,
     reference,
     results,
@@ -34,7 +35,7 @@ app = typer.Typer(
     help="Fine-tune one language model across organisations that may not pool their records.",
     epilog="Start with: silotune demo hospitals ./hospitals, then silotune simulate hospitals/plan.toml",
 )
-app.add_typer(simulate.demo, name="demo")
+app.add_typer(demos.demo, name="demo")
 app.command("partition")(simulate.partition)
 app.add_typer(data.app, name="data")
 app.add_typer(plan.app, name="plan")
