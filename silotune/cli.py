@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from silotune import __version__
+from silotune.version import __version__
 from silotune.commands import (
     admin,
     books,

@@ -15,7 +15,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from silotune import __version__
+from silotune.version import __version__
 from silotune.commands.folder import AsJson
 from silotune.errors import ColumnMissing, DatasetUnreadable, RunDirectoryInvalid
 from silotune.terminal import say, terminal

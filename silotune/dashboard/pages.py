@@ -31,7 +31,7 @@ from starlette.responses import (
 )
 from starlette.types import ASGIApp
 
-from silotune import __version__
+from silotune.version import __version__
 from silotune.dashboard import run_page as words
 from silotune.dashboard.accounts import AttemptLimit, Session
 from silotune.dashboard.errors import PageUnknown, TooManyAttempts

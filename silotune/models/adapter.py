@@ -20,7 +20,7 @@ import safetensors.numpy
 import torch
 from numpy.typing import NDArray
 
-from silotune.errors import AdapterMismatch
+from silotune.errors import AdapterMismatch, PlanInvalid
 from silotune.models.batching import PROMPT_END, end_ids, leading_ids, padding_id
 from silotune.models.layout import ArrayEntry, Layout, Vector, saved_name
 from silotune.models.task import LoadedModel, TaskModel
@@ -28,6 +28,8 @@ from silotune.plan.plan import Plan
 
 MATRICES, CONFIG = "adapter_model.safetensors", "adapter_config.json"  # PEFT's names
 HEAD, SETTINGS = "head.safetensors", "silotune.json"
+PLAN = "plan.json"
+"""The plan's canonical text: with it a folder can be loaded by `read_plan` and nothing else."""
 
 _POOLED = {
     "mean": "(hidden * mask).sum(1) / mask.sum(1)",
@@ -175,6 +177,7 @@ def save_adapter(model: LoadedModel, flat: NDArray[Any], folder: Path, *, plan: 
         head |= _fixed(model.module)
         _replace(folder / HEAD, safetensors.numpy.save(head, metadata={"format": "pt"}))
     _replace(folder / SETTINGS, _json(settings(plan, tokens=_control_tokens(model))))
+    _replace(folder / PLAN, plan.canonical().encode())
     _replace(folder / "README.md", readme(plan, model.description).encode())
     _replace(folder / CONFIG, _json(_peft_config(model)))
 
@@ -201,6 +204,27 @@ def load_adapter(model: LoadedModel, folder: Path) -> Vector:
         if name not in trained:
             _require_close(name, arrays.pop(name, None), frozen)
     return model.layout.pack(arrays)
+
+
+def read_plan(folder: Path) -> Plan:
+    """The plan that an adapter's folder was made with.
+
+    Raises
+    ------
+    AdapterMismatch
+        It is no adapter's folder, one of an earlier version, or the plan there is another one.
+    """
+    wanted = _read_json(folder / SETTINGS).get("plan_sha256")
+    try:
+        plan = Plan.from_canonical((folder / PLAN).read_text(encoding="utf-8"))
+    except (OSError, ValueError, PlanInvalid) as exc:
+        raise AdapterMismatch(
+            f"{folder / PLAN} is missing or not readable",
+            remedy="Give the run's directory instead, or the plan that it was trained with.",
+        ) from exc
+    if plan.sha256 != wanted:
+        raise AdapterMismatch(f"{folder / PLAN} is not the plan that {SETTINGS} names")
+    return plan
 
 
 def _live_matrices(model: LoadedModel) -> dict[str, Vector]:

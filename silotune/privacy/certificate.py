@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from pydantic import Field
 
-from silotune import __version__
+from silotune.version import __version__
 from silotune.errors import CertificateInvalid
 from silotune.plan.document import ADDED_LATER, Document, Sha256
 from silotune.plan.plan import Plan

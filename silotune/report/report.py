@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from silotune import __version__
+from silotune.version import __version__
 from silotune.plan.plan import stored_plan_in_words
 from silotune.report import page, statistics
 from silotune.report.figures import MOST_SITES, Summary, summarise

@@ -24,7 +24,7 @@ from typing import Any, Literal
 from flwr.app import Context, RecordDict
 from flwr.serverapp import ServerApp
 
-from silotune import __version__
+from silotune.version import __version__
 from silotune.client.isolation.confinement import checked
 from silotune.client.terms import delta_notes
 from silotune.data.checks import Surveyed, survey

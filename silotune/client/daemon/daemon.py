@@ -367,6 +367,6 @@ class Daemon:
 
 
 def _version() -> str:
-    from silotune import __version__
+    from silotune.version import __version__
 
     return __version__
