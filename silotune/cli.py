@@ -10,7 +10,6 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from silotune.version import __version__
 from silotune.commands import (
     admin,
     books,
@@ -25,6 +24,7 @@ from silotune.commands import (
 )
 from silotune.errors import SilotuneError
 from silotune.terminal import LiteralGroup, terminal
+from silotune.version import __version__
 
 app = typer.Typer(
     cls=LiteralGroup,

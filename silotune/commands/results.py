@@ -15,14 +15,13 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from silotune.version import __version__
 from silotune.commands.folder import AsJson
-from silotune.errors import ColumnMissing, DatasetUnreadable, RunDirectoryInvalid
+from silotune.errors import ColumnMissing, DatasetUnreadable
 from silotune.terminal import say, terminal
+from silotune.version import __version__
 
 if TYPE_CHECKING:
     from silotune.models.prediction import Prediction
-    from silotune.models.task import LoadedModel
     from silotune.release import Examined
     from silotune.rounds.run_directory import RunDirectory
 
@@ -223,7 +222,8 @@ def _of_lines(text: str) -> list[str]:
 
 def predict(  # noqa: PLR0917 - one a command-line option
     run: Annotated[
-        Path, typer.Argument(help="A finished run's directory, in runs/.", show_default=False)
+        Path,
+        typer.Argument(help="A finished run's directory, or an adapter's.", show_default=False),
     ],
     texts: Annotated[
         list[str] | None,
@@ -244,20 +244,25 @@ def predict(  # noqa: PLR0917 - one a command-line option
     column: Annotated[
         str, typer.Option(help="Column or key of the text, if not 'text' (or 'prompt').")
     ] = "",
+    base: Annotated[
+        str | None,
+        typer.Option(help="Where the base model is here, if not where the plan says."),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a text.")] = False,
 ) -> None:
-    """Apply the final adapter of a run to new texts.
+    """Apply a trained adapter to new texts.
 
     Prints one answer for each text, in the order given, and for an empty text that it is empty.
     """
-    directory = _finished(run)
-    plan = directory.read_json("resolved.json")["plan"]
-    generative = plan["model"]["task"] == "causal_lm"
+    from silotune.rounds.trained import find_trained
+
+    trained = find_trained(run)
+    generative = trained.plan.model.task == "causal_lm"
     given, role = texts or ["-"], "prompt" if generative else "text"
     if given == ["-"]:
         given = read_texts(sys.stdin.buffer.read(), form=form, column=column or role)
-    model = _loaded(directory, device)
+    model = trained.load(base=base, device=device)
     wanted = [{role: text} for text in given if text.strip()]
     found = iter(model.task.predict(model, wanted) if wanted else [])
     for number, text in enumerate(given, start=1):
@@ -270,37 +275,6 @@ def predict(  # noqa: PLR0917 - one a command-line option
             typer.echo(_shown(value, text))
         else:
             typer.echo(_shown(value, text))
-
-
-def _finished(run: Path) -> RunDirectory:
-    from silotune.rounds.run_directory import RunDirectory
-
-    directory = RunDirectory.open(run)
-    if directory.find_json("statistics.json") is not None:
-        raise RunDirectoryInvalid(
-            f"{run} counted and trained nothing", remedy=f"See what it found: silotune report {run}"
-        )
-    if not directory.final_adapter.is_dir():
-        raise RunDirectoryInvalid(
-            f"{run} has no final adapter yet",
-            remedy=f"Finish the run first: silotune simulate --resume {run}",
-        )
-    return directory
-
-
-def _loaded(directory: RunDirectory, device: str) -> LoadedModel:
-    """The run's model with its final adapter, computing as the run did."""
-    from silotune.models.adapter import load_adapter, write_adapter
-    from silotune.models.base import load_model
-    from silotune.plan.plan import Plan
-
-    facts = directory.read_json("resolved.json")
-    plan, choices = Plan.from_canonical(json.dumps(facts["plan"])), facts["choices"]
-    model = load_model(
-        plan, device=device, attention=choices["attention"], dtype=choices["dtype"], trial=False
-    )
-    write_adapter(model, load_adapter(model, directory.final_adapter))
-    return model
 
 
 def _as_json(answer: Prediction) -> Any:

@@ -31,7 +31,6 @@ from starlette.responses import (
 )
 from starlette.types import ASGIApp
 
-from silotune.version import __version__
 from silotune.dashboard import run_page as words
 from silotune.dashboard.accounts import AttemptLimit, Session
 from silotune.dashboard.errors import PageUnknown, TooManyAttempts
@@ -52,6 +51,7 @@ from silotune.events.source import (
 from silotune.plan.plan import stored_plan_in_words
 from silotune.trust.errors import SignInNeeded
 from silotune.trust.identity import Person
+from silotune.version import __version__
 
 
 class SignIn:

@@ -20,7 +20,6 @@ from typing import Annotated, Any, Literal
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from pydantic import Field
 
-from silotune.version import __version__
 from silotune.errors import CertificateInvalid
 from silotune.plan.document import ADDED_LATER, Document, Sha256
 from silotune.plan.plan import Plan
@@ -39,6 +38,7 @@ from silotune.privacy.secagg.graph import tolerated_collusion
 from silotune.privacy.tally import Tally, epsilon_of, total
 from silotune.trust.identity import fingerprint
 from silotune.trust.signed import Signing
+from silotune.version import __version__
 
 ALL_OTHERS = -1
 """In place of a number: all other sites collude."""

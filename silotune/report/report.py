@@ -20,7 +20,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from silotune.version import __version__
 from silotune.plan.plan import stored_plan_in_words
 from silotune.report import page, statistics
 from silotune.report.figures import MOST_SITES, Summary, summarise
@@ -44,6 +43,7 @@ from silotune.rounds.run_directory import (
     write_atomically,
 )
 from silotune.terminal import octets
+from silotune.version import __version__
 
 if TYPE_CHECKING:
     from silotune.report.charts import Chart

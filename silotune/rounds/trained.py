@@ -15,7 +15,7 @@ from silotune.rounds.run_directory import STATISTICS_FILE, RunDirectory
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trained:
+class TrainedAdapter:
     """Where a trained adapter lies, and what it was trained by.
 
     Attributes
@@ -55,7 +55,7 @@ class Trained:
         return model
 
 
-def find_trained(path: Path, *, plan: Plan | None = None) -> Trained:
+def find_trained(path: Path, *, plan: Plan | None = None) -> TrainedAdapter:
     """The trained adapter at a path: of a finished run, or an adapter's folder.
 
     Parameters
@@ -74,11 +74,11 @@ def find_trained(path: Path, *, plan: Plan | None = None) -> Trained:
     """
     if (path / SETTINGS).is_file():
         if plan is None:
-            return Trained(adapter=path, plan=read_plan(path))
+            return TrainedAdapter(adapter=path, plan=read_plan(path))
         named = json.loads((path / SETTINGS).read_text(encoding="utf-8")).get("plan_sha256")
         if named != plan.sha256:
             raise AdapterMismatch(f"{path} was trained by another plan")
-        return Trained(adapter=path, plan=plan)
+        return TrainedAdapter(adapter=path, plan=plan)
     directory = RunDirectory.open(path)
     if directory.find_json(STATISTICS_FILE) is not None:
         raise RunDirectoryInvalid(
@@ -92,11 +92,11 @@ def find_trained(path: Path, *, plan: Plan | None = None) -> Trained:
         )
     resolved = directory.read_json("resolved.json")["plan"]
     trained_by = Plan.from_canonical(json.dumps(resolved))
-    return Trained(adapter=directory.final_adapter, plan=trained_by, run=directory)
+    return TrainedAdapter(adapter=directory.final_adapter, plan=trained_by, run=directory)
 
 
 def load_trained(
     path: Path, *, base: str | None = None, device: str = "auto", plan: Plan | None = None
 ) -> LoadedModel:
-    """`find_trained` and `Trained.load` in one. Raises what they do."""
+    """`find_trained` and `TrainedAdapter.load` in one. Raises what they do."""
     return find_trained(path, plan=plan).load(base=base, device=device)

@@ -24,7 +24,6 @@ from typing import Any, Literal
 from flwr.app import Context, RecordDict
 from flwr.serverapp import ServerApp
 
-from silotune.version import __version__
 from silotune.client.isolation.confinement import checked
 from silotune.client.terms import delta_notes
 from silotune.data.checks import Surveyed, survey
@@ -56,6 +55,7 @@ from silotune.simulation.outcome import (
 from silotune.simulation.pool import SiteSlot, spread
 from silotune.simulation.program import SimulatedSites, payload_for
 from silotune.trust.vault import Vault
+from silotune.version import __version__
 
 Note = Callable[[str], None]
 

@@ -16,9 +16,9 @@ from tests.federation import CHOICES
 from tests.models.model_material import a_plan
 
 
-def finished(folder, base, task="text_classification"):
+def finished(folder, base, task="text_classification", **settings):
     """The directory of a finished run whose adapter is random numbers."""
-    plan = a_plan(base, task)
+    plan = a_plan(base, task, **settings)
     directory = RunDirectory.create(folder, "run", plan_toml="")
     facts = {"plan": json.loads(plan.canonical()), "choices": asdict(CHOICES)}
     directory.write_json("resolved.json", facts)
@@ -88,6 +88,12 @@ def test_an_empty_line_keeps_its_place_and_gets_no_answer(classifier):
 def test_plain_lines_may_have_commas_and_quotes(classifier):
     lines = ["chronic kidney disease, stage 4", 'the "left" eye', '"open, and not closed']
     assert texts_of(classifier, given="\n".join(lines).encode()) == lines
+
+
+def test_an_adapter_alone_predicts_what_its_run_does(classifier, tmp_path):
+    folder = tmp_path / "taken away"
+    shutil.copytree(classifier / "adapters" / "final", folder)
+    assert said(folder, "eye", "femur") == said(classifier, "eye", "femur")
 
 
 @pytest.mark.parametrize(

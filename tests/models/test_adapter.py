@@ -314,6 +314,7 @@ def test_saving_twice_writes_the_same_bytes(model, tmp_path):
         "adapter_config.json",
         "adapter_model.safetensors",
         "head.safetensors",
+        "plan.json",
         "silotune.json",
     ]
     for name in files:
