@@ -17,8 +17,8 @@ from silotune.terminal import headed, terminal
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from silotune.data.columns import Role
     from silotune.data.partition import Partitioner
-    from silotune.data.site import Role
     from silotune.rounds.run_directory import RunDirectory
     from silotune.simulation.run import EngineName, Settings
 
@@ -88,7 +88,7 @@ def partition(  # noqa: PLR0917 - one a command-line option
 
 
 def _columns(given: list[str]) -> dict[Role, str]:
-    from silotune.data.site import Role
+    from silotune.data.columns import Role
 
     found: dict[Role, str] = {}
     for text in given:

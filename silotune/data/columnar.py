@@ -109,6 +109,8 @@ def _as_text(
     path: Path, batches: Iterable[pa.RecordBatch], names: Collection[str], shape: Shape
 ) -> Table:
     """All batches, unless they are far more than the file: columns may be packed, or repeat."""
+    import pyarrow as pa
+
     limit, size, rows = most_unpacked(path.stat().st_size), 0, 0
     columns: dict[str, list[Any]] = {name: [] for name in names}
     nested = False
@@ -117,14 +119,19 @@ def _as_text(
         if size > limit:
             raise unpacks_too_far(path, limit)
         for name, column in columns.items():
-            if name in batch.schema.names:
+            if name in batch.schema.names and not (
+                name in shape.lists and pa.types.is_nested(batch.schema.field(name).type)
+            ):
                 column.extend(_texts(path, name, batch.column(name), shape))
                 continue
             nested = True
-            root, find = root_of(name, batch.schema.names), finder(name)
+            root = root_of(name, batch.schema.names)
+            find = finder(name, whole=name in shape.lists)
             column.extend(find({root: value}) for value in batch.column(root).to_pylist())
-    make = as_table if nested else of_texts
-    return make(str(path), range(1, rows + 1), columns, Faults(str(path)), shape.rule)
+    numbers, faults = range(1, rows + 1), Faults(str(path))
+    if nested:
+        return as_table(str(path), numbers, columns, faults, shape.rule, lists=shape.lists)
+    return of_texts(str(path), numbers, columns, faults, shape.rule)
 
 
 def _texts(path: Path, name: str, column: pa.Array, shape: Shape) -> list[str]:

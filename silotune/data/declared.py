@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from silotune.data.site import DatasetConfig, SiteConfig
+from silotune.data.structured import LABELLED, STANDS_FOR, by_asked
 from silotune.data.values import Rule
 from silotune.errors import (
     CalibrationImpossible,
@@ -107,12 +108,13 @@ def require_declared(site: SiteConfig, plan: Plan, *, roles: Collection[str]) ->
     numbers_for(dataset, plan)
     _require_room(dataset, plan)
     lacking = [label for label in dataset.declared_labels if label not in plan.model.labels]
-    if lacking and "label" in roles:
+    named = not LABELLED.isdisjoint(roles)
+    if lacking and named:
         raise LabelsUnfit(
             f"model.labels of the plan lacks {', '.join(map(repr, lacking))}, which labels of "
             f"[datasets.{plan.data.dataset}] declares"
         )
-    if "label" in roles and (same := dataset.same_label(plan.model.labels)) is not None:
+    if named and (same := dataset.same_label(plan.model.labels)) is not None:
         raise LabelsUnfit(f"model.labels of the plan: {same} in [datasets.{plan.data.dataset}]")
     held_out = plan.data.test_share + plan.data.validation_share
     if held_out > dataset.max_held_out + 1e-9:
@@ -139,19 +141,20 @@ def _check_unit_name(dataset: DatasetConfig, plan: Plan) -> None:
 
 def columns_for(dataset: DatasetConfig, plan: Plan, roles: Collection[str]) -> dict[str, str]:
     """The columns to read, by role: the task's, and those of unit, group and split."""
-    named = dataset.columns.by_role()
+    named: dict[str, str] = {**dataset.columns.by_role()}
+    offered = by_asked(named)
     needed: set[str] = set(roles)
     if plan.data.split_by == "group":
         needed.add("group")
-    missing = sorted(needed - set(named))
+    missing = sorted(needed - set(offered))
     if missing:
         raise ColumnMissing(
             f"the plan needs the roles {', '.join(missing)}, for which "
             f"[datasets.{plan.data.dataset}.columns] in site.toml names no column"
         )
-    needed.update({"unit", "split"} & set(named))
-    needed.add(identity_role(named))
-    return {str(role): column for role, column in named.items() if role in needed}
+    needed.update({"unit", "split"} & set(offered))
+    needed.add(identity_role(offered))
+    return {role: column for role, column in named.items() if STANDS_FOR.get(role, role) in needed}
 
 
 def numbers_for(dataset: DatasetConfig, plan: Plan) -> dict[str, str]:
@@ -177,4 +180,4 @@ def _require_room(dataset: DatasetConfig, plan: Plan) -> None:
 
 def identity_role(columns: Collection[str]) -> str:
     """The role whose text tells records apart where the record itself is the unit."""
-    return "text" if "text" in columns else "prompt"
+    return next(role for role in ("text", "prompt", "messages") if role in columns)

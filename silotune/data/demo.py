@@ -20,6 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
+from silotune.data.columns import Role
 from silotune.data.partition import (
     CommonTerms,
     read_template,
@@ -27,7 +28,7 @@ from silotune.data.partition import (
     toml_value,
     write_site,
 )
-from silotune.data.site import BudgetConfig, Role
+from silotune.data.site import BudgetConfig
 from silotune.errors import EnvironmentFault
 from silotune.plan.plan import Plan
 

@@ -66,7 +66,7 @@ def _read(
     kept: list[Record] = []
     present: dict[str, None] = {}
     wanted = None if wanted is None else list(dict.fromkeys(wanted))
-    finders = [finder(name) for name in wanted or ()]
+    finders = [finder(name, whole=name in shape.lists) for name in wanted or ()]
     columns: list[list[Any]] = [[] for _ in finders]
     try:
         for number, record in records_in(path, shape, faults):
@@ -93,7 +93,8 @@ def _read(
     names = list(present) if wanted is None else wanted
     if wanted is None:
         columns = [[record.get(name) for record in kept] for name in names]
-    return as_table(str(path), numbers, dict(zip(names, columns, strict=True)), faults, shape.rule)
+    values = dict(zip(names, columns, strict=True))
+    return as_table(str(path), numbers, values, faults, shape.rule, lists=shape.lists)
 
 
 def _lines(path: Path, shape: Shape, faults: Faults) -> Found:

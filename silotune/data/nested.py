@@ -9,8 +9,10 @@ from silotune.data.formats.paths import FieldPath
 from silotune.errors import ColumnMissing
 
 
-def finder(name: str) -> Callable[[Mapping[str, Any]], Any]:
+def finder(name: str, *, whole: bool = False) -> Callable[[Mapping[str, Any]], Any]:
     """What finds a column in a record: by its name, else by the path that it spells.
+
+    Where a path ends in a list, with `whole` that list is the value, and else nothing in it is.
 
     Raises
     ------
@@ -24,6 +26,8 @@ def finder(name: str) -> Callable[[Mapping[str, Any]], Any]:
     def find(record: Mapping[str, Any]) -> Any:
         if name in record:
             return record[name]
+        if whole:
+            return path.all(record)
         # The first that is no list and no object: whether it is text is for others to say.
         return next((v for v in path.all(record) if not isinstance(v, (dict, list))), None)
 

@@ -25,8 +25,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from silotune.data.site import BudgetConfig, Format, Role
+from silotune.data.columns import Role
+from silotune.data.site import BudgetConfig, Format
 from silotune.data.sources import read_file
+from silotune.data.structured import LISTS
 from silotune.data.table import Table, numbered
 from silotune.data.values import without_missing
 from silotune.errors import ColumnMissing, DatasetUnreadable, FolderOccupied, TooFewRecords
@@ -374,7 +376,8 @@ def _read_units(source: Path, columns: Mapping[Role, str]) -> Units:
     kind = _SUFFIXES.get(name.suffix.lower())
     if kind is None:
         raise DatasetUnreadable(f"{source}: expected a name that ends in {', '.join(_SUFFIXES)}")
-    table = read_file(source, kind=kind)
+    lists = [column for role, column in columns.items() if role in LISTS]
+    table = read_file(source, kind=kind, lists=lists)
     missing = [name for name in columns.values() if name not in table.columns]
     if missing:
         raise ColumnMissing(f"{source} has no column {', '.join(map(repr, missing))}")

@@ -53,6 +53,7 @@ from silotune.data.declared import (
 )
 from silotune.data.roles import Sieve, read_roles
 from silotune.data.site import DatasetConfig, SiteConfig
+from silotune.data.structured import LABELLED, by_asked
 from silotune.data.table import LeftOut, numbered
 from silotune.plan.plan import Plan
 
@@ -141,7 +142,7 @@ class Records:
     Attributes
     ----------
     examples : sequence of mapping, length n
-        Strings by role: ``text`` and ``label``, or ``prompt`` and ``response``.
+        Strings by role, as the task names them; a list is JSON (`silotune.data.structured`).
     unit_of : int64 array of shape [n]
         The privacy unit of each record: every one of 0 .. `n_units()` - 1 occurs.
     split : uint8 array of shape [n]
@@ -248,11 +249,12 @@ def load_records(
     require_declared(site, plan, roles=roles)
     dataset = site.dataset(plan.data.dataset)
     columns, numbers = columns_for(dataset, plan, roles), numbers_for(dataset, plan)
-    labels = _labels(dataset, plan) if "label" in columns else frozenset()
+    labelled = not LABELLED.isdisjoint(by_asked(columns))
+    labels = _labels(dataset, plan) if labelled else frozenset()
     rule = rule_for(dataset, secret)
     named = {**columns, **numbers}
     sieve = Sieve(read_roles(dataset, folder=site.folder, roles=named, labels=labels, rule=rule))
-    _drop_unfit(sieve, columns, labels)
+    _drop_unfit(sieve, by_asked(columns), labels)
     if "split" in columns:
         _drop_torn(sieve, "split", "on another side of the split")
     if plan.data.split_by == "group":
@@ -306,7 +308,7 @@ def _drop_unfit(sieve: Sieve, columns: Mapping[str, str], labels: Collection[str
         found = sieve.column(role)
         if "" in found:
             sieve.drop([row for row in sieve.rows() if not found[row]], f"empty {role}", column)
-    if labels:
+    if labels and "label" in columns:
         found = sieve.column("label")
         unknown = [row for row in sieve.rows() if found[row] not in labels]
         told = [found[row] for row in unknown]

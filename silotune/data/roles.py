@@ -1,21 +1,33 @@
 """A dataset by role: what its columns, as site.toml maps them, say to a plan.
 
 From the columns of a source come the roles that a plan asks for: spaces around values don't count, a
-word that only says that there is nothing is nothing, a text may be put together of several columns,
-labels get the names that plans use, and a given split its own three. Rows whose label or side is none of
-those are left out and counted. Whether a row may lack a value is for the reader of the roles to say.
+word that only says that there is nothing is nothing, a text may be put together of several columns or
+be a list of words (`silotune.data.structured` has the roles whose value is a list), labels get the names
+that plans use, and a given split its own three. Rows whose label or side is none of those are left out
+and counted. Whether a row may lack a value is for the reader of the roles to say.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import compress, repeat
 from pathlib import Path
 
 import numpy as np
 
-from silotune.data.site import DatasetConfig, columns_in, pieces_of
+from silotune.data.columns import columns_in, pieces_of
+from silotune.data.site import DatasetConfig
 from silotune.data.sources import read_dataset
+from silotune.data.structured import (
+    LISTS,
+    STANDS_FOR,
+    UNKNOWN,
+    Naming,
+    Unfit,
+    messages_text,
+    spans_text,
+    words_text,
+)
 from silotune.data.table import Table
 from silotune.data.values import MISSING, NEWEST, Rule, canonical, without_missing
 
@@ -59,7 +71,7 @@ def read_roles(
     Returns
     -------
     Table
-        Its columns are the roles.
+        Its columns are the roles; words and tags became a text and its spans.
 
     Raises
     ------
@@ -67,7 +79,10 @@ def read_roles(
         As `read_dataset`.
     """
     wanted = dict.fromkeys(column for text in roles.values() for column in columns_in(text))
-    read = read_dataset(dataset, folder=folder, columns=wanted, strict=strict, rule=rule)
+    lists = {column for role, column in roles.items() if role in LISTS}
+    read = read_dataset(
+        dataset, folder=folder, columns=wanted, strict=strict, rule=rule, lists=lists
+    )
     stripped = {name: [*map(str.strip, column)] for name, column in read.columns.items()}
     allowed = tuple(labels) or dataset.declared_labels
     values = {
@@ -75,6 +90,8 @@ def read_roles(
         for role, text in roles.items()
     }
     sieve = Sieve(Table(read.source, read.rows, values, read.faults.again()))
+    if lists:
+        _read_lists(sieve, roles, read.columns, _naming(dataset, allowed, rule))
     if "label" in roles:
         _name_labels(sieve, dataset, roles["label"], allowed, rule)
     if "split" in roles:
@@ -108,9 +125,7 @@ def _name_labels(
 ) -> None:
     """Give labels the names that plans use; leave out what site.toml maps to none, or doesn't map."""
     mapped = dataset.labels if isinstance(dataset.labels, Mapping) else None
-    named = dict(mapped) if mapped is not None else {label: label for label in allowed}
-    if rule > 1:
-        named = {canonical(written): label for written, label in named.items()}
+    named = _names(dataset, allowed, rule)
     found = sieve.column("label")
     if mapped is not None:
         unknown = [row for row in sieve.rows() if found[row] and found[row] not in named]
@@ -120,6 +135,74 @@ def _name_labels(
         sieve.drop(unwanted, "label that site.toml leaves out", column)
     if any(written != label for written, label in named.items()):
         sieve.replace("label", [named.get(label, label) for label in found])
+
+
+def _names(dataset: DatasetConfig, allowed: Collection[str], rule: Rule) -> dict[str, str]:
+    """The plan's names of labels, by what the source says."""
+    mapped = dataset.labels if isinstance(dataset.labels, Mapping) else None
+    named = dict(mapped) if mapped is not None else {label: label for label in allowed}
+    if rule > 1:
+        named = {canonical(written): label for written, label in named.items()}
+    return named
+
+
+def _naming(dataset: DatasetConfig, allowed: Collection[str], rule: Rule) -> Naming:
+    """Names the labels of spans: those that are known, or any where none are declared."""
+    named = _names(dataset, allowed, rule)
+    wanted = {*allowed, ""}
+
+    def name(label: str) -> str | None:
+        called = named.get(canonical(label) if rule > 1 else label)
+        return called if called in wanted else None
+
+    return name if named else lambda label: label
+
+
+def _read_lists(
+    sieve: Sieve, roles: Mapping[str, str], raw: Mapping[str, Sequence[str]], name: Naming
+) -> None:
+    """Give roles whose value is a list their one text; leave out what is no such list."""
+    if "messages" in roles:
+        chats = sieve.column("messages")
+        _make(sieve, roles, {"messages": "messages"}, lambda row: (messages_text(chats[row]),))
+    if "spans" in roles and "text" in roles:
+        texts, spans = raw[roles["text"]], sieve.column("spans")
+        _make(
+            sieve,
+            roles,
+            {"spans": "spans"},
+            lambda row: (spans_text(spans[row], texts[row], name),),
+        )
+    if "words" in roles:
+        words = sieve.column("words")
+        tags = sieve.column("tags") if "tags" in roles else None
+        made = {role: stands for role, stands in STANDS_FOR.items() if role in roles}
+        _make(sieve, roles, made, lambda row: words_text(words[row], tags and tags[row], name))
+
+
+def _make(
+    sieve: Sieve,
+    roles: Mapping[str, str],
+    made: Mapping[str, str],
+    read: Callable[[int], Sequence[str]],
+) -> None:
+    """Put what `read` makes of a row in the place of the roles that it is made of."""
+    first = next(iter(made))
+    given, found = sieve.column(first), {}
+    unfit: dict[str, list[int]] = {}
+    unknown: list[str] = []
+    for row in sieve.rows():
+        if given[row]:
+            try:
+                found[row] = read(row)
+            except Unfit as exc:
+                unfit.setdefault(exc.problem, []).append(row)
+                unknown += [exc.label] if exc.label else []
+    for place, (role, stands) in enumerate(made.items()):
+        values = [found[row][place] if row in found else "" for row in range(len(given))]
+        sieve.replace(role, values, named=stands)
+    for problem, rows in unfit.items():
+        sieve.drop(rows, problem, roles[first], unknown if problem == UNKNOWN else ())
 
 
 def _name_sides(sieve: Sieve, column: str) -> None:
@@ -150,9 +233,10 @@ class Sieve:
         places: list[int] = np.flatnonzero(self._alive).tolist()
         return places
 
-    def replace(self, role: str, values: Sequence[str]) -> None:
-        """Give a role other values, as many."""
-        self._values[role] = values
+    def replace(self, role: str, values: Sequence[str], *, named: str | None = None) -> None:
+        """Give a role other values, as many, and perhaps another name."""
+        del self._values[role]
+        self._values[named or role] = values
 
     def drop(
         self,

@@ -45,6 +45,8 @@ class Shape:
         Of a workbook; its first one when None.
     resource : str
         Which resources of a FHIR export are records.
+    lists : frozenset of str
+        Columns whose value may be a list or an object; its text is then its JSON.
     rule : int
         By which values become text (`silotune.data.values`).
     strict : bool
@@ -57,6 +59,7 @@ class Shape:
     decimal: str = "."
     sheet: str | None = None
     resource: Resource = "DocumentReference"
+    lists: frozenset[str] = frozenset()
     rule: Rule = NEWEST
     strict: bool = False
 

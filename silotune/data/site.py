@@ -20,12 +20,13 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import datetime, time, timedelta
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import quote, unquote
 
 from pydantic import AfterValidator, Field, PrivateAttr, SecretStr, ValidationError, model_validator
 
 from silotune.data.augmentation import AugmentationConfig
+from silotune.data.columns import Column, ColumnsConfig
 from silotune.data.values import Rule, canonical
 from silotune.errors import DatasetUnknown, SiteConfigInvalid
 from silotune.plan.explain import explain
@@ -189,7 +190,6 @@ class ResourcesConfig(Section):
         return self
 
 
-Role = Literal["text", "label", "unit", "group", "split", "prompt", "response"]
 Format = Literal[
     "csv", "jsonl", "json", "parquet", "arrow", "excel", "sql",
     "fhir", "i2b2", "camt053", "ofx", "dicom_sr",
@@ -197,62 +197,6 @@ Format = Literal[
 Resource = Literal["DocumentReference", "DiagnosticReport", "Condition", "Observation"]
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
-
-Column = Annotated[str, Field(min_length=1)]
-
-_PIECE = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
-
-
-def pieces_of(text: str) -> list[tuple[str, str | None]] | None:
-    """What ``{title}: {body}`` puts together; None if it is the name of one column.
-
-    Returns
-    -------
-    list of (str, str or None)
-        Text that stands between columns, and the column's name where one is.
-    """
-    pieces: list[tuple[str, str | None]] = []
-    at = 0
-    for match in _PIECE.finditer(text):
-        pieces.append((text[at : match.start()], None))
-        pieces.append((match[0][0], None) if match[1] is None else ("", match[1]))
-        at = match.end()
-    pieces.append((text[at:], None))
-    return pieces if any(name is not None for _, name in pieces) else None
-
-
-def columns_in(text: str) -> list[str]:
-    """The columns that a role is made of: those of a template, or the one that it is."""
-    pieces = pieces_of(text)
-    return [text] if pieces is None else [name for _, name in pieces if name is not None]
-
-
-class ColumnsConfig(Section):
-    """``[datasets.NAME.columns]``: which column plays which role."""
-
-    text: Column | None = None
-    label: Column | None = None
-    unit: Column | None = Field(None, description="Identifies the patient, customer, ...")
-    group: Column | None = Field(None, description="Kept whole when data.split_by is 'group'.")
-    split: Column | None = Field(
-        None, description="Says train, validation or test; the site's secret decides without it."
-    )
-    prompt: Column | None = None
-    response: Column | None = None
-
-    @model_validator(mode="after")
-    def _single(self) -> Self:
-        for role in ("label", "unit", "group", "split"):
-            column = getattr(self, role)
-            if column is not None and pieces_of(column) is not None:
-                raise ValueError(f"{role} is one column, and {column!r} puts several together")
-        return self
-
-    def by_role(self) -> dict[Role, str]:
-        """The columns that are named, by role."""
-        roles: tuple[Role, ...] = get_args(Role)
-        return {role: getattr(self, role) for role in roles if getattr(self, role) is not None}
-
 
 # Keys of a dataset that mean something in some formats only.
 _MEANT_FOR: dict[str, tuple[Format, ...]] = {

@@ -62,10 +62,12 @@ def read_dataset(
     columns: Collection[str],
     strict: bool = False,
     rule: Rule = NEWEST,
+    lists: Collection[str] = (),
 ) -> Table:
     """Some columns of a dataset, without its bad rows; relative paths start from `folder`.
 
-    With `strict` a file is read as by `read_file`, and its first trouble raised.
+    In the columns `lists` a list or an object is its JSON. With `strict` a file is read as by
+    `read_file`, and its first trouble raised.
 
     Raises
     ------
@@ -77,7 +79,8 @@ def read_dataset(
     if dataset.format == "sql":
         assert dataset.url is not None
         assert dataset.query is not None  # validated
-        return _read_query(expand_url(dataset.url), dataset.query, folder, columns, rule)
+        url = expand_url(dataset.url)
+        return _read_query(url, dataset.query, folder, columns, rule=rule, lists=lists)
     assert dataset.path is not None  # validated
     shape = Shape(
         delimiter=dataset.delimiter,
@@ -86,6 +89,7 @@ def read_dataset(
         decimal=dataset.decimal,
         sheet=dataset.sheet,
         resource=dataset.resource,
+        lists=frozenset(lists),
         rule=rule,
         strict=strict,
     )
@@ -96,9 +100,16 @@ def read_dataset(
 
 
 def read_file(
-    path: Path, *, kind: Format, columns: Collection[str] | None = None, delimiter: str = ","
+    path: Path,
+    *,
+    kind: Format,
+    columns: Collection[str] | None = None,
+    delimiter: str = ",",
+    lists: Collection[str] = (),
 ) -> Table:
     """Some columns of a file or folder, or all of them when `columns` is None.
+
+    In the columns `lists` a list or an object is its JSON.
 
     Raises
     ------
@@ -109,7 +120,9 @@ def read_file(
     RecordInvalid
         A row has another number of fields than the header, or a value is not plain text.
     """
-    table = _read(path, kind, columns, Shape(delimiter=delimiter, strict=True))
+    table = _read(
+        path, kind, columns, Shape(delimiter=delimiter, lists=frozenset(lists), strict=True)
+    )
     table.faults.check()
     return table
 
@@ -142,7 +155,15 @@ def _read(path: Path, kind: Format, columns: Collection[str] | None, shape: Shap
     return joined(str(path), tables, [str(part.relative_to(path)) for part in parts])
 
 
-def _read_query(url: str, query: str, folder: Path, wanted: Collection[str], rule: Rule) -> Table:
+def _read_query(
+    url: str,
+    query: str,
+    folder: Path,
+    wanted: Collection[str],
+    *,
+    rule: Rule,
+    lists: Collection[str],
+) -> Table:
     import sqlalchemy as sa
 
     source = "the SQL query"
@@ -175,7 +196,8 @@ def _read_query(url: str, query: str, folder: Path, wanted: Collection[str], rul
             _explain(file, getattr(cause, "sqlite_errorname", ""))
         raise DatasetUnreadable(f"{source} failed: {type(cause).__name__}") from None
     numbers = range(1, len(columns[0]) + 1 if columns else 1)
-    return as_table(source, numbers, dict(zip(names, columns, strict=True)), Faults(source), rule)
+    values = dict(zip(names, columns, strict=True))
+    return as_table(source, numbers, values, Faults(source), rule, lists=lists)
 
 
 def _keep_bad_bytes(connection: Any, _record: object) -> None:

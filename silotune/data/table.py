@@ -6,6 +6,7 @@ file that lacks one is a record.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -171,9 +172,17 @@ def as_table(
     values: Mapping[str, Iterable[Any]],
     faults: Faults,
     rule: Rule = NEWEST,
+    *,
+    lists: Collection[str] = (),
 ) -> Table:
-    """A table of the rows whose values are all plain: strings, numbers, dates, truths or missing."""
-    texts = {name: [text_of(value, rule) for value in column] for name, column in values.items()}
+    """A table of the rows whose values are all plain: strings, numbers, dates, truths or missing.
+
+    In the columns `lists` a list or an object is its JSON.
+    """
+    plain = {
+        name: map(_json, column) if name in lists else column for name, column in values.items()
+    }
+    texts = {name: [text_of(value, rule) for value in column] for name, column in plain.items()}
     bad: set[int] = set()
     for name, column in texts.items():
         rows = [place for place, text in enumerate(column) if text is None]
@@ -185,6 +194,16 @@ def as_table(
         texts = {name: [column[place] for place in kept] for name, column in texts.items()}
     columns = {name: [text or "" for text in column] for name, column in texts.items()}
     return Table(source, numbers, columns, faults)
+
+
+def _json(value: Any) -> Any:
+    """The JSON of a list or an object; what is neither as it is, and what has no JSON too."""
+    if not isinstance(value, (list, tuple, dict)):
+        return value
+    try:
+        return json.dumps(value, ensure_ascii=False, default=str)
+    except (TypeError, ValueError, RecursionError):
+        return value
 
 
 def of_texts(

@@ -6,9 +6,10 @@ import csv
 
 import pytest
 
+from silotune.data.columns import pieces_of
 from silotune.data.declared import new_secret
 from silotune.data.records import Split, load_records
-from silotune.data.site import SiteConfig, pieces_of
+from silotune.data.site import SiteConfig
 from silotune.errors import LabelsUnfit, SiteConfigInvalid
 from silotune.plan.plan import Plan
 

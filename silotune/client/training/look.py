@@ -11,6 +11,7 @@ from silotune.client.training import messages as m
 from silotune.data.augmentation import Augmentation
 from silotune.data.roles import read_roles
 from silotune.data.site import SiteConfig
+from silotune.data.structured import by_asked
 from silotune.errors import DatasetUnreadable, RecordInvalid
 
 
@@ -34,7 +35,7 @@ def look(asked: m.AskLook) -> m.Looked:
         left_out = "".join(f"; left out: {fault.told}" for fault in table.faults.found)
         raise DatasetUnreadable(f"{table.source}: there is no record in it{left_out}")
     faults = table.faults.again()
-    for role, column in columns.items():
+    for role, column in by_asked(columns).items():
         values = table.columns[role]
         empty = [row for row, value in zip(table.rows, values, strict=True) if not value]
         faults.add(f"empty {role}", empty, column=column)
