@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, model_validator
@@ -13,6 +14,15 @@ Role = Literal[
     "text", "label", "unit", "group", "split", "prompt", "response",
     "spans", "words", "tags", "messages",
 ]  # fmt: skip
+
+LISTS = frozenset({"spans", "words", "tags", "messages"})
+"""Roles whose value is a list."""
+
+LABELLED = frozenset({"label", "spans"})
+"""Roles whose value has labels of the plan."""
+
+STANDS_FOR = {"words": "text", "tags": "spans"}
+"""What a plan asks for, by the role that it may be made of."""
 
 Column = Annotated[str, Field(min_length=1)]
 
@@ -43,6 +53,11 @@ def columns_in(text: str) -> list[str]:
     return [text] if pieces is None else [name for _, name in pieces if name is not None]
 
 
+def by_asked(columns: Mapping[str, str]) -> dict[str, str]:
+    """Columns by the roles that a plan asks for, of columns by the roles that they have."""
+    return {STANDS_FOR.get(role, role): column for role, column in columns.items()}
+
+
 class ColumnsConfig(Section):
     """``[datasets.NAME.columns]``: which column plays which role."""
 
@@ -64,7 +79,7 @@ class ColumnsConfig(Section):
 
     @model_validator(mode="after")
     def _single(self) -> Self:
-        whole = ("label", "unit", "group", "split", "spans", "words", "tags", "messages")
+        whole = ("label", "unit", "group", "split", *sorted(LISTS))
         # The spans of a text count its characters.
         for role in (*whole, *(["text"] if self.spans is not None else [])):
             column = getattr(self, role)

@@ -11,8 +11,8 @@ from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
+from silotune.data.columns import LABELLED, STANDS_FOR, by_asked
 from silotune.data.site import DatasetConfig, SiteConfig
-from silotune.data.structured import LABELLED, STANDS_FOR, by_asked
 from silotune.data.values import Rule
 from silotune.errors import (
     CalibrationImpossible,

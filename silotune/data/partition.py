@@ -25,10 +25,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from silotune.data.columns import Role
+from silotune.data.columns import LISTS, Role
 from silotune.data.site import BudgetConfig, Format
 from silotune.data.sources import read_file
-from silotune.data.structured import LISTS
 from silotune.data.table import Table, numbered
 from silotune.data.values import without_missing
 from silotune.errors import ColumnMissing, DatasetUnreadable, FolderOccupied, TooFewRecords

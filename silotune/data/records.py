@@ -44,6 +44,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from silotune.data.augmentation import Augmentation
+from silotune.data.columns import LABELLED, by_asked
 from silotune.data.declared import (
     columns_for,
     identity_role,
@@ -53,7 +54,6 @@ from silotune.data.declared import (
 )
 from silotune.data.roles import Sieve, read_roles
 from silotune.data.site import DatasetConfig, SiteConfig
-from silotune.data.structured import LABELLED, by_asked
 from silotune.data.table import LeftOut, numbered
 from silotune.plan.plan import Plan
 

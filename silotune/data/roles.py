@@ -15,12 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from silotune.data.columns import columns_in, pieces_of
+from silotune.data.columns import LISTS, STANDS_FOR, columns_in, pieces_of
 from silotune.data.site import DatasetConfig
 from silotune.data.sources import read_dataset
 from silotune.data.structured import (
-    LISTS,
-    STANDS_FOR,
     UNKNOWN,
     Naming,
     Unfit,

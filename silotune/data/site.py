@@ -26,7 +26,7 @@ from urllib.parse import quote, unquote
 from pydantic import AfterValidator, Field, PrivateAttr, SecretStr, ValidationError, model_validator
 
 from silotune.data.augmentation import AugmentationConfig
-from silotune.data.columns import Column, ColumnsConfig
+from silotune.data.columns import LISTS, Column, ColumnsConfig
 from silotune.data.values import Rule, canonical
 from silotune.errors import DatasetUnknown, SiteConfigInvalid
 from silotune.plan.explain import explain
@@ -321,6 +321,9 @@ class DatasetConfig(Section):
 
     def _unit_conflicts(self) -> list[str]:
         found = []
+        fixed = [role for role in self.columns.by_role() if role in LISTS - {"words"}]
+        if self.augmentation is not None and fixed:
+            found.append(f"augmentation changes words, which {fixed[0]} would not follow")
         if self.unit == "record" and self.columns.unit is not None:
             found.append('unit must say what one value of columns.unit is, e.g. "patient"')
         if self.unit != "record" and self.columns.unit is None:

@@ -14,22 +14,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
 from silotune.data.json_records import decoder
 from silotune.data.values import NEWEST
-from silotune.models.spans import Span, written
-
-LISTS = frozenset({"spans", "words", "tags", "messages"})
-"""Roles whose value is a list."""
-
-LABELLED = frozenset({"label", "spans"})
-"""Roles whose value has labels of the plan."""
-
-STANDS_FOR = {"words": "text", "tags": "spans"}
-"""What a plan asks for, by the role that it may be made of."""
+from silotune.models.spans import TextSpan, written
 
 Naming = Callable[[str], str | None]
 """The plan's name of a label; "" where the site wants none of it, None where it is unknown."""
@@ -54,11 +45,6 @@ class Unfit(ValueError):
     def __init__(self, problem: str, label: str = "") -> None:
         super().__init__(problem)
         self.problem, self.label = problem, label
-
-
-def by_asked(columns: Mapping[str, str]) -> dict[str, str]:
-    """Columns by the roles that a plan asks for, of columns by the roles that they have."""
-    return {STANDS_FOR.get(role, role): column for role, column in columns.items()}
 
 
 def spans_text(value: str, text: str, name: Naming) -> str:
@@ -93,7 +79,7 @@ def spans_text(value: str, text: str, name: Naming) -> str:
         if first >= last:
             raise Unfit("a span that is empty, or not within the text")
         if called := _called(_string(label, problem), name):
-            found.append(Span(first - cut, last - cut, called))
+            found.append(TextSpan(first - cut, last - cut, called))
     found.sort()
     if any(one.end > other.start for one, other in pairwise(found)):
         raise Unfit("spans that overlap")
@@ -115,7 +101,7 @@ def words_text(words: str, tags: str | None, name: Naming) -> Sequence[str]:
     marks = [_string(tag, _NO_TEXTS).strip() for tag in _list(tags, _NO_TEXTS)]
     if len(marks) != len(listed):
         raise Unfit("not one tag for each word")
-    found: list[Span] = []
+    found: list[TextSpan] = []
     at, open_as = 0, ""
     for word, mark in zip(listed, marks, strict=True):
         if not word:
@@ -125,7 +111,7 @@ def words_text(words: str, tags: str | None, name: Naming) -> Sequence[str]:
         if called and called == open_as and prefix not in "BSU":
             found[-1] = found[-1]._replace(end=at + len(word))
         elif called:
-            found.append(Span(at, at + len(word), called))
+            found.append(TextSpan(at, at + len(word), called))
         open_as = "" if prefix in tuple("ELSU") else called
         at += len(word) + 1
     return text, written(found)

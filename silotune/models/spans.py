@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 
-class Span(NamedTuple):
+class TextSpan(NamedTuple):
     """A part of a text and its label."""
 
     start: int
@@ -19,12 +19,12 @@ class Span(NamedTuple):
     label: str
 
 
-def written(spans: Iterable[Span]) -> str:
+def written(spans: Iterable[TextSpan]) -> str:
     """The one text of some spans."""
     listed = [span._asdict() for span in sorted(spans)]
     return json.dumps(listed, ensure_ascii=False, separators=(",", ":"))
 
 
-def spans_in(text: str) -> list[Span]:
+def spans_in(text: str) -> list[TextSpan]:
     """The spans that `written` wrote."""
-    return [Span(one["start"], one["end"], one["label"]) for one in json.loads(text)]
+    return [TextSpan(one["start"], one["end"], one["label"]) for one in json.loads(text)]

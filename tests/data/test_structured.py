@@ -11,20 +11,25 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from silotune.cli import app
+from silotune.client.training.look import look
+from silotune.client.training.messages import AskLook
 from silotune.data.roles import read_roles
-from silotune.data.site import SiteConfig
+from silotune.data.site import SiteConfig, load_sites
 from silotune.data.structured import spans_text, words_text
 from silotune.errors import SiteConfigInvalid
-from silotune.models.spans import Span, spans_in, written
+from silotune.models.spans import TextSpan, spans_in, written
 
 NOTE = "Seen by Dr. Ménière on 3 May."
 SPANS = [{"start": 12, "end": 19, "label": "NAME"}, {"start": 23, "end": 28, "label": "DATE"}]
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ménière?\n"}]
+MOVED = [{**s, "start": s["start"] + 2, "end": s["end"] + 2} for s in SPANS]
 ROWS = [
-    {"note": f"  {NOTE} ", "found": [{**s, "start": s["start"] + 2, "end": s["end"] + 2} for s in SPANS], "chat": CHAT},
+    {"note": f"  {NOTE} ", "found": MOVED, "chat": CHAT},
     {"note": "Nothing.", "found": [], "chat": [{"role": "user", "content": "5"}]},
-]  # fmt: skip
+]
 
 
 def any_label(label: str) -> str:
@@ -160,7 +165,7 @@ def test_the_site_names_labels_of_spans_and_those_that_it_wants_none_of_are_no_e
     columns = {"text": "note", "spans": "found"}
     labels = {"per": "NAME", "age": ""}
     table = read(tmp_path, lines(tmp_path, rows), columns=columns, labels=labels)
-    assert spans_in(table.columns["spans"][0]) == [Span(0, 3, "NAME")]
+    assert spans_in(table.columns["spans"][0]) == [TextSpan(0, 3, "NAME")]
 
 
 TAGGED = {
@@ -227,3 +232,47 @@ def test_words_give_spans_that_are_within_their_text_and_apart(pairs):
     text, spans = words_text(json.dumps(words), json.dumps(tags), any_label)
     again = spans_text(spans, text, any_label)
     assert again == written(spans_in(spans)) == spans
+
+
+def test_words_would_not_follow_augmentation_where_spans_count_characters():
+    with pytest.raises(
+        SiteConfigInvalid, match="augmentation changes words, which spans would not"
+    ):
+        site_of(
+            None, {"format": "csv", "path": "t.csv"}, columns={"text": "a", "spans": "b"},
+            augmentation={"copies": 1, "drop": 0.1},
+        )  # fmt: skip
+
+
+def test_a_file_with_nested_spans_is_divided_into_sites_that_read_them(tmp_path):
+    source = tmp_path / "all.jsonl"
+    source.write_text("\n".join(json.dumps({**row, "id": n}) for n, row in enumerate(ROWS * 30)))
+    ran = CliRunner().invoke(
+        app,
+        ["partition", str(source), str(tmp_path / "sites"), "--column", "text=note",
+         "--column", "spans=found", "--column", "messages=chat", "--column", "unit=id",
+          "--unit", "person", "--sites", "2"],
+    )  # fmt: skip
+    assert ran.exit_code == 0, ran.output
+    for site in load_sites(tmp_path / "sites"):
+        (dataset,) = site.datasets.values()
+        roles = {"text": "note", "spans": "found"}
+        table = read_roles(dataset, folder=site.folder, roles=roles)
+        assert {len(spans_in(spans)) for spans in table.columns["spans"]} == {0, 2}
+
+
+def test_the_doctors_look_tells_of_spans_by_place_and_count(tmp_path):
+    rows = [*ROWS, {"note": "Ménière", "found": [[0, 99, "NAME"]]}, {"note": "Ménière"}]
+    site = site_of(tmp_path, lines(tmp_path, rows), columns={"text": "note", "spans": "found"})
+    raw = json.dumps({"name": "s", "datasets": {"notes": dataset_of(site)}})
+    found = look(AskLook(site=raw, folder=str(tmp_path), rule=2))
+    assert found.records == 3
+    assert found.left_out == (
+        "column 'found': a span that is empty, or not within the text in row 3",
+        "column 'found': empty spans in row 4",
+    )
+
+
+def dataset_of(site):
+    (dataset,) = site.datasets.values()
+    return dataset.model_dump(mode="json", exclude_unset=True)

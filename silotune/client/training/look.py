@@ -9,9 +9,9 @@ from pathlib import Path
 
 from silotune.client.training import messages as m
 from silotune.data.augmentation import Augmentation
+from silotune.data.columns import by_asked
 from silotune.data.roles import read_roles
 from silotune.data.site import SiteConfig
-from silotune.data.structured import by_asked
 from silotune.errors import DatasetUnreadable, RecordInvalid
 
 
