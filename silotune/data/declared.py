@@ -141,7 +141,7 @@ def _check_unit_name(dataset: DatasetConfig, plan: Plan) -> None:
 
 def columns_for(dataset: DatasetConfig, plan: Plan, roles: Collection[str]) -> dict[str, str]:
     """The columns to read, by role: the task's, and those of unit, group and split."""
-    named: dict[str, str] = {**dataset.columns.by_role()}
+    named = {str(role): column for role, column in dataset.columns.by_role().items()}
     offered = by_asked(named)
     needed: set[str] = set(roles)
     if plan.data.split_by == "group":

@@ -175,7 +175,10 @@ def _read_lists(
         words = sieve.column("words")
         tags = sieve.column("tags") if "tags" in roles else None
         made = {role: stands for role, stands in STANDS_FOR.items() if role in roles}
-        _make(sieve, roles, made, lambda row: words_text(words[row], tags and tags[row], name))
+        _make(
+            sieve, roles, made,
+            lambda row: words_text(words[row], tags[row] if tags is not None else None, name),
+        )  # fmt: skip
 
 
 def _make(

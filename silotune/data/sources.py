@@ -196,8 +196,8 @@ def _read_query(
             _explain(file, getattr(cause, "sqlite_errorname", ""))
         raise DatasetUnreadable(f"{source} failed: {type(cause).__name__}") from None
     numbers = range(1, len(columns[0]) + 1 if columns else 1)
-    values = dict(zip(names, columns, strict=True))
-    return as_table(source, numbers, values, Faults(source), rule, lists=lists)
+    found = dict(zip(names, columns, strict=True))
+    return as_table(source, numbers, found, Faults(source), rule, lists=lists)
 
 
 def _keep_bad_bytes(connection: Any, _record: object) -> None:

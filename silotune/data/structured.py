@@ -157,10 +157,8 @@ def _members(value: str, keys: Sequence[str], problem: str) -> list[tuple[Any, .
     """What the members of a list have under some keys."""
     found = _loaded(value, problem)
     if isinstance(found, dict):  # an object of lists
-        columns = [found.get(key) for key in keys]
-        if not all(isinstance(column, list) for column in columns):
-            raise Unfit(problem)
-        if len({*map(len, columns)}) != 1:
+        columns = [column for key in keys if isinstance(column := found.get(key), list)]
+        if len(columns) != len(keys) or len({*map(len, columns)}) != 1:
             raise Unfit(problem)
         return [*zip(*columns, strict=True)]
     members: list[tuple[Any, ...]] = []
