@@ -19,11 +19,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.functional import normalize
+from torch.nn.functional import cross_entropy, normalize
 
 from silotune.models.batching import Batch, Encoded, Rows
 from silotune.models.cosines import Cosines
 from silotune.models.layout import Group, Layout, saved_name
+from silotune.models.next_tokens import next_token_losses, passed_through, plain_output
 from silotune.models.prediction import Prediction
 from silotune.plan.plan import Plan
 
@@ -251,6 +252,28 @@ class TaskModel(nn.Module):
             return logits
         every: Tensor = self.peft(**inputs, use_cache=False).logits
         return every[:, kept]
+
+    def token_losses(self, batch: Batch, labels: Tensor) -> Tensor:
+        """Negative log-likelihood of labels [n, k] at ``batch["kept"]``; 0 where one is -100."""
+        counted = labels != -100
+        output = self._output
+        if output is None:
+            losses = cross_entropy(self(batch)[counted].float(), labels[counted], reduction="none")
+        else:
+            with passed_through(output):
+                states = self(batch)[counted]
+            losses = next_token_losses(states, labels[counted], output)
+        return losses.new_zeros(labels.shape).masked_scatter(counted, losses)
+
+    @cached_property
+    def _output(self) -> nn.Module | None:
+        """The output layer, if its input is all that the losses need of the rest."""
+        ids = torch.zeros(1, 2, dtype=torch.long, device=self.centre.device)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        with self.inference():
+            return plain_output(
+                self.peft.get_base_model(), lambda: self.peft(**inputs, use_cache=False).logits
+            )
 
     @contextmanager
     def inference(self) -> Iterator[None]:

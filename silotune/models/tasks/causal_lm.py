@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig
 
 from silotune.errors import ModelError
@@ -92,9 +91,8 @@ class CausalLm:
 
     def losses(self, model: TaskModel, batch: Batch) -> Tensor:
         """Mean loss of each response's tokens, float32 of shape [n]."""
-        logits, labels = model(batch).float(), batch["labels"]
-        each = cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=-100)
-        return each.sum(1) / (labels != -100).sum(1)
+        labels = batch["labels"]
+        return model.token_losses(batch, labels).sum(1) / (labels != -100).sum(1)
 
     def head_losses(
         self, model: TaskModel, features: Tensor, encoded: Encoded, rows: Rows
