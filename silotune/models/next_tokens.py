@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_LOGITS = 1 << 22  # that are made at a time: 16 MB
+_LOGITS = 1 << 23  # that are made at a time: 32 MB
 
 
 class NextTokenLosses(torch.autograd.Function):
@@ -39,11 +39,12 @@ class NextTokenLosses(torch.autograd.Function):
                 logits = output(states).float()
             # From here on in place: a linear layer's backward has no use for what it gave.
             shares, chosen = logits.detach(), tokens[part, None]
-            whole = shares.logsumexp(1, keepdim=True)
-            losses[part] = (whole - shares.gather(1, chosen)).squeeze(1)
+            shares.sub_(shares.amax(1, keepdim=True))
+            given = shares.gather(1, chosen)
+            total = shares.exp_().sum(1, keepdim=True)
+            losses[part] = (total.log() - given).squeeze(1)
             if gradient is not None:
-                shares.sub_(whole).exp_()
-                shares.scatter_add_(1, chosen, shares.new_full(chosen.shape, -1.0))
+                shares.div_(total).scatter_add_(1, chosen, torch.full_like(given, -1.0))
                 (gradient[part],) = torch.autograd.grad(logits, states, shares)
         ctx.gradient = gradient
         return losses
@@ -54,10 +55,10 @@ class NextTokenLosses(torch.autograd.Function):
         return ctx.gradient * dy[:, None].to(ctx.gradient.dtype), None, None, None
 
 
-def next_token_losses(hidden: Tensor, tokens: Tensor, output: nn.Module) -> Tensor:
+def next_token_losses(
+    hidden: Tensor, tokens: Tensor, output: nn.Module, *, vocabulary: int
+) -> Tensor:
     """`NextTokenLosses` of states [m, width], as many at a time as the vocabulary allows."""
-    with torch.no_grad():
-        vocabulary = output(hidden[:1].detach()).shape[-1] if len(hidden) else 1
     size = max(1, _LOGITS // vocabulary)
     found: Tensor = NextTokenLosses.apply(hidden, tokens, output, size)  # type: ignore[no-untyped-call]
     return found

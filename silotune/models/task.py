@@ -262,7 +262,10 @@ class TaskModel(nn.Module):
         else:
             with passed_through(output):
                 states = self(batch)[counted]
-            losses = next_token_losses(states, labels[counted], output)
+            config = self.peft.get_base_model().config.get_text_config()
+            losses = next_token_losses(
+                states, labels[counted], output, vocabulary=int(config.vocab_size)
+            )
         return losses.new_zeros(labels.shape).masked_scatter(counted, losses)
 
     @cached_property
