@@ -21,6 +21,7 @@ from silotune.commands import (
     results,
     simulate,
     site,
+    tune,
 )
 from silotune.errors import SilotuneError
 from silotune.terminal import LiteralGroup, terminal
@@ -40,6 +41,7 @@ app.command("partition")(simulate.partition)
 app.add_typer(data.app, name="data")
 app.add_typer(plan.app, name="plan")
 app.command("simulate")(simulate.simulate)
+app.command("tune")(tune.tune)
 app.add_typer(coordinator.app, name="coordinator")
 app.command("report")(results.report)
 app.command("export")(results.export)

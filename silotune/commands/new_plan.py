@@ -286,7 +286,7 @@ def _length(counted: Mapping[str, Any] | None) -> int | None:
 
 # --- the file ---
 
-_TITLES = {
+TITLES = {
     "plan": "What is to be learned",
     "model": "The model",
     "lora": "The adapter",
@@ -300,16 +300,16 @@ _TITLES = {
 _SETTING, _LINE = 34, 100  # columns of a setting with its reason beside it, and of a line
 
 
-def rendered(numbers: Sequence[Number]) -> str:
-    """A plan's file, every setting with its reason."""
-    order = list(_TITLES)
+def rendered(numbers: Sequence[Number], *, written_by: str = "plan new") -> str:
+    """A plan's file, every setting with its reason if there is one."""
+    order = list(TITLES)
     sections = sorted(numbers, key=lambda number: order.index(_section(number)))
     lines = [
-        "# Written by `silotune plan new`. docs/plans.md says how to go on from here, and",
+        f"# Written by `silotune {written_by}`. docs/plans.md says how to go on from here, and",
         "# examples/plan.toml has every key.",
     ]
     for section, own in groupby(sections, key=_section):
-        lines += ["", f"# {_TITLES[section]}", f"[{section}]"]
+        lines += ["", f"# {TITLES[section]}", f"[{section}]"]
         for number in own:
             lines += _lines(number)
     return "\n".join(lines) + "\n"
@@ -323,11 +323,12 @@ def _lines(number: Number) -> Iterator[str]:
     """A setting with its reason, beside it or above."""
     setting = f"{number.key.rpartition('.')[2]} = {toml_text(number.value)}"
     beside = f"{setting:<{_SETTING}} # {number.why}"
-    if len(setting) <= _SETTING and len(beside) <= _LINE:
+    if number.why and len(setting) <= _SETTING and len(beside) <= _LINE:
         yield beside
         return
-    reason = f"{number.why[:1].upper()}{number.why[1:]}."
-    yield from textwrap.wrap(reason, _LINE, initial_indent="# ", subsequent_indent="# ")
+    if number.why:
+        reason = f"{number.why[:1].upper()}{number.why[1:]}."
+        yield from textwrap.wrap(reason, _LINE, initial_indent="# ", subsequent_indent="# ")
     if len(setting) <= _LINE or not isinstance(number.value, list):
         yield setting
         return

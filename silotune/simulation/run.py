@@ -222,6 +222,7 @@ def simulate(
     listener: Listener,
     sites_folder: Path | None = None,
     overrides: Mapping[str, Any] | None = None,
+    secrets: Mapping[str, bytes] | None = None,
     note: Note = _no_note,
 ) -> RunDirectory:
     """Start a new run of a plan.
@@ -240,6 +241,8 @@ def simulate(
         Folder whose subfolders are sites; by default the plan's own.
     overrides : mapping, optional
         Dotted plan keys to replace.
+    secrets : mapping, optional
+        By site's name: equal secrets hold the same units out. Drawn anew by default.
     note : callable, optional
         Given sentences about the sites' records and the plan, for whoever simulates.
 
@@ -257,7 +260,7 @@ def simulate(
         for site in sites:
             missing = [each.lack for each in checked(site) if not each.in_force]
             note(f"{site.name} would be confined without: {'; '.join(missing) or 'nothing'}")
-    secrets = {site.name: new_secret() for site in sites}
+    secrets = secrets or {site.name: new_secret() for site in sites}
     found = survey_sites(plan, sites, secrets=secrets, note=note)
     choices = choose(plan, device=settings.device) if plan.statistics is None else _NO_MODEL
     directory = RunDirectory.create(runs, plan.plan.name, plan_toml=plan_path.read_text("utf-8"))

@@ -1,0 +1,229 @@
+"""`silotune tune`: which settings of a plan do best, by search over simulated runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from silotune.commands.folder import AsJson
+from silotune.commands.new_plan import TITLES, rendered
+from silotune.commands.plan import Overrides, parsed
+from silotune.plan.left_out import Number
+from silotune.plan.plan import Plan
+from silotune.terminal import headed, terminal
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from silotune.simulation.tuning import Search, Tried
+
+BEST_FILE = "best.toml"
+_SHOWN = 10
+
+UNPAID = (
+    "This search looked at the sites' records {runs} times and no ledger paid for it: what it chose can "
+    "tell something of them. Tune on public records, or on your own; sites' ledgers pay for a run of "
+    "the plan that came out, and not for how it was found."
+)
+
+
+def tune(  # noqa: PLR0917 - one a command-line option
+    plan: Annotated[
+        Path,
+        typer.Argument(
+            help="The plan's TOML file; its folder holds the sites.", show_default=False
+        ),
+    ],
+    vary: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="key=low:high (by logarithm if high is ten times low, whole numbers if both are) or "
+            "key=value,value; repeatable. Learning rates and clip, a quarter to four times, by default."
+        ),
+    ] = None,
+    trials: Annotated[
+        int, typer.Option(min=1, help="Proposals to try, those of an earlier part included.")
+    ] = 20,
+    study: Annotated[
+        Path | None,
+        typer.Option(help="The study's folder: the same one goes on. PLAN-tune by default."),
+    ] = None,
+    sites: Annotated[
+        Path | None, typer.Option(help="Folder of the site folders, if not the plan's own.")
+    ] = None,
+    metric: Annotated[
+        str, typer.Option(help="Of the validation data; the task's first one by default.")
+    ] = "",
+    repeats: Annotated[
+        int, typer.Option(min=1, help="Runs of each proposal, of which the mean counts.")
+    ] = 1,
+    early: Annotated[
+        bool, typer.Option("--early/--to-the-end", help="Stop runs that are behind the median.")
+    ] = True,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Keep all run directories, not the best one's only.")
+    ] = False,
+    workers: Annotated[int, typer.Option(min=0, help="Worker processes; 0 takes one a core.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Of the proposals; runs draw their own noise.")] = 0,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Search for settings that do best on validation data, over simulated runs of a plan.
+
+    The first run is the plan as it is. Optuna proposes the others, runs that fall behind are stopped
+    early, and a search that was interrupted goes on with the same command. All runs hold the same units
+    out; test data choose nothing. The best settings are written as a plan of their own.
+
+    A search is not private: it looks at the same records in every run, and no ledger pays for that. Use
+    public records or your own. Needs `pip install 'silotune[tune]'`.
+    """
+    from silotune.simulation import run, tuning
+
+    console = terminal(stderr=as_json)
+    settings = parsed(overrides or [])
+    read = Plan.load(plan, settings)
+    ranges = tuple(map(tuning.Range.parse, vary or [])) or tuning.usual_ranges(read)
+    chosen = metric or ("macro_f1" if read.model.labels else "loss")
+    search = tuning.Search(
+        plan_path=plan,
+        folder=study or plan.parent / f"{plan.stem}-tune",
+        ranges=ranges,
+        metric=chosen,
+        lower_is_better=chosen in {"loss", "perplexity"},
+        sites_folder=sites,
+        overrides=settings,
+        repeats=repeats,
+        early=early,
+        seed=seed,
+    )
+    for each in search.ranges:
+        console.print(headed("Varied.", f"{each}{', by logarithm' * each.by_logarithm}"))
+    found = _searched(
+        search,
+        trials=trials,
+        settings=run.Settings(workers=workers, device=device),
+        console=console,
+    )
+    best = tuning.best_of(found, lower_is_better=search.lower_is_better)
+    if not keep:
+        tuning.remove_runs(search, keep=best)
+    if best is not None:
+        (search.folder / BEST_FILE).write_text(_plan_of(search, best), encoding="utf-8")
+    _tell(search, found, best, console=console, as_json=as_json)
+
+
+def _searched(search: Search, *, trials: int, settings: Any, console: Console) -> tuple[Tried, ...]:
+    """Try the proposals: a line each, and on a terminal the run that goes on."""
+    from silotune.simulation.progress import Progress
+    from silotune.simulation.tuning import search_on
+
+    shown: list[Progress] = []
+
+    def begun(number: int, values: Mapping[str, Any]) -> None:
+        if console.is_terminal:
+            console.print(headed(f"{number} of {trials}", _values(values)))
+            shown.append(Progress(console))
+            shown[-1].__enter__()
+
+    def close() -> None:
+        while shown:
+            shown.pop().__exit__(None, None, None)
+
+    def ended(tried: Tried) -> None:
+        close()
+        score = tried.reason or tried.state
+        if tried.score is not None:
+            score = f"{search.metric} {tried.score:.4f}"
+        console.print(
+            f"{tried.number}/{trials}: {score}  ({_values(tried.settings)})", soft_wrap=True
+        )
+
+    def listen(event: Mapping[str, Any]) -> None:
+        if shown:
+            shown[-1](event)
+
+    try:
+        return search_on(
+            search, trials=trials, settings=settings, listener=listen, begun=begun, ended=ended
+        )
+    finally:
+        close()
+
+
+def _values(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} = {_short(value)}" for key, value in values.items())
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _plan_of(search: Search, best: Tried) -> str:
+    """The plan's file with the best settings in it, and why beside them."""
+    written = Plan.written_in(search.plan_path, {**search.overrides, **best.settings})
+    tables = written.model_dump(mode="json", exclude_none=True, exclude_unset=True)
+    whys = {
+        each.key: f"tuned, {str(each).removeprefix(each.key).strip()}" for each in search.ranges
+    }
+    return rendered([*_lines_of(tables, whys)], written_by=f"tune {search.plan_path.name}")
+
+
+def _lines_of(tables: Mapping[str, Any], whys: Mapping[str, str]) -> Iterator[Number]:
+    for section in TITLES:
+        table: Any = tables
+        for part in section.split("."):
+            table = table.get(part, {})
+        for name, value in table.items():
+            key = f"{section}.{name}"
+            if key not in TITLES and not any(title.startswith(f"{key}.") for title in TITLES):
+                inside = [f"{k}: {why}" for k, why in whys.items() if k.startswith(f"{key}.")]
+                yield Number(key=key, value=value, why=whys.get(key, "; ".join(inside)))
+
+
+def _tell(
+    search: Search,
+    found: tuple[Tried, ...],
+    best: Tried | None,
+    *,
+    console: Console,
+    as_json: bool,
+) -> None:
+    """The best proposals, where the best plan is, and what this was not."""
+    runs = search.repeats * len(found)
+    where = search.folder / BEST_FILE
+    if as_json:
+        facts = {
+            "metric": search.metric,
+            "best": asdict(best) if best else None,
+            "trials": [asdict(each) for each in found],
+            "plan": str(where) if best else None,
+            "paid_in_epsilon": False,
+        }
+        typer.echo(json.dumps(facts))
+        return
+    table = Table()
+    for column in ("trial", search.metric, *(each.key for each in search.ranges)):
+        table.add_column(column, overflow="fold", justify="right")
+    sign = 1.0 if search.lower_is_better else -1.0
+    scored = [each for each in found if each.score is not None]
+    scored.sort(key=lambda each: sign * (each.score or 0.0))
+    for each in scored[:_SHOWN]:
+        values = (_short(each.settings[r.key]) for r in search.ranges)
+        table.add_row(str(each.number), f"{each.score:.4f}", *values)
+    console.print(table)
+    counts = {state: sum(each.state == state for each in found) for state in ("stopped", "failed")}
+    if any(counts.values()):
+        console.print(f"{counts['stopped']} stopped early, {counts['failed']} failed.")
+    if best is None:
+        console.print("No proposal came to a score.")
+        return
+    console.print(f"Best plan: {where}", soft_wrap=True)
+    console.print(f"Its run:   {search.runs / best.runs[-1]}", soft_wrap=True)
+    console.print(headed("Not private.", UNPAID.format(runs=runs), style="yellow"))
