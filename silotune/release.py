@@ -248,7 +248,7 @@ def _attacked(
         audit,
         _bounded("membership", attacks.get("membership"), same=same, claimed=claimed),
     ]
-    if plan.model.task != "causal_lm":
+    if not plan.task.generates:
         return [*controls, ReleaseControl(name="memorisation", held_by="consortium", passed=None)]
     found = attacks.get("memorisation") or {}
     exposure, extracted = found.get("most_exposure_bits"), found.get("extracted")

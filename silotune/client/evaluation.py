@@ -7,31 +7,24 @@ cell of a confusion matrix, or one capped loss and one to the number of texts. C
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 from numpy.typing import NDArray
 
 from silotune.errors import SelfCheckFailed
-from silotune.models.needs import needs_of
 from silotune.plan.plan import Plan
 from silotune.privacy.noise import NoiseSource
-
-LOSS_CAP = 10.0
-"""No text counts with a larger loss."""
 
 _MOST_UNITS = 8  # times as many as are declared: more would be a mistake in site.toml, or a lie
 
 
 def sensitivity(plan: Plan) -> float:
     """L2 norm of the most that one unit can add to counts."""
-    return 1.0 if needs_of(plan).has_head else math.hypot(LOSS_CAP, 1.0)
+    return plan.task.sensitivity(plan.model)
 
 
 def nothing(plan: Plan) -> NDArray[np.float64]:
     """Counts of no unit at all."""
-    labels = len(plan.model.labels)
-    return np.zeros((labels, labels) if needs_of(plan).has_head else 2)
+    return np.zeros(plan.task.shape(plan.model))
 
 
 def bounded(values: NDArray[np.float64], plan: Plan, *, units: int) -> NDArray[np.float64]:

@@ -10,7 +10,6 @@ from silotune.client.training.base import Trainers, TrainingJob
 from silotune.data.declared import require_declared
 from silotune.data.site import SiteConfig
 from silotune.models.layout import Layout
-from silotune.models.needs import needs_of
 from silotune.plan.plan import Plan
 from silotune.privacy.ledger import find_ledger
 
@@ -43,7 +42,7 @@ def verdict_on(site: SiteConfig, entry: ProposalRecord, layout: Layout | None) -
         The plan asks for a dataset, unit or label that the site doesn't declare.
     """
     assert site.policy is not None  # whoever asks has seen to it
-    require_declared(site, entry.plan, roles=needs_of(entry.plan).roles)
+    require_declared(site, entry.plan, roles=entry.plan.roles)
     facts = facts_for(
         site,
         entry.plan,

@@ -34,7 +34,6 @@ from silotune.models.batching import Encoded, padding_id
 from silotune.models.choices import Choices
 from silotune.models.features import Frozen, compute_frozen
 from silotune.models.layout import Layout, statistics_layout
-from silotune.models.needs import needs_of
 from silotune.models.pretrained import load_tokenizer, locate, weights_sha256
 from silotune.plan.plan import Plan
 
@@ -242,7 +241,7 @@ class LocalTraining:
         """The site's records."""
         site, plan = self.job.site, self.job.plan
         secret = self.job.secret()
-        found = load_records(site, plan, roles=needs_of(plan).roles, secret=secret)
+        found = load_records(site, plan, roles=plan.roles, secret=secret)
         self._models.forget_other_content(site, plan, found.content)
         self.job.on_records(
             RecordsRead(

@@ -16,7 +16,6 @@ from silotune.data.site import SiteConfig
 from silotune.errors import SilotuneError
 from silotune.models.base import outline, require_taken
 from silotune.models.layout import Layout, statistics_layout
-from silotune.models.needs import needs_of
 from silotune.plan.plan import Plan, plan_in_words
 from silotune.privacy.ledger import find_ledger
 
@@ -154,7 +153,7 @@ def records_in_words(site: SiteConfig, plan: Plan) -> list[str]:
 
     They are read here and now. Look-alikes are counted on a split of the same shares.
     """
-    roles, secrets = needs_of(plan).roles, {site.name: secret_for_a_look(site, os.urandom(32))}
+    roles, secrets = plan.roles, {site.name: secret_for_a_look(site, os.urandom(32))}
     (found,) = survey([site], plan, roles=roles, secrets=secrets)
     own = [] if plan.data.dataset not in site.datasets else delta_notes(plan, site)
     return [*found.notes(split_by=plan.data.split_by), *own]

@@ -8,9 +8,10 @@ from contextlib import suppress
 import numpy as np
 from numpy.typing import NDArray
 
-from silotune.client.evaluation import LOSS_CAP, nothing
+from silotune.client.evaluation import nothing
 from silotune.models.batching import Encoded, batches
 from silotune.models.task import LoadedModel
+from silotune.plan.tasks import LOSS_CAP
 
 _log = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ def counts(
     Returns
     -------
     float64 array
-        Classification: confusion matrix [labels, labels]. Causal LM: [sum of capped losses, texts].
+        Of the shape that the task's counts have.
     """
     _, first = np.unique(units, return_index=True)
     chosen = rows[np.sort(first)]

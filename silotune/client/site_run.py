@@ -65,7 +65,6 @@ from silotune.errors import (
     ValueUnaccounted,
 )
 from silotune.models.layout import Layout
-from silotune.models.needs import needs_of
 from silotune.plan.plan import Plan
 from silotune.privacy.certificate import CertificateBody, issue
 from silotune.privacy.events import ComposedDpEvent, DpEvent, gaussian_event
@@ -193,7 +192,7 @@ class SiteRun:
 
     def require_declared(self) -> None:
         """Judge the plan by what the site declares of its dataset. Raises as `data.records` says."""
-        require_declared(self.site, self.plan, roles=needs_of(self.plan).roles)
+        require_declared(self.site, self.plan, roles=self.plan.roles)
         require_small_delta(self.plan, self.site)
 
     def train(self, adapter: Vector, server_round: int, *, clip: float | None = None) -> RecordDict:

@@ -394,12 +394,7 @@ class Trainer:
     def _try_public_text(self, engine: Engine) -> None:
         """Raise what hinders any text from being computed, if that is why units failed."""
         plan, model = self._plan, self._model
-        example = {
-            "text": "a",
-            "prompt": "a",
-            "response": "a",
-            "label": [*plan.model.labels, ""][0],
-        }
+        example = model.task.example("a", number=0, plan=plan)
         encoded = model.task.encode([example], model.tokenizer, plan=plan)
         inputs = model.task.collate(encoded, [0], model.device)
         model.task.losses(model.module, inputs).sum().backward()  # type: ignore[no-untyped-call]
@@ -421,7 +416,7 @@ class Trainer:
     @property
     def _uses_frozen(self) -> bool:
         """Whether anything of the base model alone is worth computing once."""
-        below = self._model.task.has_head and self._model.module.prefix is not None
+        below = self._model.plan.task.pools and self._model.module.prefix is not None
         return below or self._plan.optimizer.site.head_rounds > 0
 
     def prepare(self) -> None:

@@ -42,8 +42,7 @@ def _rounds_by_parts(plan: Plan) -> Counter[frozenset[Part]]:
 def seconds_a_record(model: LoadedModel) -> float:
     """Time of a forward pass of one text of the greatest length, on this machine."""
     text = "word " * model.plan.data.max_length
-    label = next(iter(model.plan.model.labels), "")
-    example = {"text": text, "label": label, "prompt": text, "response": text}
+    example = model.task.example(text, number=0, plan=model.plan)
     encoded = model.task.encode([example] * _TEXTS, model.tokenizer, plan=model.plan)
     batch = model.task.collate(encoded, range(_TEXTS), model.device)
     with model.module.inference():
@@ -79,7 +78,7 @@ def _rates(plan: Plan) -> Iterator[str]:
             )
         return
     rules = {
-        "head_lr": (site.head_lr, head_lr, plan.model.task == "text_classification"),
+        "head_lr": (site.head_lr, head_lr, plan.task.has_head),
         "adapter_lr": (
             site.adapter_lr,
             adapter_lr,

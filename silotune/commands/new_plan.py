@@ -20,11 +20,11 @@ from silotune.commands.folder import AsJson
 from silotune.errors import ModelNotFound, PlanInTheWay, PlanInvalid
 from silotune.plan.draft import PlanFacts, draft
 from silotune.plan.left_out import Number
+from silotune.plan.tasks import TASKS
 from silotune.terminal import terminal
 
 T = TypeVar("T")
 ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
-TASKS = ("text_classification", "causal_lm")
 
 
 def new(  # noqa: PLR0917 - one a command-line option
@@ -32,7 +32,7 @@ def new(  # noqa: PLR0917 - one a command-line option
     base: Annotated[
         str, typer.Option(help=f"Base model: hub id or folder. Default: {ENCODER} to classify.")
     ] = "",
-    task: Annotated[str, typer.Option(help="text_classification or causal_lm.")] = "",
+    task: Annotated[str, typer.Option(help=f"{' or '.join(TASKS)}.")] = "",
     labels: Annotated[str, typer.Option(help="The classes, e.g. acute,chronic.")] = "",
     dataset: Annotated[str, typer.Option(help="Its name in the sites' site.toml.")] = "",
     units: Annotated[
@@ -151,10 +151,13 @@ def facts_of(answers: Mapping[str, Any], *, ask: Ask | None) -> PlanFacts:
         Something has no default and nobody could be asked.
     """
     asked = Questions(answers, ask)
-    task = asked.read("task", f"Task ({' or '.join(TASKS)})", TASKS[0], _one_of(*TASKS))
-    classifies = task == TASKS[0]
-    base = asked.text("base", "Base model (hub id or folder)", ENCODER if classifies else "")
-    labels = asked.text("labels", "Labels, separated by commas") if classifies else ""
+    usual = next(iter(TASKS))
+    task = asked.read("task", f"Task ({' or '.join(TASKS)})", usual, _one_of(*TASKS))
+    kind = TASKS[task]
+    base = asked.text(
+        "base", "Base model (hub id or folder)", ENCODER if kind.base == "encoder" else ""
+    )
+    labels = asked.text("labels", "Labels, separated by commas") if kind.has_labels else ""
     dataset = asked.text("dataset", "Dataset (its name in the sites' site.toml)")
     unit = asked.text("unit", "Whose data is protected as one (record, patient, ...)", "record")
     units = _units(asked, unit)
@@ -175,7 +178,7 @@ def facts_of(answers: Mapping[str, Any], *, ask: Ask | None) -> PlanFacts:
         purpose=answers.get("purpose") or _purpose(task, listed),
         base=base,
         sha256=_sha256(base),
-        task=cast(Any, task),
+        task=task,
         labels=listed,
         dataset=dataset,
         units=units,
@@ -188,9 +191,8 @@ def facts_of(answers: Mapping[str, Any], *, ask: Ask | None) -> PlanFacts:
 
 
 def _purpose(task: str, labels: Sequence[str]) -> str:
-    if task == "causal_lm":
-        return "Answer a prompt with a response."
-    return f"Tell {', '.join(labels)} apart by text."
+    learned = TASKS[task].learns.format(labels=", ".join(labels), text="text")
+    return f"{learned[:1].upper()}{learned[1:]}."
 
 
 def _units(asked: Questions, unit: str) -> tuple[int, ...]:

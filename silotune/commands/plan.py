@@ -114,12 +114,11 @@ def _notes(plan: Plan, sites: Sequence[SiteConfig]) -> list[str]:
     from silotune.client.terms import delta_notes
     from silotune.data.checks import survey
     from silotune.data.declared import new_secret
-    from silotune.models.needs import needs_of
 
     notes = notes_on(plan)
     secrets = {site.name: new_secret() for site in sites}
-    roles = needs_of(plan).roles
-    for site, found in zip(sites, survey(sites, plan, roles=roles, secrets=secrets), strict=True):
+    looked = survey(sites, plan, roles=plan.roles, secrets=secrets)
+    for site, found in zip(sites, looked, strict=True):
         notes += found.notes(split_by=plan.data.split_by)
         notes += delta_notes(plan, site) if plan.data.dataset in site.datasets else []
     return notes

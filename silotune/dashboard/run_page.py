@@ -28,6 +28,7 @@ from silotune.events.schema import STATISTICS_FORMAT
 from silotune.events.source import RunFacts
 from silotune.events.view import OPEN_PHASES, UNLIKE, RunView, Trouble, TroubleLine, by_error
 from silotune.plan.plan import dotted
+from silotune.plan.tasks import METRICS
 from silotune.terminal import octets
 
 Points = Sequence[tuple[float, float]]
@@ -265,7 +266,6 @@ def left(planned: float | None, spent: Mapping[str, float]) -> dict[str, float]:
 PHASES = (*("training", "masked", "unmasked", "done"), *("late", "dropped", "failed"))
 """Phases in the order of the legend."""
 
-_METRICS = (("macro_f1", "macro-F1"), ("accuracy", "accuracy"), ("loss", "loss"))
 _DASH = "\N{EN DASH}"
 
 
@@ -397,12 +397,12 @@ def learning_curves(view: RunView) -> dict[str, list[tuple[int, float]]]:
     """Curves of the metric that decides, by what was looked at."""
     found = {}
     kinds = dict.fromkeys((e.view, e.split) for e in view.evaluations)
-    for key, title in _METRICS:
+    for metric in METRICS:
         for look, split in kinds:
-            curve = view.curve(key, view=look, split=split)
+            curve = view.curve(metric.key, view=look, split=split)
             if curve:
                 words = "simulator's look" if look == "simulator" else "released by the sites"
-                found[f"{title}, {split or 'held-out'}, {words}"] = curve
+                found[f"{metric.title}, {split or 'held-out'}, {words}"] = curve
         if found:
             break
     return found

@@ -27,8 +27,8 @@ from silotune.data.remarks import remarks_on
 from silotune.data.roles import read_roles
 from silotune.data.site import DatasetConfig, SiteConfig
 from silotune.errors import ColumnMissing, ModelNotFound
-from silotune.models.needs import NEEDS, needs_of
 from silotune.plan.plan import Plan
+from silotune.plan.tasks import TASKS
 
 Advance = Callable[[], None]
 Stage = Callable[[str, int], Advance]
@@ -71,7 +71,7 @@ def examine(
     dataset = site.dataset(name)
     secret = secret_for_a_look(site, _PURPOSE)
     asked = plan or _usual_plan(site, name, dataset, secret)
-    roles = needs_of(asked).roles
+    roles = asked.roles
     done = stage("reading", 1)
     records = load_records(site, asked, roles=roles, secret=secret, augment=False)
     done()
@@ -88,17 +88,18 @@ def examine(
 def _usual_plan(site: SiteConfig, name: str, dataset: DatasetConfig, secret: bytes) -> Plan:
     """A plan that takes every record: what its roles allow, with every label there is."""
     named = dataset.columns.by_role()
-    task = next((t for t in NEEDS if NEEDS[t].roles <= set(named)), None)
+    # Of two that it would do for, the one that needs more: it says more of the columns.
+    fitting = [name for name, facts in TASKS.items() if facts.roles <= set(named)]
+    task = max(fitting, key=lambda name: len(TASKS[name].roles), default=None)
     if task is None:
-        raise ColumnMissing(
-            f"[datasets.{name}.columns] names neither text and label nor prompt and response"
-        )
+        known = ", or ".join(" and ".join(sorted(facts.roles)) for facts in TASKS.values())
+        raise ColumnMissing(f"[datasets.{name}.columns] needs {known}")
     labels = list(dataset.declared_labels)
-    if task == "text_classification" and not labels:
+    if TASKS[task].has_labels and not labels:
         rule, roles = rule_for(dataset, secret), {"label": named["label"]}
         table = read_roles(dataset, folder=site.folder, roles=roles, rule=rule)
         labels = sorted(set(table.columns["label"]) - {""})
-    while task == "text_classification" and len(labels) < 2:
+    while TASKS[task].has_labels and len(labels) < 2:
         labels.append(f"no label {len(labels)}")  # a plan has two at least
     held_out = min(0.15, dataset.max_held_out / 2)
     return Plan.from_mapping(
@@ -133,7 +134,7 @@ class _Look:
     ) -> None:
         self._site, self._plan, self._records, self._stage = site, plan, records, stage
         self._given, self._names = given, names
-        self._role = "text" if plan.model.task == "text_classification" else "prompt"
+        self._role = plan.task.reads[0] if plan.task.reads else ""
 
     def examination(self, name: str, dataset: DatasetConfig) -> Examination:
         records, plan = self._records, self._plan
@@ -172,7 +173,7 @@ class _Look:
     def _labels(
         self, dataset: DatasetConfig
     ) -> tuple[tuple[LabelCount, ...], tuple[int, int], tuple[str, ...]]:
-        if self._role != "text":
+        if not self._plan.task.has_labels:
             return (), (0, 0), ()
         records, declared = self._records, set(dataset.declared_labels)
         declared |= set(self._plan.model.labels) if self._given else set()
@@ -199,9 +200,9 @@ class _Look:
 
     def _whole(self) -> list[str]:
         """All that a model reads of each record."""
-        if self._role == "text":
-            return self._texts()
-        return [f"{e['prompt']}\n{e['response']}" for e in self._records.examples]
+        task = self._plan.task
+        roles = (*task.reads, task.target) if task.generates else task.reads
+        return ["\n".join(example[role] for role in roles) for example in self._records.examples]
 
     def _lengths(self) -> Lengths | None:
         if not len(self._records):
@@ -238,7 +239,7 @@ class _Look:
         around = len(text_ids(tokenizer, probe, limit=64)[0]) - len(bare_ids(tokenizer, probe)[0])
         for start in range(0, len(self._records), _CHUNK):
             part = self._records.examples[start : start + _CHUNK]
-            if self._role == "text":
+            if not self._plan.task.generates:
                 ids = bare_ids(tokenizer, [e["text"] for e in part])
                 found += [len(own) + around for own in ids]
             else:
@@ -258,7 +259,7 @@ class _Look:
         found = twins.in_training >= 0
         parts = {"validation": Split.VALIDATION, "test": Split.TEST}
         flattery = None
-        if self._role == "text" and found.any():
+        if self._plan.task.has_labels and found.any():
             done = self._stage("asking two simple models", 1)
             flattery = measure_flattery(
                 texts, self._given_labels, held_out, sketches=sketches, twins=twins
@@ -279,7 +280,7 @@ class _Look:
         )
 
     def _contradicting(self, sketches: Sketches, twins: Twins) -> int:
-        if self._role != "text" or not twins.copies.any():
+        if not self._plan.task.has_labels or not twins.copies.any():
             return 0
         _, first, group = np.unique(sketches.exact, return_index=True, return_inverse=True)
         labels = np.array(self._given_labels, dtype=object)

@@ -45,7 +45,7 @@ _COSINES = """
 def meaning(plan: Plan) -> dict[str, Any]:
     """Settings without which an adapter's numbers mean something else."""
     shared: dict[str, Any] = {"task": plan.model.task}
-    if plan.model.task == "causal_lm":
+    if plan.task.generates:
         return shared | {"prompt_end": PROMPT_END}
     found = shared | {
         "labels": list(plan.model.labels),
@@ -75,19 +75,18 @@ def settings(plan: Plan, *, tokens: dict[str, Any]) -> dict[str, Any]:
 
 def readme(plan: Plan, description: str) -> str:
     """The adapter card: what it is, how private its training was, and code that loads it."""
-    generative = plan.model.task == "causal_lm"
     code = _template(plan.model.task).substitute(
         pooled=_POOLED[plan.model.pooling], cosines=_COSINES if plan.model.head_features else ""
     )
     return _template("card").substitute(
         base=plan.model.base,
-        tag="text-generation" if generative else "text-classification",
+        tag=plan.task.tag,
         name=plan.plan.name,
         purpose=plan.plan.purpose.strip(),
         description=description,
         privacy=_privacy(plan),
         sha256=plan.sha256,
-        head="" if generative else f"`head.safetensors` holds {_head_file(plan)}; ",
+        head=f"`head.safetensors` holds {_head_file(plan)}; " if plan.task.has_head else "",
         code=code,
     )
 

@@ -102,7 +102,7 @@ def load_model(
 
 def _assembled(plan: Plan, folder: Path, choices: Choices, *, rank: int | None) -> LoadedModel:
     config, tokenizer = load_config(folder), load_tokenizer(folder)
-    task, place = get_task(plan.model.task), torch.device(choices.device)
+    task, place = get_task(plan), torch.device(choices.device)
     with fixed_rng(), quiet():
         bare = load_base(folder, config, plan=plan, attention=choices.attention)
         require_text(bare, tokenizer)
@@ -143,7 +143,7 @@ def outline(plan: Plan, *, base: str) -> Layout:
     """
     folder = locate(base)
     config, tokenizer = load_config(folder), load_tokenizer(folder)
-    kind = AutoModelForCausalLM if plan.model.task == "causal_lm" else AutoModel
+    kind = AutoModelForCausalLM if plan.task.generates else AutoModel
     with fixed_rng(), quiet(), torch.device("meta"):
         try:
             model = kind.from_config(config)
@@ -201,13 +201,13 @@ def with_adapter(bare: PreTrainedModel, plan: Plan, *, rank: int | None = None) 
         The adapter does not fit the model.
     """
     head, cosines = None, None
-    if get_task(plan.model.task).has_head:
+    if plan.task.has_head:
         hidden = getattr(bare.config.get_text_config(), "hidden_size", None)
         if hidden is None:
             raise ModelError(f"a {bare.config.model_type} model has no one width of hidden states")
         cosines = Cosines.of(plan, hidden=int(hidden))
         width = int(hidden) if cosines is None else len(cosines.phases)
-        head = nn.Linear(width, len(plan.model.labels))
+        head = nn.Linear(width, plan.task.outputs(plan.model))
     return TaskModel(
         wrap(bare, plan, rank=rank),
         head,
@@ -230,10 +230,10 @@ def _complete(
 
 def _centre(module: TaskModel, tokenizer: Any, task: Task, plan: Plan, place: torch.device) -> None:
     """Set the centre, and the unit of distance, from public texts by the base model as it came."""
-    texts, labels = plan.model.centre_texts, plan.model.labels
+    texts = plan.model.centre_texts
     if module.head is None or not texts:
         return
-    examples: list[Mapping[str, str]] = [{"text": text, "label": labels[0]} for text in texts]
+    examples = [task.example(text, number=0, plan=plan) for text in texts]
     encoded: Encoded = task.encode(examples, tokenizer, plan=plan)
     with module.inference():
         batch = encoded.padded(range(len(texts)), place)
@@ -286,9 +286,8 @@ def wrap(base: Any, plan: Plan, *, rank: int | None = None) -> PeftModel:
     """
     rank = rank or plan.lora.r
     alpha = plan.lora.alpha * rank / plan.lora.r
-    generative = plan.model.task == "causal_lm"
     config = LoraConfig(
-        task_type=TaskType.CAUSAL_LM if generative else TaskType.FEATURE_EXTRACTION,
+        task_type=TaskType.CAUSAL_LM if plan.task.generates else TaskType.FEATURE_EXTRACTION,
         r=rank,
         lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
         lora_dropout=plan.lora.dropout,

@@ -28,7 +28,7 @@ Rows = Sequence[int] | NDArray[np.integer[Any]]
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """Token ids of every example, ragged, and one integer of task-specific target each.
+    """Token ids of every example, ragged, and a target each, as its task has it.
 
     Attributes
     ----------
@@ -36,24 +36,32 @@ class Encoded:
         The token ids of all examples, one after the other.
     offsets : int64 array [n + 1]
         Example ``i`` is ``ids[offsets[i]:offsets[i + 1]]``.
-    targets : int64 array [n]
-        Classification: the label's index. Causal LM: the number of prompt tokens.
+    targets : int64 array [n] or float32 array [n, k]
+        What is learned of each: an integer (the label's index; of a causal LM the number of prompt
+        tokens) or k numbers.
     pad_id : int
         Token that fills up a batch; its positions are masked, so any id will do.
     """
 
     ids: NDArray[np.int32]
     offsets: NDArray[np.int64]
-    targets: NDArray[np.int64]
+    targets: NDArray[np.int64] | NDArray[np.float32]
     pad_id: int
 
     @classmethod
-    def of(cls, sequences: Sequence[Sequence[int]], targets: Sequence[int], pad_id: int) -> Encoded:
-        """From one list of token ids an example."""
+    def of(
+        cls,
+        sequences: Sequence[Sequence[int]],
+        targets: Sequence[int] | NDArray[np.int64] | NDArray[np.float32],
+        pad_id: int,
+    ) -> Encoded:
+        """From one list of token ids an example, and its target: integers, or rows of numbers."""
         offsets = np.zeros(len(sequences) + 1, dtype=np.int64)
         np.cumsum([len(s) for s in sequences], out=offsets[1:])
         ids = np.fromiter((t for s in sequences for t in s), dtype=np.int32, count=int(offsets[-1]))
-        return cls(ids, offsets, np.asarray(targets, dtype=np.int64), pad_id)
+        found = np.asarray(targets)
+        kind = np.int64 if found.ndim == 1 else np.float32
+        return cls(ids, offsets, found.astype(kind), pad_id)
 
     def __len__(self) -> int:
         return len(self.targets)

@@ -64,7 +64,7 @@ def load_base(folder: Path, config: Any, *, plan: Plan, attention: str) -> Any:
     ModelError
         Transformers can't load it, or the files lack some of its weights.
     """
-    kind = AutoModelForCausalLM if plan.model.task == "causal_lm" else AutoModel
+    kind = AutoModelForCausalLM if plan.task.generates else AutoModel
     try:
         with quiet():
             model, info = kind.from_pretrained(

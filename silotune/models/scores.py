@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
+
+from silotune.plan.sections import Sections
 
 Counts = NDArray[np.float64]
 
 _LARGEST_LOSS = 700.0  # e**709 is the largest float
 
 
-def metrics_of(task: str, counts: Counts) -> dict[str, float]:
-    """Metrics of a task (``model.task`` of a plan) from the sum of counts.
+def metrics_of(plan: Sections, counts: Counts) -> dict[str, float]:
+    """Metrics of a plan's task from the sum of counts.
 
     Parameters
     ----------
-    task : str
-        ``text_classification`` or ``causal_lm``.
+    plan : Sections
+        Its task says what the counts are.
     counts : float64 array
         As the task's ``score`` returns, summed over any number of sites.
     """
-    return of_confusion(counts) if task == "text_classification" else of_losses(counts)
+    metrics, _ = _KINDS[plan.task.counts]
+    return metrics(counts)
+
+
+def records_in(plan: Sections, counts: Counts) -> int:
+    """How many records are behind counts."""
+    _, records = _KINDS[plan.task.counts]
+    return int(records(counts))
 
 
 def of_confusion(counts: Counts) -> dict[str, float]:
@@ -64,3 +74,10 @@ def of_losses(counts: Counts) -> dict[str, float]:
     total, number = float(counts[0]), float(counts[1])
     loss = total / number if number > 0 else math.nan
     return {"loss": loss, "perplexity": math.exp(min(loss, _LARGEST_LOSS))}
+
+
+_KINDS: Mapping[str, tuple[Callable[[Counts], dict[str, float]], Callable[[Counts], float]]] = {
+    "confusion": (of_confusion, lambda counts: float(counts.sum())),
+    "losses": (of_losses, lambda counts: float(counts[1])),
+}
+"""By what `TaskFacts.counts` says: metrics of counts, and the number of records."""

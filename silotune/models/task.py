@@ -32,15 +32,10 @@ _LAYER = re.compile(r"^(.*)\.(\d+)\.")
 
 
 class Task(Protocol):
-    """A task; `silotune.models.tasks.get_task` gives one by its name in the plan."""
+    """A task; `silotune.models.tasks.get_task` gives the one of a plan."""
 
-    @property
-    def roles(self) -> frozenset[str]:
-        """Roles of the columns that a dataset must have."""
-
-    @property
-    def has_head(self) -> bool:
-        """Whether a classification head is trained beside the adapter."""
+    def example(self, text: str, *, number: int, plan: Plan) -> Mapping[str, str]:
+        """A public example that the model is tried with: by role, targets taking turns by `number`."""
 
     def encode(
         self, examples: Sequence[Mapping[str, str]], tokenizer: Any, *, plan: Plan

@@ -10,6 +10,7 @@ computation failed, or two of them parted.
 from __future__ import annotations
 
 import random
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -151,7 +152,6 @@ _SENTENCES = (
     "Two boats crossed at noon, and the bells were heard on both banks.",
     "Nobody counted the birds.",
 )
-_ANSWER = "It was quiet."
 # Sizes and orders in which the texts must come out as they do alone.
 _BATCHES = ([0, 1, 2, 3], [3, 1], [2, 0, 3])
 _SPREAD = 0.05  # of trained numbers while trying: an adapter or head at zero hides everything
@@ -242,7 +242,7 @@ def _tried(model: LoadedModel) -> TrialResult:
         try:
             trial = _Trial(model)
             trial.require_running()
-            if model.module.head is None:
+            if model.plan.task.generates:
                 trial.require_causal()
             if model.plan.per_unit:
                 trial.require_own_rows()
@@ -285,20 +285,18 @@ def _texts(model: LoadedModel) -> Encoded:
     """The sentences, and two texts as long as the plan's longest, one some tokens shorter."""
     longest = min(model.plan.data.max_length, _LONGEST)
     plan = model.plan.override({"data.max_length": longest})
-    words = (" ".join(_SENTENCES) + " ") * (longest // 20 + 2)
-    labels = plan.model.labels or ("",)
-    examples = [
-        {"text": text, "prompt": text, "response": _ANSWER, "label": labels[i % len(labels)]}
-        for i, text in enumerate((*_SENTENCES, words))
-    ]
-    found = model.task.encode(examples, model.tokenizer, plan=plan)
-    rows = [found.tokens(row).tolist() for row in range(len(found))]
-    targets, long = found.targets.tolist(), rows[-1]
-    prompt = targets[-1] if model.module.head is None else len(long)
-    cut = max(0, min(_ENDS, prompt - 2))
-    rows.append(long[:1] + long[1 + cut :])
-    targets.append(targets[-1] - cut if model.module.head is None else targets[-1])
-    return Encoded.of(rows, targets, found.pad_id)
+    words = " ".join(_SENTENCES).split() * (longest // 20 + 2)
+
+    def encoded(*texts: str) -> Encoded:
+        examples = [model.task.example(t, number=n, plan=plan) for n, t in enumerate(texts)]
+        return model.task.encode(examples, model.tokenizer, plan=plan)
+
+    def length(number: int) -> int:
+        return int(encoded(" ".join(words[:number])).lengths[0])
+
+    most = max(length(1), length(len(words)) - _ENDS)
+    shorter = max(1, bisect_right(range(len(words)), most, key=length) - 1)
+    return encoded(*_SENTENCES, " ".join(words), " ".join(words[:shorter]))
 
 
 class _Trial:
@@ -361,8 +359,10 @@ class _Trial:
     def _works(self, length: int) -> bool:
         """Whether the model takes the beginning of the long text."""
         ids = self.encoded.tokens(self.long[0])[:length].tolist()
-        target = 1 if self.model.module.head is None else 0
-        encoded = Encoded.of([ids], [target], self.encoded.pad_id)
+        targets = self.encoded.targets[self.long[0] :][:1]
+        if self.model.plan.task.generates:
+            targets = np.ones_like(targets)  # one token of a prompt
+        encoded = Encoded.of([ids], targets, self.encoded.pad_id)
         try:
             with torch.no_grad():
                 batch = self.model.task.collate(encoded, [0], self.model.device)

@@ -73,13 +73,6 @@ def units_with_room(plan: Sections) -> float:
     return _MOST_UNITS if given is None else given
 
 
-def roles_counted(plan: Sections) -> frozenset[str]:
-    """Roles of the columns that are read."""
-    asked = plan.statistics
-    labels = {"label"} if plan.model.labels else set()
-    return frozenset(labels | ({asked.lengths.of} if asked and asked.lengths else set()))
-
-
 # --- what it can't stand beside ---------------------------------------------------------------------
 
 

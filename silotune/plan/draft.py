@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 from silotune.plan.left_out import Number, filled_in, left_out
 from silotune.plan.plan import Plan
+from silotune.plan.tasks import TASKS
 
-ROUNDS = {"text_classification": 120, "causal_lm": 40}
 FEWEST_ROUNDS = 40
 """Of a slow link: with fewer a head does not come to its end."""
 
@@ -37,7 +37,7 @@ class PlanFacts:
     name, purpose, base, sha256, dataset : str
         As in the plan; no `sha256` where the base model is not on this machine.
     task : str
-        ``text_classification`` or ``causal_lm``.
+        One of `silotune.plan.tasks.TASKS`.
     labels : tuple of str
         The classes.
     units : tuple of int
@@ -62,7 +62,7 @@ class PlanFacts:
     purpose: str
     base: str
     sha256: str | None = None
-    task: Literal["text_classification", "causal_lm"]
+    task: str
     labels: tuple[str, ...] = ()
     dataset: str
     units: tuple[int, ...]
@@ -138,7 +138,7 @@ def _rounds(facts: PlanFacts) -> Lines:
 
 def rounds_for(facts: PlanFacts) -> tuple[int, str]:
     """How many rounds, and why: what learning needs, unless the link is slow."""
-    wanted = ROUNDS[facts.task]
+    wanted = TASKS[facts.task].rounds
     seconds = _LATENCY + 8e-6 * _bytes(facts) / facts.link
     possible = math.floor(_HOURS * 3600 / seconds)
     if possible >= wanted:
@@ -151,7 +151,7 @@ def rounds_for(facts: PlanFacts) -> tuple[int, str]:
 
 def _bytes(facts: PlanFacts) -> float:
     """About what a site moves in a round, both ways."""
-    if facts.task == "causal_lm":
+    if not TASKS[facts.task].has_head:
         return 2 * 4.0 * _ADAPTER_NUMBERS
     few = len(facts.labels) <= 8 and facts.split_by == "unit"
     return 2 * 4.0 * (_HEAD_INPUTS[few] + 1) * len(facts.labels)
@@ -172,7 +172,7 @@ def _privacy(facts: PlanFacts) -> Lines:
         yield "privacy.epsilon", facts.epsilon, "of the whole run, for each unit; as told"
         yield "privacy.delta", *_delta(facts)
     yield "privacy.rate", *_rate(facts)
-    if private and facts.task == "causal_lm":
+    if private and not TASKS[facts.task].has_head:
         yield "privacy.clip", 1.0, "lower is less noise and more bias"
     elif private:
         clip = {"head": 2.0, "adapter": 2.0}

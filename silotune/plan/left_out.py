@@ -80,9 +80,9 @@ def filled_in(tables: dict[str, Any], numbers: Sequence[Number]) -> dict[str, An
 
 
 def _unsaid(plan: Sections) -> Iterator[Number]:
-    if not plan.sends_sums or plan.model.task == "statistics":
+    if not plan.sends_sums or not plan.task.trains:
         return  # several local steps: their optimizer's rates depend on no round
-    head = plan.model.task == "text_classification" and plan.aggregation.head == "shared"
+    head = plan.task.pools and plan.aggregation.head == "shared"
     rounds, server = plan.optimizer.site.head_rounds, plan.optimizer.server.name
     if head and "head_rounds" not in plan.optimizer.site.model_fields_set:
         rounds, why = head_rounds(plan)

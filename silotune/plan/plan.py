@@ -168,10 +168,7 @@ def notes_on(plan: Plan) -> list[str]:
 
 
 def _model(plan: Plan) -> str:
-    if plan.model.task == "causal_lm":
-        task = "answer a prompt with a response"
-    else:
-        task = f"tell {_joined(plan.model.labels)} apart by {_seen(plan)}"
+    task = plan.task.learns.format(labels=_joined(plan.model.labels), text=_seen(plan))
     checked = " Its weights must have the plan's SHA-256." if plan.model.sha256 else ""
     return f"{plan.model.base}, tuned to {task}.{checked}"
 
@@ -224,7 +221,7 @@ def _patience(plan: Plan) -> str:
 
 def _optimizers(plan: Plan) -> str:
     site, server = plan.optimizer.site, plan.optimizer.server
-    head = f", head {site.head_lr:g}" if plan.model.task == "text_classification" else ""
+    head = f", head {site.head_lr:g}" if plan.task.has_head else ""
     rates = f"learning rates: adapter {site.adapter_lr:g}{head}, {site.schedule} schedule"
     name = {"none": "as it is", "sgd": "by SGD with momentum", "adam": "by Adam"}[server.name]
     scaled = "" if server.lr == 1 else f", scaled by {server.lr:g}"

@@ -6,7 +6,7 @@ from silotune.plan.counted import statistics_conflicts
 from silotune.plan.sections import Sections
 from silotune.plan.strategies import STRATEGIES
 
-_PUBLIC_TEXTS = 3
+_PUBLIC_TEXTS, _LEAST_LABELS = 3, 2
 
 
 def sends_all_it_trains(plan: Sections) -> bool:
@@ -122,18 +122,18 @@ def conflicts(plan: Sections) -> list[str]:
 
 
 def _model_conflicts(plan: Sections) -> list[str]:
-    labels, task = plan.model.labels, plan.model.task
+    labels, name, task = plan.model.labels, plan.model.task, plan.task
     found = []
-    if task == "text_classification" and len(labels) < 2:
-        found.append("model.labels: text_classification needs at least two labels")
+    if task.has_labels and len(labels) < _LEAST_LABELS:
+        found.append(f"model.labels: {name} needs at least two labels")
     if len(set(labels)) != len(labels):
         found.append("model.labels: a label is listed twice")
-    if task == "causal_lm" and labels:
-        found.append("model.labels: causal_lm has no labels; remove them")
-    if task == "causal_lm" and plan.optimizer.site.head_rounds:
-        found.append("optimizer.site.head_rounds: causal_lm has no head to train; set 0")
-    if task == "causal_lm" and plan.model.head_features:
-        found.append("model.head_features: causal_lm has no head; remove it")
+    if task.trains and not task.has_labels and labels:
+        found.append(f"model.labels: {name} has no labels; remove them")
+    if task.trains and not task.pools and plan.optimizer.site.head_rounds:
+        found.append(f"optimizer.site.head_rounds: {name} has no head to train alone; set 0")
+    if task.trains and not task.pools and plan.model.head_features:
+        found.append(f"model.head_features: {name} has no head on one vector a text; remove it")
     elif plan.model.head_features and len(plan.model.centre_texts) < _PUBLIC_TEXTS:
         found.append(
             f"model.centre_texts: at least {_PUBLIC_TEXTS} with model.head_features, whose scale is "
@@ -160,8 +160,8 @@ def _privacy_conflicts(plan: Sections) -> list[str]:
         found.append("privacy.max_physical_batch: must hold the records of one unit")
     if not plan.private and privacy.metrics_share:
         found.append("privacy.metrics_share: has no meaning when privacy.mode is 'none'")
-    if privacy.clipping.grouped and plan.model.task == "causal_lm":
-        found.append("privacy.clip: causal_lm has no head; give one number")
+    if privacy.clipping.grouped and plan.task.trains and not plan.task.has_head:
+        found.append(f"privacy.clip: {plan.model.task} has no head; give one number")
     return found
 
 
@@ -249,8 +249,8 @@ def _local_head(plan: Sections) -> list[str]:
     if plan.aggregation.head == "shared":
         return []
     found = []
-    if plan.model.task == "causal_lm":
-        found.append("aggregation.head: causal_lm has no head to keep; remove it")
+    if plan.task.trains and not plan.task.has_head:
+        found.append(f"aggregation.head: {plan.model.task} has no head to keep; remove it")
     if plan.optimizer.site.head_rounds:
         found.append(
             "optimizer.site.head_rounds: must be 0 when aggregation.head is 'local': in such a round "

@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field
 from silotune.plan.document import ADDED_LATER, Document
 from silotune.plan.statistics import StatisticsSection
 from silotune.plan.strategies import STRATEGIES, SUMS, StrategyFacts, not_dropped
+from silotune.plan.tasks import STATISTICS, TASKS, TaskFacts
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
@@ -45,6 +46,12 @@ class HeadFeatures(Section):
     )
 
 
+if TYPE_CHECKING:
+    TaskName = str
+else:
+    TaskName = Literal[*TASKS, "statistics"]
+
+
 class ModelSection(Section):
     """``[model]``: the base model and the task it is tuned for."""
 
@@ -52,7 +59,7 @@ class ModelSection(Section):
         "", description="Hugging Face model id or a folder on this machine."
     )
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
-    task: Literal["text_classification", "causal_lm", "statistics"]
+    task: TaskName
     labels: tuple[str, ...] = ()
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     pooling: Literal["mean", "first", "last"] = "mean"
@@ -302,6 +309,20 @@ class Sections(Section):
     def strategy(self) -> StrategyFacts:
         """What the aggregation strategy is."""
         return STRATEGIES[self.aggregation.strategy] if self.statistics is None else SUMS
+
+    @property
+    def task(self) -> TaskFacts:
+        """What the task is."""
+        return TASKS.get(self.model.task, STATISTICS)
+
+    @property
+    def roles(self) -> frozenset[str]:
+        """Roles of the columns that a dataset must have: what the task needs, or what is counted."""
+        asked = self.statistics
+        if asked is None:
+            return self.task.roles
+        labels = {"label"} if self.model.labels else set()
+        return frozenset(labels | ({asked.lengths.of} if asked.lengths else set()))
 
     @property
     def private(self) -> bool:

@@ -28,7 +28,8 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from silotune.events.view import Evaluation, RoundView, RunView
-from silotune.report.figures import MOST_SITES, Curves, Metric, SiteScores
+from silotune.plan.tasks import Metric
+from silotune.report.figures import MOST_SITES, Curves, SiteScores
 from silotune.report.verdict import printable
 
 INK, MUTED, GRID, PAPER = "#1b1f24", "#5c6670", "#d8dde2", "#fefefe"

@@ -13,6 +13,7 @@ from statistics import fmean, stdev
 from typing import Any, Literal
 
 from silotune.events.view import Trouble
+from silotune.plan.tasks import ACCURACY, METRICS, TASKS, Metric
 from silotune.privacy.tally import LiveEpsilon
 from silotune.rounds.run_directory import Method, RunRecord, Scores
 
@@ -24,26 +25,6 @@ MOST_SITES = 24
 # Two epsilons this close (relative) are the same target, calibrated by two searches.
 _SAME_EPSILON = 0.02
 
-
-@dataclass(frozen=True)
-class Metric:
-    """The score that decides, and its direction."""
-
-    key: str
-    title: str
-    higher_is_better: bool
-
-    def gain(self, new: Scores | None, old: Scores | None) -> float | None:
-        """How much better `new` is than `old`; None where either is unknown."""
-        if not new or not old or self.key not in new or self.key not in old:
-            return None
-        difference = new[self.key] - old[self.key]
-        return difference if self.higher_is_better else -difference
-
-
-MACRO_F1 = Metric("macro_f1", "macro-F1", higher_is_better=True)
-ACCURACY = Metric("accuracy", "accuracy", higher_is_better=True)
-LOSS = Metric("loss", "loss", higher_is_better=False)
 
 TRIVIAL = ("majority", "base")
 """Keys of what needs no training: always the most frequent label, or the base model as it came."""
@@ -274,14 +255,13 @@ def summarise(record: RunRecord, *, beside: Sequence[RunRecord] = ()) -> Summary
 
 
 def metric_of(record: RunRecord) -> Metric:
-    """Macro-F1, or the loss where the run is of a language model."""
-    if (record.plan.get("model") or {}).get("task") == "causal_lm":
-        return LOSS
+    """The metric that decides: that of the run's task."""
+    if (facts := TASKS.get((record.plan.get("model") or {}).get("task", ""))) is not None:
+        return facts.metrics[0]
     seen = [method.test for method in record.methods]
     seen += [evaluation.pooled for evaluation in record.history.evaluations]
-    if any(MACRO_F1.key in scores for scores in seen):
-        return MACRO_F1
-    return LOSS if any(LOSS.key in scores for scores in seen) else MACRO_F1
+    known = (metric for metric in METRICS if any(metric.key in scores for scores in seen))
+    return next(known, METRICS[0])
 
 
 def epsilon_curves(record: RunRecord) -> dict[str, list[tuple[int, float]]]:

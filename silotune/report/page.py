@@ -8,7 +8,8 @@ from datetime import UTC, datetime
 from typing import Any, Literal, TypeVar
 
 from silotune.events.view import Evaluation, RoundView, Trouble, TroubleLine, by_error
-from silotune.report.figures import MACRO_F1, TRIVIAL, MethodRow, Summary
+from silotune.plan.tasks import MACRO_F1
+from silotune.report.figures import TRIVIAL, MethodRow, Summary
 from silotune.report.verdict import DASH, epsilon, plural, power, printable, score, signed
 from silotune.rounds.run_directory import RunRecord
 from silotune.terminal import octets

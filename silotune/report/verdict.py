@@ -13,7 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from silotune.report.figures import ACCURACY, MACRO_F1, MethodRow, Metric, SiteScores, Summary
+from silotune.plan.tasks import ACCURACY, MACRO_F1, Metric
+from silotune.report.figures import MethodRow, SiteScores, Summary
 from silotune.rounds.run_directory import Scores
 
 DASH = "\N{EN DASH}"

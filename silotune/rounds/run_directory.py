@@ -35,6 +35,7 @@ from silotune.errors import EventMalformed, RunDirectoryInvalid
 from silotune.events.schema import written
 from silotune.events.view import RunView
 from silotune.plan.document import canonical_json
+from silotune.plan.tasks import METRICS
 from silotune.protocol.errors import StoreUnusable
 
 STATISTICS_FILE = "statistics.json"
@@ -490,7 +491,6 @@ def _scores(found: Mapping[str, Any] | None) -> Scores:
 
 
 _MARKS = 20
-_DECIDING = (("macro_f1", 1.0), ("loss", -1.0))
 
 
 def every(rounds: int) -> int:
@@ -521,9 +521,12 @@ def spare(view: RunView, have: Collection[int], *, newest: int, rounds: int) -> 
 def best(view: RunView) -> int | None:
     """The round with the best score on validation data, the first of equals; None without any."""
     looks = [found for found in view.evaluations if found.split == "validation"]
-    for key, sign in _DECIDING:
+    for metric in METRICS:
+        sign = 1.0 if metric.higher_is_better else -1.0
         scored = [
-            (sign * found.pooled[key], -found.number) for found in looks if key in found.pooled
+            (sign * found.pooled[metric.key], -found.number)
+            for found in looks
+            if metric.key in found.pooled
         ]
         if scored:
             return -max(scored)[1]

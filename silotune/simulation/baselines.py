@@ -160,7 +160,7 @@ def jobs_for(
 
     jobs = [job("pooled", "Pooled records, one trainer", alone, "pooled")]
     declared = {s.name: s.units_for(plan) for s in sites}
-    heads = plan.model.task == "text_classification"
+    heads = plan.task.pools
     if heads and adapter is not None and plan.aggregation.head == "shared":
         start = np.asarray(adapter, dtype="<f4").tobytes()
         title = "Federated, with a head of one's own"

@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 from silotune.data.site import SiteConfig
 from silotune.events.view import RunView
 from silotune.models.layout import Vector
-from silotune.models.scores import constant, recall_of
-from silotune.models.scores import metrics_of as metrics_of_task
+from silotune.models.scores import constant, metrics_of, recall_of, records_in
 from silotune.plan.plan import Plan
 from silotune.privacy.accounting import epsilon_curve
 from silotune.privacy.certificate import CertificateBody
@@ -211,8 +210,11 @@ class AdapterScorer:
             self._look(self._plan.rounds.number, adapter, split="test")
 
     def base_counts(self, size: int) -> dict[str, Counts]:
-        """Test counts of a language model before any round: an adapter of zeros adds nothing."""
-        if self._plan.model.task != "causal_lm" or not self._plan.data.test_share:
+        """Test counts of the base model before any round: an adapter of zeros adds nothing.
+
+        None of a task whose trivial answer is known from the counts alone.
+        """
+        if self._plan.task.counts == "confusion" or not self._plan.data.test_share:
             return {}
         nothing = np.zeros(size, dtype=np.float32)
         found = self._view.score(
@@ -247,11 +249,6 @@ class AdapterScorer:
         return {**shown, "left_out": left_out} if left_out else shown
 
 
-def metrics_of(plan: Plan, counts: Counts) -> dict[str, float]:
-    """The task's metrics from additive counts."""
-    return metrics_of_task(plan.model.task, counts)
-
-
 def pooled_metrics(plan: Plan, counts: Mapping[str, Counts]) -> dict[str, float]:
     """The task's metrics over all these sites' records; none without any site."""
     return metrics_of(plan, np.sum([*counts.values()], axis=0)) if counts else {}
@@ -259,9 +256,8 @@ def pooled_metrics(plan: Plan, counts: Mapping[str, Counts]) -> dict[str, float]
 
 def by_site(plan: Plan, counts: Mapping[str, Counts]) -> dict[str, dict[str, float]]:
     """The task's metrics at each site, and the number ``n`` of examples behind them."""
-    classifies = plan.model.task == "text_classification"
     return {
-        site: {**metrics_of(plan, each), "n": int(each.sum() if classifies else each[-1])}
+        site: {**metrics_of(plan, each), "n": records_in(plan, each)}
         for site, each in counts.items()
     }
 
@@ -447,7 +443,7 @@ def _trivial(
 
     A site's own row is of the label that is most frequent there, which needs no model either.
     """
-    if plan.model.task != "text_classification":
+    if plan.task.counts != "confusion":
         title = "The base model as it came"
         return [_untrained("base", title, plan, base)] if base else []
     if not final:
@@ -528,7 +524,7 @@ def _method(
 def _scored(plan: Plan, counts: Mapping[str, Counts]) -> dict[str, Any]:
     """Scores on everybody's data; of a classifier also the share of each label that it finds."""
     scores = {"test": pooled_metrics(plan, counts)}
-    if plan.model.task != "text_classification" or not counts:
+    if plan.task.counts != "confusion" or not counts:
         return scores
     recall = recall_of(np.sum([*counts.values()], axis=0))
     return {**scores, "recall": dict(zip(plan.model.labels, recall, strict=True))}
@@ -536,7 +532,7 @@ def _scored(plan: Plan, counts: Mapping[str, Counts]) -> dict[str, Any]:
 
 def label_shares(plan: Plan, counts: Mapping[str, Counts]) -> dict[str, dict[str, float]]:
     """Share of each label among each site's records behind the counts."""
-    if plan.model.task != "text_classification":
+    if plan.task.counts != "confusion":
         return {}
     found = {}
     for site, each in counts.items():

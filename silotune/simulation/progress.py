@@ -21,6 +21,7 @@ from rich.text import Text
 
 from silotune.errors import catalogue
 from silotune.events.view import RunView, SiteView
+from silotune.plan.tasks import METRICS
 from silotune.report.verdict import DASH, clock_time, plural, printable
 from silotune.terminal import terminal
 
@@ -29,7 +30,6 @@ _STYLES = {
     **{"training": "cyan", "masked": "blue", "unmasked": "blue", "done": "green"},
     **{"late": "yellow", "dropped": "yellow", "failed": "red", "refused": "red"},
 }
-_SCORES = (("macro_f1", "macro-F1"), ("loss", "loss"), ("accuracy", "accuracy"))
 _RECENT = 8  # rounds whose pace tells how long the rest will take
 
 
@@ -218,9 +218,10 @@ def _baseline(view: RunView) -> str:
 def _score(view: RunView) -> tuple[int, str] | None:
     """The newest of the simulator's own scores, in words, and its round."""
     looks = [found for found in view.evaluations if found.view == "simulator"]
-    for key, title in _SCORES:
-        if looks and key in looks[-1].pooled:
-            words = f"{looks[-1].split} {title} {looks[-1].pooled[key]:.3f}"
+    for metric in METRICS:
+        if looks and metric.key in looks[-1].pooled:
+            score = looks[-1].pooled[metric.key]
+            words = f"{looks[-1].split} {metric.title} {score:.3f}"
             return looks[-1].number, words.strip()
     return None
 

@@ -39,7 +39,6 @@ from silotune.errors import (
 )
 from silotune.events.source import held
 from silotune.models.choices import Choices, choose
-from silotune.models.needs import needs_of
 from silotune.plan.plan import Plan, notes_on
 from silotune.rounds.rounds import build_server_app
 from silotune.rounds.run_directory import STATISTICS_FILE, RunDirectory
@@ -77,7 +76,7 @@ def survey_sites(
     """
     for sentence in notes_on(plan):
         note(sentence)
-    found = survey(sites, plan, roles=needs_of(plan).roles, secrets=secrets)
+    found = survey(sites, plan, roles=plan.roles, secrets=secrets)
     for site, one in zip(sites, found, strict=True):
         for sentence in one.notes(split_by=plan.data.split_by):
             note(sentence)
@@ -124,7 +123,7 @@ def require_same_records(
         return
     states = {site.name: directory.site(site.name) for site in sites}
     secrets = {name: own_secret(state, Vault(state)) for name, state in states.items()}
-    found = survey(sites, plan, roles=needs_of(plan).roles, secrets=secrets)
+    found = survey(sites, plan, roles=plan.roles, secrets=secrets)
     now = _fingerprints(found, secrets)
     changed = sorted(name for name in now if now[name] != began.get(name))
     if changed:

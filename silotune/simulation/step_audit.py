@@ -197,8 +197,8 @@ def _scored(
 
 
 def _sizes(plan: Plan) -> tuple[str, ...]:
-    """The parts of the plan's adapter: a causal language model has no head."""
-    return ("adapter",) if plan.model.task == "causal_lm" else ("adapter", "head")
+    """The parts of the plan's adapter: not every task has a head."""
+    return ("adapter", "head") if plan.task.has_head else ("adapter",)
 
 
 def _raw(plan: Plan, part: str) -> float:
@@ -243,9 +243,6 @@ class _CanaryModel(nn.Module):
 
 class _CanaryTask:
     """Records that are canaries: the target of a row is the number of its canary."""
-
-    roles: frozenset[str] = frozenset()
-    has_head = False
 
     def __init__(self, plan: Plan, size: int) -> None:
         self._lengths = {part: _raw(plan, part) for part in _sizes(plan)}

@@ -253,7 +253,7 @@ class AdapterStrategy(Strategy):
         metrics = {
             f"{prefix}{name}": value
             for prefix, total in totals.items()
-            for name, value in metrics_of(self.plan.model.task, total).items()
+            for name, value in metrics_of(self.plan, total).items()
             if np.isfinite(value)
         }
         return MetricRecord({**metrics}) if metrics else None

@@ -1,14 +1,20 @@
-"""The tasks that a plan can name, one file each."""
+"""The tasks that a plan can name, one file each; `silotune.plan.tasks` has what is known without a model."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping
 
 from silotune.models.task import Task
 from silotune.models.tasks.causal_lm import CausalLm
 from silotune.models.tasks.text_classification import TextClassification
+from silotune.plan.plan import Plan
 
-_TASKS: dict[str, Task] = {"text_classification": TextClassification(), "causal_lm": CausalLm()}
+_TASKS: Mapping[str, Callable[[Plan], Task]] = {
+    "text_classification": lambda plan: TextClassification(),
+    "causal_lm": lambda plan: CausalLm(),
+}
 
 
-def get_task(name: str) -> Task:
-    """The task that ``model.task`` of a plan names; the plan has validated the name."""
-    return _TASKS[name]
+def get_task(plan: Plan) -> Task:
+    """The task that a plan names, as the plan has it."""
+    return _TASKS[plan.model.task](plan)

@@ -30,20 +30,21 @@ from silotune.models.batching import (
     padding_id,
     prompt_ids,
 )
-from silotune.models.needs import NEEDS
 from silotune.models.prediction import Prediction
 from silotune.models.task import LoadedModel, TaskModel
 from silotune.plan.plan import Plan
 
 _PREDICT_BATCH = 16
+_RESPONSE = "It was quiet."
 _LOGITS = 1 << 24  # that a score makes at a time: 64 MB
 
 
 class CausalLm:
     """Mean negative log-likelihood of a response's tokens, given its prompt."""
 
-    roles = NEEDS["causal_lm"].roles
-    has_head = NEEDS["causal_lm"].has_head
+    def example(self, text: str, *, number: int, plan: Plan) -> dict[str, str]:
+        """A text as a prompt, and one short response to all."""
+        return {"prompt": text, "response": _RESPONSE}
 
     def encode(
         self, examples: Sequence[Mapping[str, str]], tokenizer: Any, *, plan: Plan

@@ -14,7 +14,6 @@ from torch.nn.functional import cross_entropy
 
 from silotune.errors import RecordInvalid
 from silotune.models.batching import Batch, Encoded, Rows, batches, padding_id, text_ids
-from silotune.models.needs import NEEDS
 from silotune.models.prediction import Prediction
 from silotune.models.task import LoadedModel, TaskModel
 from silotune.plan.plan import Plan
@@ -25,8 +24,10 @@ _PREDICT_BATCH = 64
 class TextClassification:
     """Cross-entropy of one label a text."""
 
-    roles = NEEDS["text_classification"].roles
-    has_head = NEEDS["text_classification"].has_head
+    def example(self, text: str, *, number: int, plan: Plan) -> dict[str, str]:
+        """A text with a label of the plan."""
+        labels = plan.model.labels
+        return {"text": text, "label": labels[number % len(labels)]}
 
     def encode(
         self, examples: Sequence[Mapping[str, str]], tokenizer: Any, *, plan: Plan
