@@ -258,8 +258,8 @@ def predict(  # noqa: PLR0917 - one a command-line option
     from silotune.rounds.trained import find_trained
 
     trained = find_trained(run)
-    generative = trained.plan.model.task == "causal_lm"
-    given, role = texts or ["-"], "prompt" if generative else "text"
+    task = trained.plan.task
+    given, role = texts or ["-"], task.reads[0]
     if given == ["-"]:
         given = read_texts(sys.stdin.buffer.read(), form=form, column=column or role)
     model = trained.load(base=base, device=device)
@@ -270,7 +270,7 @@ def predict(  # noqa: PLR0917 - one a command-line option
         value = None if answer is None else _as_json(answer)
         if as_json:
             typer.echo(json.dumps({"text": text, "prediction": value}))
-        elif generative and len(given) > 1:
+        elif task.generates and len(given) > 1:
             typer.echo(f"{'' if number == 1 else chr(10)}[{number}] {_one_line(text)}")
             typer.echo(_shown(value, text))
         else:

@@ -60,8 +60,9 @@ class Encoded:
         np.cumsum([len(s) for s in sequences], out=offsets[1:])
         ids = np.fromiter((t for s in sequences for t in s), dtype=np.int32, count=int(offsets[-1]))
         found = np.asarray(targets)
-        kind = np.int64 if found.ndim == 1 else np.float32
-        return cls(ids, offsets, found.astype(kind), pad_id)
+        if found.ndim == 1:
+            return cls(ids, offsets, found.astype(np.int64), pad_id)
+        return cls(ids, offsets, found.astype(np.float32), pad_id)
 
     def __len__(self) -> int:
         return len(self.targets)

@@ -181,7 +181,7 @@ def _seen(plan: Plan) -> str:
 
 
 def _joined(names: tuple[str, ...]) -> str:
-    return " and ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
+    return " and ".join(part for part in (", ".join(names[:-1]), *names[-1:]) if part)
 
 
 def _adapter(plan: Plan) -> str:

@@ -34,7 +34,9 @@ class Metric:
     title: str
     higher_is_better: bool
 
-    def gain(self, new: Mapping[str, float] | None, old: Mapping[str, float] | None) -> float | None:
+    def gain(
+        self, new: Mapping[str, float] | None, old: Mapping[str, float] | None
+    ) -> float | None:
         """How much better `new` is than `old`; None where either is unknown."""
         if not new or not old or self.key not in new or self.key not in old:
             return None
@@ -58,7 +60,7 @@ class TaskFacts:
         Roles of the columns that a dataset must have.
     reads : tuple of str
         Roles of what the model is given, in their order: what `predict` asks for.
-    target : str or None
+    target : str
         Role of what is learned.
     base : str
         What is loaded of the base model: "encoder" (its hidden states), "decoder" (a causal language
@@ -88,7 +90,7 @@ class TaskFacts:
 
     roles: frozenset[str]
     reads: tuple[str, ...]
-    target: str | None
+    target: str
     base: Literal["encoder", "decoder", "image"] = "encoder"
     pools: bool = True
     has_head: bool = True
@@ -148,7 +150,7 @@ TASKS: Mapping[str, TaskFacts] = {
 STATISTICS = TaskFacts(
     roles=frozenset(),
     reads=(),
-    target=None,
+    target="",
     pools=False,
     has_head=False,
     has_labels=False,

@@ -197,8 +197,8 @@ def test_tokens_are_those_that_training_would_cut(tmp_path, bert_folder):
     made = write_federation(tmp_path, bert_folder)
     site, limit = made.sites[0], made.plan.data.max_length
     _, facts = checked(site.file, "--plan", made.plan_path)
-    task = get_task("text_classification")
-    records = load_records(site, made.plan, roles=task.roles, secret=b"any")
+    task = get_task(made.plan)
+    records = load_records(site, made.plan, roles=made.plan.roles, secret=b"any")
     encoded = task.encode(records.examples, load_tokenizer(bert_folder), plan=made.plan)
     assert facts["lengths"]["quantiles"]["longest"] == encoded.lengths.max() <= limit
     assert facts["lengths"]["cut"] == 0

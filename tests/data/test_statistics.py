@@ -12,7 +12,6 @@ from silotune.data.records import Records, Split, load_records
 from silotune.data.site import SiteConfig
 from silotune.data.statistics import site_sums
 from silotune.models.layout import statistics_layout
-from silotune.models.needs import needs_of
 from silotune.plan.counted import part_scale
 from silotune.plan.plan import Plan
 from tests.statistics_sites import PLAN as WARDS_PLAN
@@ -162,7 +161,7 @@ def test_from_the_file_on_one_unit_moves_the_sum_by_a_length_of_1_at_most(rows, 
     for number, content in enumerate(([*honest[:3], *odd, *honest[3:]], honest)):
         write_ward(folder / str(number), content, declared=10)
         site = SiteConfig.load(folder / str(number) / "site.toml")
-        records = load_records(site, COUNTED, roles=needs_of(COUNTED).roles, secret=b"s" * 32)
+        records = load_records(site, COUNTED, roles=COUNTED.roles, secret=b"s" * 32)
         found.append(site_sums(records, COUNTED))
     assert np.linalg.norm(found[0] - found[1]) <= 1.0
 

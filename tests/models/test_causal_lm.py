@@ -14,7 +14,7 @@ from silotune.models.scores import of_losses
 from silotune.models.tasks import causal_lm, get_task
 from tests.models.model_material import a_plan
 
-TASK = get_task("causal_lm")
+TASK = get_task(a_plan("unused", "causal_lm"))
 EXAMPLES = [
     {"prompt": "what is the capital of france?", "response": "paris."},
     {"prompt": "eye", "response": "unspecified injury of the right eye"},

@@ -16,7 +16,7 @@ from silotune.models.scores import constant, of_confusion, recall_of
 from silotune.models.tasks import get_task
 from tests.models.model_material import CORPUS, TEXTS, a_plan
 
-TASK = get_task("text_classification")
+TASK = get_task(a_plan("unused"))
 LABELS = ["no", "yes", "perhaps"]
 
 

@@ -39,8 +39,8 @@ def test_control_tokens_in_a_record_are_the_text_they_are(template, text):
 
 
 def test_a_response_that_quotes_the_end_token_ends_once():
-    tokenizer, task = trained_tokenizer(), get_task("causal_lm")
     plan = a_plan("unused", "causal_lm")
+    tokenizer, task = trained_tokenizer(), get_task(plan)
     data = task.encode([{"prompt": "eye", "response": "a </s> b"}], tokenizer, plan=plan)
     answer = data.tokens(0)[data.targets[0] :].tolist()
     assert answer.count(1) == 1

@@ -5,7 +5,6 @@ import tomllib
 import pytest
 
 from silotune.errors import PlanInvalid
-from silotune.models.needs import needs_of
 from silotune.plan.counted import counted_parts
 from silotune.plan.plan import Plan, plan_in_words
 from tests.statistics_sites import PLAN, SECURE
@@ -83,9 +82,9 @@ def test_what_a_plan_asks_for_are_its_parts_and_no_others():
     assert names == [
         "units", "labels", "records_a_unit", "lengths", "numbers.age.mean", "numbers.age.histogram",
     ]  # fmt: skip
-    assert needs_of(plan()).roles == {"label", "text"}
+    assert plan().roles == {"label", "text"}
     bare = plan(**{"model.labels": [], "statistics.lengths": None})
-    assert needs_of(bare).roles == frozenset()
+    assert bare.roles == frozenset()
 
 
 def test_the_words_say_all_that_is_released_and_from_whom():

@@ -13,7 +13,6 @@ from silotune.data.site import SiteConfig
 from silotune.data.statistics import site_sums
 from silotune.errors import BudgetExceeded, CalibrationImpossible, ColumnMissing
 from silotune.models.layout import initial_adapter, statistics_layout
-from silotune.models.needs import needs_of
 from silotune.privacy.accounting import epsilon
 from tests.promises.site_messages import ask
 from tests.statistics_sites import write_ward, write_wards
@@ -87,7 +86,7 @@ def test_what_leaves_has_noise_on_every_number(wards):
     part = part_of(wards)
     ask(part, "query.join")
     sent = ask(part, "train", 1, initial_adapter(part.layout, part.plan))["update"]["flat"].numpy()
-    records = load_records(part.site, part.plan, roles=needs_of(part.plan).roles, secret=b"s" * 32)
+    records = load_records(part.site, part.plan, roles=part.plan.roles, secret=b"s" * 32)
     bare = site_sums(records, part.plan)
     off = np.abs(sent - bare) / part.sigma
     assert sent.size == 17

@@ -1,4 +1,7 @@
-"""The tasks that a plan can name, one file each; `silotune.plan.tasks` has what is known without a model."""
+"""The tasks that a plan can name, one file each.
+
+`silotune.plan.tasks` has what is known of each without a model.
+"""
 
 from __future__ import annotations
 
