@@ -32,7 +32,15 @@ from flwr.app import Message, RecordDict
 
 from silotune.errors import SilotuneError
 from silotune.flower import messages
-from silotune.flower.message_frames import MessageFrame, Parts, answered_by, apart, prefix, together
+from silotune.flower.message_frames import (
+    MessageFrame,
+    Parts,
+    answered_by,
+    apart,
+    prefix,
+    runs,
+    together,
+)
 from silotune.flower.messages import LinkRun
 from silotune.trust.files import create_private_folder, replace_file
 
@@ -97,7 +105,10 @@ class Outgoing:
 
 @dataclass(frozen=True)
 class _Kept:
-    """A message as it is kept: its pieces here, or in files of these names."""
+    """A message as it is kept: its pieces here, or in files of these names.
+
+    A name stands for what a frame has; it is of several files, with spaces between, where they share one.
+    """
 
     head: bytes
     pieces: tuple[bytes, ...] = ()
@@ -106,6 +117,10 @@ class _Kept:
     @property
     def count(self) -> int:
         return len(self.pieces) or len(self.names)
+
+    @property
+    def files(self) -> list[str]:
+        return [file for name in self.names for file in name.split(" ")]
 
     def to_bytes(self) -> bytes:
         names = "\n".join(self.names).encode()
@@ -198,7 +213,7 @@ class LinkMessages:
         for message_id, one in found:
             assert one.reply is not None
             try:
-                pieces = one.reply.pieces or [self._files.read(name) for name in one.reply.names]
+                pieces = one.reply.pieces or [self._files.read(file) for file in one.reply.files]
                 message = together(Parts(one.reply.head, tuple(pieces)))
             except (SilotuneError, OSError, ValueError):
                 _log.warning("a reply that was stored can't be read: it is asked for again")
@@ -248,22 +263,23 @@ class LinkMessages:
         """Whether an instruction waits for the node. Asks no database, and may be asked anywhere."""
         return self._next(node) is not None
 
-    def first_frame(self, node: int) -> tuple[bytes, bytes] | None:
-        """The oldest instruction that waits for a node, as its first frame: prefix and piece."""
+    def first_frame(self, node: int) -> tuple[bytes, ...] | None:
+        """The oldest instruction that waits for a node, as its first frame: prefix and pieces."""
         found = self._next(node)
         if found is None:
             return None
-        piece = self.piece(node, found.instruction.message_id, 0) or b""
-        return prefix(found.content.head, number=0, of=found.content.count), piece
+        pieces = self.pieces(node, found.instruction.message_id, 0)
+        return prefix(found.content.head, number=0, of=found.content.count), *pieces
 
-    def piece(self, node: int, message_id: str, number: int) -> bytes | None:
-        """One piece of an instruction; None of what is not the node's, or has gone."""
+    def pieces(self, node: int, message_id: str, number: int) -> tuple[bytes, ...]:
+        """What one frame of an instruction has; nothing of what is not the node's, or has gone."""
         found = self._of_node.get(node, {}).get(message_id)
         if found is None or not 0 <= number < found.content.count:
-            return None
+            return ()
         if found.content.pieces:
-            return found.content.pieces[number]
-        return self._files.read(found.content.names[number], keep=True)
+            return (found.content.pieces[number],)
+        files = found.content.names[number].split(" ")
+        return tuple(self._files.read(file, keep=True) for file in files)
 
     def take(self, node: int, frame: MessageFrame) -> bool | None:
         """Keep a frame of a node's reply; the last makes it whole.
@@ -326,7 +342,7 @@ class LinkMessages:
     ) -> _Kept:
         """A message as it is kept, its pieces in files if they are large; those of `written` are."""
         if sum(map(len, parts.pieces)) <= _SMALL:
-            return _Kept(parts.head, parts.pieces)
+            return _Kept(parts.head, tuple(map(b"".join, runs(parts.pieces))))
         written = {} if written is None else written
         for number, piece in enumerate(parts.pieces):
             if id(piece) in written:
@@ -334,14 +350,15 @@ class LinkMessages:
             else:
                 written[id(piece)] = f"{name}-{number}", piece
                 self._files.write(f"{name}-{number}", piece)
-        return _Kept(parts.head, names=tuple(written[id(piece)][0] for piece in parts.pieces))
+        names = (" ".join(written[id(p)][0] for p in run) for run in runs(parts.pieces))
+        return _Kept(parts.head, names=tuple(names))
 
     def _keep_reply(self, found: _Exchanged, reply: _Kept) -> bool | None:
         message_id = found.instruction.message_id
         sealed = self._vault.seal(reply.to_bytes(), name=_reply_name(message_id))
         with self._lock:
             if message_id not in self._all or found.reply is not None:
-                self._files.release(reply.names)
+                self._files.release(reply.files)
                 return None
             with self._transaction() as connection:
                 connection.execute(
@@ -355,7 +372,7 @@ class LinkMessages:
         message_id = found.instruction.message_id
         with self._lock, self._transaction() as connection:
             connection.execute("DELETE FROM silotune_replies WHERE message_id = ?", (message_id,))
-            self._files.release(found.reply.names if found.reply else ())
+            self._files.release(found.reply.files if found.reply else ())
             found.reply = None
             self._answered.get(found.instruction.run_id, {}).pop(message_id, None)
 
@@ -381,8 +398,8 @@ class LinkMessages:
         del self._all[told.message_id]
         self._of_node[told.node].pop(told.message_id, None)
         self._answered.get(told.run_id, {}).pop(told.message_id, None)
-        self._files.release(one.content.names)
-        self._files.release(one.reply.names if one.reply else one.coming)
+        self._files.release(one.content.files)
+        self._files.release(one.reply.files if one.reply else one.coming)
 
     def _load(self) -> None:
         """Find again what an earlier process had stored; what is torn is as if it had not come."""
@@ -422,13 +439,13 @@ class LinkMessages:
     def _stored(self, sealed: bytes, name: str) -> _Kept | None:
         try:
             kept = _Kept.from_bytes(self._vault.unseal(sealed, name=name))
-            for piece in kept.names:
-                self._files.read(piece)
+            for file in kept.files:
+                self._files.read(file)
         except (SilotuneError, OSError, ValueError, struct.error):
             _log.info("a message under way was cut off by a crash: it is asked for again")
             return None
-        for piece in kept.names:
-            self._files.hold(piece)
+        for file in kept.files:
+            self._files.hold(file)
         return kept
 
     @contextmanager
@@ -469,6 +486,8 @@ class _Pieces:
         """A piece; with `keep`, it is likely to be read again soon."""
         with self._lock:
             found = self._recent.get(name)
+            if found is not None:
+                self._recent.move_to_end(name)
         if found is None:
             sealed = (self._folder / name).read_bytes()
             found = self._vault.unseal(sealed, name=name)

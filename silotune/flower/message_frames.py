@@ -2,9 +2,9 @@
 
 Flower's own protocol takes a message apart into objects, and asks for each by its hash: some eleven
 requests for an instruction and its answer. Here a message is a *head*, Flower's protobuf of all that is
-small (metadata, envelope, or an error), and *pieces*, the sealed bytes in runs of at most 4 MB. A frame
-is the head and one piece, as they are, behind a few numbers; almost every message is one frame. Each
-further piece of a longer one is a request of its own, so that no request is large.
+small (metadata, envelope, or an error), and *pieces*, the sealed bytes. A frame is the head and as many
+pieces as have 4 MB together, as they are, behind a few numbers; almost every message is one frame. Each
+further frame of a longer one is a request of its own, so that no request is large.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Parts(NamedTuple):
 
 
 class MessageFrame(NamedTuple):
-    """A head with one of its message's pieces; a message without any has one frame too."""
+    """A head with one run of its message's pieces; a message without any has one frame too."""
 
     head: bytes
     number: int
@@ -87,11 +87,23 @@ def prefix(head: bytes, *, number: int, of: int) -> bytes:
     return _NUMBERS.pack(_MAGIC, len(head), number, of) + head
 
 
-def frames(parts: Parts) -> list[tuple[bytes, bytes]]:
-    """All frames of a message, first piece first, each as its prefix and its piece."""
-    pieces: Sequence[bytes] = parts.pieces or (b"",)
-    of = len(parts.pieces)
-    return [(prefix(parts.head, number=n, of=of), piece) for n, piece in enumerate(pieces)]
+def runs(pieces: Sequence[bytes]) -> list[tuple[bytes, ...]]:
+    """Pieces as they share frames: each run has at most `MOST_PIECE` bytes, any two in a row have more."""
+    found, room = list[tuple[bytes, ...]](), -1
+    for piece in pieces:
+        if len(piece) > room:
+            found.append(())
+            room = MOST_PIECE
+        found[-1] += (piece,)
+        room -= len(piece)
+    return found
+
+
+def frames(parts: Parts) -> list[tuple[bytes, ...]]:
+    """All frames of a message, each as its prefix and its pieces: no byte of those is copied."""
+    found = runs(parts.pieces)
+    of = len(found)
+    return [(prefix(parts.head, number=n, of=of), *run) for n, run in enumerate(found or [()])]
 
 
 def read_frame(body: bytes) -> MessageFrame:

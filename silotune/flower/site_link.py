@@ -151,7 +151,7 @@ class Fleet:
             As `connect`.
         """
         first = delivery.frame
-        if (first.of - 1) * MOST_PIECE + len(first.head) > limit:
+        if first.of // 2 * MOST_PIECE + len(first.head) > limit:  # it has more than that
             raise MessageRefused(f"the message has more than {limit} bytes")
         pieces, total = [bytes(first.piece)] * bool(first.of), len(first.head) + len(first.piece)
         for number in range(1, first.of):
@@ -184,8 +184,8 @@ class Fleet:
         Others
             As `connect`.
         """
-        for before, piece in frames(apart(reply)):
-            if not self._read(self._ask(http.PUSH, before, piece), http.Pushed).taken:
+        for frame in frames(apart(reply)):
+            if not self._read(self._ask(http.PUSH, *frame), http.Pushed).taken:
                 return False
         return True
 

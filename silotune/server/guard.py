@@ -195,7 +195,8 @@ class Guard:
 
         if not await self.long_poll.wait(caller.node, ready=ready, receive=receive):
             return
-        frame = link.first_frame(caller.node)
+        async with self._answering:  # a piece that is not in memory is read and unsealed
+            frame = await run_in_threadpool(link.first_frame, caller.node)
         await _send(send, *(frame or (b"",)), kind=_BYTES)
 
     def _answer(self, path: str, body: bytes, caller: Caller) -> bytes:
@@ -205,7 +206,7 @@ class Guard:
             done = http.Pushed(taken=self._link.take(caller.node, read_frame(body)))
         elif path == http.PIECE:
             query = http.parse(http.PieceQuery, body)
-            return self._link.messages.piece(caller.node, query.message, query.number) or b""
+            return b"".join(self._link.messages.pieces(caller.node, query.message, query.number))
         elif path in {http.ACTIVATE, http.HEARTBEAT}:
             alive = http.parse(http.Activation, body)
             if abs(time.time() - alive.sent_at) > http.MOST_SKEW_SECONDS:

@@ -8,7 +8,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from sqlalchemy import event
 
 from silotune.flower.link_messages import LinkMessages, Outgoing
-from silotune.flower.message_frames import apart, frames, outline_of, read_frame
+from silotune.flower.message_frames import apart, frames, outline_of, prefix, read_frame
 from silotune.flower.superlink import LinkState
 from silotune.trust import identity
 from silotune.trust.vault import Vault
@@ -64,7 +64,7 @@ class Scene:
             return None
         frame = read_frame(b"".join(found))
         message_id = outline_of(frame.head).metadata.message_id
-        others = [self.messages.piece(node, message_id, n) for n in range(1, frame.of)]
+        others = [b"".join(self.messages.pieces(node, message_id, n)) for n in range(1, frame.of)]
         from silotune.flower.message_frames import Parts, together
 
         return together(Parts(frame.head, (bytes(frame.piece),)[: frame.of] + tuple(others)))
@@ -73,7 +73,7 @@ class Scene:
         """Send a reply in frames; whether each was taken."""
         pieces = {f"bytes.{n}": ConfigRecord({"bytes": part}) for n, part in enumerate(parts(blob))}
         reply = Message(RecordDict(pieces), reply_to=message)
-        sent = [read_frame(before + piece) for before, piece in frames(apart(reply))]
+        sent = [read_frame(b"".join(frame)) for frame in frames(apart(reply))]
         return [self.link.take(node, frame) for frame in sent]
 
     def replies(self):
@@ -89,6 +89,12 @@ class Scene:
     def rows(self):
         tables = ("silotune_instructions", "silotune_replies")
         return [self.link._state.query(f"SELECT COUNT(*) AS n FROM {t}")[0]["n"] for t in tables]
+
+
+def arrived(message):
+    """What the pieces of a message hold."""
+    named = (r["bytes"] for n, r in sorted(message.content.items()) if n.startswith("bytes."))
+    return b"".join(named)
 
 
 def parts(blob, size=50_000):
@@ -107,7 +113,7 @@ def test_an_instruction_is_asked_answered_read_and_forgotten_without_a_trace(sce
     (node, _), (asked,) = scene.nodes, scene.ask(scene.nodes[0], blob=blob)
     message = next_one().fetch(node)
     assert message.metadata.message_id == asked
-    assert b"".join(message.content[f"bytes.{n}"]["bytes"] for n in range(len(parts(blob)))) == blob
+    assert arrived(message) == blob
     assert not next_one().messages.is_answered(asked)
     assert all(next_one().answer(node, message, blob + b"!"))
     assert next_one().messages.is_answered(asked)
@@ -147,8 +153,9 @@ def test_nobody_answers_for_another_node_or_what_was_not_asked(scene):
     (asked,) = scene.ask(node)
     message = scene.fetch(node)
     assert scene.answer(other, message) == [False]
-    assert scene.messages.piece(other, asked, 0) is None
-    assert scene.messages.piece(node, asked, 1) is None
+    assert scene.messages.pieces(node, asked, 0)
+    assert scene.messages.pieces(other, asked, 0) == ()
+    assert scene.messages.pieces(node, asked, 1) == ()
     scene.messages.forget([asked])
     assert scene.answer(node, message) == [False]
     assert scene.replies() == {}
@@ -178,7 +185,10 @@ def test_a_reply_that_was_cut_off_by_a_crash_is_sent_again_from_its_first_piece(
         ),
         reply_to=message,
     )
-    first, last = (read_frame(before + piece) for before, piece in frames(apart(reply)))
+    head, pieces = apart(reply)
+    first, last = (
+        read_frame(prefix(head, number=n, of=2) + piece) for n, piece in enumerate(pieces)
+    )
     assert scene.link.take(node, first)
     scene.again()
     assert scene.files() == []
@@ -218,6 +228,36 @@ def test_what_all_are_asked_alike_is_stored_once_and_goes_with_the_last(scene):
 
 
 @pytest.mark.parametrize("asked", [True, False], ids=["an instruction", "a reply"])
+@pytest.mark.parametrize("restarts", [False, True], ids=["one process", "another each time"])
+def test_what_is_a_site_s_own_lies_beside_what_all_are_asked_and_crosses_in_one_frame(
+    scene, restarts
+):
+    """A secure round: an adapter for all, and the shares that were sealed for one site alone."""
+    next_one = scene.again if restarts else lambda: scene
+    own = {node: f"shares for {node} ".encode() * 300 for node in scene.nodes}
+
+    def content(node):
+        pieces = enumerate((LARGE, own[node]))
+        return RecordDict({f"bytes.{n}": ConfigRecord({"bytes": piece}) for n, piece in pieces})
+
+    place = {"kind": "train.masked", "group": "1.x", "ttl": 60.0}
+    asked = scene.link.push(
+        scene.run, [Outgoing(node=node, content=content(node), **place) for node in scene.nodes]
+    )
+    sizes = sorted(path.stat().st_size for path in next_one().files())
+    assert len(sizes) == 3
+    assert sizes[1] < 10_000 < sizes[2]
+    for node in scene.nodes:
+        frame = read_frame(b"".join(next_one().messages.first_frame(node)))
+        assert (frame.of, bytes(frame.piece)) == (1, LARGE + own[node])
+        assert arrived(scene.fetch(node)) == LARGE + own[node]
+    next_one().messages.forget(asked[:1])
+    assert arrived(next_one().fetch(scene.nodes[1])) == LARGE + own[scene.nodes[1]]
+    assert len(scene.files()) == 2
+    next_one().messages.forget(asked[1:])
+    assert scene.files() == []
+
+
 def test_a_torn_file_is_as_if_the_message_had_not_come(scene, asked):
     node, other = scene.nodes
     scene.ask(node, blob=LARGE if asked else b"x")

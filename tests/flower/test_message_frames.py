@@ -18,6 +18,7 @@ from silotune.flower.message_frames import (
     outline_of,
     prefix,
     read_frame,
+    runs,
     together,
 )
 from silotune.flower.messages import APP_RAISED
@@ -41,7 +42,7 @@ def message_with(content, *, error=None):
 
 def crossed(message):
     """As the other end builds it from the frames."""
-    got = [read_frame(before + piece) for before, piece in frames(apart(message))]
+    got = [read_frame(b"".join(frame)) for frame in frames(apart(message))]
     assert [frame.number for frame in got] == list(range(len(got)))
     assert {frame.of for frame in got} in ({len(got)}, {0})
     pieces = [bytes(frame.piece) for frame in got][: got[0].of]
@@ -67,6 +68,19 @@ def test_a_sealed_content_of_any_size_crosses_and_its_seal_fits(size):
     assert all(piece is sealed[f"bytes.{n}"]["bytes"] for n, piece in enumerate(parts.pieces))
     found = crossed(message_with(sealed)).content
     assert unseal(found, address=PLACE, key=KEY.public_key()) == content
+
+
+@given(st.lists(st.integers(0, MOST_PIECE), max_size=8))
+def test_pieces_share_frames_as_far_as_they_fit(sizes):
+    whole = b"\0" * MOST_PIECE
+    pieces = [whole[:size] for size in sizes]
+    found = runs(pieces)
+    assert [piece for run in found for piece in run] == pieces
+    together = [sum(map(len, run)) for run in found]
+    assert all(size <= MOST_PIECE for size in together)
+    assert all(
+        size + len(run[0]) > MOST_PIECE for size, run in zip(together, found[1:], strict=False)
+    )
 
 
 def test_records_that_only_look_like_pieces_stay_in_the_head():

@@ -162,8 +162,8 @@ def answer(kept, link_run, *, node, to, blob):
     if blob:
         update["bytes.0"] = ConfigRecord({"bytes": blob})
     place = {"node": node, "kind": "train", "group": "3.train"}
-    ((before, piece),) = frames(apart(reply(link_run, **place, to=to, content=update)))
-    assert kept.take(node, read_frame(before + piece))
+    (frame,) = frames(apart(reply(link_run, **place, to=to, content=update)))
+    assert kept.take(node, read_frame(b"".join(frame)))
 
 
 @makes("link_messages")

@@ -4,6 +4,7 @@ import hashlib
 import json
 import sqlite3
 from contextlib import contextmanager
+from itertools import chain
 from types import SimpleNamespace
 
 from silotune.flower.link_messages import LinkMessages
@@ -124,10 +125,8 @@ def run(found):
 def asked_in(kept, instruction):
     """What an instruction asks, as its site is given it."""
     stored = kept._all[instruction.message_id].content
-    pieces = stored.pieces or tuple(
-        kept.piece(instruction.node, instruction.message_id, n) for n in range(stored.count)
-    )
-    return together(Parts(stored.head, pieces)).content
+    frames = [kept.pieces(instruction.node, instruction.message_id, n) for n in range(stored.count)]
+    return together(Parts(stored.head, tuple(chain.from_iterable(frames)))).content
 
 
 def digest(content):

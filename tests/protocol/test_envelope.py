@@ -148,9 +148,32 @@ def test_an_exchange_packs_what_all_are_asked_alike_once(monkeypatch):
     )
     places = [replace(ADDRESS, receiver=name) for name in ("alpha", "beta", "gamma")]
     sealed = [seal(content(), address=p, key=KEY, packing=packing) for p in places]
-    assert len(packed) == 1
+    assert len(packed) == len(content())
     assert sealed[0]["bytes.0"]["bytes"] is sealed[2]["bytes.0"]["bytes"]
     assert sealed == [seal(content(), address=p, key=KEY) for p in places]
+
+
+@pytest.mark.parametrize("name", ["beside", "secure"])
+def test_a_record_of_a_site_s_own_leaves_the_adapter_packed_once(monkeypatch, name):
+    """And the seals are those that each message would have had alone, with Flower's own bytes."""
+    packed, packing = [], Packing()
+    original = envelope.recorddict_to_proto
+    monkeypatch.setattr(
+        envelope, "recorddict_to_proto", lambda found: packed.extend(found) or original(found)
+    )
+    places = [replace(ADDRESS, receiver=site) for site in ("alpha", "beta", "gamma")]
+    asked = [RecordDict({name: ConfigRecord({"for": p.receiver}), **content()}) for p in places]
+    sealed = [
+        seal(one, address=p, key=KEY, packing=packing) for one, p in zip(asked, places, strict=True)
+    ]
+    assert (packed.count("arrays"), packed.count(name)) == (1, 3)
+    assert sealed[0]["bytes.0"]["bytes"] is sealed[2]["bytes.0"]["bytes"]
+    for each, place, one in zip(sealed, places, asked, strict=True):
+        assert each == seal(one, address=place, key=KEY)
+        assert unseal(each, address=place, key=KEY.public_key()) == one
+        pieces = (record["bytes"] for record in each.values() if "bytes" in record)
+        in_order = original(RecordDict({key: one[key] for key in sorted(one)}))
+        assert b"".join(pieces) == in_order.SerializeToString(deterministic=True)
 
 
 def test_what_is_packed_once_is_packed_again_when_it_has_changed():

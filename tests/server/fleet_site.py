@@ -164,8 +164,7 @@ class FleetSite:
     def send(self, reply):
         """Push a reply; whether the coordinator took it."""
         taken = [
-            self.call(wire.PUSH, before + piece).json()["taken"]
-            for before, piece in frames(apart(reply))
+            self.call(wire.PUSH, b"".join(frame)).json()["taken"] for frame in frames(apart(reply))
         ]
         return taken[-1]
 

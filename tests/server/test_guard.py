@@ -8,7 +8,7 @@ import httpx
 import pytest
 from flwr.app import Message, RecordDict
 
-from silotune.flower.message_frames import MOST_HEAD, apart, frames, outline_of, prefix
+from silotune.flower.message_frames import MOST_HEAD, apart, outline_of, prefix
 from silotune.protocol import http
 from silotune.server import listener
 from silotune.trust import identity
@@ -244,7 +244,7 @@ def test_the_pieces_of_a_reply_come_one_behind_the_other_or_again_from_the_first
     head, pieces = apart(reply)
     (piece,) = pieces
     parts = (piece[:10], piece[10:20], piece[20:])
-    sent = [before + part for before, part in frames(type(apart(reply))(head, parts))]
+    sent = [prefix(head, number=n, of=3) + part for n, part in enumerate(parts)]
     alpha.call(http.PUSH, sent[0])
     with pytest.raises(httpx.HTTPStatusError) as caught:
         alpha.call(http.PUSH, sent[2])
