@@ -107,7 +107,7 @@ class Outgoing:
 class _Kept:
     """A message as it is kept: its pieces here, or in files of these names.
 
-    A name stands for what a frame has; it is of several files, with spaces between, where they share one.
+    A name stands for what a frame has: where several files share one, it is theirs with spaces between.
     """
 
     head: bytes

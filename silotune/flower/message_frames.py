@@ -88,7 +88,7 @@ def prefix(head: bytes, *, number: int, of: int) -> bytes:
 
 
 def runs(pieces: Sequence[bytes]) -> list[tuple[bytes, ...]]:
-    """Pieces as they share frames: each run has at most `MOST_PIECE` bytes, any two in a row have more."""
+    """Pieces as they share frames: a run has at most `MOST_PIECE` bytes, any two in a row have more."""
     found, room = list[tuple[bytes, ...]](), -1
     for piece in pieces:
         if len(piece) > room:

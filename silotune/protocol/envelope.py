@@ -6,10 +6,10 @@ the bytes is read before the signature fits. The address fixes the place in the 
 names the very request it answers, so no message can be replayed, redirected or exchanged for another.
 Sealing is deterministic: the same content at the same place gives the same bytes again.
 
-The bytes are not in the record with the address, so that a record that every site is sent alike is packed
-once (`Packing`) and stored once, also beside one that is the site's own. `take_pieces` and `add_pieces` part
-a sealed content into what is small and what may be large, so that the large is never copied into another
-message to be sent. Where the bytes are cut into pieces is not sealed: they are signed as one.
+The bytes are not in the record with the address, so that a record that every site is sent alike is
+packed once (`Packing`) and stored once, also beside one that is the site's own. `take_pieces` and
+`add_pieces` part a sealed content into what is small and what may be large, so that the large is never
+copied into another message to be sent. Where the bytes are cut into pieces is not sealed.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.app.message import make_message
 from flwr.app.metadata import Metadata
 
-from silotune.flower.message_frames import Parts, apart, prefix, read_frame, together
+from silotune.flower.message_frames import Parts, apart, prefix, read_frame, runs, together
 from silotune.plan.plan import Plan
 from silotune.protocol import http as wire
 from silotune.protocol.envelope import COORDINATOR, MessagePlace, seal
@@ -329,10 +329,11 @@ class CoordinatorDouble:
         """Hand a message to the site; `tamper(head, pieces)` may give another first frame for it."""
         message_id = secrets.token_hex(32)
         message.metadata.__dict__["_message_id"] = message_id
-        head, pieces = apart(message)
+        head, parts = apart(message)
+        pieces = [b"".join(run) for run in runs(parts)]
         frame = prefix(head, number=0, of=len(pieces)) + (pieces[0] if pieces else b"")
         with self._bell:
-            self._pieces[message_id] = list(pieces)
+            self._pieces[message_id] = pieces
             self._waiting.append(tamper(head, pieces) if tamper else frame)
             self._bell.notify_all()
 

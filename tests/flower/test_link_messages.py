@@ -209,7 +209,7 @@ def test_a_reply_that_is_withdrawn_while_a_piece_of_it_is_written_leaves_nothing
     monkeypatch.setattr(
         files, "write", lambda name, piece: (write(name, piece), scene.messages.forget([asked]))
     )
-    assert scene.answer(node, message, LARGE) == [False, False]
+    assert scene.answer(node, message, LARGE) == [False]
     assert (scene.files(), scene.rows()) == ([], [0, 0])
 
 
@@ -227,7 +227,6 @@ def test_what_all_are_asked_alike_is_stored_once_and_goes_with_the_last(scene):
     assert scene.files() == []
 
 
-@pytest.mark.parametrize("asked", [True, False], ids=["an instruction", "a reply"])
 @pytest.mark.parametrize("restarts", [False, True], ids=["one process", "another each time"])
 def test_what_is_a_site_s_own_lies_beside_what_all_are_asked_and_crosses_in_one_frame(
     scene, restarts
@@ -258,6 +257,7 @@ def test_what_is_a_site_s_own_lies_beside_what_all_are_asked_and_crosses_in_one_
     assert scene.files() == []
 
 
+@pytest.mark.parametrize("asked", [True, False], ids=["an instruction", "a reply"])
 def test_a_torn_file_is_as_if_the_message_had_not_come(scene, asked):
     node, other = scene.nodes
     scene.ask(node, blob=LARGE if asked else b"x")
