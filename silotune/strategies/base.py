@@ -18,11 +18,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from numpy.typing import NDArray
 
@@ -35,6 +34,9 @@ from silotune.protocol.replies import EvaluateReply, TrainReply
 from silotune.protocol.requests import adapter_content, as_arrays
 from silotune.strategies.averaging import TailAverage
 from silotune.strategies.server_optimizer import ServerOptimizer, phase_of
+
+if TYPE_CHECKING:  # with it come Flower's servers, of which a site uses nothing
+    from flwr.serverapp import Grid
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,11 +15,11 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"
 # The command line of httpx, which it loads if it can.
 sys.modules.setdefault("httpx._main", None)  # type: ignore[arg-type]
 
-from silotune.flower.lean import skip_root  # noqa: E402
+from silotune.flower.lean import lean_imports  # noqa: E402
 
-skip_root()
+with lean_imports():
+    from silotune.client.daemon.daemon import Daemon
 
-from silotune.client.daemon.daemon import Daemon  # noqa: E402
 from silotune.client.isolation.kernel import hide_memory  # noqa: E402
 from silotune.data.site import load_guarded  # noqa: E402
 from silotune.errors import SilotuneError  # noqa: E402
