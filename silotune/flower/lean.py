@@ -1,7 +1,7 @@
 """Flower's packages one by one, for a process that lives for months and speaks no gRPC.
 
-Flower's root package imports all others, its package of server apps brings Flower's servers, and what they
-share names types of gRPC in signatures. A site's daemon uses Flower's messages alone.
+Flower's root package imports all others, its package of server apps brings Flower's servers, and what
+they share names types of gRPC in signatures. A site's daemon uses Flower's messages alone.
 """
 
 from __future__ import annotations

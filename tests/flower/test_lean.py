@@ -1,4 +1,4 @@
-"""A site's daemon has no more of Flower in its memory than messages need, and whatever it needs works."""
+"""A site's daemon has no more of Flower in its memory than messages need, and what it needs works."""
 
 import subprocess
 import sys
