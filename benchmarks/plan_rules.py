@@ -1,12 +1,14 @@
 """What plans of required keys only reach on the demo, beside the demo's tuned plan: macro-F1.
 
-Both splits, three seeds, epsilon 8, shared noise. A plan of required keys takes its numbers from the
+Both splits, three seeds, shared noise. A plan of required keys takes its numbers from the
 rules of `silotune.plan.left_out`; the demo's plan was tuned on validation records, one seed. Rows:
 
 - tuned: the demo's plan, LoRA in its last rounds (slow: give --rows to leave it out)
 - tuned_head: the same plan, head alone
 - required: required keys only
 - required_linear: the same without random cosines
+- tuned_cosines: the demo's plan with random cosines under its head
+- long: the demo's plan, head alone, 340 rounds
 
     python benchmarks/plan_rules.py [--rows ...] [--seeds 1 2 3] [--splits ...] [--quick] [--json]
 """
@@ -32,10 +34,10 @@ from silotune.plan.plan import Plan
 from silotune.simulation.baselines import Job, head_only, run_jobs
 from silotune.simulation.outcome import metrics_of
 
-ROWS = ("required", "required_linear", "tuned_head", "tuned")
+ROWS = ("required", "required_linear", "tuned_head", "tuned", "tuned_cosines", "long")
 
 
-def required(demo: Path) -> str:
+def required(demo: Path, *, rounds: int) -> str:
     """The demo's plan without anything that may be left out, but for the split and who adds noise."""
     tuned = tomllib.loads(demo.read_text("utf-8"))
     model = {key: tuned["model"][key] for key in ("base", "task", "labels")}
@@ -45,7 +47,7 @@ def required(demo: Path) -> str:
         "plan": {"name": "required", "purpose": tuned["plan"]["purpose"]},
         "model": model,
         "data": data,
-        "rounds": {"number": 120},
+        "rounds": {"number": rounds},
         "privacy": privacy,
         "privacy.clip": {"head": 2.0, "adapter": 2.0},
         "aggregation": {"secure": True, "cohort": 7, "threshold": 5},
@@ -56,16 +58,20 @@ def required(demo: Path) -> str:
     return "\n".join(lines)
 
 
-def plans(folder: Path) -> dict[str, Plan]:
-    path = folder / "required.toml"
-    path.write_text(required(folder / "plan.toml"), "utf-8")
-    tuned, least = Plan.load(folder / "plan.toml"), Plan.load(path)
+def plans(folder: Path, *, rounds: int, epsilon: float) -> dict[str, Plan]:
+    path, level = folder / "required.toml", {"privacy.epsilon": epsilon}
+    path.write_text(required(folder / "plan.toml", rounds=rounds), "utf-8")
+    tuned, least = Plan.load(folder / "plan.toml", level), Plan.load(path, level)
+    cosines = {"kind": "cosines", "number": 2048, "scale": 1.5}
+    long = {"rounds.number": 340, "optimizer.site.head_rounds": 340}
     linear = least.override({"model.head_features": None})
     return {
         "required": least,
         "required_linear": linear,
         "tuned_head": head_only(tuned),
         "tuned": tuned,
+        "tuned_cosines": tuned.override({"model.head_features": cosines}),
+        "long": head_only(tuned.override(long)),
     }
 
 
@@ -74,6 +80,8 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", default=ROWS, choices=ROWS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--splits", nargs="+", default=["code", "category"])
+    parser.add_argument("--rounds", type=int, default=100, help="of the plans of required keys")
+    parser.add_argument("--epsilon", type=float, default=8.0)
     parser.add_argument("--json", action="store_true", help="last line is one JSON object")
     parser.add_argument(
         "--quick", action="store_true", help="400 records a site, one seed and split"
@@ -99,7 +107,9 @@ def main() -> None:
                         choices=asdict(choose(of)),
                         shared=str(Path(scratch) / "shared"),
                     )
-                    for row, plan in plans(folder).items()
+                    for row, plan in plans(
+                        folder, rounds=options.rounds, epsilon=options.epsilon
+                    ).items()
                     if row in options.rows
                 ]
                 for done in run_jobs(jobs, workers=1):

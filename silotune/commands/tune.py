@@ -14,8 +14,10 @@ from rich.table import Table
 from silotune.commands.folder import AsJson
 from silotune.commands.new_plan import TITLES, rendered
 from silotune.commands.plan import Overrides, parsed
+from silotune.errors import PlanInvalid
 from silotune.plan.left_out import Number
 from silotune.plan.plan import Plan
+from silotune.plan.tasks import Metric
 from silotune.terminal import headed, terminal
 
 if TYPE_CHECKING:
@@ -58,7 +60,8 @@ def tune(  # noqa: PLR0917 - one a command-line option
         Path | None, typer.Option(help="Folder of the site folders, if not the plan's own.")
     ] = None,
     metric: Annotated[
-        str, typer.Option(help="Of the validation data; the task's first one by default.")
+        str,
+        typer.Option(help="Of the validation data; the one that decides for the task by default."),
     ] = "",
     repeats: Annotated[
         int, typer.Option(min=1, help="Runs of each proposal, of which the mean counts.")
@@ -90,13 +93,12 @@ def tune(  # noqa: PLR0917 - one a command-line option
     settings = parsed(overrides or [])
     read = Plan.load(plan, settings)
     ranges = tuple(map(tuning.Range.parse, vary or [])) or tuning.usual_ranges(read)
-    chosen = metric or ("macro_f1" if read.model.labels else "loss")
+    chosen = _metric(read, metric)
     search = tuning.Search(
         plan_path=plan,
         folder=study or plan.parent / f"{plan.stem}-tune",
         ranges=ranges,
         metric=chosen,
-        lower_is_better=chosen in {"loss", "perplexity"},
         sites_folder=sites,
         overrides=settings,
         repeats=repeats,
@@ -111,12 +113,24 @@ def tune(  # noqa: PLR0917 - one a command-line option
         settings=run.Settings(workers=workers, device=device),
         console=console,
     )
-    best = tuning.best_of(found, lower_is_better=search.lower_is_better)
+    best = tuning.best_of(search, found)
     if not keep:
         tuning.remove_runs(search, keep=best)
     if best is not None:
         (search.folder / BEST_FILE).write_text(_plan_of(search, best), encoding="utf-8")
     _tell(search, found, best, console=console, as_json=as_json)
+
+
+def _metric(plan: Plan, key: str) -> Metric:
+    """The metric to choose by."""
+    known = plan.task.metrics
+    if not known:
+        raise PlanInvalid("a plan that counts trains nothing that could be tuned")
+    for each in known:
+        if key in {"", each.key}:
+            return each
+    keys = ", ".join(each.key for each in known)
+    raise typer.BadParameter(f"{plan.model.task} has {keys}", param_hint="--metric")
 
 
 def _searched(search: Search, *, trials: int, settings: Any, console: Console) -> tuple[Tried, ...]:
@@ -140,7 +154,7 @@ def _searched(search: Search, *, trials: int, settings: Any, console: Console) -
         close()
         score = tried.reason or tried.state
         if tried.score is not None:
-            score = f"{search.metric} {tried.score:.4f}"
+            score = f"{search.metric.title} {tried.score:.4f}"
         console.print(
             f"{tried.number}/{trials}: {score}  ({_values(tried.settings)})", soft_wrap=True
         )
@@ -183,8 +197,10 @@ def _lines_of(tables: Mapping[str, Any], whys: Mapping[str, str]) -> Iterator[Nu
         for name, value in table.items():
             key = f"{section}.{name}"
             if key not in TITLES and not any(title.startswith(f"{key}.") for title in TITLES):
-                inside = [f"{k}: {why}" for k, why in whys.items() if k.startswith(f"{key}.")]
-                yield Number(key=key, value=value, why=whys.get(key, "; ".join(inside)))
+                inside = [
+                    f"{k[len(key) + 1 :]} {w}" for k, w in whys.items() if k.startswith(f"{key}.")
+                ]
+                yield Number(key=key, value=value, why=whys.get(key, ", ".join(inside)))
 
 
 def _tell(
@@ -200,7 +216,7 @@ def _tell(
     where = search.folder / BEST_FILE
     if as_json:
         facts = {
-            "metric": search.metric,
+            "metric": search.metric.key,
             "best": asdict(best) if best else None,
             "trials": [asdict(each) for each in found],
             "plan": str(where) if best else None,
@@ -209,9 +225,9 @@ def _tell(
         typer.echo(json.dumps(facts))
         return
     table = Table()
-    for column in ("trial", search.metric, *(each.key for each in search.ranges)):
+    for column in ("trial", search.metric.title, *(each.key for each in search.ranges)):
         table.add_column(column, overflow="fold", justify="right")
-    sign = 1.0 if search.lower_is_better else -1.0
+    sign = -1.0 if search.metric.higher_is_better else 1.0
     scored = [each for each in found if each.score is not None]
     scored.sort(key=lambda each: sign * (each.score or 0.0))
     for each in scored[:_SHOWN]:

@@ -25,6 +25,7 @@ from silotune.data.site import load_sites
 from silotune.errors import ExtraMissing, PlanInvalid, RunDirectoryInvalid, SilotuneError
 from silotune.plan.document import canonical_json
 from silotune.plan.plan import Plan, dotted
+from silotune.plan.tasks import Metric
 from silotune.simulation import run
 from silotune.trust.vault import Vault
 
@@ -118,7 +119,7 @@ def usual_ranges(plan: Plan) -> tuple[Range, ...]:
     head, rounds = plan.optimizer.site.head_rounds, plan.rounds.number
     unused = {
         "optimizer.site.adapter_lr": head >= rounds,
-        "optimizer.site.head_lr": not plan.model.labels,
+        "optimizer.site.head_lr": not plan.task.has_head,
     }
     numbers = {
         key: float(value)
@@ -172,10 +173,8 @@ class Search:
         Of the study: Optuna's file and a run directory a run.
     ranges : tuple of Range
         At least one.
-    metric : str
+    metric : Metric
         Of the validation data.
-    lower_is_better : bool
-        Of the metric.
     sites_folder : Path or None
         Of the simulated sites, if not the plan's own folder.
     overrides : mapping
@@ -191,8 +190,7 @@ class Search:
     plan_path: Path
     folder: Path
     ranges: tuple[Range, ...]
-    metric: str
-    lower_is_better: bool
+    metric: Metric
     sites_folder: Path | None
     overrides: Mapping[str, Any]
     repeats: int = 1
@@ -222,7 +220,7 @@ class Search:
             "plan": plan.sha256,
             "sites": str(self.sites_in.resolve()),
             "ranges": canonical_json(sorted(map(str, self.ranges))),
-            "metric": f"{self.metric}, mean of {self.repeats}",
+            "metric": f"{self.metric.key}, mean of {self.repeats}",
         }
 
 
@@ -239,8 +237,6 @@ def check(search: Search) -> None:
         It doesn't.
     """
     plan = Plan.load(search.plan_path, search.overrides)
-    if plan.statistics is not None:
-        raise PlanInvalid("a plan that counts trains nothing that could be tuned")
     if not plan.data.validation_share:
         raise PlanInvalid(
             "data.validation_share is 0: settings are chosen by validation data, never by test data"
@@ -272,7 +268,7 @@ def study_of(search: Search) -> optuna.Study:
         study_name="tune",
         storage=f"sqlite:///{(search.folder / STUDY_FILE).resolve()}",
         load_if_exists=True,
-        direction="minimize" if search.lower_is_better else "maximize",
+        direction="maximize" if search.metric.higher_is_better else "minimize",
     )
     own, found = search.identity, study.user_attrs
     if changed := [name for name in own if name in found and found[name] != own[name]]:
@@ -348,7 +344,7 @@ def search_on(
     space = {each.key: each.distribution() for each in search.ranges}
     while len(results(study)) < trials:
         trial = study.ask(space)
-        begun(trial.number + 1, trial.params)
+        begun(trial.number + 1, proposed(trial.params))
         try:
             value = _tried(search, trial, settings=settings, listener=listener)
         except _Behind:
@@ -361,10 +357,18 @@ def search_on(
         else:
             failed = math.isnan(value)
             if failed:
-                trial.set_user_attr("reason", f"{search.metric} is not a number")
+                trial.set_user_attr("reason", f"{search.metric.key} is not a number")
             study.tell(trial, None if failed else value, state=TrialState.FAIL if failed else None)
         ended(_told(study.trials[trial.number]))
     return results(study)
+
+
+def proposed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Optuna's values as a person would write them: three digits are all that noise leaves of any."""
+    return {
+        key: float(f"{value:.3g}") if isinstance(value, float) else value
+        for key, value in values.items()
+    }
 
 
 def _tried(
@@ -379,7 +383,7 @@ def _tried(
             listener(event)
             if (event.get("view"), event.get("split")) != ("simulator", "validation"):
                 return
-            seen.append(float(event["pooled"][search.metric]))  # noqa: B023 - called in this turn
+            seen.append(float(event["pooled"][search.metric.key]))  # noqa: B023 - called in this turn
             if first:
                 trial.report(seen[-1], step=event["round"])  # noqa: B023
                 if trial.should_prune():
@@ -392,7 +396,7 @@ def _tried(
             listener=look,
             sites_folder=search.sites_folder,
             secrets=search.secrets(),
-            overrides={**search.overrides, **trial.params},
+            overrides={**search.overrides, **proposed(trial.params)},
         )
         names = [*trial.user_attrs.get("runs", ()), directory.name]
         trial.set_user_attr("runs", names)
@@ -417,7 +421,7 @@ def _told(trial: FrozenTrial) -> Tried:
     finished = trial.state.name == "COMPLETE"
     return Tried(
         number=trial.number + 1,
-        settings=trial.params,
+        settings=proposed(trial.params),
         score=trial.value if finished else None,
         state=states[trial.state.name],
         reason=trial.user_attrs.get("reason", ""),
@@ -425,12 +429,12 @@ def _told(trial: FrozenTrial) -> Tried:
     )
 
 
-def best_of(found: Sequence[Tried], *, lower_is_better: bool) -> Tried | None:
+def best_of(search: Search, found: Sequence[Tried]) -> Tried | None:
     """The finished one with the best score, the earliest of equals."""
     scored = [(each.score, each) for each in found if each.score is not None]
     if not scored:
         return None
-    return (min if lower_is_better else max)(scored, key=lambda pair: pair[0])[1]
+    return (max if search.metric.higher_is_better else min)(scored, key=lambda pair: pair[0])[1]
 
 
 def remove_runs(search: Search, *, keep: Tried | None) -> None:

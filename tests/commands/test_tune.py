@@ -168,7 +168,7 @@ def test_a_plan_without_validation_data_is_refused(federation):
 def test_a_terminal_shows_the_run_and_says_what_was_not_paid(federation):
     found = shown("terminal", *words(federation, RATE, "--trials=2"))
     assert found.code == 0, found.text
-    assert "2/2: macro_f1" in found.text
+    assert "2/2: macro-F1" in found.text
     assert "no ledger paid" in found.text
     assert "Best plan:" in found.text
 
