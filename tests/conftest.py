@@ -15,7 +15,7 @@ from hypothesis import settings
 settings.register_profile("silotune", deadline=None)
 settings.load_profile("silotune")
 
-pytest_plugins = ["tests.small_models", "tests.whole_run"]
+pytest_plugins = ["tests.small_models", "tests.whole_run", "tests.api.workspace"]
 
 
 def pytest_collection_finish():

@@ -18,12 +18,11 @@ from rich.text import Text
 
 from silotune.commands.folder import AsJson
 from silotune.commands.plan import Overrides, parsed
-from silotune.data.site import SiteConfig
-from silotune.errors import DataError, SilotuneError
 from silotune.plan.plan import Plan
 from silotune.terminal import headed, say, terminal
 
 if TYPE_CHECKING:
+    from silotune.api.site import Site
     from silotune.data.examination import Examination
 
 app = typer.Typer(
@@ -71,9 +70,10 @@ def check(  # noqa: PLR0917 - one a command-line option
     knowing.
     Counts are exact: what this prints and writes is for the site's own people, and not for sharing.
     """
-    config = SiteConfig.load(site)
+    from silotune.api.site import Site
+
     asked = None if plan is None else Plan.load(plan).override(parsed(overrides or []))
-    found = _examined(config, asked, dataset, names)
+    found = _examined(Site(site), asked, dataset, names)
     if page is not None:
         from silotune.report.records_page import write_records_page
 
@@ -90,26 +90,18 @@ def check(  # noqa: PLR0917 - one a command-line option
 
 
 def _examined(
-    config: SiteConfig, plan: Plan | None, dataset: str | None, model: Path | None
+    site: Site, plan: Plan | None, dataset: str | None, model: Path | None
 ) -> Sequence[Examination]:
-    from silotune.data.examine import examine
-
     if plan and plan.statistics is not None:
         raise typer.BadParameter(
             "it counts, and trains on nothing: leave it out, or give one that trains",
             param_hint="--plan",
         )
-    names = [plan.data.dataset] if plan else [dataset] if dataset else list(config.datasets)
+    names = [plan.data.dataset] if plan else [dataset] if dataset else list(site.config.datasets)
     if plan and dataset not in (None, plan.data.dataset):
         raise typer.BadParameter(f"the plan asks for {plan.data.dataset}", param_hint="--dataset")
-    try:
-        with _progress() as stage:
-            return [examine(config, name, plan=plan, names=model, stage=stage) for name in names]
-    except (SilotuneError, KeyboardInterrupt):
-        raise
-    except Exception as exc:
-        # Never the message of a foreign error, nor its traceback: they may quote a record.
-        raise DataError(f"the check failed with {type(exc).__name__}") from None
+    with _progress() as stage:
+        return [site.look(name, plan=plan, names=model, stage=stage) for name in names]
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from silotune.errors import ModelNotFound, PlanInTheWay, PlanInvalid
 from silotune.plan.draft import PlanFacts, draft
 from silotune.plan.left_out import Number
 from silotune.plan.tasks import TASKS
+from silotune.plan.written import toml_text
 from silotune.terminal import terminal
 
 T = TypeVar("T")
@@ -343,10 +344,3 @@ def _lines(number: Number) -> Iterator[str]:
         row += f" {item},"
     yield row
     yield "]"
-
-
-def toml_text(value: Any) -> str:
-    """A value as TOML, in one line."""
-    if isinstance(value, Mapping):
-        return f"{{ {', '.join(f'{key} = {toml_text(item)}' for key, item in value.items())} }}"
-    return json.dumps(value, ensure_ascii=False)

@@ -16,12 +16,13 @@ from rich.table import Table
 
 from silotune.commands import costs
 from silotune.commands.folder import AsJson
-from silotune.commands.new_plan import new, toml_text
+from silotune.commands.new_plan import new
 from silotune.data.site import SiteConfig, load_sites
 from silotune.errors import ModelNotFound, PlanInvalid
 from silotune.plan.counted import part_scale
 from silotune.plan.left_out import left_out
 from silotune.plan.plan import Plan, notes_on, plan_in_words, schema
+from silotune.plan.written import toml_text
 from silotune.terminal import headed, octets, terminal
 
 app = typer.Typer(no_args_is_help=True, help="Write and check plans, and print their schema.")

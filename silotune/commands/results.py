@@ -37,12 +37,42 @@ def report(
     ] = False,
 ) -> None:
     """Write report.html and its pictures into a run directory, also while the run goes on."""
-    from silotune.report.report import summary, write_report
+    from silotune.api.run import Run
 
-    others = beside or []
-    typer.echo(
-        json.dumps(summary(run, beside=others)) if as_json else write_report(run, beside=others)
-    )
+    found, others = Run(run), [Run(other) for other in beside or []]
+    typer.echo(json.dumps(found.to_json(beside=others)) if as_json else found.report(beside=others))
+
+
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Two run directories or more.")],
+    as_json: AsJson = False,
+) -> None:
+    """Put runs side by side: the plan settings in which they differ, and what came of them.
+
+    Scores are of the federated model on held-out test data; epsilon is the largest that a site spent.
+    """
+    from silotune.api.comparison import compare as side_by_side
+
+    found = side_by_side(*runs)
+    if as_json:
+        shown = {"score": found.score, "settings": found.settings, "runs": found.rows}
+        typer.echo(json.dumps(shown))
+        return
+    differing = {key: list(map(_cell, values)) for key, values in found.settings.items()}
+    columns = dict.fromkeys(key for row in found.rows for key in row)
+    results = {key: [_cell(row.get(key)) for row in found.rows] for key in columns}
+    # A run a column: plans may differ in many keys, and the runs are few.
+    table = Table("", *(str(row["run"]) for row in found.rows), box=None)
+    for key, cells in ({**differing, **results}).items():
+        if key != "run":
+            table.add_row(key, *cells)
+    terminal().print(table)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def dashboard(

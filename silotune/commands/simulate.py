@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
@@ -12,15 +11,14 @@ import typer
 
 from silotune.commands.folder import AsJson
 from silotune.commands.plan import Overrides, parsed
-from silotune.terminal import headed, terminal
+from silotune.terminal import terminal
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from silotune.api.run import Run
     from silotune.data.columns import Role
     from silotune.data.partition import Partitioner
-    from silotune.rounds.run_directory import RunDirectory
-    from silotune.simulation.run import EngineName, Settings
 
 
 class How(StrEnum):
@@ -70,17 +68,17 @@ def partition(  # noqa: PLR0917 - one a command-line option
 
     Every row goes to exactly one site, and a unit (a patient, say) is never split between two.
     """
-    from silotune.data.partition import partition_file
-    from silotune.data.site import BudgetConfig
+    from silotune.api.site import partition as divided
 
-    parts = partition_file(
+    parts = divided(
         source,
         folder,
-        partitioner=_partitioner(by, sites=sites, alpha=alpha, key=key),
+        by=_partitioner(by, sites=sites, alpha=alpha, key=key),
         columns=_columns(column),
-        budget=BudgetConfig(epsilon=epsilon, delta=delta),
         dataset=dataset,
         unit=unit,
+        epsilon=epsilon,
+        delta=delta,
         seed=seed,
     )
     lines = [f"{part.folder}: {part.records:,} records of {part.units:,} units" for part in parts]
@@ -178,74 +176,43 @@ def simulate(  # noqa: PLR0917 - one a command-line option
         raise typer.BadParameter("use 'processes' or 'ray'", param_hint="--engine")
     if (plan is None) == (resume is None):
         raise typer.BadParameter("give a plan, or --resume with a run directory")
-    from silotune.rounds.run_directory import RunDirectory
-    from silotune.simulation import run
+    from silotune.api import simulating
 
-    settings = run.Settings(
-        engine=cast("EngineName", engine),
-        workers=workers,
-        baselines=baselines,
-        address=address,
-        device=device,
-        isolate=isolate,
-    )
     console = terminal(stderr=as_json)
+    how: dict[str, Any] = {
+        "engine": engine,
+        "workers": workers,
+        "baselines": baselines,
+        "address": address,
+        "device": device,
+        "isolate": isolate,
+        "attack": attack,
+        "progress": console,
+    }
     if plan is not None:
-        told = {"runs": runs, "sites_folder": sites, "overrides": parsed(overrides or [])}
-        directory = _played(run.simulate, plan, console=console, settings=settings, **told)
+        settings = parsed(overrides or [])
+        done = simulating.simulate(plan, sites=sites, runs=runs, settings=settings, **how)
     else:
         assert resume is not None
-        directory = RunDirectory.open(resume)
-        if not attack or directory.find_json("results.json") is None:
-            _played(run.resume, resume, console=console, settings=settings)
-    if attack:
-        _attack(directory, settings, console)
-    _tell(directory, console, attacked=attack, as_json=as_json)
+        done = simulating.resume(resume, **how)
+    _tell(done, console, attacked=attack, as_json=as_json)
 
 
-def _played(
-    play: Callable[..., RunDirectory], path: Path, *, console: Console, **settings: Any
-) -> RunDirectory:
-    """A new run, or the rest of one, with progress."""
-    from silotune.simulation.progress import Progress
-
-    def note(sentence: str) -> None:
-        line = headed("Note.", f"{sentence}.", style="yellow")
-        console.print(line, soft_wrap=not console.is_terminal)
-
-    with Progress(console) as progress:
-        return play(path, listener=progress, note=note, **settings)
-
-
-def _attack(directory: RunDirectory, settings: Settings, console: Console) -> None:
-    """Attack a finished run; what is being done is on the console meanwhile."""
-    from silotune.simulation.attack import attack
-
-    with console.status("Attacking") as status:
-
-        def say(sentence: str) -> None:
-            status.update(sentence)
-            if not console.is_terminal:
-                console.print(sentence)
-
-        attack(directory, settings=settings, say=say)
-
-
-def _tell(directory: RunDirectory, console: Console, *, attacked: bool, as_json: bool) -> None:
+def _tell(run: Run, console: Console, *, attacked: bool, as_json: bool) -> None:
     """What came of it, and where everything is."""
-    from silotune.report.report import print_summary, summary, write_report
-    from silotune.report.verdict import attack_sentences
+    from silotune.report.report import print_summary
 
-    page = write_report(directory.root)
-    attacks = directory.find_json("attacks.json") if attacked else None
+    page = run.report()
     if as_json:
-        facts = {**summary(directory.root), "run_directory": str(directory.root)}
-        typer.echo(json.dumps(facts | ({"attacks": attacks} if attacked else {})))
+        facts = {**run.to_json(), "run_directory": str(run.folder)}
+        if attacked:
+            facts["attacks"] = run.record.directory.find_json("attacks.json")
+        typer.echo(json.dumps(facts))
         return
-    print_summary(directory.root, console)
+    print_summary(run.folder, console)
     if attacked:
         console.print()
-        for sentence in attack_sentences(attacks):
+        for sentence in run.attacks:
             console.print(sentence)
-    console.print(f"Run directory: {directory.root}", soft_wrap=True)  # to be copied whole
+    console.print(f"Run directory: {run.folder}", soft_wrap=True)  # to be copied whole
     console.print(f"Report:        {page}", soft_wrap=True)

@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import groupby
 from typing import Any
 from xml.etree import ElementTree
@@ -73,28 +73,51 @@ class Chart:
     ----------
     name : str
         Also the PNG's name: ``report-<name>.png``.
-    wide, narrow : str
-        ``<svg>`` elements, ready to be put into the page.
-    png : bytes
-        The laptop's form in light colours.
+    draw : callable
+        Draws it for a canvas.
+    description : str
+        What a screen reader says.
     """
 
     name: str
-    wide: str
-    narrow: str
-    png: bytes
+    draw: Draw
+    description: str
+
+    def figure(self) -> Figure:
+        """The laptop's form in light colours, as a figure of Matplotlib."""
+        with _style(LAPTOP):
+            figure = self.draw(LAPTOP)
+        figure.set_facecolor(PAPER)
+        return figure
+
+    @cached_property
+    def _on_laptop(self) -> tuple[str, bytes]:
+        with _style(LAPTOP):
+            figure = self.draw(LAPTOP)
+            wide = _svg(figure, f"{self.name}-wide", self.description)
+            figure.set_layout_engine("none")  # it is laid out now; doing it again costs a third
+            return wide, _png(figure)
+
+    @property
+    def wide(self) -> str:
+        """An ``<svg>`` element for a laptop, ready to be put into the page."""
+        return self._on_laptop[0]
+
+    @property
+    def png(self) -> bytes:
+        """The laptop's form in light colours."""
+        return self._on_laptop[1]
+
+    @cached_property
+    def narrow(self) -> str:
+        """An ``<svg>`` element for a phone."""
+        with _style(PHONE):
+            return _svg(self.draw(PHONE), f"{self.name}-narrow", self.description)
 
 
 def render(name: str, draw: Draw, *, description: str) -> Chart:
-    """Draw a chart in all its forms. `description` is what a screen reader says."""
-    with _style(LAPTOP):
-        figure = draw(LAPTOP)
-        wide = _svg(figure, f"{name}-wide", description)
-        figure.set_layout_engine("none")  # it is laid out now; doing it again costs a third
-        png = _png(figure)
-    with _style(PHONE):
-        narrow = _svg(draw(PHONE), f"{name}-narrow", description)
-    return Chart(name=name, wide=wide, narrow=narrow, png=png)
+    """A chart, drawn in each of its forms when that is asked for."""
+    return Chart(name, draw, description)
 
 
 _SIZED = ("font.size", "axes.labelsize", "axes.titlesize", "xtick.labelsize", "ytick.labelsize")
@@ -549,3 +572,18 @@ def epsilon_chart(curves: Curves, planned: float | None) -> Chart | None:
         return figure
 
     return render("epsilon", draw, description=description)
+
+
+def score_bars(rows: Sequence[tuple[str, float | None]], name: str) -> Figure:
+    """A bar a row of name and score, the first on top; rows without a score have none."""
+    with _style(LAPTOP):
+        figure, axes = frame(LAPTOP, height=0.7 + 0.34 * len(rows))
+        for at, (_, value) in enumerate(rows):
+            if value is not None:
+                _bar(axes, at, value, BLUE, worse=False, canvas=LAPTOP)
+        site_names(axes, [(at, printable(row)) for at, (row, _) in enumerate(rows)], LAPTOP, head=0)
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.grid(visible=False, axis="y")
+        title(axes, f"{name.replace('_', '-')} on held-out data")
+    figure.set_facecolor(PAPER)
+    return figure

@@ -10,13 +10,16 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -188,8 +191,20 @@ def run_jobs(jobs: Sequence[Job], *, workers: int) -> Iterator[Outcome]:
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_calm) as pool:
-        for done in as_completed([pool.submit(run_job, job) for job in jobs]):
+        with _another_main():
+            futures = [pool.submit(run_job, job) for job in jobs]
+        for done in as_completed(futures):
             yield done.result()
+
+
+@contextmanager
+def _another_main() -> Iterator[None]:
+    """Start processes that don't import the program again which simulates: it may be a plain script."""
+    own, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = own
 
 
 def _calm() -> None:

@@ -250,10 +250,36 @@ def simulate(
     SilotuneError
         Of any family; the run directory keeps what was finished.
     """
-    plan = Plan.load(plan_path, overrides)
+    return start(
+        Plan.load(plan_path, overrides),
+        sites=load_sites(sites_folder or plan_path.resolve().parent),
+        plan_toml=plan_path.read_text("utf-8"),
+        runs=runs,
+        settings=settings,
+        listener=listener,
+        secrets=secrets,
+        note=note,
+    )
+
+
+def start(
+    plan: Plan,
+    *,
+    sites: Sequence[SiteConfig],
+    plan_toml: str,
+    runs: Path,
+    settings: Settings,
+    listener: Listener,
+    secrets: Mapping[str, bytes] | None = None,
+    note: Note = _no_note,
+) -> RunDirectory:
+    """Start a new run of a plan over some sites; `plan_toml` is the plan as its author wrote it.
+
+    The rest is as for `simulate`.
+    """
     if plan.statistics is not None and settings.baselines:
         raise PlanInvalid("a plan that counts trains nothing that baselines could stand beside")
-    sites = list(load_sites(sites_folder or plan_path.resolve().parent))
+    sites = list(sites)
     _require_sites(plan, sites)
     if settings.isolate:
         for site in sites:
@@ -262,7 +288,7 @@ def simulate(
     secrets = secrets or {site.name: new_secret() for site in sites}
     found = survey_sites(plan, sites, secrets=secrets, note=note)
     choices = choose(plan, device=settings.device) if plan.statistics is None else _NO_MODEL
-    directory = RunDirectory.create(runs, plan.plan.name, plan_toml=plan_path.read_text("utf-8"))
+    directory = RunDirectory.create(runs, plan.plan.name, plan_toml=plan_toml)
     keep_survey(directory, found, secrets)
     job = _Job(directory=directory, plan=plan, sites=sites, choices=choices, settings=settings)
     directory.write_json("resolved.json", _resolved(job))

@@ -6,11 +6,12 @@ import sys
 from html import unescape
 from html.parser import HTMLParser
 from importlib.resources import files
+from types import SimpleNamespace
 
 import pytest
 
 from silotune.errors import RunDirectoryInvalid
-from silotune.report.charts import Chart, in_trouble_first, most_telling
+from silotune.report.charts import in_trouble_first, most_telling
 from silotune.report.figures import summarise
 from silotune.report.report import render_page, write_report
 from silotune.rounds.run_directory import RunDirectory, read_record
@@ -307,7 +308,8 @@ def test_a_language_model_is_judged_by_its_loss_and_lower_is_better(words):
 
 def test_many_sites_are_all_in_the_table_and_the_chart_says_what_it_leaves_out(tmp_path):
     root = Synthetic(**VARIANTS["many"]).write(tmp_path)
-    drawn = {name: Chart(name, "<svg />", "<svg />", b"") for name in ("sites", "timeline")}
+    svg = SimpleNamespace(wide="<svg />", narrow="<svg />")
+    drawn = dict.fromkeys(("sites", "timeline"), svg)
     text = Page(rendered(root, drawn)).text
     assert all(f"site-{i:03d}" in text for i in range(60))
     assert "Of 60 sites the chart has those with the smallest and the largest gain" in text

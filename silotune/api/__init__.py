@@ -1,0 +1,1 @@
+"""What `import silotune` gives: the command line's own work, from Python."""
