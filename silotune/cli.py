@@ -17,6 +17,7 @@ from silotune.commands import (
     data,
     demos,
     plan,
+    predict,
     reference,
     results,
     simulate,
@@ -48,7 +49,7 @@ app.command("compare")(results.compare)
 app.command("export")(results.export)
 app.command("release")(results.release)
 app.command("dashboard")(results.dashboard)
-app.command("predict")(results.predict)
+app.command("predict")(predict.predict)
 app.add_typer(site.app, name="site")
 app.add_typer(books.ledger, name="ledger")
 app.add_typer(books.certificates, name="certificate")

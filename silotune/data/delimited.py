@@ -57,6 +57,24 @@ def read_csv(path: Path, wanted: Collection[str] | None, shape: Shape) -> Table:
             raise not_text(path, shape) from None
 
 
+def stream_csv(path: Path, shape: Shape, *, size: int) -> Iterator[tuple[Row, Sequence[int], Rows]]:
+    """Some rows at a time, each time with the header and their numbers.
+
+    Raises
+    ------
+    DatasetUnreadable
+        As `read_csv`; and there is no header.
+    RecordInvalid
+        A row has another number of fields than the header.
+    """
+    csv.field_size_limit(_LONGEST_FIELD)
+    with open_text(path, shape) as text:
+        try:
+            yield from _Reader(path, text, shape).stream(size)
+        except UnicodeDecodeError:
+            raise not_text(path, shape) from None
+
+
 class _Reader:
     """One pass over a file."""
 
@@ -101,6 +119,18 @@ class _Reader:
             columns = [[*map(_with_point, column)] for column in columns]
         values = dict(zip(names, columns, strict=True))
         return of_texts(str(self._path), used, values, self._faults, self._shape.rule)
+
+    def stream(self, size: int) -> Iterator[tuple[Row, Sequence[int], Rows]]:
+        """The rows, `size` at a time, none of which may be odd."""
+        _, first = next(self._batches(1), ((), []))
+        header = [name.strip() for name in first[0]] if first else []
+        for numbers, rows in self._batches(size):
+            self._odd.extend(_those(numbers, rows, lambda row: len(row) != len(header))[0])
+            self._faults.add(f"not {len(header)} fields as in the header", self._odd)
+            self._faults.check()
+            yield header, numbers, rows
+        if self._broken:
+            raise self._invalid()
 
     def _read_blocks(
         self,

@@ -97,8 +97,30 @@ def _read(
     return as_table(str(path), numbers, values, faults, shape.rule, lists=shape.lists)
 
 
-def _lines(path: Path, shape: Shape, faults: Faults) -> Found:
-    decode, first = decoder(shape.rule).decode, True
+def stream_json(path: Path, shape: Shape, *, array: bool) -> Iterator[tuple[int, Record]]:
+    """The records one by one, with their numbers and with values as JSON has them.
+
+    Raises
+    ------
+    DatasetUnreadable
+        As `read_lines` or `read_array`; or something is no JSON object.
+    """
+    faults, read = Faults(str(path)), _elements if array else _lines
+    try:
+        for number, record in read(path, shape, faults, json.JSONDecoder()):
+            if record is None:
+                faults.add("not a JSON object", [number])
+                break
+            yield number, record
+    except UnicodeDecodeError:
+        raise not_text(path, shape) from None
+    faults.check(DatasetUnreadable)
+
+
+def _lines(
+    path: Path, shape: Shape, faults: Faults, reader: json.JSONDecoder | None = None
+) -> Found:
+    decode, first = (reader or decoder(shape.rule)).decode, True
     with open_text(path, shape) as text:
         # The stream keeps line ends as they are: a text may hold U+2028, which is none here.
         for number, line in enumerate(text, start=1):
@@ -123,10 +145,12 @@ def _one_array(path: Path) -> DatasetUnreadable:
     )
 
 
-def _elements(path: Path, shape: Shape, faults: Faults) -> Found:
+def _elements(
+    path: Path, shape: Shape, faults: Faults, reader: json.JSONDecoder | None = None
+) -> Found:
     with open_text(path, shape) as stream:
         text = stream.read()
-    scan, at, number = decoder(shape.rule).raw_decode, _next(text, 0), 0
+    scan, at, number = (reader or decoder(shape.rule)).raw_decode, _next(text, 0), 0
     if not text[at : at + 1]:
         return
     if text[at] != "[":

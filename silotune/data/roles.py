@@ -77,10 +77,26 @@ def read_roles(
         As `read_dataset`.
     """
     wanted = dict.fromkeys(column for text in roles.values() for column in columns_in(text))
-    lists = {column for role, column in roles.items() if role in LISTS}
     read = read_dataset(
-        dataset, folder=folder, columns=wanted, strict=strict, rule=rule, lists=lists
+        dataset, folder=folder, columns=wanted, strict=strict, rule=rule, lists=list_columns(roles)
     )
+    return by_role(read, dataset, roles=roles, labels=labels, rule=rule)
+
+
+def list_columns(roles: Mapping[str, str]) -> set[str]:
+    """The columns whose values may be lists."""
+    return {column for role, column in roles.items() if role in LISTS}
+
+
+def by_role(
+    read: Table,
+    dataset: DatasetConfig,
+    *,
+    roles: Mapping[str, str],
+    labels: Collection[str] = (),
+    rule: Rule = NEWEST,
+) -> Table:
+    """What was read by column, by role; parameters as for `read_roles`."""
     stripped = {name: [*map(str.strip, column)] for name, column in read.columns.items()}
     allowed = tuple(labels) or dataset.declared_labels
     values = {
@@ -88,7 +104,7 @@ def read_roles(
         for role, text in roles.items()
     }
     sieve = Sieve(Table(read.source, read.rows, values, read.faults.again()))
-    if lists:
+    if list_columns(roles):
         _read_lists(sieve, roles, read.columns, _naming(dataset, allowed, rule))
     if "label" in roles:
         _name_labels(sieve, dataset, roles["label"], allowed, rule)

@@ -1,0 +1,314 @@
+"""`silotune predict`: a trained model's answers to texts and to files of records."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from silotune.commands.folder import AsJson
+from silotune.errors import DatasetUnreadable
+from silotune.terminal import say, terminal
+
+if TYPE_CHECKING:
+    from silotune.inference.answers import Answer, Answered
+    from silotune.models.task import LoadedModel
+
+_DELIMITERS = ",;\t|"
+_NONE = "\x1f"  # a delimiter that no text has: every line is one field
+
+Trained = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RUN|ADAPTER",
+        help="A finished run's directory, in runs/, or the folder of its adapter.",
+        show_default=False,
+    ),
+]
+Base = Annotated[
+    str | None,
+    typer.Option(help="Where the base model is on this machine, if not where the plan says."),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+ColumnOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--column",
+        metavar="[ROLE=]NAME",
+        help="The column of a role, if it is not called as the role: --column text=note, or "
+        "--column note for the first thing that the model reads. '{title}: {body}' puts columns "
+        "together. Repeatable.",
+    ),
+]
+
+
+class Form(StrEnum):
+    """How texts are written down."""
+
+    AUTO = "auto"
+    LINES = "lines"
+    CSV = "csv"
+    JSONL = "jsonl"
+
+
+def predict(  # noqa: PLR0917 - one a command-line option
+    run: Trained,
+    texts: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Texts to label, or prompts to answer. '-', or nothing, reads them from standard "
+            "input, one answer a record: see --format.",
+            show_default=False,
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Answer a file of records instead: .csv, .jsonl, .parquet and others, perhaps packed."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --data: where the records go with their answers, as its name says: .csv, "
+            ".jsonl or .parquet.",
+            show_default="beside it, NAME.predictions.csv",
+        ),
+    ] = None,
+    columns: ColumnOption = None,
+    prefix: Annotated[
+        str, typer.Option(help="With --data: before the names of the added columns.")
+    ] = "",
+    force: Annotated[
+        bool, typer.Option("--force", help="With --data: begin anew, whatever is there.")
+    ] = False,
+    form: Annotated[
+        Form,
+        typer.Option(
+            "--format",
+            help="Of standard input: a text a line (in quotes it may span lines), CSV with a header, "
+            "or JSON lines. 'auto' looks at the first line.",
+        ),
+    ] = Form.AUTO,
+    base: Base = None,
+    device: Device = "auto",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object a text, or one for a file.")
+    ] = False,
+) -> None:
+    """Apply the adapter of a run to new texts, or to a file of records.
+
+    Prints one answer for each text, in the order given, and for an empty text that it is empty.
+
+    With --data every record is written again, in its order and with all its columns, and behind them
+    `prediction` and, where the task has labels, `probability_LABEL` (in JSON lines `probabilities`). It
+    goes through the file block by block. A killed run goes on where it stopped when the command is given
+    again; with another model, input or options it is refused. The output is for its owner only (0600).
+    """
+    from silotune.rounds.trained import find_trained
+
+    trained = find_trained(run)
+    roles = named_columns(columns or [], trained.plan.task.reads)
+    if data is not None:
+        if texts:
+            raise typer.BadParameter("give texts or --data")
+        model = trained.load(base=base, device=device)
+        _answer_file(model, data, out, roles, prefix=prefix, force=force, as_json=as_json)
+        return
+    if texts and texts != ["-"]:
+        model = trained.load(base=base, device=device)
+        _print(model, iter([[{next(iter(roles)): text} for text in texts]]), len(texts), as_json)
+        return
+    with _standard_input(form, roles) as (blocks, several):
+        _print(trained.load(base=base, device=device), blocks, several, as_json)
+
+
+def named_columns(given: Sequence[str], roles: Sequence[str]) -> dict[str, str]:
+    """The column of each role, as ``--column`` names it, else called as the role is."""
+    found = {role: role for role in roles}
+    for text in given:
+        role, sign, column = text.partition("=")
+        if sign and role in found:
+            found[role] = column
+        elif sign and role.isidentifier() and column and " " not in role:
+            raise typer.BadParameter(
+                f"there is no role {role!r}; there are {', '.join(roles)}", param_hint="--column"
+            )
+        else:
+            found[roles[0]] = text
+    return found
+
+
+def _answer_file(
+    model: LoadedModel,
+    data: Path,
+    out: Path | None,
+    roles: Mapping[str, str],
+    *,
+    prefix: str,
+    force: bool,
+    as_json: bool,
+) -> None:
+    from silotune.inference.answers import answer_file
+    from silotune.inference.records import Given
+
+    given = Given(path=data, roles=roles)
+    with counted("answering") as (started, advance):
+        found = answer_file(
+            model,
+            given,
+            out or _beside(data),
+            prefix=prefix,
+            force=force,
+            started=started,
+            advance=advance,
+        )
+    _tell(found, as_json=as_json)
+
+
+def _beside(data: Path) -> Path:
+    """``notes.predictions.csv`` for ``notes.csv`` and ``notes.csv.gz``."""
+    from silotune.data.streams import format_of
+    from silotune.inference.written import WRITTEN
+
+    kind = format_of(data)
+    end = f".{kind}" if kind in WRITTEN else ".csv"
+    return data.with_name(f"{data.name.split('.')[0]}.predictions{end}")
+
+
+def _tell(found: Answered, *, as_json: bool) -> None:
+    if as_json:
+        shown = {
+            "out": str(found.out),
+            "records": found.records,
+            "empty": found.empty,
+            "answered_before": found.before,
+        }
+        typer.echo(json.dumps(shown))
+        return
+    empty = f", {found.empty} of which are empty and have no answer" if found.empty else ""
+    before = f"; {found.before:,} were answered before" if found.before else ""
+    say(f"Wrote {found.out}: {found.records:,} records{empty}{before}.")
+
+
+@contextmanager
+def counted(title: str) -> Iterator[tuple[Any, Any]]:
+    """A bar over records on a terminal; nothing anywhere else. Gives what starts and advances it."""
+    console = terminal(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(
+        *columns,
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as bars:
+        task = bars.add_task(title, total=None)
+
+        def started(total: int, done: int) -> None:
+            bars.update(task, total=total, completed=done)
+
+        yield started, lambda records: bars.advance(task, records)
+
+
+# --- texts of the command line and of standard input ---
+
+Examples = Sequence[Mapping[str, str]]
+
+
+@contextmanager
+def _standard_input(
+    form: Form, roles: Mapping[str, str]
+) -> Iterator[tuple[Iterator[Examples], int]]:
+    """The records of standard input by role, some at a time, and whether there are several."""
+    from silotune.inference.records import Given, examples_of
+
+    content = sys.stdin.buffer.read()
+    first = next(iter(roles))
+    form = _form_of(content, roles[first]) if form is Form.AUTO else form
+    if form is Form.LINES:
+        found = [{first: text} for text in _of_lines(content)]
+        yield iter([found]), len(found)
+        return
+    # The readers of files take a file, and are the ones that training had.
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"standard-input.{form}"
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:
+            file.write(content)
+        given = Given(path=path, roles=roles)
+        records = given.outline().records if content.strip() else 0
+        blocks = (examples_of(table) for _, table in given.blocks()) if records else iter([])
+        yield blocks, records
+
+
+def _form_of(content: bytes, column: str) -> Form:
+    start = content.decode("utf-8-sig", "replace").lstrip()
+    if start.startswith("{"):
+        return Form.JSONL
+    first = start.split("\n", 1)[0].rstrip("\r")
+    fields = (next(csv.reader([first], delimiter=sign), []) for sign in _DELIMITERS)
+    return Form.CSV if any(column in names for names in fields) else Form.LINES
+
+
+def _of_lines(content: bytes) -> list[str]:
+    """A text a line, or a quoted one over several; quotes that don't close are part of the text."""
+    try:
+        body = content.decode("utf-8-sig").replace("\r\n", "\n").removesuffix("\n")
+    except UnicodeDecodeError as exc:
+        raise DatasetUnreadable(f"standard input is not UTF-8: {exc.reason}") from exc
+    if not body:
+        return []
+    try:
+        rows = list(csv.reader(body.splitlines(keepends=True), delimiter=_NONE, strict=True))
+    except csv.Error:
+        return body.split("\n")
+    return [row[0] if row else "" for row in rows]
+
+
+def _print(model: LoadedModel, blocks: Iterator[Examples], several: int, as_json: bool) -> None:
+    """Print the answers, one a record."""
+    from silotune.inference.answers import answers_to
+
+    facts, number = model.plan.task, 0
+    for examples in blocks:
+        for example, answer in zip(examples, answers_to(model, examples), strict=True):
+            number += 1
+            text = " ".join(example.values())
+            if as_json:
+                given = example if len(example) > 1 else {"text": text}
+                typer.echo(json.dumps({**given, "prediction": _as_json(answer)}))
+            elif facts.generates and several > 1:
+                typer.echo(f"{'' if number == 1 else chr(10)}[{number}] {_one_line(text)}")
+                typer.echo(_shown(answer, text))
+            else:
+                typer.echo(_shown(answer, text))
+
+
+def _as_json(answer: Answer | None) -> Any:
+    """What is answered alone, or a label with its probabilities."""
+    if answer is None or "probabilities" not in answer:
+        return answer and answer["prediction"]
+    return {"label": answer["prediction"], "probabilities": answer["probabilities"]}
+
+
+def _shown(answer: Answer | None, text: str) -> str:
+    if answer is None:
+        return "(an empty text)"
+    found, shares = answer["prediction"], answer.get("probabilities")
+    if isinstance(found, str) and shares:
+        return f"{found}  {shares[found]:.0%}  {_one_line(text)}"
+    return found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split("\n"))

@@ -1,0 +1,1 @@
+"""What a trained model says of records: answers of files, evaluations, explanations."""
