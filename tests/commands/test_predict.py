@@ -16,14 +16,14 @@ from tests.federation import CHOICES
 from tests.models.model_material import a_plan
 
 
-def finished(folder, base, task="text_classification", **settings):
+def finished(folder, base, task="text_classification", *, seed=5, **settings):
     """The directory of a finished run whose adapter is random numbers."""
     plan = a_plan(base, task, **settings)
     directory = RunDirectory.create(folder, "run", plan_toml="")
     facts = {"plan": json.loads(plan.canonical()), "choices": asdict(CHOICES)}
     directory.write_json("resolved.json", facts)
     model = load_model(plan, device="cpu", attention="eager", dtype="float32")
-    flat = np.random.default_rng(5).normal(0, 0.3, model.layout.size).astype(np.float32)
+    flat = np.random.default_rng(seed).normal(0, 0.3, model.layout.size).astype(np.float32)
     save_adapter(model, flat, directory.final_adapter, plan=plan)
     return directory.root
 
@@ -65,7 +65,8 @@ QUOTED = '"acute injury\nof the eye"\n"left, femur"\ndiabetes\n'
 @pytest.mark.parametrize("windows", [False, True])
 def test_a_record_is_answered_once_whatever_lines_it_spans(classifier, content, words, windows):
     raw = content.replace("\n", "\r\n") if windows else content
-    assert texts_of(classifier, *words, given=raw.encode()) == THREE
+    found = texts_of(classifier, *words, given=raw.encode())
+    assert [text.replace("\r\n", "\n") for text in found] == THREE
 
 
 def test_a_table_gives_the_column_that_is_named(classifier):
