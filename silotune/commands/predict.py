@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from silotune.commands.folder import AsJson
 from silotune.errors import DatasetUnreadable
 from silotune.terminal import say, terminal
 

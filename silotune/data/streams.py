@@ -1,15 +1,15 @@
 """A file of records read block by block, each record with all that the source says of it.
 
 For whoever gives every record back with something added: memory holds one block, columns keep their
-order, and values their type where the format has types. Which text a value is to a model is the readers'
-word all the same (`silotune.data.table.as_table`, `silotune.data.roles`). A bad row refuses the file, by its
-number: somebody waits for an answer to each.
+order, and values their type where the format has types. Which text a value is to a model is decided as it was for training
+(`silotune.data.table.as_table`, `silotune.data.roles`). A bad row refuses the file, by its number:
+somebody waits for an answer to each.
 """
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -67,11 +67,17 @@ class Block:
     records: Sequence[Record]
     arrow: pa.RecordBatch | None = None
 
-    def texts(self, columns: Sequence[str]) -> Table:
-        """Some columns (or paths into them) as texts. Raises `RecordInvalid` where one is none."""
-        finders = {name: finder(name) for name in columns}
+    def texts(self, columns: Sequence[str], *, lists: Collection[str] = ()) -> Table:
+        """Some columns (or paths into them) as texts, those of `lists` perhaps as JSON.
+
+        Raises
+        ------
+        RecordInvalid
+            A value is not plain text.
+        """
+        finders = {name: finder(name, whole=name in lists) for name in columns}
         values = {name: map(find, self.records) for name, find in finders.items()}
-        found = as_table(self.source, self.rows, values, Faults(self.source))
+        found = as_table(self.source, self.rows, values, Faults(self.source), lists=lists)
         found.faults.check()
         return found
 

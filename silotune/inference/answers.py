@@ -215,7 +215,9 @@ class _Begun:
         other = [key for key in head if found.get(key) != head[key]]
         if other:
             self._file.close()
-            raise AnswersInTheWay(f"{self.path} was begun with another {' and another '.join(other)}")
+            raise AnswersInTheWay(
+                f"{self.path} was begun with another {' and another '.join(other)}"
+            )
 
     def append(self, answers: Iterable[Answer | None]) -> None:
         for answer in answers:

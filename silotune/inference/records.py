@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from silotune.data.columns import ColumnsConfig, columns_in
 from silotune.data.nested import root_of
-from silotune.data.roles import by_role
-from silotune.data.site import ColumnsConfig, DatasetConfig, columns_in
+from silotune.data.roles import by_role, list_columns
+from silotune.data.site import DatasetConfig
 from silotune.data.streams import Block, delimiter_of, format_of, stream
 from silotune.data.table import Table
 from silotune.errors import ColumnMissing, TooFewRecords
@@ -46,11 +47,14 @@ class Given:
         The column, or a template such as ``{title}: {body}``, of each role that is read.
     labels : tuple of str
         Those of the plan, by whose spelling labels are read.
+    strict : bool
+        Refuse a file with a row that can't be used, instead of leaving the row out and noting it.
     """
 
     path: Path
     roles: Mapping[str, str]
     labels: tuple[str, ...] = ()
+    strict: bool = True
     size: int = field(default=256, repr=False)
 
     @cached_property
@@ -70,10 +74,12 @@ class Given:
 
     @cached_property
     def _wanted(self) -> list[str]:
-        return list(dict.fromkeys(name for text in self.roles.values() for name in columns_in(text)))
+        return list(
+            dict.fromkeys(name for text in self.roles.values() for name in columns_in(text))
+        )
 
     def blocks(self) -> Iterator[tuple[Block, Table]]:
-        """The records some at a time: as the file has them, and by role, one row each.
+        """The records some at a time: as the file has them, and by role, one row each if `strict`.
 
         Raises
         ------
@@ -82,8 +88,11 @@ class Given:
         """
         kind = self._dataset.format
         for block in stream(self.path, kind, delimiter=self.delimiter, size=self.size):
-            texts = block.texts(self._wanted)
-            yield block, by_role(texts, self._dataset, roles=self.roles, labels=self.labels)
+            texts = block.texts(self._wanted, lists=list_columns(self.roles))
+            table = by_role(texts, self._dataset, roles=self.roles, labels=self.labels)
+            if self.strict:
+                table.faults.check()
+            yield block, table
 
     def outline(self) -> Outline:
         """Read all once, so that what is wrong with the file is told before anything is computed.

@@ -199,7 +199,11 @@ def _write_parquet(file: IO[bytes], blocks: _Blocks, types: Mapping[str, pa.Data
             batch = block.arrow
             if batch is None:
                 batch = pa.record_batch(
-                    {name: _array(block.records, name, types[name]) for name in types if name not in added[0]}
+                    {
+                        name: _array(block.records, name, types[name])
+                        for name in types
+                        if name not in added[0]
+                    }
                 )
             for name in added[0]:
                 batch = batch.append_column(name, _array(added, name, types[name]))

@@ -69,7 +69,8 @@ def test_a_table_comes_back_with_its_columns_and_answers(run, tmp_path, expected
 
 def test_json_lines_keep_their_values_and_get_an_object_of_probabilities(run, tmp_path, expected):
     records = [
-        {"n": 2**60 + i, "note": {"text": text}, "tags": [i, None]} for i, text in enumerate(NOTES[:9])
+        {"n": 2**60 + i, "note": {"text": text}, "tags": [i, None]}
+        for i, text in enumerate(NOTES[:9])
     ]
     records[4]["note"] = {"text": " "}
     path, out = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
@@ -80,7 +81,11 @@ def test_json_lines_keep_their_values_and_get_an_object_of_probabilities(run, tm
     found = [json.loads(line) for line in out.read_text().splitlines()]
     for number, record in enumerate(records):
         kept = {name: found[number][name] for name in record}
-        assert kept == record and list(found[number]) == [*record, "m_prediction", "m_probabilities"]
+        assert kept == record and list(found[number]) == [
+            *record,
+            "m_prediction",
+            "m_probabilities",
+        ]
     assert found[4]["m_prediction"] is found[4]["m_probabilities"] is None
     for number in {*range(9)} - {4}:
         assert found[number]["m_prediction"] == expected[number]["label"]
@@ -105,7 +110,9 @@ def test_parquet_keeps_types_and_gets_typed_answers(run, tmp_path, expected):
     assert found.select(table.column_names).equals(table)
     assert found.schema.field("prediction").type == pa.string()
     assert all(
-        field.type == pa.float64() for field in found.schema if field.name.startswith("probability_")
+        field.type == pa.float64()
+        for field in found.schema
+        if field.name.startswith("probability_")
     )
     require_answers(
         found.to_pylist(), expected[:20], lambda row, label: row[f"probability_{label}"]
@@ -131,7 +138,9 @@ def test_every_format_is_written_from_every_other(run, tmp_path, expected, begin
     if end == "parquet":
         found = pq.read_table(out).to_pylist()
         typed = begin != "csv"
-        assert [type(found[0][name]) for name in ("k", "on")] == ([int, bool] if typed else [str] * 2)
+        assert [type(found[0][name]) for name in ("k", "on")] == (
+            [int, bool] if typed else [str] * 2
+        )
     elif end == "jsonl":
         found = [json.loads(line) for line in out.read_text().splitlines()]
     else:

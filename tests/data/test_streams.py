@@ -1,4 +1,4 @@
-"""Files read block by block: every record once, as the file has it, and by the same texts as in training."""
+"""Files read block by block: every record once, as the file has it, by the texts of training."""
 
 import gzip
 import json
@@ -64,7 +64,9 @@ def test_a_table_says_what_parts_its_fields(tmp_path, sign):
         ("a.txt", "", DatasetUnreadable, "end of the name"),
     ],
 )
-def test_a_bad_row_is_refused_by_its_place_without_quoting_it(tmp_path, name, content, error, place):
+def test_a_bad_row_is_refused_by_its_place_without_quoting_it(
+    tmp_path, name, content, error, place
+):
     path = tmp_path / name
     path.write_text(content)
     with pytest.raises(error, match=place) as caught:
