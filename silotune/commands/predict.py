@@ -20,7 +20,8 @@ from silotune.errors import DatasetUnreadable
 from silotune.terminal import say, terminal
 
 if TYPE_CHECKING:
-    from silotune.inference.answers import Answer, Answered
+    from silotune.inference.answers import Answered
+    from silotune.inference.written import Answer
     from silotune.models.task import LoadedModel
 
 _DELIMITERS = ",;\t|"

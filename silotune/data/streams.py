@@ -1,9 +1,9 @@
 """A file of records read block by block, each record with all that the source says of it.
 
 For whoever gives every record back with something added: memory holds one block, columns keep their
-order, and values their type where the format has types. Which text a value is to a model is decided as it was for training
-(`silotune.data.table.as_table`, `silotune.data.roles`). A bad row refuses the file, by its number:
-somebody waits for an answer to each.
+order, and values their type where the format has types. Which text a value is to a model is decided as
+it was for training (`silotune.data.table.as_table`, `silotune.data.roles`). A bad row refuses
+the file, by its number: somebody waits for an answer to each.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ Record = Mapping[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
-class Block:
+class RecordBlock:
     """Some consecutive records.
 
     Attributes
@@ -101,7 +101,9 @@ def delimiter_of(path: Path) -> str:
     return max(_DELIMITERS, key=lambda sign: len(next(csv.reader([first], delimiter=sign), [])))
 
 
-def stream(path: Path, kind: Format, *, delimiter: str = ",", size: int = 256) -> Iterator[Block]:
+def stream(
+    path: Path, kind: Format, *, delimiter: str = ",", size: int = 256
+) -> Iterator[RecordBlock]:
     """The records of a file, `size` at a time.
 
     Only CSV, JSON lines and Parquet are read as they come; of other formats the whole is read first.
@@ -124,19 +126,19 @@ def stream(path: Path, kind: Format, *, delimiter: str = ",", size: int = 256) -
                 yield from _whole(path, kind, size)
 
 
-def _csv(path: Path, shape: Shape, size: int) -> Iterator[Block]:
+def _csv(path: Path, shape: Shape, size: int) -> Iterator[RecordBlock]:
     for header, rows, fields in stream_csv(path, shape, size=size):
         choose(header, header, str(path))
-        yield Block(str(path), rows, [dict(zip(header, row, strict=True)) for row in fields])
+        yield RecordBlock(str(path), rows, [dict(zip(header, row, strict=True)) for row in fields])
 
 
-def _json(path: Path, shape: Shape, size: int, *, array: bool) -> Iterator[Block]:
+def _json(path: Path, shape: Shape, size: int, *, array: bool) -> Iterator[RecordBlock]:
     found = stream_json(path, shape, array=array)
     while some := list(islice(found, size)):
-        yield Block(str(path), [number for number, _ in some], [record for _, record in some])
+        yield RecordBlock(str(path), [number for number, _ in some], [record for _, record in some])
 
 
-def _parquet(path: Path, size: int) -> Iterator[Block]:
+def _parquet(path: Path, size: int) -> Iterator[RecordBlock]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -146,13 +148,13 @@ def _parquet(path: Path, size: int) -> Iterator[Block]:
             choose(file.schema_arrow.names, None, str(path))
             for batch in file.iter_batches(size):
                 rows = range(first, first + batch.num_rows)
-                yield Block(str(path), rows, batch.to_pylist(), batch)
+                yield RecordBlock(str(path), rows, batch.to_pylist(), batch)
                 first = rows.stop
     except pa.ArrowException:
         raise DatasetUnreadable(f"{path}: not a Parquet file, or a damaged one") from None
 
 
-def _whole(path: Path, kind: Format, size: int) -> Iterator[Block]:
+def _whole(path: Path, kind: Format, size: int) -> Iterator[RecordBlock]:
     table = read_file(path, kind=kind)
     records = [
         dict(zip(table.columns, row, strict=True))
@@ -160,4 +162,4 @@ def _whole(path: Path, kind: Format, size: int) -> Iterator[Block]:
     ]
     for start in range(0, len(records), size):
         end = start + size
-        yield Block(table.source, table.rows[start:end], records[start:end])
+        yield RecordBlock(table.source, table.rows[start:end], records[start:end])

@@ -23,6 +23,7 @@ from silotune.models.adapter import read_adapter
 from silotune.models.prediction import Prediction
 from silotune.models.task import LoadedModel
 from silotune.trust.files import file_sha256
+from silotune.version import __version__
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +160,7 @@ def answer_file(
     )
     columns.require_new()
     head = {
-        "format": 1,
+        "version": __version__,
         "model": fingerprint(model),
         "input": digest,
         "roles": dict(given.roles),

@@ -11,7 +11,7 @@ from silotune.data.columns import ColumnsConfig, columns_in
 from silotune.data.nested import root_of
 from silotune.data.roles import by_role, list_columns
 from silotune.data.site import DatasetConfig
-from silotune.data.streams import Block, delimiter_of, format_of, stream
+from silotune.data.streams import RecordBlock, delimiter_of, format_of, stream
 from silotune.data.table import Table
 from silotune.errors import ColumnMissing, TooFewRecords
 
@@ -78,7 +78,7 @@ class Given:
             dict.fromkeys(name for text in self.roles.values() for name in columns_in(text))
         )
 
-    def blocks(self) -> Iterator[tuple[Block, Table]]:
+    def blocks(self) -> Iterator[tuple[RecordBlock, Table]]:
         """The records some at a time: as the file has them, and by role, one row each if `strict`.
 
         Raises

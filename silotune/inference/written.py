@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from silotune.data.streams import Block, format_of
+from silotune.data.streams import RecordBlock, format_of
 from silotune.data.values import text_of
 from silotune.errors import DatasetUnreadable
 from silotune.inference.errors import AnswersInTheWay
@@ -33,7 +33,7 @@ WRITTEN = ("csv", "jsonl", "parquet")
 Answer = Mapping[str, Any]
 """What is added to a record: ``prediction``, perhaps ``probabilities`` by label, perhaps more."""
 
-_Blocks = Iterable[tuple[Block, Sequence[Mapping[str, Any]]]]
+_Blocks = Iterable[tuple[RecordBlock, Sequence[Mapping[str, Any]]]]
 
 
 def output_format(out: Path) -> str:
