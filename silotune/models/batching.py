@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -202,11 +202,49 @@ def leading_ids(tokenizer: Any) -> list[int]:
 
     What it puts behind a text is left out: a response has an end of its own, and a prompt none.
     """
+    return surrounding_ids(tokenizer)[0]
+
+
+def surrounding_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts before and behind every text."""
     (whole,) = tokenizer([_PROBE])["input_ids"]
     (bare,) = bare_ids(tokenizer, [_PROBE])
     places = range(len(whole) - len(bare) + 1)
     start = next((i for i in places if whole[i : i + len(bare)] == bare), 0)
-    return [int(token) for token in whole[:start]]
+    ids = [int(token) for token in whole]
+    return ids[:start], ids[start + len(bare) :]
+
+
+class TextWindow(NamedTuple):
+    """A part of a text's tokens that is read at once, and what of it nothing else answers."""
+
+    start: int
+    end: int
+    own_start: int
+    own_end: int
+
+
+def windows_of(length: int, capacity: int) -> list[TextWindow]:
+    """Windows of `capacity` tokens over `length` of them, at least one, by a fixed rule.
+
+    Each begins three quarters of a window behind the one before; the last ends where the text does. Of
+    what two have in common each owns the half on its side.
+    """
+    starts = [0]
+    while starts[-1] + capacity < length:
+        starts.append(min(starts[-1] + _stride(capacity), length - capacity))
+    ends = [min(start + capacity, length) for start in starts]
+    middles = [(start + end) // 2 for start, end in zip(starts[1:], ends[:-1], strict=True)]
+    return [*map(TextWindow, starts, ends, [0, *middles], [*middles, length])]
+
+
+def room_in(number: int, capacity: int) -> int:
+    """Most tokens that `windows_of` puts into so many windows."""
+    return capacity + (number - 1) * _stride(capacity)
+
+
+def _stride(capacity: int) -> int:
+    return capacity - capacity // 4
 
 
 def padding_id(tokenizer: Any) -> int:
