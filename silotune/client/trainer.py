@@ -26,7 +26,7 @@ from silotune.client.terms import missing_noise, round_event
 from silotune.client.training.base import RoundUpdate, Vector
 from silotune.errors import SelfCheckFailed
 from silotune.models.adapter import write_adapter
-from silotune.models.batching import Encoded, batches
+from silotune.models.batching import Encoded, batches, record_of
 from silotune.models.features import Frozen, compute_frozen
 from silotune.models.layout import Group, Layout, Part
 from silotune.models.task import LoadedModel
@@ -387,8 +387,8 @@ class Trainer:
                 self._try_public_text(engine)
 
     def _add(self, engine: Engine, batch: MicroBatch, phase: Phase) -> None:
-        losses = self._losses(batch, phase)
-        units = torch.from_numpy(batch.units).to(losses.device)
+        losses, record_of = self._losses(batch, phase)
+        units = torch.from_numpy(batch.units).to(losses.device)[record_of]
         engine.accumulate(losses, units=units, n_units=batch.n_units)
 
     def _try_public_text(self, engine: Engine) -> None:
@@ -398,15 +398,18 @@ class Trainer:
         encoded = model.task.encode([example], model.tokenizer, plan=plan)
         inputs = model.task.collate(encoded, [0], model.device)
         model.task.losses(model.module, inputs).sum().backward()  # type: ignore[no-untyped-call]
-        self._shared.attached.check_gradients(engine.parameters, 1)
+        self._shared.attached.check_gradients(engine.parameters, len(record_of(inputs, 1)))
         self._shared.attached.clear()
 
-    def _losses(self, batch: MicroBatch, phase: Phase) -> Tensor:
+    def _losses(self, batch: MicroBatch, phase: Phase) -> tuple[Tensor, Tensor]:
+        """The losses of a micro-batch's records, and which of them each sequence is of."""
         task, module = self._model.task, self._model.module
         if phase == "head":
             features = self.frozen.features[batch.rows].to(self._model.device)
-            return task.head_losses(module, features, self._data.encoded, batch.rows)
-        return task.losses(module, self.inputs(batch.rows))
+            losses = task.head_losses(module, features, self._data.encoded, batch.rows)
+            return losses, torch.arange(len(batch.rows), device=losses.device)
+        inputs = self.inputs(batch.rows)
+        return task.losses(module, inputs), record_of(inputs, len(batch.rows))
 
     @cached_property
     def frozen(self) -> Frozen:

@@ -211,7 +211,7 @@ def with_adapter(bare: PreTrainedModel, plan: Plan, *, rank: int | None = None) 
     return TaskModel(
         wrap(bare, plan, rank=rank),
         head,
-        pooling=plan.model.pooling,
+        pooling="each" if plan.task.each_token else plan.model.pooling,
         feature_scale=plan.model.feature_scale,
         cosines=cosines,
     )
@@ -236,8 +236,10 @@ def _centre(module: TaskModel, tokenizer: Any, task: Task, plan: Plan, place: to
     examples = [task.example(text, number=0, plan=plan) for text in texts]
     encoded: Encoded = task.encode(examples, tokenizer, plan=plan)
     with module.inference():
-        batch = encoded.padded(range(len(texts)), place)
+        batch = task.collate(encoded, range(len(texts)), place)
         embedded = module.embed(batch)
+        if plan.task.each_token:
+            embedded = embedded[batch["attention_mask"].bool()]
         module.centre.copy_(embedded.mean(0))
         if module.cosines is not None:
             module.cosines.fit(embedded)

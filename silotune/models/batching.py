@@ -36,17 +36,36 @@ class Encoded:
         The token ids of all examples, one after the other.
     offsets : int64 array [n + 1]
         Example ``i`` is ``ids[offsets[i]:offsets[i + 1]]``.
-    targets : int64 array [n] or float32 array [n, k]
+    targets : int64 array [n] or [tokens], or float32 array [n, k]
         What is learned of each: an integer (the label's index; of a causal LM the number of prompt
-        tokens) or k numbers.
+        tokens) or k numbers; or, where there are windows, what is learned of each token.
     pad_id : int
         Token that fills up a batch; its positions are masked, so any id will do.
+    window : int or None
+        Most tokens that are read at once of an example with targets of its tokens: a longer one takes
+        several sequences of a batch.
     """
 
     ids: NDArray[np.int32]
     offsets: NDArray[np.int64]
     targets: NDArray[np.int64] | NDArray[np.float32]
     pad_id: int
+    window: int | None = None
+
+    @classmethod
+    def of_tokens(
+        cls,
+        sequences: Sequence[Sequence[int]],
+        targets: Sequence[Sequence[int]],
+        pad_id: int,
+        *,
+        window: int,
+    ) -> Encoded:
+        """From one list of token ids an example, and the target of each token."""
+        plain = cls.of(sequences, [0] * len(sequences), pad_id)
+        flat = (target for some in targets for target in some)
+        by_token = np.fromiter(flat, dtype=np.int64, count=len(plain.ids))
+        return cls(plain.ids, plain.offsets, by_token, pad_id, window)
 
     @classmethod
     def of(
@@ -65,7 +84,7 @@ class Encoded:
         return cls(ids, offsets, found.astype(np.float32), pad_id)
 
     def __len__(self) -> int:
-        return len(self.targets)
+        return len(self.offsets) - 1
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
@@ -76,13 +95,39 @@ class Encoded:
         """Token ids of one example."""
         return self.ids[self.offsets[row] : self.offsets[row + 1]]
 
+    def token_targets(self, row: int) -> NDArray[np.int64]:
+        """The targets of one example's tokens, where they have one each."""
+        found: NDArray[np.int64] = self.targets[self.offsets[row] : self.offsets[row + 1]]
+        return found
+
+    @cached_property
+    def sequences(self) -> NDArray[np.int64]:
+        """How many sequences of a batch each example takes, to within one; shape [n]."""
+        if self.window is None:
+            return np.ones(len(self), dtype=np.int64)
+        beyond = np.maximum(self.lengths - self.window, 0)
+        found: NDArray[np.int64] = 1 - (-beyond // _stride(self.window))
+        return found
+
+    def beginning(self, row: int, length: int) -> Encoded:
+        """One example alone, of which only the first tokens are left, and windows of as many."""
+        ids, place = [self.tokens(row)[:length].tolist()], self.pad_id
+        if self.window is not None:
+            targets = [self.token_targets(row)[:length].tolist()]
+            return Encoded.of_tokens(ids, targets, place, window=length)
+        return Encoded.of(ids, self.targets[row : row + 1], place)
+
     def subset(self, rows: Rows) -> Encoded:
         """The given examples, in the given order."""
         chosen = [self.tokens(int(row)) for row in rows]
         offsets = np.zeros(len(chosen) + 1, dtype=np.int64)
         np.cumsum([len(c) for c in chosen], out=offsets[1:])
         ids = np.concatenate(chosen) if chosen else np.zeros(0, dtype=np.int32)
-        return Encoded(ids, offsets, self.targets[np.asarray(rows, dtype=np.int64)], self.pad_id)
+        targets = self.targets[np.asarray(rows, dtype=np.int64)]
+        if self.window is not None:
+            own = [self.token_targets(int(row)) for row in rows]
+            targets = np.concatenate([np.zeros(0, dtype=np.int64), *own])
+        return Encoded(ids, offsets, targets, self.pad_id, self.window)
 
     def padded(self, rows: Rows, device: torch.device) -> dict[str, Tensor]:
         """A batch padded on the right, as long as its longest example.
@@ -103,6 +148,13 @@ class Encoded:
         }
 
 
+def record_of(batch: Batch, records: int) -> Tensor:
+    """The record that each sequence of a task's batch is of, int64 [sequences]; mostly one each."""
+    if (found := batch.get("row_of")) is not None:
+        return found
+    return torch.arange(records, device=batch["input_ids"].device)
+
+
 def batches(
     encoded: Encoded, rows: Rows, *, size: int, units: NDArray[np.integer[Any]] | None = None
 ) -> list[list[int]]:
@@ -115,10 +167,10 @@ def batches(
     rows : sequence of int
         Rows of `encoded`; each ends up in exactly one batch.
     size : int
-        Most rows a batch may have, at least 1.
+        Most sequences a batch may have, at least 1: an example is one, or as many as it has windows.
     units : int array [len(rows)], optional
         Privacy unit of each of `rows`. The rows of a unit then stay in one batch, because a unit's
-        gradient is clipped as a whole. A unit of more than `size` rows is a batch of its own.
+        gradient is clipped as a whole. A unit of more than `size` is a batch of its own.
 
     Returns
     -------
@@ -129,16 +181,22 @@ def batches(
     chosen = np.asarray(rows, dtype=np.int64)
     if not len(chosen):
         return []
-    lengths = encoded.lengths[chosen]
+    lengths, sequences = encoded.lengths[chosen], encoded.sequences[chosen]
+    if units is None and encoded.window is not None:
+        units = np.arange(len(chosen))
     if units is None:
         ordered = chosen[np.argsort(lengths, kind="stable")]
         parts = np.array_split(ordered, -(-len(ordered) // size))
         return [part.tolist() for part in parts]
-    return _whole_units(chosen, lengths, np.asarray(units), size)
+    return _whole_units(chosen, lengths, np.asarray(units), sequences, size)
 
 
 def _whole_units(
-    rows: NDArray[np.int64], lengths: NDArray[np.int64], units: NDArray[np.integer[Any]], size: int
+    rows: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    units: NDArray[np.integer[Any]],
+    sequences: NDArray[np.int64],
+    size: int,
 ) -> list[list[int]]:
     _, first, unit = np.unique(units, return_index=True, return_inverse=True)
     longest = np.zeros(len(first), dtype=np.int64)
@@ -146,10 +204,11 @@ def _whole_units(
     # Units by their longest example, ties by first appearance; rows of a unit side by side.
     order = np.lexsort((np.arange(len(rows)), first[unit], longest[unit]))
     ends = np.flatnonzero(np.diff(unit[order], append=-1)) + 1
+    before = np.concatenate([[0], np.cumsum(sequences[order])])
     result: list[list[int]] = []
     start = taken = 0
     for end in ends.tolist():
-        if end - start > size and taken > start:
+        if before[end] - before[start] > size and taken > start:
             result.append(rows[order[start:taken]].tolist())
             start = taken
         taken = end

@@ -66,6 +66,29 @@ def constant(counts: Counts, label: int) -> Counts:
     return found
 
 
+def of_entities(counts: Counts) -> dict[str, float]:
+    """F1, recall and precision of all entities together, whole ones only.
+
+    Parameters
+    ----------
+    counts : float64 array [3 labels + 1]
+        Of each label the entities found rightly, then all that were found, then all that are there; at
+        last the records. Negative counts, which noise can make, count as zero.
+
+    Without any entity all are NaN.
+    """
+    right, found, there = np.maximum(counts[:-1], 0.0).reshape(3, -1).sum(1).tolist()
+
+    def share(part: float, whole: float) -> float:
+        return min(1.0, part / whole) if whole > 0 else math.nan if there == 0 else 0.0
+
+    return {
+        "entity_f1": share(2.0 * right, found + there),
+        "entity_recall": share(right, there),
+        "entity_precision": share(right, found),
+    }
+
+
 def of_losses(counts: Counts) -> dict[str, float]:
     """Mean loss a sequence, and its exponential, of [sum of losses, sequences].
 
@@ -78,6 +101,7 @@ def of_losses(counts: Counts) -> dict[str, float]:
 
 _KINDS: Mapping[str, tuple[Callable[[Counts], dict[str, float]], Callable[[Counts], float]]] = {
     "confusion": (of_confusion, lambda counts: float(counts.sum())),
+    "entities": (of_entities, lambda counts: float(counts[-1])),
     "losses": (of_losses, lambda counts: float(counts[1])),
 }
 """By what `TaskFacts.counts` says: metrics of counts, and the number of records."""

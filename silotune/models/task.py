@@ -46,7 +46,7 @@ class Task(Protocol):
         """A padded batch of the given rows, in the given order."""
 
     def losses(self, model: TaskModel, batch: Batch) -> Tensor:
-        """One loss a sequence, float32 of shape [n], each a mean over its own tokens only."""
+        """One loss a record, float32 of shape [n], each a mean over its own tokens only."""
 
     def head_losses(
         self, model: TaskModel, features: Tensor, encoded: Encoded, rows: Rows
@@ -155,7 +155,8 @@ class TaskModel(nn.Module):
     head : nn.Linear or None
         Classifies features; starts at zero.
     pooling : str
-        How the tokens of a text become one vector: "mean", "first" or "last" token.
+        How the tokens of a text become one vector: "mean", "first" or "last" token; or "each", where
+        the head sees every token's own.
     feature_scale : float
         Factor of the features.
     cosines : Cosines, optional
@@ -199,7 +200,7 @@ class TaskModel(nn.Module):
         return found
 
     def embed(self, batch: Batch) -> Tensor:
-        """Pooled token vectors of unit length.
+        """Pooled token vectors of unit length, or each token's.
 
         Parameters
         ----------
@@ -210,7 +211,7 @@ class TaskModel(nn.Module):
         Returns
         -------
         Tensor
-            Float32 of shape [n, hidden].
+            Float32 of shape [n, hidden], or [n, tokens, hidden].
         """
         ids, mask = batch["input_ids"], batch["attention_mask"]
         with self.prefix.replay(batch.get("prefix")) if self.prefix else nullcontext():
@@ -218,14 +219,14 @@ class TaskModel(nn.Module):
         return normalize(_pool(hidden, mask, self.pooling), dim=-1)
 
     def features(self, batch: Batch) -> Tensor:
-        """Embeddings minus the centre, times the scale; [n, hidden]: what `logits` is asked of.
+        """Embeddings minus the centre, times the scale, of their shape: what `logits` is asked of.
 
         Unit length bounds the gradient of the head; the centre takes out what all texts share.
         """
         return (self.embed(batch) - self.centre) * self.feature_scale
 
     def logits(self, features: Tensor) -> Tensor:
-        """What the head says of features [n, hidden]: [n, labels]."""
+        """What the head says of features [..., hidden]: [..., its width]."""
         assert self.head is not None
         seen = features if self.cosines is None else self.cosines(features)
         return self.head(seen)  # type: ignore[no-any-return]
@@ -236,7 +237,8 @@ class TaskModel(nn.Module):
         Returns
         -------
         Tensor
-            With a head [n, labels]; without [n, k, vocabulary] at the positions ``batch["kept"]``.
+            With a head its width for each text, or for each token; without [n, k, vocabulary] at the
+            positions ``batch["kept"]``.
         """
         if self.head is not None:
             return self.logits(self.features(batch))
@@ -286,7 +288,9 @@ class TaskModel(nn.Module):
 
 
 def _pool(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
-    """[n, tokens, hidden] to [n, hidden], for texts padded on the right."""
+    """[n, tokens, hidden] to [n, hidden], for texts padded on the right; as it is for "each"."""
+    if pooling == "each":
+        return hidden
     if pooling == "first":
         return hidden[:, 0]
     if pooling == "last":

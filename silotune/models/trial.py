@@ -13,7 +13,7 @@ import random
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,7 +31,7 @@ from silotune.errors import (
     TextRefused,
     TokensSeenEarly,
 )
-from silotune.models.batching import Encoded
+from silotune.models.batching import Encoded, record_of
 from silotune.models.features import compute_frozen
 from silotune.models.pretrained import fixed_rng, quiet, told
 from silotune.models.task import LoadedModel
@@ -358,11 +358,9 @@ class _Trial:
 
     def _works(self, length: int) -> bool:
         """Whether the model takes the beginning of the long text."""
-        ids = self.encoded.tokens(self.long[0])[:length].tolist()
-        targets = self.encoded.targets[self.long[0] :][:1]
-        if self.model.plan.task.generates:
-            targets = np.ones_like(targets)  # one token of a prompt
-        encoded = Encoded.of([ids], targets, self.encoded.pad_id)
+        encoded = self.encoded.beginning(self.long[0], length)
+        if self.model.plan.task.generates:  # one token of a prompt
+            encoded = replace(encoded, targets=np.ones_like(encoded.targets))
         try:
             with torch.no_grad():
                 batch = self.model.task.collate(encoded, [0], self.model.device)
@@ -464,13 +462,17 @@ class _Trial:
 
     def _gradients(self, attached: Attached, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         attached.clear()
-        losses = self.losses(rows)
+        inputs = self.inputs(rows)
+        losses = self.model.task.losses(self.model.module, inputs)
         losses.sum().backward()  # type: ignore[no-untyped-call]
-        parameters = tuple(attached.parameters.values())
-        attached.check_gradients(parameters, len(rows))
+        parameters, row_of = tuple(attached.parameters.values()), record_of(inputs, len(rows))
+        attached.check_gradients(parameters, len(row_of))
         samples = [cast(Any, parameter).grad_sample.flatten(1).cpu() for parameter in parameters]
         attached.clear()
-        return losses.detach(), torch.cat(samples, dim=1)
+        found = torch.cat(samples, dim=1)
+        return losses.detach(), found.new_zeros(len(rows), found.shape[1]).index_add(
+            0, row_of.cpu(), found
+        )
 
     def _inexact(self, why: str) -> LayerUnsupported:
         """The error of layers whose gradients are not one a record; says which would do."""
@@ -512,7 +514,7 @@ class _Trial:
     def prefix_agrees(self) -> bool:
         """Whether the states that are kept of frozen layers give what the whole model gives."""
         model = self.model
-        if model.module.prefix is None or model.module.head is None:
+        if model.module.prefix is None or not model.plan.task.pools:
             return False
         try:
             frozen = compute_frozen(model, self.encoded)

@@ -7,6 +7,7 @@ from silotune.plan.sections import Sections
 from silotune.plan.strategies import STRATEGIES
 
 _PUBLIC_TEXTS, _LEAST_LABELS = 3, 2
+_SHORTEST_WINDOW, _MOST_WINDOWS = 16, 8
 
 
 def sends_all_it_trains(plan: Sections) -> bool:
@@ -124,8 +125,11 @@ def conflicts(plan: Sections) -> list[str]:
 def _model_conflicts(plan: Sections) -> list[str]:
     labels, name, task = plan.model.labels, plan.model.task, plan.task
     found = []
-    if task.has_labels and len(labels) < _LEAST_LABELS:
-        found.append(f"model.labels: {name} needs at least two labels")
+    if task.has_labels and len(labels) < (1 if task.each_token else _LEAST_LABELS):
+        found.append(
+            f"model.labels: {name} needs at least {'one label' if task.each_token else 'two labels'}"
+        )
+    found += _token_conflicts(plan)
     if len(set(labels)) != len(labels):
         found.append("model.labels: a label is listed twice")
     if task.trains and not task.has_labels and labels:
@@ -141,6 +145,18 @@ def _model_conflicts(plan: Sections) -> list[str]:
         )
     if plan.data.test_share + plan.data.validation_share >= 1.0:
         found.append("data.test_share: with data.validation_share it leaves nothing to train on")
+    return found
+
+
+def _token_conflicts(plan: Sections) -> list[str]:
+    """What a head on every token excludes, and what only such a head has."""
+    name, found = plan.model.task, []
+    if plan.task.each_token and plan.model.pooling != "mean":
+        found.append(f"model.pooling: {name} has a head on every token; remove it")
+    if plan.task.each_token and plan.data.max_length < _SHORTEST_WINDOW:
+        found.append(f"data.max_length: {name} needs windows of at least {_SHORTEST_WINDOW} tokens")
+    if not plan.task.each_token and plan.data.max_windows != _MOST_WINDOWS:
+        found.append(f"data.max_windows: {name} reads no text in windows; remove it")
     return found
 
 

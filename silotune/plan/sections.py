@@ -89,6 +89,9 @@ class DataSection(Section):
 
     dataset: Name
     max_length: Annotated[int, Field(ge=8, le=131072)] = 128
+    max_windows: Annotated[int, Field(ge=1, le=1000), ADDED_LATER] = Field(
+        8, description="Where each token is labelled: how many windows of a text are trained on."
+    )
     test_share: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.2
     validation_share: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
     split_by: Literal["unit", "group"] = Field(

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 LOSS_CAP = 10.0
-"""No text counts with a larger loss where counts leave a site."""
+"""No text counts with a larger loss, or with more entities (an L2 norm), where counts leave a site."""
 
 
 class Chosen(Protocol):
@@ -46,6 +46,9 @@ class Metric:
 
 MACRO_F1 = Metric("macro_f1", "macro-F1", higher_is_better=True)
 ACCURACY = Metric("accuracy", "accuracy", higher_is_better=True)
+ENTITY_F1 = Metric("entity_f1", "entity F1", higher_is_better=True)
+ENTITY_RECALL = Metric("entity_recall", "entity recall", higher_is_better=True)
+ENTITY_PRECISION = Metric("entity_precision", "entity precision", higher_is_better=True)
 LOSS = Metric("loss", "loss", higher_is_better=False)
 PERPLEXITY = Metric("perplexity", "perplexity", higher_is_better=False)
 
@@ -68,6 +71,9 @@ class TaskFacts:
     pools : bool
         Whether a head sees one vector a record: it can then be trained alone, on features that are
         computed once, and through random features.
+    each_token : bool
+        Whether a head sees the vector of each token. Long texts are then read in windows, and one
+        label is enough.
     has_head : bool
         Whether a head is trained beside the adapter; always, where one pools.
     has_labels : bool
@@ -93,6 +99,7 @@ class TaskFacts:
     target: str
     base: Literal["encoder", "decoder", "image"] = "encoder"
     pools: bool = True
+    each_token: bool = False
     has_head: bool = True
     has_labels: bool = True
     outputs: Callable[[Chosen], int] = lambda model: len(model.labels)
@@ -126,6 +133,20 @@ TASKS: Mapping[str, TaskFacts] = {
         metrics=(MACRO_F1, ACCURACY),
         learns="tell {labels} apart by {text}",
         tag="text-classification",
+    ),
+    "token_classification": TaskFacts(
+        roles=frozenset({"text", "spans"}),
+        reads=("text",),
+        target="spans",
+        pools=False,
+        each_token=True,
+        outputs=lambda model: 2 * len(model.labels) + 1,  # outside, begin and inside of each
+        shape=lambda model: (3 * len(model.labels) + 1,),
+        sensitivity=lambda model: math.hypot(LOSS_CAP, 1.0),  # its entities, and one record
+        counts="entities",
+        metrics=(ENTITY_F1, ENTITY_RECALL, ENTITY_PRECISION),
+        learns="find {labels} in a text",
+        tag="token-classification",
     ),
     "causal_lm": TaskFacts(
         roles=frozenset({"prompt", "response"}),

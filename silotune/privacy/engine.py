@@ -252,10 +252,11 @@ class DpSgd:
         Parameters
         ----------
         losses : Tensor
-            One loss a sequence, shape ``[n]``; each may depend on its own sequence only.
+            One loss a record, shape ``[n]``; each may depend on its own sequences only.
         units : Tensor, optional
-            Unit of each sequence, int64 ``[n]``, values in ``range(n_units)``; None if each sequence
-            is a unit of its own. All of a unit's sequences of the step must be in this one call.
+            Unit of each sequence that the model was given, int64 ``[m]``, values in
+            ``range(n_units)``: of several, where a record takes several. None if each is a unit of
+            its own. All of a unit's sequences of the step must be in this one call.
         n_units : int, optional
             Number of units, with `units`.
 
@@ -281,7 +282,7 @@ class DpSgd:
         clipper = self._clipper
         self._attached.clear()
         losses.sum().backward()  # type: ignore[no-untyped-call]
-        self._attached.check_gradients(self.parameters, len(losses))
+        self._attached.check_gradients(self.parameters, len(losses if units is None else units))
         if units is not None and int(torch.bincount(units).max()) == 1:
             units = None  # every sequence is a unit of its own, whatever its number
         clipper.units, clipper.n_units = units, n_units or 0
@@ -391,11 +392,11 @@ def _check_groups(attached: Attached, groups: Sequence[ClipGroup]) -> None:
 def _is_empty(losses: Tensor, units: Tensor | None, n_units: int | None) -> bool:
     """Check the shapes of one micro-batch; whether it has no sequence at all."""
     if losses.dim() != 1:
-        raise ValueError(f"losses must be one a sequence, shape [n], not {list(losses.shape)}")
+        raise ValueError(f"losses must be one a record, shape [n], not {list(losses.shape)}")
     if (units is None) != (n_units is None):
         raise ValueError("give units and n_units together")
     if units is not None and n_units is not None and len(losses):
-        if units.shape != losses.shape or units.dtype != torch.int64:
+        if units.dim() != 1 or len(units) < len(losses) or units.dtype != torch.int64:
             raise ValueError("units must be int64 and one a sequence")
         if int(units.min()) < 0 or int(units.max()) >= n_units:
             raise ValueError("units must be in range(n_units)")
