@@ -75,12 +75,14 @@ def of_entities(counts: Counts) -> dict[str, float]:
         Of each label the entities found rightly, then all that were found, then all that are there; at
         last the records. Negative counts, which noise can make, count as zero.
 
-    Without any entity all are NaN.
+    Without any entity that is there all are NaN.
     """
     right, found, there = np.maximum(counts[:-1], 0.0).reshape(3, -1).sum(1).tolist()
 
     def share(part: float, whole: float) -> float:
-        return min(1.0, part / whole) if whole > 0 else math.nan if there == 0 else 0.0
+        if there == 0:
+            return math.nan
+        return min(1.0, part / whole) if whole > 0 else 0.0
 
     return {
         "entity_f1": share(2.0 * right, found + there),

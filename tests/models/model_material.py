@@ -7,6 +7,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from silotune.plan.plan import Plan
+from silotune.plan.tasks import TASKS
 
 CORPUS = [
     "acute bronchitis due to streptococcus",
@@ -34,7 +35,7 @@ def a_plan(base, task: str = "text_classification", **settings) -> Plan:
         "privacy": {"mode": "none", "batch": 4},
         "lora": {"r": 2, "alpha": 4.0},
     }
-    if task == "text_classification":
+    if TASKS[task].has_labels:
         raw["model"]["labels"] = ["no", "yes", "perhaps"]
     plan = Plan.from_mapping(raw)
     return plan.override({k.replace("__", "."): v for k, v in settings.items()})
