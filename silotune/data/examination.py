@@ -138,6 +138,8 @@ class Examination:
         Units with more.
     labels : tuple of LabelCount
         The most frequent first.
+    of_spans : bool
+        Whether labels are those of spans: a record may then have several, or none.
     other_labels : tuple of (int, int)
         Labels that are not shown, and their records.
     lacking : tuple of str
@@ -170,6 +172,7 @@ class Examination:
     identifiers: tuple[Sighting, ...]
     left_out: tuple[str, ...]
     versions: int | None = None
+    of_spans: bool = False
     remarks: tuple[Remark, ...] = ()
 
     @property

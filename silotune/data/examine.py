@@ -7,7 +7,7 @@ see. The split is one of the plan's shares, but not the site's own, which no pag
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from silotune.data.columns import by_asked
 from silotune.data.declared import rule_for, secret_for_a_look
 from silotune.data.duplicates import Sketches, Twins, find_twins
 from silotune.data.examination import Examination, Histogram, LabelCount, Lengths, Resemblance
@@ -27,6 +28,7 @@ from silotune.data.remarks import remarks_on
 from silotune.data.roles import read_roles
 from silotune.data.site import DatasetConfig, SiteConfig
 from silotune.errors import ColumnMissing, ModelNotFound
+from silotune.models.spans import spans_in
 from silotune.plan.plan import Plan
 from silotune.plan.tasks import TASKS
 
@@ -87,7 +89,8 @@ def examine(
 
 def _usual_plan(site: SiteConfig, name: str, dataset: DatasetConfig, secret: bytes) -> Plan:
     """A plan that takes every record: what its roles allow, with every label there is."""
-    named = dataset.columns.by_role()
+    columns = {str(role): column for role, column in dataset.columns.by_role().items()}
+    named = by_asked(columns)
     # Of two that it would do for, the one that needs more: it says more of the columns.
     fitting = [name for name, facts in TASKS.items() if facts.roles <= set(named)]
     task = max(fitting, key=lambda name: len(TASKS[name].roles), default=None)
@@ -96,9 +99,10 @@ def _usual_plan(site: SiteConfig, name: str, dataset: DatasetConfig, secret: byt
         raise ColumnMissing(f"[datasets.{name}.columns] needs {known}")
     labels = list(dataset.declared_labels)
     if TASKS[task].has_labels and not labels:
-        rule, roles = rule_for(dataset, secret), {"label": named["label"]}
-        table = read_roles(dataset, folder=site.folder, roles=roles, rule=rule)
-        labels = sorted(set(table.columns["label"]) - {""})
+        rule, target = rule_for(dataset, secret), TASKS[task].target
+        read = read_roles(dataset, folder=site.folder, roles=columns, rule=rule).columns[target]
+        found = map(_span_labels, read) if target == "spans" else ([label] for label in read)
+        labels = sorted({label for some in found for label in some} - {""})
     while TASKS[task].has_labels and len(labels) < 2:
         labels.append(f"no label {len(labels)}")  # a plan has two at least
     held_out = min(0.15, dataset.max_held_out / 2)
@@ -158,6 +162,7 @@ class _Look:
             bound=bound,
             over_bound=int(np.count_nonzero(sizes > bound)),
             labels=shown,
+            of_spans=self._plan.task.target == "spans",
             other_labels=other,
             lacking=lacking,
             lengths=self._lengths(),
@@ -170,6 +175,14 @@ class _Look:
     def _given_labels(self) -> list[str]:
         return [example.get("label", "") for example in self._records.examples]
 
+    @cached_property
+    def _labels_of(self) -> list[Collection[str]]:
+        """The labels of each record: its own, or those of its spans."""
+        examples = self._records.examples
+        if self._plan.task.target == "spans":
+            return [_span_labels(example["spans"]) for example in examples]
+        return [[label] for label in self._given_labels]
+
     def _labels(
         self, dataset: DatasetConfig
     ) -> tuple[tuple[LabelCount, ...], tuple[int, int], tuple[str, ...]]:
@@ -177,22 +190,24 @@ class _Look:
             return (), (0, 0), ()
         records, declared = self._records, set(dataset.declared_labels)
         declared |= set(self._plan.model.labels) if self._given else set()
-        labels = np.array(self._given_labels, dtype=object)
+        rows: dict[str, list[int]] = {}
+        for row, found in enumerate(self._labels_of):
+            for label in found:
+                rows.setdefault(label, []).append(row)
         # More than these are hardly labels: perhaps the wrong column was named, one of names.
-        few = len({*self._given_labels} - declared) <= _MOST_LABELS
+        few = len(rows.keys() - declared) <= _MOST_LABELS
         shown: list[LabelCount] = []
         hidden = [0, 0]
-        for label, count in Counter(self._given_labels).most_common():
+        for label, own in sorted(rows.items(), key=lambda item: -len(item[1])):
+            count = len(own)
             told = few and len(label) <= _LONGEST_LABEL and count >= _LEAST_OF_A_LABEL
             if label not in declared and not told:
                 hidden = [hidden[0] + 1, hidden[1] + count]
                 continue
-            own = labels == label
             split = np.bincount(records.split[own], minlength=3).tolist()
             units = len(np.unique(records.unit_of[own]))
             shown.append(LabelCount(label, count, units, (split[0], split[1], split[2])))
-        seen = set(self._given_labels)
-        lacking = tuple(sorted(declared - seen))
+        lacking = tuple(sorted(declared - rows.keys()))
         return tuple(shown), (hidden[0], hidden[1]), lacking
 
     def _texts(self) -> list[str]:
@@ -212,7 +227,7 @@ class _Look:
             counts = np.array([len(text.split()) for text in self._whole()])
             limit = None
         else:
-            measure, limit = "tokens", self._plan.data.max_length
+            measure, limit = "tokens", self._limit()
         over = None if limit is None else np.maximum(counts - limit, 0)
         names = {"shortest": 0, "quarter": 25, "half": 50, "three quarters": 75, "nine tenths": 90}
         names |= {"99 of 100": 99, "longest": 100}
@@ -224,6 +239,14 @@ class _Look:
             lost=None if over is None else float(over.sum() / max(1, counts.sum())),
             histogram=_histogram(counts),
         )
+
+    def _limit(self) -> int:
+        """Most tokens of a record that are trained on."""
+        from silotune.models.batching import room_in
+
+        data = self._plan.data
+        windows = data.max_windows if self._plan.task.each_token else 1
+        return room_in(windows, data.max_length)
 
     def _tokens(self) -> NDArray[np.int64] | None:
         """How many tokens the plan's tokenizer makes of each record; None if it isn't here."""
@@ -259,7 +282,7 @@ class _Look:
         found = twins.in_training >= 0
         parts = {"validation": Split.VALIDATION, "test": Split.TEST}
         flattery = None
-        if self._plan.task.has_labels and found.any():
+        if self._plan.task.target == "label" and found.any():
             done = self._stage("asking two simple models", 1)
             flattery = measure_flattery(
                 texts, self._given_labels, held_out, sketches=sketches, twins=twins
@@ -280,7 +303,7 @@ class _Look:
         )
 
     def _contradicting(self, sketches: Sketches, twins: Twins) -> int:
-        if not self._plan.task.has_labels or not twins.copies.any():
+        if self._plan.task.target != "label" or not twins.copies.any():
             return 0
         _, first, group = np.unique(sketches.exact, return_index=True, return_inverse=True)
         labels = np.array(self._given_labels, dtype=object)
@@ -294,6 +317,10 @@ class _Look:
             return found
         advance = self._stage("looking for names", len(texts))
         return (*find_names(texts, unit_of, model=self._names, advance=advance), *found)
+
+
+def _span_labels(spans: str) -> set[str]:
+    return {span.label for span in spans_in(spans)} if spans else set()
 
 
 def _histogram(counts: NDArray[Any]) -> Histogram:

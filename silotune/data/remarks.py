@@ -72,7 +72,7 @@ def _on_labels(found: Examination) -> Iterator[Remark]:
             f"{hidden[0] + kinds:,} different labels in {found.records:,} records, most of them rare.",
             "See whether columns.label names the column of labels.",
         )
-    elif hidden[0] + kinds == 1:
+    elif hidden[0] + kinds == 1 and not found.of_spans:
         yield Remark(
             "wrong",
             "one_label",

@@ -198,10 +198,11 @@ def _data(plan: Plan) -> str:
     data = plan.data
     train = 1 - data.test_share - data.validation_share
     whole = "each privacy unit" if data.split_by == "unit" else "each group"
+    windows = f"{data.max_windows} windows of " if plan.task.each_token else ""
     return (
-        f"Each site's dataset '{data.dataset}', texts of up to {data.max_length} tokens; {train:.0%} "
-        f"to train, {data.validation_share:.0%} to validate, {data.test_share:.0%} to test, with "
-        f"{whole} on one side only."
+        f"Each site's dataset '{data.dataset}', texts of up to {windows}{data.max_length} tokens; "
+        f"{train:.0%} to train, {data.validation_share:.0%} to validate, {data.test_share:.0%} to "
+        f"test, with {whole} on one side only."
     )
 
 
