@@ -405,9 +405,11 @@ class Trainer:
         """The losses of a micro-batch's records, and which of them each sequence is of."""
         task, module = self._model.task, self._model.module
         if phase == "head":
-            features = self.frozen.features[batch.rows].to(self._model.device)
-            losses = task.head_losses(module, features, self._data.encoded, batch.rows)
-            return losses, torch.arange(len(batch.rows), device=losses.device)
+            encoded, device = self._data.encoded, self._model.device
+            features = self.frozen.seen(encoded, batch.rows, device)
+            sequences = torch.from_numpy(encoded.sequences[batch.rows]).to(device)
+            rows = torch.arange(len(batch.rows), device=device).repeat_interleave(sequences)
+            return task.head_losses(module, features, encoded, batch.rows), rows
         inputs = self.inputs(batch.rows)
         return task.losses(module, inputs), record_of(inputs, len(batch.rows))
 

@@ -33,39 +33,36 @@ class Encoded:
     Attributes
     ----------
     ids : int32 array [tokens]
-        The token ids of all examples, one after the other.
-    offsets : int64 array [n + 1]
-        Example ``i`` is ``ids[offsets[i]:offsets[i + 1]]``.
+        The token ids of all sequences, one after the other.
+    offsets : int64 array [sequences + 1]
+        Sequence ``i`` is ``ids[offsets[i]:offsets[i + 1]]``; mostly it is example ``i``.
     targets : int64 array [n] or [tokens], or float32 array [n, k]
         What is learned of each: an integer (the label's index; of a causal LM the number of prompt
-        tokens) or k numbers; or, where there are windows, what is learned of each token.
+        tokens) or k numbers; where examples may have several sequences, an integer a token.
     pad_id : int
         Token that fills up a batch; its positions are masked, so any id will do.
-    window : int or None
-        Most tokens that are read at once of an example with targets of its tokens: a longer one takes
-        several sequences of a batch.
+    first : int64 array [n + 1] or None
+        Where examples may have several sequences, those of example ``i`` are ``first[i]`` up to
+        ``first[i + 1]``.
     """
 
     ids: NDArray[np.int32]
     offsets: NDArray[np.int64]
     targets: NDArray[np.int64] | NDArray[np.float32]
     pad_id: int
-    window: int | None = None
+    first: NDArray[np.int64] | None = None
 
     @classmethod
     def of_tokens(
-        cls,
-        sequences: Sequence[Sequence[int]],
-        targets: Sequence[Sequence[int]],
-        pad_id: int,
-        *,
-        window: int,
+        cls, examples: Sequence[Sequence[tuple[Sequence[int], Sequence[int]]]], pad_id: int
     ) -> Encoded:
-        """From one list of token ids an example, and the target of each token."""
-        plain = cls.of(sequences, [0] * len(sequences), pad_id)
-        flat = (target for some in targets for target in some)
+        """From the sequences of each example, each as token ids and a target for each of them."""
+        pairs = [pair for sequences in examples for pair in sequences]
+        plain = cls.of([ids for ids, _ in pairs], [0] * len(pairs), pad_id)
+        flat = (target for _, targets in pairs for target in targets)
         by_token = np.fromiter(flat, dtype=np.int64, count=len(plain.ids))
-        return cls(plain.ids, plain.offsets, by_token, pad_id, window)
+        first = np.cumsum([0, *map(len, examples)])
+        return cls(plain.ids, plain.offsets, by_token, pad_id, first)
 
     @classmethod
     def of(
@@ -84,68 +81,87 @@ class Encoded:
         return cls(ids, offsets, found.astype(np.float32), pad_id)
 
     def __len__(self) -> int:
-        return len(self.offsets) - 1
+        return len(self._bounds) - 1
+
+    @cached_property
+    def _bounds(self) -> NDArray[np.int64]:
+        """The first sequence of each example, and how many there are."""
+        return np.arange(len(self.offsets)) if self.first is None else self.first
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each example, shape [n]."""
-        return np.diff(self.offsets)
-
-    def tokens(self, row: int) -> NDArray[np.int32]:
-        """Token ids of one example."""
-        return self.ids[self.offsets[row] : self.offsets[row + 1]]
-
-    def token_targets(self, row: int) -> NDArray[np.int64]:
-        """The targets of one example's tokens, where they have one each."""
-        found: NDArray[np.int64] = self.targets[self.offsets[row] : self.offsets[row + 1]]
-        return found
+        return np.diff(self.offsets[self._bounds])
 
     @cached_property
     def sequences(self) -> NDArray[np.int64]:
-        """How many sequences of a batch each example takes, to within one; shape [n]."""
-        if self.window is None:
-            return np.ones(len(self), dtype=np.int64)
-        beyond = np.maximum(self.lengths - self.window, 0)
-        found: NDArray[np.int64] = 1 - (-beyond // _stride(self.window))
+        """How many sequences of a batch each example takes, shape [n]."""
+        return np.diff(self._bounds)
+
+    def tokens(self, row: int) -> NDArray[np.int32]:
+        """Token ids of one example."""
+        return self.ids[self._span(row)]
+
+    def token_targets(self, row: int) -> NDArray[np.int64]:
+        """The targets of one example's tokens, where they have one each."""
+        found: NDArray[np.int64] = self.targets[self._span(row)]
         return found
 
+    def _span(self, row: int) -> slice:
+        first, last = self._bounds[row], self._bounds[row + 1]
+        return slice(int(self.offsets[first]), int(self.offsets[last]))
+
+    def places(self, rows: Rows) -> NDArray[np.int64]:
+        """The sequences of some examples, in their order."""
+        if self.first is None:
+            return np.asarray(rows, dtype=np.int64)
+        own = [np.arange(self.first[row], self.first[row + 1]) for row in rows]
+        return np.concatenate([np.zeros(0, dtype=np.int64), *own])
+
     def beginning(self, row: int, length: int) -> Encoded:
-        """One example alone, of which only the first tokens are left, and windows of as many."""
-        ids, place = [self.tokens(row)[:length].tolist()], self.pad_id
-        if self.window is not None:
-            targets = [self.token_targets(row)[:length].tolist()]
-            return Encoded.of_tokens(ids, targets, place, window=length)
-        return Encoded.of(ids, self.targets[row : row + 1], place)
+        """One example alone, of which only the first tokens of its first sequence are left."""
+        first = self.subset([row])
+        ids = first.ids[: min(length, int(first.offsets[1]))].tolist()
+        if self.first is None:
+            return Encoded.of([ids], first.targets, self.pad_id)
+        return Encoded.of_tokens([[(ids, first.targets[: len(ids)].tolist())]], self.pad_id)
 
     def subset(self, rows: Rows) -> Encoded:
         """The given examples, in the given order."""
-        chosen = [self.tokens(int(row)) for row in rows]
-        offsets = np.zeros(len(chosen) + 1, dtype=np.int64)
-        np.cumsum([len(c) for c in chosen], out=offsets[1:])
+        chosen, places = [self.tokens(int(row)) for row in rows], self.places(rows)
+        offsets = np.zeros(len(places) + 1, dtype=np.int64)
+        np.cumsum(np.diff(self.offsets)[places], out=offsets[1:])
         ids = np.concatenate(chosen) if chosen else np.zeros(0, dtype=np.int32)
-        targets = self.targets[np.asarray(rows, dtype=np.int64)]
-        if self.window is not None:
-            own = [self.token_targets(int(row)) for row in rows]
-            targets = np.concatenate([np.zeros(0, dtype=np.int64), *own])
-        return Encoded(ids, offsets, targets, self.pad_id, self.window)
+        if self.first is None:
+            targets = self.targets[np.asarray(rows, dtype=np.int64)]
+            return Encoded(ids, offsets, targets, self.pad_id)
+        own = [self.token_targets(int(row)) for row in rows]
+        by_token = np.concatenate([np.zeros(0, dtype=np.int64), *own])
+        first = np.cumsum([0, *self.sequences[np.asarray(rows, dtype=np.int64)]])
+        return Encoded(ids, offsets, by_token, self.pad_id, first)
 
     def padded(self, rows: Rows, device: torch.device) -> dict[str, Tensor]:
-        """A batch padded on the right, as long as its longest example.
+        """A batch padded on the right, as long as its longest sequence.
 
         Returns
         -------
         dict
-            ``input_ids`` and ``attention_mask``, int64 of shape [len(rows), longest].
+            ``input_ids`` and ``attention_mask``, int64 of shape [sequences, longest].
         """
         chosen = self.subset(rows)
-        lengths, width = chosen.lengths[:, None], int(chosen.lengths.max(initial=0))
-        real = np.arange(width)[None, :] < lengths
+        real = chosen.real
         ids = np.full(real.shape, self.pad_id, dtype=np.int64)
         ids[real] = chosen.ids
         return {
             "input_ids": torch.from_numpy(ids).to(device),
             "attention_mask": torch.from_numpy(real.astype(np.int64)).to(device),
         }
+
+    @property
+    def real(self) -> NDArray[np.bool_]:
+        """Where a padded batch of all sequences has tokens, shape [sequences, longest]."""
+        lengths = np.diff(self.offsets)
+        return np.arange(int(lengths.max(initial=0)))[None, :] < lengths[:, None]
 
 
 def record_of(batch: Batch, records: int) -> Tensor:
@@ -182,7 +198,7 @@ def batches(
     if not len(chosen):
         return []
     lengths, sequences = encoded.lengths[chosen], encoded.sequences[chosen]
-    if units is None and encoded.window is not None:
+    if units is None and encoded.first is not None:
         units = np.arange(len(chosen))
     if units is None:
         ordered = chosen[np.argsort(lengths, kind="stable")]

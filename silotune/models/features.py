@@ -9,7 +9,7 @@ rounding of another batch's padding, for about half the time.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from silotune.models.batching import Encoded, Rows, batches
+from silotune.models.batching import Batch, Encoded, Rows, batches
 from silotune.models.task import LoadedModel, TaskModel
 
 _MOST_BYTES = 2**30  # of one site's records; more are not kept
@@ -39,8 +39,8 @@ class PrefixCache:
     """
 
     def __init__(self, encoded: Encoded, *, size: int, tokens: Tensor | None = None) -> None:
-        self._offsets = encoded.offsets
-        self._lengths = encoded.lengths
+        self._encoded = encoded
+        self._offsets, self._lengths = encoded.offsets, np.diff(encoded.offsets)
         shape = (int(self._offsets[-1]), size)
         self.tokens = torch.empty(shape) if tokens is None else tokens
         if self.tokens.shape != shape:
@@ -58,14 +58,14 @@ class PrefixCache:
         return int(encoded.offsets[-1]) * size * 4 <= _MOST_BYTES
 
     def put(self, rows: Rows, hidden: Tensor) -> None:
-        """Keep the hidden states [len(rows), longest, size] of some records, padded right."""
-        for row, states in zip(rows, hidden.float().cpu(), strict=True):
-            start, length = int(self._offsets[row]), int(self._lengths[row])
+        """Keep the hidden states [sequences, longest, size] of some records, padded right."""
+        for place, states in zip(self._encoded.places(rows), hidden.float().cpu(), strict=True):
+            start, length = int(self._offsets[place]), int(self._lengths[place])
             self.tokens[start : start + length] = states[:length]
 
     def get(self, rows: Rows, device: torch.device) -> Tensor:
-        """Hidden states [len(rows), longest, size] of some records, zero where padded."""
-        chosen = np.asarray(rows, dtype=np.int64)
+        """Hidden states [sequences, longest, size] of some records, zero where padded."""
+        chosen = self._encoded.places(rows)
         lengths = self._lengths[chosen]
         columns = np.arange(int(lengths.max(initial=0)))[None, :]
         real = torch.from_numpy(columns < lengths[:, None])
@@ -83,7 +83,7 @@ class Frozen:
     ----------
     features : Tensor
         Float32 of shape [records, hidden], on the CPU, in the order of the records: normalised,
-        centred and scaled, as the head expects them.
+        centred and scaled, as the head expects them. Where it sees each token, [tokens, hidden].
     prefix : PrefixCache or None
         Hidden states at the first trained layer, where there are frozen layers below it.
     """
@@ -117,6 +117,13 @@ class Frozen:
             return cls(features, None)
         return cls(features, PrefixCache(encoded, size=tokens.shape[1], tokens=tokens))
 
+    def seen(self, encoded: Encoded, rows: Rows, device: torch.device) -> Tensor:
+        """What the head sees of some records: [n, hidden], or [sequences, longest, hidden]."""
+        if encoded.first is None:
+            return self.features[np.asarray(rows, dtype=np.int64)].to(device)
+        cache = PrefixCache(encoded, size=self.features.shape[1], tokens=self.features)
+        return cache.get(rows, device)
+
     def inputs(self, model: LoadedModel, encoded: Encoded, rows: Rows) -> dict[str, Tensor]:
         """The task's batch of some records, with the prefix where it is kept."""
         batch = model.task.collate(encoded, rows, model.device)
@@ -142,19 +149,58 @@ def compute_frozen(model: LoadedModel, encoded: Encoded, *, batch: int = 64) -> 
     """
     module, prefix = model.module, model.module.prefix
     size = module.centre.numel()
-    features = torch.empty(len(encoded), size)
     kept = prefix is not None and PrefixCache.fits(encoded, size=size)
     cache = PrefixCache(encoded, size=size) if kept else None
-    with module.inference(), _adapter_off(module):
+
+    def inputs(rows: Rows) -> Batch:
+        return encoded.padded(rows, model.device)
+
+    with _adapter_off(module):
+        if prefix is None or cache is None:
+            return Frozen(features_of(model, encoded, inputs, batch=batch), None)
+        with prefix.capture() as seen:
+
+            def keep(rows: Rows) -> None:
+                cache.put(rows, seen.pop())
+
+            return Frozen(features_of(model, encoded, inputs, batch=batch, each=keep), cache)
+
+
+def features_of(
+    model: LoadedModel,
+    encoded: Encoded,
+    inputs: Callable[[Rows], Batch],
+    *,
+    batch: int,
+    each: Callable[[Rows], None] = lambda rows: None,
+) -> Tensor:
+    """Features of every record as `Frozen` keeps them, by the model as it is.
+
+    Parameters
+    ----------
+    model : LoadedModel
+        With a head.
+    encoded : Encoded
+        The records.
+    inputs : callable
+        Gives the model's batch of some of them.
+    batch : int
+        Most sequences of a forward pass.
+    each : callable
+        Told the rows after each forward pass.
+    """
+    module, size = model.module, model.module.centre.numel()
+    tokens = None if encoded.first is None else PrefixCache(encoded, size=size)
+    found = torch.empty(len(encoded), size) if tokens is None else tokens.tokens
+    with module.inference():
         for rows in batches(encoded, range(len(encoded)), size=batch):
-            inputs = encoded.padded(rows, model.device)
-            if prefix is None or cache is None:
-                features[rows] = module.features(inputs).cpu()
-                continue
-            with prefix.capture() as seen:
-                features[rows] = module.features(inputs).cpu()
-            cache.put(rows, seen[0])
-    return Frozen(features, cache)
+            features = module.features(inputs(rows)).cpu()
+            if tokens is None:
+                found[rows] = features
+            else:
+                tokens.put(rows, features)
+            each(rows)
+    return found
 
 
 @contextmanager

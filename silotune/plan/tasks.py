@@ -69,11 +69,11 @@ class TaskFacts:
         What is loaded of the base model: "encoder" (its hidden states), "decoder" (a causal language
         model with its vocabulary) or "image" (an encoder of images).
     pools : bool
-        Whether a head sees one vector a record: it can then be trained alone, on features that are
-        computed once, and through random features.
+        Whether a head sees vectors of a record that don't hang on what it answers: it can then be
+        trained alone, on features that are computed once, and through random features.
     each_token : bool
-        Whether a head sees the vector of each token. Long texts are then read in windows, and one
-        label is enough.
+        Whether these are the vectors of each token, and not one. Long texts are then read in windows,
+        and one label is enough.
     has_head : bool
         Whether a head is trained beside the adapter; always, where one pools.
     has_labels : bool
@@ -138,7 +138,6 @@ TASKS: Mapping[str, TaskFacts] = {
         roles=frozenset({"text", "spans"}),
         reads=("text",),
         target="spans",
-        pools=False,
         each_token=True,
         outputs=lambda model: 2 * len(model.labels) + 1,  # outside, begin and inside of each
         shape=lambda model: (3 * len(model.labels) + 1,),

@@ -35,9 +35,9 @@ from silotune.data.declared import own_secret
 from silotune.data.records import Records, Split
 from silotune.data.site import SiteConfig
 from silotune.models.adapter import write_adapter
-from silotune.models.batching import Encoded, batches
+from silotune.models.batching import Encoded
 from silotune.models.choices import Choices
-from silotune.models.features import Frozen
+from silotune.models.features import Frozen, features_of
 from silotune.models.layout import Layout, initial_adapter, laid_out
 from silotune.plan.plan import Plan
 from silotune.privacy.noise import noise_for
@@ -348,33 +348,27 @@ def _with_own_heads(job: Job, plan: Plan, parts: list[SiteRun]) -> Outcome:
     )
 
 
-def _own_head(
-    part: SiteRun, plan: Plan, features: torch.Tensor, *, start: Vector
-) -> tuple[Vector, int]:
+def _own_head(part: SiteRun, plan: Plan, adapted: Frozen, *, start: Vector) -> tuple[Vector, int]:
     """The federation's adapter with a head that one site trained on, and the records that took."""
-    own = _trainer(part, node=1, frozen=lambda: Frozen(features, None))
+    own = _trainer(part, node=1, frozen=lambda: adapted)
     return federate(plan, [own], start=start)
 
 
-def _features(part: SiteRun, adapter: Vector) -> torch.Tensor:
-    """Features [records, hidden] of a site's records under an adapter."""
-    model = _local(part).trainable.model
+def _features(part: SiteRun, adapter: Vector) -> Frozen:
+    """Features of a site's records under an adapter."""
+    local = _local(part)
+    model, encoded = local.trainable.model, local.encoded
     write_adapter(model, adapter)
-    found = torch.empty(len(_local(part).encoded), model.module.centre.numel())
-    with model.module.inference():
-        for rows in batches(
-            _local(part).encoded, range(len(_local(part).encoded)), size=_SCORE_BATCH
-        ):
-            inputs = _local(part).trainer.inputs(rows)
-            found[rows] = model.module.features(inputs).cpu()
-    return found
+    inputs = local.trainer.inputs
+    found = features_of(model, encoded, lambda rows: inputs([*map(int, rows)]), batch=_SCORE_BATCH)
+    return Frozen(found, None)
 
 
-def _head_counts(part: SiteRun, adapter: Vector, adapted: Mapping[str, torch.Tensor]) -> Counts:
+def _head_counts(part: SiteRun, adapter: Vector, adapted: Mapping[str, Frozen]) -> Counts:
     """Counts of an adapter's head on a site's test records."""
     model, rows = _local(part).trainable.model, _local(part).records.rows(Split.TEST)
     write_adapter(model, adapter)
-    features = adapted[part.site.name][rows].to(model.device)
+    features = adapted[part.site.name].seen(_local(part).encoded, rows, model.device)
     return model.task.head_score(model.module, features, _local(part).encoded, rows)
 
 

@@ -167,7 +167,7 @@ def score(
     size = training.job.plan.privacy.max_physical_batch
     for rows in batches(training.encoded, training.records.rows(split), size=size):
         if frozen:
-            features = training.trainer.frozen.features[rows].to(model.device)
+            features = training.trainer.frozen.seen(training.encoded, rows, model.device)
             counts = model.task.head_score(model.module, features, training.encoded, rows)
         else:
             counts = model.task.score(model.module, training.trainer.inputs(rows))

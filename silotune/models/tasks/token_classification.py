@@ -16,7 +16,7 @@ between them) are one answer, by their mean probabilities.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,6 @@ from silotune.models.batching import (
     Rows,
     batches,
     padding_id,
-    room_in,
     surrounding_ids,
     windows_of,
 )
@@ -43,8 +42,7 @@ from silotune.models.task import LoadedModel, TaskModel
 from silotune.plan.plan import Plan
 
 _PREDICT_BATCH = 64
-_AROUND = -1  # target of what the tokenizer puts around a text
-_BLANK = -2  # of a token that is nothing but spaces: neither learned nor answered
+_BLANK = -1  # target of a token that is nothing but spaces: neither learned nor answered
 _GOES_ON = 1 << 20  # set in the target of a token that goes on with the word before it
 _IGNORED = -100
 _LIKELY = 0.5
@@ -99,51 +97,28 @@ class TokenClassification:
             where a token is not the window's own; ``goes_on``, whether a token goes on with a word;
             ``row_of`` [windows], the place in `rows` of each window's record; ``rows`` [records].
         """
-        ids: list[NDArray[np.int64]] = []
-        targets: list[NDArray[np.int64]] = []
-        row_of: list[int] = []
-        for place, row in enumerate(rows):
-            for own_ids, own_targets in _windows(encoded, int(row)):
-                ids.append(own_ids)
-                targets.append(own_targets)
-                row_of.append(place)
-        width = max(map(len, ids), default=0)
-        shape = (len(ids), width)
-        padded, tags = np.full(shape, encoded.pad_id), np.full(shape, _IGNORED)
-        real = np.zeros(shape, dtype=np.int64)
-        for number, (own_ids, own_targets) in enumerate(zip(ids, targets, strict=True)):
-            padded[number, : len(own_ids)], real[number, : len(own_ids)] = own_ids, 1
-            tags[number, : len(own_ids)] = own_targets
-        goes_on = (tags >= 0) & (tags & _GOES_ON > 0)
-        tags = np.where(tags >= 0, tags & (_GOES_ON - 1), _IGNORED)
+        chosen = encoded.subset(rows)
+        marks = np.full(chosen.real.shape, _IGNORED)
+        marks[chosen.real] = chosen.targets
+        own = marks >= 0
         arrays = {
-            "input_ids": padded, "attention_mask": real, "targets": tags, "goes_on": goes_on,
-            "row_of": np.asarray(row_of, dtype=np.int64), "rows": np.arange(len(rows)),
-        }  # fmt: skip
-        return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+            "targets": np.where(own, marks & (_GOES_ON - 1), _IGNORED),
+            "goes_on": own & (marks & _GOES_ON > 0),
+            "row_of": np.repeat(np.arange(len(rows)), chosen.sequences),
+            "rows": np.arange(len(rows)),
+        }
+        tensors = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+        return encoded.padded(rows, device) | tensors
 
     def losses(self, model: TaskModel, batch: Batch) -> Tensor:
         """Mean loss of each record's tokens, whatever windows they are in; float32 of shape [n]."""
-        logits, targets = model(batch).float(), batch["targets"]
-        each = cross_entropy(
-            logits.transpose(1, 2), targets, reduction="none", ignore_index=_IGNORED
-        )
-        number = (targets != _IGNORED).sum(1)
-        # By a product, whose sums have one order on every device.
-        mine = (batch["row_of"] == batch["rows"][:, None]).to(each.dtype)
-        return (mine @ each.sum(1)) / (mine @ number.to(each.dtype)).clamp(min=1.0)
+        return _losses(model(batch), batch)
 
     def head_losses(
         self, model: TaskModel, features: Tensor, encoded: Encoded, rows: Rows
     ) -> Tensor:
-        """Its head sees tokens, and no features are kept of them. Raises `ModelError`."""
-        raise ModelError("token_classification has no head that could be trained alone")
-
-    def head_score(
-        self, model: TaskModel, features: Tensor, encoded: Encoded, rows: Rows
-    ) -> NDArray[np.float64]:
-        """Its head sees tokens, and no features are kept of them. Raises `ModelError`."""
-        raise ModelError("token_classification has no head that could be scored alone")
+        """The same from the features [windows, tokens, hidden] of the given rows."""
+        return _losses(model.logits(features), self.collate(encoded, rows, features.device))
 
     def score(self, model: TaskModel, batch: Batch, *, cap: float = math.inf) -> Floats:
         """Of each label the entities found rightly, found, and there; at last the records.
@@ -152,26 +127,15 @@ class TokenClassification:
         entities of one record have together an L2 norm of at most `cap`: what is beyond counts less.
         """
         with model.inference():
-            logits = model(batch).float()
-        own = batch["targets"] != _IGNORED
-        shares = _finite(logits[own].softmax(-1).double().cpu().numpy())
-        targets = batch["targets"][own].cpu().numpy()
-        goes_on = batch["goes_on"][own].cpu().numpy()
-        row_of = batch["row_of"][:, None].expand_as(own)[own].cpu().numpy()
-        kinds, n = (shares.shape[1] - 1) // 2, len(batch["rows"])
-        total = np.zeros(3 * kinds + 1)
-        for row in range(n):
-            mine = row_of == row
-            found = set(_entities(_words_tags(shares[mine], goes_on[mine], _LIKELY)))
-            there = set(_entities(targets[mine]))
-            counts = np.zeros((3, kinds))
-            for number, entities in enumerate((found & there, found, there)):
-                for _, _, kind in entities:
-                    counts[number, kind] += 1.0
-            norm = float(np.linalg.norm(counts))
-            total[:-1] += counts.ravel() * min(1.0, cap / norm if norm else 1.0)
-        total[-1] = n
-        return total
+            return _counts(model(batch), batch, cap=cap)
+
+    def head_score(
+        self, model: TaskModel, features: Tensor, encoded: Encoded, rows: Rows
+    ) -> NDArray[np.float64]:
+        """The same counts from the features [windows, tokens, hidden] of the given rows."""
+        with model.inference():
+            batch = self.collate(encoded, rows, features.device)
+            return _counts(model.logits(features), batch, cap=math.inf)
 
     def predict(
         self, model: LoadedModel, examples: Sequence[Mapping[str, str]]
@@ -179,6 +143,41 @@ class TokenClassification:
         """The spans of each text, in the order of the text."""
         found = find_spans(model, [example["text"] for example in examples])
         return [Prediction(output=[span._asdict() for span in spans]) for spans in found]
+
+
+def _losses(logits: Tensor, batch: Batch) -> Tensor:
+    """Mean loss [n] of each record's own tokens, from logits [windows, tokens, tags]."""
+    targets = batch["targets"]
+    each = cross_entropy(
+        logits.float().transpose(1, 2), targets, reduction="none", ignore_index=_IGNORED
+    )
+    number = (targets != _IGNORED).sum(1)
+    # By a product, whose sums have one order on every device.
+    mine = (batch["row_of"] == batch["rows"][:, None]).to(each.dtype)
+    return (mine @ each.sum(1)) / (mine @ number.to(each.dtype)).clamp(min=1.0)
+
+
+def _counts(logits: Tensor, batch: Batch, *, cap: float) -> Floats:
+    """The counts [3 labels + 1] of a batch, from logits [windows, tokens, tags]."""
+    own = batch["targets"] != _IGNORED
+    shares = _finite(logits[own].float().softmax(-1).double().cpu().numpy())
+    targets = batch["targets"][own].cpu().numpy()
+    goes_on = batch["goes_on"][own].cpu().numpy()
+    row_of = batch["row_of"][:, None].expand_as(own)[own].cpu().numpy()
+    kinds, n = (logits.shape[-1] - 1) // 2, len(batch["rows"])
+    total = np.zeros(3 * kinds + 1)
+    for row in range(n):
+        mine = row_of == row
+        found = set(_entities(_words_tags(shares[mine], goes_on[mine], _LIKELY)))
+        there = set(_entities(targets[mine]))
+        counts = np.zeros((3, kinds))
+        for number, entities in enumerate((found & there, found, there)):
+            for _, _, kind in entities:
+                counts[number, kind] += 1.0
+        norm = float(np.linalg.norm(counts))
+        total[:-1] += counts.ravel() * min(1.0, cap / norm if norm else 1.0)
+    total[-1] = n
+    return total
 
 
 def find_spans(
@@ -320,40 +319,21 @@ def _encoded(
     window: int,
     most: int | None,
 ) -> Encoded:
-    """Texts with what the tokenizer puts around each, as long as `most` windows hold."""
+    """Texts in windows, each with what the tokenizer puts around a text; at most `most` of them."""
     before, behind = surrounding_ids(tokenizer)
-    pad = padding_id(tokenizer)
-    around = len(before) + len(behind)
-    room = None if most is None else room_in(most, window - around)
-    rows, tags = [], []
+    capacity = window - len(before) - len(behind)
+    examples = []
     for found, target in zip(tokens, targets, strict=True):
-        ids = found.ids[:room]
-        row = [*before, *ids, *behind] or [pad]  # a row needs one position
-        own = [_AROUND] * len(before) + list(target[:room]) + [_AROUND] * len(behind)
-        rows.append(row)
-        tags.append(own or [_AROUND])
-    return Encoded.of_tokens(rows, tags, pad, window=window)
-
-
-def _windows(encoded: Encoded, row: int) -> Iterator[tuple[Ints, Ints]]:
-    """Ids and targets of a record's windows; targets of tokens that another owns are -100."""
-    ids, targets = encoded.tokens(row).astype(np.int64), encoded.token_targets(row)
-    inside = np.flatnonzero(targets != _AROUND)
-    if not len(inside):
-        yield ids, np.full(len(ids), _IGNORED)
-        return
-    first, last = int(inside[0]), int(inside[-1]) + 1
-    before, behind = ids[:first], ids[last:]
-    assert encoded.window is not None
-    capacity = encoded.window - len(before) - len(behind)
-    for part in windows_of(last - first, capacity):
-        own = np.full(part.end - part.start, _IGNORED)
-        keep = slice(part.own_start - part.start, part.own_end - part.start)
-        own[keep] = targets[first + part.own_start : first + part.own_end]
-        own[own == _BLANK] = _IGNORED
-        around = np.full(len(before), _IGNORED), np.full(len(behind), _IGNORED)
-        middle = ids[first + part.start : first + part.end]
-        yield np.concatenate([before, middle, behind]), np.concatenate([around[0], own, around[1]])
+        windows = []
+        for part in windows_of(len(found.ids), capacity)[:most]:
+            ids = [*before, *found.ids[part.start : part.end], *behind]
+            marks = [_IGNORED] * len(ids)
+            for place in range(part.own_start, part.own_end):
+                marks[len(before) + place - part.start] = target[place]
+            # A sequence needs one position.
+            windows.append((ids, marks) if ids else ([padding_id(tokenizer)], [_IGNORED]))
+        examples.append(windows)
+    return Encoded.of_tokens(examples, padding_id(tokenizer))
 
 
 # --- entities ---
