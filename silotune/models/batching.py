@@ -104,8 +104,7 @@ class Encoded:
 
     def token_targets(self, row: int) -> NDArray[np.int64]:
         """The targets of one example's tokens, where they have one each."""
-        found: NDArray[np.int64] = self.targets[self._span(row)]
-        return found
+        return self.targets[self._span(row)].astype(np.int64, copy=False)
 
     def _span(self, row: int) -> slice:
         first, last = self._bounds[row], self._bounds[row + 1]
