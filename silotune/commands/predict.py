@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
@@ -21,6 +22,7 @@ from silotune.terminal import say, terminal
 
 if TYPE_CHECKING:
     from silotune.inference.answers import Answered
+    from silotune.inference.redaction import Redaction
     from silotune.inference.written import Answer
     from silotune.models.task import LoadedModel
 
@@ -57,6 +59,7 @@ class Form(StrEnum):
 
     AUTO = "auto"
     LINES = "lines"
+    TEXT = "text"
     CSV = "csv"
     JSONL = "jsonl"
 
@@ -96,10 +99,27 @@ def predict(  # noqa: PLR0917 - one a command-line option
         Form,
         typer.Option(
             "--format",
-            help="Of standard input: a text a line (in quotes it may span lines), CSV with a header, "
-            "or JSON lines. 'auto' looks at the first line.",
+            help="Of standard input: a text a line (in quotes it may span lines), all of it as one "
+            "text, CSV with a header, or JSON lines. 'auto' looks at the first line.",
         ),
     ] = Form.AUTO,
+    redact: Annotated[
+        bool,
+        typer.Option(
+            "--redact",
+            help="Of a run of token_classification: give the texts back with a mark such as [NAME] in "
+            "place of what is found. Standard input that is no table is one text.",
+        ),
+    ] = False,
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            max=1.0,
+            help="Of a run of token_classification: how likely it must be that a word is part of "
+            "anything. Lower finds more, and more wrongly; .5 when absent.",
+        ),
+    ] = None,
     base: Base = None,
     device: Device = "auto",
     as_json: Annotated[
@@ -114,23 +134,40 @@ def predict(  # noqa: PLR0917 - one a command-line option
     `prediction` and, where the task has labels, `probability_LABEL` (in JSON lines `probabilities`). It
     goes through the file block by block. A killed run goes on where it stopped when the command is given
     again; with another model, input or options it is refused. The output is for its owner only (0600).
+
+    With --redact the text itself is replaced, everything else of it stays as it is, and how much was
+    found of each label is told at the end. A model misses some: have people look at what matters.
     """
+    from silotune.inference.redaction import finding
     from silotune.rounds.trained import find_trained
 
     trained = find_trained(run)
+    for option in ["--redact"] * redact + ["--threshold"] * (threshold is not None):
+        if not trained.plan.task.each_token:
+            raise typer.BadParameter(
+                f"{trained.plan.model.task} finds nothing in a text", param_hint=option
+            )
     roles = named_columns(columns or [], trained.plan.task.reads)
+    first = next(iter(roles))
+
+    def model() -> LoadedModel:
+        return finding(trained.load(base=base, device=device), threshold=threshold)
+
     if data is not None:
         if texts:
             raise typer.BadParameter("give texts or --data")
-        model = trained.load(base=base, device=device)
-        _answer_file(model, data, out, roles, prefix=prefix, force=force, as_json=as_json)
+        redaction = _redaction(roles[first]) if redact else None
+        options = {"threshold": threshold} if trained.plan.task.each_token else {}
+        how = {"prefix": prefix, "force": force, "options": options, "as_json": as_json}
+        _answer_file(model(), data, out, roles, redaction, **how)
         return
+    shown = _print_redacted if redact else _print
     if texts and texts != ["-"]:
-        model = trained.load(base=base, device=device)
-        _print(model, iter([[{next(iter(roles)): text} for text in texts]]), len(texts), as_json)
+        shown(model(), iter([[{first: text} for text in texts]]), len(texts), as_json)
         return
-    with _standard_input(form, roles) as (blocks, several):
-        _print(trained.load(base=base, device=device), blocks, several, as_json)
+    plain = Form.TEXT if redact else Form.LINES
+    with _standard_input(form, roles, plain=plain) as (blocks, several):
+        shown(model(), blocks, several, as_json)
 
 
 def named_columns(given: Sequence[str], roles: Sequence[str]) -> dict[str, str]:
@@ -154,9 +191,11 @@ def _answer_file(
     data: Path,
     out: Path | None,
     roles: Mapping[str, str],
+    redaction: Redaction | None,
     *,
     prefix: str,
     force: bool,
+    options: Mapping[str, Any],
     as_json: bool,
 ) -> None:
     from silotune.inference.answers import answer_file
@@ -169,11 +208,22 @@ def _answer_file(
             given,
             out or _beside(data),
             prefix=prefix,
+            options=options,
             force=force,
             started=started,
             advance=advance,
+            **({"revise": redaction} if redaction else {}),
         )
-    _tell(found, as_json=as_json)
+    _tell(found, redaction, model.plan.model.labels, as_json=as_json)
+
+
+def _redaction(column: str) -> Redaction:
+    from silotune.data.columns import pieces_of
+    from silotune.inference.redaction import Redaction
+
+    if pieces_of(column) is not None:
+        raise typer.BadParameter("--redact replaces one column", param_hint="--column")
+    return Redaction(column)
 
 
 def _beside(data: Path) -> Path:
@@ -186,19 +236,30 @@ def _beside(data: Path) -> Path:
     return data.with_name(f"{data.name.split('.')[0]}.predictions{end}")
 
 
-def _tell(found: Answered, *, as_json: bool) -> None:
+def _tell(
+    found: Answered, redaction: Redaction | None, labels: Sequence[str], *, as_json: bool
+) -> None:
     if as_json:
         shown = {
             "out": str(found.out),
             "records": found.records,
             "empty": found.empty,
             "answered_before": found.before,
+            **({"found": dict(redaction.found)} if redaction else {}),
         }
         typer.echo(json.dumps(shown))
         return
     empty = f", {found.empty} of which are empty and have no answer" if found.empty else ""
     before = f"; {found.before:,} were answered before" if found.before else ""
     say(f"Wrote {found.out}: {found.records:,} records{empty}{before}.")
+    if redaction:
+        _tell_found(redaction.found, labels)
+
+
+def _tell_found(found: Mapping[str, int], labels: Sequence[str]) -> None:
+    from silotune.inference.redaction import in_words
+
+    terminal(stderr=True).print(f"Found {in_words(found, labels)}.", soft_wrap=True)
 
 
 @contextmanager
@@ -228,14 +289,20 @@ Examples = Sequence[Mapping[str, str]]
 
 @contextmanager
 def _standard_input(
-    form: Form, roles: Mapping[str, str]
+    form: Form, roles: Mapping[str, str], *, plain: Form
 ) -> Iterator[tuple[Iterator[Examples], int]]:
-    """The records of standard input by role, some at a time, and whether there are several."""
+    """The records of standard input by role, some at a time, and how many; `plain` if no table."""
     from silotune.inference.records import Given, examples_of
 
     content = sys.stdin.buffer.read()
     first = next(iter(roles))
-    form = _form_of(content, roles[first]) if form is Form.AUTO else form
+    form = _form_of(content, roles[first], plain=plain) if form is Form.AUTO else form
+    if form is Form.TEXT:
+        try:
+            yield iter([[{first: content.decode()}]]), 1
+        except UnicodeDecodeError as exc:
+            raise DatasetUnreadable(f"standard input is not UTF-8: {exc.reason}") from exc
+        return
     if form is Form.LINES:
         found = [{first: text} for text in _of_lines(content)]
         yield iter([found]), len(found)
@@ -251,13 +318,13 @@ def _standard_input(
         yield blocks, records
 
 
-def _form_of(content: bytes, column: str) -> Form:
+def _form_of(content: bytes, column: str, *, plain: Form) -> Form:
     start = content.decode("utf-8-sig", "replace").lstrip()
     if start.startswith("{"):
         return Form.JSONL
     first = start.split("\n", 1)[0].rstrip("\r")
     fields = (next(csv.reader([first], delimiter=sign), []) for sign in _DELIMITERS)
-    return Form.CSV if any(column in names for names in fields) else Form.LINES
+    return Form.CSV if any(column in names for names in fields) else plain
 
 
 def _of_lines(content: bytes) -> list[str]:
@@ -292,6 +359,28 @@ def _print(model: LoadedModel, blocks: Iterator[Examples], several: int, as_json
                 typer.echo(_shown(answer, text))
             else:
                 typer.echo(_shown(answer, text))
+
+
+def _print_redacted(
+    model: LoadedModel, blocks: Iterator[Examples], several: int, as_json: bool
+) -> None:
+    """Print texts without what was found in them; one text alone byte for byte."""
+    from silotune.inference.answers import answers_to
+    from silotune.inference.redaction import moved, redacted
+
+    found: Counter[str] = Counter()
+    for examples in blocks:
+        for example, answer in zip(examples, answers_to(model, examples), strict=True):
+            (text,) = example.values()
+            spans = [moved(span, 0) for span in answer["prediction"]] if answer else []
+            own = Counter(span.label for span in spans)
+            found += own
+            shown = redacted(text, spans)
+            if as_json:
+                typer.echo(json.dumps({"redacted": shown, "found": own}))
+            else:
+                typer.echo(shown, nl=several > 1 or not shown.endswith("\n"))
+    _tell_found(found, model.plan.model.labels)
 
 
 def _as_json(answer: Answer | None) -> Any:

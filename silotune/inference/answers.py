@@ -18,7 +18,7 @@ from typing import IO, Any
 from silotune.data.table import Table
 from silotune.inference.errors import AnswersInTheWay
 from silotune.inference.records import Given, examples_of
-from silotune.inference.written import Answer, Columns, output_format, write
+from silotune.inference.written import Answer, Columns, Revise, output_format, write
 from silotune.models.adapter import read_adapter
 from silotune.models.prediction import Prediction
 from silotune.models.task import LoadedModel
@@ -110,6 +110,7 @@ def answer_file(
     extra: Extra | None = None,
     temperature: float = 1.0,
     options: Mapping[str, Any] | None = None,
+    revise: Revise = lambda block, answers: block,
     force: bool = False,
     started: Callable[[int, int], None] = lambda total, done: None,
     advance: Callable[[int], None] = lambda records: None,
@@ -132,6 +133,8 @@ def answer_file(
         Divides the logits behind probabilities.
     options : mapping, optional
         What else the answers depend on: those of an earlier call must have had the same.
+    revise : callable
+        Gives the records that are written, of those that were read and their answers.
     force : bool
         Begin anew, whatever is there.
     started, advance : callable
@@ -153,7 +156,7 @@ def answer_file(
     outline, digest = given.outline(), file_sha256(given.path)
     columns = Columns(
         given=outline.columns,
-        labels=model.plan.model.labels,
+        labels=() if model.plan.task.each_token else model.plan.model.labels,
         extra=extra.names if extra else (),
         prefix=prefix,
         nested=kind == "jsonl",
@@ -177,7 +180,7 @@ def answer_file(
     if file_sha256(given.path) != digest:
         raise AnswersInTheWay(f"{given.path} was changed while it was answered")
     empty = sum(answer is None for answer in _answers(part))
-    write(out, kind, given, columns, lambda: _answers(part))
+    write(out, kind, given, columns, lambda: _answers(part), revise=revise)
     part.unlink()
     return Answered(out=out, records=outline.records, empty=empty, before=before)
 

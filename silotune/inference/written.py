@@ -33,6 +33,9 @@ WRITTEN = ("csv", "jsonl", "parquet")
 Answer = Mapping[str, Any]
 """What is added to a record: ``prediction``, perhaps ``probabilities`` by label, perhaps more."""
 
+Revise = Callable[[RecordBlock, Sequence[Answer | None]], RecordBlock]
+"""What becomes of records, once their answers are known."""
+
 _Blocks = Iterable[tuple[RecordBlock, Sequence[Mapping[str, Any]]]]
 
 
@@ -102,13 +105,13 @@ def write(
     given: Given,
     columns: Columns,
     answers: Callable[[], Iterator[Answer | None]],
+    *,
+    revise: Revise,
 ) -> None:
     """Write all records of a file with their answers to `out`, in one step and for its owner only."""
     made = answers()
-    blocks = (
-        (block, [columns.values(answer) for answer in islice(made, len(block.rows))])
-        for block, _ in given.blocks()
-    )
+    pairs = ((block, [*islice(made, len(block.rows))]) for block, _ in given.blocks())
+    blocks = ((revise(block, found), [*map(columns.values, found)]) for block, found in pairs)
     temporary = out.with_name(f".{out.name}.tmp")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "wb") as file:

@@ -59,8 +59,18 @@ class _Tokens:
     places: list[tuple[int, int]]
 
 
+@dataclass(frozen=True)
 class TokenClassification:
-    """Cross-entropy of the tag of each token."""
+    """Cross-entropy of the tag of each token.
+
+    Parameters
+    ----------
+    threshold : float
+        How likely it must be that a word is in any entity, where something is predicted. A lower one
+        finds more, and more wrongly.
+    """
+
+    threshold: float = _LIKELY
 
     def example(self, text: str, *, number: int, plan: Plan) -> dict[str, str]:
         """A text whose first word is an entity."""
@@ -141,7 +151,8 @@ class TokenClassification:
         self, model: LoadedModel, examples: Sequence[Mapping[str, str]]
     ) -> list[Prediction]:
         """The spans of each text, in the order of the text."""
-        found = find_spans(model, [example["text"] for example in examples])
+        texts = [example["text"] for example in examples]
+        found = find_spans(model, texts, threshold=self.threshold)
         return [Prediction(output=[span._asdict() for span in spans]) for spans in found]
 
 
