@@ -158,8 +158,17 @@ def predict(  # noqa: PLR0917 - one a command-line option
             raise typer.BadParameter("give texts or --data")
         redaction = _redaction(roles[first]) if redact else None
         options = {"threshold": threshold} if trained.plan.task.each_token else {}
-        how = {"prefix": prefix, "force": force, "options": options, "as_json": as_json}
-        _answer_file(model(), data, out, roles, redaction, **how)
+        _answer_file(
+            model(),
+            data,
+            out,
+            roles,
+            redaction,
+            prefix=prefix,
+            force=force,
+            options=options,
+            as_json=as_json,
+        )
         return
     shown = _print_redacted if redact else _print
     if texts and texts != ["-"]:
@@ -209,10 +218,10 @@ def _answer_file(
             out or _beside(data),
             prefix=prefix,
             options=options,
+            revise=redaction or (lambda block, answers: block),
             force=force,
             started=started,
             advance=advance,
-            **({"revise": redaction} if redaction else {}),
         )
     _tell(found, redaction, model.plan.model.labels, as_json=as_json)
 
