@@ -59,7 +59,7 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def wait_for(condition, *, seconds=90.0, what="it", every=0.05):
+def wait_for(condition, *, seconds=240.0, what="it", every=0.05):
     """Until `condition()` is true; its value."""
     ends = time.monotonic() + seconds
     while time.monotonic() < ends:
