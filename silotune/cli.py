@@ -20,6 +20,7 @@ from silotune.commands import (
     predict,
     reference,
     results,
+    serving,
     simulate,
     site,
     tune,
@@ -50,6 +51,7 @@ app.command("export")(results.export)
 app.command("release")(results.release)
 app.command("dashboard")(results.dashboard)
 app.command("predict")(predict.predict)
+app.command("serve")(serving.serve)
 app.add_typer(site.app, name="site")
 app.add_typer(books.ledger, name="ledger")
 app.add_typer(books.certificates, name="certificate")

@@ -1,0 +1,114 @@
+"""What a served model is asked and answers, as its OpenAPI document says it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+MOST_EXAMPLES = 256
+MOST_CHARACTERS = 100_000
+MOST_MESSAGES = 256
+MOST_NEW_TOKENS = 1 << 20
+
+Text = Annotated[str, Field(min_length=1, max_length=MOST_CHARACTERS)]
+
+
+class Strict(BaseModel):
+    """A body in which nothing unknown may stand."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class PredictRequest(Strict):
+    """Examples by role, such as ``{"text": "..."}``: what the model reads is told by ``/v1/models``."""
+
+    examples: Annotated[list[dict[str, Text]], Field(min_length=1, max_length=MOST_EXAMPLES)]
+
+
+class Predicted(BaseModel):
+    """The answer of one example."""
+
+    output: Any = Field(
+        description="A label, labels, a number, spans or a text, as the task has it."
+    )
+    probabilities: dict[str, float] = Field(description="By label; empty where the task has none.")
+
+
+class PredictReply(BaseModel):
+    """One prediction an example, in order."""
+
+    model: str
+    predictions: list[Predicted]
+
+
+class Message(Strict):
+    """One turn of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    content: Text
+
+
+class ChatRequest(BaseModel):
+    """As OpenAI's API has it; what this server can't do is refused, and unknown keys are left alone."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
+    model: str | None = None
+    stream: bool = False
+    n: Annotated[int, Field(ge=1, le=1)] = 1
+    temperature: Annotated[float, Field(ge=0.0, le=2.0)] | None = Field(
+        None, description="Answers are greedy, whatever it is."
+    )
+
+
+class Choice(BaseModel):
+    """An answer; it ends by itself or at the plan's longest."""
+
+    index: int = 0
+    message: dict[str, str]
+    finish_reason: Literal["stop"] = "stop"
+
+
+class ChatReply(BaseModel):
+    """As OpenAI's API has it."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[Choice]
+
+
+class ModelCard(BaseModel):
+    """The model that is served."""
+
+    id: str
+    object: Literal["model"] = "model"
+    owned_by: Literal["silotune"] = "silotune"
+    task: str
+    reads: list[str] = Field(description="The roles of an example.")
+    labels: list[str]
+    plan_sha256: str
+
+
+class ModelList(BaseModel):
+    """As OpenAI's API has it: one model."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class Health(BaseModel):
+    """That the server is up, and how many examples wait."""
+
+    status: Literal["ok"] = "ok"
+    waiting: int
+
+
+class Problem(BaseModel):
+    """Why there is no answer: a code of docs/errors.md where there is one. Never quotes a text."""
+
+    code: str
+    detail: str
