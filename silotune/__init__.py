@@ -24,6 +24,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 if TYPE_CHECKING:
     from silotune.api.comparison import Comparison, compare
+    from silotune.api.exporting import ExportedAdapter, export_adapter
     from silotune.api.model import Model, load
     from silotune.api.run import Run
     from silotune.api.simulating import resume, simulate
@@ -32,11 +33,13 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Comparison": "api.comparison",
+    "ExportedAdapter": "api.exporting",
     "Model": "api.model",
     "Plan": "plan.plan",
     "Run": "api.run",
     "Site": "api.site",
     "compare": "api.comparison",
+    "export_adapter": "api.exporting",
     "load": "api.model",
     "partition": "api.site",
     "resume": "api.simulating",
@@ -45,12 +48,14 @@ _HOME = {
 
 __all__ = [
     "Comparison",
+    "ExportedAdapter",
     "Model",
     "Plan",
     "Run",
     "Site",
     "__version__",
     "compare",
+    "export_adapter",
     "load",
     "partition",
     "resume",

@@ -572,3 +572,14 @@ class ReleaseInvalid(PrivacyError):
     title = "The signed release does not verify"
     cause = "Its signature does not fit, or the adapter or a certificate was changed after signing."
     advice = "Use the adapter that was signed, or have this one pass the gate again."
+
+
+class ExportRefused(EnvironmentFault):
+    """A form that can't hold the model, or answers otherwise."""
+
+    code = "ST-762"
+    title = "The adapter can't be exported like this"
+    cause = (
+        "The form can't hold the model, or its answers about public texts were not the adapter's."
+    )
+    advice = "Choose another --format; `peft` holds every adapter."

@@ -178,3 +178,13 @@ def test_a_coordinators_run_is_exported_through_the_admin_api(office, tmp_path):
     assert north[0] < north[1] < north[2]
     assert south == pytest.approx([north[0], north[0], north[1]])
     assert not any(name.startswith("simulator") for name in curves)
+
+
+def test_curves_are_what_is_exported_where_nothing_else_is_named(run_dir, tmp_path):
+    words = [str(run_dir), "--to", "tensorboard", "--out"]
+    for name, more in (("short", []), ("long", ["curves"])):
+        found = CliRunner().invoke(app, ["export", *more, *words, str(tmp_path / name)])
+        assert found.exit_code == 0, found.output
+        assert list((tmp_path / name / run_dir.name).iterdir())
+    shown = CliRunner().invoke(app, ["export", "--help"])
+    assert {"curves", "adapter"} <= set(shown.output.split())

@@ -1,4 +1,4 @@
-"""Adapters for other programs: a PEFT folder, merged weights, ONNX; what they are allowed and shown to be."""
+"""Adapters in the forms of other programs: how they are written, and what goes with them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Literal, get_args
 
 from silotune.errors import ExportInTheWay, ExportRefused, ReleaseInvalid
-from silotune.models.adapter import HEAD, PLAN, SETTINGS, merged_readme
+from silotune.models import cards
+from silotune.models.adapter import HEAD, PLAN, SETTINGS
 from silotune.release import RELEASE_FILE, hashes_of, read
 from silotune.rounds.trained import TrainedAdapter, find_trained
 from silotune.version import __version__
@@ -76,9 +77,9 @@ def export_adapter(
     to : path
         A folder that is not there yet, or empty.
     form : str
-        ``peft``: the adapter as PEFT loads it. ``merged``: the whole model as Transformers loads it, with
-        the head in a small file beside it. ``onnx``: one graph from token ids to logits, head included.
-        ``int8``: that graph with 8-bit weights.
+        ``peft``: the adapter as PEFT loads it. ``merged``: the whole model as Transformers loads it,
+        with the head in a small file beside it. ``onnx``: one graph from token ids to logits, head
+        included. ``int8``: that graph with 8-bit weights.
     base : path, optional
         Where the base model is on this machine, if not where the plan says.
     device : str
@@ -154,7 +155,9 @@ def _companions(found: TrainedAdapter) -> dict[str, Path]:
 def _new_folder(folder: Path) -> Iterator[Path]:
     """A folder that takes its name when all is well; a failed export leaves nothing."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ExportInTheWay(f"{folder} is not empty", remedy="Give a folder that is not there yet.")
+        raise ExportInTheWay(
+            f"{folder} is not empty", remedy="Give a folder that is not there yet."
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
         made = Path(scratch) / "made"
@@ -206,7 +209,8 @@ def _describe(found: TrainedAdapter, model: LoadedModel, made: Path, form: Form)
     for name in names:
         if (found.adapter / name).is_file():
             shutil.copyfile(found.adapter / name, made / name)
-    (made / "README.md").write_text(merged_readme(found.plan, model.description, form=form), "utf-8")
+    card = cards.graph_card if form in {"onnx", "int8"} else cards.merged_card
+    (made / "README.md").write_text(card(found.plan, model.description), "utf-8")
 
 
 def _tell(found: TrainedAdapter, exported: ExportedAdapter, made: Path) -> None:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import click
 import typer
+from typer.core import TyperGroup
 
-from silotune.terminal import say
+from silotune.commands.folder import AsJson
+from silotune.commands.results import export as curves
+from silotune.terminal import say, terminal
 
 
 def serve(  # noqa: PLR0917 - one a command-line option
@@ -69,3 +76,86 @@ def serve(  # noqa: PLR0917 - one a command-line option
 
     limits = Limits(batch=batch, waiting=waiting, seconds=deadline)
     serving(model, token=token, place=place, said=said, limits=limits)
+
+
+class _Exports(TyperGroup):
+    """`silotune export RUN --to tensorboard`, as it was before there was more to export, is `curves`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse, with the name of the command that was left out."""
+        if args and args[0] not in {*self.commands, "--help"}:
+            args = ["curves", *args]
+        return super().parse_args(ctx, args)
+
+
+exports = typer.Typer(
+    cls=_Exports,
+    no_args_is_help=True,
+    help="Write a run's curves, or its adapter, for other programs.",
+)
+exports.command("curves")(curves)
+
+
+class ExportForm(StrEnum):
+    """What other programs load."""
+
+    PEFT = "peft"
+    MERGED = "merged"
+    ONNX = "onnx"
+    INT8 = "int8"
+
+
+@exports.command("adapter")
+def adapter(  # noqa: PLR0917 - one a command-line option
+    path: Annotated[
+        Path,
+        typer.Argument(help="A finished run's directory, or an adapter's.", show_default=False),
+    ],
+    to: Annotated[Path, typer.Option(help="Folder to make.")],
+    form: Annotated[
+        ExportForm,
+        typer.Option(
+            "--format",
+            help="peft: the adapter, for PEFT. merged: the whole model, for Transformers. onnx: one "
+            "graph, head included. int8: that graph with 8-bit weights.",
+        ),
+    ] = ExportForm.PEFT,
+    base: Annotated[
+        str | None,
+        typer.Option(help="Where the base model is here, if not where the plan says."),
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            help="Largest difference of an answer that is let pass, in parts of the largest: 1e-4 for "
+            "peft, 1e-3 for merged and onnx, 0.1 for int8.",
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a trained adapter in a form that other programs load, and show that it answers alike.
+
+    What was written is loaded again by those programs' own means and asked about public texts; if an
+    answer differs by more than the tolerance, nothing is left. The sites' certificates, the card and a
+    signed release travel with it. onnx and int8 need `pip install 'silotune[onnx]'`.
+    """
+    from silotune.api.exporting import export_adapter
+
+    console = terminal(stderr=True)
+    with console.status(f"Writing {form} and comparing its answers"):
+        made = export_adapter(path, to, form=form.value, base=base, tolerance=tolerance)
+    if as_json:
+        facts: dict[str, Any] = asdict(made) | {"folder": str(made.folder)}
+        typer.echo(json.dumps(facts))
+        return
+    say(
+        f"Wrote {made.folder} ({form}). About {made.texts} public texts its answers differ from "
+        f"the adapter's by {made.difference:.2g} of the largest at most; {made.tolerance:.2g} passes."
+    )
+    signed = "a signed release" if made.released else "no signed release"
+    say(f"With it go {made.certificates} certificates of sites and {signed}.")
+    if not made.released:
+        say(
+            "It has not passed the gate: `silotune release` says what must be shown before it leaves."
+        )

@@ -228,7 +228,8 @@ def quantise_graph(folder: Path) -> Answers:
     for path in folder.glob(f"{GRAPH}*"):  # large weights lie beside the graph
         shutil.move(path, whole if path.name == GRAPH else path.with_name(f"{GRAPH}.data"))
     root = logging.getLogger()
-    level, _ = root.level, root.setLevel(logging.ERROR)
+    level = root.level
+    root.setLevel(logging.ERROR)  # it advises to prepare the graph, which changes no answer
     try:
         quantize_dynamic(whole, folder / "int8.onnx", weight_type=QuantType.QInt8, per_channel=True)
     finally:

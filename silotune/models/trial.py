@@ -146,7 +146,7 @@ _AGREE = 1e-4
 # More tokens are not tried: a model would have to change its ways beyond them.
 _LONGEST = 1024
 _ENDS = 8  # tokens by which the two long texts differ
-_SENTENCES = (
+SENTENCES = (
     "The river was low that summer.",
     "Rain.",
     "Two boats crossed at noon, and the bells were heard on both banks.",
@@ -285,7 +285,7 @@ def _texts(model: LoadedModel) -> Encoded:
     """The sentences, and two texts as long as the plan's longest, one some tokens shorter."""
     longest = min(model.plan.data.max_length, _LONGEST)
     plan = model.plan.override({"data.max_length": longest})
-    words = " ".join(_SENTENCES).split() * (longest // 20 + 2)
+    words = " ".join(SENTENCES).split() * (longest // 20 + 2)
 
     def encoded(*texts: str) -> Encoded:
         examples = [model.task.example(t, number=n, plan=plan) for n, t in enumerate(texts)]
@@ -296,7 +296,7 @@ def _texts(model: LoadedModel) -> Encoded:
 
     most = max(length(1), length(len(words)) - _ENDS)
     shorter = max(1, bisect_right(range(len(words)), most, key=length) - 1)
-    return encoded(*_SENTENCES, " ".join(words), " ".join(words[:shorter]))
+    return encoded(*SENTENCES, " ".join(words), " ".join(words[:shorter]))
 
 
 class _Trial:

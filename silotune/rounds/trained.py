@@ -32,7 +32,9 @@ class TrainedAdapter:
     plan: Plan
     run: RunDirectory | None = None
 
-    def load(self, *, base: str | None = None, device: str = "auto") -> LoadedModel:
+    def load(
+        self, *, base: str | None = None, device: str = "auto", attention: str | None = None
+    ) -> LoadedModel:
         """The model, ready to predict, computing as the run did.
 
         Parameters
@@ -41,6 +43,8 @@ class TrainedAdapter:
             Where the base model is on this machine, if not where the plan says.
         device : str
             ``auto``, ``cpu`` or ``cuda:N``.
+        attention : str, optional
+            Transformers' name of another implementation than the run's.
 
         Raises
         ------
@@ -49,6 +53,8 @@ class TrainedAdapter:
         """
         choices = {} if self.run is None else self.run.read_json("resolved.json")["choices"]
         as_before = {key: choices[key] for key in ("attention", "dtype") if key in choices}
+        if attention is not None:
+            as_before = {"dtype": "float32", **as_before, "attention": attention}
         # What was trained already need not be tried to be used.
         model = load_model(self.plan, base=base, device=device, trial=False, **as_before)
         write_adapter(model, load_adapter(model, self.adapter))

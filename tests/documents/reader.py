@@ -22,6 +22,7 @@ READY = {
     r"coordinator start\b": "Listening at",
     r"site start\b": "online at",
     r"dashboard\b": "Open http",
+    r"silotune serve\b": "Serving",
 }
 SECONDS = 240
 SITE = "ward7"
@@ -87,7 +88,7 @@ class Reader:
 
     def start(self, typed, sign, where):
         """A command that stays: wait until it says that it is ready."""
-        key = re.search(r"(coordinator start|site start|dashboard)", typed)[1]
+        key = re.search(r"(coordinator start|site start|dashboard|serve)", typed)[1]
         log = self.folder / f"{key.replace(' ', '-')}.log"
         if key in self.running:
             if typed.startswith("silotune"):
@@ -105,7 +106,7 @@ class Reader:
             return sign in log.read_text()
 
         wait_for(ready, what=f"{where}: {typed}: {sign}")
-        if "dashboard" in typed:
+        if key in {"dashboard", "serve"}:
             self.end(key)
 
     def end(self, key):
@@ -170,7 +171,7 @@ class Reader:
             (r"site plans", self.have_run),
             (r"audit .*coordinators-audit", self.have_both_logs),
             (r"(audit|ledger) \w+ state", self.be_site),
-            (r"dashboard runs|export runs/RUN", self.have_simulation),
+            (r"dashboard runs|export (curves |adapter )?runs/RUN|serve runs/RUN", self.have_simulation),
             (r"--credentials", self.have_finished),
         ]
 
@@ -320,5 +321,6 @@ def played():
         "docs/site.md",
         "docs/monitoring.md",
         "docs/formats.md",
+        "docs/serving.md",
     )
     return [ROOT / name for name in names]
