@@ -30,6 +30,7 @@ from starlette.exceptions import HTTPException
 from silotune.api.model import Model, by_role
 from silotune.errors import ColumnMissing, SilotuneError
 from silotune.models.prediction import Prediction
+from silotune.plan.plan import Plan
 from silotune.serving.batching import Batcher, Example
 from silotune.serving.errors import ServerBusy
 from silotune.serving.wire import (
@@ -403,7 +404,7 @@ def _chat(app: FastAPI, served: _Served) -> None:
         dependencies=_TOKEN,
     )
     async def complete(asked: Annotated[ChatRequest, Body()]) -> Response:
-        example = conversation(asked.messages, served.model.roles)
+        example = conversation(asked.messages, served.plan)
         (answer,) = await served.ask([example])
         reply = ChatReply(
             id=f"chatcmpl-{uuid.uuid4().hex}",
@@ -416,7 +417,7 @@ def _chat(app: FastAPI, served: _Served) -> None:
         return StreamingResponse(_events(reply), media_type="text/event-stream")
 
 
-def conversation(messages: Sequence[Message], roles: Sequence[str]) -> dict[str, str]:
+def conversation(messages: Sequence[Message], plan: Plan) -> dict[str, str]:
     """A conversation as the model was taught: its messages, or a prompt that is one message.
 
     Raises
@@ -428,12 +429,12 @@ def conversation(messages: Sequence[Message], roles: Sequence[str]) -> dict[str,
         raise ColumnMissing(
             "the last message is the assistant's own", remedy="End with the user's."
         )
-    if "messages" in roles:
+    if getattr(plan.model, "chat", None) is not None:
         turns = [{"role": one.role, "content": one.content} for one in messages]
         return {"messages": json.dumps(turns, ensure_ascii=False, separators=(",", ":"))}
     if len(messages) != 1:
         raise ColumnMissing("the model was taught single prompts", remedy="Send one message.")
-    return {roles[0]: messages[0].content}
+    return {plan.task.reads[0]: messages[0].content}
 
 
 async def _events(reply: ChatReply) -> AsyncIterator[str]:

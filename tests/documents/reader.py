@@ -171,7 +171,10 @@ class Reader:
             (r"site plans", self.have_run),
             (r"audit .*coordinators-audit", self.have_both_logs),
             (r"(audit|ledger) \w+ state", self.be_site),
-            (r"dashboard runs|export (curves |adapter )?runs/RUN|serve runs/RUN", self.have_simulation),
+            (
+                r"dashboard runs|export (curves |adapter )?runs/RUN|serve runs/RUN",
+                self.have_simulation,
+            ),
             (r"--credentials", self.have_finished),
         ]
 

@@ -12,6 +12,7 @@ import httpx
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
+from schemathesis.specs.openapi.checks import ignored_auth
 from starlette.testclient import TestClient
 
 import silotune
@@ -225,7 +226,8 @@ def test_every_answer_is_one_that_the_openapi_document_tells(clients, path):
         sent = {} if path in GET else {"json": case.body}
         found = client.request(case.method, path, **sent)
         assert found.status_code < 500, found.text
-        case.validate_response(schemathesis.Response.from_any(found))
+        # Who may ask is looked at above; this client has the token, whatever the case has.
+        case.validate_response(found, excluded_checks=[ignored_auth])
 
     ask()
 
