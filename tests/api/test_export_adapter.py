@@ -29,7 +29,9 @@ from silotune.trust.identity import load_or_create
 from tests.commands.test_predict import finished
 
 TEXTS = ["acute injury of the eye", "femur", "chronic kidney disease </s> stage 4"]
-FORMS = tuple(TOLERANCES)
+GRAPHS = [pytest.param(form, marks=pytest.mark.slow) for form in ("onnx", "int8")]
+FORMS = ["peft", "merged", *GRAPHS]
+"""The exporter of graphs takes seconds for the smallest model."""
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +92,7 @@ def test_a_merged_language_model_answers_by_transformers_alone(runs, tmp_path):
     assert not any("lora" in name for name, _ in loaded.named_parameters())
 
 
+@pytest.mark.slow
 def test_a_language_model_as_a_graph_gives_the_logits_of_every_token(runs, tmp_path):
     import onnxruntime
 
@@ -104,6 +107,7 @@ def test_a_language_model_as_a_graph_gives_the_logits_of_every_token(runs, tmp_p
     np.testing.assert_allclose(found, own.numpy(), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_eight_bits_are_about_a_quarter_of_the_weights(runs, tmp_path):
     for form in ("onnx", "int8"):
         export(runs["plain"], tmp_path / form, "--format", form)
@@ -115,7 +119,7 @@ def test_eight_bits_are_about_a_quarter_of_the_weights(runs, tmp_path):
     assert sorted(path.name for path in (tmp_path / "int8").glob("*.onnx*")) == ["model.onnx"]
 
 
-@pytest.mark.parametrize("form", ["merged", "onnx"])
+@pytest.mark.parametrize("form", ["merged", GRAPHS[0]])
 def test_a_form_that_answers_otherwise_is_refused_and_leaves_nothing(runs, tmp_path, form):
     with pytest.raises(ExportRefused, match="differ by"):
         export(runs["plain"], tmp_path / "out", "--format", form, "--tolerance", "1e-12")
