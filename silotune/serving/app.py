@@ -27,7 +27,7 @@ from prometheus_client import (
 )
 from starlette.exceptions import HTTPException
 
-from silotune.api.model import Model, by_role
+from silotune.api.model import Model
 from silotune.errors import ColumnMissing, SilotuneError
 from silotune.models.prediction import Prediction
 from silotune.plan.plan import Plan
@@ -43,8 +43,8 @@ from silotune.serving.wire import (
     ModelList,
     Predicted,
     PredictReply,
-    PredictRequest,
     Problem,
+    predict_request,
 )
 from silotune.version import __version__
 
@@ -57,8 +57,8 @@ _TOKEN = [Depends(HTTPBearer(auto_error=False))]  # for the document; the guard 
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {"model": Problem, "description": description}
     for status, description in {
-        400: "An example lacks a role, or the model takes no such conversation.",
         401: "No token, or another one.",
+        409: "The model was not taught such a conversation.",
         413: "The body is too large.",
         422: "The body is not of the schema.",
         500: "The model failed.",
@@ -268,7 +268,7 @@ def routes(model: Model, limits: Limits, counted: Counted) -> FastAPI:
         docs_url=None,  # its page would fetch scripts from elsewhere
         redoc_url=None,
     )
-    served = _Served(model, batcher)
+    served = _Answerer(model, batcher)
     _answer_failures(app)
     _count(app, counted)
     _describe(app, served, counted)
@@ -278,7 +278,7 @@ def routes(model: Model, limits: Limits, counted: Counted) -> FastAPI:
     return app
 
 
-class _Served:
+class _Answerer:
     """A model behind its queue."""
 
     def __init__(self, model: Model, batcher: Batcher) -> None:
@@ -314,7 +314,7 @@ def _answer_failures(app: FastAPI) -> None:
             refusal = _problem(503, error.detail, error.code)
             refusal.headers["retry-after"] = "1"
             return refusal
-        status = 400 if isinstance(error, ColumnMissing) else 500
+        status = 409 if isinstance(error, ColumnMissing) else 500
         return _problem(status, error.detail, error.code)
 
     @app.exception_handler(RequestValidationError)
@@ -351,7 +351,7 @@ def _count(app: FastAPI, counted: Counted) -> None:
         return response
 
 
-def _describe(app: FastAPI, served: _Served, counted: Counted) -> None:
+def _describe(app: FastAPI, served: _Answerer, counted: Counted) -> None:
     guarded: dict[str, Any] = {"responses": _pick(401), "dependencies": _TOKEN}
 
     @app.get("/health", summary="Whether the server is up; needs no token")
@@ -371,18 +371,13 @@ def _pick(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: _PROBLEMS[status] for status in statuses}
 
 
-_ASKED = _pick(400, 401, 413, 422, 500, 503)
+_ASKED = _pick(401, 413, 422, 500, 503)
 
 
-def _classify(app: FastAPI, served: _Served) -> None:
-    @app.post(
-        "/v1/predict",
-        summary="One prediction an example",
-        responses=_ASKED,
-        dependencies=_TOKEN,
-    )
-    async def predict(asked: Annotated[PredictRequest, Body()]) -> PredictReply:
-        found = await served.ask(by_role(asked.examples, served.model.roles))
+def _classify(app: FastAPI, served: _Answerer) -> None:
+    async def predict(asked: Any) -> PredictReply:
+        rows = [example.model_dump() for example in asked.examples]
+        found = await served.ask(rows)
         return PredictReply(
             model=served.name,
             predictions=[
@@ -390,8 +385,17 @@ def _classify(app: FastAPI, served: _Served) -> None:
             ],
         )
 
+    # What an example consists of is the plan's to say, and the document says it.
+    predict.__annotations__["asked"] = predict_request(served.model.roles)
+    app.post(
+        "/v1/predict",
+        summary="One prediction an example",
+        responses=_ASKED,
+        dependencies=_TOKEN,
+    )(predict)
 
-def _chat(app: FastAPI, served: _Served) -> None:
+
+def _chat(app: FastAPI, served: _Answerer) -> None:
     streamed: dict[int | str, dict[str, Any]] = {
         200: {"content": {"text/event-stream": {}}, "model": ChatReply}
     }
@@ -400,7 +404,7 @@ def _chat(app: FastAPI, served: _Served) -> None:
         "/v1/chat/completions",
         summary="As OpenAI's API: a conversation in, the model's turn out",
         response_model=None,
-        responses={**_ASKED, **streamed},
+        responses={**_ASKED, **_pick(409), **streamed},
         dependencies=_TOKEN,
     )
     async def complete(asked: Annotated[ChatRequest, Body()]) -> Response:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, create_model
 
 MOST_EXAMPLES = 256
 MOST_CHARACTERS = 100_000
@@ -20,10 +21,15 @@ class Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-class PredictRequest(Strict):
-    """Examples by role, such as ``{"text": "..."}``: what the model reads is told by ``/v1/models``."""
-
-    examples: Annotated[list[dict[str, Text]], Field(min_length=1, max_length=MOST_EXAMPLES)]
+def predict_request(roles: Sequence[str]) -> type[BaseModel]:
+    """The body of a request for predictions: ``examples``, each with a text for every role."""
+    fields: dict[str, Any] = dict.fromkeys(roles, (Text, ...))
+    example = create_model("Example", __base__=Strict, __doc__="What the model reads.", **fields)
+    bound = Field(min_length=1, max_length=MOST_EXAMPLES)
+    examples: Any = (Annotated[list[example], bound], ...)
+    return create_model(
+        "PredictRequest", __base__=Strict, __doc__="Examples, by role.", examples=examples
+    )
 
 
 class Predicted(BaseModel):
