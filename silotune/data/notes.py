@@ -202,15 +202,17 @@ _DRUGS = ("metformin", "apixaban", "ramipril", "amoxicillin", "Augmentin", "para
 _KIN = ("daughter", "son", "wife", "husband", "sister")
 
 
-def write_notes(folder: Path, *, patients: int = 260, quick: bool = False, seed: int = 1) -> Demo:
+def write_notes(
+    folder: Path, *, patients: int | None = None, quick: bool = False, seed: int = 1
+) -> Demo:
     """Write five site folders, a plan and a README; the same arguments give the same bytes.
 
     Parameters
     ----------
     folder : Path
         Where to; made if needed. Files of an earlier demonstration are overwritten.
-    patients : int
-        Of each hospital, with one or two notes each.
+    patients : int, optional
+        Of each hospital, with one or two notes each; by default as many as the plan is made for.
     quick : bool
         A plan that is done in less than a minute, and finds less.
     seed : int
@@ -228,6 +230,7 @@ def write_notes(folder: Path, *, patients: int = 260, quick: bool = False, seed:
     path = folder / "plan.toml"
     path.write_text(_plan(quick=quick), encoding="utf-8")
     plan, counts = Plan.load(path), []
+    patients = patients or (_QUICK if quick else _FULL).patients
     for number, style in enumerate(STYLES):
         rows = _rows(style, patients=patients, seed=1000 * seed + number)
         _write_hospital(folder / style.name, style, rows, plan=plan)
@@ -250,12 +253,14 @@ class _Length:
     """What a plan's length changes in it."""
 
     name: str
+    patients: int
     rounds: int
     head_rounds: int
     rate: float
 
 
-_FULL, _QUICK = _Length("notes", 100, 60, 0.15), _Length("notes-quick", 40, 40, 0.2)
+_FULL = _Length("notes", 200, 70, 60, 0.15)
+_QUICK = _Length("notes-quick", 60, 40, 40, 0.2)
 
 
 def _plan(*, quick: bool) -> str:

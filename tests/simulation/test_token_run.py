@@ -61,7 +61,7 @@ def test_the_run_and_its_baselines_are_scored_by_whole_entities(ran):
         "base", "federated", "own", "pooled", "probe_federated", "probe_pooled", "personal",
     }  # fmt: skip
     for method in methods.values():
-        assert {"entity_f1", "entity_recall", "entity_precision"} <= set(method["overall"])
+        assert {"entity_f1", "entity_recall", "entity_precision"} <= set(method["test"])
         assert all(row["n"] > 0 for row in method["by_site"].values())
 
 
