@@ -172,7 +172,9 @@ def _attacked(directory: RunDirectory, run: Recorded, *, settings: Settings, say
         audit = audit_step(seen.scores, seen.coins, claimed=seen.claimed, mu=seen.mu, delta=delta)
     saved = directory.load_checkpoint()
     assert saved is not None  # a finished run has one
-    planted = plant(_count(run), labels=plan.model.labels, seed=plan.plan.seed)
+    planted = plant(
+        _count(run), labels=plan.model.labels, seed=plan.plan.seed, target=plan.task.target
+    )
     with TemporaryDirectory(prefix="silotune-attack-") as folder:
         trained = _Trained(run, planted, settings=settings, folder=Path(folder), say=say)
         with trained:

@@ -15,6 +15,7 @@ the same chance: some 1.44 bits in the mean, and b bits or more once in 2**b sec
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -46,7 +47,7 @@ class Planted:
     coins: NDArray[np.bool_]
 
 
-def plant(count: int, *, labels: Sequence[str], seed: int | None) -> Planted:
+def plant(count: int, *, labels: Sequence[str], seed: int | None, target: str = "label") -> Planted:
     """Make canaries: with labels a text and a random one of them, else a prompt and a random code.
 
     Parameters
@@ -57,13 +58,18 @@ def plant(count: int, *, labels: Sequence[str], seed: int | None) -> Planted:
         Of a classification; empty for a language model.
     seed : int or None
         Equal seeds plant alike; None plants what nobody can foretell.
+    target : str
+        What has the label: "label", the text, or "spans", its first word.
     """
     rng = np.random.default_rng(seed)
     examples = []
     for number in range(count):
         name = " ".join(_word(rng) for _ in range(4 if labels else 2))
         if labels:
-            examples.append({"text": f"{name} {number}", "label": str(rng.choice(labels))})
+            label = str(rng.choice(labels))
+            span = {"start": 0, "end": name.index(" "), "label": label}
+            shown = json.dumps([span], separators=(",", ":")) if target == "spans" else label
+            examples.append({"text": f"{name} {number}", target: shown})
         else:
             examples.append({"prompt": f"code of {name} {number}", "response": code(rng)})
     return Planted(examples, rng.random(count) < 0.5)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from silotune.models.spans import spans_in
 from silotune.privacy.attacks.canaries import exposures, memorisation, plant, separation
 
 
@@ -69,3 +70,10 @@ def test_canaries_are_alike_for_a_seed_and_nobodys_without():
         secret = plant(50, labels=labels, seed=None)
         assert secret.examples != plant(50, labels=labels, seed=None).examples
         assert len({next(iter(example.values())) for example in one.examples}) == 50
+
+
+def test_a_canary_of_spans_has_its_first_word_marked():
+    for example in plant(20, labels=("a", "b"), seed=3, target="spans").examples:
+        (span,) = spans_in(example["spans"])
+        assert example["text"][: span.end] == example["text"].split()[0]
+        assert (span.start, span.label in {"a", "b"}) == (0, True)
