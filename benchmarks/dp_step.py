@@ -53,6 +53,7 @@ class Case:
 
 
 BASIC = ("peft", "ours", "ours_twin", "opacus_hooks", "opacus_ghost")
+TOKENS = ("peft", "ours", "ours_twin", "opacus_hooks")
 REDUCED = ("peft_autocast", "peft_bf16", "ours_bf16", "ours_bf16_twin")
 VARIANTS = ("peft_ffa", "ours_ffa", "ours_units", "peft_micro", "ours_micro")
 MEMORY = ("peft", "ours", "opacus_hooks", "ours_bf16")
@@ -78,6 +79,9 @@ CASES = (
     Case("minilm_qv_64", Setting("minilm", "qv", 64), BASIC + REDUCED, turns=8, memory=MEMORY),
     Case("minilm_all_16", Setting("minilm", "all", 16), BASIC + REDUCED + VARIANTS),
     Case("minilm_all_64", Setting("minilm", "all", 64), BASIC + REDUCED, turns=8, memory=MEMORY),
+    Case(
+        "minilm_tokens_qv_16", Setting("minilm_tokens", "qv", 16), TOKENS, memory=("peft", "ours")
+    ),
     Case("llama_qv_8", Setting("llama", "qv", 8, length=128), BASIC + REDUCED, memory=MEMORY),
     Case("llama_all_8", Setting("llama", "all", 8, length=128), BASIC + REDUCED, turns=8),
     Case("vit_qv_32", Setting("vit", "qv", 32), BASIC + REDUCED, memory=MEMORY),

