@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from silotune.errors import AdapterMismatch, PlanInvalid
 from silotune.models.batching import PROMPT_END, end_ids, leading_ids, padding_id
 from silotune.models.layout import ArrayEntry, Layout, Vector, saved_name
+from silotune.models.pretrained import auto_class
 from silotune.models.task import LoadedModel, TaskModel
 from silotune.plan.plan import Plan
 
@@ -73,10 +74,15 @@ def settings(plan: Plan, *, tokens: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-def readme(plan: Plan, description: str) -> str:
-    """The adapter card: what it is, how private its training was, and code that loads it."""
+def readme(plan: Plan, description: str, *, auto: str) -> str:
+    """The adapter card: what it is, how private its training was, and code that loads it.
+
+    `auto` is the name of Transformers' class that builds the base model.
+    """
     code = _template(plan.model.task).substitute(
-        pooled=_POOLED[plan.model.pooling], cosines=_COSINES if plan.model.head_features else ""
+        pooled=_POOLED[plan.model.pooling],
+        cosines=_COSINES if plan.model.head_features else "",
+        auto=auto,
     )
     return _template("card").substitute(
         base=plan.model.base,
@@ -177,7 +183,8 @@ def save_adapter(model: LoadedModel, flat: NDArray[Any], folder: Path, *, plan: 
         _replace(folder / HEAD, safetensors.numpy.save(head, metadata={"format": "pt"}))
     _replace(folder / SETTINGS, _json(settings(plan, tokens=_control_tokens(model))))
     _replace(folder / PLAN, plan.canonical().encode())
-    _replace(folder / "README.md", readme(plan, model.description).encode())
+    auto = auto_class(model.module.peft.get_base_model().config, plan).__name__
+    _replace(folder / "README.md", readme(plan, model.description, auto=auto).encode())
     _replace(folder / CONFIG, _json(_peft_config(model)))
 
 

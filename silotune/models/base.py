@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from silotune.errors import ModelError, SilotuneError, TargetModulesUnknown
@@ -30,6 +30,7 @@ from silotune.models.choices import Choices, choose, resolve_device
 from silotune.models.cosines import Cosines
 from silotune.models.layout import Layout, initial_matrix, saved_name
 from silotune.models.pretrained import (
+    auto_class,
     fixed_rng,
     load_base,
     load_config,
@@ -143,7 +144,7 @@ def outline(plan: Plan, *, base: str) -> Layout:
     """
     folder = locate(base)
     config, tokenizer = load_config(folder), load_tokenizer(folder)
-    kind = AutoModelForCausalLM if plan.task.generates else AutoModel
+    kind = auto_class(config, plan)
     with fixed_rng(), quiet(), torch.device("meta"):
         try:
             model = kind.from_config(config)
@@ -256,6 +257,7 @@ _AUTO = (
     ("query", "value"),  # BERT, RoBERTa, ELECTRA
     ("q_proj", "v_proj"),  # Llama, Mistral, Qwen, Gemma, OPT
     ("q_lin", "v_lin"),  # DistilBERT
+    ("q", "v"),  # MPNet, T5
     ("value_proj",),  # DeBERTa v2 and v3, whose query and key also see positions, once a batch
     ("Wqkv",),  # ModernBERT, MPT
     ("c_attn",),  # GPT-2
@@ -341,6 +343,8 @@ def _target_names(plan: Plan, usable: set[str]) -> set[str]:
     if asked == "all-linear":
         return leaves
     if asked == "auto":
+        if "query_global" in leaves:  # Longformer, whose query and value see tokens before records
+            return {"dense"}
         for group in _AUTO:
             if leaves.issuperset(group):
                 return set(group)

@@ -19,7 +19,14 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    MODEL_FOR_TEXT_ENCODING_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForTextEncoding,
+    AutoTokenizer,
+)
 from transformers.utils import logging as transformers_logging
 
 from silotune.errors import LengthRefused, ModelError, ModelHashMismatch, ModelNotFound, TextRefused
@@ -36,24 +43,38 @@ def load_config(folder: Path) -> Any:
     Raises
     ------
     ModelError
-        Not readable, or an encoder-decoder model, which no task here fits.
+        Not readable.
     """
     try:
         with quiet():
             config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as exc:
         raise ModelError(f"{folder}: Transformers can't use config.json: {told(exc)}") from exc
-    if config.is_encoder_decoder:
-        raise ModelError(
-            f"{folder}: {config.model_type} is an encoder-decoder model",
-            remedy="Use an encoder for text_classification, or a decoder for either task.",
-        )
     config.use_cache = False
     for part in {id(c): c for c in (config, config.get_text_config())}.values():
         for key, value in part.to_dict().items():
             if "drop" in key and isinstance(value, float):
                 setattr(part, key, 0.0)
     return config
+
+
+def auto_class(config: Any, plan: Plan) -> Any:
+    """Transformers' class that builds the base model of a plan: of T5 and its kin the encoder alone.
+
+    Raises
+    ------
+    ModelError
+        An encoder-decoder model that the plan's task can't use.
+    """
+    alone = MODEL_FOR_TEXT_ENCODING_MAPPING.get(type(config), None)
+    if not plan.task.generates and getattr(alone, "__name__", "").endswith("EncoderModel"):
+        return AutoModelForTextEncoding
+    if config.is_encoder_decoder:
+        raise ModelError(
+            f"{config.model_type} is an encoder-decoder model",
+            remedy="Use a decoder, or an encoder where the task has a head.",
+        )
+    return AutoModelForCausalLM if plan.task.generates else AutoModel
 
 
 def load_base(folder: Path, config: Any, *, plan: Plan, attention: str) -> Any:
@@ -64,7 +85,7 @@ def load_base(folder: Path, config: Any, *, plan: Plan, attention: str) -> Any:
     ModelError
         Transformers can't load it, or the files lack some of its weights.
     """
-    kind = AutoModelForCausalLM if plan.task.generates else AutoModel
+    kind = auto_class(config, plan)
     try:
         with quiet():
             model, info = kind.from_pretrained(
