@@ -9,7 +9,7 @@ export FLWR_TELEMETRY_ENABLED = 0
 export FLWR_DISABLE_UPDATE_CHECK = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: setup demo test test-slow test-newest test-lowest lint style types format docs clean
+.PHONY: setup demo test test-slow test-newest test-lowest lint style types format docs docs-models clean
 
 setup: $(READY)
 
@@ -75,6 +75,10 @@ format: $(READY)
 
 docs: $(READY)
 	$(BIN)/silotune errors --markdown > docs/errors.md
+
+# Builds and trains every architecture: some ten minutes.
+docs-models: $(READY)
+	page=$$(mktemp) && $(BIN)/python -m tests.models.catalogue > $$page && mv $$page docs/models.md
 
 clean:
 	rm -rf $(VENV) .import_linter_cache $(VENV)-newest $(VENV)-lowest .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

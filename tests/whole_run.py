@@ -30,6 +30,14 @@ def play(federation, name, *, listener=lambda event: None, settings=None, **over
         )
 
 
+def play_plan(path, *, runs):
+    """Simulate a plan's file as it is, in this process."""
+    with patch.object(run, "WorkerGrid", in_this_process):
+        return run.simulate(
+            path, runs=runs, settings=Settings(workers=1), listener=lambda event: None
+        )
+
+
 def go_on(path):
     """Resume a run in this process."""
     with patch.object(run, "WorkerGrid", in_this_process):

@@ -132,12 +132,12 @@ def assess(plan: Plan, declared: dict[str, int]) -> dict[str, Any]:
     -------
     dict
         ``plan_sha256``, ``steps``, ``model`` (description, or why it can't be loaded here),
-        ``trainable_parameters``, ``bytes_up`` and ``bytes_down`` a site and round, ``run_bytes_up`` and
-        ``run_bytes_down`` a site and run (None where the model isn't here), ``kept_bytes`` of the
-        adapters that a simulation leaves, ``corners`` (settings that contradict what was measured),
-        for statistics ``noise_of_a_count`` (one standard deviation, in units), and ``sites``: declared
-        units, expected batch, rate, sigma, epsilon, and the seconds of computing that a run would take
-        on this machine.
+        ``base_bytes`` that its frozen weights take in memory, ``trainable_parameters``, ``bytes_up``
+        and ``bytes_down`` a site and round, ``run_bytes_up`` and ``run_bytes_down`` a site and run
+        (None where the model isn't here), ``kept_bytes`` of the adapters that a simulation leaves,
+        ``corners`` (settings that contradict what was measured), for statistics ``noise_of_a_count``
+        (one standard deviation, in units), and ``sites``: declared units, expected batch, rate, sigma,
+        epsilon, and the seconds of computing that a run would take on this machine.
     """
     model = _model_facts(plan)
     layout, record = model.pop("layout"), model.pop("seconds_a_record")
@@ -178,8 +178,8 @@ def _link_seconds(facts: dict[str, Any], link: float) -> float | None:
 
 _UNKNOWN = dict.fromkeys(
     (
-        "trainable_parameters", "bytes_up", "bytes_down", "run_bytes_up", "run_bytes_down",
-        "kept_bytes", "layout", "seconds_a_record",
+        "base_bytes", "trainable_parameters", "bytes_up", "bytes_down", "run_bytes_up",
+        "run_bytes_down", "kept_bytes", "layout", "seconds_a_record",
     )
 )  # fmt: skip
 
@@ -194,6 +194,7 @@ def _model_facts(plan: Plan) -> dict[str, Any]:
         return {**_UNKNOWN, "model": "no model takes part", **told}
     from silotune.models.base import load_model
     from silotune.models.pretrained import locate
+    from silotune.privacy.quantized import frozen_bytes
     from silotune.rounds.run_directory import most_kept
 
     try:
@@ -207,6 +208,7 @@ def _model_facts(plan: Plan) -> dict[str, Any]:
     up, down = costs.moved(plan, model.layout)
     return {
         "model": model.description + later * measured,
+        "base_bytes": frozen_bytes(model.module),
         "trainable_parameters": model.layout.size,
         "bytes_up": nbytes,
         "bytes_down": nbytes,
@@ -264,6 +266,8 @@ def _print(plan: Plan, facts: dict[str, Any], console: Console) -> None:
     if plan.plan.seed is not None:
         console.print(headed("Seeded:", "repeatable, and therefore not private.", indent=2))
     console.print(headed("Here.", str(facts["model"]), indent=2))
+    if facts["base_bytes"]:
+        console.print(f"  {_memory(plan, facts['base_bytes'])}.")
     if facts["trainable_parameters"]:
         console.print(
             f"  Trains {facts['trainable_parameters']:,} parameters: {facts['bytes_up']:,} bytes up and "
@@ -296,6 +300,14 @@ def _print(plan: Plan, facts: dict[str, Any], console: Console) -> None:
         rate, batch = f"{site['rate']:.4f}", f"{site['expected_batch']:.0f}"
         table.add_row(name, f"{site['declared_units']:,}", batch, rate, *cells)
     console.print(table)
+
+
+def _memory(plan: Plan, octets_kept: int) -> str:
+    """What the base model takes of memory, in a sentence."""
+    kept = f"The frozen weights take {octets(octets_kept)} of each process's memory"
+    if plan.model.quantization == "none":
+        return kept
+    return f"{kept} in {plan.model.quantization}, and all of float32 while it is loaded"
 
 
 def _print_times(plan: Plan, facts: dict[str, Any], console: Console) -> None:

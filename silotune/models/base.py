@@ -47,6 +47,7 @@ from silotune.models.task import LoadedModel, Task, TaskModel
 from silotune.models.tasks import get_task
 from silotune.models.trial import Refusal, require_fit, trial_key
 from silotune.plan.plan import Plan
+from silotune.privacy.quantized import quantize
 
 # Weights of larger models are not loaded to answer a question; the site's own trial does it later.
 _MOST_BYTES = 4_000_000_000
@@ -110,9 +111,12 @@ def _assembled(plan: Plan, folder: Path, choices: Choices, *, rank: int | None) 
         require_length(bare, tokenizer, plan)
         size = sum(parameter.numel() for parameter in bare.parameters())
         module = with_adapter(bare, plan, rank=rank)
+        if plan.model.quantization != "none":
+            quantize(module, plan.model.quantization)
     module.to(place).train()
     _centre(module, tokenizer, task, plan, place)
-    layout = layout_of(module)
+    layout, kept = layout_of(module), plan.model.quantization
+    size_told = f"{size / 1e6:.1f} M parameters" + (f" in {kept}" if kept != "none" else "")
     return LoadedModel(
         module=module,
         tokenizer=tokenizer,
@@ -121,7 +125,7 @@ def _assembled(plan: Plan, folder: Path, choices: Choices, *, rank: int | None) 
         device=place,
         dtype=getattr(torch, choices.dtype),
         attention=choices.attention,
-        description=f"{_shown(folder, plan)} ({config.model_type}), {size / 1e6:.1f} M parameters, "
+        description=f"{_shown(folder, plan)} ({config.model_type}), {size_told}, "
         f"{layout.size:,} trained; {choices}",
         plan=plan,
     )

@@ -105,6 +105,7 @@ _FIXED: tuple[tuple[str, object, str], ...] = (
     ("aggregation.strategy", "fedavg", "sums are added, and no strategy is needed"),
     ("aggregation.weights", "declared", "sums are added as they are"),
     ("aggregation.head", "shared", "nothing is trained"),
+    ("model.quantization", "none", "no weight is read"),
 )
 
 

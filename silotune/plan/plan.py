@@ -170,7 +170,9 @@ def notes_on(plan: Plan) -> list[str]:
 def _model(plan: Plan) -> str:
     task = plan.task.learns.format(labels=_joined(plan.model.labels), text=_seen(plan))
     checked = " Its weights must have the plan's SHA-256." if plan.model.sha256 else ""
-    return f"{plan.model.base}, tuned to {task}.{checked}"
+    bits = {"none": 32, "int8": 8, "nf4": 4}[plan.model.quantization]
+    kept = f" Its frozen weights are kept in {bits} bits." if bits < 32 else ""
+    return f"{plan.model.base}, tuned to {task}.{checked}{kept}"
 
 
 def _seen(plan: Plan) -> str:

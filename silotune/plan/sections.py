@@ -62,6 +62,9 @@ class ModelSection(Section):
     task: TaskName
     labels: tuple[str, ...] = ()
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    quantization: Annotated[Literal["none", "int8", "nf4"], ADDED_LATER] = Field(
+        "none", description="In how many bits the frozen weights are kept; adapters are in float32."
+    )
     pooling: Literal["mean", "first", "last"] = "mean"
     centre_texts: tuple[str, ...] = Field(
         (), description="Public texts whose mean embedding is subtracted from every feature."

@@ -34,8 +34,10 @@ from silotune.privacy.layers import (
     SplitLora,
     TrainedLinear,
 )
+from silotune.privacy.quantized import QuantizedLinear
 
 _Forward = Callable[..., Any]
+_BASES = {nn.Linear, Conv1D, QuantizedLinear}
 # Below this many weights a reduced-precision copy saves no time worth its conversion.
 _SMALLEST_CAST = 10_000
 
@@ -214,6 +216,9 @@ def _survey(module: nn.Module, attached: Attached) -> Iterator[Callable[[], None
                 yield _trained_step(layer, attached)
             elif attached.dtype != layer.weight.dtype and layer.weight.numel() >= _SMALLEST_CAST:
                 yield _frozen_step(layer, attached)
+        elif isinstance(layer, QuantizedLinear) and attached.dtype != torch.float32:
+            reduced = partial(layer.product, dtype=attached.dtype)
+            yield partial(attached.patch, "frozen linear", layer, reduced)
         elif attached.private and _trains(layer):
             _refuse_unhooked(shown, layer, owners)
             yield partial(attached.hook, shown, layer)
@@ -246,7 +251,7 @@ def _lora_problem(layer: PeftLoraLinear) -> str | None:
         (variant is not None, f"the LoRA variant {kind} has no exact per-sample gradient"),
         (layer.lora_bias[name], "lora_bias has no per-sample rule"),
         (layer.merged, "the adapter is merged into the base weight; unmerge it first"),
-        (type(base) not in {nn.Linear, Conv1D}, f"LoRA on a {type(base).__name__} has no rule"),
+        (type(base) not in _BASES, f"LoRA on a {type(base).__name__} has no rule"),
         (_trains(base) and base.weight.requires_grad, "its base weight is trained too"),
     )
     return next((text for holds, text in problems if holds), None)
@@ -263,9 +268,10 @@ def _adapter_problem(layer: BaseTunerLayer) -> str:
 def _lora_step(layer: PeftLoraLinear, attached: Attached) -> Callable[[], None]:
     (name,) = (a for a in layer.active_adapters if a in layer.lora_A)
     dropout = layer.lora_dropout[name]
+    few_bits = isinstance(layer.base_layer, QuantizedLinear)
     site = LoraSite(
         base=layer.base_layer,
-        transposed=layer.fan_in_fan_out,
+        transposed=layer.fan_in_fan_out and not few_bits,
         a=layer.lora_A[name].weight,
         b=layer.lora_B[name].weight,
         scale=layer.scaling[name],
@@ -279,13 +285,13 @@ def _lora_step(layer: PeftLoraLinear, attached: Attached) -> Callable[[], None]:
             return plain(x, *args, **kwargs)
         site.scale = layer.scaling[name]
         with torch.autocast(x.device.type, enabled=False):
-            if dropout.training and not isinstance(dropout, nn.Identity):
+            if few_bits or (dropout.training and not isinstance(dropout, nn.Identity)):
                 return SplitLora.apply(  # type: ignore[no-untyped-call]
                     x, dropout(x), site.a, site.b, site.bias, site
                 )
             return MergedLora.apply(x, site.a, site.b, site.bias, site)  # type: ignore[no-untyped-call]
 
-    kind = "merged LoRA" if isinstance(dropout, nn.Identity) else "split LoRA"
+    kind = "merged LoRA" if isinstance(dropout, nn.Identity) and not few_bits else "split LoRA"
     return partial(attached.patch, kind, layer, forward)
 
 

@@ -8,7 +8,8 @@ no gradient, so no ordinary ``p.grad`` is ever computed. Without privacy they ar
 A LoRA layer (Hu et al., 2022) is run *merged*: ``y = x (W + s B A)^T + b`` has the cost of the frozen
 layer alone, and the low-rank products appear only where they are cheap, in the gradients
 ``dB = s dy^T (x A^T)`` and ``dA = s (dy B)^T x``. With LoRA dropout the two branches see different
-inputs, so the *split* form ``y = x W^T + b + s (drop(x) A^T) B^T`` is used while training.
+inputs, so the *split* form ``y = x W^T + b + s (drop(x) A^T) B^T`` is used while training; and always
+where W is in few bits (`silotune.privacy.quantized`), for a merged weight would be a dense copy to keep.
 
 Per-sample gradients are measured here too, and added up to those of units. A parameter's ``grad_sample``
 has shape ``[n, *parameter.shape]`` and type float32 (Opacus' convention). That of a LoRA B is stored
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from silotune.errors import SelfCheckFailed
+from silotune.privacy.quantized import QuantizedLinear
 
 # Columns that are turned into float64 at a time: they stay in the cache, and are never all there.
 _COLUMNS = 8192
@@ -300,12 +302,18 @@ class LoraSite:
         )
         self._seen = ((frozen.data_ptr(), frozen._version), a, b, self.scale)
 
+    def frozen(self) -> Tensor:
+        """W, ``[out, in]``, in the type of the products."""
+        if isinstance(self.base, QuantizedLinear):
+            return self.base.weight.to(self.dtype)
+        weight = self._base_cast.get(cast(Tensor, self.base.weight))
+        return weight.t() if self.transposed else weight
+
     def split(self) -> Products:
         """Products with ``weight = W``."""
-        weight = self._base_cast.get(cast(Tensor, self.base.weight))
         bias = None if self.bias is None else self._bias_cast.get(self.bias)
         a, b = self.a.detach().to(self.dtype), self.b.detach().to(self.dtype)
-        return Products(weight.t() if self.transposed else weight, a, b, bias, float(self.scale))
+        return Products(self.frozen(), a, b, bias, float(self.scale))
 
 
 def _by_sample(x: Tensor) -> Tensor:
@@ -405,16 +413,19 @@ class SplitLora(torch.autograd.Function):
         y = linear(site.cast.get(x), products.weight, products.bias)
         _rows(y).addmm_(_rows(h), products.b.t(), alpha=products.scale)
         ctx.site, ctx.scale, ctx.x_dtype = site, products.scale, x.dtype
-        ctx.save_for_backward(cast_z, h, products.weight, products.a, products.b)
+        ctx.save_for_backward(cast_z, h, products.a, products.b)
         return y.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of both inputs; those of A, B and bias as the sink wants them."""
-        z, h, weight, a, b = ctx.saved_tensors
+        """Gradients of both inputs; those of A, B and bias as the sink wants them.
+
+        W is asked for again, not kept: where it is in few bits, a layer's dense copy ends here.
+        """
+        z, h, a, b = ctx.saved_tensors
         needs_x, needs_z, needs_a, needs_b, needs_bias, _ = ctx.needs_input_grad
         dy = dy.to(z.dtype).contiguous()
-        dx = (_rows(dy) @ weight).view(z.shape).to(ctx.x_dtype) if needs_x else None
+        dx = (_rows(dy) @ ctx.site.frozen()).view(z.shape).to(ctx.x_dtype) if needs_x else None
         dy3 = _by_sample(dy)
         dh = dy3 @ b if needs_a or needs_z else None
         dz = None

@@ -1,4 +1,4 @@
-"""Architectures as people train them, each as a tiny random model with a tokenizer trained on the spot."""
+"""Architectures that people train, each as a tiny random model with a tokenizer made on the spot."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,6 +48,11 @@ class Architecture:
     generates: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def model_type(self) -> str:
+        """Transformers' name of it, as ``config.json`` has it."""
+        return str(getattr(hf, f"{self.config}Config").model_type)
+
 
 def _encoder(name: str, config: str, **shape: Any) -> Architecture:
     return Architecture(name, config, {**SHAPE, **shape})
@@ -67,7 +72,12 @@ ARCHITECTURES = (
     _encoder("DeBERTa", "Deberta", **POSITIONS),
     _encoder("DeBERTa v2", "DebertaV2", **POSITIONS),
     _encoder(
-        "DeBERTa v3", "DebertaV2", **POSITIONS, share_att_key=True, position_buckets=16, norm_rel_ebd="layer_norm"
+        "DeBERTa v3",
+        "DebertaV2",
+        **POSITIONS,
+        share_att_key=True,
+        position_buckets=16,
+        norm_rel_ebd="layer_norm",
     ),
     _encoder("ELECTRA", "Electra", embedding_size=16),
     _encoder("ALBERT", "Albert", embedding_size=16),
