@@ -30,7 +30,6 @@ from tests.models.model_material import CORPUS, a_plan
 from tests.whole_run import play_plan
 
 KINDS = ("int8", "nf4")
-SHORT = {"rounds__number": 3, "optimizer__site__head_rounds": 1}
 
 
 @pytest.fixture(scope="module")
@@ -53,16 +52,20 @@ def test_plan_check_tells_the_memory(federation, kind):
     }
     assert facts[kind]["base_bytes"] < 0.35 * facts["none"]["base_bytes"]
     assert facts[kind]["plan_sha256"] != facts["none"]["plan_sha256"]
-    told = " ".join(shown("piped", "plan", "check", path, f"--set=model.quantization={kind}").text.split())
+    told = " ".join(
+        shown("plain", "plan", "check", path, f"--set=model.quantization={kind}").text.split()
+    )
     bits = {"int8": 8, "nf4": 4}[kind]
     assert f"Its frozen weights are kept in {bits} bits." in told
-    assert re.search(rf"The frozen weights take \d+\.\d kB of each process's memory in {kind}", told)
+    assert re.search(
+        rf"The frozen weights take \d+\.\d kB of each process's memory in {kind}", told
+    )
 
 
 def test_plan_check_refuses_a_model_whose_weights_are_elsewhere(federation, tmp_path):
     base = write_model(NAMED["Mixtral"], tmp_path, task="text_classification")
     sets = (f"--set=model.base={base}", "--set=model.quantization=nf4")
-    told = shown("piped", "plan", "check", str(federation.plan_path), *sets)
+    told = shown("plain", "plan", "check", str(federation.plan_path), *sets)
     assert told.code == 30
     assert "most weights of the model are in layers that can't be kept in few bits" in told.errors
 
@@ -92,14 +95,13 @@ def test_states_kept_of_frozen_layers_are_those_of_the_whole_model(bert_folder, 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_simulated_run_in_few_bits_is_asked_in_few_bits(federation, tmp_path, kind):
-    plan = federation.plan.override({**PRIVATE, "model.quantization": kind, "rounds.number": 3})
     path = federation.folder / f"{kind}.toml"
     text = federation.plan_path.read_text().replace("[model]", f'[model]\nquantization = "{kind}"')
     path.write_text(text.replace("number = 5", "number = 3"))
     directory = play_plan(path, runs=tmp_path)
     said = json.loads(typed("predict", str(directory.root), "gout of the left side", "--json"))
     model = load_trained(directory.root, device="cpu")
-    assert model.plan.model.quantization == kind == plan.model.quantization
+    assert model.plan.model.quantization == kind
     assert any(isinstance(m, quantized.QuantizedLinear) for m in model.module.modules())
     (own,) = model.task.predict(model, [{"text": "gout of the left side"}])
     assert said["probabilities"] == pytest.approx(own.probabilities, abs=1e-5)
@@ -127,22 +129,21 @@ def test_a_confined_trainer_trains_in_few_bits(federation, bert_folder, kind, tm
     path = federation.folder / "alpha" / "site.toml"
     site = SiteConfig.load(path)
     plan = federation.plan.override(
-        {**PRIVATE, "model.quantization": kind, "rounds.min_sites": 1, "optimizer.site.head_rounds": 0}
+        {
+            **PRIVATE,
+            "model.quantization": kind,
+            "rounds.min_sites": 1,
+            "optimizer.site.head_rounds": 0,
+        }
     )
     launcher = Launcher(table_of(site, scratch=tmp_path / "t", models=[str(bert_folder)]))
     try:
-        updates = [
-            _trained(site, plan, TrainerProcesses(site, launcher=launcher), tmp_path / "state")
-        ]
+        models = TrainerProcesses(site, launcher=launcher)
+        part = SiteRun(site, state=tmp_path / "state", plan=plan, run="r", models=models)
+        part.join()
+        reply = part.train(initial_adapter(part.layout, plan), 1)
     finally:
         launcher.close()
     assert latest_troubles(tmp_path / "state") == []
-    (update,) = updates
+    update = reply.array_records["update"]["flat"].numpy()
     assert np.isfinite(update).all() and update.any()
-
-
-def _trained(site, plan, models, state):
-    part = SiteRun(site, state=state, plan=plan, run="r", models=models)
-    part.join()
-    reply = part.train(initial_adapter(part.layout, plan), 1)
-    return reply

@@ -86,7 +86,26 @@ ARCHITECTURES = (
     _encoder("Longformer", "Longformer", attention_window=8),
     _encoder("RemBERT", "RemBert", input_embedding_size=16),
     Architecture("T5 encoder", "T5", {**T5, "pad_token_id": 1, "decoder_start_token_id": 1}),
+    Architecture(
+        "XLM", "XLM", {"emb_dim": 32, "n_layers": 2, "n_heads": 4, "pad_index": 1, "n_langs": 1}
+    ),
+    Architecture("XLNet", "XLNet", {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48}),
+    Architecture(
+        "BigBird",
+        "BigBird",
+        {**SHAPE, "block_size": 4, "num_random_blocks": 2},
+        settings={"data__max_length": 64},  # on short texts it attends as BERT does
+    ),
+    _encoder("ConvBERT", "ConvBert", embedding_size=32),
+    Architecture("FNet", "FNet", {k: v for k, v in SHAPE.items() if k != "num_attention_heads"}),
+    _encoder(
+        "SqueezeBERT",
+        "SqueezeBert",
+        **{f"{part}_groups": 1 for part in ("q", "k", "v", "post_attention", "intermediate", "output")},
+        embedding_size=32,
+    ),
     _decoder("GPT-2", "GPT2", GPT),
+    _decoder("GPT-J", "GPTJ", GPT, rotary_dim=4),
     _decoder("GPT-NeoX", "GPTNeoX", SHAPE, **ENDS),
     _decoder("GPT-Neo", "GPTNeo", {}, hidden_size=32, num_layers=2, num_heads=4, window_size=8,
              attention_types=[[["global", "local"], 1]], max_position_embeddings=130),

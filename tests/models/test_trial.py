@@ -21,67 +21,10 @@ from silotune.models import trial
 from silotune.models.adapter import read_adapter
 from silotune.models.base import load_model
 from silotune.models.features import compute_frozen
+from tests.models.architectures import ARCHITECTURES
 from tests.models.model_material import CORPUS, a_plan, trained_tokenizer
 
-_SHAPE = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "max_position_embeddings": 130,
-    "initializer_range": 0.2,
-}
-_ENDS = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 1}
-_POSITIONS = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
-_GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 130}
-SHAPES = {
-    "BigBird": {**_SHAPE, "block_size": 4, "num_random_blocks": 2},
-    "Bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
-    "ConvBert": {**_SHAPE, "embedding_size": 32},
-    "Deberta": {**_SHAPE, **_POSITIONS},
-    "DebertaV2": {**_SHAPE, **_POSITIONS, "share_att_key": True, "position_buckets": 16},
-    "DistilBert": {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48},
-    "Electra": {**_SHAPE, "embedding_size": 32},
-    "Falcon": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
-    "FNet": {k: v for k, v in _SHAPE.items() if k != "num_attention_heads"},
-    "Gemma2": {**_SHAPE, **_ENDS, "head_dim": 8},
-    "GPT2": _GPT,
-    "GPTJ": {**_GPT, "rotary_dim": 4},
-    "GPTNeo": {
-        "hidden_size": 32,
-        "num_layers": 2,
-        "attention_types": [[["global", "local"], 1]],
-        "num_heads": 4,
-        "window_size": 8,
-    },
-    "GPTNeoX": {**_SHAPE, **_ENDS},
-    "Llama": {**_SHAPE, **_ENDS},
-    "Longformer": {**_SHAPE, "attention_window": 8},
-    "Mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
-    "ModernBert": {**_SHAPE, "pad_token_id": 1, "cls_token_id": 0, "sep_token_id": 1},
-    "MPNet": _SHAPE,
-    "OPT": {
-        **_ENDS,
-        "hidden_size": 32,
-        "word_embed_proj_dim": 32,
-        "ffn_dim": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 130,
-    },
-    "RemBert": {**_SHAPE, "input_embedding_size": 16},
-    "Roberta": {**_SHAPE, "pad_token_id": 1},
-    "SqueezeBert": {
-        **{f"{name}_groups": 1 for name in ("q", "k", "v", "post_attention")},
-        **_SHAPE,
-        "embedding_size": 32,
-        "intermediate_groups": 1,
-        "output_groups": 1,
-    },
-    "XLM": {"emb_dim": 32, "n_layers": 2, "n_heads": 4, "pad_index": 1, "n_langs": 1},
-    "XLNet": {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48},
-    "Bert": _SHAPE,
-}
+SHAPES = {architecture.config: architecture.shape for architecture in ARCHITECTURES}
 PRIVATE = {
     "plan__seed": None,
     "privacy__mode": "record",
