@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, pad
+from torch.nn.functional import pad
 from transformers.pytorch_utils import Conv1D
 
 from silotune.errors import ModelError
@@ -29,6 +29,8 @@ Kind = Literal["int8", "nf4"]
 
 _LARGEST = 127
 _BLOCK = 64
+_AT_A_TIME = 4096  # rows or blocks, while codes are made: a table's copies need not all be there
+_TINY = torch.finfo(torch.float32).tiny
 _OFFSET = 0.9677083  # of the outermost quantile: the mean of 1 - 1/32 and 1 - 1/30
 _MOST = 0.5  # of a model's float32 size; more is left where most weights are in no layer of these
 
@@ -49,6 +51,11 @@ _MIDDLES = torch.tensor([(a + b) / 2 for a, b in pairwise(_LEVELS.tolist())])
 _PAIRS = torch.stack(
     [_LEVELS.repeat_interleave(16), _LEVELS.repeat(16)], 1
 )  # of a byte's two halves
+
+
+def _largest(rows: Tensor) -> Tensor:
+    """The largest absolute value of each row ``[n, columns]``: ``[n, 1]``."""
+    return torch.maximum(rows.amax(1, keepdim=True), -rows.amin(1, keepdim=True))
 
 
 class FewBits(nn.Module, ABC):
@@ -77,9 +84,10 @@ class Int8Matrix(FewBits):
 
     def __init__(self, matrix: Tensor) -> None:
         super().__init__(matrix)
-        scales = matrix.abs().amax(1, keepdim=True) / _LARGEST
-        tiny = torch.finfo(torch.float32).tiny
-        self.register_buffer("codes", (matrix / scales.clamp(min=tiny)).round().to(torch.int8))
+        scales = _largest(matrix) / _LARGEST
+        parts = zip(matrix.split(_AT_A_TIME), scales.split(_AT_A_TIME), strict=True)
+        codes = [(rows / scale.clamp(min=_TINY)).round().to(torch.int8) for rows, scale in parts]
+        self.register_buffer("codes", torch.cat(codes))
         self.register_buffer("scales", scales)
 
     def dense(self) -> Tensor:
@@ -102,10 +110,13 @@ class Nf4Matrix(FewBits):
         super().__init__(matrix)
         flat = matrix.flatten()
         blocks = pad(flat, (0, -len(flat) % _BLOCK)).view(-1, _BLOCK)
-        scales = blocks.abs().amax(1, keepdim=True)
-        tiny = torch.finfo(torch.float32).tiny
-        level = torch.bucketize(blocks / scales.clamp(min=tiny), _MIDDLES.to(matrix.device))
-        high, low = level.to(torch.uint8).view(-1, 2).unbind(1)
+        scales = _largest(blocks)
+        parts = zip(blocks.split(_AT_A_TIME), scales.split(_AT_A_TIME), strict=True)
+        levels = [
+            torch.bucketize(rows / scale.clamp(min=_TINY), _MIDDLES).to(torch.uint8)
+            for rows, scale in parts
+        ]
+        high, low = torch.cat(levels).view(-1, 2).unbind(1)
         self.register_buffer("codes", high * 16 + low)
         self.register_buffer("scales", scales)
         self.register_buffer("pairs", _PAIRS, persistent=False)
@@ -124,8 +135,15 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, layer: QuantizedLinear, dtype: torch.dtype) -> Tensor:
         """Output ``[..., out]`` of input ``[..., in]``, in the type of the input."""
         ctx.layer, ctx.dtype = layer, dtype
-        bias = None if layer.bias is None else layer.bias.detach().to(dtype)
-        return linear(x.to(dtype), layer.weight.to(dtype), bias).to(x.dtype)
+        # No view of another tensor, as `linear` may give: models change what they get in place.
+        y = torch.empty(*x.shape[:-1], layer.out_features, dtype=dtype, device=x.device)
+        rows, into = x.to(dtype).reshape(-1, layer.in_features), y.view(-1, layer.out_features)
+        weight = layer.weight.to(dtype).t()
+        if layer.bias is None:
+            torch.mm(rows, weight, out=into)
+        else:
+            torch.addmm(layer.bias.detach().to(dtype), rows, weight, out=into)
+        return y.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

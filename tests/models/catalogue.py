@@ -23,7 +23,8 @@ from silotune.models.base import load_model
 from silotune.models.batching import batches
 from silotune.models.pretrained import quiet
 from silotune.models.task import LoadedModel
-from silotune.plan.plan import dotted
+from silotune.models.tasks import get_task
+from silotune.plan.plan import Plan, dotted
 from silotune.privacy.clipping import Attached, attach
 from silotune.privacy.engine import ClipGroup, DpSgd
 from silotune.privacy.noise import SeededNoise
@@ -57,15 +58,14 @@ ROUNDED = 5e-3
 Gradients = list[torch.Tensor]
 
 
-def examples(task: str) -> list[dict[str, str]]:
-    """Public examples of a task, of mixed lengths."""
-    labels = ("no", "yes", "perhaps")
-    return [
-        {"text": text, "label": labels[i % 3]}
-        if task == "text_classification"
-        else {"prompt": text, "response": TEXTS[-1 - i]}
-        for i, text in enumerate(TEXTS)
-    ]
+def examples(plan: Plan) -> list[dict[str, str]]:
+    """Public examples of a plan's task, of mixed lengths."""
+    task = get_task(plan)
+    found = [dict(task.example(text, number=i, plan=plan)) for i, text in enumerate(TEXTS)]
+    for example, text in zip(found, reversed(TEXTS), strict=True):
+        if "response" in example:
+            example["response"] = text
+    return found
 
 
 def spread(model: LoadedModel) -> np.ndarray:
@@ -79,7 +79,7 @@ def spread(model: LoadedModel) -> np.ndarray:
 
 def one_by_one(model: LoadedModel, dtype: torch.dtype) -> list[Gradients]:
     """Each record's gradient by plain autograd, from a batch that it has for itself."""
-    encoded = model.task.encode(examples(model.plan.model.task), model.tokenizer, plan=model.plan)
+    encoded = model.task.encode(examples(model.plan), model.tokenizer, plan=model.plan)
     module = copy.deepcopy(model.module)
     if dtype != torch.float32:  # else it is the module as PEFT made it
         attach(module, private=False, dtype=dtype)
@@ -109,7 +109,7 @@ def middle(records: Sequence[Gradients]) -> float:
 
 def engine_sum(model: LoadedModel, attached: Attached, *, clip: float, size: int) -> torch.Tensor:
     """The sum that the product's engine makes, in micro-batches of `size`; flat, without noise."""
-    encoded = model.task.encode(examples(model.plan.model.task), model.tokenizer, plan=model.plan)
+    encoded = model.task.encode(examples(model.plan), model.tokenizer, plan=model.plan)
     groups = [ClipGroup("all", tuple(attached.parameters.values()), clip)]
     engine = DpSgd(attached, groups, sigma=1.0, noise=SeededNoise(1))
     for rows in batches(encoded, np.arange(len(encoded)), size=size, units=UNITS):
@@ -142,9 +142,9 @@ def _largest_error(model: LoadedModel, dtype: torch.dtype) -> float:
     return max(float((found - expected).norm() / expected.norm()) for found in sums)
 
 
-def write_sites(folder: Path, task: str) -> None:
+def write_sites(folder: Path, plan: Plan) -> None:
     """Two sites with a dozen records each, of all lengths."""
-    rows = examples(task)
+    rows = examples(plan)
     for number, site in enumerate(("alpha", "beta")):
         place = folder / site
         place.mkdir(parents=True)
@@ -154,7 +154,8 @@ def write_sites(folder: Path, task: str) -> None:
             for turn in range(12):
                 row = rows[(turn + number) % len(rows)]
                 # The number tells texts apart: no record is another one's look-alike.
-                table.writerow({k: v if k == "label" else f"{turn} {v}" for k, v in row.items()})
+                first = plan.task.reads[0]
+                table.writerow({**row, first: f"{turn} {row[first]}"})
         columns = "".join(f'{role} = "{role}"\n' for role in rows[0])
         (place / "site.toml").write_text(
             f'name = "{site}"\n[datasets.d]\nformat = "csv"\npath = "records.csv"\nunit = "record"\n'
@@ -179,7 +180,7 @@ ROUNDS = {
 def federated(folder: Path, base: Path, architecture: Architecture, task: str) -> Path:
     """The run directory of two private rounds with two sites, as `silotune simulate` plays them."""
     plan = a_plan(base, task, **{**PRIVATE, **ROUNDS, **architecture.settings})
-    write_sites(folder, task)
+    write_sites(folder, plan)
     tables = plan.model_dump(mode="json", exclude_none=True, exclude_unset=True)
     path = folder / "plan.toml"
     path.write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in dotted(tables).items()))
@@ -198,17 +199,17 @@ def card_of(adapter: Path) -> dict[str, Any]:
 def require_same_elsewhere(directory: Path) -> None:
     """The trained model answers, and plain PEFT gives the same numbers and the same answers."""
     trained = find_trained(directory)
-    model, task = trained.load(device="cpu"), trained.plan.model.task
+    model, plan = trained.load(device="cpu"), trained.plan
     card = card_of(trained.adapter)
-    asked = [{k: v for k, v in e.items() if k not in {"label", "response"}} for e in examples(task)]
+    asked = [{role: example[role] for role in plan.task.reads} for example in examples(plan)]
     said = model.task.predict(model, asked)
-    if task == "text_classification":
+    if not plan.task.generates:
         theirs = card["logits"](list(TEXTS)).softmax(1)
         ours = torch.tensor([list(p.probabilities.values()) for p in said])
         torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
         assert len(ours.unique()) > 3, "nothing was learned, so equal numbers show nothing"
         return
-    encoded = model.task.encode(examples(task), model.tokenizer, plan=model.plan)
+    encoded = model.task.encode(examples(plan), model.tokenizer, plan=plan)
     batch = model.task.collate(encoded, range(len(TEXTS)), model.device)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     with model.module.inference():
