@@ -245,8 +245,9 @@ def adapted_in(model: LoadedModel) -> str:
 
 
 def refused(exc: SilotuneError) -> str:
-    """What an error says, without what a library said behind it."""
-    return f"{exc.code} {exc.detail.split(': the layer', 1)[0].split(' (', 1)[0]}"
+    """What an error says, without measured numbers and what a library said behind it."""
+    said = re.sub(r" changed by \S+ ", " changes ", exc.detail)
+    return f"{exc.code} {re.split(r': the layer|: [0-9]+%| [(]', said, maxsplit=1)[0]}"
 
 
 def require_exact(base: Path, task: str, **settings: Any) -> LoadedModel:
@@ -260,7 +261,7 @@ def require_exact(base: Path, task: str, **settings: Any) -> LoadedModel:
     return model
 
 
-def told(base: Path, task: str, **settings: Any) -> str:
+def answer_to(base: Path, task: str, **settings: Any) -> str:
     """ "yes" if a model is exact under other settings, or why the product refuses them."""
     try:
         require_exact(base, task, **settings)
@@ -276,13 +277,17 @@ def examined(architecture: Architecture, task: str, folder: Path) -> Entry:
         write_model(architecture, folder / side, task=task, padding_side=side)
         for side in ("right", "left")
     )
-    every_layer = told(right, task, **{**own, "lora__target_modules": "all-linear"})
-    kinds = {kind: told(right, task, **own, model__quantization=kind) for kind in ("int8", "nf4")}
+    every_layer = answer_to(right, task, **{**own, "lora__target_modules": "all-linear"})
+    kinds = {
+        kind: answer_to(right, task, **own, model__quantization=kind) for kind in ("int8", "nf4")
+    }
     few_bits = "; ".join(dict.fromkeys(kinds.values()))
     try:
         model = require_exact(right, task, **own)
     except SilotuneError as exc:
-        return Entry(architecture, task, "", every_layer, few_bits, refused(exc))
+        reason = refused(exc)  # said once
+        others = ("" if told == reason else told for told in (every_layer, few_bits))
+        return Entry(architecture, task, "", *others, reason)
     require_exact(left, task, **own)
     require_same_elsewhere(federated(folder / "federation", right, architecture, task))
     return Entry(architecture, task, adapted_in(model), every_layer, few_bits, "trains")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, T5Config
+from transformers import AutoModel, BartConfig, T5Config
 
 from silotune.errors import EnvironmentFault, ModelError, ModelHashMismatch, ModelNotFound
 from silotune.models.adapter import read_adapter
@@ -179,11 +179,17 @@ def test_an_encoder_is_no_causal_language_model(bert_folder):
         load_model(a_plan(bert_folder, "causal_lm"))
 
 
-def test_encoder_decoder_models_are_refused(bert_folder, tmp_path):
+@pytest.mark.parametrize(
+    ("config", "task"), [(BartConfig, "text_classification"), (T5Config, "causal_lm")]
+)
+def test_encoder_decoder_models_of_which_no_encoder_serves_are_refused(
+    config, task, bert_folder, tmp_path
+):
     (tmp_path / "model.safetensors").symlink_to(bert_folder / "model.safetensors")
-    T5Config().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").symlink_to(bert_folder / "tokenizer.json")
+    config().save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="encoder-decoder"):
-        load_model(a_plan(tmp_path))
+        load_model(a_plan(tmp_path, task))
 
 
 def test_code_that_comes_with_a_model_is_not_run(bert_folder, tmp_path):
