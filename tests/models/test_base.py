@@ -185,8 +185,8 @@ def test_an_encoder_is_no_causal_language_model(bert_folder):
 def test_encoder_decoder_models_of_which_no_encoder_serves_are_refused(
     config, task, bert_folder, tmp_path
 ):
-    (tmp_path / "model.safetensors").symlink_to(bert_folder / "model.safetensors")
-    (tmp_path / "tokenizer.json").symlink_to(bert_folder / "tokenizer.json")
+    for name in ("model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).symlink_to(bert_folder / name)
     config().save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="encoder-decoder"):
         load_model(a_plan(tmp_path, task))
