@@ -85,7 +85,7 @@ class Int8Matrix(FewBits):
     def __init__(self, matrix: Tensor) -> None:
         super().__init__(matrix)
         scales = _largest(matrix) / _LARGEST
-        parts = zip(matrix.split(_AT_A_TIME), scales.split(_AT_A_TIME), strict=True)
+        parts = zip(torch.split(matrix, _AT_A_TIME), torch.split(scales, _AT_A_TIME), strict=True)
         codes = [(rows / scale.clamp(min=_TINY)).round().to(torch.int8) for rows, scale in parts]
         self.register_buffer("codes", torch.cat(codes))
         self.register_buffer("scales", scales)
@@ -111,7 +111,7 @@ class Nf4Matrix(FewBits):
         flat = matrix.flatten()
         blocks = pad(flat, (0, -len(flat) % _BLOCK)).view(-1, _BLOCK)
         scales = _largest(blocks)
-        parts = zip(blocks.split(_AT_A_TIME), scales.split(_AT_A_TIME), strict=True)
+        parts = zip(torch.split(blocks, _AT_A_TIME), torch.split(scales, _AT_A_TIME), strict=True)
         levels = [
             torch.bucketize(rows / scale.clamp(min=_TINY), _MIDDLES).to(torch.uint8)
             for rows, scale in parts
