@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from silotune.errors import ExportInTheWay, ExportRefused, ReleaseInvalid
 from silotune.models import cards
-from silotune.models.adapter import HEAD, PLAN, SETTINGS
+from silotune.models.adapter import HEAD, PLAN, SETTINGS, auto_of
 from silotune.release import RELEASE_FILE, hashes_of, read
 from silotune.rounds.trained import TrainedAdapter, find_trained
 from silotune.version import __version__
@@ -210,7 +210,8 @@ def _describe(found: TrainedAdapter, model: LoadedModel, made: Path, form: Form)
         if (found.adapter / name).is_file():
             shutil.copyfile(found.adapter / name, made / name)
     card = cards.graph_card if form in {"onnx", "int8"} else cards.merged_card
-    (made / "README.md").write_text(card(found.plan, model.description), "utf-8")
+    auto = auto_of(model).__name__
+    (made / "README.md").write_text(card(found.plan, model.description, auto=auto), "utf-8")
 
 
 def _tell(found: TrainedAdapter, exported: ExportedAdapter, made: Path) -> None:

@@ -74,6 +74,11 @@ def settings(plan: Plan, *, tokens: dict[str, Any]) -> dict[str, Any]:
     )
 
 
+def auto_of(model: LoadedModel) -> Any:
+    """Transformers' class that builds the base model."""
+    return auto_class(model.module.peft.get_base_model().config, model.plan)
+
+
 def readme(plan: Plan, description: str, *, auto: str) -> str:
     """The adapter card: what it is, how private its training was, and code that loads it.
 
@@ -183,8 +188,8 @@ def save_adapter(model: LoadedModel, flat: NDArray[Any], folder: Path, *, plan: 
         _replace(folder / HEAD, safetensors.numpy.save(head, metadata={"format": "pt"}))
     _replace(folder / SETTINGS, _json(settings(plan, tokens=_control_tokens(model))))
     _replace(folder / PLAN, plan.canonical().encode())
-    auto = auto_class(model.module.peft.get_base_model().config, plan).__name__
-    _replace(folder / "README.md", readme(plan, model.description, auto=auto).encode())
+    card = readme(plan, model.description, auto=auto_of(model).__name__)
+    _replace(folder / "README.md", card.encode())
     _replace(folder / CONFIG, _json(_peft_config(model)))
 
 

@@ -36,9 +36,11 @@ def logits(texts):
 """
 
 
-def merged_card(plan: Plan, description: str) -> str:
+def merged_card(plan: Plan, description: str, *, auto: str) -> str:
     """Of a folder with the adapter folded into the weights: the adapter's code, without PEFT."""
-    card = readme(plan, description).replace("library_name: peft", "library_name: transformers")
+    card = readme(plan, description, auto=auto).replace(
+        "library_name: peft", "library_name: transformers"
+    )
     found = _FENCE.search(card)
     assert found is not None
     code = found[0].partition("```python\n")[2]
@@ -54,9 +56,9 @@ def merged_card(plan: Plan, description: str) -> str:
     return card.replace(found[0], f"{words}\n\n```python\n{code}")
 
 
-def graph_card(plan: Plan, description: str) -> str:
+def graph_card(plan: Plan, description: str, *, auto: str) -> str:
     """Of a folder with an ONNX graph."""
-    card = readme(plan, description).replace("library_name: peft", "library_name: onnx")
+    card = readme(plan, description, auto=auto).replace("library_name: peft", "library_name: onnx")
     found = _FENCE.search(card)
     assert found is not None
     gives = (

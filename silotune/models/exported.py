@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM
 
 from silotune.errors import ExportRefused, ExtraMissing
+from silotune.models.adapter import auto_of
 from silotune.models.pretrained import load_tokenizer, quiet, told
 from silotune.models.task import LoadedModel, TaskModel
 from silotune.models.trial import SENTENCES
@@ -103,7 +103,7 @@ def with_backbone(model: LoadedModel, backbone: nn.Module) -> Answers:
 def loaded_by_peft(model: LoadedModel, folder: Path, *, base: Path) -> nn.Module:
     """The adapter in `folder` on its base model, by Transformers and PEFT alone."""
     with quiet():
-        backbone = _auto(model).from_pretrained(base, dtype=torch.float32)
+        backbone = auto_of(model).from_pretrained(base, dtype=torch.float32)
         loaded: nn.Module = PeftModel.from_pretrained(backbone, folder)
     return loaded
 
@@ -116,7 +116,9 @@ def write_merged(model: LoadedModel, folder: Path) -> None:
     ExportRefused
         The weights can't hold it.
     """
-    module = model.module
+    module, kept = model.module, model.plan.model.quantization
+    if kept != "none":
+        raise ExportRefused(f"the base model's weights are kept in {kept}: nothing folds into them")
     if module.prefix is not None:
         module.prefix.remove()
         module.prefix = None
@@ -134,12 +136,8 @@ def write_merged(model: LoadedModel, folder: Path) -> None:
 def loaded_by_transformers(model: LoadedModel, folder: Path) -> nn.Module:
     """The merged model in `folder`, by Transformers alone."""
     with quiet():
-        loaded: nn.Module = _auto(model).from_pretrained(folder, dtype=torch.float32)
+        loaded: nn.Module = auto_of(model).from_pretrained(folder, dtype=torch.float32)
     return loaded
-
-
-def _auto(model: LoadedModel) -> Any:
-    return AutoModelForCausalLM if model.plan.task.generates else AutoModel
 
 
 class _Graph(nn.Module):

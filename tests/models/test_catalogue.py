@@ -1,10 +1,13 @@
-"""Unlike architectures, each held to one-by-one autograd; the catalogue has them all."""
+"""docs/models.md says what is so: every architecture with every task, taken all the way."""
+
+from pathlib import Path
 
 import pytest
 
 from tests.models.architectures import NAMED, write_model
-from tests.models.catalogue import require_exact
+from tests.models.catalogue import HEAD, PAIRS, examined, require_exact
 
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 # As unlike each other as architectures are: shared layers, relative positions, windows, transposed
 # weights, no attention, experts, positions by distance.
 UNLIKE = [
@@ -23,3 +26,20 @@ UNLIKE = [
 def test_the_clipped_sum_of_units_is_that_of_one_by_one_autograd(name, task, tmp_path):
     base = write_model(NAMED[name], tmp_path, task=task, padding_side="left")
     assert require_exact(base, task).layout.size > 0
+
+
+def test_the_page_has_a_line_for_each_architecture_and_task():
+    page = PAGE.read_text()
+    assert page.startswith(HEAD)
+    cells = [line.split(" | ") for line in page.removeprefix(HEAD).splitlines()]
+    assert [(line[0].removeprefix("| "), line[2]) for line in cells] == [
+        (architecture.name, task) for architecture, task in PAIRS
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("architecture", "task"), PAIRS, ids=[f"{pair[0].name}-{pair[1]}" for pair in PAIRS]
+)
+def test_a_line_of_the_page_is_what_happens(architecture, task, tmp_path):
+    assert examined(architecture, task, tmp_path).line in PAGE.read_text().splitlines()
