@@ -16,6 +16,7 @@ from silotune.commands import (
     coordinator,
     data,
     demos,
+    evaluate,
     plan,
     predict,
     reference,
@@ -52,6 +53,7 @@ app.command("release")(results.release)
 app.command("dashboard")(results.dashboard)
 app.command("predict")(predict.predict)
 app.command("serve")(serving.serve)
+app.command("evaluate")(evaluate.evaluate)
 app.add_typer(site.app, name="site")
 app.add_typer(books.ledger, name="ledger")
 app.add_typer(books.certificates, name="certificate")

@@ -92,6 +92,10 @@ def predict(  # noqa: PLR0917 - one a command-line option
     prefix: Annotated[
         str, typer.Option(help="With --data: before the names of the added columns.")
     ] = "",
+    temperature: Annotated[
+        Path | None,
+        typer.Option(help="temperature.json of `silotune evaluate`: calibrates probabilities."),
+    ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="With --data: begin anew, whatever is there.")
     ] = False,
@@ -151,13 +155,18 @@ def predict(  # noqa: PLR0917 - one a command-line option
     first = next(iter(roles))
 
     def model() -> LoadedModel:
-        return finding(trained.load(base=base, device=device), threshold=threshold)
+        loaded = finding(trained.load(base=base, device=device), threshold=threshold)
+        return loaded if temperature is None else _calibrated(loaded, temperature)
 
     if data is not None:
         if texts:
             raise typer.BadParameter("give texts or --data")
         redaction = _redaction(roles[first]) if redact else None
-        options = {"threshold": threshold} if trained.plan.task.each_token else {}
+        options: dict[str, Any] = {}
+        if trained.plan.task.each_token:
+            options["threshold"] = threshold
+        if temperature is not None:
+            options["temperature"] = temperature.read_text() if temperature.is_file() else ""
         _answer_file(
             model(),
             data,
@@ -233,6 +242,15 @@ def _redaction(column: str) -> Redaction:
     if pieces_of(column) is not None:
         raise typer.BadParameter("--redact replaces one column", param_hint="--column")
     return Redaction(column)
+
+
+def _calibrated(model: LoadedModel, path: Path) -> LoadedModel:
+    """The model with the temperature in a file, which was fitted for it."""
+    from silotune.inference.answers import fingerprint
+    from silotune.inference.calibration import calibrated
+    from silotune.inference.evaluated import FittedTemperature
+
+    return calibrated(model, FittedTemperature.read(path, model=fingerprint(model)).value)
 
 
 def _beside(data: Path) -> Path:

@@ -71,7 +71,6 @@ def answers_to(
     examples: Sequence[Mapping[str, str]],
     *,
     extra: Extra | None = None,
-    temperature: float = 1.0,
 ) -> list[Answer | None]:
     """The answers to examples by role, one each; None to one of which nothing is given."""
     asked = [example for example in examples if _is_given(example)]
@@ -82,7 +81,7 @@ def answers_to(
             found.append(None)
             continue
         answer = next(made)
-        shares = tempered(answer.probabilities, temperature)
+        shares = dict(answer.probabilities)
         added = {"prediction": answer.output} | ({"probabilities": shares} if shares else {})
         found.append(added | dict(extra.of(example, answer) if extra else {}))
     return found
@@ -92,15 +91,6 @@ def _is_given(example: Mapping[str, str]) -> bool:
     return any(text.strip() for text in example.values())
 
 
-def tempered(shares: Mapping[str, float], temperature: float) -> dict[str, float]:
-    """Probabilities whose logits were divided by a temperature (Guo et al., ICML 2017)."""
-    if temperature == 1.0:
-        return dict(shares)
-    powers = {label: share ** (1.0 / temperature) for label, share in shares.items()}
-    total = sum(powers.values())
-    return {label: power / total for label, power in powers.items()}
-
-
 def answer_file(
     model: LoadedModel,
     given: Given,
@@ -108,7 +98,6 @@ def answer_file(
     *,
     prefix: str = "",
     extra: Extra | None = None,
-    temperature: float = 1.0,
     options: Mapping[str, Any] | None = None,
     revise: Revise = lambda block, answers: block,
     force: bool = False,
@@ -129,8 +118,6 @@ def answer_file(
         Before the names of the added columns.
     extra : Extra, optional
         Further columns.
-    temperature : float
-        Divides the logits behind probabilities.
     options : mapping, optional
         What else the answers depend on: those of an earlier call must have had the same.
     revise : callable
@@ -167,14 +154,14 @@ def answer_file(
         "model": fingerprint(model),
         "input": digest,
         "roles": dict(given.roles),
-        "options": {"temperature": temperature, **(options or {})},
+        "options": dict(options or {}),
     }
     with _Begun(part, head) as begun:
         before = begun.answers
         started(outline.records, before)
         for table in _behind(given, before):
             examples = examples_of(table)
-            found = answers_to(model, examples, extra=extra, temperature=temperature)
+            found = answers_to(model, examples, extra=extra)
             begun.append(found)
             advance(len(found))
     if file_sha256(given.path) != digest:

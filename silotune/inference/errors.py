@@ -12,3 +12,12 @@ class AnswersInTheWay(SilotuneError):
     title = "Other answers are in the place of these"
     cause = "A file is there already, or what was begun there had another model, input or options."
     advice = "Give another --out, or --force to begin anew."
+
+
+class TemperatureUnfit(SilotuneError):
+    """A temperature file can't be used with a model."""
+
+    code, exit_code = "ST-661", 60
+    title = "The temperature is not this model's"
+    cause = "The file is missing, damaged, or was fitted for another adapter."
+    advice = "Fit one: silotune evaluate RUN --data FILE --out FOLDER writes temperature.json."

@@ -319,6 +319,7 @@ def played():
     """Documents that are read with the hands on the keyboard."""
     names = (
         "README.md",
+        "docs/evaluation.md",
         "docs/statistics.md",
         "docs/operations.md",
         "docs/site.md",

@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 from tests.golden import (
+    evaluations,
     make_coordinator,
     make_runs,
     make_site,
@@ -21,7 +22,16 @@ from tests.golden import (
 )
 from tests.golden.registry import GOLDEN, READERS, WRITERS, private_copy, told_by
 
-PARTS = (make_coordinator, make_runs, make_site, read_coordinator, read_runs, read_site, values)
+PARTS = (
+    evaluations,
+    make_coordinator,
+    make_runs,
+    make_site,
+    read_coordinator,
+    read_runs,
+    read_site,
+    values,
+)
 """Modules that register writers and readers."""
 
 

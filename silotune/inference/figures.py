@@ -1,0 +1,229 @@
+"""Figures of a model on labelled records, and the bootstrap interval of each over privacy units.
+
+A draw of the bootstrap takes as many units as there are, with replacement, each with all of its records
+(Efron and Tibshirani, "An introduction to the bootstrap", 1993, percentile intervals): records of one
+patient are no independent evidence. scikit-learn does the arithmetic of ranks and curves.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from silotune.errors import EnvironmentFault
+from silotune.inference.evaluated import Figure
+from silotune.models.scores import metrics_of, of_confusion
+from silotune.plan.plan import Plan
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Values = Mapping[str, float]
+"""Figures by name; NaN where one is not defined."""
+
+_MOST_UNDEFINED = 0.05  # of the draws, for an interval all the same
+
+
+class Observed(ABC):
+    """What a model said of records, beside what is true of them."""
+
+    @abstractmethod
+    def measure(self, rows: Ints) -> Values:
+        """Figures of some rows, each as often as it is named: quickly, for a draw of the bootstrap."""
+
+    def point(self, rows: Ints) -> Values:
+        """The same figures, as they are reported."""
+        return self.measure(rows)
+
+
+def require_sklearn() -> None:
+    """Check that scikit-learn is here. Raises `EnvironmentFault`."""
+    try:
+        import sklearn  # noqa: F401
+    except ImportError as exc:
+        raise EnvironmentFault(
+            "an evaluation needs scikit-learn", remedy="pip install 'silotune[evaluate]'"
+        ) from exc
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Classified(Observed):
+    """Records of one label each.
+
+    Attributes
+    ----------
+    truth : int array [records]
+        The label of each, as its place among the names.
+    shares : float array [records, labels]
+        Its probabilities.
+    names : tuple of str
+        The labels.
+    """
+
+    truth: Ints
+    shares: Floats
+    names: tuple[str, ...]
+
+    @property
+    def answers(self) -> Ints:
+        """The label that was answered."""
+        found: Ints = self.shares.argmax(1)
+        return found
+
+    def confusion(self, rows: Ints) -> Ints:
+        """Confusion matrix [labels, labels] of some rows, the truth along the first axis."""
+        size = len(self.names)
+        cells = np.bincount(self.truth[rows] * size + self.answers[rows], minlength=size * size)
+        return cells.reshape(size, size).astype(np.int64)
+
+    def measure(self, rows: Ints) -> Values:
+        """Accuracy, macro-F1 and macro-AUROC, and figures of each label as ``auroc/LABEL``."""
+        return self._figures(rows, self._ranked)
+
+    def point(self, rows: Ints) -> Values:
+        """The same, with areas by scikit-learn."""
+        return self._figures(rows, self._by_sklearn)
+
+    def _figures(self, rows: Ints, areas_of: Callable[[Ints, int], tuple[float, float]]) -> Values:
+        counts = self.confusion(rows)
+        found: dict[str, float] = dict(of_confusion(counts.astype(np.float64)))
+        true, predicted, right = counts.sum(1), counts.sum(0), np.diag(counts)
+        areas = []
+        for place, name in enumerate(self.names):
+            found[f"precision/{name}"] = _ratio(right[place], predicted[place])
+            found[f"recall/{name}"] = _ratio(right[place], true[place])
+            both = true[place] + predicted[place]
+            found[f"f1/{name}"] = _ratio(2 * right[place], both) if true[place] else math.nan
+            found[f"auroc/{name}"], found[f"average_precision/{name}"] = areas_of(rows, place)
+            areas.append(found[f"auroc/{name}"])
+        defined = [area for area in areas if not math.isnan(area)]
+        return {**found, "auroc": float(np.mean(defined)) if defined else math.nan}
+
+    @cached_property
+    def _codes(self) -> Ints:
+        """Of each record and label [records, labels], the place of its score among those that occur."""
+        codes = [np.unique(scores, return_inverse=True)[1] for scores in self.shares.T]
+        return np.stack(codes, axis=1)
+
+    def _ranked(self, rows: Ints, place: int) -> tuple[float, float]:
+        """Area under the ROC curve and average precision of a label against all others.
+
+        From how often each score occurs on either side; a bootstrap asks a thousand times.
+        """
+        codes, is_it = self._codes[rows, place], self.truth[rows] == place
+        positive = np.bincount(codes[is_it], minlength=int(codes.max()) + 1)[::-1]
+        negative = np.bincount(codes[~is_it], minlength=len(positive))[::-1]
+        m, n = positive.sum(), negative.sum()
+        if not m or not n:
+            return math.nan, math.nan
+        true, false = positive.cumsum(), negative.cumsum()
+        area = float((negative * (true - positive / 2)).sum() / (m * n))
+        with np.errstate(invalid="ignore"):
+            precision = np.nan_to_num(true / (true + false))
+        return area, float((positive * precision).sum() / m)
+
+    def _by_sklearn(self, rows: Ints, place: int) -> tuple[float, float]:
+        from sklearn.metrics import average_precision_score, roc_auc_score
+
+        is_it, score = self.truth[rows] == place, self.shares[rows, place]
+        if is_it.all() or not is_it.any():
+            return math.nan, math.nan
+        return float(roc_auc_score(is_it, score)), float(average_precision_score(is_it, score))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Counted(Observed):
+    """Records of any other task: what its score counts of each.
+
+    Attributes
+    ----------
+    counts : float array [records, ...]
+        Of each record alone.
+    plan : Plan
+        Its task makes metrics of their sum.
+    """
+
+    counts: Floats
+    plan: Plan
+
+    def measure(self, rows: Ints) -> Values:
+        """The metrics of the task."""
+        return metrics_of(self.plan, self.counts[rows].sum(0))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Differences(Observed):
+    """Two models on the same records: the figures of one less those of the other."""
+
+    this: Observed
+    other: Observed
+
+    def measure(self, rows: Ints) -> Values:
+        """The differences of the figures that both have."""
+        one, two = self.this.measure(rows), self.other.measure(rows)
+        return {name: value - two[name] for name, value in one.items() if name in two}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bootstrap:
+    """How intervals are made.
+
+    Attributes
+    ----------
+    draws, confidence : int, float
+        How many, and which part of them is inside an interval.
+    seed : int
+        Makes the same draws again.
+    advance : callable
+        Told of every draw.
+    """
+
+    draws: int = 1000
+    confidence: float = 0.95
+    seed: int = 0
+    advance: Callable[[int], None] = lambda draws: None
+
+    def figures(self, observed: Observed, rows: Ints, unit_of: Ints) -> dict[str, Figure]:
+        """Figures of the rows, with the intervals over the units that these are of."""
+        point = observed.point(rows)
+        _, units = np.unique(unit_of[rows], return_inverse=True)
+        seen: dict[str, list[float]] = {name: [] for name in point}
+        for drawn in self._draws(units):
+            for name, value in observed.measure(rows[drawn]).items():
+                seen[name].append(value)
+        return {name: self._figure(value, np.array(seen[name])) for name, value in point.items()}
+
+    def _draws(self, units: Ints) -> Iterator[Ints]:
+        """Places of records, those of as many units as there are, drawn with replacement."""
+        number = int(units.max()) + 1 if len(units) else 0
+        if number < 2:
+            return
+        rng = np.random.default_rng(self.seed)
+        order = np.argsort(units, kind="stable")
+        sizes = np.bincount(units, minlength=number)
+        ends = np.cumsum(sizes)
+        for _ in range(self.draws):
+            picked = rng.integers(0, number, number)
+            lengths = sizes[picked]
+            starts = np.repeat(ends[picked] - np.cumsum(lengths), lengths)
+            yield order[starts + np.arange(lengths.sum())]
+            self.advance(1)
+
+    def _figure(self, value: float, seen: Floats) -> Figure:
+        if math.isnan(value):
+            return Figure(value=None)
+        defined = seen[~np.isnan(seen)]
+        if not len(seen) or len(defined) < (1 - _MOST_UNDEFINED) * len(seen):
+            return Figure(value=value)
+        outside = (1 - self.confidence) / 2
+        low, high = np.quantile(defined, [outside, 1 - outside])
+        return Figure(value=value, low=float(low), high=float(high))
+
+
+def _ratio(part: float, whole: float) -> float:
+    return float(part / whole) if whole else math.nan
