@@ -12,11 +12,11 @@ from rich.text import Text
 from silotune.commands.folder import AsJson
 from silotune.commands.predict import Base, ColumnOption, Device, Trained, counted, named_columns
 from silotune.inference.evaluated import (
-    Comparison,
-    Evaluation,
+    AgainstOther,
     Figure,
     FittedTemperature,
     Groups,
+    ModelEvaluation,
     in_words,
     title_of,
 )
@@ -128,7 +128,7 @@ def evaluate(  # noqa: PLR0917 - one a command-line option
         say(f"The page is {out / 'evaluation.html'}; it is for this site's own people.")
 
 
-def _write(folder: Path, found: Evaluation) -> None:
+def _write(folder: Path, found: ModelEvaluation) -> None:
     from silotune.report.evaluation_page import render_evaluation
     from silotune.trust.files import create_private_folder, replace_file
 
@@ -142,7 +142,7 @@ def _write(folder: Path, found: Evaluation) -> None:
         replace_file(folder / "temperature.json", saved.model_dump_json(indent=2).encode() + b"\n")
 
 
-def _print(found: Evaluation) -> None:
+def _print(found: ModelEvaluation) -> None:
     console = terminal()
     whose = f", of {found.units:,} units" if found.unit_column else ""
     console.print(headed(found.data, f"{found.records:,} records{whose}, by {found.plan}"))
@@ -163,7 +163,7 @@ def _print(found: Evaluation) -> None:
     )
 
 
-def _print_labels(found: Evaluation) -> None:
+def _print_labels(found: ModelEvaluation) -> None:
     keys = ("precision", "recall", "f1", "auroc", "average_precision")
     table = Table("label", "records", *map(title_of, keys))
     for row in found.labels:
@@ -176,7 +176,7 @@ def _print_labels(found: Evaluation) -> None:
     terminal().print(answered)
 
 
-def _print_choices(found: Evaluation) -> None:
+def _print_choices(found: ModelEvaluation) -> None:
     console = terminal()
     if (now := found.calibration) is not None:
         whose = f"the probability of {now.of}" if now.of else "the answered label's probability"
@@ -198,7 +198,7 @@ def _print_choices(found: Evaluation) -> None:
         )
 
 
-def _print_comparison(found: Comparison) -> None:
+def _print_comparison(found: AgainstOther) -> None:
     console = terminal()
     for name, figure in found.differences.items():
         console.print(f"Against {found.other}: {title_of(name)} {in_words(figure, sign='+')}")

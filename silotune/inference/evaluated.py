@@ -71,7 +71,7 @@ class Calibration(StoredFigures):
     log_loss: float
 
 
-class Parts(StoredFigures):
+class TwoParts(StoredFigures):
     """Where something was chosen, and where it was scored: no unit is in both."""
 
     how: str
@@ -82,7 +82,7 @@ class Parts(StoredFigures):
 class Temperature(StoredFigures):
     """A temperature fitted on one part, and the calibration of the other without and with it."""
 
-    parts: Parts
+    parts: TwoParts
     value: float
     before: Calibration
     after: Calibration
@@ -91,7 +91,7 @@ class Temperature(StoredFigures):
 class Threshold(StoredFigures):
     """A threshold for the positive label, chosen on one part, and how it does on the other."""
 
-    parts: Parts
+    parts: TwoParts
     label: str
     rule: str
     value: float
@@ -118,7 +118,7 @@ class DeLong(StoredFigures):
     p_value: float
 
 
-class Comparison(StoredFigures):
+class AgainstOther(StoredFigures):
     """A model against another on the same records; differences are the first less the other."""
 
     other: str
@@ -159,7 +159,7 @@ class Groups(StoredFigures):
     hidden_records: int
 
 
-class Evaluation(StoredFigures):
+class ModelEvaluation(StoredFigures):
     """A whole evaluation.
 
     Attributes
@@ -199,7 +199,7 @@ class Evaluation(StoredFigures):
     calibration: Calibration | None = None
     temperature: Temperature | None = None
     threshold: Threshold | None = None
-    comparison: Comparison | None = None
+    comparison: AgainstOther | None = None
     groups: Groups | None = None
 
 

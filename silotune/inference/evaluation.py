@@ -17,15 +17,15 @@ from silotune.errors import ModelError
 from silotune.inference.answers import fingerprint
 from silotune.inference.calibration import calibration_of, fitted_temperature, tempered
 from silotune.inference.evaluated import (
-    Comparison,
-    Evaluation,
+    AgainstOther,
     Figure,
     GroupFigures,
     Groups,
     LabelFigures,
-    Parts,
+    ModelEvaluation,
     Temperature,
     Threshold,
+    TwoParts,
 )
 from silotune.inference.figures import (
     Bootstrap,
@@ -36,7 +36,7 @@ from silotune.inference.figures import (
     require_sklearn,
 )
 from silotune.inference.groups import shown_groups
-from silotune.inference.observed import Looked, look
+from silotune.inference.observed import SeenRecords, look
 from silotune.inference.records import Given
 from silotune.inference.significance import delong, mcnemar
 from silotune.inference.thresholds import MAX_F1, Decided, ThresholdRule
@@ -78,7 +78,7 @@ def evaluate(
     choose_on: Given | None = None,
     wanted: Wanted | None = None,
     looking: Callable[[int], None] = lambda records: None,
-) -> Evaluation:
+) -> ModelEvaluation:
     """Evaluate a model on a file of labelled records.
 
     Parameters
@@ -118,7 +118,7 @@ def evaluate(
     found = look(models, given, advance=looking)
     chosen = None if choose_on is None else look([model], choose_on, advance=looking)
     one = _One(found, chosen, wanted, positive)
-    return Evaluation(
+    return ModelEvaluation(
         plan=plan.plan.name,
         plan_sha256=plan.sha256,
         model=fingerprint(model),
@@ -157,7 +157,7 @@ class _One:
     """The figures of one evaluation."""
 
     def __init__(
-        self, found: Looked, chosen: Looked | None, wanted: Wanted, positive: str | None
+        self, found: SeenRecords, chosen: SeenRecords | None, wanted: Wanted, positive: str | None
     ) -> None:
         self._found, self._chosen, self._wanted, self._label = found, chosen, wanted, positive
         self._this: Observed = found.observed[0]
@@ -199,7 +199,7 @@ class _One:
         choosing, scored, how = self._parts(this)
         if not len(choosing.truth) or not len(scored):
             return {}
-        parts = Parts(how=how, chosen_on=len(choosing.truth), scored_on=len(scored))
+        parts = TwoParts(how=how, chosen_on=len(choosing.truth), scored_on=len(scored))
         truth, shares = this.truth[scored], this.shares[scored]
         value = fitted_temperature(choosing.truth, choosing.shares)
         before, after = (
@@ -241,12 +241,12 @@ class _One:
         inside = np.array([unit in first for unit in self._found.units])
         return _taken(this, np.flatnonzero(inside)), np.flatnonzero(~inside), "half of the units"
 
-    def comparison(self, other: str) -> Comparison:
+    def comparison(self, other: str) -> AgainstOther:
         """How the model does against the other one, on all records."""
         this, that = self._found.observed
         measured = self._measured(Differences(this=this, other=that), self._found.rows)
         values = that.measure(self._found.rows)
-        found = Comparison(
+        found = AgainstOther(
             other=other,
             metrics={n: Figure(value=_defined(v)) for n, v in values.items() if "/" not in n},
             differences={n: f for n, f in measured.items() if "/" not in n},

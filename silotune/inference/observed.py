@@ -19,7 +19,7 @@ CLASSIFIED = "confusion"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Looked:
+class SeenRecords:
     """A file of labelled records after models have seen it.
 
     Attributes
@@ -51,7 +51,9 @@ class Looked:
         return np.arange(len(self.units))
 
 
-def look(models: Sequence[LoadedModel], given: Given, *, advance: Callable[[int], None]) -> Looked:
+def look(
+    models: Sequence[LoadedModel], given: Given, *, advance: Callable[[int], None]
+) -> SeenRecords:
     """Let models see a file's records, block by block.
 
     Raises
@@ -127,7 +129,7 @@ class _Seen:
             ]
         )
 
-    def looked(self) -> Looked:
+    def looked(self) -> SeenRecords:
         """All of it."""
         if not self._units:
             raise TooFewRecords(
@@ -143,7 +145,7 @@ class _Seen:
             else Counted(counts=part, plan=self._plan)
             for part in parts
         ]
-        return Looked(
+        return SeenRecords(
             observed=observed,
             units=self._units,
             groups=self._groups,

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from silotune.inference.evaluated import (
     Calibration,
-    Evaluation,
     Figure,
     Groups,
+    ModelEvaluation,
     in_words,
     title_of,
 )
@@ -30,7 +30,7 @@ _OF_LABEL = ("precision", "recall", "f1", "auroc", "average_precision")
 _MOST_ROWS = 24
 
 
-def render_evaluation(found: Evaluation) -> str:
+def render_evaluation(found: ModelEvaluation) -> str:
     """The page as text; everything that is not ours is escaped by Jinja."""
     return fill(
         "evaluation.html",
@@ -46,7 +46,7 @@ def render_evaluation(found: Evaluation) -> str:
     )
 
 
-def _labels(found: Evaluation) -> TextTable | None:
+def _labels(found: ModelEvaluation) -> TextTable | None:
     rows = [
         (
             printable(row.label),
@@ -58,7 +58,7 @@ def _labels(found: Evaluation) -> TextTable | None:
     return TextTable(("label", "records", *map(title_of, _OF_LABEL)), tuple(rows)) if rows else None
 
 
-def _confusion(found: Evaluation) -> TextTable | None:
+def _confusion(found: ModelEvaluation) -> TextTable | None:
     names = [printable(name) for name in found.label_names]
     rows = [
         (name, *(f"{count:,}" for count in counts))
@@ -89,7 +89,7 @@ def _groups(found: Groups) -> TextTable | None:
     return TextTable(head, tuple(rows))
 
 
-def draw_evaluation(found: Evaluation) -> dict[str, Chart]:
+def draw_evaluation(found: ModelEvaluation) -> dict[str, Chart]:
     """The pictures that there is something for, if Matplotlib is here."""
     if not can_draw():
         return {}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, roc_auc_score
 
-from silotune.inference.evaluated import Evaluation
+from silotune.inference.evaluated import ModelEvaluation
 from tests.commands.terminal import shown
 from tests.commands.test_predict import finished
 from tests.models.model_material import TEXTS
@@ -60,7 +60,7 @@ def data(tmp_path, asked):
 def evaluated(run, data, *words):
     told = shown("json", "evaluate", str(run), "--data", str(data), "--draws", "100", *words)
     assert told.code == 0, told.errors
-    return Evaluation.model_validate_json(told.text)
+    return ModelEvaluation.model_validate_json(told.text)
 
 
 def test_figures_are_scikit_learns_of_the_answers_of_predict(run, data, asked, answered):
@@ -129,7 +129,7 @@ def test_what_is_kept_is_the_owners_and_the_temperature_this_models(
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o600}
     kept = json.loads((folder / "evaluation.json").read_text())
-    assert Evaluation.model_validate(kept) == found
+    assert ModelEvaluation.model_validate(kept) == found
     words = ["--temperature", str(folder / "temperature.json"), asked[0]["text"]]
     cooled = shown("json", "predict", str(run), *words).facts["prediction"]
     plain = shown("json", "predict", str(run), asked[0]["text"]).facts["prediction"]

@@ -4,16 +4,16 @@ import numpy as np
 
 from silotune.inference.calibration import calibration_of, fitted_temperature, tempered
 from silotune.inference.evaluated import (
-    Comparison,
-    Evaluation,
+    AgainstOther,
     Figure,
     FittedTemperature,
     GroupFigures,
     Groups,
     LabelFigures,
-    Parts,
+    ModelEvaluation,
     Temperature,
     Threshold,
+    TwoParts,
     in_words,
 )
 from silotune.inference.significance import delong, mcnemar
@@ -30,7 +30,7 @@ def evaluation(path):
     shares, worse = np.stack([1 - first, first], axis=1), rng.random(40).round(3)
     figure, parts = (
         Figure(value=0.75, low=0.5, high=0.875),
-        Parts(how="half of the units", chosen_on=20, scored_on=20),
+        TwoParts(how="half of the units", chosen_on=20, scored_on=20),
     )
     value = fitted_temperature(truth, shares)
     calibration, after = (
@@ -41,7 +41,7 @@ def evaluation(path):
         LabelFigures(label=label, records=20, predicted=20, **dict.fromkeys(names, figure))
         for label in ("acute", "chronic")
     ]
-    found = Evaluation(
+    found = ModelEvaluation(
         plan="golden", plan_sha256="0" * 64, model="1" * 64, task="text_classification",
         kind="confusion", data="new.csv", data_sha256="2" * 64, records=40, units=20,
         unit_column="patient", left_out=("empty label in row 3",), confidence=0.95, draws=1000,
@@ -52,7 +52,7 @@ def evaluation(path):
         threshold=Threshold(
             parts=parts, label="chronic", rule="max-f1", value=0.5, figures={"f1": figure}
         ),
-        comparison=Comparison(
+        comparison=AgainstOther(
             other="before", metrics={"accuracy": figure}, differences={"accuracy": figure},
             mcnemar=mcnemar(first > 0.5, worse > 0.5),
             delong=delong(truth == 1, first, worse, label="chronic", confidence=0.95),
@@ -67,7 +67,7 @@ def evaluation(path):
 
 @reads("evaluation.json")
 def read_evaluation(path):
-    found = Evaluation.model_validate_json(path.read_bytes())
+    found = ModelEvaluation.model_validate_json(path.read_bytes())
     page = render_evaluation(found)
     told = [in_words(figure) for figure in found.metrics.values()]
     return {"found": found.model_dump(mode="json", exclude_unset=True), "said": told,
