@@ -255,12 +255,11 @@ class _Length:
     name: str
     patients: int
     rounds: int
-    head_rounds: int
     rate: float
 
 
-_FULL = _Length("notes", 200, 70, 60, 0.15)
-_QUICK = _Length("notes-quick", 60, 40, 40, 0.2)
+_FULL = _Length("notes", 200, 80, 0.4)
+_QUICK = _Length("notes-quick", 60, 40, 0.4)
 
 
 def _plan(*, quick: bool) -> str:
@@ -270,13 +269,7 @@ def _plan(*, quick: bool) -> str:
         base=toml_value(minilm()),
         labels=toml_value(LABELS),
         rounds=chosen.rounds,
-        head_rounds=chosen.head_rounds,
         rate=chosen.rate,
-        feature_scale=8.0,
-        head_lr=0.1,
-        adapter_lr=0.005,
-        clip_head=1.0,
-        clip_adapter=1.0,
     )
 
 

@@ -10,7 +10,8 @@ there it is learned and answered, and elsewhere it is only context. A record's l
 own tokens, each counted once.
 
 What is asked of a word is answered for the whole of it: pieces of a word (letters or digits with nothing
-between them) are one answer, by their mean probabilities.
+between them) are one answer, by their mean probabilities. Words of one kind side by side are one entity,
+unless it is quite sure that the second begins another.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ _BLANK = -1  # target of a token that is nothing but spaces: neither learned nor
 _GOES_ON = 1 << 20  # set in the target of a token that goes on with the word before it
 _IGNORED = -100
 _LIKELY = 0.5
+_SURE = 0.9  # share of "begins" in a kind's probability, from which on another entity begins
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -362,7 +364,8 @@ def _words_tags(shares: Floats, goes_on: NDArray[np.bool_], threshold: float) ->
     best = kinds.argmax(1)
     entity = kinds.sum(1) >= threshold
     rows = np.arange(len(starts))
-    new = begins[starts][rows, best] >= inside[starts][rows, best]
+    either = (begins + inside)[starts][rows, best]
+    new = begins[starts][rows, best] >= _SURE * either
     first = np.where(entity, 1 + 2 * best + np.where(new, 0, 1), 0)
     later = np.where(entity, 2 + 2 * best, 0)
     tags = np.repeat(later, lengths)
