@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -180,7 +180,9 @@ def _write(
 
     place = str(base or found.plan.model.base)
     # The exporter's view of attention: one that every runtime has.
-    model = found.load(base=place, device=device, attention="eager")
+    # And the whole base model: what is exported holds no weights in few bits.
+    plan = found.plan.override({"model.quantization": "none"})
+    model = replace(found, plan=plan).load(base=place, device=device, attention="eager")
     asked = exported.Asked.of(model)
     texts = sum(map(len, asked.answers))
     if form == "peft":

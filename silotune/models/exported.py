@@ -116,9 +116,7 @@ def write_merged(model: LoadedModel, folder: Path) -> None:
     ExportRefused
         The weights can't hold it.
     """
-    module, kept = model.module, model.plan.model.quantization
-    if kept != "none":
-        raise ExportRefused(f"the base model's weights are kept in {kept}: nothing folds into them")
+    module = model.module
     if module.prefix is not None:
         module.prefix.remove()
         module.prefix = None

@@ -66,6 +66,19 @@ def by_card(folder):
     return names
 
 
+@pytest.mark.parametrize("form", ["peft", "merged"])
+def test_an_adapter_of_weights_in_few_bits_is_exported_with_the_whole_ones(
+    bert_folder, tmp_path, form
+):
+    run = finished(tmp_path / "runs", bert_folder, model__quantization="int8")
+    told = json.loads(export(run, tmp_path / "out", "--format", form, "--json"))
+    assert told["difference"] <= told["tolerance"]
+    own = silotune.load(run, device="cpu").predict(TEXTS)
+    shares = by_card(tmp_path / "out")["logits"](TEXTS).softmax(1)
+    for found, prediction in zip(shares.tolist(), own, strict=True):  # close, not equal
+        assert found == pytest.approx(list(prediction.probabilities.values()), abs=0.05)
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", ["plain", "cosines"])
 def test_the_cards_code_gives_the_adapters_answers(runs, tmp_path, kind, form):
