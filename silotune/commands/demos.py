@@ -143,6 +143,26 @@ def _tell_redacted(run: Path, note: str) -> None:
         console.print(f"\n{heading}:", style="bold")
         console.print(Text(text.rstrip()))
     console.print(f"\nFound {in_words(counts, model.plan.model.labels)}.")
+@demo.command("bank")
+def bank(
+    folder: Annotated[Path, typer.Argument(help="Folder to make.")] = Path("bank"),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Few loans and rounds: a run of less than a minute.")
+    ] = False,
+    force: Force = False,
+) -> None:
+    """Four banks and their loans, told in words, to tell which will go bad.
+
+    A public table of credit scoring. What an applicant works as stands in for the bank.
+    """
+    from silotune.data.demo_bank import write_banks
+
+    make_way(folder, force=force)
+    plan = write_banks(folder, quick=quick)
+    tell_next(
+        f"Four banks and a plan are in {folder}.",
+        [f"silotune plan check {plan}", f"silotune simulate {plan} --baselines"],
+    )
 
 
 def make_way(folder: Path, *, force: bool) -> None:
