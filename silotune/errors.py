@@ -437,9 +437,9 @@ class TextRefused(ModelError):
     """The model fails on texts."""
 
     code = "ST-307"
-    title = "The model fails on texts"
-    cause = "It takes no token ids, its tokenizer is another model's, or a layer of it failed."
-    advice = "Use a text model together with its own tokenizer; the message names what failed."
+    title = "The model fails on public texts or images"
+    cause = "It takes something else, its tokenizer is another model's, or a layer of it failed."
+    advice = "Use a model for the task, with its own tokenizer; the message names what failed."
 
 
 class RecordsMixed(ModelError):

@@ -422,7 +422,7 @@ class Trainer:
     def _uses_frozen(self) -> bool:
         """Whether anything of the base model alone is worth computing once."""
         below = self._model.plan.task.pools and self._model.module.prefix is not None
-        return below or self._plan.optimizer.site.head_rounds > 0
+        return below or self._plan.head_rounds > 0
 
     def prepare(self) -> None:
         """Do now what would otherwise keep the first round waiting."""

@@ -55,7 +55,7 @@ def seconds_a_record(model: LoadedModel) -> float:
 def seconds(plan: Plan, *, record: float, units: int) -> float:
     """Computing time of a run at a site of so many units, of which a forward pass takes `record`."""
     each = plan.privacy.max_records_per_unit * record
-    head = plan.optimizer.site.head_rounds
+    head = plan.head_rounds
     steps = (plan.rounds.number - head) * plan.rounds.local_steps
     trained = steps * plan.expected_batch(units) * _BACKWARD
     return each * (trained + (units if head else 0))
@@ -69,7 +69,7 @@ def corners(plan: Plan, layout: Layout | None, declared: Mapping[str, int]) -> l
 
 
 def _rates(plan: Plan) -> Iterator[str]:
-    site, head = plan.optimizer.site, plan.optimizer.site.head_rounds
+    site, head = plan.optimizer.site, plan.head_rounds
     if not plan.sends_sums:
         if plan.per_unit:
             yield (

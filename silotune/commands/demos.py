@@ -165,6 +165,31 @@ def bank(
     )
 
 
+@demo.command("images")
+def images(
+    folder: Annotated[Path, typer.Argument(help="Folder to make.")] = Path("images"),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Few images and rounds: a run of less than a minute.")
+    ] = False,
+    force: Force = False,
+) -> None:
+    """Three clinics and their images of handwritten digits, with a base model for images.
+
+    Each sees some of the digits only. The images are scikit-learn's, the model has ImageNet weights.
+    """
+    from silotune.data.demo_images import write_images
+
+    make_way(folder, force=force)
+    plan = write_images(folder, quick=quick)
+    tell_next(
+        f"Three sites, a base model and a plan are in {folder}.",
+        [
+            f"silotune data check {folder}/north/site.toml --plan {plan}",
+            f"silotune simulate {plan} --baselines",
+        ],
+    )
+
+
 def make_way(folder: Path, *, force: bool) -> None:
     """See to it that a demo can be written into a folder.
 

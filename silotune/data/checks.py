@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from silotune.data.duplicates import Sketches, find_twins
+from silotune.data.image_files import CONTENT
 from silotune.data.records import Records, Split, load_records
 from silotune.data.site import SiteConfig
 from silotune.errors import SilotuneError
@@ -64,7 +65,7 @@ def find_look_alikes(records: Records) -> LookAlikes:
     tested = np.flatnonzero(held_out)[:_MOST_HELD_OUT]
     rows = np.concatenate([tested, np.flatnonzero(~held_out)[:_MOST_TRAINED]])
     examples = [records.examples[row] for row in rows.tolist()]
-    texts = [example.get("text") or example.get("prompt", "") for example in examples]
+    texts = [e.get(CONTENT) or e.get("text") or e.get("prompt", "") for e in examples]
     labels = [example.get("label", "") for example in examples]
     twins = find_twins(Sketches.of(texts, labels=labels), held_out[rows])
     return LookAlikes(len(tested), int(np.count_nonzero(twins.in_training >= 0)))

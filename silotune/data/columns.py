@@ -12,7 +12,7 @@ from silotune.plan.sections import Section
 
 Role = Literal[
     "text", "label", "unit", "group", "split", "prompt", "response",
-    "spans", "words", "tags", "messages",
+    "spans", "words", "tags", "messages", "image",
 ]  # fmt: skip
 
 LISTS = frozenset({"spans", "words", "tags", "messages"})
@@ -76,10 +76,11 @@ class ColumnsConfig(Section):
     words: Column | None = Field(None, description="The text as a list of words.")
     tags: Column | None = Field(None, description="A tag for each of the words: B-NAME, O, ...")
     messages: Column | None = Field(None, description="A chat: a list of role and content.")
+    image: Column | None = Field(None, description="The path of a file below `images`.")
 
     @model_validator(mode="after")
     def _single(self) -> Self:
-        whole = ("label", "unit", "group", "split", *sorted(LISTS))
+        whole = ("label", "unit", "group", "split", "image", *sorted(LISTS))
         # The spans of a text count its characters.
         for role in (*whole, *(["text"] if self.spans is not None else [])):
             column = getattr(self, role)

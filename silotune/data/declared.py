@@ -180,4 +180,4 @@ def _require_room(dataset: DatasetConfig, plan: Plan) -> None:
 
 def identity_role(columns: Collection[str]) -> str:
     """The role whose text tells records apart where the record itself is the unit."""
-    return next(role for role in ("text", "prompt", "messages") if role in columns)
+    return next(role for role in ("text", "image", "prompt", "messages") if role in columns)

@@ -22,6 +22,7 @@ from silotune.data.duplicates import Sketches, Twins, find_twins
 from silotune.data.examination import Examination, Histogram, LabelCount, Lengths, Resemblance
 from silotune.data.flattery import measure_flattery
 from silotune.data.identifiers import Sighting, find_identifiers
+from silotune.data.image_files import CONTENT
 from silotune.data.names import find_names
 from silotune.data.records import Records, Split, load_records
 from silotune.data.remarks import remarks_on
@@ -138,7 +139,7 @@ class _Look:
     ) -> None:
         self._site, self._plan, self._records, self._stage = site, plan, records, stage
         self._given, self._names = given, names
-        self._role = plan.task.reads[0] if plan.task.reads else ""
+        self._role = CONTENT if plan.task.sees else (*plan.task.reads, "")[0]
 
     def examination(self, name: str, dataset: DatasetConfig) -> Examination:
         records, plan = self._records, self._plan
@@ -220,7 +221,7 @@ class _Look:
         return ["\n".join(example[role] for role in roles) for example in self._records.examples]
 
     def _lengths(self) -> Lengths | None:
-        if not len(self._records):
+        if not len(self._records) or self._plan.task.sees:
             return None
         measure, counts = "words", self._tokens() if self._given else None
         if counts is None:
@@ -282,7 +283,7 @@ class _Look:
         found = twins.in_training >= 0
         parts = {"validation": Split.VALIDATION, "test": Split.TEST}
         flattery = None
-        if self._plan.task.target == "label" and found.any():
+        if self._plan.task.target == "label" and not self._plan.task.sees and found.any():
             done = self._stage("asking two simple models", 1)
             flattery = measure_flattery(
                 texts, self._given_labels, held_out, sketches=sketches, twins=twins
@@ -310,6 +311,8 @@ class _Look:
         return int(np.count_nonzero(labels != labels[first[group]]))
 
     def _identifiers(self) -> tuple[Sighting, ...]:
+        if self._plan.task.sees:
+            return ()  # what is written in an image is not read
         advance = self._stage("looking for identifiers", len(self._records))
         texts, unit_of = self._whole(), self._records.unit_of
         found = find_identifiers(texts, unit_of, advance=advance)

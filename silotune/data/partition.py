@@ -58,6 +58,8 @@ class CommonTerms:
         The labels that each site declares; none if the records have none.
     plan : Plan or None
         The plan that was written with the sites: their policies let it pass.
+    images : str or None
+        The folder of the images that the role ``image`` names.
     """
 
     dataset: str
@@ -67,6 +69,7 @@ class CommonTerms:
     max_records_per_unit: int = 1
     labels: tuple[str, ...] = ()
     plan: Plan | None = None
+    images: str | None = None
 
 
 def read_template(name: str) -> Template:
@@ -135,6 +138,7 @@ def write_site(
         epsilon=offer.budget.epsilon,
         delta=offer.budget.delta,
         labels=f"labels = {toml_value(offer.labels)}" if offer.labels else "# labels = []",
+        images=f"\nimages = {toml_value(offer.images)}" if offer.images else "",
         **_policy(offer.plan),
     )
     (folder / "site.toml").write_text(filled, encoding="utf-8")

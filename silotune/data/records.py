@@ -52,6 +52,7 @@ from silotune.data.declared import (
     require_declared,
     rule_for,
 )
+from silotune.data.image_files import CONTENT, look_at_images
 from silotune.data.roles import Sieve, read_roles
 from silotune.data.site import DatasetConfig, SiteConfig
 from silotune.data.table import LeftOut, numbered
@@ -255,13 +256,16 @@ def load_records(
     named = {**columns, **numbers}
     sieve = Sieve(read_roles(dataset, folder=site.folder, roles=named, labels=labels, rule=rule))
     _drop_unfit(sieve, by_asked(columns), labels)
+    if "image" in columns:
+        look_at_images(sieve, folder=site.images_of(dataset), column=columns["image"])
     if "split" in columns:
         _drop_torn(sieve, "split", "on another side of the split")
     if plan.data.split_by == "group":
         _drop_torn(sieve, "group", "in another group")
     _drop_surplus(sieve, dataset.max_records_per_unit)
     left = sieve.table()
-    values, picked = left.columns, sorted({*roles, *numbers})
+    values = left.columns
+    picked = sorted({*roles, *numbers, *({CONTENT} & set(values))})
     found = Records(
         examples=[
             dict(zip(picked, row, strict=True))
@@ -385,6 +389,7 @@ def _content(values: Values) -> str:
 def _identities(values: Values) -> Sequence[str]:
     """What tells records apart. A prompt alone would not: often it is the same for all of them."""
     if "text" in values or "response" not in values:
-        return values[identity_role(values)]
+        role = identity_role(values)
+        return values[CONTENT if role == "image" else role]
     pairs = zip(values["prompt"], values["response"], strict=True)
     return [json.dumps(pair) for pair in pairs]

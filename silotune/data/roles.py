@@ -255,6 +255,10 @@ class Sieve:
         del self._values[role]
         self._values[named or role] = values
 
+    def add(self, role: str, values: Sequence[str]) -> None:
+        """Give every row a value of another role."""
+        self._values[role] = values
+
     def drop(
         self,
         rows: Sequence[int],

@@ -255,6 +255,9 @@ class DatasetConfig(Section):
         None, description="SQLAlchemy URL; ${VARIABLE} is taken from the environment."
     )
     query: Annotated[str, Field(min_length=1)] | None = None
+    images: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description="The folder of the images that columns.image names: no other is opened."
+    )
     columns: ColumnsConfig
     numbers: dict[Name, Column] = Field(
         {}, description="Numeric columns whose statistics plans may ask for, by a name for plans."
@@ -321,9 +324,11 @@ class DatasetConfig(Section):
 
     def _unit_conflicts(self) -> list[str]:
         found = []
-        fixed = [role for role in self.columns.by_role() if role in LISTS - {"words"}]
+        fixed = [role for role in self.columns.by_role() if role in (LISTS - {"words"}) | {"image"}]
         if self.augmentation is not None and fixed:
             found.append(f"augmentation changes words, which {fixed[0]} would not follow")
+        if (self.images is None) != (self.columns.image is None):
+            found.append("images is the folder of what columns.image names: give both, or neither")
         if self.unit == "record" and self.columns.unit is not None:
             found.append('unit must say what one value of columns.unit is, e.g. "patient"')
         if self.unit != "record" and self.columns.unit is None:
@@ -434,6 +439,11 @@ class SiteConfig(Section):
     def units_for(self, plan: Plan) -> int:
         """Units that it declares of the dataset that a plan asks for. Raises `DatasetUnknown`."""
         return self.dataset(plan.data.dataset).declared_units
+
+    def images_of(self, dataset: DatasetConfig) -> Path:
+        """The folder below which a dataset's images are."""
+        assert dataset.images is not None  # validated beside columns.image
+        return self.folder / dataset.images
 
     def model_place(self, plan: Plan) -> str:
         """Where the plan's base model is here: what the policy says of its hash, else the plan."""

@@ -38,6 +38,10 @@ _POOLED = {
     "last": "hidden[torch.arange(len(hidden)), mask[..., 0].sum(1) - 1]",
 }
 
+_POOLED_PARTS = {"mean": "hidden.mean(1)", "first": "hidden[:, 0]"}
+
+_ADAPTER_FILES = "`adapter_model.safetensors` and `adapter_config.json` are in PEFT's own format; "
+
 _COSINES = """
     turns = features @ head["frequencies"].T + head["phases"]
     features = torch.cos(turns) * settings["feature_scale"] * (2 / len(head["phases"])) ** 0.5"""
@@ -76,7 +80,7 @@ def settings(plan: Plan, *, tokens: dict[str, Any]) -> dict[str, Any]:
 
 def auto_of(model: LoadedModel) -> Any:
     """Transformers' class that builds the base model."""
-    return auto_class(model.module.peft.get_base_model().config, model.plan)
+    return auto_class(model.module.backbone.config, model.plan)
 
 
 def readme(plan: Plan, description: str, *, auto: str) -> str:
@@ -84,10 +88,14 @@ def readme(plan: Plan, description: str, *, auto: str) -> str:
 
     `auto` is the name of Transformers' class that builds the base model.
     """
+    adapted = plan.lora.target_modules != "none"
+    pooled = _POOLED_PARTS if plan.task.sees else _POOLED
     code = _template(plan.model.task).substitute(
-        pooled=_POOLED[plan.model.pooling],
+        pooled=pooled[plan.model.pooling],
         cosines=_COSINES if plan.model.head_features else "",
         auto=auto,
+        imports="from peft import PeftModel\n" if adapted else "",
+        model="PeftModel.from_pretrained(encoder, folder)" if adapted else "encoder",
     )
     return _template("card").substitute(
         base=plan.model.base,
@@ -97,6 +105,8 @@ def readme(plan: Plan, description: str, *, auto: str) -> str:
         description=description,
         privacy=_privacy(plan),
         sha256=plan.sha256,
+        kind="A LoRA adapter" if adapted else "A head",
+        files=_ADAPTER_FILES if adapted else "",
         head=f"`head.safetensors` holds {_head_file(plan)}; " if plan.task.has_head else "",
         code=code,
     )
@@ -182,7 +192,8 @@ def save_adapter(model: LoadedModel, flat: NDArray[Any], folder: Path, *, plan: 
     head = {name: arrays.pop(name) for name in list(arrays) if name.startswith("head.")}
     matrices = {name: arrays.get(name, frozen) for name, frozen in _live_matrices(model).items()}
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / MATRICES, safetensors.numpy.save(matrices, metadata={"format": "pt"}))
+    if (config := _peft_config(model)) is not None:
+        _replace(folder / MATRICES, safetensors.numpy.save(matrices, metadata={"format": "pt"}))
     if head:
         head |= _fixed(model.module)
         _replace(folder / HEAD, safetensors.numpy.save(head, metadata={"format": "pt"}))
@@ -190,7 +201,8 @@ def save_adapter(model: LoadedModel, flat: NDArray[Any], folder: Path, *, plan: 
     _replace(folder / PLAN, plan.canonical().encode())
     card = readme(plan, model.description, auto=auto_of(model).__name__)
     _replace(folder / "README.md", card.encode())
-    _replace(folder / CONFIG, _json(_peft_config(model)))
+    if config is not None:
+        _replace(folder / CONFIG, _json(config))
 
 
 def load_adapter(model: LoadedModel, folder: Path) -> Vector:
@@ -202,14 +214,16 @@ def load_adapter(model: LoadedModel, folder: Path) -> Vector:
         A file is missing or damaged, or the adapter was made for another base model, rank, scale,
         task, pooling, centre or list of labels.
     """
-    expected, config = _peft_config(model), _read_json(folder / CONFIG)
-    _require_equal(config, {key: expected[key] for key in ("r", "lora_alpha", "use_rslora")})
+    arrays: dict[str, NDArray[Any]] = {}
+    if (expected := _peft_config(model)) is not None:
+        own = {key: expected[key] for key in ("r", "lora_alpha", "use_rslora")}
+        _require_equal(_read_json(folder / CONFIG), own)
+        arrays |= _read_arrays(folder / MATRICES)
     _require_equal(_read_json(folder / SETTINGS), meaning(model.plan))
-    arrays = _read_arrays(folder / MATRICES)
     if model.module.head is not None:
         arrays |= _read_arrays(folder / HEAD)
-        for name, own in _fixed(model.module).items():
-            _require_close(name, arrays.pop(name, None), own)
+        for name, fixed in _fixed(model.module).items():
+            _require_close(name, arrays.pop(name, None), fixed)
     trained = {entry.name for entry in model.layout.entries}
     for name, frozen in _live_matrices(model).items():
         if name not in trained:
@@ -267,8 +281,10 @@ def _control_tokens(model: LoadedModel) -> dict[str, Any]:
     }
 
 
-def _peft_config(model: LoadedModel) -> dict[str, Any]:
-    """PEFT's configuration as it saves it, with sets in a fixed order."""
+def _peft_config(model: LoadedModel) -> dict[str, Any] | None:
+    """PEFT's configuration as it saves it, with sets in a fixed order; None where a head is all."""
+    if model.plan.lora.target_modules == "none":
+        return None
     config: dict[str, Any] = model.module.peft.peft_config["default"].to_dict()
     config["inference_mode"] = True
     return {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}

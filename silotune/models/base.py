@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import LoraConfig, TaskType, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -29,6 +29,7 @@ from silotune.models.batching import Encoded
 from silotune.models.choices import Choices, choose, resolve_device
 from silotune.models.cosines import Cosines
 from silotune.models.layout import Layout, initial_matrix, saved_name
+from silotune.models.preparation import load_preparation
 from silotune.models.pretrained import (
     auto_class,
     fixed_rng,
@@ -37,11 +38,13 @@ from silotune.models.pretrained import (
     load_tokenizer,
     locate,
     quiet,
+    require_images,
     require_length,
     require_text,
     require_weights,
     told,
     weight_files,
+    width_of,
 )
 from silotune.models.task import LoadedModel, Task, TaskModel
 from silotune.models.tasks import get_task
@@ -103,12 +106,12 @@ def load_model(
 
 
 def _assembled(plan: Plan, folder: Path, choices: Choices, *, rank: int | None) -> LoadedModel:
-    config, tokenizer = load_config(folder), load_tokenizer(folder)
+    config = load_config(folder)
+    tokenizer = _reader(plan, folder, config)
     task, place = get_task(plan), torch.device(choices.device)
     with fixed_rng(), quiet():
         bare = load_base(folder, config, plan=plan, attention=choices.attention)
-        require_text(bare, tokenizer)
-        require_length(bare, tokenizer, plan)
+        _require_inputs(bare, tokenizer, plan)
         size = sum(parameter.numel() for parameter in bare.parameters())
         module = with_adapter(bare, plan, rank=rank)
         if plan.model.quantization != "none":
@@ -147,16 +150,29 @@ def outline(plan: Plan, *, base: str) -> Layout:
         Of some kind: the model is not here, the adapter does not fit it, or its texts.
     """
     folder = locate(base)
-    config, tokenizer = load_config(folder), load_tokenizer(folder)
+    config = load_config(folder)
+    tokenizer = _reader(plan, folder, config)
     kind = auto_class(config, plan)
     with fixed_rng(), quiet(), torch.device("meta"):
         try:
             model = kind.from_config(config)
         except Exception as exc:
             raise ModelError(f"{base}: Transformers can't build the model: {told(exc)}") from exc
-        require_text(model, tokenizer)
-        require_length(model, tokenizer, plan)
+        _require_inputs(model, tokenizer, plan)
         return layout_of(with_adapter(model, plan))
+
+
+def _reader(plan: Plan, folder: Path, config: Any) -> Any:
+    """What makes numbers of a record for the model: its tokenizer, or its preparation of images."""
+    return load_preparation(folder, config) if plan.task.sees else load_tokenizer(folder)
+
+
+def _require_inputs(model: Any, tokenizer: Any, plan: Plan) -> None:
+    if plan.task.sees:
+        require_images(model, plan)
+        return
+    require_text(model, tokenizer)
+    require_length(model, tokenizer, plan)
 
 
 def require_taken(plan: Plan, *, base: str | None = None) -> None:
@@ -207,7 +223,7 @@ def with_adapter(bare: PreTrainedModel, plan: Plan, *, rank: int | None = None) 
     """
     head, cosines = None, None
     if plan.task.has_head:
-        hidden = getattr(bare.config.get_text_config(), "hidden_size", None)
+        hidden = width_of(bare.config)
         if hidden is None:
             raise ModelError(f"a {bare.config.model_type} model has no one width of hidden states")
         cosines = Cosines.of(plan, hidden=int(hidden))
@@ -234,18 +250,22 @@ def _complete(
 
 
 def _centre(module: TaskModel, tokenizer: Any, task: Task, plan: Plan, place: torch.device) -> None:
-    """Set the centre, and the unit of distance, from public texts by the base model as it came."""
-    texts = plan.model.centre_texts
-    if module.head is None or not texts:
+    """Set the centre, and the unit of distance, by the base model as it came.
+
+    From public texts of the plan. Drawn pictures say how far apart images are, and not where they lie.
+    """
+    texts = ("",) * _PICTURES if plan.task.sees else plan.model.centre_texts
+    if module.head is None or not texts or (plan.task.sees and module.cosines is None):
         return
-    examples = [task.example(text, number=0, plan=plan) for text in texts]
+    examples = [task.example(text, number=n, plan=plan) for n, text in enumerate(texts)]
     encoded: Encoded = task.encode(examples, tokenizer, plan=plan)
     with module.inference():
         batch = task.collate(encoded, range(len(texts)), place)
         embedded = module.embed(batch)
         if plan.task.each_token:
             embedded = embedded[batch["attention_mask"].bool()]
-        module.centre.copy_(embedded.mean(0))
+        if not plan.task.sees:  # drawn pictures have little in common with photographs
+            module.centre.copy_(embedded.mean(0))
         if module.cosines is not None:
             module.cosines.fit(embedded)
 
@@ -259,7 +279,7 @@ def _shown(folder: Path, plan: Plan) -> str:
 # Query and value projections as the model families call them; the first group found is taken.
 _AUTO = (
     ("query", "value"),  # BERT, RoBERTa, ELECTRA
-    ("q_proj", "v_proj"),  # Llama, Mistral, Qwen, Gemma, OPT
+    ("q_proj", "v_proj"),  # ViT, DeiT, DINOv2, Llama, Mistral, Qwen, Gemma, OPT
     ("q_lin", "v_lin"),  # DistilBERT
     ("q", "v"),  # MPNet, T5
     ("value_proj",),  # DeBERTa v2 and v3, whose query and key also see positions, once a batch
@@ -268,12 +288,23 @@ _AUTO = (
     ("query_key_value",),  # GPT-NeoX, Falcon, BLOOM
     ("qkv_proj",),  # Phi-3, CodeGen
     ("in_proj",),  # DeBERTa v1
+    ("pwconv1", "pwconv2"),  # ConvNeXt, whose other layers are convolutions
 )
+# Where it is other layers: attention of these sees windows, which are no batch of records.
+_AUTO_OF = {"swin": ("fc1", "fc2"), "swinv2": ("fc1", "fc2")}
+_PEFT_TASKS = {
+    "encoder": TaskType.FEATURE_EXTRACTION,
+    "decoder": TaskType.CAUSAL_LM,
+    "image": None,  # PEFT's own would ask for token ids
+}
+_PICTURES = 24
 _LAYER = re.compile(r"(?:^|\.)([^.]+)\.(\d+)\.")
 
 
-def wrap(base: Any, plan: Plan, *, rank: int | None = None) -> PeftModel:
+def wrap(base: Any, plan: Plan, *, rank: int | None = None) -> Any:
     """Put the plan's LoRA on a base model; the matrices start as `initial_matrix` says.
+
+    With ``target_modules = "none"`` the model is frozen and given back as it is.
 
     Parameters
     ----------
@@ -292,10 +323,12 @@ def wrap(base: Any, plan: Plan, *, rank: int | None = None) -> PeftModel:
     ModelError
         ``lora.last_layers`` is more than the model has.
     """
+    if plan.lora.target_modules == "none":
+        return base.requires_grad_(False)
     rank = rank or plan.lora.r
     alpha = plan.lora.alpha * rank / plan.lora.r
     config = LoraConfig(
-        task_type=TaskType.CAUSAL_LM if plan.task.generates else TaskType.FEATURE_EXTRACTION,
+        task_type=_PEFT_TASKS[plan.task.base],
         r=rank,
         lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
         lora_dropout=plan.lora.dropout,
@@ -322,7 +355,7 @@ def _where(base: Any, plan: Plan) -> dict[str, Any]:
     # A pooler or output layer is no part of what features and losses are computed from, or is the
     # vocabulary itself; an adapter there would never get a gradient, or be as large as the model.
     unused = {n for n in layers if "pooler" in n.split(".")} | _outputs(base)
-    names = _target_names(plan, set(layers) - unused)
+    names = _target_names(plan, set(layers) - unused, kind=base.config.model_type)
     hit = {n for n in layers if any(_matches(n, target) for target in names)}
     where: dict[str, Any] = {"target_modules": sorted(names)}
     if hit & unused:
@@ -339,17 +372,20 @@ def _outputs(base: Any) -> set[str]:
     return {name for name, module in base.named_modules() if module is output}
 
 
-def _target_names(plan: Plan, usable: set[str]) -> set[str]:
+def _target_names(plan: Plan, usable: set[str], *, kind: str) -> set[str]:
     leaves = {name.rsplit(".", 1)[-1] for name in usable}
     if not leaves:
-        raise TargetModulesUnknown("the model has no linear layer that an adapter could be put on")
+        raise TargetModulesUnknown(
+            "the model has no linear layer that an adapter could be put on",
+            remedy="Train the head alone: lora.target_modules = 'none'.",
+        )
     asked = plan.lora.target_modules
     if asked == "all-linear":
         return leaves
     if asked == "auto":
         if "query_global" in leaves:  # Longformer, whose query and value see tokens before records
             return {"dense"}
-        for group in _AUTO:
+        for group in (*([_AUTO_OF[kind]] if kind in _AUTO_OF else []), *_AUTO):
             if leaves.issuperset(group):
                 return set(group)
         raise TargetModulesUnknown(f"'auto' knows no layer of this model; {_listed(leaves)}")

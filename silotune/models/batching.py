@@ -11,7 +11,7 @@ no markers, and none is doubled.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from silotune.errors import ModelError
+from silotune.models.preparation import Preparation
 
 Batch = Mapping[str, Tensor]
 Rows = Sequence[int] | NDArray[np.integer[Any]]
@@ -32,7 +33,7 @@ class Encoded:
 
     Attributes
     ----------
-    ids : int32 array [tokens]
+    ids : int32 array [tokens], or uint8 of images
         The token ids of all sequences, one after the other.
     offsets : int64 array [sequences + 1]
         Sequence ``i`` is ``ids[offsets[i]:offsets[i + 1]]``; mostly it is example ``i``.
@@ -44,13 +45,16 @@ class Encoded:
     first : int64 array [n + 1] or None
         Where examples may have several sequences, those of example ``i`` are ``first[i]`` up to
         ``first[i + 1]``.
+    images : Preparation or None
+        Of images, whose `ids` are their prepared bytes: what a batch of them goes through.
     """
 
-    ids: NDArray[np.int32]
+    ids: NDArray[np.integer[Any]]
     offsets: NDArray[np.int64]
     targets: NDArray[np.int64] | NDArray[np.float32]
     pad_id: int
     first: NDArray[np.int64] | None = None
+    images: Preparation | None = None
 
     @classmethod
     def of_tokens(
@@ -98,7 +102,7 @@ class Encoded:
         """How many sequences of a batch each example takes, shape [n]."""
         return np.diff(self._bounds)
 
-    def tokens(self, row: int) -> NDArray[np.int32]:
+    def tokens(self, row: int) -> NDArray[np.integer[Any]]:
         """Token ids of one example."""
         return self.ids[self._span(row)]
 
@@ -130,10 +134,10 @@ class Encoded:
         chosen, places = [self.tokens(int(row)) for row in rows], self.places(rows)
         offsets = np.zeros(len(places) + 1, dtype=np.int64)
         np.cumsum(np.diff(self.offsets)[places], out=offsets[1:])
-        ids = np.concatenate(chosen) if chosen else np.zeros(0, dtype=np.int32)
+        ids = np.concatenate(chosen) if chosen else self.ids[:0]
         if self.first is None:
             targets = self.targets[np.asarray(rows, dtype=np.int64)]
-            return Encoded(ids, offsets, targets, self.pad_id)
+            return replace(self, ids=ids, offsets=offsets, targets=targets)
         own = [self.token_targets(int(row)) for row in rows]
         by_token = np.concatenate([np.zeros(0, dtype=np.int64), *own])
         first = np.cumsum([0, *self.sequences[np.asarray(rows, dtype=np.int64)]])
@@ -145,9 +149,12 @@ class Encoded:
         Returns
         -------
         dict
-            ``input_ids`` and ``attention_mask``, int64 of shape [sequences, longest].
+            ``input_ids`` and ``attention_mask``, int64 of shape [sequences, longest]; of images
+            ``pixel_values``, float32 [n, channels, height, width].
         """
         chosen = self.subset(rows)
+        if self.images is not None:
+            return {"pixel_values": self.images.batch(chosen.ids.reshape(len(chosen), -1), device)}
         real = chosen.real
         ids = np.full(real.shape, self.pad_id, dtype=np.int64)
         ids[real] = chosen.ids

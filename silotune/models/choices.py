@@ -21,7 +21,7 @@ from torch.nn.functional import linear
 from transformers import MODEL_MAPPING, AutoModel
 
 from silotune.errors import EnvironmentFault
-from silotune.models.pretrained import fixed_rng, load_config, locate, quiet
+from silotune.models.pretrained import fixed_rng, load_config, locate, quiet, width_of
 from silotune.plan.plan import Plan
 
 _BF16_GAIN = 1.3  # bf16 products cost accuracy, so they must be worth it
@@ -119,7 +119,7 @@ def _choose_dtype(
         return ("bfloat16" if torch.cuda.is_bf16_supported() else "float32"), ""
     if not measure:
         return ("bfloat16" if _has_amx() else "float32"), ""
-    seconds = _time_products(min(int(config.get_text_config().hidden_size), 1024))
+    seconds = _time_products(min(width_of(config) or 1024, 1024))
     gain = seconds["float32"] / seconds["bfloat16"]
     measured = f"bfloat16 products measured {gain:.2f}x as fast"
     return ("bfloat16" if gain >= _BF16_GAIN else "float32"), measured

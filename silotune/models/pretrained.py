@@ -141,6 +141,29 @@ def require_text(model: Any, tokenizer: Any) -> None:
         )
 
 
+def require_images(model: Any, plan: Plan) -> None:
+    """Check that a model takes images, and has the class token that the plan asks for."""
+    kind, takes = model.config.model_type, str(getattr(model, "main_input_name", ""))
+    if takes != "pixel_values":
+        raise ModelError(
+            f"a {kind} model takes {takes}, not images",
+            remedy="Use a model of images, such as ViT, Swin, DINOv2 or ConvNeXt.",
+        )
+    named = any("cls_token" in name for name, _ in model.named_parameters())
+    if plan.model.pooling == "first" and not named:
+        raise ModelError(
+            f"a {kind} model has no class token", remedy="Set model.pooling = 'mean' in the plan."
+        )
+
+
+def width_of(config: Any) -> int | None:
+    """Width of a model's last hidden states; None where it has no one width."""
+    text = config.get_text_config()
+    last = [*(getattr(text, "hidden_sizes", None) or ()), getattr(text, "hidden_dim", None)]
+    found = getattr(text, "hidden_size", None) or next((n for n in last[::-1] if n), None)
+    return None if found is None else int(found)
+
+
 def require_length(model: Any, tokenizer: Any, plan: Plan) -> None:
     """Check that the model has a position for every token. Raises `LengthRefused`.
 

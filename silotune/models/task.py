@@ -13,13 +13,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from silotune.models.batching import Batch, Encoded, Rows
 from silotune.models.cosines import Cosines
@@ -150,8 +152,9 @@ class TaskModel(nn.Module):
 
     Parameters
     ----------
-    peft : PeftModel
-        Around ``AutoModel``, or around ``AutoModelForCausalLM`` where there is no head.
+    peft : PeftModel or PreTrainedModel
+        Around ``AutoModel``, or around ``AutoModelForCausalLM`` where there is no head; the base model
+        itself where only a head is trained.
     head : nn.Linear or None
         Classifies features; starts at zero.
     pooling : str
@@ -183,9 +186,26 @@ class TaskModel(nn.Module):
         if head is not None:
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
-        self.prefix = FrozenPrefix.of(peft)
-        forward = inspect.signature(peft.get_base_model().forward)
-        self._keeps = "logits_to_keep" in forward.parameters
+        bare = self.backbone
+        self.sees = bare.main_input_name == "pixel_values"
+        self.prefix = None if self.sees else FrozenPrefix.of(peft)
+        self._keeps = "logits_to_keep" in inspect.signature(bare.forward).parameters
+        self._norms = [layer for layer in bare.modules() if isinstance(layer, _BatchNorm)]
+
+    @property
+    def backbone(self) -> Any:
+        """The base model, whether it has an adapter or not."""
+        return self.peft.get_base_model() if isinstance(self.peft, PeftModel) else self.peft
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode, but for batch normalisation: it stays with the statistics that it came with.
+
+        Those of a batch would make a record's gradient depend on the others.
+        """
+        super().train(mode)
+        for layer in self._norms:
+            layer.eval()
+        return self
 
     @cached_property
     def trained(self) -> dict[str, nn.Parameter]:
@@ -200,23 +220,34 @@ class TaskModel(nn.Module):
         return found
 
     def embed(self, batch: Batch) -> Tensor:
-        """Pooled token vectors of unit length, or each token's.
+        """Pooled vectors of unit length, of tokens or of parts of an image; or each token's.
 
         Parameters
         ----------
         batch : mapping
             ``input_ids`` and ``attention_mask`` [n, tokens], padded on the right, and perhaps
-            ``prefix`` [n, tokens, hidden], see `silotune.models.features`.
+            ``prefix`` [n, tokens, hidden], see `silotune.models.features`; or ``pixel_values``.
 
         Returns
         -------
         Tensor
             Float32 of shape [n, hidden], or [n, tokens, hidden].
         """
+        if self.sees:
+            return normalize(self._seen(batch["pixel_values"]).float(), dim=-1)
         ids, mask = batch["input_ids"], batch["attention_mask"]
         with self.prefix.replay(batch.get("prefix")) if self.prefix else nullcontext():
             hidden = self.peft(input_ids=ids, attention_mask=mask).last_hidden_state.float()
         return normalize(_pool(hidden, mask, self.pooling), dim=-1)
+
+    def _seen(self, pixels: Tensor) -> Tensor:
+        """One vector an image: of its tokens, or of a convolutional net what that itself pools."""
+        found = self.peft(pixel_values=pixels)
+        hidden: Tensor = found.last_hidden_state
+        if hidden.dim() == 4:
+            pooled: Tensor = found.pooler_output
+            return pooled.flatten(1)
+        return hidden[:, 0] if self.pooling == "first" else hidden.mean(1)
 
     def features(self, batch: Batch) -> Tensor:
         """Embeddings minus the centre, times the scale, of their shape: what `logits` is asked of.
@@ -307,8 +338,8 @@ class LoadedModel:
     ----------
     module : TaskModel
         Float32, in training mode.
-    tokenizer : PreTrainedTokenizerBase
-        Of the base model.
+    tokenizer : PreTrainedTokenizerBase or Preparation
+        Of the base model; of a model of images, what they go through.
     task : Task
         What it is trained for.
     layout : Layout

@@ -282,7 +282,15 @@ def _untouched(model: LoadedModel) -> Iterator[None]:
 
 
 def _texts(model: LoadedModel) -> Encoded:
-    """The sentences, and two texts as long as the plan's longest, one some tokens shorter."""
+    """The sentences, and two texts as long as the plan's longest, one some tokens shorter.
+
+    Of a model of images as many drawn pictures, which are all of one size.
+    """
+    if model.plan.task.sees:
+        few = [
+            model.task.example("", number=n, plan=model.plan) for n in range(len(_SENTENCES) + 2)
+        ]
+        return model.task.encode(few, model.tokenizer, plan=model.plan)
     longest = min(model.plan.data.max_length, _LONGEST)
     plan = model.plan.override({"data.max_length": longest})
     words = " ".join(SENTENCES).split() * (longest // 20 + 2)

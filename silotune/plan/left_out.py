@@ -83,13 +83,15 @@ def _unsaid(plan: Sections) -> Iterator[Number]:
     if not plan.sends_sums or not plan.task.trains:
         return  # several local steps: their optimizer's rates depend on no round
     head = plan.task.pools and plan.aggregation.head == "shared"
-    rounds, server = plan.optimizer.site.head_rounds, plan.optimizer.server.name
-    if head and "head_rounds" not in plan.optimizer.site.model_fields_set:
+    rounds, server = plan.head_rounds, plan.optimizer.server.name
+    adapts = plan.lora.target_modules != "none"
+    if head and adapts and "head_rounds" not in plan.optimizer.site.model_fields_set:
         rounds, why = head_rounds(plan)
         yield Number(key="optimizer.site.head_rounds", value=rounds, why=why)
     if head and "centre_texts" not in plan.model.model_fields_set:
-        why = "features are centred by the mean of public words"
-        yield Number(key="model.centre_texts", value=list(PUBLIC_TEXTS), why=why)
+        if not plan.task.sees:
+            why = "features are centred by the mean of public words"
+            yield Number(key="model.centre_texts", value=list(PUBLIC_TEXTS), why=why)
         if plan.model.head_features is None and rounds == plan.rounds.number and curves(plan):
             features = HeadFeatures(kind="cosines").model_dump(mode="json")
             why = (

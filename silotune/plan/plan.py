@@ -177,9 +177,10 @@ def _model(plan: Plan) -> str:
 
 def _seen(plan: Plan) -> str:
     """What the head is given."""
+    seen = "image" if plan.task.sees else "text"
     if (chosen := plan.model.head_features) is None:
-        return "text"
-    return f"text, through {chosen.number:,} fixed random cosines (scale {chosen.scale:g})"
+        return seen
+    return f"{seen}, through {chosen.number:,} fixed random cosines (scale {chosen.scale:g})"
 
 
 def _joined(names: tuple[str, ...]) -> str:
@@ -189,6 +190,8 @@ def _joined(names: tuple[str, ...]) -> str:
 def _adapter(plan: Plan) -> str:
     lora = plan.lora
     modules = lora.target_modules
+    if modules == "none":
+        return "None: the head alone is trained."
     named = {"auto": "the attention's query and value", "all-linear": "all linear layers"}
     where = named[modules] if isinstance(modules, str) else _joined(modules)
     layers = f" in the last {lora.last_layers} layers" if lora.last_layers else ""
@@ -201,15 +204,17 @@ def _data(plan: Plan) -> str:
     train = 1 - data.test_share - data.validation_share
     whole = "each privacy unit" if data.split_by == "unit" else "each group"
     windows = f"{data.max_windows} windows of " if plan.task.each_token else ""
+    texts = f"texts of up to {windows}{data.max_length} tokens"
+    size = "images" if plan.task.sees else texts
     return (
-        f"Each site's dataset '{data.dataset}', texts of up to {windows}{data.max_length} tokens; "
-        f"{train:.0%} to train, {data.validation_share:.0%} to validate, {data.test_share:.0%} to "
-        f"test, with {whole} on one side only."
+        f"Each site's dataset '{data.dataset}', {size}; {train:.0%} "
+        f"to train, {data.validation_share:.0%} to validate, {data.test_share:.0%} to test, with "
+        f"{whole} on one side only."
     )
 
 
 def _rounds(plan: Plan) -> str:
-    rounds, head = plan.rounds, plan.optimizer.site.head_rounds
+    rounds, head = plan.rounds, plan.head_rounds
     steps = "one step" if rounds.local_steps == 1 else f"{rounds.local_steps} local steps"
     first = f" The first {head} train" if head < rounds.number else " All train"
     first = f"{first} the head alone, on features computed once." if head else ""

@@ -138,11 +138,17 @@ def _model_conflicts(plan: Sections) -> list[str]:
         found.append(f"optimizer.site.head_rounds: {name} has no head to train alone; set 0")
     if task.trains and not task.pools and plan.model.head_features:
         found.append(f"model.head_features: {name} has no head on one vector a text; remove it")
-    elif plan.model.head_features and len(plan.model.centre_texts) < _PUBLIC_TEXTS:
+    elif (
+        plan.model.head_features and not task.sees and len(plan.model.centre_texts) < _PUBLIC_TEXTS
+    ):
         found.append(
             f"model.centre_texts: at least {_PUBLIC_TEXTS} with model.head_features, whose scale is "
             "measured by the median of their distances"
         )
+    if task.sees:
+        found += _image_conflicts(plan)
+    if plan.lora.target_modules == "none" and task.trains and not task.pools:
+        found.append(f"lora.target_modules: {name} has no head to train alone, so not 'none'")
     if plan.data.test_share + plan.data.validation_share >= 1.0:
         found.append("data.test_share: with data.validation_share it leaves nothing to train on")
     return found
@@ -157,6 +163,17 @@ def _token_conflicts(plan: Sections) -> list[str]:
         found.append(f"data.max_length: {name} needs windows of at least {_SHORTEST_WINDOW} tokens")
     if not plan.task.each_token and plan.data.max_windows != _MOST_WINDOWS:
         found.append(f"data.max_windows: {name} reads no text in windows; remove it")
+    return found
+
+
+def _image_conflicts(plan: Sections) -> list[str]:
+    found = []
+    if plan.model.centre_texts:
+        found.append("model.centre_texts: texts can't centre images; remove it")
+    if plan.model.pooling == "last":
+        found.append(
+            "model.pooling: an image has no last token; 'mean', or 'first' for a class token"
+        )
     return found
 
 

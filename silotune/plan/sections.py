@@ -80,7 +80,9 @@ class LoraSection(Section):
 
     r: Annotated[int, Field(ge=1, le=512)] = 8
     alpha: Positive = 16.0
-    target_modules: Literal["auto", "all-linear"] | tuple[str, ...] = "auto"
+    target_modules: Literal["auto", "all-linear", "none"] | tuple[str, ...] = Field(
+        "auto", description="'none': only the head is trained, and there is no adapter."
+    )
     last_layers: Annotated[int, Field(ge=1)] | None = Field(
         None, description="Adapt only this many of the last layers; all of them when absent."
     )
@@ -364,6 +366,13 @@ class Sections(Section):
     def freezes_a(self) -> bool:
         """Whether A is no part of the adapter that travels, as in FFA-LoRA."""
         return self.strategy.freezes_a
+
+    @property
+    def head_rounds(self) -> int:
+        """First rounds that train the head alone: all, where there is no adapter."""
+        if self.lora.target_modules == "none":
+            return self.rounds.number
+        return self.optimizer.site.head_rounds
 
     @property
     def steps(self) -> int:

@@ -117,6 +117,11 @@ class TaskFacts:
         return bool(self.metrics)
 
     @property
+    def sees(self) -> bool:
+        """Whether it reads images instead of texts."""
+        return self.base == "image"
+
+    @property
     def generates(self) -> bool:
         """Whether the answer is written by the base model itself."""
         return self.base == "decoder"
@@ -146,6 +151,18 @@ TASKS: Mapping[str, TaskFacts] = {
         metrics=(ENTITY_F1, ENTITY_RECALL, ENTITY_PRECISION),
         learns="find {labels} in a text",
         tag="token-classification",
+    ),
+    "image_classification": TaskFacts(
+        roles=frozenset({"image", "label"}),
+        reads=("image",),
+        target="label",
+        base="image",
+        shape=lambda model: (len(model.labels), len(model.labels)),
+        sensitivity=lambda model: 1.0,  # a record is one cell
+        counts="confusion",
+        metrics=(MACRO_F1, ACCURACY),
+        learns="tell {labels} apart by {text}",
+        tag="image-classification",
     ),
     "causal_lm": TaskFacts(
         roles=frozenset({"prompt", "response"}),

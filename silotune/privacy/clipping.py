@@ -71,6 +71,7 @@ class Attached:
         self._hooks: list[tuple[str, nn.Module, Any]] = []
         self._counts = {"merged LoRA": 0, "split LoRA": 0, "trained linear": 0, "frozen linear": 0}
         self._names = {id(p): n for n, p in self.parameters.items()}
+        self._still = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
         self.norms_checked = False
         self.user: object = None
 
@@ -101,8 +102,10 @@ class Attached:
         SelfCheckFailed
             A parameter has no gradients, has them for another number of samples (its layer does not
             see the batch as first dimension), or got an ordinary gradient too, that is, it was used
-            outside its layer, past the per-sample rule.
+            outside its layer, past the per-sample rule; or batch normalisation was set to training.
         """
+        if self.private and any(layer.training for layer in self._still):
+            raise SelfCheckFailed("batch normalisation mixed the records of a batch")
         hooked = {id(p) for _, layer, _ in self._hooks for p in layer.parameters()}
         for parameter in parameters:
             samples = getattr(cast(Any, parameter), "grad_sample", None)
@@ -230,7 +233,7 @@ def _trains(layer: nn.Module, *, recurse: bool = False) -> bool:
 
 def _refuse_inexact(name: str, layer: nn.Module) -> None:
     """Refuse what no rule makes exact: mixed records, and norms taken in reduced precision."""
-    if isinstance(layer, _BatchNorm):
+    if isinstance(layer, _BatchNorm) and (layer.training or layer.running_mean is None):
         raise LayerUnsupported(f"{name}: batch normalisation mixes the records of a batch")
     for part, parameter in layer.named_parameters(recurse=False):
         if parameter.requires_grad and parameter.dtype != torch.float32:

@@ -355,6 +355,8 @@ def _exposures(sites: Iterable[Mapping[str, Any]]) -> tuple[tuple[str, float], .
 
 def _head_only(record: RunRecord) -> bool:
     site = (record.plan.get("optimizer") or {}).get("site") or {}
+    if (record.plan.get("lora") or {}).get("target_modules") == "none":
+        return True
     return int(site.get("head_rounds") or 0) >= _planned_rounds(record) > 0
 
 

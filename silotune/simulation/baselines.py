@@ -181,7 +181,7 @@ def jobs_for(
 
 def trains_head_only(plan: Plan) -> bool:
     """Whether no round of a plan trains the adapter."""
-    return plan.optimizer.site.head_rounds >= plan.rounds.number
+    return plan.head_rounds >= plan.rounds.number
 
 
 def run_jobs(jobs: Sequence[Job], *, workers: int) -> Iterator[Outcome]:

@@ -223,7 +223,7 @@ class AdapterScorer:
         return {site: arrays["counts"] for site, arrays in found.items()}
 
     def _look(self, server_round: int, adapter: Vector, *, split: str) -> dict[str, float]:
-        frozen = server_round <= self._plan.optimizer.site.head_rounds
+        frozen = server_round <= self._plan.head_rounds
         found = self._view.score(
             adapter, split=split, frozen=frozen, server_round=server_round, sites=self._store.joined
         )

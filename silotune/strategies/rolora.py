@@ -29,5 +29,5 @@ class Alternating(LinearStrategy):
     @classmethod
     def joint(cls, plan: Plan, server_round: int) -> frozenset[Part]:
         """B first: A has no gradient while B is zero."""
-        turn = server_round - plan.optimizer.site.head_rounds
+        turn = server_round - plan.head_rounds
         return frozenset({"B" if turn % 2 else "A", "head"})

@@ -25,7 +25,7 @@ Phase = Literal["head", "adapter"]
 
 def phase_of(plan: Plan, server_round: int) -> Phase:
     """What a round (from 1) trains: the head alone, or adapter and head together."""
-    return "head" if server_round <= plan.optimizer.site.head_rounds else "adapter"
+    return "head" if server_round <= plan.head_rounds else "adapter"
 
 
 def learning_rate(plan: Plan, group: Group, *, step: int) -> float:

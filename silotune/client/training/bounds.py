@@ -72,7 +72,12 @@ def _environment() -> dict[str, str]:
 
 
 def record_paths(site: SiteConfig, dataset: DatasetConfig) -> list[Path]:
-    """Where the records of a dataset lie; nothing if they are in a database that is reached by TCP."""
+    """Where the records of a dataset lie, and their images; no table that is reached by TCP."""
+    images = [] if dataset.images is None else [site.images_of(dataset).resolve()]
+    return [*_table_paths(site, dataset), *images]
+
+
+def _table_paths(site: SiteConfig, dataset: DatasetConfig) -> list[Path]:
     if dataset.path is not None:
         return [(site.folder / dataset.path).resolve()]
     file = sqlite_file(_url(dataset), site.folder)

@@ -45,11 +45,17 @@ class TextClassification:
             raise RecordInvalid(
                 f"{unknown} of {len(targets)} examples have a label that is not in model.labels"
             )
-        return self._tokens([example["text"] for example in examples], targets, tokenizer, plan)
+        return self.inputs(examples, targets, tokenizer, plan)
 
-    def _tokens(
-        self, texts: Sequence[str], targets: Sequence[int], tokenizer: Any, plan: Plan
+    def inputs(
+        self,
+        examples: Sequence[Mapping[str, str]],
+        targets: Sequence[int],
+        tokenizer: Any,
+        plan: Plan,
     ) -> Encoded:
+        """What the model reads of examples, with their targets."""
+        texts = [example["text"] for example in examples]
         ids = text_ids(tokenizer, texts, limit=plan.data.max_length)
         return Encoded.of(ids, targets, padding_id(tokenizer))
 
@@ -87,10 +93,10 @@ class TextClassification:
         self, model: LoadedModel, examples: Sequence[Mapping[str, str]]
     ) -> list[Prediction]:
         """Label and probabilities of each text, in the order given."""
-        labels, texts = model.plan.model.labels, [example["text"] for example in examples]
-        encoded = self._tokens(texts, [0] * len(texts), model.tokenizer, model.plan)
+        labels, number = model.plan.model.labels, len(examples)
+        encoded = self.inputs(examples, [0] * number, model.tokenizer, model.plan)
         found: dict[int, Prediction] = {}
-        for rows in batches(encoded, range(len(texts)), size=_PREDICT_BATCH):
+        for rows in batches(encoded, range(number), size=_PREDICT_BATCH):
             with model.module.inference():
                 logits = model.module(self.collate(encoded, rows, model.device))
             for row, shares in zip(rows, logits.softmax(1).tolist(), strict=True):
@@ -98,7 +104,7 @@ class TextClassification:
                 found[row] = Prediction(
                     output=best, probabilities=dict(zip(labels, shares, strict=True))
                 )
-        return [found[row] for row in range(len(texts))]
+        return [found[row] for row in range(number)]
 
 
 def _targets(encoded: Encoded, rows: Rows, device: torch.device) -> Tensor:
