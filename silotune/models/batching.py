@@ -174,7 +174,7 @@ def record_of(batch: Batch, records: int) -> Tensor:
     """The record that each sequence of a task's batch is of, int64 [sequences]; mostly one each."""
     if (found := batch.get("row_of")) is not None:
         return found
-    return torch.arange(records, device=batch["input_ids"].device)
+    return torch.arange(records, device=next(iter(batch.values())).device)
 
 
 def batches(

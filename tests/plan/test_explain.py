@@ -63,7 +63,7 @@ def test_the_alternatives_of_a_union_are_one_line_and_name_no_python_type():
         "privacy.clip: expected greater than 0 or a table, got -1"
     ]
     assert complaints("lora.target_modules", "bla") == [
-        "lora.target_modules: expected 'auto' or 'all-linear' or a list, got 'bla'"
+        "lora.target_modules: expected 'auto', 'all-linear' or 'none' or a list, got 'bla'"
     ]
 
 

@@ -17,8 +17,8 @@ from silotune.plan.plan import Plan
 _TASKS: Mapping[str, Callable[[Plan], Task]] = {
     "text_classification": lambda plan: TextClassification(),
     "token_classification": lambda plan: TokenClassification(),
-    "causal_lm": lambda plan: CausalLm(),
     "image_classification": lambda plan: ImageClassification(),
+    "causal_lm": lambda plan: CausalLm(),
 }
 
 
