@@ -143,6 +143,8 @@ def _tell_redacted(run: Path, note: str) -> None:
         console.print(f"\n{heading}:", style="bold")
         console.print(Text(text.rstrip()))
     console.print(f"\nFound {in_words(counts, model.plan.model.labels)}.")
+
+
 @demo.command("bank")
 def bank(
     folder: Annotated[Path, typer.Argument(help="Folder to make.")] = Path("bank"),

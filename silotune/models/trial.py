@@ -287,9 +287,7 @@ def _texts(model: LoadedModel) -> Encoded:
     Of a model of images as many drawn pictures, which are all of one size.
     """
     if model.plan.task.sees:
-        few = [
-            model.task.example("", number=n, plan=model.plan) for n in range(len(_SENTENCES) + 2)
-        ]
+        few = [model.task.example("", number=n, plan=model.plan) for n in range(len(SENTENCES) + 2)]
         return model.task.encode(few, model.tokenizer, plan=model.plan)
     longest = min(model.plan.data.max_length, _LONGEST)
     plan = model.plan.override({"data.max_length": longest})
