@@ -35,9 +35,9 @@ from silotune.trust.files import file_sha256
 
 
 def load_config(folder: Path) -> Any:
-    """Configuration of the model in a folder, with every dropout rate at zero.
+    """Configuration of the model in a folder, with every dropout rate and a router's noise at zero.
 
-    Dropout in the base model would make a record's gradient depend on its place in the batch; LoRA
+    Either in the base model would make a record's gradient depend on its place in the batch; LoRA
     has a dropout rate of its own.
 
     Raises
@@ -53,7 +53,7 @@ def load_config(folder: Path) -> Any:
     config.use_cache = False
     for part in {id(c): c for c in (config, config.get_text_config())}.values():
         for key, value in part.to_dict().items():
-            if "drop" in key and isinstance(value, float):
+            if ("drop" in key or "jitter" in key) and isinstance(value, float):
                 setattr(part, key, 0.0)
     return config
 

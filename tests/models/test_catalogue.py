@@ -1,5 +1,6 @@
 """docs/models.md says what is so: every architecture with every task, taken all the way."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,13 @@ UNLIKE = [
 def test_the_clipped_sum_of_units_is_that_of_one_by_one_autograd(name, task, tmp_path):
     base = write_model(NAMED[name], tmp_path, task=task, padding_side="left")
     assert require_exact(base, task).layout.size > 0
+
+
+def test_experts_that_balance_their_load_or_draw_noise_couple_no_records(tmp_path):
+    """The loss that balances them over a batch is none of ours, and a router's noise is off."""
+    shape = {**NAMED["Mixtral"].shape, "output_router_logits": True, "router_jitter_noise": 0.3}
+    base = write_model(replace(NAMED["Mixtral"], shape=shape), tmp_path, task="causal_lm")
+    assert require_exact(base, "causal_lm").layout.size > 0
 
 
 def test_the_page_has_a_line_for_each_architecture_and_task():
