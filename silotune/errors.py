@@ -460,6 +460,15 @@ class TokensSeenEarly(ModelError):
     advice = "Use a decoder for causal_lm, or this model for text_classification."
 
 
+class ChatRefused(ModelError):
+    """A chat and the template that should show it don't fit."""
+
+    code = "ST-310"
+    title = "The chat template can't be used"
+    cause = "There is none, it does not show turns as they are, or it takes no such order of roles."
+    advice = "Say in [model.chat.template] of the plan what stands around the turns."
+
+
 class SiteConfigInvalid(DataError):
     """site.toml is wrong."""
 

@@ -62,7 +62,7 @@ def check(
     sites = () if sizes or not any(path.parent.glob("*/site.toml")) else load_sites(path.parent)
     facts = assess(plan, _given(sizes) if sizes else _declared(sites, plan))
     facts["link_seconds"] = _link_seconds(facts, link)
-    facts["notes"] = [*_notes(plan, sites), *facts.pop("corners")]
+    facts["notes"] = [*_start_notes(plan), *_notes(plan, sites), *facts.pop("corners")]
     numbers = left_out(Plan.written_in(path, settings))
     facts["left_out"] = [asdict(number) for number in numbers]
     if as_json:
@@ -234,7 +234,20 @@ def untried(plan: Plan) -> str:
     except ModelNotFound as exc:
         return f"for {exc.detail}"
     require_taken(plan)
-    return ""
+    return "".join(f"for {note}" for note in _start_notes(plan))
+
+
+def _start_notes(plan: Plan) -> list[str]:
+    """That the start adapter is not here. Raises `AdapterMismatch` if it is, and does not fit."""
+    from silotune.models.start import require_start
+
+    start = plan.lora.start
+    if start is not None and not Path(start.adapter).expanduser().is_dir():
+        return [
+            f"lora.start.adapter, {start.adapter}, is not here: a coordinator looks at its own runs"
+        ]
+    require_start(plan)
+    return []
 
 
 def _site_facts(plan: Plan, units: int) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -124,6 +125,36 @@ def predict(  # noqa: PLR0917 - one a command-line option
             "anything. Lower finds more, and more wrongly; .5 when absent.",
         ),
     ] = None,
+    sample: Annotated[
+        float,
+        typer.Option(
+            metavar="TEMPERATURE",
+            min=0.0,
+            help="Of a language model: 0 writes the likeliest answer; above, one by chance, from the "
+            "model's own probabilities at 1.",
+        ),
+    ] = 0.0,
+    top_p: Annotated[
+        float,
+        typer.Option(
+            min=1e-6,
+            max=1.0,
+            help="With --sample: of the likeliest tokens, so much probability.",
+        ),
+    ] = 1.0,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Of a language model: no answer is longer; data.max_length if absent."
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="With --sample: the same answer to the same text, whatever else is asked.",
+        ),
+    ] = None,
     base: Base = None,
     device: Device = "auto",
     as_json: Annotated[
@@ -154,15 +185,29 @@ def predict(  # noqa: PLR0917 - one a command-line option
     roles = named_columns(columns or [], trained.plan.task.reads)
     first = next(iter(roles))
 
+    drawing = {
+        "sample": sample,
+        "top_p": top_p,
+        "max_new_tokens": max_new_tokens,
+        "seed": seed,
+    }
+    drawing = {key: value for key, value in drawing.items() if value != _GREEDY[key]}
+    for key in drawing:
+        if not trained.plan.task.generates:
+            raise typer.BadParameter(
+                f"{trained.plan.model.task} writes no text", param_hint=f"--{key.replace('_', '-')}"
+            )
+
     def model() -> LoadedModel:
-        loaded = finding(trained.load(base=base, device=device), threshold=threshold)
+        loaded = _drawing(trained.load(base=base, device=device), drawing)
+        loaded = finding(loaded, threshold=threshold)
         return loaded if temperature is None else _calibrated(loaded, temperature)
 
     if data is not None:
         if texts:
             raise typer.BadParameter("give texts or --data")
         redaction = _redaction(roles[first]) if redact else None
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = dict(drawing)
         if trained.plan.task.each_token:
             options["threshold"] = threshold
         if temperature is not None:
@@ -186,6 +231,25 @@ def predict(  # noqa: PLR0917 - one a command-line option
     plain = Form.TEXT if redact else Form.LINES
     with _standard_input(form, roles, plain=plain) as (blocks, several):
         shown(model(), blocks, several, as_json)
+
+
+_GREEDY: Mapping[str, float | None] = {
+    "sample": 0.0,
+    "top_p": 1.0,
+    "max_new_tokens": None,
+    "seed": None,
+}
+
+
+def _drawing(model: LoadedModel, settings: Mapping[str, Any]) -> LoadedModel:
+    """The model with other settings of how its answers are drawn."""
+    from silotune.models.sampling import Sampling
+
+    if not settings:
+        return model
+    task: Any = model.task
+    named = {"temperature" if key == "sample" else key: value for key, value in settings.items()}
+    return replace(model, task=replace(task, sampling=Sampling(**named)))
 
 
 def named_columns(given: Sequence[str], roles: Sequence[str]) -> dict[str, str]:

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 from silotune.errors import AdapterMismatch, PlanInvalid
 from silotune.models.batching import PROMPT_END, end_ids, leading_ids, padding_id
-from silotune.models.layout import ArrayEntry, Layout, Vector, saved_name
+from silotune.models.chat import ChatFormat
+from silotune.models.layout import ArrayEntry, Layout, Vector, arrays_sha256, saved_name
 from silotune.models.pretrained import auto_class
 from silotune.models.task import LoadedModel, TaskModel
 from silotune.plan.plan import Plan
@@ -51,7 +52,9 @@ def meaning(plan: Plan) -> dict[str, Any]:
     """Settings without which an adapter's numbers mean something else."""
     shared: dict[str, Any] = {"task": plan.model.task}
     if plan.task.generates:
-        return shared | {"prompt_end": PROMPT_END}
+        if (chat := plan.model.chat) is None:
+            return shared | {"prompt_end": PROMPT_END}
+        return shared | {"prompt_end": "", "chat": chat.model_dump(mode="json")}
     found = shared | {
         "labels": list(plan.model.labels),
         "pooling": plan.model.pooling,
@@ -96,6 +99,7 @@ def readme(plan: Plan, description: str, *, auto: str) -> str:
         auto=auto,
         imports="from peft import PeftModel\n" if adapted else "",
         model="PeftModel.from_pretrained(encoder, folder)" if adapted else "encoder",
+        asked="prompt" if plan.model.chat is None else "prompt.strip()",
     )
     return _template("card").substitute(
         base=plan.model.base,
@@ -103,7 +107,7 @@ def readme(plan: Plan, description: str, *, auto: str) -> str:
         name=plan.plan.name,
         purpose=plan.plan.purpose.strip(),
         description=description,
-        privacy=_privacy(plan),
+        privacy=_privacy(plan) + _ancestor(plan),
         sha256=plan.sha256,
         kind="A LoRA adapter" if adapted else "A head",
         files=_ADAPTER_FILES if adapted else "",
@@ -127,6 +131,16 @@ def _template(name: str) -> Template:
         resources.files("silotune.models").joinpath("templates", f"{name}.txt").read_text("utf-8")
     )
     return Template(text)
+
+
+def _ancestor(plan: Plan) -> str:
+    """Which adapter the run went on with."""
+    if (start := plan.lora.start) is None:
+        return ""
+    return (
+        f" It went on with the adapter `{start.sha256}` of an earlier run ({start.adapter}): what that "
+        "run cost a site adds up with this one's, and the site's certificate says to what."
+    )
 
 
 def _privacy(plan: Plan) -> str:
@@ -189,15 +203,16 @@ def save_adapter(model: LoadedModel, flat: NDArray[Any], folder: Path, *, plan: 
         `flat` does not fit the model.
     """
     arrays = {name: np.array(view) for name, view in model.layout.unpack(flat).items()}
-    head = {name: arrays.pop(name) for name in list(arrays) if name.startswith("head.")}
+    trained_head = {name: arrays.pop(name) for name in list(arrays) if name.startswith("head.")}
     matrices = {name: arrays.get(name, frozen) for name, frozen in _live_matrices(model).items()}
     folder.mkdir(parents=True, exist_ok=True)
     if (config := _peft_config(model)) is not None:
         _replace(folder / MATRICES, safetensors.numpy.save(matrices, metadata={"format": "pt"}))
-    if head:
-        head |= _fixed(model.module)
+    if trained_head:
+        head = trained_head | _fixed(model.module)
         _replace(folder / HEAD, safetensors.numpy.save(head, metadata={"format": "pt"}))
-    _replace(folder / SETTINGS, _json(settings(plan, tokens=_control_tokens(model))))
+    identity = {"adapter_sha256": arrays_sha256({**matrices, **trained_head})}
+    _replace(folder / SETTINGS, _json(settings(plan, tokens=_control_tokens(model)) | identity))
     _replace(folder / PLAN, plan.canonical().encode())
     card = readme(plan, model.description, auto=auto_of(model).__name__)
     _replace(folder / "README.md", card.encode())
@@ -229,6 +244,24 @@ def load_adapter(model: LoadedModel, folder: Path) -> Vector:
         if name not in trained:
             _require_close(name, arrays.pop(name, None), frozen)
     return model.layout.pack(arrays)
+
+
+def folder_arrays(folder: Path) -> dict[str, NDArray[Any]]:
+    """What is trained of an adapter's folder, by name: matrices and head; nothing that stands between.
+
+    Raises
+    ------
+    AdapterMismatch
+        A file is missing or damaged, or another method than LoRA made it.
+    """
+    found = dict[str, NDArray[Any]]()
+    if (folder / CONFIG).exists() or not (folder / HEAD).exists():  # else a head is all
+        _require_equal(_read_json(folder / CONFIG), {"peft_type": "LORA", "use_dora": False})
+        found |= _read_arrays(folder / MATRICES)
+    if (folder / HEAD).is_file():
+        head = _read_arrays(folder / HEAD)
+        found |= {name: array for name, array in head.items() if name.startswith("head.")}
+    return found
 
 
 def read_plan(folder: Path) -> Plan:
@@ -273,12 +306,15 @@ def _control_tokens(model: LoadedModel) -> dict[str, Any]:
     """What a user of a generative adapter needs to build the ids that it was trained on."""
     if model.module.head is not None:
         return {}
-    tokenizer = model.tokenizer
-    return {
-        "lead_ids": leading_ids(tokenizer),
-        "end_ids": end_ids(tokenizer, model.module.peft.get_base_model()),
-        "pad_id": padding_id(tokenizer),
-    }
+    tokenizer, chat = model.tokenizer, model.plan.model.chat
+    ends = end_ids(tokenizer, model.module.peft.get_base_model())
+    found = {"lead_ids": leading_ids(tokenizer), "pad_id": padding_id(tokenizer)}
+    if chat is None:
+        return found | {"end_ids": ends}
+    shown = ChatFormat(tokenizer, chat)
+    before, behind = shown.opening()
+    ends = list(dict.fromkeys([*shown.stops(), *ends]))
+    return found | {"lead_ids": before, "tail_ids": behind, "end_ids": ends}
 
 
 def _peft_config(model: LoadedModel) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ adapter saved from it therefore loads with Transformers and PEFT alone.
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -326,12 +327,16 @@ def wrap(base: Any, plan: Plan, *, rank: int | None = None) -> Any:
     if plan.lora.target_modules == "none":
         return base.requires_grad_(False)
     rank = rank or plan.lora.r
-    alpha = plan.lora.alpha * rank / plan.lora.r
+    root = plan.lora.scaling == "rslora"
+    alpha = plan.lora.alpha
+    if rank != plan.lora.r:
+        alpha = plan.lora.scale * (math.sqrt(rank) if root else rank)
     config = LoraConfig(
         task_type=_PEFT_TASKS[plan.task.base],
         r=rank,
         lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
         lora_dropout=plan.lora.dropout,
+        use_rslora=root,
         bias="none",
         **_where(base, plan),
     )

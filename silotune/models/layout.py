@@ -220,6 +220,15 @@ class Layout:
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
 
+def arrays_sha256(arrays: Mapping[str, NDArray[Any]]) -> str:
+    """Identity of an adapter: SHA-256, in hex, over names, shapes and values in the order of names."""
+    digest = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        whole = np.ascontiguousarray(array, dtype="<f4")
+        digest.update(f"{name}\0{whole.shape}\0".encode() + whole.tobytes())
+    return digest.hexdigest()
+
+
 def statistics_layout(plan: Plan) -> Layout:
     """Where each part of a plan's statistics lies: they travel as an adapter's head does."""
     parts = counted_parts(plan)

@@ -162,7 +162,7 @@ def adapter_lr(plan: Sections, *, head_rounds: int) -> tuple[float, str]:
         plan.optimizer.site.factor(step=step, steps=steps) for step in range(head_rounds, steps)
     ]
     walked = math.sqrt(sum(value * value for value in factors))
-    spread = plan.lora.alpha / plan.lora.r * math.sqrt(plan.lora.r / 3.0)
+    spread = plan.lora.scale * math.sqrt(plan.lora.r / 3.0)
     rate = _between(_ADAPTER_LR, _DRIFT / (spread * walked))
     return rate, (
         f"noise alone moves a layer's output by {_DRIFT:.0%} in {len(factors)} rounds at rank "

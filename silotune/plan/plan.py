@@ -172,7 +172,17 @@ def _model(plan: Plan) -> str:
     checked = " Its weights must have the plan's SHA-256." if plan.model.sha256 else ""
     bits = {"none": 32, "int8": 8, "nf4": 4}[plan.model.quantization]
     kept = f" Its frozen weights are kept in {bits} bits." if bits < 32 else ""
-    return f"{plan.model.base}, tuned to {task}.{checked}{kept}"
+    return f"{plan.model.base}, tuned to {task}.{_chat(plan)}{checked}{kept}"
+
+
+def _chat(plan: Plan) -> str:
+    """By which template records are shown."""
+    if (chat := plan.model.chat) is None:
+        return ""
+    whose = "the base model's own" if chat.template == "base" else "the plan's"
+    turns = "Prompt and response are" if chat.records == "prompts" else "Each record is"
+    system = f" It begins with: {chat.system!r}." if chat.system else ""
+    return f" {turns} shown as a chat, by {whose} template; only assistants' turns are learned.{system}"
 
 
 def _seen(plan: Plan) -> str:
@@ -196,7 +206,16 @@ def _adapter(plan: Plan) -> str:
     where = named[modules] if isinstance(modules, str) else _joined(modules)
     layers = f" in the last {lora.last_layers} layers" if lora.last_layers else ""
     frozen = " Only B is trained, A stays at its start (FFA)." if plan.freezes_a else ""
-    return f"LoRA of rank {lora.r} (alpha {lora.alpha:g}) on {where}{layers}.{frozen}"
+    scaled = ", scaled by its root: rsLoRA" if lora.scaling == "rslora" else ""
+    begins = (
+        f" It goes on with the adapter {lora.start.sha256[:12]}… of {lora.start.adapter}, whose cost at "
+        "a site adds up with this run's."
+        if lora.start
+        else ""
+    )
+    return (
+        f"LoRA of rank {lora.r} (alpha {lora.alpha:g}{scaled}) on {where}{layers}.{frozen}{begins}"
+    )
 
 
 def _data(plan: Plan) -> str:

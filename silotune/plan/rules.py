@@ -111,6 +111,7 @@ def conflicts(plan: Sections) -> list[str]:
     return [
         *statistics_conflicts(plan),
         *_model_conflicts(plan),
+        *_start_conflicts(plan),
         *_site_privacy_conflicts(plan),
         *_privacy_conflicts(plan),
         *_step_conflicts(plan),
@@ -149,6 +150,8 @@ def _model_conflicts(plan: Sections) -> list[str]:
         found += _image_conflicts(plan)
     if plan.lora.target_modules == "none" and task.trains and not task.pools:
         found.append(f"lora.target_modules: {name} has no head to train alone, so not 'none'")
+    if plan.model.chat is not None and not task.generates:
+        found.append(f"model.chat: {name} reads no chats; remove it")
     if plan.data.test_share + plan.data.validation_share >= 1.0:
         found.append("data.test_share: with data.validation_share it leaves nothing to train on")
     return found
@@ -175,6 +178,21 @@ def _image_conflicts(plan: Sections) -> list[str]:
             "model.pooling: an image has no last token; 'mean', or 'first' for a class token"
         )
     return found
+
+
+def _start_conflicts(plan: Sections) -> list[str]:
+    """What an adapter as the start can't go with: parts that sites have and nobody sends them."""
+    if plan.lora.start is None:
+        return []
+    if plan.statistics is not None:
+        return ["lora.start: statistics train nothing; remove it"]
+    if plan.freezes_a or not sends_all_it_trains(plan):
+        return [
+            f"lora.start: not with strategy '{plan.aggregation.strategy}' and aggregation.head = "
+            f"'{plan.aggregation.head}': sites keep or freeze a part of the adapter that the "
+            "coordinator never sends, and would have it at another start"
+        ]
+    return []
 
 
 def _privacy_conflicts(plan: Sections) -> list[str]:

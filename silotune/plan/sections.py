@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 from pydantic import BeforeValidator, Field
 
+from silotune.plan.chat import ChatSection
 from silotune.plan.document import ADDED_LATER, Document
 from silotune.plan.statistics import StatisticsSection
 from silotune.plan.strategies import STRATEGIES, SUMS, StrategyFacts, not_dropped
-from silotune.plan.tasks import STATISTICS, TASKS, TaskFacts
+from silotune.plan.tasks import STATISTICS, TASKS, TaskFacts, of_chats
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
@@ -73,6 +74,23 @@ class ModelSection(Section):
     head_features: Annotated[HeadFeatures | None, ADDED_LATER] = Field(
         None, description="Fixed random features under the head; the text's own when absent."
     )
+    chat: Annotated[ChatSection | None, ADDED_LATER] = Field(
+        None,
+        description="Records are shown as chats; a prompt and its response, line by line, if absent.",
+    )
+
+
+class StartSection(Section):
+    """``[lora.start]``: the adapter of an earlier run that this one goes on with."""
+
+    adapter: str = Field(
+        min_length=1,
+        description="On the machine that starts the run: a run's directory or an adapter's folder; "
+        "at a coordinator, one of its runs.",
+    )
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] = Field(
+        description="Of its values: adapter_sha256 in its silotune.json."
+    )
 
 
 class LoraSection(Section):
@@ -87,6 +105,17 @@ class LoraSection(Section):
         None, description="Adapt only this many of the last layers; all of them when absent."
     )
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    scaling: Annotated[Literal["standard", "rslora"], ADDED_LATER] = Field(
+        "standard", description="Of the adapter's output: alpha / r, or alpha / sqrt(r) (rsLoRA)."
+    )
+    start: Annotated[StartSection | None, ADDED_LATER] = Field(
+        None, description="An adapter to go on with; a fresh one when absent."
+    )
+
+    @property
+    def scale(self) -> float:
+        """Factor of the adapter's output."""
+        return self.alpha / (math.sqrt(self.r) if self.scaling == "rslora" else self.r)
 
 
 class DataSection(Section):
@@ -321,7 +350,8 @@ class Sections(Section):
     @property
     def task(self) -> TaskFacts:
         """What the task is."""
-        return TASKS.get(self.model.task, STATISTICS)
+        facts, chat = TASKS.get(self.model.task, STATISTICS), self.model.chat
+        return facts if chat is None or chat.records == "prompts" else of_chats(facts)
 
     @property
     def roles(self) -> frozenset[str]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 LOSS_CAP = 10.0
@@ -183,6 +183,18 @@ TASKS: Mapping[str, TaskFacts] = {
     ),
 }
 """Every task that trains a model, by its name in a plan."""
+
+
+def of_chats(facts: TaskFacts) -> TaskFacts:
+    """The same task on records that are chats."""
+    return replace(
+        facts,
+        roles=frozenset({"messages"}),
+        reads=("messages",),
+        target="",
+        learns="answer as the assistants of chats do",
+    )
+
 
 STATISTICS = TaskFacts(
     roles=frozenset(),

@@ -229,7 +229,16 @@ class Measured(Document):
 
 
 class CertificateBody(Document):
-    """Everything that is signed: names, numbers and fixed terms. Sentences are made of them."""
+    """Everything that is signed: names, numbers and fixed terms. Sentences are made of them.
+
+    Attributes
+    ----------
+    earlier : tuple of Mechanism
+        Of a run that went on with an earlier adapter: what the dataset was charged before, all runs
+        together.
+    together : float or None
+        Epsilon of that and the run's own mechanisms.
+    """
 
     format: Literal["silotune certificate 2"] = "silotune certificate 2"
     site: str
@@ -252,6 +261,8 @@ class CertificateBody(Document):
     ledger_seq: Annotated[int, Field(ge=0)]
     ledger_head: Sha256
     measured: Measured | None = None
+    earlier: Annotated[tuple[Mechanism, ...], ADDED_LATER] = ()
+    together: Annotated[float | None, ADDED_LATER] = None
     time: str
 
     @property
@@ -269,8 +280,10 @@ class CertificateBody(Document):
             if self.adjacency == "replace_site"
             else f"every {self.unit} of this dataset"
         )
-        shown = math.ceil(self.epsilon * 1e4) / 1e4
-        return f"({shown:.4f}, {self.delta:g})-differential privacy for {whom}"
+        shown = f"({_up(self.epsilon)}, {self.delta:g})-differential privacy for {whom}"
+        if self.together is None:
+            return shown
+        return f"{shown}; with the runs before it, ({_up(self.together)}, {self.delta:g})"
 
     @property
     def adjacency_in_words(self) -> str:
@@ -295,6 +308,11 @@ class CertificateBody(Document):
     def exposed_to(self) -> list[tuple[str, float]]:
         """Against whom each epsilon of `exposures` holds, in words."""
         return [(in_words(e.colluding, sums=self.aggregation), e.epsilon) for e in self.exposures]
+
+
+def _up(epsilon: float) -> str:
+    """Never below the true one."""
+    return f"{math.ceil(epsilon * 1e4) / 1e4:.4f}"
 
 
 @dataclass(frozen=True)
@@ -349,8 +367,10 @@ def issue(
     if plan.privacy.delta is None:
         raise CertificateInvalid("a plan without privacy has no certificate")
     tally, head = _charged(ledger, dataset, run=run, plan=plan), ledger.head
+    before = total(a.charged for a in ledger.runs(dataset) if a.run != run)
     body = CertificateBody(
         **_guarantee(tally, plan, plan.privacy.delta),
+        **_ancestry(tally, before, plan, plan.privacy.delta),
         noise="os_csprng" if secure_noise else "seeded",
         site=site,
         run=run,
@@ -405,6 +425,18 @@ def _guarantee(tally: Mapping[str, int], plan: Plan, delta: float) -> dict[str, 
     }
 
 
+def _ancestry(
+    tally: Mapping[str, int], before: Mapping[str, int], plan: Plan, delta: float
+) -> dict[str, Any]:
+    """Of a run that went on with an adapter: what it cost with all that came before it here."""
+    if plan.lora.start is None:
+        return {}
+    return {
+        "earlier": tuple(_mechanism(leaf, times) for leaf, times in sorted(before.items())),
+        "together": epsilon_of(total([tally, before]), delta=delta),
+    }
+
+
 def verify(path: Path, *, key_sha256: str | None = None) -> Verified:
     """Check a certificate offline: its signature, and its epsilon against its own events.
 
@@ -441,12 +473,18 @@ def _held(
         events = total({part.event: part.times} for part in body.mechanisms)
         epsilon = epsilon_of(events, delta=body.delta)
         exposed = exposures(events, delta=body.delta, sums=body.aggregation)
+        before = {part.event: part.times for part in body.earlier}
+        together = epsilon_of(total([events, before]), delta=body.delta)
     except CertificateInvalid:
         raise
     except Exception as exc:
         raise CertificateInvalid(f"{called}: an event in it can't be accounted for") from exc
     if not math.isclose(epsilon, body.epsilon, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE):
         problems.append(f"it says epsilon = {body.epsilon:.6g}, its events give {epsilon:.6g}")
+    if body.together is not None and not math.isclose(
+        together, body.together, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE
+    ):
+        problems.append(f"it says {body.together:.6g} with earlier runs; it is {together:.6g}")
     if not _alike(exposed, body.exposures):
         problems.append("what it says of collusion is not what its events give")
     if tuple(described) != body.mechanisms:

@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import torch
 from opacus.grad_sample import GradSampleHooks
+from peft import PeftModel, PeftType
 from peft.tuners.lora.layer import Linear as PeftLoraLinear
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -183,11 +184,14 @@ def attach(
     ------
     LayerUnsupported
         Under privacy, a trained layer without an exact per-sample rule; the module is untouched.
+    LayerUnsupported
+        Whether private or not, an adapter of PEFT's by another method than LoRA.
     ValueError
         Another `dtype`.
     """
     if dtype not in {torch.float32, torch.bfloat16}:
         raise ValueError(f"matrix products are float32 or bfloat16, not {dtype}")
+    _refuse_other_methods(module)
     attached = Attached(module, private=private, dtype=dtype)
     for step in list(_survey(module, attached)):
         step()
@@ -195,6 +199,16 @@ def attach(
         if private:
             cast(Any, parameter).grad_sample = None
     return attached
+
+
+def _refuse_other_methods(module: nn.Module) -> None:
+    """Refuse what PEFT may train besides LoRA: some of it is no layer, and would pass unseen."""
+    for part in module.modules():
+        for config in part.peft_config.values() if isinstance(part, PeftModel) else ():
+            if config.peft_type != PeftType.LORA:
+                raise LayerUnsupported(
+                    f"PEFT's {config.peft_type.value} is not supported: use LoRA"
+                )
 
 
 def _survey(module: nn.Module, attached: Attached) -> Iterator[Callable[[], None]]:

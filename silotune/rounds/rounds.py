@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 from silotune.errors import QuorumLost, RunDirectoryInvalid, SiteReportedError, UpdateRejected
 from silotune.events import tracing
 from silotune.flower.grid import exchange
-from silotune.models.layout import Layout, Vector, initial_adapter
+from silotune.models.layout import Layout, Vector
+from silotune.models.start import FindStart, in_folder, start_adapter
 from silotune.plan.plan import Plan
 from silotune.privacy.errors import MessageMalformed
 from silotune.protocol.replies import JoinReply, TrainReply, error_code
@@ -116,13 +117,22 @@ class RoundLoop:
         History and checkpoints. If it holds a checkpoint, the run goes on behind it.
     observer : Observer, optional
         Told of each finished round.
+    find_start : callable
+        Finds the adapter that ``lora.start`` names.
     """
 
     def __init__(
-        self, *, plan: Plan, run: str, grid: Grid, store: RunStore, observer: Observer | None = None
+        self,
+        *,
+        plan: Plan,
+        run: str,
+        grid: Grid,
+        store: RunStore,
+        observer: Observer | None = None,
+        find_start: FindStart = in_folder,
     ) -> None:
         self._plan, self._run, self._grid, self._store = plan, run, grid, store
-        self._observer = observer
+        self._observer, self._find_start = observer, find_start
         self._text = plan.canonical()
         self._secure: SecureRounds | None = None
         self._norms: dict[str, float] = {}  # of this round's updates, by site
@@ -376,7 +386,7 @@ class RoundLoop:
     def _resume(self, strategy: AdapterStrategy, layout: Layout) -> tuple[Vector, int]:
         saved = self._store.load_checkpoint()
         if saved is None:
-            return initial_adapter(layout, self._plan), 0
+            return start_adapter(layout, self._plan, find=self._find_start), 0
         arrays, state = saved
         if (state["plan_sha256"], state["layout"]) != (self._plan.sha256, layout.fingerprint):
             raise RunDirectoryInvalid("the checkpoint belongs to another plan or model")
@@ -432,7 +442,12 @@ def _agreed_layout(layouts: Mapping[str, str], plan: Plan) -> Layout:
 
 
 def build_server_app(
-    *, plan: Plan, run: str, store: RunStore, observer: Observer | None = None
+    *,
+    plan: Plan,
+    run: str,
+    store: RunStore,
+    observer: Observer | None = None,
+    find_start: FindStart = in_folder,
 ) -> ServerApp:
     """A ServerApp that executes `plan` once and leaves everything in `store`.
 
@@ -446,6 +461,8 @@ def build_server_app(
         History and checkpoints; with a checkpoint in it the run is resumed.
     observer : Observer, optional
         Told of each finished round.
+    find_start : callable
+        Finds the adapter that ``lora.start`` names.
     """
     app = ServerApp()
 
@@ -453,6 +470,8 @@ def build_server_app(
     def main(grid: Grid, context: Context) -> None:
         del context  # its run config repeats what is given here
         with tracing.span("run", run=run, begins=True):
-            RoundLoop(plan=plan, run=run, grid=grid, store=store, observer=observer).execute()
+            RoundLoop(
+                plan=plan, run=run, grid=grid, store=store, observer=observer, find_start=find_start
+            ).execute()
 
     return app

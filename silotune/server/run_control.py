@@ -24,6 +24,7 @@ from silotune.flower.grid import LinkGrid, Peer
 from silotune.flower.messages import LinkRun
 from silotune.flower.superlink import LinkState, Signal
 from silotune.models.layout import Vector
+from silotune.models.start import require_start
 from silotune.plan.plan import Plan
 from silotune.protocol.errors import StoppedByOperator
 from silotune.protocol.http import Decision, PlansReply, Proposal
@@ -197,7 +198,13 @@ class RunThread(threading.Thread):
         if saved is not None:
             # The process before may have died between the checkpoint and forgetting its messages.
             grid.settle(int(saved[1]["round"]))
-        app = build_server_app(plan=plan, run=self._run, store=record, observer=self)
+        app = build_server_app(
+            plan=plan,
+            run=self._run,
+            store=record,
+            observer=self,
+            find_start=self._parts.runs.find_start,
+        )
         context = Context(run_id=1, node_id=0, node_config={}, state=RecordDict(), run_config={})
         try:
             app(grid=grid, context=context)
@@ -268,6 +275,8 @@ class RunControl:
         ------
         RunError
             The federation has fewer active sites than the plan needs.
+        AdapterMismatch
+            The adapter that ``lora.start`` names is not here, or does not fit.
         """
         active = len(self._registrar.enrolled)
         if active < plan.rounds.min_sites:
@@ -280,6 +289,7 @@ class RunControl:
                 f"a quorum of {quorum} is not between the plan's {plan.rounds.min_sites} "
                 f"and the federation's {active} sites"
             )
+        require_start(plan, find=self.runs.find_start)
         with self._lock:
             run = self._new_name(plan)
             signed = SignedPlan.sign(plan, self._parts.keys.signing)

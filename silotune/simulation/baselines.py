@@ -38,7 +38,8 @@ from silotune.models.adapter import write_adapter
 from silotune.models.batching import Encoded
 from silotune.models.choices import Choices
 from silotune.models.features import Frozen, features_of
-from silotune.models.layout import Layout, initial_adapter, laid_out
+from silotune.models.layout import Layout, laid_out
+from silotune.models.start import start_adapter
 from silotune.plan.plan import Plan
 from silotune.privacy.noise import noise_for
 from silotune.simulation.program import score
@@ -387,7 +388,7 @@ def federate(
     layout = trainers[0][1].layout
     strategy = strategy_for(plan, layout=layout)
     strategy.cohort = {terms.node: terms for terms, _ in trainers}
-    adapter = initial_adapter(layout, plan) if start is None else start
+    adapter = start_adapter(layout, plan) if start is None else start
     for number in range(1, plan.rounds.number + 1):
         strategy.begin(number, adapter)
         for terms, trainer in trainers:

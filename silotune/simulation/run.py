@@ -39,9 +39,11 @@ from silotune.errors import (
 )
 from silotune.events.source import held
 from silotune.models.choices import Choices, choose
+from silotune.models.start import require_start
 from silotune.plan.plan import Plan, notes_on
 from silotune.rounds.rounds import build_server_app
 from silotune.rounds.run_directory import STATISTICS_FILE, RunDirectory
+from silotune.simulation.ancestry import carry_ledgers, secrets_of, states_of_start
 from silotune.simulation.grid import WorkerGrid
 from silotune.simulation.outcome import (
     AdapterScorer,
@@ -285,11 +287,19 @@ def start(
         for site in sites:
             missing = [each.lack for each in checked(site) if not each.in_force]
             note(f"{site.name} would be confined without: {'; '.join(missing) or 'nothing'}")
-    secrets = secrets or {site.name: new_secret() for site in sites}
+    require_start(plan)
+    earlier = states_of_start(plan, sites)
+    secrets = secrets or {site.name: new_secret() for site in sites} | secrets_of(earlier)
+    if plan.lora.start is not None and (new := [s.name for s in sites if s.name not in earlier]):
+        note(
+            f"{', '.join(new)}: not in the run that lora.start is of, as far as that is here. Its "
+            "ledger begins anew, and what is held out may have been trained on then"
+        )
     found = survey_sites(plan, sites, secrets=secrets, note=note)
     choices = choose(plan, device=settings.device) if plan.statistics is None else _NO_MODEL
     directory = RunDirectory.create(runs, plan.plan.name, plan_toml=plan_toml)
     keep_survey(directory, found, secrets)
+    carry_ledgers(earlier, directory)
     job = _Job(directory=directory, plan=plan, sites=sites, choices=choices, settings=settings)
     directory.write_json("resolved.json", _resolved(job))
     return _execute(job, listener)

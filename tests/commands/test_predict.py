@@ -145,3 +145,17 @@ def test_an_answer_is_over_where_the_base_model_was_taught_to_end(answerer, llam
     shorter = json.loads(said(run, "acute", "--json"))["prediction"]
     assert whole.startswith(shorter.rstrip("\ufffd"))
     assert len(shorter) < len(whole)
+
+
+def test_answers_by_chance_are_the_same_with_a_seed_and_no_longer_than_asked(answerer):
+    words = ["acute", "eye"]
+    drawn = ["--sample", "1.5", "--top-p", "0.9", "--seed", "3", "--max-new-tokens", "8"]
+    assert said(answerer, *words, *drawn) == said(answerer, *words, *drawn)
+    assert said(answerer, *words, *drawn) != said(answerer, *words, *drawn, "--seed", "4")
+    assert len(said(answerer, "acute", "--max-new-tokens", "2")) < len(said(answerer, "acute"))
+
+
+def test_a_classifier_has_no_answers_by_chance(classifier):
+    result = CliRunner().invoke(cli.app, ["predict", str(classifier), "a", "--sample", "1"])
+    assert result.exit_code == 2
+    assert "writes no text" in result.output

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord, RecordDict
 
-from silotune.errors import RunError
-from silotune.models.layout import initial_adapter
+from silotune.errors import AdapterMismatch, RunError
+from silotune.models.layout import arrays_sha256, initial_adapter
+from silotune.models.start import start_adapter
 from silotune.protocol.envelope import refusal
 from silotune.server.errors import NotPossibleNow
 from silotune.strategies import strategy_for
@@ -299,3 +300,26 @@ def test_a_reply_that_its_site_did_not_sign_for_this_place_is_not_folded(town):
     failed = events(town, run, "site_failed")
     assert [(e["site"], e["code"]) for e in failed] == [("beta", "ST-804")]
     assert town.audit("alarm")[0]["what"] == "reply_not_trusted"
+
+
+def test_a_run_goes_on_with_the_adapter_of_an_earlier_one_by_its_hash(town):
+    sites = town.serving("alpha", "beta", "gamma")
+    control = town.coordinator.run_control
+    first = control.propose(small_plan())
+    approve_all(town.coordinator, first, sites)
+    assert finished(town, first) == "finished"
+    sha256 = arrays_sha256(control.runs.newest_adapter(first)[2])
+    start = {"adapter": first, "sha256": sha256}
+    with pytest.raises(AdapterMismatch, match=sha256):
+        control.propose(small_plan(**{"lora.start": start | {"sha256": "0" * 64}}))
+    with pytest.raises(AdapterMismatch, match=r"lora\.alpha"):
+        control.propose(small_plan(**{"lora.start": start, "lora.alpha": 3.0}))
+    plan = small_plan(**{"lora.start": start})
+    begun = start_adapter(LAYOUT, plan, find=control.runs.find_start)
+    assert np.array_equal(begun, final_adapter(town, first))
+    second = control.propose(plan)
+    approve_all(town.coordinator, second, sites)
+    assert finished(town, second) == "finished"
+    fresh = initial_adapter(LAYOUT, plan)
+    moved = expected_adapter(plan, ["alpha", "beta", "gamma"]) - fresh
+    np.testing.assert_allclose(final_adapter(town, second), begun + moved, atol=1e-6)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 
 from silotune.models.task import Task
 from silotune.models.tasks.causal_lm import CausalLm
+from silotune.models.tasks.chat import Chat
 from silotune.models.tasks.image_classification import ImageClassification
 from silotune.models.tasks.text_classification import TextClassification
 from silotune.models.tasks.token_classification import TokenClassification
@@ -18,7 +19,7 @@ _TASKS: Mapping[str, Callable[[Plan], Task]] = {
     "text_classification": lambda plan: TextClassification(),
     "token_classification": lambda plan: TokenClassification(),
     "image_classification": lambda plan: ImageClassification(),
-    "causal_lm": lambda plan: CausalLm(),
+    "causal_lm": lambda plan: CausalLm() if plan.model.chat is None else Chat(chat=plan.model.chat),
 }
 
 

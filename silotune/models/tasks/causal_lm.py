@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessorList
 
 from silotune.errors import ModelError
 from silotune.models.batching import (
@@ -31,20 +32,30 @@ from silotune.models.batching import (
     prompt_ids,
 )
 from silotune.models.prediction import Prediction
+from silotune.models.sampling import GREEDY, Sampling
 from silotune.models.task import LoadedModel, TaskModel
 from silotune.plan.plan import Plan
 
 _PREDICT_BATCH = 16
-_RESPONSE = "It was quiet."
+RESPONSE = "It was quiet."  # to every public prompt
 _LOGITS = 1 << 24  # that a score makes at a time: 64 MB
 
 
+@dataclass(frozen=True, kw_only=True)
 class CausalLm:
-    """Mean negative log-likelihood of a response's tokens, given its prompt."""
+    """Mean negative log-likelihood of a response's tokens, given its prompt.
+
+    Attributes
+    ----------
+    sampling : Sampling
+        How `predict` draws answers.
+    """
+
+    sampling: Sampling = GREEDY
 
     def example(self, text: str, *, number: int, plan: Plan) -> dict[str, str]:
         """A text as a prompt, and one short response to all."""
-        return {"prompt": text, "response": _RESPONSE}
+        return {"prompt": text, "response": RESPONSE}
 
     def encode(
         self, examples: Sequence[Mapping[str, str]], tokenizer: Any, *, plan: Plan
@@ -77,18 +88,15 @@ class CausalLm:
         Returns
         -------
         dict
-            ``input_ids``, ``attention_mask`` [n, longest]; ``kept`` [k], the consecutive positions
-            whose logits any row needs; ``labels`` [n, k], the token that follows each of them, -100
+            ``input_ids``, ``attention_mask`` [n, longest]; ``kept`` [k], the positions whose logits
+            any row needs; ``labels`` [n, k], the token that follows each of them, -100
             where it is none of a response.
         """
         batch = encoded.padded(rows, device)
         prompts = torch.from_numpy(encoded.targets[np.asarray(rows, dtype=np.int64)]).to(device)
-        ids, real = batch["input_ids"], batch["attention_mask"].bool()
-        positions = torch.arange(ids.shape[1], device=device)
-        answered = real & (positions >= prompts[:, None])
-        first = int(prompts.min()) - 1
-        labels = ids.masked_fill(~answered, -100)[:, first + 1 :]
-        return batch | {"kept": positions[first:-1], "labels": labels}
+        real = batch["attention_mask"].bool()
+        positions = torch.arange(real.shape[1], device=device)
+        return labelled(batch, real & (positions >= prompts[:, None]))
 
     def losses(self, model: TaskModel, batch: Batch) -> Tensor:
         """Mean loss of each response's tokens, float32 of shape [n]."""
@@ -129,15 +137,13 @@ class CausalLm:
     def predict(
         self, model: LoadedModel, examples: Sequence[Mapping[str, str]]
     ) -> list[Prediction]:
-        """Greedy responses to prompts, in the order given, whatever the base model's own settings.
+        """Responses to prompts, in the order given, whatever the base model's own settings.
 
-        A prompt longer than half of ``data.max_length`` keeps its end; prompt and response together
-        take at most ``data.max_length`` tokens. Prompts of one length are answered together, so that
-        none is padded and no answer depends on its neighbours.
+        A prompt longer than half of ``data.max_length`` loses its beginning; prompt and response
+        together take at most ``data.max_length`` tokens, if `sampling` says nothing else. Prompts of
+        one length are answered together, so that none is padded and no answer depends on its neighbours.
         """
-        limit, lead = model.plan.data.max_length, len(leading_ids(model.tokenizer))
-        given = prompt_ids(model.tokenizer, [example["prompt"] for example in examples])
-        prompts = [keep_end(prompt, limit // 2, lead=lead) for prompt in given]
+        prompts, stops = self.prompts(model, examples), self.stops(model)
         alike: dict[int, list[int]] = {}
         for row, prompt in enumerate(prompts):
             alike.setdefault(len(prompt), []).append(row)
@@ -145,29 +151,51 @@ class CausalLm:
         for rows in alike.values():
             for start in range(0, len(rows), _PREDICT_BATCH):
                 some = rows[start : start + _PREDICT_BATCH]
-                ids = torch.tensor([prompts[row] for row in some], device=model.device)
-                found |= zip(some, _generate(model, ids, limit=limit), strict=True)
+                asked = [prompts[row] for row in some]
+                found |= zip(some, self._answers(model, asked, stops), strict=True)
         return [Prediction(output=found[row]) for row in range(len(prompts))]
 
+    def prompts(self, model: LoadedModel, examples: Sequence[Mapping[str, str]]) -> list[list[int]]:
+        """Token ids of what the model is to go on with."""
+        lead, room = len(leading_ids(model.tokenizer)), model.plan.data.max_length // 2
+        given = prompt_ids(model.tokenizer, [example["prompt"] for example in examples])
+        return [keep_end(prompt, room, lead=lead) for prompt in given]
 
-def _generate(model: LoadedModel, ids: Tensor, *, limit: int) -> list[str]:
-    """The likeliest next token until a response ends, for prompts of one length [n, tokens]."""
-    base, width = model.module.peft.get_base_model(), ids.shape[1]
-    config = GenerationConfig(
-        do_sample=False,
-        use_cache=True,
-        max_new_tokens=limit - width,
-        pad_token_id=padding_id(model.tokenizer),
-        eos_token_id=end_ids(model.tokenizer, base),
-    )
-    # Transformers fills up what is not set here from the base model's own generation_config.json.
-    own, base.generation_config = base.generation_config, GenerationConfig()
-    try:
-        with model.module.inference():
-            made = model.module.peft.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config
-            )
-    finally:
-        base.generation_config = own
-    texts: list[str] = model.tokenizer.batch_decode(made[:, width:], skip_special_tokens=True)
-    return texts
+    def stops(self, model: LoadedModel) -> list[int]:
+        """The tokens that end an answer."""
+        return end_ids(model.tokenizer, model.module.peft.get_base_model())
+
+    def _answers(
+        self, model: LoadedModel, prompts: Sequence[Sequence[int]], stops: list[int]
+    ) -> list[str]:
+        """What follows prompts of one length, until a response ends."""
+        base, width = model.module.peft.get_base_model(), len(prompts[0])
+        config = GenerationConfig(
+            do_sample=False,
+            use_cache=True,
+            max_new_tokens=self.sampling.max_new_tokens or model.plan.data.max_length - width,
+            pad_token_id=padding_id(model.tokenizer),
+            eos_token_id=stops,
+        )
+        ids = torch.tensor(prompts, device=model.device)
+        # Transformers fills up what is not set here from the base model's own generation_config.json.
+        own, base.generation_config = base.generation_config, GenerationConfig()
+        try:
+            with model.module.inference():
+                made = model.module.peft.generate(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    generation_config=config,
+                    logits_processor=LogitsProcessorList(self.sampling.processors(prompts)),
+                )
+        finally:
+            base.generation_config = own
+        texts: list[str] = model.tokenizer.batch_decode(made[:, width:], skip_special_tokens=True)
+        return texts
+
+
+def labelled(batch: dict[str, Tensor], answered: Tensor) -> dict[str, Tensor]:
+    """A batch with ``labels`` where ``answered`` [n, longest], and the positions ``kept`` for them."""
+    labels = batch["input_ids"].masked_fill(~answered, -100)[:, 1:]
+    kept = (labels != -100).any(0).nonzero().squeeze(1)
+    return batch | {"kept": kept, "labels": labels[:, kept]}

@@ -17,9 +17,11 @@ from typing import Any
 from numpy.typing import NDArray
 from sqlalchemy import Connection, RowMapping, Table, delete, insert, select, update
 
-from silotune.errors import FileNotOffered, RunNotFound
+from silotune.errors import AdapterMismatch, FileNotOffered, RunNotFound
 from silotune.events.source import FileOffer, Row, RunFacts
+from silotune.models.start import Earlier, in_folder
 from silotune.plan.plan import Plan
+from silotune.plan.sections import StartSection
 from silotune.protocol.http import Decision, RunState
 from silotune.rounds.run_directory import Arrays, packed, unpacked
 from silotune.server.errors import NotPossibleNow
@@ -182,6 +184,24 @@ class Runs:
             return None
         content = self._store.vault.unseal(row["content"], name=_seal_name(run, "adapter"))
         return row["round"], row["sha256"], unpacked(content)[0]
+
+    def find_start(self, start: StartSection) -> Earlier:
+        """The adapter that a plan starts from: of a finished run here, or in a folder.
+
+        Raises
+        ------
+        AdapterMismatch
+            The run is not finished, or there is neither.
+        """
+        with self._store.transaction() as connection:
+            query = select(RUNS.c.state).where(RUNS.c.run == start.adapter)
+            state = connection.execute(query).scalar()
+        if state is None:
+            return in_folder(start)
+        found = self.newest_adapter(start.adapter)
+        if state != "finished" or found is None:
+            raise AdapterMismatch(f"lora.start.adapter: run {start.adapter} is not finished")
+        return Earlier(self.plan_of(start.adapter), found[2])
 
 
 class RunWriter:
