@@ -20,7 +20,7 @@ import torch
 
 from silotune.errors import SilotuneError
 from silotune.models.base import load_model
-from silotune.models.batching import batches
+from silotune.models.batching import batches, record_of
 from silotune.models.pretrained import quiet
 from silotune.models.task import LoadedModel
 from silotune.models.tasks import get_task
@@ -114,9 +114,10 @@ def engine_sum(model: LoadedModel, attached: Attached, *, clip: float, size: int
     engine = DpSgd(attached, groups, sigma=1.0, noise=SeededNoise(1))
     for rows in batches(encoded, np.arange(len(encoded)), size=size, units=UNITS):
         numbers = np.unique(UNITS[rows], return_inverse=True)[1]
+        batch = model.task.collate(encoded, rows, model.device)
         engine.accumulate(
-            model.task.losses(model.module, model.task.collate(encoded, rows, model.device)),
-            units=torch.from_numpy(numbers),
+            model.task.losses(model.module, batch),
+            units=torch.from_numpy(numbers)[record_of(batch, len(rows))],  # of each window
             n_units=int(numbers.max()) + 1,
         )
     total = torch.cat([p.summed_grad.flatten().clone() for p in attached.parameters.values()])
@@ -144,18 +145,21 @@ def _largest_error(model: LoadedModel, dtype: torch.dtype) -> float:
 
 def write_sites(folder: Path, plan: Plan) -> None:
     """Two sites with a dozen records each, of all lengths."""
-    rows = examples(plan)
+    task = get_task(plan)
     for number, site in enumerate(("alpha", "beta")):
         place = folder / site
         place.mkdir(parents=True)
         with (place / "records.csv").open("w", newline="") as file:
+            # The number tells texts apart: no record is another one's look-alike.
+            rows = [
+                task.example(
+                    f"{turn} {TEXTS[(turn + number) % len(TEXTS)]}", number=turn, plan=plan
+                )
+                for turn in range(12)
+            ]
             table = csv.DictWriter(file, rows[0])
             table.writeheader()
-            for turn in range(12):
-                row = rows[(turn + number) % len(rows)]
-                # The number tells texts apart: no record is another one's look-alike.
-                first = plan.task.reads[0]
-                table.writerow({**row, first: f"{turn} {row[first]}"})
+            table.writerows(rows)
         columns = "".join(f'{role} = "{role}"\n' for role in rows[0])
         (place / "site.toml").write_text(
             f'name = "{site}"\n[datasets.d]\nformat = "csv"\npath = "records.csv"\nunit = "record"\n'
@@ -203,6 +207,9 @@ def require_same_elsewhere(directory: Path) -> None:
     card = card_of(trained.adapter)
     asked = [{role: example[role] for role in plan.task.reads} for example in examples(plan)]
     said = model.task.predict(model, asked)
+    if plan.task.each_token:
+        require_same_tokens(model, card["logits"])
+        return
     if not plan.task.generates:
         theirs = card["logits"](list(TEXTS)).softmax(1)
         ours = torch.tensor([list(p.probabilities.values()) for p in said])
@@ -217,6 +224,20 @@ def require_same_elsewhere(directory: Path) -> None:
     real = batch["labels"] != -100
     torch.testing.assert_close(theirs[real], ours[real], rtol=1e-4, atol=1e-4)
     assert [card["answer"](example["prompt"]) for example in asked] == [p.output for p in said]
+
+
+def require_same_tokens(model: LoadedModel, logits: Any) -> None:
+    """Plain PEFT says the same of every token of a text that one window holds."""
+    encoded = model.task.encode(examples(model.plan), model.tokenizer, plan=model.plan)
+    compared = 0
+    for row, text in enumerate(TEXTS):
+        batch = model.task.collate(encoded, [row], model.device)
+        if len(batch["input_ids"]) == 1:
+            with model.module.inference():
+                ours = model.module(batch)[0]
+            torch.testing.assert_close(logits(text)[0], ours, rtol=1e-4, atol=1e-4)
+            compared += 1
+    assert compared >= len(TEXTS) - 1
 
 
 @dataclass(frozen=True)
@@ -298,6 +319,7 @@ PAIRS = [
     for architecture in ARCHITECTURES
     for task in ("text_classification", *["causal_lm"] * architecture.generates)
 ]
+PAIRS.insert(1, (ARCHITECTURES[0], "token_classification"))
 HEAD = f"""# Models
 
 Which architectures train, with which task. Each line was made by a test that builds the architecture
