@@ -65,7 +65,8 @@ def serve(  # noqa: PLR0917 - one a command-line option
     place = Place(host=host, port=port, certificate=tls_certificate, key=tls_key)
     place.require_allowed(own_token=token_file is not None)
     token, new = token_of(token_file)
-    model = load(path, base=base, device=device)
+    with terminal(stderr=True).status("Loading the model"):
+        model = load(path, base=base, device=device)
 
     def said(url: str) -> None:
         if token_file is None:

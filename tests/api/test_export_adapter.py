@@ -120,6 +120,15 @@ def test_a_language_model_as_a_graph_gives_the_logits_of_every_token(runs, tmp_p
     np.testing.assert_allclose(found, own.numpy(), atol=1e-4)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_head_on_every_token_is_exported_with_the_rest(bert_folder, tmp_path, form):
+    run = finished(tmp_path / "runs", bert_folder, "token_classification")
+    told = json.loads(export(run, tmp_path / "out", "--format", form, "--json"))
+    assert told["difference"] <= told["tolerance"]
+    if form in {"peft", "merged"}:
+        assert by_card(tmp_path / "out")["predict"]("acute injury")
+
+
 @pytest.mark.slow
 def test_eight_bits_are_about_a_quarter_of_the_weights(runs, tmp_path):
     for form in ("onnx", "int8"):
