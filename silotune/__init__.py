@@ -24,6 +24,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 if TYPE_CHECKING:
     from silotune.api.comparison import Comparison, compare
+    from silotune.api.evaluating import Evaluated, evaluate
     from silotune.api.exporting import ExportedAdapter, export_adapter
     from silotune.api.model import Model, load
     from silotune.api.run import Run
@@ -33,12 +34,14 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Comparison": "api.comparison",
+    "Evaluated": "api.evaluating",
     "ExportedAdapter": "api.exporting",
     "Model": "api.model",
     "Plan": "plan.plan",
     "Run": "api.run",
     "Site": "api.site",
     "compare": "api.comparison",
+    "evaluate": "api.evaluating",
     "export_adapter": "api.exporting",
     "load": "api.model",
     "partition": "api.site",
@@ -48,6 +51,7 @@ _HOME = {
 
 __all__ = [
     "Comparison",
+    "Evaluated",
     "ExportedAdapter",
     "Model",
     "Plan",
@@ -55,6 +59,7 @@ __all__ = [
     "Site",
     "__version__",
     "compare",
+    "evaluate",
     "export_adapter",
     "load",
     "partition",

@@ -74,7 +74,8 @@ def test_every_public_function_of_the_interface_has_an_example():
     assert {name for name, text in told.items() if ">>>" not in text} == EXAMPLED_ELSEWHERE
 
 
-EXAMPLED_ELSEWHERE = {"Comparison", "ExportedAdapter", "Model", "Plan", "__version__", "resume"}
+OBJECTS = {"Comparison", "Evaluated", "ExportedAdapter", "Model", "Plan"}
+EXAMPLED_ELSEWHERE = {*OBJECTS, "__version__", "resume"}
 """What examples of `compare`, `load` and `simulate` show, and what takes a killed run."""
 
 

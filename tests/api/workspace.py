@@ -10,6 +10,7 @@ from silotune.simulation import run
 from tests.federation import PRIVATE, write_federation
 from tests.whole_run import in_this_process
 
+LABELLED = [("cough", "no"), ("gout", "yes"), ("cut", "no"), ("asthma", "yes")]
 SHORT = {"rounds.number": 3, "optimizer.site.head_rounds": 1}
 
 
@@ -27,6 +28,9 @@ def workspace(tmp_path_factory, bert_folder):
     made.plan_path.write_text(plan_toml(plan))
     (folder / "notes.csv").write_text(
         "note,kind\n" + "".join(f"note {i},{'yes' if i % 2 else 'no'}\n" for i in range(20))
+    )
+    (folder / "labelled.csv").write_text(
+        "text,label\n" + "".join(f"{w} of the left side,{x}\n" for w, x in LABELLED * 5)
     )
     for name, settings in (("small", {}), ("other", {"privacy.epsilon": 4.0})):
         with in_one_process():
