@@ -113,7 +113,12 @@ def _unsaid(plan: Sections) -> Iterator[Number]:
 
 
 def curves(plan: Sections) -> bool:
-    """Whether a head on random cosines is the better one, as far as public facts tell."""
+    """Whether a head on random cosines is the better one, as far as public facts tell.
+
+    Of a head on every token it was not measured, and it would keep as many cosines for each.
+    """
+    if plan.task.each_token:
+        return False
     return len(plan.model.labels) <= MOST_CURVED_LABELS and plan.data.split_by == "unit"
 
 

@@ -223,3 +223,13 @@ def test_a_causal_model_has_an_adapters_rate_and_no_head(tmp_path, llama_folder)
     found = {row["key"]: row["value"] for row in told.facts["settings"]}
     assert found["optimizer.site.adapter_lr"] > 0.005
     assert not [key for key in found if "head" in key]
+
+
+def test_a_head_on_every_token_is_trained_alone_and_without_cosines(tmp_path, bert_folder):
+    path = tmp_path / "plan.toml"
+    told = shown("json", *words(path, bert_folder, "--task=token_classification", labels="NAME"))
+    assert told.code == 0, told.errors
+    found = {row["key"]: row["value"] for row in told.facts["settings"]}
+    assert found["optimizer.site.head_rounds"] == found["rounds.number"]
+    assert "model.head_features" not in found
+    assert Plan.load(path).model.labels == ("NAME",)
