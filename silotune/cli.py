@@ -17,6 +17,7 @@ from silotune.commands import (
     data,
     demos,
     evaluate,
+    explain,
     plan,
     predict,
     reference,
@@ -54,6 +55,7 @@ app.command("dashboard")(results.dashboard)
 app.command("predict")(predict.predict)
 app.command("serve")(serving.serve)
 app.command("evaluate")(evaluate.evaluate)
+app.command("explain")(explain.explain)
 app.add_typer(site.app, name="site")
 app.add_typer(books.ledger, name="ledger")
 app.add_typer(books.certificates, name="certificate")

@@ -137,7 +137,7 @@ class Classified(Observed):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Counted(Observed):
+class CountedRecords(Observed):
     """Records of any other task: what its score counts of each.
 
     Attributes

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from silotune.data.table import Faults, numbered
 from silotune.errors import TooFewRecords
-from silotune.inference.figures import Classified, Counted, Ints, Observed
+from silotune.inference.figures import Classified, CountedRecords, Ints, Observed
 from silotune.inference.records import Given, examples_of
 from silotune.models.task import LoadedModel
 
@@ -142,7 +142,7 @@ class _Seen:
         observed: list[Observed] = [
             Classified(truth=truth, shares=part, names=labels)
             if self._classifies
-            else Counted(counts=part, plan=self._plan)
+            else CountedRecords(counts=part, plan=self._plan)
             for part in parts
         ]
         return SeenRecords(
