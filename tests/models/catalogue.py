@@ -339,8 +339,8 @@ with the layer's name ([errors.md](errors.md): ST-303 and its neighbours).
 they are refused. Without privacy most of what is refused with ST-303 may be trained.
 
 Backbones of images have tests of their own, to the same standard: ViT, DeiT and DINOv2 (`q_proj`,
-`v_proj`), Swin (`fc1`, `fc2`), ConvNeXt (`pwconv1`, `pwconv2`), and of a ResNet the head alone, its batch
-norms frozen; a batch norm in training mode is refused.
+`v_proj`), Swin (`fc1`, `fc2`), ConvNeXt (`pwconv1`, `pwconv2`), and of a ResNet the head alone, its
+batch norms frozen; a batch norm in training mode is refused.
 
 | architecture | `model_type` | task | `auto` adapts | `all-linear` | few bits | |
 |---|---|---|---|---|---|---|
