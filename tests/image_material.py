@@ -127,6 +127,9 @@ labels = {json.dumps(labels)}
 [datasets.scans.columns]
 image = "file"
 label = "kind"
+[datasets.scans.budget]
+epsilon = 20.0
+delta = 1e-5
 '''
     )
     return config
