@@ -205,12 +205,13 @@ print(len(run.scores()))
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_plain_script_may_simulate_with_baselines_and_needs_no_guard(here):
     """Its processes start without running the script again."""
     (here / "script.py").write_text(SCRIPT)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     found = subprocess.run(
-        [sys.executable, "script.py"], cwd=here, env=environment, timeout=200, check=False,
+        [sys.executable, "script.py"], cwd=here, env=environment, timeout=500, check=False,
         capture_output=True, text=True,
     )  # fmt: skip
     assert found.returncode == 0, found.stderr

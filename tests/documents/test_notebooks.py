@@ -37,12 +37,13 @@ def played(path, folder, **parameters):
     at = next(n for n, c in enumerate(book.cells) if "parameters" in c.metadata.get("tags", []))
     given = "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
     book.cells.insert(at + 1, nbformat.v4.new_code_cell(given))
-    client = NotebookClient(book, timeout=200, resources={"metadata": {"path": str(folder)}})
+    client = NotebookClient(book, timeout=500, resources={"metadata": {"path": str(folder)}})
     client.execute(env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
     return [out for cell in book.cells for out in cell.get("outputs", [])]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_from_its_first_cell_to_its_last(
     path, workspace, bert_folder, tmp_path, monkeypatch
