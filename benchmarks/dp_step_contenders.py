@@ -12,6 +12,7 @@ from opacus import PrivacyEngine
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from silotune.models.task import TaskModel
 from silotune.privacy.clipping import attach
 from silotune.privacy.engine import ClipGroup, DpSgd, PlainSgd
 from silotune.privacy.noise import SecureNoise
@@ -39,7 +40,8 @@ def peft(setting: Setting, *, reduced: str = "no", parts: int = 1) -> Step:
         for piece in pieces:
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=reduced == "autocast"):
                 logits = model(**inputs(piece)).logits
-            (losses_of(logits, piece["labels"]).sum() / setting.batch).backward()
+            losses = losses_of(logits, piece["labels"], shifted=setting.task == "causal_lm")
+            (losses.sum() / setting.batch).backward()
         optimizer.step()
 
     return step
@@ -79,14 +81,15 @@ def opacus(setting: Setting, *, mode: str) -> Step:
         optimizer.zero_grad()
         logits = private(**inputs(batch)).logits
         if mode != "ghost":
-            losses_of(logits, labels).mean().backward()
+            losses_of(logits, labels, shifted=setting.task == "causal_lm").mean().backward()
         elif logits.dim() == 2:
             criterion(logits, labels).backward()
         else:
-            shifted = logits[:, :-1]
-            target = labels[:, 1:].reshape(-1)
-            flat = shifted.reshape(-1, shifted.shape[-1])
-            criterion(flat, target, shape=shifted.shape).backward()
+            kept, target = logits, labels
+            if setting.task == "causal_lm":
+                kept, target = logits[:, :-1], labels[:, 1:]
+            flat = kept.reshape(-1, kept.shape[-1])
+            criterion(flat, target.reshape(-1), shape=kept.shape).backward()
         optimizer.step()
 
     return step
@@ -102,7 +105,10 @@ def ours(
 ) -> Step:
     """silotune's step, with secure noise; or its own non-private twin."""
     model, batch = build(setting), batch_of(setting)
-    attached = attach(model, private=private, dtype=dtype)
+    generates = setting.task == "causal_lm"
+    # A language model's losses are those of the package: no step has the logits of a batch.
+    whole = TaskModel(model, None, pooling="mean", feature_scale=1.0) if generates else model
+    attached = attach(whole, private=private, dtype=dtype)
     parameters = tuple(attached.parameters.values())
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE)
     group = ClipGroup("all", parameters, clip=1.0)
@@ -114,9 +120,20 @@ def ours(
     units = torch.arange(size) // per_unit if per_unit > 1 else None
     n_units = size // per_unit if per_unit > 1 else None
 
+    def losses_in(piece: dict[str, torch.Tensor]) -> torch.Tensor:
+        if not generates:
+            return losses_of(model(**inputs(piece)).logits, piece["labels"], shifted=False)
+        ids = piece["input_ids"]
+        known = {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "kept": torch.arange(ids.shape[1] - 1),
+        }
+        return whole.token_losses(known, ids[:, 1:]).mean(1)
+
     def step() -> None:
         for piece in pieces:
-            losses = losses_of(model(**inputs(piece)).logits, piece["labels"])
+            losses = losses_in(piece)
             engine.accumulate(losses, units=units, n_units=n_units)
         for parameter, total in zip(engine.parameters, engine.release(), strict=True):
             parameter.grad = total / setting.batch

