@@ -163,7 +163,8 @@ class SiteData:
         """Of the records and whose they are."""
         encoded = self.encoded
         parts = (encoded.ids, encoded.offsets, encoded.targets, self.unit_of, self.train)
-        return hashlib.sha256(b"".join(part.tobytes() for part in parts)).digest()
+        types = b"" if encoded.types is None else encoded.types.tobytes()
+        return hashlib.sha256(b"".join(part.tobytes() for part in parts) + types).digest()
 
 
 class TrainableModel:

@@ -21,6 +21,7 @@ from silotune.errors import ModelNotFound, PlanInTheWay, PlanInvalid
 from silotune.plan.draft import PlanFacts, draft
 from silotune.plan.left_out import Number
 from silotune.plan.tasks import TASKS
+from silotune.plan.tasks import facts_of as facts_of_task
 from silotune.plan.written import toml_text
 from silotune.terminal import terminal
 
@@ -35,6 +36,12 @@ def new(  # noqa: PLR0917 - one a command-line option
     ] = "",
     task: Annotated[str, typer.Option(help=f"{' or '.join(TASKS)}.")] = "",
     labels: Annotated[str, typer.Option(help="The classes, e.g. acute,chronic.")] = "",
+    multi_label: Annotated[
+        bool, typer.Option("--multi-label", help="A record has any number of the labels.")
+    ] = False,
+    value_range: Annotated[
+        str, typer.Option("--range", help="Of text_regression: least and greatest number, as 0,30.")
+    ] = "",
     dataset: Annotated[str, typer.Option(help="Its name in the sites' site.toml.")] = "",
     units: Annotated[
         str, typer.Option(help="Units at each site: one number, or one a site: 1000,2500.")
@@ -76,6 +83,7 @@ def new(  # noqa: PLR0917 - one a command-line option
         "base": base, "task": task, "labels": labels, "dataset": dataset, "units": units,
         "sites": sites, "unit": unit, "epsilon": epsilon, "delta": delta, "link": link,
         "name": name, "purpose": purpose, "split_by": split_by,
+        "multi_label": multi_label or None, "range": value_range,
     }  # fmt: skip
     known = _counted(from_statistics) if from_statistics else {}
     answers = {
@@ -159,6 +167,9 @@ def facts_of(answers: Mapping[str, Any], *, ask: Ask | None) -> PlanFacts:
         "base", "Base model (hub id or folder)", ENCODER if kind.base == "encoder" else ""
     )
     labels = asked.text("labels", "Labels, separated by commas") if kind.has_labels else ""
+    several, target = bool(answers.get("multi_label")), None
+    if kind.target == "value":
+        target = asked.read("range", "Least and greatest number, as 0,30", "", _range)
     dataset = asked.text("dataset", "Dataset (its name in the sites' site.toml)")
     unit = asked.text("unit", "Whose data is protected as one (record, patient, ...)", "record")
     units = _units(asked, unit)
@@ -176,11 +187,13 @@ def facts_of(answers: Mapping[str, Any], *, ask: Ask | None) -> PlanFacts:
     listed = tuple(part.strip() for part in labels.split(",") if part.strip())
     return PlanFacts(
         name=answers.get("name") or re.sub(r"[^a-z0-9_-]+", "-", dataset.lower()),
-        purpose=answers.get("purpose") or _purpose(task, listed),
+        purpose=answers.get("purpose") or _purpose(task, listed, several, target),
         base=base,
         sha256=_sha256(base),
         task=task,
         labels=listed,
+        multi_label=several,
+        target=target or None,
         dataset=dataset,
         units=units,
         unit=unit,
@@ -191,8 +204,13 @@ def facts_of(answers: Mapping[str, Any], *, ask: Ask | None) -> PlanFacts:
     )
 
 
-def _purpose(task: str, labels: Sequence[str]) -> str:
-    learned = TASKS[task].learns.format(labels=", ".join(labels), text="text")
+def _purpose(
+    task: str, labels: Sequence[str], several: bool, target: tuple[float, float] | None
+) -> str:
+    facts = facts_of_task(task, several=several)
+    assert facts is not None  # one of `TASKS`
+    numbers = "from {:g} to {:g}".format(*target) if target else ""
+    learned = facts.learns.format(labels=", ".join(labels), text="text", target=numbers)
     return f"{learned[:1].upper()}{learned[1:]}."
 
 
@@ -216,6 +234,16 @@ def _whole_numbers(text: str) -> tuple[int, ...] | None:
     with suppress(ValueError):
         found = tuple(int(part) for part in text.split(",") if text)
         return found if all(number > 0 for number in found) else None
+    return None
+
+
+def _range(text: str) -> tuple[float, float] | None:
+    """Two numbers, the first below the second; the empty range of no text."""
+    if not text:
+        return (0.0, 0.0)
+    with suppress(ValueError):
+        lower, upper = (float(part) for part in text.split(","))
+        return (lower, upper) if -math.inf < lower < upper < math.inf else None
     return None
 
 

@@ -70,7 +70,8 @@ def predict(  # noqa: PLR0917 - one a command-line option
     texts: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Texts to label, or prompts to answer. '-', or nothing, reads them from standard "
+            help="Texts to label, or prompts to answer; two in turn for a pair. '-', or "
+            "nothing, reads them from standard "
             "input, one answer a record: see --format.",
             show_default=False,
         ),
@@ -226,7 +227,8 @@ def predict(  # noqa: PLR0917 - one a command-line option
         return
     shown = _print_redacted if redact else _print
     if texts and texts != ["-"]:
-        shown(model(), iter([[{first: text} for text in texts]]), len(texts), as_json)
+        examples = _in_turn(texts, list(roles))
+        shown(model(), iter([examples]), len(examples), as_json)
         return
     plain = Form.TEXT if redact else Form.LINES
     with _standard_input(form, roles, plain=plain) as (blocks, several):
@@ -266,6 +268,19 @@ def named_columns(given: Sequence[str], roles: Sequence[str]) -> dict[str, str]:
         else:
             found[roles[0]] = text
     return found
+
+
+def _in_turn(texts: Sequence[str], roles: Sequence[str]) -> list[dict[str, str]]:
+    """Texts of the command line by role: of a pair, one after the other."""
+    size = len(roles)
+    if len(texts) % size:
+        raise typer.BadParameter(
+            f"the model reads {' and '.join(roles)}: give {size} texts a record"
+        )
+    return [
+        dict(zip(roles, texts[start : start + size], strict=True))
+        for start in range(0, len(texts), size)
+    ]
 
 
 def _answer_file(
@@ -394,6 +409,10 @@ def _standard_input(
         except UnicodeDecodeError as exc:
             raise DatasetUnreadable(f"standard input is not UTF-8: {exc.reason}") from exc
         return
+    if form is Form.LINES and len(roles) > 1:
+        raise typer.BadParameter(
+            f"the model reads {' and '.join(roles)}: give CSV with a header, or JSON lines"
+        )
     if form is Form.LINES:
         found = [{first: text} for text in _of_lines(content)]
         yield iter([found]), len(found)
@@ -478,7 +497,8 @@ def _as_json(answer: Answer | None) -> Any:
     """What is answered alone, or a label with its probabilities."""
     if answer is None or "probabilities" not in answer:
         return answer and answer["prediction"]
-    return {"label": answer["prediction"], "probabilities": answer["probabilities"]}
+    key = "label" if isinstance(answer["prediction"], str) else "labels"
+    return {key: answer["prediction"], "probabilities": answer["probabilities"]}
 
 
 def _shown(answer: Answer | None, text: str) -> str:
@@ -487,6 +507,11 @@ def _shown(answer: Answer | None, text: str) -> str:
     found, shares = answer["prediction"], answer.get("probabilities")
     if isinstance(found, str) and shares:
         return f"{found}  {shares[found]:.0%}  {_one_line(text)}"
+    if shares:
+        each = (f"{label} {shares[label]:.0%}" for label in found)
+        return f"{', '.join(each) or '(none)'}  {_one_line(text)}"
+    if isinstance(found, float):
+        return f"{found:.6g}  {_one_line(text)}"
     return found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)
 
 

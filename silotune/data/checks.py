@@ -20,6 +20,7 @@ from silotune.data.duplicates import Sketches, find_twins
 from silotune.data.image_files import CONTENT
 from silotune.data.records import Records, Split, load_records
 from silotune.data.site import SiteConfig
+from silotune.data.targets import kind_of
 from silotune.errors import SilotuneError
 from silotune.plan.plan import Plan
 
@@ -59,14 +60,15 @@ class LookAlikes:
         )
 
 
-def find_look_alikes(records: Records) -> LookAlikes:
+def find_look_alikes(records: Records, plan: Plan) -> LookAlikes:
     """Compare the held-out texts of some records with the training texts of the same label."""
     held_out = records.split != Split.TRAIN
     tested = np.flatnonzero(held_out)[:_MOST_HELD_OUT]
     rows = np.concatenate([tested, np.flatnonzero(~held_out)[:_MOST_TRAINED]])
     examples = [records.examples[row] for row in rows.tolist()]
-    texts = [e.get(CONTENT) or e.get("text") or e.get("prompt", "") for e in examples]
-    labels = [example.get("label", "") for example in examples]
+    reads = (CONTENT,) if plan.task.sees else plan.task.reads
+    texts = ["\n".join(example[role] for role in reads) for example in examples]
+    labels = [kind_of(example, plan) for example in examples]
     twins = find_twins(Sketches.of(texts, labels=labels), held_out[rows])
     return LookAlikes(len(tested), int(np.count_nonzero(twins.in_training >= 0)))
 
@@ -133,4 +135,4 @@ def _look(site: SiteConfig, plan: Plan, *, roles: Collection[str], secret: bytes
         records = load_records(site, plan, roles=roles, secret=secret)
     except SilotuneError as exc:
         return Surveyed(site.name, None, problem=exc)
-    return Surveyed(site.name, records, find_look_alikes(records))
+    return Surveyed(site.name, records, find_look_alikes(records, plan))

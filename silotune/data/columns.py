@@ -12,13 +12,13 @@ from silotune.plan.sections import Section
 
 Role = Literal[
     "text", "label", "unit", "group", "split", "prompt", "response",
-    "spans", "words", "tags", "messages", "image",
+    "text_b", "labels", "value", "spans", "words", "tags", "messages", "image",
 ]  # fmt: skip
 
-LISTS = frozenset({"spans", "words", "tags", "messages"})
+LISTS = frozenset({"labels", "spans", "words", "tags", "messages"})
 """Roles whose value is a list."""
 
-LABELLED = frozenset({"label", "spans"})
+LABELLED = frozenset({"label", "labels", "spans"})
 """Roles whose value has labels of the plan."""
 
 STANDS_FOR = {"words": "text", "tags": "spans"}
@@ -70,6 +70,11 @@ class ColumnsConfig(Section):
     )
     prompt: Column | None = None
     response: Column | None = None
+    text_b: Column | None = Field(None, description="The second text of a pair.")
+    labels: Column | None = Field(
+        None, description="Several labels: a list, or one text with label_separator between them."
+    )
+    value: Column | None = Field(None, description="The number of a record.")
     spans: Column | None = Field(
         None, description="What is to be found in the text: a list of start, end and label."
     )
@@ -80,7 +85,7 @@ class ColumnsConfig(Section):
 
     @model_validator(mode="after")
     def _single(self) -> Self:
-        whole = ("label", "unit", "group", "split", "image", *sorted(LISTS))
+        whole = ("label", "value", "unit", "group", "split", "image", *sorted(LISTS))
         # The spans of a text count its characters.
         for role in (*whole, *(["text"] if self.spans is not None else [])):
             column = getattr(self, role)

@@ -6,8 +6,9 @@ see. The split is one of the plan's shares, but not the site's own, which no pag
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -28,10 +29,10 @@ from silotune.data.records import Records, Split, load_records
 from silotune.data.remarks import remarks_on
 from silotune.data.roles import read_roles
 from silotune.data.site import DatasetConfig, SiteConfig
+from silotune.data.targets import bins, has_kinds, kind_of, labels_in, number_of, read_of
 from silotune.errors import ColumnMissing, ModelNotFound
-from silotune.models.spans import spans_in
 from silotune.plan.plan import Plan
-from silotune.plan.tasks import TASKS
+from silotune.plan.tasks import SEVERAL, TASKS
 
 Advance = Callable[[], None]
 Stage = Callable[[str, int], Advance]
@@ -39,7 +40,7 @@ Stage = Callable[[str, int], Advance]
 
 _PURPOSE = b"silotune data check"
 _MOST_LABELS, _LONGEST_LABEL, _LEAST_OF_A_LABEL = 50, 60, 5
-_CHUNK = 1_000
+_CHUNK, _MOST_KINDS = 1_000, 200
 _BARS = 24
 
 
@@ -92,25 +93,33 @@ def _usual_plan(site: SiteConfig, name: str, dataset: DatasetConfig, secret: byt
     """A plan that takes every record: what its roles allow, with every label there is."""
     columns = {str(role): column for role, column in dataset.columns.by_role().items()}
     named = by_asked(columns)
-    # Of two that it would do for, the one that needs more: it says more of the columns.
-    fitting = [name for name, facts in TASKS.items() if facts.roles <= set(named)]
-    task = max(fitting, key=lambda name: len(TASKS[name].roles), default=None)
-    if task is None:
-        known = ", or ".join(" and ".join(sorted(facts.roles)) for facts in TASKS.values())
+    every = [(task, False, facts) for task, facts in TASKS.items()]
+    every += [(task, True, facts) for task, facts in SEVERAL.items()]
+    fitting = [found for found in every if found[2].roles <= set(named)]
+    if not fitting:
+        known = ", or ".join(" and ".join(sorted(facts.roles)) for _, _, facts in every)
         raise ColumnMissing(f"[datasets.{name}.columns] needs {known}")
-    labels = list(dataset.declared_labels)
-    if TASKS[task].has_labels and not labels:
-        rule, target = rule_for(dataset, secret), TASKS[task].target
-        read = read_roles(dataset, folder=site.folder, roles=columns, rule=rule).columns[target]
-        found = map(_span_labels, read) if target == "spans" else ([label] for label in read)
-        labels = sorted({label for some in found for label in some} - {""})
-    while TASKS[task].has_labels and len(labels) < 2:
-        labels.append(f"no label {len(labels)}")  # a plan has two at least
+    # Of several that it would do for, the one that needs most: it says most of the columns.
+    task, several, facts = max(fitting, key=lambda found: len(found[2].roles))
+    model: dict[str, Any] = {"base": "none", "task": task, "multi_label": several}
+    labels, values = list(dataset.declared_labels), list[str]()
+    if not labels and not facts.generates:
+        rule = rule_for(dataset, secret)
+        read = read_roles(dataset, folder=site.folder, roles=columns, rule=rule)
+        values = sorted(set(read.columns[facts.target]) - {""})
+    if facts.has_labels:
+        model["labels"] = labels or sorted({n for v in values for n in labels_in(v, facts)})
+        # A plan has two at least.
+        model["labels"] += [f"no label {n}" for n in range(len(model["labels"]), 2)]
+    elif facts.target == "value":
+        numbers = [n for n in map(number_of, values) if not math.isnan(n)] or [0.0]
+        least, most = min(numbers), max(numbers)
+        model["target"] = {"lower": least, "upper": most if most > least else least + 1.0}
     held_out = min(0.15, dataset.max_held_out / 2)
     return Plan.from_mapping(
         {
             "plan": {"name": "data-check", "purpose": "a look at the records"},
-            "model": {"base": "none", "task": task, "labels": labels},
+            "model": model,
             "data": {"dataset": name, "test_share": held_out, "validation_share": held_out},
             "rounds": {"number": 1},
             "privacy": {
@@ -139,7 +148,6 @@ class _Look:
     ) -> None:
         self._site, self._plan, self._records, self._stage = site, plan, records, stage
         self._given, self._names = given, names
-        self._role = CONTENT if plan.task.sees else (*plan.task.reads, "")[0]
 
     def examination(self, name: str, dataset: DatasetConfig) -> Examination:
         records, plan = self._records, self._plan
@@ -173,33 +181,37 @@ class _Look:
         )
 
     @cached_property
-    def _given_labels(self) -> list[str]:
-        return [example.get("label", "") for example in self._records.examples]
+    def _kinds(self) -> list[str]:
+        return [kind_of(example, self._plan) for example in self._records.examples]
 
     @cached_property
-    def _labels_of(self) -> list[Collection[str]]:
-        """The labels of each record: its own, or those of its spans."""
-        examples = self._records.examples
-        if self._plan.task.target == "spans":
-            return [_span_labels(example["spans"]) for example in examples]
-        return [[label] for label in self._given_labels]
+    def _given_labels(self) -> list[Collection[str]]:
+        """The labels of each record: its own, those of its spans, or the bin of its number."""
+        plan = self._plan
+        if plan.model.target is not None:
+            return [[kind] for kind in self._kinds]
+        return [
+            labels_in(example[plan.task.target], plan.task) for example in self._records.examples
+        ]
 
     def _labels(
         self, dataset: DatasetConfig
     ) -> tuple[tuple[LabelCount, ...], tuple[int, int], tuple[str, ...]]:
-        if not self._plan.task.has_labels:
+        records, plan = self._records, self._plan
+        if plan.task.generates or not plan.task.trains:
             return (), (0, 0), ()
-        records, declared = self._records, set(dataset.declared_labels)
-        declared |= set(self._plan.model.labels) if self._given else set()
-        rows: dict[str, list[int]] = {}
-        for row, found in enumerate(self._labels_of):
-            for label in found:
-                rows.setdefault(label, []).append(row)
+        declared = set(dataset.declared_labels) if plan.task.has_labels else set[str]()
+        declared |= set(plan.model.labels) if self._given else set()
+        declared |= set(bins(plan.model.target)) if plan.model.target is not None else set()
+        holders: dict[str, list[int]] = {}
+        for row, labels in enumerate(self._given_labels):
+            for label in labels:
+                holders.setdefault(label, []).append(row)
         # More than these are hardly labels: perhaps the wrong column was named, one of names.
-        few = len(rows.keys() - declared) <= _MOST_LABELS
+        few = len({*holders} - declared) <= _MOST_LABELS
         shown: list[LabelCount] = []
         hidden = [0, 0]
-        for label, own in sorted(rows.items(), key=lambda item: -len(item[1])):
+        for label, own in sorted(holders.items(), key=lambda found: -len(found[1])):
             count = len(own)
             told = few and len(label) <= _LONGEST_LABEL and count >= _LEAST_OF_A_LABEL
             if label not in declared and not told:
@@ -208,17 +220,17 @@ class _Look:
             split = np.bincount(records.split[own], minlength=3).tolist()
             units = len(np.unique(records.unit_of[own]))
             shown.append(LabelCount(label, count, units, (split[0], split[1], split[2])))
-        lacking = tuple(sorted(declared - rows.keys()))
+        lacking = tuple(sorted(declared - {*holders})) if plan.task.has_labels else ()
         return tuple(shown), (hidden[0], hidden[1]), lacking
 
     def _texts(self) -> list[str]:
-        return [example[self._role] for example in self._records.examples]
+        """What the model is given of each record."""
+        roles = (CONTENT,) if self._plan.task.sees else self._plan.task.reads
+        return ["\n".join(example[role] for role in roles) for example in self._records.examples]
 
     def _whole(self) -> list[str]:
         """All that a model reads of each record."""
-        task = self._plan.task
-        roles = (*task.reads, task.target) if task.generates else task.reads
-        return ["\n".join(example[role] for role in roles) for example in self._records.examples]
+        return [read_of(example, self._plan) for example in self._records.examples]
 
     def _lengths(self) -> Lengths | None:
         if not len(self._records) or self._plan.task.sees:
@@ -251,7 +263,7 @@ class _Look:
 
     def _tokens(self) -> NDArray[np.int64] | None:
         """How many tokens the plan's tokenizer makes of each record; None if it isn't here."""
-        from silotune.models.batching import bare_ids, prompt_ids, text_ids
+        from silotune.models.batching import added_ids, bare_ids, prompt_ids
         from silotune.models.pretrained import load_tokenizer, locate
 
         try:
@@ -259,13 +271,13 @@ class _Look:
         except ModelNotFound:
             return None
         advance, found = self._stage("counting tokens", len(self._records)), []
-        probe = ["a"]
-        around = len(text_ids(tokenizer, probe, limit=64)[0]) - len(bare_ids(tokenizer, probe)[0])
+        reads = self._plan.task.reads
+        around = added_ids(tokenizer, texts=len(reads))
         for start in range(0, len(self._records), _CHUNK):
             part = self._records.examples[start : start + _CHUNK]
             if not self._plan.task.generates:
-                ids = bare_ids(tokenizer, [e["text"] for e in part])
-                found += [len(own) + around for own in ids]
+                ids = (bare_ids(tokenizer, [e[role] for e in part]) for role in reads)
+                found += [sum(map(len, texts)) + around for texts in zip(*ids, strict=True)]
             else:
                 prompts = prompt_ids(tokenizer, [e["prompt"] for e in part])
                 responses = bare_ids(tokenizer, [e["response"] for e in part])
@@ -283,10 +295,10 @@ class _Look:
         found = twins.in_training >= 0
         parts = {"validation": Split.VALIDATION, "test": Split.TEST}
         flattery = None
-        if self._plan.task.target == "label" and not self._plan.task.sees and found.any():
+        if has_kinds(self._plan) and not self._plan.task.sees and found.any():
             done = self._stage("asking two simple models", 1)
             flattery = measure_flattery(
-                texts, self._given_labels, held_out, sketches=sketches, twins=twins
+                texts, _frequent(self._kinds), held_out, sketches=sketches, twins=twins
             )
             done()
         return Resemblance(
@@ -304,10 +316,10 @@ class _Look:
         )
 
     def _contradicting(self, sketches: Sketches, twins: Twins) -> int:
-        if self._plan.task.target != "label" or not twins.copies.any():
+        if not has_kinds(self._plan) or not twins.copies.any():
             return 0
         _, first, group = np.unique(sketches.exact, return_index=True, return_inverse=True)
-        labels = np.array(self._given_labels, dtype=object)
+        labels = np.array(self._kinds, dtype=object)
         return int(np.count_nonzero(labels != labels[first[group]]))
 
     def _identifiers(self) -> tuple[Sighting, ...]:
@@ -322,8 +334,10 @@ class _Look:
         return (*find_names(texts, unit_of, model=self._names, advance=advance), *found)
 
 
-def _span_labels(spans: str) -> set[str]:
-    return {span.label for span in spans_in(spans)} if spans else set()
+def _frequent(kinds: Sequence[str]) -> list[str]:
+    """Kinds of records, the rarer ones as one: of several labels there may be as many as records."""
+    often = {kind for kind, _ in Counter(kinds).most_common(_MOST_KINDS)}
+    return [kind if kind in often else "" for kind in kinds]
 
 
 def _histogram(counts: NDArray[Any]) -> Histogram:

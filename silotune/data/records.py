@@ -33,12 +33,13 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cached_property
 from hashlib import sha256
-from itertools import islice
+from itertools import islice, zip_longest
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,11 +57,14 @@ from silotune.data.image_files import CONTENT, look_at_images
 from silotune.data.roles import Sieve, read_roles
 from silotune.data.site import DatasetConfig, SiteConfig
 from silotune.data.table import LeftOut, numbered
+from silotune.data.targets import number_of
 from silotune.plan.plan import Plan
+from silotune.plan.sections import TargetSection
 
 # Separates these hashes from any other use of the same secret. Changing it would move units that a
 # model was trained on into the test split, so it never changes.
 _DOMAIN = b"silotune split 2\0"
+_VARIED = ("text", "text_b", "prompt")  # texts that augmentation makes versions of
 
 
 class Split(IntEnum):
@@ -258,6 +262,8 @@ def load_records(
     _drop_unfit(sieve, by_asked(columns), labels)
     if "image" in columns:
         look_at_images(sieve, folder=site.images_of(dataset), column=columns["image"])
+    if plan.model.target is not None:
+        _drop_beyond(sieve, columns["value"], plan.model.target)
     if "split" in columns:
         _drop_torn(sieve, "split", "on another side of the split")
     if plan.data.split_by == "group":
@@ -283,18 +289,23 @@ def load_records(
 
 
 def augmented(records: Records, augmentation: Augmentation) -> Records:
-    """Records with versions of the training texts behind them, each in the unit of its text."""
-    role = "text" if records.examples and "text" in records.examples[0] else "prompt"
+    """Records with versions of the training texts behind them, each in the unit of its text.
+
+    Of a pair both texts have versions, and the first of one goes with the first of the other.
+    """
+    roles = [role for role in _VARIED if records.examples and role in records.examples[0]]
     made = [
-        (row, version)
+        (row, {role: text for role, text in zip(roles, texts, strict=True) if text is not None})
         for row in records.rows(Split.TRAIN).tolist()
-        for version in augmentation.versions(records.examples[row][role])
+        for texts in zip_longest(
+            *(augmentation.versions(records.examples[row][role]) for role in roles)
+        )
     ]
     own = np.array([row for row, _ in made], dtype=np.int64)
     told = f"{records.content} {augmentation.name}"
     return replace(
         records,
-        examples=[*records.examples, *({**records.examples[r], role: v} for r, v in made)],
+        examples=[*records.examples, *({**records.examples[r], **texts} for r, texts in made)],
         unit_of=np.concatenate([records.unit_of, records.unit_of[own]]),
         split=np.concatenate([records.split, records.split[own]]),
         content=sha256(told.encode()).hexdigest(),
@@ -317,6 +328,15 @@ def _drop_unfit(sieve: Sieve, columns: Mapping[str, str], labels: Collection[str
         unknown = [row for row in sieve.rows() if found[row] not in labels]
         told = [found[row] for row in unknown]
         sieve.drop(unknown, "label is not one of model.labels", columns["label"], told)
+
+
+def _drop_beyond(sieve: Sieve, column: str, target: TargetSection) -> None:
+    """Rows whose value is no number, then those with one outside of the plan's range."""
+    numbers = {row: number_of(sieve.column("value")[row]) for row in sieve.rows()}
+    none = [row for row, number in numbers.items() if math.isnan(number)]
+    sieve.drop(none, "value is not a number", column)
+    beyond = [row for row, n in numbers.items() if not target.lower <= n <= target.upper]
+    sieve.drop([*{*beyond} - {*none}], "value is not within model.target", column)
 
 
 def _drop_torn(sieve: Sieve, role: str, elsewhere: str) -> None:
@@ -388,8 +408,8 @@ def _content(values: Values) -> str:
 
 def _identities(values: Values) -> Sequence[str]:
     """What tells records apart. A prompt alone would not: often it is the same for all of them."""
-    if "text" in values or "response" not in values:
-        role = identity_role(values)
-        return values[CONTENT if role == "image" else role]
-    pairs = zip(values["prompt"], values["response"], strict=True)
-    return [json.dumps(pair) for pair in pairs]
+    for one, other in (("text", "text_b"), ("prompt", "response")):
+        if one in values and other in values:
+            return [json.dumps(pair) for pair in zip(values[one], values[other], strict=True)]
+    role = identity_role(values)
+    return values[CONTENT if role == "image" else role]

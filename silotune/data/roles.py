@@ -20,8 +20,10 @@ from silotune.data.site import DatasetConfig
 from silotune.data.sources import read_dataset
 from silotune.data.structured import (
     UNKNOWN,
+    UNKNOWN_LABEL,
     Naming,
     Unfit,
+    labels_text,
     messages_text,
     spans_text,
     words_text,
@@ -40,6 +42,11 @@ SIDES = {
     "testing": "test",
 }
 """What a column of the role split may say, in small letters."""
+
+ANY_OTHER = "*"
+"""Among the labels that site.toml maps: whatever else stands in a list of them."""
+
+_NAMED = frozenset({"label", "labels"})
 
 
 def read_roles(
@@ -100,12 +107,12 @@ def by_role(
     stripped = {name: [*map(str.strip, column)] for name, column in read.columns.items()}
     allowed = tuple(labels) or dataset.declared_labels
     values = {
-        role: _values(stripped, text, _words(dataset, allowed) if role == "label" else MISSING)
+        role: _values(stripped, text, _words(dataset, allowed) if role in _NAMED else MISSING)
         for role, text in roles.items()
     }
     sieve = Sieve(Table(read.source, read.rows, values, read.faults.again()))
     if list_columns(roles):
-        _read_lists(sieve, roles, read.columns, _naming(dataset, allowed, rule))
+        _read_lists(sieve, dataset, roles, read.columns, _naming(dataset, allowed, rule))
     if "label" in roles:
         _name_labels(sieve, dataset, roles["label"], allowed, rule)
     if "split" in roles:
@@ -161,21 +168,33 @@ def _names(dataset: DatasetConfig, allowed: Collection[str], rule: Rule) -> dict
 
 
 def _naming(dataset: DatasetConfig, allowed: Collection[str], rule: Rule) -> Naming:
-    """Names the labels of spans: those that are known, or any where none are declared."""
+    """Names labels in lists: those that are known, or any where none are declared."""
     named = _names(dataset, allowed, rule)
     wanted = {*allowed, ""}
 
     def name(label: str) -> str | None:
-        called = named.get(canonical(label) if rule > 1 else label)
+        called = named.get(canonical(label) if rule > 1 else label, named.get(ANY_OTHER))
         return called if called in wanted else None
 
     return name if named else lambda label: label
 
 
 def _read_lists(
-    sieve: Sieve, roles: Mapping[str, str], raw: Mapping[str, Sequence[str]], name: Naming
+    sieve: Sieve,
+    dataset: DatasetConfig,
+    roles: Mapping[str, str],
+    raw: Mapping[str, Sequence[str]],
+    name: Naming,
 ) -> None:
     """Give roles whose value is a list their one text; leave out what is no such list."""
+    if "labels" in roles:
+        labels, separator = sieve.column("labels"), dataset.label_separator
+        _make(
+            sieve,
+            roles,
+            {"labels": "labels"},
+            lambda row: (labels_text(labels[row], separator, name),),
+        )
     if "messages" in roles:
         chats = sieve.column("messages")
         _make(sieve, roles, {"messages": "messages"}, lambda row: (messages_text(chats[row]),))
@@ -219,7 +238,9 @@ def _make(
         values = [found[row][place] if row in found else "" for row in range(len(given))]
         sieve.replace(role, values, named=stands)
     for problem, rows in unfit.items():
-        sieve.drop(rows, problem, roles[first], unknown if problem == UNKNOWN else ())
+        sieve.drop(
+            rows, problem, roles[first], unknown if problem in {UNKNOWN, UNKNOWN_LABEL} else ()
+        )
 
 
 def _name_sides(sieve: Sieve, column: str) -> None:

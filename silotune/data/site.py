@@ -219,6 +219,10 @@ def _encoding(name: str) -> str:
     return known.name
 
 
+# Roles that would not follow when words of a text are changed.
+_FIXED = (LISTS - {"words", "labels"}) | {"image"}
+
+
 class BudgetConfig(Section):
     """``[datasets.NAME.budget]``: what the ledger of this dataset may reach, all runs together."""
 
@@ -274,6 +278,9 @@ class DatasetConfig(Section):
         description="PUBLIC. Labels that records have; others are left out. Or what the column says, "
         "and the label that it means; records that it means none of ('') are left out.",
     )
+    label_separator: Annotated[str, Field(min_length=1, max_length=8)] | None = Field(
+        None, description="What stands between two labels in columns.labels, where it is no list."
+    )
     max_held_out: Share = Field(
         0.5, description="Most that a plan may hold out for validation and test together."
     )
@@ -324,11 +331,15 @@ class DatasetConfig(Section):
 
     def _unit_conflicts(self) -> list[str]:
         found = []
-        fixed = [role for role in self.columns.by_role() if role in (LISTS - {"words"}) | {"image"}]
+        fixed = [role for role in self.columns.by_role() if role in _FIXED]
         if self.augmentation is not None and fixed:
             found.append(f"augmentation changes words, which {fixed[0]} would not follow")
         if (self.images is None) != (self.columns.image is None):
             found.append("images is the folder of what columns.image names: give both, or neither")
+        if self.label_separator is not None and self.columns.labels is None:
+            found.append(
+                "label_separator stands between the labels of columns.labels: name that column"
+            )
         if self.unit == "record" and self.columns.unit is not None:
             found.append('unit must say what one value of columns.unit is, e.g. "patient"')
         if self.unit != "record" and self.columns.unit is None:

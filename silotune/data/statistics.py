@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from silotune.data.records import Records
+from silotune.data.targets import number_of
 from silotune.models.layout import statistics_layout
 from silotune.plan.counted import number_key, part_scale
 from silotune.plan.plan import Plan
@@ -106,7 +107,7 @@ class _PartCounter:
     def _values(self, name: str, asked: NumberSection) -> Floats:
         """Each record's value within the declared bounds; NaN where there is none."""
         key = number_key(name)
-        found = np.array([_number(record.get(key, "")) for record in self._records.examples])
+        found = np.array([number_of(record.get(key, "")) for record in self._records.examples])
         return np.asarray(np.clip(found, asked.lower, asked.upper), dtype=np.float64)
 
     def _shares(self, has: NDArray[np.bool_]) -> Integers:
@@ -142,14 +143,6 @@ def _binned(values: Floats, edges: Sequence[float]) -> Integers:
     """The bin of each value, the edge itself belonging to the upper; -1 for NaN."""
     bins = np.searchsorted(np.asarray(edges, dtype=np.float64), values, side="right")
     return np.where(np.isnan(values), -1, bins).astype(np.int64)
-
-
-def _number(text: str) -> float:
-    try:
-        found = float(text)
-    except ValueError:
-        return math.nan
-    return found if math.isfinite(found) else math.nan
 
 
 def _in_tokens(texts: Sequence[str], count: CountTokens) -> Floats:

@@ -26,6 +26,7 @@ Naming = Callable[[str], str | None]
 """The plan's name of a label; "" where the site wants none of it, None where it is unknown."""
 
 UNKNOWN = "a span whose label is not one of model.labels"
+UNKNOWN_LABEL = "a label that is not one of model.labels"
 
 _PREFIXES = frozenset("BIESLU")
 _OUTSIDE = "O"
@@ -115,6 +116,35 @@ def words_text(words: str, tags: str | None, name: Naming) -> Sequence[str]:
         open_as = "" if prefix in tuple("ELSU") else called
         at += len(word) + 1
     return text, written(found)
+
+
+def labels_text(value: str, separator: str | None, name: Naming) -> str:
+    """The one text of a record's labels: a JSON list of the plan's names, each once, sorted.
+
+    Parameters
+    ----------
+    value : str
+        A JSON list of texts, or texts between separators.
+    separator : str or None
+        What stands between two labels; None where a text is one label.
+    name : callable
+        Names them; one that becomes "" does not count.
+
+    Raises
+    ------
+    Unfit
+        It is no such list, or has an unknown label.
+    """
+    if value.startswith("["):
+        listed = [_string(label, _NO_TEXTS) for label in _list(value, _NO_TEXTS)]
+    else:
+        listed = value.split(separator) if separator is not None else [value]
+    found = set()
+    for label in filter(None, map(str.strip, listed)):
+        if (called := name(label)) is None:
+            raise Unfit(UNKNOWN_LABEL, label)
+        found.add(called)
+    return json.dumps(sorted(found - {""}), ensure_ascii=False, separators=(",", ":"))
 
 
 def messages_text(value: str) -> str:

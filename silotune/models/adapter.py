@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from silotune.errors import AdapterMismatch, PlanInvalid
-from silotune.models.batching import PROMPT_END, end_ids, leading_ids, padding_id
+from silotune.models.batching import PROMPT_END, end_ids, leading_ids, padding_id, pair_end
 from silotune.models.chat import ChatFormat
 from silotune.models.layout import ArrayEntry, Layout, Vector, arrays_sha256, saved_name
 from silotune.models.pretrained import auto_class
@@ -60,6 +60,10 @@ def meaning(plan: Plan) -> dict[str, Any]:
         "pooling": plan.model.pooling,
         "feature_scale": plan.model.feature_scale,
     }
+    if plan.model.multi_label:
+        found["multi_label"] = True
+    if (target := plan.model.target) is not None:
+        found["target"] = {"lower": target.lower, "upper": target.upper}
     if (features := plan.model.head_features) is not None:
         found["head_features"] = features.model_dump(mode="json")
     return found
@@ -93,9 +97,9 @@ def readme(plan: Plan, description: str, *, auto: str) -> str:
     """
     adapted = plan.lora.target_modules != "none"
     pooled = _POOLED_PARTS if plan.task.sees else _POOLED
-    code = _template(plan.model.task).substitute(
+    code = _template(plan.task.card or plan.model.task).substitute(
+        _card_code(plan),
         pooled=pooled[plan.model.pooling],
-        cosines=_COSINES if plan.model.head_features else "",
         auto=auto,
         imports="from peft import PeftModel\n" if adapted else "",
         model="PeftModel.from_pretrained(encoder, folder)" if adapted else "encoder",
@@ -114,6 +118,34 @@ def readme(plan: Plan, description: str, *, auto: str) -> str:
         head=f"`head.safetensors` holds {_head_file(plan)}; " if plan.task.has_head else "",
         code=code,
     )
+
+
+_ANSWERS = {
+    "label": """    return [settings["labels"][row] for row in logits($arguments).argmax(1)]""",
+    "labels": """    shares = logits($arguments).sigmoid().tolist()
+    return [[n for n, p in zip(settings["labels"], row) if p >= 0.5] for row in shares]""",
+    "value": """    low, high = settings["target"]["lower"], settings["target"]["upper"]
+    return (low + (high - low) * logits($arguments)[:, 0].double().sigmoid()).tolist()""",
+}
+_TYPES = """, **(
+        {"token_type_ids": batch["token_type_ids"]} if settings["token_types"] else {}
+    )"""
+
+
+def _card_code(plan: Plan) -> dict[str, str]:
+    """What the code of a card has in its places."""
+    pair = len(plan.task.reads) > 1
+    arguments = "texts, others" if pair else "texts"
+    answer = Template(_ANSWERS.get(plan.task.target, "")).substitute(arguments=arguments)
+    return {
+        "cosines": _COSINES if plan.model.head_features else "",
+        "arguments": arguments,
+        "given": '[text + settings["pair_end"] for text in texts],\n        others'
+        if pair
+        else "texts",
+        "types": _TYPES if pair else "",
+        "answer": answer,
+    }
 
 
 def _head_file(plan: Plan) -> str:
@@ -303,10 +335,14 @@ def _fixed(module: TaskModel) -> dict[str, Vector]:
 
 
 def _control_tokens(model: LoadedModel) -> dict[str, Any]:
-    """What a user of a generative adapter needs to build the ids that it was trained on."""
+    """What a user of an adapter of responses or pairs needs to build the ids that it was trained on."""
+    tokenizer = model.tokenizer
+    if len(model.plan.task.reads) > 1:
+        typed = model.module.tells_types and "token_type_ids" in tokenizer.model_input_names
+        return {"pair_end": pair_end(tokenizer), "token_types": typed}
     if model.module.head is not None:
         return {}
-    tokenizer, chat = model.tokenizer, model.plan.model.chat
+    chat = model.plan.model.chat
     ends = end_ids(tokenizer, model.module.peft.get_base_model())
     found = {"lead_ids": leading_ids(tokenizer), "pad_id": padding_id(tokenizer)}
     if chat is None:

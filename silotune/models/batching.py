@@ -47,6 +47,8 @@ class Encoded:
         ``first[i + 1]``.
     images : Preparation or None
         Of images, whose `ids` are their prepared bytes: what a batch of them goes through.
+    types : int8 array [tokens] or None
+        The token type of each id, of a pair of texts.
     """
 
     ids: NDArray[np.integer[Any]]
@@ -55,6 +57,7 @@ class Encoded:
     pad_id: int
     first: NDArray[np.int64] | None = None
     images: Preparation | None = None
+    types: NDArray[np.int8] | None = None
 
     @classmethod
     def of_tokens(
@@ -74,15 +77,20 @@ class Encoded:
         sequences: Sequence[Sequence[int]],
         targets: Sequence[int] | NDArray[np.int64] | NDArray[np.float32],
         pad_id: int,
+        *,
+        types: Sequence[Sequence[int]] | None = None,
     ) -> Encoded:
         """From one list of token ids an example, and its target: integers, or rows of numbers."""
         offsets = np.zeros(len(sequences) + 1, dtype=np.int64)
         np.cumsum([len(s) for s in sequences], out=offsets[1:])
         ids = np.fromiter((t for s in sequences for t in s), dtype=np.int32, count=int(offsets[-1]))
         found = np.asarray(targets)
+        kinds = None
+        if types is not None:
+            kinds = np.fromiter((t for s in types for t in s), dtype=np.int8, count=len(ids))
         if found.ndim == 1:
-            return cls(ids, offsets, found.astype(np.int64), pad_id)
-        return cls(ids, offsets, found.astype(np.float32), pad_id)
+            return cls(ids, offsets, found.astype(np.int64), pad_id, types=kinds)
+        return cls(ids, offsets, found.astype(np.float32), pad_id, types=kinds)
 
     def __len__(self) -> int:
         return len(self._bounds) - 1
@@ -126,7 +134,8 @@ class Encoded:
         first = self.subset([row])
         ids = first.ids[: min(length, int(first.offsets[1]))].tolist()
         if self.first is None:
-            return Encoded.of([ids], first.targets, self.pad_id)
+            types = None if first.types is None else [first.types[: len(ids)].tolist()]
+            return Encoded.of([ids], first.targets, self.pad_id, types=types)
         return Encoded.of_tokens([[(ids, first.targets[: len(ids)].tolist())]], self.pad_id)
 
     def subset(self, rows: Rows) -> Encoded:
@@ -136,8 +145,11 @@ class Encoded:
         np.cumsum(np.diff(self.offsets)[places], out=offsets[1:])
         ids = np.concatenate(chosen) if chosen else self.ids[:0]
         if self.first is None:
-            targets = self.targets[np.asarray(rows, dtype=np.int64)]
-            return replace(self, ids=ids, offsets=offsets, targets=targets)
+            targets, types = self.targets[np.asarray(rows, dtype=np.int64)], self.types
+            if types is not None:
+                parts = [types[self.offsets[row] : self.offsets[row + 1]] for row in rows]
+                types = np.concatenate([types[:0], *parts])
+            return replace(self, ids=ids, offsets=offsets, targets=targets, types=types)
         own = [self.token_targets(int(row)) for row in rows]
         by_token = np.concatenate([np.zeros(0, dtype=np.int64), *own])
         first = np.cumsum([0, *self.sequences[np.asarray(rows, dtype=np.int64)]])
@@ -149,8 +161,8 @@ class Encoded:
         Returns
         -------
         dict
-            ``input_ids`` and ``attention_mask``, int64 of shape [sequences, longest]; of images
-            ``pixel_values``, float32 [n, channels, height, width].
+            ``input_ids`` and ``attention_mask``, int64 of shape [sequences, longest], of pairs also
+            ``token_type_ids``; of images ``pixel_values``, float32 [n, channels, height, width].
         """
         chosen = self.subset(rows)
         if self.images is not None:
@@ -158,10 +170,15 @@ class Encoded:
         real = chosen.real
         ids = np.full(real.shape, self.pad_id, dtype=np.int64)
         ids[real] = chosen.ids
-        return {
+        batch = {
             "input_ids": torch.from_numpy(ids).to(device),
             "attention_mask": torch.from_numpy(real.astype(np.int64)).to(device),
         }
+        if chosen.types is not None:
+            types = np.zeros(real.shape, dtype=np.int64)
+            types[real] = chosen.types
+            batch["token_type_ids"] = torch.from_numpy(types).to(device)
+        return batch
 
     @property
     def real(self) -> NDArray[np.bool_]:
@@ -251,6 +268,45 @@ def text_ids(tokenizer: Any, texts: Sequence[str], *, limit: int) -> list[list[i
     )["input_ids"]
     # A tokenizer without special tokens may find nothing in a text; a row needs one position.
     return [row or [padding_id(tokenizer)] for row in found]
+
+
+def pair_ids(
+    tokenizer: Any, pairs: Sequence[tuple[str, str]], *, limit: int
+) -> tuple[list[list[int]], list[list[int]] | None]:
+    """Ids of two texts each, as the tokenizer puts them together, at most `limit` of them.
+
+    The longer text is cut first, token by token, until both together fit.
+
+    Returns
+    -------
+    ids : list of lists of int
+        A tokenizer that puts nothing between two texts gets `PROMPT_END` behind the first.
+    types : list of lists of int, or None
+        The token type of each id, where the tokenizer has them.
+    """
+    if not pairs:
+        return [], None
+    firsts, seconds = ([pair[place] for pair in pairs] for place in (0, 1))
+    end = pair_end(tokenizer)
+    firsts = [first + end for first in firsts]
+    made = tokenizer(
+        firsts, seconds, truncation="longest_first", max_length=limit, split_special_tokens=True
+    )
+    ids: list[list[int]] = [row or [padding_id(tokenizer)] for row in made["input_ids"]]
+    types: list[list[int]] | None = made.get("token_type_ids")
+    return ids, None if types is None else [row or [0] for row in types]
+
+
+def pair_end(tokenizer: Any) -> str:
+    """What is put behind the first of two texts: nothing, where the tokenizer puts something."""
+    between = added_ids(tokenizer, texts=2) > added_ids(tokenizer, texts=1)
+    return "" if between else PROMPT_END
+
+
+def added_ids(tokenizer: Any, *, texts: int) -> int:
+    """How many ids the tokenizer puts around, and between, so many texts: one or two."""
+    whole = tokenizer(*([_PROBE] for _ in range(texts)))["input_ids"][0]
+    return len(whole) - texts * len(bare_ids(tokenizer, [_PROBE])[0])
 
 
 def prompt_ids(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:

@@ -189,7 +189,10 @@ class TaskModel(nn.Module):
         bare = self.backbone
         self.sees = bare.main_input_name == "pixel_values"
         self.prefix = None if self.sees else FrozenPrefix.of(peft)
-        self._keeps = "logits_to_keep" in inspect.signature(bare.forward).parameters
+        forward = inspect.signature(bare.forward).parameters
+        self._keeps = "logits_to_keep" in forward
+        types = getattr(bare.config, "type_vocab_size", 0) or 0
+        self.tells_types = "token_type_ids" in forward and types > 1
         self._norms = [layer for layer in bare.modules() if isinstance(layer, _BatchNorm)]
 
     @property
@@ -226,7 +229,8 @@ class TaskModel(nn.Module):
         ----------
         batch : mapping
             ``input_ids`` and ``attention_mask`` [n, tokens], padded on the right, and perhaps
-            ``prefix`` [n, tokens, hidden], see `silotune.models.features`; or ``pixel_values``.
+            ``prefix`` [n, tokens, hidden], see `silotune.models.features`, and ``token_type_ids``
+            [n, tokens], for models that tell the two texts of a pair by them; or ``pixel_values``.
 
         Returns
         -------
@@ -236,8 +240,11 @@ class TaskModel(nn.Module):
         if self.sees:
             return normalize(self._seen(batch["pixel_values"]).float(), dim=-1)
         ids, mask = batch["input_ids"], batch["attention_mask"]
+        more = {}
+        if self.tells_types and "token_type_ids" in batch:
+            more["token_type_ids"] = batch["token_type_ids"]
         with self.prefix.replay(batch.get("prefix")) if self.prefix else nullcontext():
-            hidden = self.peft(input_ids=ids, attention_mask=mask).last_hidden_state.float()
+            hidden = self.peft(input_ids=ids, attention_mask=mask, **more).last_hidden_state.float()
         return normalize(_pool(hidden, mask, self.pooling), dim=-1)
 
     def _seen(self, pixels: Tensor) -> Tensor:

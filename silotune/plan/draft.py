@@ -40,6 +40,10 @@ class PlanFacts:
         One of `silotune.plan.tasks.TASKS`.
     labels : tuple of str
         The classes.
+    multi_label : bool
+        Whether a record may have any number of them.
+    target : tuple of float or None
+        Least and greatest number that is learned, where it is one.
     units : tuple of int
         Privacy units that each site declares.
     unit : str
@@ -64,6 +68,8 @@ class PlanFacts:
     sha256: str | None = None
     task: str
     labels: tuple[str, ...] = ()
+    multi_label: bool = False
+    target: tuple[float, float] | None = None
     dataset: str
     units: tuple[int, ...]
     unit: str = "record"
@@ -112,6 +118,12 @@ def _about(facts: PlanFacts) -> Lines:
     yield "model.task", facts.task, "as told"
     if facts.labels:
         yield "model.labels", list(facts.labels), "as told; records with others are left out"
+    if facts.multi_label:
+        yield "model.multi_label", True, "as told: a record has any number of the labels"
+    if facts.target is not None:
+        lower, upper = facts.target
+        target = {"lower": lower, "upper": upper}
+        yield "model.target", target, "as told; records beyond it are left out"
 
 
 def _data(facts: PlanFacts) -> Lines:
@@ -154,7 +166,7 @@ def _bytes(facts: PlanFacts) -> float:
     if not TASKS[facts.task].has_head:
         return 2 * 4.0 * _ADAPTER_NUMBERS
     few = len(facts.labels) <= 8 and facts.split_by == "unit"
-    return 2 * 4.0 * (_HEAD_INPUTS[few] + 1) * len(facts.labels)
+    return 2 * 4.0 * (_HEAD_INPUTS[few] + 1) * max(1, len(facts.labels))
 
 
 def _privacy(facts: PlanFacts) -> Lines:

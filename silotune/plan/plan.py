@@ -168,7 +168,12 @@ def notes_on(plan: Plan) -> list[str]:
 
 
 def _model(plan: Plan) -> str:
-    task = plan.task.learns.format(labels=_joined(plan.model.labels), text=_seen(plan))
+    task = plan.task.learns.format(
+        labels=_joined(plan.model.labels), text=_seen(plan), target=_target(plan)
+    )
+    weighed = [f"{label} {weight:g}" for label, weight in sorted(plan.model.class_weights.items())]
+    if weighed:
+        task += f", the loss weighed by {_joined(tuple(weighed))}"
     checked = " Its weights must have the plan's SHA-256." if plan.model.sha256 else ""
     bits = {"none": 32, "int8": 8, "nf4": 4}[plan.model.quantization]
     kept = f" Its frozen weights are kept in {bits} bits." if bits < 32 else ""
@@ -183,6 +188,12 @@ def _chat(plan: Plan) -> str:
     turns = "Prompt and response are" if chat.records == "prompts" else "Each record is"
     system = f" It begins with: {chat.system!r}." if chat.system else ""
     return f" {turns} shown as a chat, by {whose} template; only assistants' turns are learned.{system}"
+
+
+def _target(plan: Plan) -> str:
+    """The range of a number that is learned."""
+    target = plan.model.target
+    return "" if target is None else f"from {target.lower:g} to {target.upper:g}"
 
 
 def _seen(plan: Plan) -> str:

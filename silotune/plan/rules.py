@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from silotune.plan.counted import statistics_conflicts
 from silotune.plan.sections import Sections
 from silotune.plan.strategies import STRATEGIES
+from silotune.plan.tasks import SEVERAL
 
 _PUBLIC_TEXTS, _LEAST_LABELS = 3, 2
 _SHORTEST_WINDOW, _MOST_WINDOWS = 16, 8
+_WEIGHED = frozenset({"confusion", "cells"})  # kinds of counts of what has classes
 
 
 def sends_all_it_trains(plan: Sections) -> bool:
@@ -126,15 +130,17 @@ def conflicts(plan: Sections) -> list[str]:
 def _model_conflicts(plan: Sections) -> list[str]:
     labels, name, task = plan.model.labels, plan.model.task, plan.task
     found = []
-    if task.has_labels and len(labels) < (1 if task.each_token else _LEAST_LABELS):
+    least = 1 if task.each_token or plan.model.multi_label else _LEAST_LABELS
+    if task.has_labels and len(labels) < least:
         found.append(
-            f"model.labels: {name} needs at least {'one label' if task.each_token else 'two labels'}"
+            f"model.labels: {name} needs at least {('one label', 'two labels')[least - 1]}"
         )
     found += _token_conflicts(plan)
     if len(set(labels)) != len(labels):
         found.append("model.labels: a label is listed twice")
     if task.trains and not task.has_labels and labels:
         found.append(f"model.labels: {name} has no labels; remove them")
+    found += _target_conflicts(plan)
     if task.trains and not task.pools and plan.optimizer.site.head_rounds:
         found.append(f"optimizer.site.head_rounds: {name} has no head to train alone; set 0")
     if task.trains and not task.pools and plan.model.head_features:
@@ -193,6 +199,30 @@ def _start_conflicts(plan: Sections) -> list[str]:
             "coordinator never sends, and would have it at another start"
         ]
     return []
+
+
+def _target_conflicts(plan: Sections) -> list[str]:
+    """What does not fit what the task learns: several labels, their weights, a number."""
+    model, found = plan.model, []
+    if model.multi_label and model.task not in SEVERAL:
+        found.append(f"model.multi_label: not with {model.task}, but with {' and '.join(SEVERAL)}")
+    if model.class_weights and plan.task.counts not in _WEIGHED:
+        found.append(f"model.class_weights: {model.task} has no classes to weigh; remove them")
+    elif unknown := [label for label in model.class_weights if label not in model.labels]:
+        found.append(f"model.class_weights: not in model.labels: {', '.join(unknown)}")
+    if (target := model.target) is None:
+        if plan.task.target == "value":
+            found.append(f"model.target: needed for {model.task}: the range of what is learned")
+        return found
+    if plan.task.target != "value":
+        found.append(f"model.target: {model.task} learns no number; remove it")
+    if not target.lower < target.upper:
+        found.append("model.target.upper: must be above lower")
+    elif any(not target.lower < edge < target.upper for edge in target.edges):
+        found.append("model.target.edges: must lie between lower and upper")
+    if any(a >= b for a, b in pairwise(target.edges)):
+        found.append("model.target.edges: must rise")
+    return found
 
 
 def _privacy_conflicts(plan: Sections) -> list[str]:

@@ -13,11 +13,14 @@ from silotune.plan.chat import ChatSection
 from silotune.plan.document import ADDED_LATER, Document
 from silotune.plan.statistics import StatisticsSection
 from silotune.plan.strategies import STRATEGIES, SUMS, StrategyFacts, not_dropped
-from silotune.plan.tasks import STATISTICS, TASKS, TaskFacts, of_chats
+from silotune.plan.tasks import STATISTICS, TASKS, TaskFacts, facts_of, of_chats
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
 Share = Annotated[float, Field(gt=0.0, lt=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
+
+BINS = 10
+"""Of the histogram of a number, in each direction, unless the plan says otherwise."""
 
 
 class Section(Document):
@@ -47,6 +50,22 @@ class HeadFeatures(Section):
     )
 
 
+class TargetSection(Section):
+    """``[model.target]``: the number that text_regression learns."""
+
+    lower: float = Field(description="Records below it are left out.")
+    upper: float = Field(description="Records above it are left out.")
+    edges: Annotated[tuple[float, ...], Field(max_length=63)] = Field(
+        (), description="Inner edges of the histogram that Spearman's correlation is made of."
+    )
+
+    @property
+    def inner_edges(self) -> tuple[float, ...]:
+        """`edges`, or those of `BINS` bins of one width."""
+        step = (self.upper - self.lower) / BINS
+        return self.edges or tuple(self.lower + step * number for number in range(1, BINS))
+
+
 if TYPE_CHECKING:
     TaskName = str
 else:
@@ -62,6 +81,16 @@ class ModelSection(Section):
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
     task: TaskName
     labels: tuple[str, ...] = ()
+    multi_label: Annotated[bool, ADDED_LATER] = Field(
+        False, description="Whether a record has any number of the labels, instead of one."
+    )
+    class_weights: Annotated[dict[str, Positive], ADDED_LATER] = Field(
+        {},
+        description="PUBLIC. By label, what the loss of its records is multiplied by; 1 for others.",
+    )
+    target: Annotated[TargetSection | None, ADDED_LATER] = Field(
+        None, description="The range of the number that text_regression learns."
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     quantization: Annotated[Literal["none", "int8", "nf4"], ADDED_LATER] = Field(
         "none", description="In how many bits the frozen weights are kept; adapters are in float32."
@@ -350,7 +379,8 @@ class Sections(Section):
     @property
     def task(self) -> TaskFacts:
         """What the task is."""
-        facts, chat = TASKS.get(self.model.task, STATISTICS), self.model.chat
+        facts = facts_of(self.model.task, several=self.model.multi_label) or STATISTICS
+        chat = self.model.chat
         return facts if chat is None or chat.records == "prompts" else of_chats(facts)
 
     @property

@@ -18,12 +18,24 @@ LOSS_CAP = 10.0
 """No text counts with a larger loss, or with more entities (an L2 norm), where counts leave a site."""
 
 
+class Bins(Protocol):
+    """What a plan says of a number that is learned."""
+
+    @property
+    def inner_edges(self) -> tuple[float, ...]:
+        """Where a new bin of its histogram begins."""
+
+
 class Chosen(Protocol):
     """What sizes follow from: the ``[model]`` section of a plan."""
 
     @property
     def labels(self) -> tuple[str, ...]:
         """The plan's labels."""
+
+    @property
+    def target(self) -> Bins | None:
+        """The number that is learned, if it is one."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +63,16 @@ ENTITY_RECALL = Metric("entity_recall", "entity recall", higher_is_better=True)
 ENTITY_PRECISION = Metric("entity_precision", "entity precision", higher_is_better=True)
 LOSS = Metric("loss", "loss", higher_is_better=False)
 PERPLEXITY = Metric("perplexity", "perplexity", higher_is_better=False)
+MICRO_F1 = Metric("micro_f1", "micro-F1", higher_is_better=True)
+MAE = Metric("mae", "MAE", higher_is_better=False)
+R2 = Metric("r2", "R\N{SUPERSCRIPT TWO}", higher_is_better=True)
+SPEARMAN = Metric("spearman", "Spearman", higher_is_better=True)
+
+SUMS_OF_ERRORS = 5
+"""Numbers that the counts of a regression begin with: see `silotune.models.scores.of_errors`."""
+
+SUMS_OF_LABEL = 3
+"""Numbers of each label where a record has several: see `silotune.models.scores.of_cells`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +99,7 @@ class TaskFacts:
     has_head : bool
         Whether a head is trained beside the adapter; always, where one pools.
     has_labels : bool
-        Whether the plan has labels: two at least.
+        Whether the plan has labels: two at least, or one where a record may have several.
     outputs : callable
         Width of the head.
     shape, sensitivity : callable
@@ -85,11 +107,17 @@ class TaskFacts:
     counts : str
         Which function of `silotune.models.scores` makes metrics of them.
     metrics : tuple of Metric
-        What it makes. The first decides; the second stands beside it.
+        What it makes. The first decides.
+    judged : int
+        By how many of the first ones a model is told better or worse.
+    trivial : tuple of str
+        What needs no training: at the head of a column, and in a sentence.
     learns : str
         What is learned, after "to": with ``{labels}`` and ``{text}``, what a head sees.
     tag : str
         The pipeline's name in a model card.
+    card : str
+        Whose code is in the model card, where it is another task's.
     rounds : int
         That learning needs, with one step each, where it was measured.
     """
@@ -109,6 +137,9 @@ class TaskFacts:
     metrics: tuple[Metric, ...]
     learns: str
     tag: str
+    judged: int = 1
+    trivial: tuple[str, str] = ("base model", "the base model as it came")
+    card: str = ""
     rounds: int = 120
 
     @property
@@ -127,18 +158,49 @@ class TaskFacts:
         return self.base == "decoder"
 
 
+def _bins(model: Chosen) -> int:
+    return 0 if model.target is None else len(model.target.inner_edges) + 1
+
+
+_CLASSES = TaskFacts(
+    roles=frozenset({"text", "label"}),
+    reads=("text",),
+    target="label",
+    shape=lambda model: (len(model.labels), len(model.labels)),
+    sensitivity=lambda model: 1.0,  # a record is one cell
+    counts="confusion",
+    metrics=(MACRO_F1, ACCURACY),
+    judged=2,
+    trivial=("always one label", "the most frequent label for everything"),
+    learns="tell {labels} apart by {text}",
+    tag="text-classification",
+    card="text_classification",
+)
+_PAIRS = replace(
+    _CLASSES,
+    roles=frozenset({"text", "text_b", "label"}),
+    reads=("text", "text_b"),
+    learns="tell {labels} apart by two texts, read together as {text}",
+)
+
 TASKS: Mapping[str, TaskFacts] = {
-    "text_classification": TaskFacts(
-        roles=frozenset({"text", "label"}),
+    "text_classification": _CLASSES,
+    "text_regression": TaskFacts(
+        roles=frozenset({"text", "value"}),
         reads=("text",),
-        target="label",
-        shape=lambda model: (len(model.labels), len(model.labels)),
-        sensitivity=lambda model: 1.0,  # a record is one cell
-        counts="confusion",
-        metrics=(MACRO_F1, ACCURACY),
-        learns="tell {labels} apart by {text}",
+        target="value",
+        has_labels=False,
+        outputs=lambda model: 1,
+        shape=lambda model: (SUMS_OF_ERRORS + _bins(model) ** 2,),
+        sensitivity=lambda model: math.sqrt(SUMS_OF_ERRORS + 1),  # each sum by 1, and one cell
+        counts="errors",
+        metrics=(MAE, R2, SPEARMAN),
+        trivial=("always the mean", "the mean of the test records for everything"),
+        learns="estimate a number {target} by {text}",
         tag="text-classification",
+        card="text_classification",
     ),
+    "pair_classification": _PAIRS,
     "token_classification": TaskFacts(
         roles=frozenset({"text", "spans"}),
         reads=("text",),
@@ -152,17 +214,13 @@ TASKS: Mapping[str, TaskFacts] = {
         learns="find {labels} in a text",
         tag="token-classification",
     ),
-    "image_classification": TaskFacts(
+    "image_classification": replace(
+        _CLASSES,
         roles=frozenset({"image", "label"}),
         reads=("image",),
-        target="label",
         base="image",
-        shape=lambda model: (len(model.labels), len(model.labels)),
-        sensitivity=lambda model: 1.0,  # a record is one cell
-        counts="confusion",
-        metrics=(MACRO_F1, ACCURACY),
-        learns="tell {labels} apart by {text}",
         tag="image-classification",
+        card="",
     ),
     "causal_lm": TaskFacts(
         roles=frozenset({"prompt", "response"}),
@@ -196,6 +254,36 @@ def of_chats(facts: TaskFacts) -> TaskFacts:
     )
 
 
+def _several(facts: TaskFacts, learns: str) -> TaskFacts:
+    """The same task where a record has any number of the labels."""
+    return replace(
+        facts,
+        roles=facts.roles - {"label"} | {"labels"},
+        target="labels",
+        shape=lambda model: (len(model.labels) + 1, SUMS_OF_LABEL),
+        # Of each label a record is found, missed or falsely found, or none of them; and it is one.
+        sensitivity=lambda model: math.sqrt(len(model.labels) + 1.0),
+        counts="cells",
+        metrics=(MACRO_F1, MICRO_F1),
+        trivial=("always every label", "every label for everything"),
+        learns=learns,
+    )
+
+
+SEVERAL: Mapping[str, TaskFacts] = {
+    "text_classification": _several(_CLASSES, "tell which of {labels} hold, by {text}"),
+    "pair_classification": _several(
+        _PAIRS, "tell which of {labels} hold, by two texts, read together as {text}"
+    ),
+}
+"""What ``model.multi_label`` makes of the tasks that have it."""
+
+
+def facts_of(name: str, *, several: bool = False) -> TaskFacts | None:
+    """A task as a plan has it; None if there is none of the name."""
+    return (SEVERAL.get(name) if several else None) or TASKS.get(name)
+
+
 STATISTICS = TaskFacts(
     roles=frozenset(),
     reads=(),
@@ -214,6 +302,6 @@ STATISTICS = TaskFacts(
 """Of a plan that counts and trains nothing; its roles are what it counts (`Sections.roles`)."""
 
 METRICS: tuple[Metric, ...] = tuple(
-    dict.fromkeys(metric for facts in TASKS.values() for metric in facts.metrics)
+    dict.fromkeys(m for facts in (*TASKS.values(), *SEVERAL.values()) for m in facts.metrics)
 )
 """Every metric; of those that a run has, the first is the one that decides."""

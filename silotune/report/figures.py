@@ -13,7 +13,7 @@ from statistics import fmean, stdev
 from typing import Any, Literal
 
 from silotune.events.view import Trouble
-from silotune.plan.tasks import ACCURACY, METRICS, TASKS, Metric
+from silotune.plan.tasks import TASKS, Metric, TaskFacts, facts_of
 from silotune.privacy.tally import LiveEpsilon
 from silotune.rounds.run_directory import Method, RunRecord, Scores
 
@@ -72,7 +72,8 @@ class SiteScores:
     gain, gain_everywhere : float or None
         Of the federated model over its own, on its own data and on everybody's.
     gain_accuracy : float or None
-        As `gain`, in accuracy; None where that is no score of the task.
+        As `gain`, in accuracy (micro-F1 where records have several labels); None where neither is a
+        score of the task.
     """
 
     site: str
@@ -151,6 +152,10 @@ class Summary:
 
     Attributes
     ----------
+    metrics : tuple of Metric
+        Of the run's task; `metric` decides, and the model is judged by the one `beside` it, too.
+    needs_no_training : tuple of str
+        What any model must beat: at the head of a column, and in a sentence.
     left_out : mapping of str to str
         Sites that are in none of the test scores, and the code with which they refused to join; no
         code for those that are in the run and have no test data.
@@ -168,6 +173,9 @@ class Summary:
     sites: tuple[str, ...]
     sites_trained: tuple[str, ...]
     metric: Metric
+    metrics: tuple[Metric, ...]
+    beside: Metric | None
+    needs_no_training: tuple[str, str]
     methods: tuple[MethodRow, ...]
     by_site: tuple[SiteScores, ...]
     sites_worse: tuple[str, ...]
@@ -216,8 +224,9 @@ class Summary:
 
 def summarise(record: RunRecord, *, beside: Sequence[RunRecord] = ()) -> Summary:
     """Summarise a run that was read, with the spread over it and other runs of its plan."""
-    metric = metric_of(record)
-    rows = _site_rows(record, metric)
+    task = task_of(record)
+    metric = task.metrics[0]
+    rows = _site_rows(record, task)
     about = record.plan.get("plan") or {}
     rounds = record.history.finished_rounds
     curves = epsilon_curves(record)
@@ -234,6 +243,9 @@ def summarise(record: RunRecord, *, beside: Sequence[RunRecord] = ()) -> Summary
             site for site in record.sites if any(site in found.replied for found in rounds)
         ),
         metric=metric,
+        metrics=task.metrics,
+        beside=task.metrics[1] if task.judged > 1 else None,
+        needs_no_training=task.trivial,
         methods=tuple(_method_row(m, record, metric, beside) for m in record.methods),
         by_site=rows,
         sites_worse=tuple(row.site for row in rows if (row.gain or 0) < 0),
@@ -254,14 +266,16 @@ def summarise(record: RunRecord, *, beside: Sequence[RunRecord] = ()) -> Summary
     )
 
 
-def metric_of(record: RunRecord) -> Metric:
-    """The metric that decides: that of the run's task."""
-    if (facts := TASKS.get((record.plan.get("model") or {}).get("task", ""))) is not None:
-        return facts.metrics[0]
+def task_of(record: RunRecord) -> TaskFacts:
+    """The run's task; of a plan that can't be read any more, one that has such scores."""
+    model = record.plan.get("model") or {}
+    found = facts_of(str(model.get("task", "")), several=bool(model.get("multi_label")))
+    if found is not None:
+        return found
     seen = [method.test for method in record.methods]
     seen += [evaluation.pooled for evaluation in record.history.evaluations]
-    known = (metric for metric in METRICS if any(metric.key in scores for scores in seen))
-    return next(known, METRICS[0])
+    known = (t for t in TASKS.values() if any(t.metrics[0].key in scores for scores in seen))
+    return next(known, next(iter(TASKS.values())))
 
 
 def epsilon_curves(record: RunRecord) -> dict[str, list[tuple[int, float]]]:
@@ -404,18 +418,19 @@ def _method_row(
 _COLUMNS = ("own", "federated", "personal", "pooled")
 
 
-def _site_rows(record: RunRecord, metric: Metric) -> tuple[SiteScores, ...]:
+def _site_rows(record: RunRecord, task: TaskFacts) -> tuple[SiteScores, ...]:
     by_key = {
         key: found.by_site if (found := record.method(key)) else {} for key in (*_COLUMNS, *TRIVIAL)
     }
     named = dict.fromkeys([*record.sites, *(site for found in by_key.values() for site in found)])
     scored = [site for site in named if any(site in found for found in by_key.values())]
-    return tuple(_site_row(site, by_key, record, metric=metric) for site in scored)
+    return tuple(_site_row(site, by_key, record, task=task) for site in scored)
 
 
 def _site_row(
-    site: str, by_key: Mapping[str, Mapping[str, Scores]], record: RunRecord, *, metric: Metric
+    site: str, by_key: Mapping[str, Mapping[str, Scores]], record: RunRecord, *, task: TaskFacts
 ) -> SiteScores:
+    metric = task.metrics[0]
     scores = {key: found.get(site, {}) for key, found in by_key.items()}
     n = next((found["n"] for found in scores.values() if "n" in found), None)
     own, federated, shared = scores["own"], scores["federated"], record.method("federated")
@@ -431,7 +446,7 @@ def _site_row(
         own_everywhere=everywhere["own"],
         personal_everywhere=everywhere["personal"],
         gain=metric.gain(federated, own),
-        gain_accuracy=ACCURACY.gain(federated, own),
+        gain_accuracy=task.metrics[1].gain(federated, own) if task.judged > 1 else None,
         gain_everywhere=metric.gain(shared.test, everywhere["own"]) if shared else None,
     )
 

@@ -8,18 +8,12 @@ from datetime import UTC, datetime
 from typing import Any, Literal, TypeVar
 
 from silotune.events.view import Evaluation, RoundView, Trouble, TroubleLine, by_error
-from silotune.plan.tasks import MACRO_F1
 from silotune.report.figures import TRIVIAL, MethodRow, Summary
 from silotune.report.verdict import DASH, epsilon, plural, power, printable, score, signed
 from silotune.rounds.run_directory import RunRecord
 from silotune.terminal import octets
 
-_COLUMNS = {
-    "macro_f1": "macro-F1",
-    "accuracy": "accuracy (micro-F1)",
-    "loss": "loss",
-    "perplexity": "perplexity",
-}
+_COLUMNS = {"accuracy": "accuracy (micro-F1)"}
 _MOST_ROWS = 60
 _MOST_LABELS = 30
 
@@ -89,13 +83,12 @@ def method_table(found: Summary) -> TextTable | None:
     """Every method that was run; gains are differences, positive is better."""
     if not found.methods:
         return None
-    classifies = found.metric.key == MACRO_F1.key
-    scores = ("macro_f1", "accuracy") if classifies else ("loss", "perplexity")
+    metrics = found.metrics
     spread = any(row.spread for row in found.methods)
     rows = [
         (
             row.title,
-            *(score(row.test.get(column)) for column in scores),
+            *(score(row.test.get(metric.key)) for metric in metrics),
             *([_spread(row)] if spread else []),
             signed(row.gain_over_own),
             signed(row.gain_over_probe),
@@ -107,7 +100,7 @@ def method_table(found: Summary) -> TextTable | None:
     ]
     head = (
         "method",
-        *(_COLUMNS[column] for column in scores),
+        *(_COLUMNS.get(metric.key, metric.title) for metric in metrics),
         *([f"{found.metric.title} over runs"] if spread else []),
         "gain over own data",
         "gain over probe",
@@ -118,7 +111,7 @@ def method_table(found: Summary) -> TextTable | None:
     kinds: dict[str, State] = {"own": "own", "pooled": "pooled", "federated": "federated"}
     marks = [kinds.get(r.key, "probe" if r.key.startswith("probe") else "") for r in found.methods]
     brief = ("over own data", "over probe", head[-3], "examples", "seconds")
-    short = (*head[: len(scores) + 1 + spread], *brief)
+    short = (*head[: len(metrics) + 1 + spread], *brief)
     return TextTable(head, tuple(rows), tuple(marks), short)
 
 
@@ -126,10 +119,10 @@ def site_table(found: Summary) -> TextTable | None:
     """What each site gains on everybody's cases, beside what it gains or gives up on its own."""
     if not found.by_site:
         return None
-    key, title = found.metric.key, found.metric.title
+    title, beside = found.metric.title, found.beside
     marks: list[State] = ["worse" if row.site in found.sites_worse else "" for row in found.by_site]
     columns = [
-        ("always one label" if key == MACRO_F1.key else "base model", "trivial"),
+        (found.needs_no_training[0], "trivial"),
         ("own model", "own"),
         ("federated", "federated"),
         ("own head", "personal"),
@@ -142,7 +135,7 @@ def site_table(found: Summary) -> TextTable | None:
             DASH if row.n is None else f"{row.n:,}",
             *(score(row.score(part, found.metric)) for _, part in shown),
             signed(row.gain),
-            *([signed(row.gain_accuracy)] if key == MACRO_F1.key else []),
+            *([signed(row.gain_accuracy)] if beside else []),
             *([signed(row.gain_everywhere)] if _own_everywhere(found) else []),
         )
         for row in found.by_site
@@ -150,9 +143,9 @@ def site_table(found: Summary) -> TextTable | None:
     names = [name for name, _ in shown]
     head = ["site", "held out", *names, f"gain at home, {title}"]
     short = ["site", "held out", *names, "gain at home"]
-    if key == MACRO_F1.key:
-        head.append("gain at home, accuracy")
-        short.append("at home, accuracy")
+    if beside:
+        head.append(f"gain at home, {beside.title}")
+        short.append(f"at home, {beside.title}")
     if _own_everywhere(found):
         head.append(f"gain on everybody's, {title}")
         short.append("gain, everybody's")

@@ -353,16 +353,15 @@ def print_summary(run_dir: Path, console: Console) -> None:
 
 
 def _methods(found: Summary) -> Table:
-    metric = found.metric
-    titles = ["accuracy"] if metric.key == "macro_f1" else ["perplexity"]
+    metrics = found.metrics
     table = _table(
-        "all sites' held-out test data", [metric.title, *titles, "over own", _EPSILON, "s"]
+        "all sites' held-out test data",
+        [*(metric.title for metric in metrics), "over own", _EPSILON, "s"],
     )
     for row in found.methods:
         table.add_row(
             Text(row.title),
-            score(row.test.get(metric.key)),
-            *(score(row.test.get(title)) for title in titles),
+            *(score(row.test.get(metric.key)) for metric in metrics),
             signed(row.gain_over_own),
             epsilon(row.epsilon),
             DASH if row.seconds is None else f"{row.seconds:,.1f}",

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from silotune.plan.tasks import ACCURACY, MACRO_F1, Metric
+from silotune.plan.tasks import LOSS, Metric
 from silotune.report.figures import MethodRow, SiteScores, Summary
 from silotune.rounds.run_directory import Scores
 
@@ -73,8 +73,8 @@ def clock_time(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
 
 
-# Of a loss no spread is known. A perplexity that falls by less than a hundredth is no result.
-_LEAST_LOSS = 0.01
+# Of a loss or an error no spread is known. One that falls by less than a hundredth is no result.
+_LEAST = 0.01
 # Shares of a label that differ less between two sites don't explain much.
 _SIDED = 0.2
 
@@ -102,14 +102,14 @@ def trivial_verdict(found: Summary) -> list[str]:
     rivals = _no_better(found)
     if federated is None or trivial is None or not rivals:
         return []
-    if found.metric.key != MACRO_F1.key:
+    if found.metric == LOSS:
         return [
             "The run taught the model next to nothing: its loss on held-out data is "
             f"{_value(federated, found.metric)}, that of the base model as it came "
             f"{_value(trivial, found.metric)}."
         ]
-    how = "" if len(rivals) > 1 else f", counted by {rivals[0].title}"
-    told = _pairs(federated.test, trivial.test)
+    how = f", counted by {rivals[0].title}" if found.beside and len(rivals) == 1 else ""
+    told = _pairs(found, federated.test, trivial.test)
     return [f"The model is no better than no model{how}: {_lower(trivial.title)} has {told}."]
 
 
@@ -118,20 +118,25 @@ def _no_better(found: Summary) -> tuple[Metric, ...]:
     federated, trivial = found.method("federated"), found.trivial
     if federated is None or trivial is None:
         return ()
-    if found.metric.key != MACRO_F1.key:
-        gain = found.metric.gain(federated.test, trivial.test)
-        return (found.metric,) if gain is not None and gain <= _LEAST_LOSS else ()
-    margin, gains = found.margin() or 0.0, {}
-    for metric in (ACCURACY, MACRO_F1):
+    metrics, margin, gains = _judged(found), found.margin() or 0.0, {}
+    if found.beside is None:
+        least = 1.0 if found.metric == LOSS else abs(trivial.test.get(found.metric.key, 0.0))
+        margin = _LEAST * least
+    for metric in metrics:
         gains[metric] = metric.gain(federated.test, trivial.test)
     return tuple(m for m, gain in gains.items() if gain is not None and gain <= margin)
 
 
-def _pairs(new: Scores, old: Scores) -> str:
-    """Both scores of a trivial answer, with the model's."""
+def _judged(found: Summary) -> tuple[Metric, ...]:
+    """The scores by which a model is judged, the one that decides last."""
+    return (found.metric,) if found.beside is None else (found.beside, found.metric)
+
+
+def _pairs(found: Summary, new: Scores, old: Scores) -> str:
+    """The scores of a trivial answer, with the model's."""
     return " and ".join(
         f"{metric.title} {score(old.get(metric.key))} (the model {score(new.get(metric.key))})"
-        for metric in (ACCURACY, MACRO_F1)
+        for metric in _judged(found)
     )
 
 
@@ -152,7 +157,7 @@ def worth(found: Summary) -> list[str]:
     )
     if gain <= 0:
         return [f"Federating is not worth it here: {told}."]
-    if metric.key == MACRO_F1.key and gain <= (found.margin() or 0.0):
+    if gain <= (found.margin() or 0.0):
         return [f"Whether federating is worth it here can't be told from chance: {told}."]
     return [_for_whom(found, told)]
 
@@ -169,7 +174,7 @@ def _for_whom(found: Summary, told: str) -> str:
             "model better."
         )
     names = "" if len(worse) == len(compared) else f" ({listed(worse)})"
-    scores = f"by {found.metric.title} or accuracy " if found.metric.key == MACRO_F1.key else ""
+    scores = f"by {found.metric.title} or {found.beside.title} " if found.beside else ""
     return (
         f"Federating is worth it for a site that meets everybody's kinds of cases: {told}. It is not "
         f"for one that only ever meets its own: there the own model is better {scores}at "
@@ -217,8 +222,8 @@ def _scores(found: Summary) -> list[str]:
 
 
 _RIVALS = (
-    ("majority", "the most frequent label for everything ({score})"),
-    ("base", "the base model as it came ({score})"),
+    ("majority", "{trivial} ({score})"),
+    ("base", "{trivial} ({score})"),
     ("own", "a site's own data alone (mean over sites {score})"),
     ("pooled", "training on all records pooled ({score})"),
 )
@@ -270,7 +275,8 @@ def _against(found: Summary, key: str, words: str) -> str:
     gain = found.metric.gain(federated.test, rival.test)
     if gain is None:
         return ""
-    named = words.format(score=_value(rival, found.metric))
+    score_of = _value(rival, found.metric)
+    named = words.format(score=score_of, trivial=found.needs_no_training[1])
     if abs(gain) < 0.0005:
         return f"level with {named}"
     return f"{abs(gain):.3f} {'better' if gain > 0 else 'worse'} than {named}"
@@ -305,8 +311,8 @@ def site_verdict(found: Summary) -> list[str]:
     if not compared:
         return []
     parts = [_by(found.metric, found.sites_worse, len(compared))]
-    if found.metric.key == MACRO_F1.key:
-        parts.append(_by(ACCURACY, found.sites_worse_by_accuracy, len(compared)))
+    if found.beside:
+        parts.append(_by(found.beside, found.sites_worse_by_accuracy, len(compared)))
     return [
         "On a site's own held-out data its own model is better than the federated one at "
         f"{', and at '.join(parts)}."

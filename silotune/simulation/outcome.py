@@ -19,7 +19,15 @@ from numpy.typing import NDArray
 from silotune.data.site import SiteConfig
 from silotune.events.view import RunView
 from silotune.models.layout import Vector
-from silotune.models.scores import constant, metrics_of, recall_of, records_in
+from silotune.models.scores import (
+    constant,
+    every_label,
+    found_shares,
+    mean_logit,
+    metrics_of,
+    records_in,
+)
+from silotune.models.scores import label_shares as shares_of_labels
 from silotune.plan.plan import Plan
 from silotune.privacy.accounting import epsilon_curve
 from silotune.privacy.certificate import CertificateBody
@@ -210,13 +218,17 @@ class AdapterScorer:
             self._look(self._plan.rounds.number, adapter, split="test")
 
     def base_counts(self, size: int) -> dict[str, Counts]:
-        """Test counts of the base model before any round: an adapter of zeros adds nothing.
+        """Test counts of what needs no training: an adapter of zeros adds nothing to the base model.
 
-        None of a task whose trivial answer is known from the counts alone.
+        Of a number, the mean of what was tested: the head's bias, which is last, says it always. None
+        of a task whose trivial answer is known from the counts alone.
         """
-        if self._plan.task.counts == "confusion" or not self._plan.data.test_share:
+        kind = self._plan.task.counts
+        if kind in {"confusion", "cells"} or not self._plan.data.test_share:
             return {}
         nothing = np.zeros(size, dtype=np.float32)
+        if kind == "errors" and self.final_counts:
+            nothing[-1] = mean_logit(np.sum([*self.final_counts.values()], axis=0))
         found = self._view.score(
             nothing, split="test", frozen=False, server_round=0, sites=self._store.joined
         )
@@ -443,11 +455,15 @@ def _trivial(
 
     A site's own row is of the label that is most frequent there, which needs no model either.
     """
-    if plan.task.counts != "confusion":
-        title = "The base model as it came"
-        return [_untrained("base", title, plan, base)] if base else []
+    if plan.task.counts not in {"confusion", "cells"}:
+        mean = plan.task.counts == "errors"
+        title = "Always the mean of the test records" if mean else "The base model as it came"
+        return [_untrained("majority" if mean else "base", title, plan, base)] if base else []
     if not final:
         return []
+    if plan.task.counts == "cells":
+        always = {site: every_label(each) for site, each in final.items()}
+        return [_untrained("majority", "Always every label", plan, always)]
     label = _most_frequent(np.sum([*final.values()], axis=0))
     everywhere = {site: constant(each, label) for site, each in final.items()}
     by_site = {site: constant(each, _most_frequent(each)) for site, each in final.items()}
@@ -524,18 +540,16 @@ def _method(
 def _scored(plan: Plan, counts: Mapping[str, Counts]) -> dict[str, Any]:
     """Scores on everybody's data; of a classifier also the share of each label that it finds."""
     scores = {"test": pooled_metrics(plan, counts)}
-    if plan.task.counts != "confusion" or not counts:
+    recall = found_shares(plan, np.sum([*counts.values()], axis=0)) if counts else None
+    if recall is None:
         return scores
-    recall = recall_of(np.sum([*counts.values()], axis=0))
     return {**scores, "recall": dict(zip(plan.model.labels, recall, strict=True))}
 
 
 def label_shares(plan: Plan, counts: Mapping[str, Counts]) -> dict[str, dict[str, float]]:
     """Share of each label among each site's records behind the counts."""
-    if plan.task.counts != "confusion":
-        return {}
     found = {}
     for site, each in counts.items():
-        true = np.asarray(each).sum(1)
-        found[site] = dict(zip(plan.model.labels, (true / true.sum()).tolist(), strict=True))
+        if (shares := shares_of_labels(plan, each)) is not None:
+            found[site] = dict(zip(plan.model.labels, shares, strict=True))
     return found

@@ -35,6 +35,8 @@ def a_plan(base, task: str = "text_classification", **settings) -> Plan:
         "privacy": {"mode": "none", "batch": 4},
         "lora": {"r": 2, "alpha": 4.0},
     }
+    if TASKS[task].target == "value":
+        raw["model"]["target"] = {"lower": 0.0, "upper": 10.0}
     if TASKS[task].has_labels:
         raw["model"]["labels"] = ["no", "yes", "perhaps"]
     plan = Plan.from_mapping(raw)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from silotune.errors import RecordInvalid
+from silotune.models.answers import Targets
 from silotune.models.batching import Encoded
 from silotune.models.images import ImageUnread, content_of, decoded, drawn
 from silotune.models.tasks.text_classification import TextClassification
@@ -22,14 +23,13 @@ class ImageClassification(TextClassification):
 
     def example(self, text: str, *, number: int, plan: Plan) -> dict[str, str]:
         """A drawn picture with a label of the plan."""
-        del text
-        labels = plan.model.labels
-        return {"image": f"{_DRAWN}{number}", "label": labels[number % len(labels)]}
+        del text, plan
+        return {"image": f"{_DRAWN}{number}", **self.answer.example(number)}
 
     def inputs(
         self,
         examples: Sequence[Mapping[str, str]],
-        targets: Sequence[int],
+        targets: Targets,
         tokenizer: Any,
         plan: Plan,
     ) -> Encoded:
@@ -51,9 +51,7 @@ class ImageClassification(TextClassification):
                     remedy="silotune data check tells which images of a dataset are left out, and why.",
                 ) from None
         offsets = np.arange(len(examples) + 1, dtype=np.int64) * tokenizer.size
-        return Encoded(
-            ids.reshape(-1), offsets, np.asarray(targets, dtype=np.int64), 0, images=tokenizer
-        )
+        return Encoded(ids.reshape(-1), offsets, targets, 0, images=tokenizer)
 
 
 def _pixels(place: str) -> Any:
