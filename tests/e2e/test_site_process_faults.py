@@ -13,7 +13,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from silotune.models.base import outline
 from silotune.privacy.ledger import Ledger
 from silotune.protocol import http
-from silotune.protocol.envelope import refusal_code, seal_id, unseal
+from silotune.protocol.envelope import ENVELOPE, refusal_code, seal_id, unseal
 from silotune.trust.audit import AuditLog
 from silotune.trust.identity import decode_signing_key
 from tests.client.coordinator_double import CoordinatorDouble
@@ -357,15 +357,19 @@ def test_a_replayed_message_changes_nothing_and_a_tampered_one_is_refused(runnin
     charged = running.charges("replayed")
     assert len(charged) == 1
     _, later = running.request("train", 2, run="replayed")
-    mixed = {**later, "bytes.0": sealed["bytes.0"]}  # round 1 under round 2's envelope
-    packed = later["bytes.0"]["bytes"]
-    flipped = {**later, "bytes.0": ConfigRecord({"bytes": packed[:-1] + bytes([packed[-1] ^ 1])})}
-    for content in (mixed, flipped):
+    mixed = {**sealed, ENVELOPE: later[ENVELOPE]}  # round 1 under round 2's envelope
+    flipped = []
+    for name in later.keys() - {ENVELOPE}:
+        packed = later[name]["bytes"]
+        changed = ConfigRecord({"bytes": packed[:-1] + bytes([packed[-1] ^ 1])})
+        flipped.append({**later, name: changed})
+    for content in (mixed, *flipped):
         answer = running.double.exchange(RecordDict(content), "train", seconds=SECONDS)
         assert answer.error.reason == "ST-804"
     assert running.charges("replayed") == charged
     refused = [line for line in running.audit() if line["kind"] == "refused"]
-    assert [line["code"] for line in refused[-2:]] == ["ST-804", "ST-804"]
+    assert len(flipped) > 1
+    assert [line["code"] for line in refused[-3:]] == ["ST-804"] * 3
 
 
 def test_leaving_revokes_and_keeps_the_books(running):
