@@ -87,7 +87,7 @@ def explain(model: LoadedModel, example: Mapping[str, str], *, label: str = "") 
         The task gives no such labels, or the model has no such label.
     """
     gradients, plan = require_captum(), model.plan
-    if plan.task.counts != "confusion" or plan.task.base == "image":
+    if plan.task.counts != "confusion" or plan.task.reads != ("text",):
         raise ModelError(
             f"{plan.model.task} gives no text one label",
             remedy="Explain an adapter of text_classification.",
