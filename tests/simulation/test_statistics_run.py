@@ -7,13 +7,13 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 
-from silotune.commands.results import _finished as finished
 from silotune.errors import PlanInvalid, QuorumLost, RunDirectoryInvalid
 from silotune.privacy import certificate
 from silotune.privacy.ledger import Ledger
 from silotune.report.statistics import read
 from silotune.rounds import estimates
 from silotune.rounds.secure_rounds import SecureRounds, SecureSum
+from silotune.rounds.trained import find_trained
 from silotune.simulation import run
 from silotune.simulation.attack import attack
 from silotune.simulation.run import Settings
@@ -136,7 +136,7 @@ def test_what_is_for_adapters_says_that_there_is_none(together, wards):
     with pytest.raises(RunDirectoryInvalid, match="trained nothing"):
         attack(together, settings=Settings(workers=1), say=print)
     with pytest.raises(RunDirectoryInvalid, match="trained nothing"):
-        finished(together.root)
+        find_trained(together.root)
     with pytest.raises(PlanInvalid, match="trains nothing"):
         run.simulate(
             wards.plan_path,
