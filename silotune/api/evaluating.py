@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from silotune.api.frames import frame
-from silotune.api.model import Model, load
+from silotune.api.model import Model, load, plan_of
 from silotune.api.progress import bar
 from silotune.inference import evaluation
 from silotune.inference.evaluated import FittedTemperature, ModelEvaluation
 from silotune.inference.figures import Bootstrap
 from silotune.inference.records import Given
 from silotune.inference.thresholds import ThresholdRule
+from silotune.plan.plan import Plan
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
 PathText = str | PathLike[str]
+Counting = AbstractContextManager[tuple[Callable[[int, int], None], Callable[[int], None]]]
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ def evaluate(
     seed: int = 0,
     base: str | None = None,
     device: str = "auto",
-    progress: bool = True,
+    progress: bool | Counting = True,
 ) -> Evaluated:
     """Evaluate a trained model on labelled records; nothing of it is sent anywhere.
 
@@ -122,8 +124,8 @@ def evaluate(
         Of the bootstrap.
     base, device
         As for `silotune.load`.
-    progress : bool
-        Show a bar.
+    progress : bool or context manager
+        Show a bar; or what tells, by two functions, how many records there are and were looked at.
 
     Raises
     ------
@@ -141,20 +143,24 @@ def evaluate(
     >>> found.metrics().loc["accuracy", "value"] <= 1.0
     np.True_
     """
-    ours = _model(model, base, device)
-    other = None if against is None else _model(against, base, device)
-    roles = {role: role for role in (*ours.roles, str(ours.plan.task.target))}
+    plan = model.plan if isinstance(model, Model) else plan_of(model)
+    roles = {role: role for role in (*plan.task.reads, str(plan.task.target))}
     roles |= dict(columns or {})
     roles |= {role: name for role, name in (("unit", unit), ("group", group)) if name is not None}
-    with _given(data, ours, roles) as given, _given(choose_on, ours, roles) as chosen:
+    with _given(data, plan, roles) as given, _given(choose_on, plan, roles) as chosen:
+        # What is wrong with the records is told before models are loaded, which takes time.
         records = sum(one.outline().records for one in (given, chosen) if one is not None)
         assert given is not None
-        with bar(records, "looking at records", hidden=not progress) as shown:
+        ours = _model(model, base, device)
+        other = None if against is None else _model(against, base, device)
+        counting = _bar(progress) if isinstance(progress, bool) else progress
+        with counting as (started, advance):
+            started(records, 0)
             found = evaluation.evaluate(
                 ours.loaded,
                 given,
                 against=None if other is None else other.loaded,
-                other="" if other is None else other.folder.resolve().name,
+                other=_name(against),
                 choose_on=chosen,
                 wanted=evaluation.Wanted(
                     positive=positive,
@@ -162,28 +168,40 @@ def evaluate(
                     least=least,
                     bootstrap=Bootstrap(draws=draws, confidence=confidence, seed=seed),
                 ),
-                looking=_moving(shown),
+                looking=advance,
             )
     return Evaluated(found)
+
+
+def _name(other: Model | PathText | None) -> str:
+    if other is None:
+        return ""
+    return (other.folder if isinstance(other, Model) else Path(other)).resolve().name
 
 
 def _model(model: Model | PathText, base: str | None, device: str) -> Model:
     return model if isinstance(model, Model) else load(model, base=base, device=device)
 
 
-def _moving(shown: Any) -> Callable[[int], None]:
-    def move(records: int) -> None:
-        shown.update(records)
+@contextmanager
+def _bar(visible: bool) -> Iterator[tuple[Callable[[int, int], None], Callable[[int], None]]]:
+    with bar(0, "looking at records", hidden=not visible) as shown:
 
-    return move
+        def started(records: int, before: int) -> None:
+            shown.total, shown.n = records, before
+
+        def advance(records: int) -> None:
+            shown.update(records)
+
+        yield started, advance
 
 
 @contextmanager
 def _given(
-    data: PathText | DataFrame | None, model: Model, roles: Mapping[str, str]
+    data: PathText | DataFrame | None, plan: Plan, roles: Mapping[str, str]
 ) -> Iterator[Given | None]:
     """Records as the evaluation reads them; a data frame lies in a private file meanwhile."""
-    labels = model.plan.model.labels
+    labels = plan.model.labels
     if data is None:
         yield None
     elif isinstance(data, str | PathLike):

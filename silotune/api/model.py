@@ -61,6 +61,11 @@ def load(
     return Model(loaded, folder=found.adapter)
 
 
+def plan_of(path: str | PathLike[str]) -> Plan:
+    """The plan of what was trained, without loading it. Raises as `load` does."""
+    return find_trained(Path(path)).plan
+
+
 class Model:
     """A base model with a trained adapter. Make one with `silotune.load`.
 

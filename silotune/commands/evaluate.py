@@ -14,7 +14,6 @@ from silotune.commands.predict import Base, ColumnOption, Device, Trained, count
 from silotune.inference.evaluated import (
     AgainstOther,
     Figure,
-    FittedTemperature,
     Groups,
     ModelEvaluation,
     in_words,
@@ -80,66 +79,40 @@ def evaluate(  # noqa: PLR0917 - one a command-line option
 
     Figures are exact and of this site's own records: they are for its own people, not for sharing.
     """
-    from silotune.inference import evaluation
-    from silotune.inference.figures import Bootstrap
-    from silotune.inference.records import Given
+    from silotune.api.evaluating import evaluate as evaluated
+    from silotune.api.model import plan_of
     from silotune.inference.thresholds import ThresholdRule
-    from silotune.rounds.trained import find_trained
 
     try:
-        rule = ThresholdRule.parse(threshold)
+        ThresholdRule.parse(threshold)
     except ValueError as exc:
         raise typer.BadParameter(str(exc), param_hint="--threshold") from None
-    trained = find_trained(run)
-    plan = trained.plan
-    roles = named_columns(columns or [], (*plan.task.reads, str(plan.task.target)))
-    roles |= {role: name for role, name in (("unit", unit), ("group", group)) if name is not None}
-
-    def given(path: Path) -> Given:
-        return Given(path=path, roles=roles, labels=plan.model.labels, strict=False)
-
-    files = [given(path) for path in (data, choose_on) if path is not None]
-    records = sum(one.outline().records for one in files)
-    model = trained.load(base=base, device=device)
-    other = None if against is None else find_trained(against).load(base=base, device=device)
-    with counted("looking at records") as (started, advance):
-        started(records, 0)
-        found = evaluation.evaluate(
-            model,
-            files[0],
-            against=other,
-            other="" if against is None else against.resolve().name,
-            choose_on=files[1] if len(files) > 1 else None,
-            wanted=evaluation.Wanted(
-                positive=positive,
-                rule=rule,
-                least=least,
-                bootstrap=Bootstrap(draws=draws, confidence=confidence, seed=seed),
-            ),
-            looking=advance,
-        )
-    if out is not None:
-        _write(out, found)
+    plan = plan_of(run)
+    done = evaluated(
+        run,
+        data,
+        columns=named_columns(columns or [], (*plan.task.reads, str(plan.task.target))),
+        unit=unit,
+        group=group,
+        least=least,
+        against=against,
+        choose_on=choose_on,
+        positive=positive,
+        threshold=threshold,
+        draws=draws,
+        confidence=confidence,
+        seed=seed,
+        base=base,
+        device=device,
+        progress=counted("looking at records"),
+    )
+    page = None if out is None else done.write(out)
     if as_json:
-        typer.echo(found.model_dump_json())
+        typer.echo(done.figures.model_dump_json())
         return
-    _print(found)
-    if out is not None:
-        say(f"The page is {out / 'evaluation.html'}; it is for this site's own people.")
-
-
-def _write(folder: Path, found: ModelEvaluation) -> None:
-    from silotune.report.evaluation_page import render_evaluation
-    from silotune.trust.files import create_private_folder, replace_file
-
-    create_private_folder(folder)
-    replace_file(folder / "evaluation.json", found.model_dump_json(indent=2).encode() + b"\n")
-    replace_file(folder / "evaluation.html", render_evaluation(found).encode())
-    if (fitted := found.temperature) is not None:
-        saved = FittedTemperature(
-            model=found.model, value=fitted.value, records=fitted.parts.chosen_on
-        )
-        replace_file(folder / "temperature.json", saved.model_dump_json(indent=2).encode() + b"\n")
+    _print(done.figures)
+    if page is not None:
+        say(f"The page is {page}; it is for this site's own people.")
 
 
 def _print(found: ModelEvaluation) -> None:
