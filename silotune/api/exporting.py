@@ -6,7 +6,8 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -177,12 +178,12 @@ def _write(
     """Write the form; the largest difference of its answers, and to how many texts."""
     from silotune.models import exported
     from silotune.models.pretrained import locate
+    from silotune.privacy.quantized import round_weights
 
-    place = str(base or found.plan.model.base)
+    place, kind = str(base or found.plan.model.base), found.plan.model.quantization
     # The exporter's view of attention: one that every runtime has.
-    # And the whole base model: what is exported holds no weights in few bits.
-    plan = found.plan.override({"model.quantization": "none"})
-    model = replace(found, plan=plan).load(base=place, device=device, attention="eager")
+    load = partial(found.load, base=place, device=device, attention="eager")
+    model = load()
     asked = exported.Asked.of(model)
     texts = sum(map(len, asked.answers))
     if form == "peft":
@@ -190,7 +191,11 @@ def _write(
             if path.is_file() and path.name != RELEASE_FILE:
                 shutil.copyfile(path, made / path.name)
         plain = exported.loaded_by_peft(model, made, base=locate(place))
+        if kind != "none":  # of the same base model, to see the adapter's own share of a difference
+            round_weights(plain, kind)
         return asked.difference(exported.with_backbone(model, plain)), texts
+    if kind != "none":
+        model = load(rounded=True)
     exported.write_merged(model, made)
     if form == "merged":
         plain = exported.loaded_by_transformers(model, made)

@@ -51,7 +51,7 @@ from silotune.models.task import LoadedModel, Task, TaskModel
 from silotune.models.tasks import get_task
 from silotune.models.trial import Refusal, require_fit, trial_key
 from silotune.plan.plan import Plan
-from silotune.privacy.quantized import quantize
+from silotune.privacy.quantized import quantize, round_weights
 
 # Weights of larger models are not loaded to answer a question; the site's own trial does it later.
 _MOST_BYTES = 4_000_000_000
@@ -67,6 +67,7 @@ def load_model(
     dtype: str | None = None,
     rank: int | None = None,
     trial: bool = True,
+    rounded: bool = False,
 ) -> LoadedModel:
     """Load the plan's base model and put a fresh adapter on it.
 
@@ -89,6 +90,9 @@ def load_model(
     trial : bool
         Try it on public texts (`silotune.models.trial.require_fit`). What was trained already need
         not be tried to be used.
+    rounded : bool
+        Frozen weights that the plan keeps in few bits are rounded so, and lie in float32 in the base
+        model's own layers: it answers alike, and can be exported.
 
     Raises
     ------
@@ -100,13 +104,15 @@ def load_model(
     folder = locate(base or plan.model.base)
     require_weights(folder, plan.model.sha256)
     choices = _complete(plan, base=base, device=device, attention=attention, dtype=dtype)
-    model = _assembled(plan, folder, choices, rank=rank)
+    model = _assembled(plan, folder, choices, rank=rank, rounded=rounded)
     if trial:
         require_fit(model, folder)
     return model
 
 
-def _assembled(plan: Plan, folder: Path, choices: Choices, *, rank: int | None) -> LoadedModel:
+def _assembled(
+    plan: Plan, folder: Path, choices: Choices, *, rank: int | None, rounded: bool = False
+) -> LoadedModel:
     config = load_config(folder)
     tokenizer = _reader(plan, folder, config)
     task, place = get_task(plan), torch.device(choices.device)
@@ -116,7 +122,7 @@ def _assembled(plan: Plan, folder: Path, choices: Choices, *, rank: int | None) 
         size = sum(parameter.numel() for parameter in bare.parameters())
         module = with_adapter(bare, plan, rank=rank)
         if plan.model.quantization != "none":
-            quantize(module, plan.model.quantization)
+            (round_weights if rounded else quantize)(module, plan.model.quantization)
     module.to(place).train()
     _centre(module, tokenizer, task, plan, place)
     layout, kept = layout_of(module), plan.model.quantization

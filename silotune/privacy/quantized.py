@@ -233,15 +233,7 @@ def quantize(model: nn.Module, kind: Kind) -> None:
         Most of its weights are in other layers.
     """
     full = frozen_bytes(model)
-    tables = {id(m.weight) for m in model.modules() if _is_table(m)}
-    matrices: dict[int, FewBits] = {}
-    for parent, name, layer in list(_frozen_layers(model)):
-        weight = layer.weight
-        if id(weight) not in matrices:
-            small = Int8Matrix if kind == "int8" or id(weight) in tables else Nf4Matrix
-            dense = weight.detach().t() if isinstance(layer, Conv1D) else weight.detach()
-            matrices[id(weight)] = small(dense.float().contiguous())
-        matrix = matrices[id(weight)]
+    for parent, name, layer, matrix in _in_few_bits(model, kind):
         if isinstance(layer, nn.Embedding):
             assert isinstance(matrix, Int8Matrix)
             setattr(parent, name, QuantizedEmbedding(matrix, layer))
@@ -253,6 +245,30 @@ def quantize(model: nn.Module, kind: Kind) -> None:
             "size would be left",
             remedy="Leave model.quantization out of the plan.",
         )
+
+
+def round_weights(model: nn.Module, kind: Kind) -> None:
+    """Give the frozen matrices of a model the values that `quantize` keeps, in their own layers.
+
+    The model then answers as the quantised one does, and its weights can be changed and written.
+    """
+    with torch.no_grad():
+        for _, _, layer, matrix in _in_few_bits(model, kind):
+            dense = matrix.dense()
+            layer.weight.copy_(dense.t() if isinstance(layer, Conv1D) else dense)
+
+
+def _in_few_bits(model: nn.Module, kind: Kind) -> Iterator[tuple[nn.Module, str, Any, FewBits]]:
+    """Every layer that can be replaced: its parent, its name there, its matrix; tied ones share it."""
+    tables = {id(m.weight) for m in model.modules() if _is_table(m)}
+    matrices: dict[int, FewBits] = {}
+    for parent, name, layer in list(_frozen_layers(model)):
+        weight = layer.weight
+        if id(weight) not in matrices:
+            small = Int8Matrix if kind == "int8" or id(weight) in tables else Nf4Matrix
+            dense = weight.detach().t() if isinstance(layer, Conv1D) else weight.detach()
+            matrices[id(weight)] = small(dense.float().contiguous())
+        yield parent, name, layer, matrices[id(weight)]
 
 
 def _is_table(layer: nn.Module) -> bool:

@@ -33,7 +33,12 @@ class TrainedAdapter:
     run: RunDirectory | None = None
 
     def load(
-        self, *, base: str | None = None, device: str = "auto", attention: str | None = None
+        self,
+        *,
+        base: str | None = None,
+        device: str = "auto",
+        attention: str | None = None,
+        rounded: bool = False,
     ) -> LoadedModel:
         """The model, ready to predict, computing as the run did.
 
@@ -45,6 +50,8 @@ class TrainedAdapter:
             ``auto``, ``cpu`` or ``cuda:N``.
         attention : str, optional
             Transformers' name of another implementation than the run's.
+        rounded : bool
+            As for `silotune.models.base.load_model`.
 
         Raises
         ------
@@ -56,7 +63,9 @@ class TrainedAdapter:
         if attention is not None:
             as_before = {"dtype": "float32", **as_before, "attention": attention}
         # What was trained already need not be tried to be used.
-        model = load_model(self.plan, base=base, device=device, trial=False, **as_before)
+        model = load_model(
+            self.plan, base=base, device=device, trial=False, rounded=rounded, **as_before
+        )
         write_adapter(model, load_adapter(model, self.adapter))
         return model
 
