@@ -57,13 +57,14 @@ def serve(  # noqa: PLR0917 - one a command-line option
     /metrics is for Prometheus. Texts are neither logged nor kept.
     """
     # Judged before the model is loaded, which takes time.
-    from silotune.api.model import load
-    from silotune.serving.app import Limits
+    from silotune.api.model import load, plan_of
+    from silotune.serving.app import Limits, require_served
     from silotune.serving.server import Place, token_of
     from silotune.serving.server import serve as serving
 
     place = Place(host=host, port=port, certificate=tls_certificate, key=tls_key)
     place.require_allowed(own_token=token_file is not None)
+    require_served(plan_of(path))
     token, new = token_of(token_file)
     with terminal(stderr=True).status("Loading the model"):
         model = load(path, base=base, device=device)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
+
+from silotune.models.task import LoadedModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +48,16 @@ class Sampling:
 
 
 GREEDY = Sampling()
+
+
+def drawing(model: LoadedModel, sampling: Sampling) -> LoadedModel:
+    """A language model whose answers are drawn like this."""
+    task: Any = model.task
+    return (
+        model
+        if task.sampling == sampling
+        else replace(model, task=replace(task, sampling=sampling))
+    )
 
 
 def _generator(seed: int, prompt: Sequence[int]) -> torch.Generator:

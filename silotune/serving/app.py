@@ -28,15 +28,18 @@ from prometheus_client import (
 from starlette.exceptions import HTTPException
 
 from silotune.api.model import Model
-from silotune.errors import ColumnMissing, SilotuneError
+from silotune.errors import ChatRefused, ColumnMissing, DataError, SilotuneError
 from silotune.models.prediction import Prediction
+from silotune.models.sampling import Sampling, drawing
+from silotune.models.task import LoadedModel
 from silotune.plan.plan import Plan
-from silotune.serving.batching import Batcher, Example
-from silotune.serving.errors import ServerBusy
+from silotune.serving.batching import Batcher
+from silotune.serving.errors import ServerBusy, ServingRefused
 from silotune.serving.wire import (
     ChatReply,
     ChatRequest,
     Choice,
+    Fault,
     Health,
     Message,
     ModelCard,
@@ -58,7 +61,7 @@ _PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {"model": Problem, "description": description}
     for status, description in {
         401: "No token, or another one.",
-        409: "The model was not taught such a conversation.",
+        400: "The model was not taught such examples or such a conversation.",
         413: "The body is too large.",
         422: "The body is not of the schema.",
         500: "The model failed.",
@@ -217,8 +220,21 @@ async def _body(receive: Receive, *, most: int) -> bytes | None:
             return b"".join(parts)
 
 
-def _problem(status: int, detail: str, code: str = SilotuneError.code) -> JSONResponse:
-    return JSONResponse(Problem(code=code, detail=detail).model_dump(), status)
+def _problem(
+    status: int, message: str, code: str = SilotuneError.code, *, param: str | None = None
+) -> JSONResponse:
+    kind: Any = "invalid_request_error" if status < 500 else "server_error"
+    fault = Fault(message=message, type=kind, param=param, code=code)
+    return JSONResponse(Problem(error=fault).model_dump(), status)
+
+
+def require_served(plan: Plan) -> None:
+    """Refuse a model whose examples are no texts. Raises `ServingRefused`."""
+    if plan.task.sees:
+        raise ServingRefused(
+            f"{plan.model.task} reads files, and a request would say which of this machine's",
+            remedy="Have files of records answered: silotune predict RUN --data FILE.",
+        )
 
 
 def build(
@@ -236,7 +252,13 @@ def build(
         What the server takes on.
     hosts : frozenset of str, optional
         Names under which it may be asked; any by default.
+
+    Raises
+    ------
+    ServingRefused
+        The model reads files.
     """
+    require_served(model.plan)
     limits = limits or Limits()
     counted = Counted()
     app = routes(model, limits, counted)
@@ -245,9 +267,8 @@ def build(
 
 def routes(model: Model, limits: Limits, counted: Counted) -> FastAPI:
     """The routes, without the guard before them."""
-    loaded = model.loaded
-    batcher = Batcher(
-        lambda examples: loaded.task.predict(loaded, examples),
+    batcher = Batcher[Asked](
+        lambda asked: _answers(model.loaded, asked),
         most=limits.batch,
         waiting=limits.waiting,
         seconds=limits.seconds,
@@ -269,7 +290,7 @@ def routes(model: Model, limits: Limits, counted: Counted) -> FastAPI:
         redoc_url=None,
     )
     served = _Answerer(model, batcher)
-    _answer_failures(app)
+    _answer_failures(app, model.roles)
     _count(app, counted)
     _describe(app, served, counted)
     _classify(app, served)
@@ -278,16 +299,35 @@ def routes(model: Model, limits: Limits, counted: Counted) -> FastAPI:
     return app
 
 
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """An example, and how its answer is drawn; as the task usually does when None."""
+
+    example: Mapping[str, str]
+    sampling: Sampling | None = None
+
+
+def _answers(model: LoadedModel, asked: Sequence[Asked]) -> list[Prediction]:
+    """Predictions in order; what is drawn alike is computed together."""
+    found: dict[int, Prediction] = {}
+    for sampling in dict.fromkeys(one.sampling for one in asked):
+        alike = [row for row, one in enumerate(asked) if one.sampling == sampling]
+        one = model if sampling is None else drawing(model, sampling)
+        made = one.task.predict(one, [asked[row].example for row in alike])
+        found |= zip(alike, made, strict=True)
+    return [found[row] for row in range(len(asked))]
+
+
 class _Answerer:
     """A model behind its queue."""
 
-    def __init__(self, model: Model, batcher: Batcher) -> None:
+    def __init__(self, model: Model, batcher: Batcher[Asked]) -> None:
         self.model, self.batcher, self.plan = model, batcher, model.plan
         self.name = self.plan.plan.name
 
-    async def ask(self, examples: Sequence[Example]) -> list[Prediction]:
+    async def ask(self, asked: Sequence[Asked]) -> list[Prediction]:
         """Predictions, or `ServerBusy` when the deadline is over."""
-        answer = self.batcher.ask(examples)
+        answer = self.batcher.ask(asked)
         try:
             return await asyncio.wait_for(asyncio.wrap_future(answer), self.batcher.seconds)
         except TimeoutError:
@@ -304,8 +344,9 @@ class _Answerer:
         )
 
 
-def _answer_failures(app: FastAPI) -> None:
+def _answer_failures(app: FastAPI, roles: Sequence[str]) -> None:
     """Codes and sentences of our own: no text of a request is in an answer, nor in a log."""
+    keys = _KEYS | {*roles}
 
     @app.exception_handler(SilotuneError)
     async def known(request: Request, error: SilotuneError) -> Response:
@@ -314,16 +355,16 @@ def _answer_failures(app: FastAPI) -> None:
             refusal = _problem(503, error.detail, error.code)
             refusal.headers["retry-after"] = "1"
             return refusal
-        status = 409 if isinstance(error, ColumnMissing) else 500
+        status = 400 if isinstance(error, DataError | ChatRefused) else 500
         return _problem(status, error.detail, error.code)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         del request
         found = error.errors()[0]  # its "input" is what was sent
-        place = ".".join(str(part) for part in found["loc"] if part in _KEYS or type(part) is int)
+        place = ".".join(str(part) for part in found["loc"] if part in keys or type(part) is int)
         what = "not JSON" if found["type"] == "json_invalid" else found["msg"]
-        return _problem(422, f"{place}: {what}")
+        return _problem(422, f"{place}: {what}", param=place)
 
     @app.exception_handler(HTTPException)
     async def other(request: Request, error: HTTPException) -> Response:
@@ -333,7 +374,7 @@ def _answer_failures(app: FastAPI) -> None:
         return refusal
 
 
-_KEYS = {"body", "examples", "messages", "role", "content", "model", "stream", "n", "temperature"}
+_KEYS = {"body", "examples", *ChatRequest.model_fields, *Message.model_fields}
 
 
 def _count(app: FastAPI, counted: Counted) -> None:
@@ -371,12 +412,12 @@ def _pick(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: _PROBLEMS[status] for status in statuses}
 
 
-_ASKED = _pick(401, 413, 422, 500, 503)
+_ASKED = _pick(400, 401, 413, 422, 500, 503)
 
 
 def _classify(app: FastAPI, served: _Answerer) -> None:
     async def predict(asked: Any) -> PredictReply:
-        rows = [example.model_dump() for example in asked.examples]
+        rows = [Asked(example=example.model_dump()) for example in asked.examples]
         found = await served.ask(rows)
         return PredictReply(
             model=served.name,
@@ -404,12 +445,13 @@ def _chat(app: FastAPI, served: _Answerer) -> None:
         "/v1/chat/completions",
         summary="As OpenAI's API: a conversation in, the model's turn out",
         response_model=None,
-        responses={**_ASKED, **_pick(409), **streamed},
+        responses={**_ASKED, **streamed},
         dependencies=_TOKEN,
     )
     async def complete(asked: Annotated[ChatRequest, Body()]) -> Response:
         example = conversation(asked.messages, served.plan)
-        (answer,) = await served.ask([example])
+        sampling = await asyncio.to_thread(sampling_of, asked, example, served.model.loaded)
+        (answer,) = await served.ask([Asked(example=example, sampling=sampling)])
         reply = ChatReply(
             id=f"chatcmpl-{uuid.uuid4().hex}",
             created=int(time.time()),
@@ -421,6 +463,25 @@ def _chat(app: FastAPI, served: _Answerer) -> None:
         return StreamingResponse(_events(reply), media_type="text/event-stream")
 
 
+def sampling_of(
+    asked: ChatRequest, example: Mapping[str, str], model: LoadedModel
+) -> Sampling | None:
+    """How an answer is to be drawn, within what the plan leaves; None if nothing is said."""
+    lengths = [n for n in (asked.max_tokens, asked.max_completion_tokens) if n is not None]
+    if lengths:
+        task: Any = model.task
+        left = model.plan.data.max_length - len(task.prompts(model, [example])[0])
+        lengths.append(max(1, left))
+    said = {
+        "temperature": asked.temperature,
+        "top_p": asked.top_p,
+        "max_new_tokens": min(lengths, default=None),
+        "seed": asked.seed,
+    }
+    said = {key: value for key, value in said.items() if value is not None}
+    return Sampling(**said) if said else None  # type: ignore[arg-type]
+
+
 def conversation(messages: Sequence[Message], plan: Plan) -> dict[str, str]:
     """A conversation as the model was taught: its messages, or a prompt that is one message.
 
@@ -429,11 +490,9 @@ def conversation(messages: Sequence[Message], plan: Plan) -> dict[str, str]:
     ColumnMissing
         The model was taught single prompts, and this is no such one.
     """
-    if messages[-1].role == "assistant":
-        raise ColumnMissing(
-            "the last message is the assistant's own", remedy="End with the user's."
-        )
-    if getattr(plan.model, "chat", None) is not None:
+    if messages[-1].role != "user":
+        raise ColumnMissing("the last message is not the user's", remedy="End with the user's.")
+    if plan.model.chat is not None:
         turns = [{"role": one.role, "content": one.content} for one in messages]
         return {"messages": json.dumps(turns, ensure_ascii=False, separators=(",", ":"))}
     if len(messages) != 1:

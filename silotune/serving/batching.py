@@ -10,20 +10,20 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 from silotune.errors import SilotuneError
 from silotune.models.prediction import Prediction
 from silotune.serving.errors import ServerBusy
 
-Example = Mapping[str, str]
-Predict = Callable[[Sequence[Example]], list[Prediction]]
+Example = TypeVar("Example")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Waiting:
+class Waiting(Generic[Example]):
     """A request in the queue: its examples, its end, and where the answer goes."""
 
     examples: Sequence[Example]
@@ -31,7 +31,7 @@ class Waiting:
     answer: Future[list[Prediction]] = field(default_factory=Future)
 
 
-class Batcher:
+class Batcher(Generic[Example]):
     """One thread that answers requests in batches.
 
     Parameters
@@ -50,7 +50,7 @@ class Batcher:
 
     def __init__(
         self,
-        predict: Predict,
+        predict: Callable[[Sequence[Example]], list[Prediction]],
         *,
         most: int,
         waiting: int,
@@ -59,7 +59,7 @@ class Batcher:
     ) -> None:
         self._predict, self._computed = predict, computed
         self._most, self._room, self.seconds = most, waiting, seconds
-        self._queue: deque[Waiting] = deque()
+        self._queue: deque[Waiting[Example]] = deque()
         self._size = 0
         self._changed, self._closed = threading.Condition(), False
         self._thread = threading.Thread(target=self._run, name="silotune-batches", daemon=True)
@@ -107,11 +107,11 @@ class Batcher:
             if live:
                 self._answer(live)
 
-    def _next(self) -> list[Waiting]:
+    def _next(self) -> list[Waiting[Example]]:
         """What is computed next: at least a request, and as many more as fit; nothing at the end."""
         with self._changed:
             self._changed.wait_for(lambda: self._queue or self._closed)
-            batch: list[Waiting] = []
+            batch: list[Waiting[Example]] = []
             room = self._most
             while self._queue and (not batch or len(self._queue[0].examples) <= room):
                 one = self._queue.popleft()
@@ -120,7 +120,7 @@ class Batcher:
                 batch.append(one)
             return batch
 
-    def _answer(self, batch: Sequence[Waiting]) -> None:
+    def _answer(self, batch: Sequence[Waiting[Example]]) -> None:
         try:
             started = time.monotonic()
             found = self._predict([example for one in batch for example in one.examples])

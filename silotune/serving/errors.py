@@ -21,7 +21,10 @@ class ServingRefused(EnvironmentFault):
 
     code = "ST-770"
     title = "The model can't be served like this"
-    cause = "Beyond this machine requests, which hold texts, need a token and TLS."
+    cause = (
+        "Beyond this machine requests, which hold texts, need a token and TLS; and no request may name "
+        "files of this machine, as one about images would."
+    )
     advice = (
         "Serve on 127.0.0.1 behind a proxy, or give --tls-certificate, --tls-key and --token-file."
     )

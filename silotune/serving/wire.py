@@ -65,7 +65,19 @@ class ChatRequest(BaseModel):
     stream: bool = False
     n: Annotated[int, Field(ge=1, le=1)] = 1
     temperature: Annotated[float, Field(ge=0.0, le=2.0)] | None = Field(
-        None, description="Answers are greedy, whatever it is."
+        None, description="0, or none, writes the likeliest answer."
+    )
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = Field(
+        None, description="Of the likeliest tokens, so much probability."
+    )
+    max_tokens: Annotated[int, Field(ge=1, le=MOST_NEW_TOKENS)] | None = Field(
+        None, description="No answer is longer, nor than what the plan's data.max_length leaves."
+    )
+    max_completion_tokens: Annotated[int, Field(ge=1, le=MOST_NEW_TOKENS)] | None = Field(
+        None, description="As max_tokens; the smaller one holds."
+    )
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = Field(
+        None, description="With one, the same conversation has the same answer."
     )
 
 
@@ -113,8 +125,16 @@ class Health(BaseModel):
     waiting: int
 
 
-class Problem(BaseModel):
-    """Why there is no answer: a code of docs/errors.md where there is one. Never quotes a text."""
+class Fault(BaseModel):
+    """What is wrong, as OpenAI's clients read it. Never quotes a text."""
 
-    code: str
-    detail: str
+    message: str
+    type: Literal["invalid_request_error", "server_error"]
+    param: str | None = Field(None, description="Where in the body.")
+    code: str = Field(description="Of docs/errors.md, or ST-000.")
+
+
+class Problem(BaseModel):
+    """Why there is no answer."""
+
+    error: Fault
