@@ -6,7 +6,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.table import Table
@@ -15,8 +15,14 @@ from rich.text import Text
 from silotune.errors import DataError
 from silotune.terminal import terminal
 
+if TYPE_CHECKING:
+    from silotune.data.demo import Demo
+
 demo = typer.Typer(no_args_is_help=True, help="Write demo data, site folders and a plan.")
 
+WriteOnly = Annotated[
+    bool, typer.Option("--write-only", help="Write the records and the plan, and train nothing.")
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace the folder if it is there.")]
 
 
@@ -67,9 +73,7 @@ def notes(
     quick: Annotated[
         bool, typer.Option("--quick", help="Fewer notes and rounds: done sooner, finds less.")
     ] = False,
-    write_only: Annotated[
-        bool, typer.Option("--write-only", help="Write notes and plan, and train nothing.")
-    ] = False,
+    write_only: WriteOnly = False,
     force: Force = False,
 ) -> None:
     """Five hospitals learn to find what identifies people in notes, and take it out of one.
@@ -83,22 +87,11 @@ def notes(
 
     make_way(folder, force=force)
     written = write_notes(folder, quick=quick)
-    told = (
-        f"Wrote {sum(written.records):,} notes of {len(written.sites)} hospitals to {folder}. Faker "
-        "made them up: no patient is in them."
+    run = _run(
+        written, write_only, "notes of five hospitals", "Faker made them up: no patient is in them."
     )
-    commands = [
-        f"silotune data check {written.sites[0]}/site.toml --plan {written.plan}",
-        f"silotune plan check {written.plan}",
-    ]
-    if write_only:
-        tell_next(told, [*commands, f"silotune simulate {written.plan} --baselines"])
+    if run is None:
         return
-    terminal().print(told)
-    from silotune.api.simulating import simulate
-
-    run = simulate(written.plan, runs=folder / "runs", baselines=True).folder
-    _tell_entities(run)
     _tell_redacted(run, example_note())
     tell_next(f"The report is {run / 'report.html'}.", [
         f"silotune predict {run} --redact < note.txt",
@@ -106,26 +99,46 @@ def notes(
     ])  # fmt: skip
 
 
-def _tell_entities(run: Path) -> None:
-    """What was found of the held-out notes of all hospitals, by whom."""
-    from silotune.rounds.run_directory import RunDirectory
+def _run(written: Demo, write_only: bool, what: str, about: str) -> Path | None:
+    """Say what was written, train on it and say what that gave; the run, unless it is only written."""
+    folder = written.plan.parent
+    told = f"Wrote {sum(written.records):,} {what} to {folder}. {about}"
+    if write_only:
+        tell_next(told, [
+            f"silotune data check {written.sites[0]}/site.toml --plan {written.plan}",
+            f"silotune plan check {written.plan}",
+            f"silotune simulate {written.plan} --baselines",
+        ])  # fmt: skip
+        return None
+    terminal().print(told, soft_wrap=True)
+    from silotune.api.simulating import simulate
 
+    run = simulate(written.plan, runs=folder / "runs", baselines=True).folder
+    _tell_methods(run)
+    return run
+
+
+def _tell_methods(run: Path) -> None:
+    """What those who trained on less or more reach on the held-out records of all sites."""
+    from silotune.rounds.run_directory import RunDirectory
+    from silotune.rounds.trained import find_trained
+
+    facts = find_trained(run).plan.task
     rows = {
-        "own": "own notes only (mean of the hospitals)",
+        "own": "own records only (mean of the sites)",
         "federated": "federated",
-        "pooled": "pooled notes",
+        "pooled": "pooled records",
     }
-    found = {
+    scores = {
         row["key"]: row["test"] for row in RunDirectory(run).read_json("results.json")["methods"]
     }
     table = Table(
-        "trained on, all at the same epsilon", "entity F1", "recall", "precision", box=None
+        "trained on, all at the same epsilon", *(metric.title for metric in facts.metrics), box=None
     )
     for column in table.columns[1:]:
         column.justify = "right"
     for key, title in rows.items():
-        scores = (found[key][f"entity_{name}"] for name in ("f1", "recall", "precision"))
-        table.add_row(title, *(f"{score:.3f}" for score in scores))
+        table.add_row(title, *(f"{scores[key][metric.key]:.3f}" for metric in facts.metrics))
     terminal().print(table)
 
 
@@ -149,21 +162,50 @@ def _tell_redacted(run: Path, note: str) -> None:
 def bank(
     folder: Annotated[Path, typer.Argument(help="Folder to make.")] = Path("bank"),
     quick: Annotated[
-        bool, typer.Option("--quick", help="Few loans and rounds: a run of less than a minute.")
+        bool, typer.Option("--quick", help="Few loans and rounds: done sooner, tells less.")
     ] = False,
+    write_only: WriteOnly = False,
     force: Force = False,
 ) -> None:
-    """Four banks and their loans, told in words, to tell which will go bad.
+    """Four banks learn which loans go bad, and the model is tried on loans that nobody had.
 
-    A public table of credit scoring. What an applicant works as stands in for the bank.
+    A public table of credit scoring, told in words; what an applicant works as stands in for the bank.
+    The plan trains at epsilon 8 for each loan, under secure aggregation; beside it stand each bank alone
+    and pooled loans. It takes some minutes.
     """
-    from silotune.data.demo_bank import write_banks
+    from silotune.data.demo_bank import NEW_LOANS, write_banks
 
     make_way(folder, force=force)
-    plan = write_banks(folder, quick=quick)
-    tell_next(
-        f"Four banks and a plan are in {folder}.",
-        [f"silotune plan check {plan}", f"silotune simulate {plan} --baselines"],
+    written = write_banks(folder, quick=quick)
+    run = _run(written, write_only, "loans of four banks", "Others of theirs take no part.")
+    if run is None:
+        return
+    _tell_new(run, folder / NEW_LOANS, {"text": "loan", "label": "status"})
+    columns = "--column text=loan --column label=status"
+    tell_next(f"The report is {run / 'report.html'}.", [
+        f"silotune evaluate {run} --data {folder / NEW_LOANS} {columns} --group bank",
+        f"silotune predict {run} 'home rent, earlier defaults yes, low income, very high loan'",
+    ])  # fmt: skip
+
+
+def _tell_new(run: Path, data: Path, roles: Mapping[str, str]) -> None:
+    """How the federated model does on records that took no part, as `silotune evaluate` has it."""
+    from silotune.inference.evaluated import in_words, title_of
+    from silotune.inference.evaluation import evaluate
+    from silotune.inference.records import Given
+    from silotune.rounds.trained import load_trained
+
+    model = load_trained(run)
+    labels = model.plan.model.labels
+    found = evaluate(model, Given(path=data, roles=roles, labels=labels, strict=False))
+    (positive,) = (row for row in found.labels if row.label == found.positive)
+    figures = {**found.metrics, "auroc": positive.auroc}
+    told = ", ".join(
+        f"{title_of(name)} {in_words(figures[name])}" for name in ("auroc", "macro_f1", "accuracy")
+    )
+    terminal().print(
+        f"The federated model on {found.records:,} records that took no part, {positive.records:,} of "
+        f"them {positive.label}: {told}; in brackets {found.confidence:.0%} intervals."
     )
 
 
@@ -171,25 +213,25 @@ def bank(
 def images(
     folder: Annotated[Path, typer.Argument(help="Folder to make.")] = Path("images"),
     quick: Annotated[
-        bool, typer.Option("--quick", help="Few images and rounds: a run of less than a minute.")
+        bool, typer.Option("--quick", help="Few, small images and few rounds: done sooner.")
     ] = False,
+    write_only: WriteOnly = False,
     force: Force = False,
 ) -> None:
-    """Three clinics and their images of handwritten digits, with a base model for images.
+    """Three clinics learn to read handwritten digits, of which each sees some only.
 
-    Each sees some of the digits only. The images are scikit-learn's, the model has ImageNet weights.
+    The images are scikit-learn's; the base model, which is written beside them, has ImageNet weights.
+    The plan trains at epsilon 8 for each image; beside it stand each clinic alone and pooled images.
     """
     from silotune.data.demo_images import write_images
 
     make_way(folder, force=force)
-    plan = write_images(folder, quick=quick)
-    tell_next(
-        f"Three sites, a base model and a plan are in {folder}.",
-        [
-            f"silotune data check {folder}/north/site.toml --plan {plan}",
-            f"silotune simulate {plan} --baselines",
-        ],
-    )
+    written = write_images(folder, quick=quick)
+    run = _run(written, write_only, "images of three clinics", "The base model is there, too.")
+    if run is None:
+        return
+    image = min((written.sites[0] / "scans").iterdir())
+    tell_next(f"The report is {run / 'report.html'}.", [f"silotune predict {run} {image}"])
 
 
 def make_way(folder: Path, *, force: bool) -> None:

