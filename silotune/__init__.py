@@ -24,7 +24,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 if TYPE_CHECKING:
     from silotune.api.comparison import Comparison, compare
-    from silotune.api.evaluating import Evaluated, evaluate
+    from silotune.api.evaluating import Evaluation, evaluate
+    from silotune.api.explaining import explain
     from silotune.api.exporting import ExportedAdapter, export_adapter
     from silotune.api.model import Model, load
     from silotune.api.run import Run
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Comparison": "api.comparison",
-    "Evaluated": "api.evaluating",
+    "Evaluation": "api.evaluating",
     "ExportedAdapter": "api.exporting",
     "Model": "api.model",
     "Plan": "plan.plan",
@@ -42,6 +43,7 @@ _HOME = {
     "Site": "api.site",
     "compare": "api.comparison",
     "evaluate": "api.evaluating",
+    "explain": "api.explaining",
     "export_adapter": "api.exporting",
     "load": "api.model",
     "partition": "api.site",
@@ -51,7 +53,7 @@ _HOME = {
 
 __all__ = [
     "Comparison",
-    "Evaluated",
+    "Evaluation",
     "ExportedAdapter",
     "Model",
     "Plan",
@@ -60,6 +62,7 @@ __all__ = [
     "__version__",
     "compare",
     "evaluate",
+    "explain",
     "export_adapter",
     "load",
     "partition",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from silotune.api.frames import frame
 from silotune.api.model import Model, load, plan_of
-from silotune.api.progress import bar
+from silotune.api.progress import Counting, counting
 from silotune.inference import evaluation
 from silotune.inference.evaluated import FittedTemperature, ModelEvaluation
 from silotune.inference.figures import Bootstrap
@@ -24,11 +24,10 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 PathText = str | PathLike[str]
-Counting = AbstractContextManager[tuple[Callable[[int, int], None], Callable[[int], None]]]
 
 
 @dataclass(frozen=True)
-class Evaluated:
+class Evaluation:
     """What `silotune.evaluate` found: exact figures of one's own records, and not for sharing.
 
     Attributes
@@ -98,7 +97,7 @@ def evaluate(
     base: str | None = None,
     device: str = "auto",
     progress: bool | Counting = True,
-) -> Evaluated:
+) -> Evaluation:
     """Evaluate a trained model on labelled records; nothing of it is sent anywhere.
 
     Parameters
@@ -153,8 +152,7 @@ def evaluate(
         assert given is not None
         ours = _model(model, base, device)
         other = None if against is None else _model(against, base, device)
-        counting = _bar(progress) if isinstance(progress, bool) else progress
-        with counting as (started, advance):
+        with counting(progress, "looking at records") as (started, advance):
             started(records, 0)
             found = evaluation.evaluate(
                 ours.loaded,
@@ -170,7 +168,7 @@ def evaluate(
                 ),
                 looking=advance,
             )
-    return Evaluated(found)
+    return Evaluation(found)
 
 
 def _name(other: Model | PathText | None) -> str:
@@ -181,19 +179,6 @@ def _name(other: Model | PathText | None) -> str:
 
 def _model(model: Model | PathText, base: str | None, device: str) -> Model:
     return model if isinstance(model, Model) else load(model, base=base, device=device)
-
-
-@contextmanager
-def _bar(visible: bool) -> Iterator[tuple[Callable[[int, int], None], Callable[[int], None]]]:
-    with bar(0, "looking at records", hidden=not visible) as shown:
-
-        def started(records: int, before: int) -> None:
-            shown.total, shown.n = records, before
-
-        def advance(records: int) -> None:
-            shown.update(records)
-
-        yield started, advance
 
 
 @contextmanager

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from silotune.api.frames import frame
-from silotune.api.progress import bar
-from silotune.errors import ColumnMissing
+from silotune.api.progress import Counting, bar, counting
+from silotune.data.columns import pieces_of
+from silotune.data.streams import format_of
+from silotune.errors import ColumnMissing, ModelError
+from silotune.inference.answers import Answered, answer_file, answers_to, fingerprint
+from silotune.inference.calibration import calibrated
+from silotune.inference.evaluated import FittedTemperature
+from silotune.inference.records import Given
+from silotune.inference.redaction import Redaction, finding
+from silotune.inference.written import WRITTEN, Answer
 from silotune.models.prediction import Prediction
+from silotune.models.sampling import GREEDY, Sampling, drawing
 from silotune.models.task import LoadedModel
 from silotune.plan.plan import Plan
 from silotune.rounds.trained import find_trained
@@ -75,10 +85,14 @@ class Model:
         The model itself, for whoever wants PyTorch: ``loaded.module``, ``loaded.tokenizer``.
     folder : Path
         The adapter's folder.
+    settings : mapping
+        What was chosen by `answering`.
     """
 
-    def __init__(self, loaded: LoadedModel, *, folder: Path) -> None:
-        self.loaded, self.folder = loaded, folder
+    def __init__(
+        self, loaded: LoadedModel, *, folder: Path, settings: Mapping[str, Any] | None = None
+    ) -> None:
+        self.loaded, self.folder, self.settings = loaded, folder, dict(settings or {})
 
     def __repr__(self) -> str:
         return f"<silotune model {self.loaded.description}>"
@@ -154,6 +168,133 @@ class Model:
         if hasattr(examples, "to_dict"):
             found.index = examples.index
         return found
+
+    def answering(
+        self,
+        *,
+        sampling: Sampling = GREEDY,
+        threshold: float | None = None,
+        temperature: str | PathLike[str] | None = None,
+    ) -> Model:
+        """The same model, answering in another way.
+
+        Parameters
+        ----------
+        sampling : Sampling
+            Of a language model: how its answers are drawn.
+        threshold : float, optional
+            Of token classification: how likely it must be that a word is part of anything.
+        temperature : path, optional
+            ``temperature.json`` of an evaluation: calibrates probabilities.
+
+        Raises
+        ------
+        ModelError
+            The task has no such setting.
+        TemperatureUnfit
+            The temperature is another model's.
+
+        Examples
+        --------
+        >>> import silotune
+        >>> silotune.load("runs/small", device="cpu").answering(threshold=0.2)
+        Traceback (most recent call last):
+        ...
+        silotune.errors.ModelError: ST-300 text_classification finds nothing in a text
+        """
+        model, settings, task = self.loaded, dict(self.settings), self.plan.task
+        if sampling != GREEDY:
+            if not task.generates:
+                raise ModelError(f"{self.plan.model.task} writes no text")
+            model, settings["sampling"] = drawing(model, sampling), repr(sampling)
+        if threshold is not None:
+            if not task.each_token:
+                raise ModelError(f"{self.plan.model.task} finds nothing in a text")
+            model, settings["threshold"] = finding(model, threshold=threshold), threshold
+        if temperature is not None:
+            fitted = FittedTemperature.read(Path(temperature), model=fingerprint(model))
+            model, settings["temperature"] = calibrated(model, fitted.value), fitted.value
+        return Model(model, folder=self.folder, settings=settings)
+
+    def answers(self, examples: Any) -> list[Answer | None]:
+        """What `predict_file` writes beside each example; None to one without any text."""
+        return answers_to(self.loaded, by_role(examples, self.roles))
+
+    def predict_file(
+        self,
+        data: str | PathLike[str],
+        out: str | PathLike[str] | None = None,
+        *,
+        columns: Mapping[str, str] | None = None,
+        prefix: str = "",
+        redact: bool = False,
+        force: bool = False,
+        progress: bool | Counting = True,
+    ) -> Answered:
+        """Write a file's records again, each with the model's answer; a killed call goes on.
+
+        Parameters
+        ----------
+        data : path
+            CSV, JSON lines, Parquet and others, perhaps packed.
+        out : path, optional
+            Ends in .csv, .jsonl or .parquet; ``NAME.predictions.csv`` beside the data by default.
+        columns : mapping of str to str, optional
+            The column of each role, where it is not called like the role.
+        prefix : str
+            Before the names of the added columns.
+        redact : bool
+            Of token classification: texts are written with marks in place of what is found.
+        force : bool
+            Begin anew, whatever is there.
+        progress : bool or context manager
+            As for `silotune.evaluate`.
+
+        Raises
+        ------
+        AnswersInTheWay
+            `out` is there, or begun for another model, input or settings.
+        DataError
+            The records can't be read.
+
+        Examples
+        --------
+        >>> import silotune
+        >>> model = silotune.load("runs/small", device="cpu")
+        >>> done = model.predict_file("notes.csv", columns={"text": "note"}, progress=False)
+        >>> done.out.name, done.records
+        ('notes.predictions.csv', 20)
+        """
+        named = {role: role for role in self.roles} | dict(columns or {})
+        redaction = self._redaction(named) if redact else None
+        with counting(progress, "answering") as (started, advance):
+            done = answer_file(
+                self.loaded,
+                Given(path=Path(data), roles=named),
+                _beside(Path(data)) if out is None else Path(out),
+                prefix=prefix,
+                options=self.settings | ({"redact": True} if redact else {}),
+                revise=redaction or (lambda block, answers: block),
+                force=force,
+                started=started,
+                advance=advance,
+            )
+        return done if redaction is None else replace(done, found=dict(redaction.found))
+
+    def _redaction(self, columns: Mapping[str, str]) -> Redaction:
+        if not self.plan.task.each_token:
+            raise ModelError(f"{self.plan.model.task} finds nothing in a text")
+        column = columns[self.roles[0]]
+        if pieces_of(column) is not None:
+            raise ColumnMissing("one column is redacted, and not a text of several")
+        return Redaction(column)
+
+
+def _beside(data: Path) -> Path:
+    """``notes.predictions.csv`` for ``notes.csv`` and ``notes.csv.gz``."""
+    kind = format_of(data)
+    end = f".{kind}" if kind in WRITTEN else ".csv"
+    return data.with_name(f"{data.name.split('.')[0]}.predictions{end}")
 
 
 def roles_asked(plan: Plan) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -15,6 +15,8 @@ from silotune.terminal import headed, terminal
 
 Listener = Callable[[Mapping[str, Any]], None]
 Say = Callable[[str], None]
+Counting = AbstractContextManager[tuple[Callable[[int, int], None], Callable[[int], None]]]
+"""Tells, by two functions, how many records there are, done already included, and were looked at."""
 
 
 def silent(said: object) -> None:
@@ -73,6 +75,26 @@ def bar(total: int, title: str, *, hidden: bool = False) -> Iterator[Any]:
         from tqdm.auto import tqdm
     with tqdm(total=total, desc=title, disable=hidden, dynamic_ncols=True) as shown:
         yield shown
+
+
+def counting(progress: bool | Counting, title: str) -> Counting:
+    """What tells how far records have come: what was given, or a bar that is shown or not."""
+    return _bar(title, hidden=not progress) if isinstance(progress, bool) else progress
+
+
+@contextmanager
+def _bar(
+    title: str, *, hidden: bool
+) -> Iterator[tuple[Callable[[int, int], None], Callable[[int], None]]]:
+    with bar(0, title, hidden=hidden) as shown:
+
+        def started(records: int, before: int) -> None:
+            shown.total, shown.n = records, before
+
+        def advance(records: int) -> None:
+            shown.update(records)
+
+        yield started, advance
 
 
 class _Rounds:

@@ -144,11 +144,11 @@ def _tell_methods(run: Path) -> None:
 
 def _tell_redacted(run: Path, note: str) -> None:
     """A new note before and after."""
+    from silotune.api.model import load
     from silotune.inference.redaction import in_words, moved, redacted
-    from silotune.rounds.trained import load_trained
 
-    model = load_trained(run)
-    (answer,) = model.task.predict(model, [{"text": note}])
+    model = load(run)
+    (answer,) = model.predict([note])
     spans = [moved(span, 0) for span in cast(Sequence[Mapping[str, Any]], answer.output)]
     counts = Counter(span.label for span in spans)
     console = terminal()

@@ -38,15 +38,10 @@ def explain(  # noqa: PLR0917 - one a command-line option
 
     It prints records: for this site's own people.
     """
-    from silotune.inference import explanation
-    from silotune.rounds.trained import find_trained
+    from silotune.api.explaining import explain as explained
 
-    explanation.require_captum()
-    trained = find_trained(run)
-    model = trained.load(base=base, device=device)
-    first = trained.plan.task.reads[0] if trained.plan.task.reads else "text"
-    for text in texts:
-        found = explanation.explain(model, {first: text}, label=label)
+    found_all = explained(run, texts, label=label, base=base, device=device)
+    for text, found in zip(texts, found_all, strict=True):
         if as_json:
             typer.echo(json.dumps({"text": text, **asdict(found)}))
         else:

@@ -10,7 +10,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,10 +21,9 @@ from silotune.errors import DatasetUnreadable
 from silotune.terminal import say, terminal
 
 if TYPE_CHECKING:
+    from silotune.api.model import Model
     from silotune.inference.answers import Answered
-    from silotune.inference.redaction import Redaction
     from silotune.inference.written import Answer
-    from silotune.models.task import LoadedModel
 
 _DELIMITERS = ",;\t|"
 _NONE = "\x1f"  # a delimiter that no text has: every line is one field
@@ -174,56 +172,44 @@ def predict(  # noqa: PLR0917 - one a command-line option
     With --redact the text itself is replaced, everything else of it stays as it is, and how much was
     found of each label is told at the end. A model misses some: have people look at what matters.
     """
-    from silotune.inference.redaction import finding
-    from silotune.rounds.trained import find_trained
+    from silotune.api.model import load, plan_of
 
-    trained = find_trained(run)
+    plan = plan_of(run)
+    facts, named = plan.task, plan.model.task
     for option in ["--redact"] * redact + ["--threshold"] * (threshold is not None):
-        if not trained.plan.task.each_token:
-            raise typer.BadParameter(
-                f"{trained.plan.model.task} finds nothing in a text", param_hint=option
-            )
-    roles = named_columns(columns or [], trained.plan.task.reads)
-    first = next(iter(roles))
+        if not facts.each_token:
+            raise typer.BadParameter(f"{named} finds nothing in a text", param_hint=option)
+    settings = {"sample": sample, "top_p": top_p, "max_new_tokens": max_new_tokens, "seed": seed}
+    for key in (key for key, value in settings.items() if value != _GREEDY[key]):
+        if not facts.generates:
+            option = f"--{key.replace('_', '-')}"
+            raise typer.BadParameter(f"{named} writes no text", param_hint=option)
+    roles = named_columns(columns or [], facts.reads)
 
-    drawing = {
-        "sample": sample,
-        "top_p": top_p,
-        "max_new_tokens": max_new_tokens,
-        "seed": seed,
-    }
-    drawing = {key: value for key, value in drawing.items() if value != _GREEDY[key]}
-    for key in drawing:
-        if not trained.plan.task.generates:
-            raise typer.BadParameter(
-                f"{trained.plan.model.task} writes no text", param_hint=f"--{key.replace('_', '-')}"
-            )
+    def model() -> Model:
+        from silotune.models.sampling import Sampling
 
-    def model() -> LoadedModel:
-        loaded = _drawing(trained.load(base=base, device=device), drawing)
-        loaded = finding(loaded, threshold=threshold)
-        return loaded if temperature is None else _calibrated(loaded, temperature)
+        sampling = Sampling(
+            temperature=sample, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed
+        )
+        loaded = load(run, base=base, device=device)
+        return loaded.answering(sampling=sampling, threshold=threshold, temperature=temperature)
 
     if data is not None:
         if texts:
             raise typer.BadParameter("give texts or --data")
-        redaction = _redaction(roles[first]) if redact else None
-        options: dict[str, Any] = dict(drawing)
-        if trained.plan.task.each_token:
-            options["threshold"] = threshold
-        if temperature is not None:
-            options["temperature"] = temperature.read_text() if temperature.is_file() else ""
-        _answer_file(
-            model(),
+        if redact:
+            _require_one_column(roles)
+        found = model().predict_file(
             data,
             out,
-            roles,
-            redaction,
+            columns=roles,
             prefix=prefix,
+            redact=redact,
             force=force,
-            options=options,
-            as_json=as_json,
+            progress=counted("answering"),
         )
+        _tell(found, plan.model.labels if redact else None, as_json=as_json)
         return
     shown = _print_redacted if redact else _print
     if texts and texts != ["-"]:
@@ -241,17 +227,6 @@ _GREEDY: Mapping[str, float | None] = {
     "max_new_tokens": None,
     "seed": None,
 }
-
-
-def _drawing(model: LoadedModel, settings: Mapping[str, Any]) -> LoadedModel:
-    """The model with other settings of how its answers are drawn."""
-    from silotune.models.sampling import Sampling
-
-    if not settings:
-        return model
-    task: Any = model.task
-    named = {"temperature" if key == "sample" else key: value for key, value in settings.items()}
-    return replace(model, task=replace(task, sampling=Sampling(**named)))
 
 
 def named_columns(given: Sequence[str], roles: Sequence[str]) -> dict[str, str]:
@@ -283,83 +258,30 @@ def _in_turn(texts: Sequence[str], roles: Sequence[str]) -> list[dict[str, str]]
     ]
 
 
-def _answer_file(
-    model: LoadedModel,
-    data: Path,
-    out: Path | None,
-    roles: Mapping[str, str],
-    redaction: Redaction | None,
-    *,
-    prefix: str,
-    force: bool,
-    options: Mapping[str, Any],
-    as_json: bool,
-) -> None:
-    from silotune.inference.answers import answer_file
-    from silotune.inference.records import Given
-
-    given = Given(path=data, roles=roles)
-    with counted("answering") as (started, advance):
-        found = answer_file(
-            model,
-            given,
-            out or _beside(data),
-            prefix=prefix,
-            options=options,
-            revise=redaction or (lambda block, answers: block),
-            force=force,
-            started=started,
-            advance=advance,
-        )
-    _tell(found, redaction, model.plan.model.labels, as_json=as_json)
-
-
-def _redaction(column: str) -> Redaction:
+def _require_one_column(roles: Mapping[str, str]) -> None:
     from silotune.data.columns import pieces_of
-    from silotune.inference.redaction import Redaction
 
-    if pieces_of(column) is not None:
+    if pieces_of(next(iter(roles.values()))) is not None:
         raise typer.BadParameter("--redact replaces one column", param_hint="--column")
-    return Redaction(column)
 
 
-def _calibrated(model: LoadedModel, path: Path) -> LoadedModel:
-    """The model with the temperature in a file, which was fitted for it."""
-    from silotune.inference.answers import fingerprint
-    from silotune.inference.calibration import calibrated
-    from silotune.inference.evaluated import FittedTemperature
-
-    return calibrated(model, FittedTemperature.read(path, model=fingerprint(model)).value)
-
-
-def _beside(data: Path) -> Path:
-    """``notes.predictions.csv`` for ``notes.csv`` and ``notes.csv.gz``."""
-    from silotune.data.streams import format_of
-    from silotune.inference.written import WRITTEN
-
-    kind = format_of(data)
-    end = f".{kind}" if kind in WRITTEN else ".csv"
-    return data.with_name(f"{data.name.split('.')[0]}.predictions{end}")
-
-
-def _tell(
-    found: Answered, redaction: Redaction | None, labels: Sequence[str], *, as_json: bool
-) -> None:
+def _tell(found: Answered, redacted: Sequence[str] | None, *, as_json: bool) -> None:
+    """What was written; of redacted texts, how much was found of each label."""
     if as_json:
         shown = {
             "out": str(found.out),
             "records": found.records,
             "empty": found.empty,
             "answered_before": found.before,
-            **({"found": dict(redaction.found)} if redaction else {}),
+            **({} if redacted is None else {"found": dict(found.found)}),
         }
         typer.echo(json.dumps(shown))
         return
     empty = f", {found.empty} of which are empty and have no answer" if found.empty else ""
     before = f"; {found.before:,} were answered before" if found.before else ""
     say(f"Wrote {found.out}: {found.records:,} records{empty}{before}.")
-    if redaction:
-        _tell_found(redaction.found, labels)
+    if redacted is not None:
+        _tell_found(found.found, redacted)
 
 
 def _tell_found(found: Mapping[str, int], labels: Sequence[str]) -> None:
@@ -452,13 +374,11 @@ def _of_lines(content: bytes) -> list[str]:
     return [row[0] if row else "" for row in rows]
 
 
-def _print(model: LoadedModel, blocks: Iterator[Examples], several: int, as_json: bool) -> None:
+def _print(model: Model, blocks: Iterator[Examples], several: int, as_json: bool) -> None:
     """Print the answers, one a record."""
-    from silotune.inference.answers import answers_to
-
     facts, number = model.plan.task, 0
     for examples in blocks:
-        for example, answer in zip(examples, answers_to(model, examples), strict=True):
+        for example, answer in zip(examples, model.answers(examples), strict=True):
             number += 1
             text = " ".join(example.values())
             if as_json:
@@ -471,16 +391,13 @@ def _print(model: LoadedModel, blocks: Iterator[Examples], several: int, as_json
                 typer.echo(_shown(answer, text))
 
 
-def _print_redacted(
-    model: LoadedModel, blocks: Iterator[Examples], several: int, as_json: bool
-) -> None:
+def _print_redacted(model: Model, blocks: Iterator[Examples], several: int, as_json: bool) -> None:
     """Print texts without what was found in them; one text alone byte for byte."""
-    from silotune.inference.answers import answers_to
     from silotune.inference.redaction import moved, redacted
 
     found: Counter[str] = Counter()
     for examples in blocks:
-        for example, answer in zip(examples, answers_to(model, examples), strict=True):
+        for example, answer in zip(examples, model.answers(examples), strict=True):
             (text,) = example.values()
             spans = [moved(span, 0) for span in answer["prediction"]] if answer else []
             own = Counter(span.label for span in spans)

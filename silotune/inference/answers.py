@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import IO, Any
@@ -53,12 +53,15 @@ class Answered:
     records, empty, before : int
         Records; those of them that are empty and have no answer; and those that an earlier call had
         answered.
+    found : mapping of str to int
+        How much was taken out of texts, by label; empty where they stay as they are.
     """
 
     out: Path
     records: int
     empty: int
     before: int
+    found: Mapping[str, int] = field(default_factory=dict)
 
 
 def fingerprint(model: LoadedModel) -> str:

@@ -267,7 +267,7 @@ def build(
 
 def routes(model: Model, limits: Limits, counted: Counted) -> FastAPI:
     """The routes, without the guard before them."""
-    batcher = Batcher[Asked](
+    batcher = Batcher[AskedExample](
         lambda asked: _answers(model.loaded, asked),
         most=limits.batch,
         waiting=limits.waiting,
@@ -300,14 +300,14 @@ def routes(model: Model, limits: Limits, counted: Counted) -> FastAPI:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class AskedExample:
     """An example, and how its answer is drawn; as the task usually does when None."""
 
     example: Mapping[str, str]
     sampling: Sampling | None = None
 
 
-def _answers(model: LoadedModel, asked: Sequence[Asked]) -> list[Prediction]:
+def _answers(model: LoadedModel, asked: Sequence[AskedExample]) -> list[Prediction]:
     """Predictions in order; what is drawn alike is computed together."""
     found: dict[int, Prediction] = {}
     for sampling in dict.fromkeys(one.sampling for one in asked):
@@ -321,11 +321,11 @@ def _answers(model: LoadedModel, asked: Sequence[Asked]) -> list[Prediction]:
 class _Answerer:
     """A model behind its queue."""
 
-    def __init__(self, model: Model, batcher: Batcher[Asked]) -> None:
+    def __init__(self, model: Model, batcher: Batcher[AskedExample]) -> None:
         self.model, self.batcher, self.plan = model, batcher, model.plan
         self.name = self.plan.plan.name
 
-    async def ask(self, asked: Sequence[Asked]) -> list[Prediction]:
+    async def ask(self, asked: Sequence[AskedExample]) -> list[Prediction]:
         """Predictions, or `ServerBusy` when the deadline is over."""
         answer = self.batcher.ask(asked)
         try:
@@ -417,7 +417,7 @@ _ASKED = _pick(400, 401, 413, 422, 500, 503)
 
 def _classify(app: FastAPI, served: _Answerer) -> None:
     async def predict(asked: Any) -> PredictReply:
-        rows = [Asked(example=example.model_dump()) for example in asked.examples]
+        rows = [AskedExample(example=example.model_dump()) for example in asked.examples]
         found = await served.ask(rows)
         return PredictReply(
             model=served.name,
@@ -451,7 +451,7 @@ def _chat(app: FastAPI, served: _Answerer) -> None:
     async def complete(asked: Annotated[ChatRequest, Body()]) -> Response:
         example = conversation(asked.messages, served.plan)
         sampling = await asyncio.to_thread(sampling_of, asked, example, served.model.loaded)
-        (answer,) = await served.ask([Asked(example=example, sampling=sampling)])
+        (answer,) = await served.ask([AskedExample(example=example, sampling=sampling)])
         reply = ChatReply(
             id=f"chatcmpl-{uuid.uuid4().hex}",
             created=int(time.time()),
