@@ -5,7 +5,7 @@ From Python::
     import silotune
 
     run = silotune.simulate("hospitals/plan.toml")
-    run.scores.to_frame()
+    run.scores()
     silotune.load(run).predict(["chronic kidney disease, stage 4"])
 
 Everything here is loaded when it is first used: to import the package imports no library.
@@ -24,7 +24,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 if TYPE_CHECKING:
     from silotune.api.comparison import Comparison, compare
-    from silotune.api.evaluating import Evaluation, evaluate
+    from silotune.api.evaluating import EvaluatedModel, evaluate
     from silotune.api.explaining import explain
     from silotune.api.exporting import ExportedAdapter, export_adapter
     from silotune.api.model import Model, load
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Comparison": "api.comparison",
-    "Evaluation": "api.evaluating",
+    "EvaluatedModel": "api.evaluating",
     "ExportedAdapter": "api.exporting",
     "Model": "api.model",
     "Plan": "plan.plan",
@@ -53,7 +53,7 @@ _HOME = {
 
 __all__ = [
     "Comparison",
-    "Evaluation",
+    "EvaluatedModel",
     "ExportedAdapter",
     "Model",
     "Plan",

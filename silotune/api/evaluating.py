@@ -27,7 +27,7 @@ PathText = str | PathLike[str]
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvaluatedModel:
     """What `silotune.evaluate` found: exact figures of one's own records, and not for sharing.
 
     Attributes
@@ -97,7 +97,7 @@ def evaluate(
     base: str | None = None,
     device: str = "auto",
     progress: bool | Counting = True,
-) -> Evaluation:
+) -> EvaluatedModel:
     """Evaluate a trained model on labelled records; nothing of it is sent anywhere.
 
     Parameters
@@ -168,7 +168,7 @@ def evaluate(
                 ),
                 looking=advance,
             )
-    return Evaluation(found)
+    return EvaluatedModel(found)
 
 
 def _name(other: Model | PathText | None) -> str:

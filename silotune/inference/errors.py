@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from silotune.errors import SilotuneError
+from silotune.errors import RunError
 
 
-class AnswersInTheWay(SilotuneError):
+class AnswersInTheWay(RunError):
     """Answers would be written over a file, or behind those of something else."""
 
     code, exit_code = "ST-660", 60
@@ -14,7 +14,7 @@ class AnswersInTheWay(SilotuneError):
     advice = "Give another --out, or --force to begin anew."
 
 
-class TemperatureUnfit(SilotuneError):
+class TemperatureUnfit(RunError):
     """A temperature file can't be used with a model."""
 
     code, exit_code = "ST-661", 60
