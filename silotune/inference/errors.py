@@ -8,7 +8,7 @@ from silotune.errors import RunError
 class AnswersInTheWay(RunError):
     """Answers would be written over a file, or behind those of something else."""
 
-    code, exit_code = "ST-660", 60
+    code = "ST-660"
     title = "Other answers are in the place of these"
     cause = "A file is there already, or what was begun there had another model, input or options."
     advice = "Give another --out, or --force to begin anew."
@@ -17,7 +17,7 @@ class AnswersInTheWay(RunError):
 class TemperatureUnfit(RunError):
     """A temperature file can't be used with a model."""
 
-    code, exit_code = "ST-661", 60
+    code = "ST-661"
     title = "The temperature is not this model's"
     cause = "The file is missing, damaged, or was fitted for another adapter."
     advice = "Fit one: silotune evaluate RUN --data FILE --out FOLDER writes temperature.json."

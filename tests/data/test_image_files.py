@@ -79,7 +79,7 @@ def test_a_copy_is_on_the_same_side_whatever_it_is_called_and_however_it_is_pack
     sides = found.split.tolist()
     assert set(sides) == {0, 1, 2}
     assert sides[:60] == sides[60:]
-    assert find_look_alikes(found).found == 0  # none across the split
+    assert find_look_alikes(found, image_plan(config.parent)).found == 0  # none across the split
     looked = examine(SiteConfig.load(config), "scans", plan=None)
     assert looked.resemblance.copies == 60
     assert looked.lengths is None

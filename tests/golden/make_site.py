@@ -461,6 +461,28 @@ def plans_of_heads(folder):
     _write_plans(folder, {"cosines": text})
 
 
+@makes("plans_of_tasks")
+def plans_of_tasks(folder):
+    """The later tasks, an adapter to go on with and weights in few bits: every key of them."""
+    labels, generates = 'labels = ["a", "b"]', 'task = "causal_lm"'
+    bare = _PLANS["bare"]
+    written = bare.replace(f"{labels}\n", "").replace('task = "text_classification"', generates)
+    around = 'system = "S: {content}\\n", user = "U: {content}\\n", assistant = "A: {content}\\n"'
+    chat = f'system = "Be brief."\nrecords = "prompts"\ntemplate = {{ {around} }}'
+    several = f'{labels}\nmulti_label = true\nclass_weights = {{ b = 2.5 }}\nquantization = "nf4"'
+    start = f'[lora]\nscaling = "rslora"\nstart = {{ adapter = "earlier", sha256 = "{"ab" * 32}" }}'
+    numbers = "target = { lower = 0.0, upper = 90.0, edges = [30.0, 60.0] }"
+    texts = {
+        "chats": written.replace("[data]", f"[model.chat]\n{chat}\n[data]"),
+        "several": bare.replace(labels, several).replace("[data]", f"{start}\n[data]"),
+        "numbers": bare.replace(labels, numbers).replace("text_classification", "text_regression"),
+        "spans": bare.replace("text_classification", "token_classification").replace(
+            'dataset = "notes"', 'dataset = "notes"\nmax_windows = 3'
+        ),
+    }
+    _write_plans(folder, texts)
+
+
 def _write_plans(folder, texts):
     for name, text in texts.items():
         (folder / f"{name}.toml").write_text(text)

@@ -245,6 +245,7 @@ def coordinator_config(path):
 # --- plans, messages and events ---
 
 
+@reads("plans_of_tasks")
 @reads("plans_that_count")
 @reads("plans_of_heads")
 @reads("plans_of_sites")

@@ -545,5 +545,5 @@ def test_units_must_fit_the_batch(units, n_units, match):
 def test_a_mean_loss_is_refused():
     model = toy()
     _, engine = engine_for(model)
-    with pytest.raises(ValueError, match="one a sequence"):
+    with pytest.raises(ValueError, match="one a record"):
         engine.accumulate(toy_losses(model, sequences(3)).mean())

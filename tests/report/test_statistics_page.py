@@ -30,6 +30,7 @@ def directory(tmp_path_factory):
             listener=lambda event: None,
             overrides={
                 **SECURE,
+                "plan.seed": 5,  # the noise of a label that nobody has may pass the floor
                 "model.labels": ["asthma", "gout", HOSTILE],
                 "plan.purpose": f"See {HOSTILE}",
             },
