@@ -234,6 +234,92 @@ def images(
     tell_next(f"The report is {run / 'report.html'}.", [f"silotune predict {run} {image}"])
 
 
+@demo.command("letters")
+def letters(
+    folder: Annotated[Path, typer.Argument(help="Folder to make.")] = Path("letters"),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A tiny random model: done in a minute, learns little.")
+    ] = False,
+    write_only: Annotated[
+        bool, typer.Option("--write-only", help="Write letters, model and plan, and train nothing.")
+    ] = False,
+    force: Force = False,
+) -> None:
+    """Three hospitals teach SmolLM2-135M to write their letters from a few facts, as chats.
+
+    Every letter is made up: there is no patient in it, and what a model reaches on it says nothing of
+    real letters. The plan trains at epsilon 8 for each chat, under secure aggregation; beside it stand
+    each hospital alone, pooled letters and the model as it came. On a laptop's processor it takes about
+    half an hour; --quick shows the way on a model that can't write.
+    """
+    from silotune.data.demo_letters import example_question, write_letters
+
+    make_way(folder, force=force)
+    written = write_letters(folder, quick=quick)
+    told = (
+        f"Wrote {sum(written.records):,} chats of {len(written.sites)} hospitals to {folder}. Every "
+        "letter is made up: no patient is in them."
+    )
+    if write_only:
+        tell_next(told, [
+            f"silotune data check {written.sites[0]}/site.toml --plan {written.plan}",
+            f"silotune plan check {written.plan}",
+            f"silotune simulate {written.plan} --baselines",
+        ])  # fmt: skip
+        return
+    terminal().print(told)
+    from silotune.api.simulating import simulate
+
+    run = simulate(written.plan, runs=folder / "runs", baselines=True).folder
+    _tell_losses(run)
+    _tell_written(run, example_question())
+    tell_next(f"The report is {run / 'report.html'}.", [
+        f"silotune predict {run} '{example_question()}'",
+        f"silotune serve {run}",
+    ])  # fmt: skip
+
+
+def _tell_losses(run: Path) -> None:
+    """The loss of every model on all hospitals' held-out letters, and on those of each."""
+    from silotune.rounds.run_directory import RunDirectory
+
+    found = {row["key"]: row for row in RunDirectory(run).read_json("results.json")["methods"]}
+    own = found["own"]["everywhere"]
+    rows = {
+        "the model as it came": found["base"]["test"],
+        **{f"trained at {site} alone": scores for site, scores in own.items()},
+        "federated": found["federated"]["test"],
+        "trained on pooled letters": found["pooled"]["test"],
+    }
+    table = Table("", "loss a token, all hospitals' new letters", box=None)
+    table.columns[1].justify = "right"
+    for title, scores in rows.items():
+        table.add_row(title, f"{scores['loss']:.3f}")
+    terminal().print(table)
+
+
+def _tell_written(run: Path, question: str) -> None:
+    """What the model makes of new facts, before training and after."""
+    from silotune.rounds.trained import load_trained
+
+    model = load_trained(run)
+    asked = [{"messages": question}]
+    with model.module.peft.disable_adapter():
+        (before,) = model.task.predict(model, asked)
+    (after,) = model.task.predict(model, asked)
+    console = terminal()
+    for heading, text in (
+        ("A new letter is asked for", question),
+        ("The model as it came writes", before.output),
+        ("The federated model writes", after.output),
+    ):
+        console.print(f"\n{heading}:", style="bold")
+        # What a model writes may have control characters, which a terminal would obey.
+        told = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in str(text).strip())
+        console.print(Text(told))
+    console.print()
+
+
 def make_way(folder: Path, *, force: bool) -> None:
     """See to it that a demo can be written into a folder.
 
