@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +31,7 @@ from silotune.data.statistics import CountTokens, site_sums
 from silotune.models.adapter import write_adapter
 from silotune.models.base import load_model, outline
 from silotune.models.batching import Encoded, padding_id
+from silotune.models.chat import unshown
 from silotune.models.choices import Choices
 from silotune.models.features import Frozen, compute_frozen
 from silotune.models.layout import Layout, statistics_layout
@@ -241,7 +242,8 @@ class LocalTraining:
         """The site's records."""
         site, plan = self.job.site, self.job.plan
         secret = self.job.secret()
-        found = load_records(site, plan, roles=plan.roles, secret=secret)
+        checked = None if plan.model.chat is None else self._unshown
+        found = load_records(site, plan, roles=plan.roles, secret=secret, unshown=checked)
         self._models.forget_other_content(site, plan, found.content)
         self.job.on_records(
             RecordsRead(
@@ -252,6 +254,12 @@ class LocalTraining:
             )
         )
         return found
+
+    def _unshown(self, examples: Sequence[Mapping[str, str]]) -> list[int]:
+        plan = self.job.plan
+        assert plan.model.chat is not None
+        tokenizer = self.trainable.model.tokenizer
+        return unshown(examples, tokenizer, plan.model.chat, limit=plan.data.max_length)
 
     @cached_property
     def encoded(self) -> Encoded:

@@ -25,14 +25,14 @@ from silotune.data.flattery import measure_flattery
 from silotune.data.identifiers import Sighting, find_identifiers
 from silotune.data.image_files import CONTENT
 from silotune.data.names import find_names
-from silotune.data.records import Records, Split, load_records
+from silotune.data.records import Records, Split, Unshown, load_records
 from silotune.data.remarks import remarks_on
 from silotune.data.roles import read_roles
 from silotune.data.site import DatasetConfig, SiteConfig
 from silotune.data.targets import bins, has_kinds, kind_of, labels_in, number_of, read_of
 from silotune.errors import ColumnMissing, ModelNotFound
 from silotune.plan.plan import Plan
-from silotune.plan.tasks import SEVERAL, TASKS
+from silotune.plan.tasks import SEVERAL, TASKS, of_chats
 
 Advance = Callable[[], None]
 Stage = Callable[[str, int], Advance]
@@ -77,16 +77,36 @@ def examine(
     asked = plan or _usual_plan(site, name, dataset, secret)
     roles = asked.roles
     done = stage("reading", 1)
-    records = load_records(site, asked, roles=roles, secret=secret, augment=False)
+    unshown = _unshown(site, plan)
+    records = load_records(site, asked, roles=roles, secret=secret, augment=False, unshown=unshown)
     done()
     looked = _Look(site, asked, records, stage, given=plan is not None, names=names)
     found = looked.examination(name, dataset)
     if dataset.augmentation is not None:
         done = stage("making versions", 1)
-        every = load_records(site, asked, roles=roles, secret=secret)
+        every = load_records(site, asked, roles=roles, secret=secret, unshown=unshown)
         found = replace(found, versions=len(every) - len(records))
         done()
     return replace(found, remarks=tuple(remarks_on(found)))
+
+
+def _unshown(site: SiteConfig, plan: Plan | None) -> Unshown | None:
+    """Finds chats that the plan's model can't be shown, if its tokenizer is here."""
+    if plan is None or (chat := plan.model.chat) is None or (t := _tokenizer(site, plan)) is None:
+        return None
+    from silotune.models.chat import unshown
+
+    return lambda examples: unshown(examples, t, chat, limit=plan.data.max_length)
+
+
+def _tokenizer(site: SiteConfig, plan: Plan) -> Any:
+    """The plan's; None if it isn't here."""
+    from silotune.models.pretrained import load_tokenizer, locate
+
+    try:
+        return load_tokenizer(locate(site.model_place(plan)))
+    except ModelNotFound:
+        return None
 
 
 def _usual_plan(site: SiteConfig, name: str, dataset: DatasetConfig, secret: bytes) -> Plan:
@@ -95,6 +115,7 @@ def _usual_plan(site: SiteConfig, name: str, dataset: DatasetConfig, secret: byt
     named = by_asked(columns)
     every = [(task, False, facts) for task, facts in TASKS.items()]
     every += [(task, True, facts) for task, facts in SEVERAL.items()]
+    every += [("causal_lm", False, of_chats(TASKS["causal_lm"]))]
     fitting = [found for found in every if found[2].roles <= set(named)]
     if not fitting:
         known = ", or ".join(" and ".join(sorted(facts.roles)) for _, _, facts in every)
@@ -102,6 +123,8 @@ def _usual_plan(site: SiteConfig, name: str, dataset: DatasetConfig, secret: byt
     # Of several that it would do for, the one that needs most: it says most of the columns.
     task, several, facts = max(fitting, key=lambda found: len(found[2].roles))
     model: dict[str, Any] = {"base": "none", "task": task, "multi_label": several}
+    if "messages" in facts.roles:
+        model["chat"] = {}
     labels, values = list(dataset.declared_labels), list[str]()
     if not labels and not facts.generates:
         rule = rule_for(dataset, secret)
@@ -264,20 +287,20 @@ class _Look:
     def _tokens(self) -> NDArray[np.int64] | None:
         """How many tokens the plan's tokenizer makes of each record; None if it isn't here."""
         from silotune.models.batching import added_ids, bare_ids, prompt_ids
-        from silotune.models.pretrained import load_tokenizer, locate
+        from silotune.models.chat import whole_sizes
 
-        try:
-            tokenizer = load_tokenizer(locate(self._site.model_place(self._plan)))
-        except ModelNotFound:
+        if (tokenizer := _tokenizer(self._site, self._plan)) is None:
             return None
         advance, found = self._stage("counting tokens", len(self._records)), []
-        reads = self._plan.task.reads
+        reads, chat = self._plan.task.reads, self._plan.model.chat
         around = added_ids(tokenizer, texts=len(reads))
         for start in range(0, len(self._records), _CHUNK):
             part = self._records.examples[start : start + _CHUNK]
             if not self._plan.task.generates:
                 ids = (bare_ids(tokenizer, [e[role] for e in part]) for role in reads)
                 found += [sum(map(len, texts)) + around for texts in zip(*ids, strict=True)]
+            elif chat is not None:
+                found += whole_sizes(part, tokenizer, chat)
             else:
                 prompts = prompt_ids(tokenizer, [e["prompt"] for e in part])
                 responses = bare_ids(tokenizer, [e["response"] for e in part])

@@ -34,7 +34,7 @@ import hashlib
 import hmac
 import json
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cached_property
@@ -64,6 +64,9 @@ from silotune.plan.sections import TargetSection
 # Separates these hashes from any other use of the same secret. Changing it would move units that a
 # model was trained on into the test split, so it never changes.
 _DOMAIN = b"silotune split 2\0"
+Unshown = Callable[[Sequence[Mapping[str, str]]], Collection[int]]
+"""Of examples, the places of those that the model's chat template can't show."""
+
 _VARIED = ("text", "text_b", "prompt")  # texts that augmentation makes versions of
 
 
@@ -218,6 +221,7 @@ def load_records(
     roles: Collection[str],
     secret: bytes,
     augment: bool = True,
+    unshown: Unshown | None = None,
 ) -> Records:
     """Read and split the dataset that a plan asks a site for, without what doesn't fit.
 
@@ -237,6 +241,8 @@ def load_records(
         The site's own, from which the split's salt is derived.
     augment : bool
         False for the records of the source alone.
+    unshown : callable, optional
+        Finds chats that the model can't be shown: they are left out, too.
 
     Returns
     -------
@@ -264,6 +270,10 @@ def load_records(
         look_at_images(sieve, folder=site.images_of(dataset), column=columns["image"])
     if plan.model.target is not None:
         _drop_beyond(sieve, columns["value"], plan.model.target)
+    if "messages" in columns:
+        _drop_unanswered(sieve, columns["messages"])
+    if unshown is not None:
+        _drop_unshown(sieve, sorted(roles), unshown)
     if "split" in columns:
         _drop_torn(sieve, "split", "on another side of the split")
     if plan.data.split_by == "group":
@@ -337,6 +347,24 @@ def _drop_beyond(sieve: Sieve, column: str, target: TargetSection) -> None:
     sieve.drop(none, "value is not a number", column)
     beyond = [row for row, n in numbers.items() if not target.lower <= n <= target.upper]
     sieve.drop([*{*beyond} - {*none}], "value is not within model.target", column)
+
+
+def _drop_unanswered(sieve: Sieve, column: str) -> None:
+    """Chats from which nothing would be learned."""
+    chats = sieve.column("messages")
+    silent = [
+        row
+        for row in sieve.rows()
+        if all(turn["role"] != "assistant" for turn in json.loads(chats[row]))
+    ]
+    sieve.drop(silent, "a chat without a turn of an assistant", column)
+
+
+def _drop_unshown(sieve: Sieve, roles: Sequence[str], unshown: Unshown) -> None:
+    rows, values = sieve.rows(), [sieve.column(role) for role in roles]
+    shown = [dict(zip(roles, (of[row] for of in values), strict=True)) for row in rows]
+    dropped = [rows[place] for place in unshown(shown)]
+    sieve.drop(dropped, "a chat that the model's chat template can't show")
 
 
 def _drop_torn(sieve: Sieve, role: str, elsewhere: str) -> None:

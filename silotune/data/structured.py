@@ -21,6 +21,7 @@ from typing import Any
 from silotune.data.json_records import decoder
 from silotune.data.values import NEWEST
 from silotune.models.spans import TextSpan, written
+from silotune.plan.chat import ROLES
 
 Naming = Callable[[str], str | None]
 """The plan's name of a label; "" where the site wants none of it, None where it is unknown."""
@@ -153,7 +154,7 @@ def messages_text(value: str) -> str:
     Raises
     ------
     Unfit
-        It is no list of such, or has none.
+        It is no list of such, has none, or one whose role is unknown.
     """
     problem = "no list of role and content"
     listed = [
@@ -162,6 +163,8 @@ def messages_text(value: str) -> str:
     ]
     if not listed:
         raise Unfit(problem)
+    if any(turn["role"] not in ROLES for turn in listed):
+        raise Unfit(f"a turn whose role is none of {', '.join(ROLES)}")
     return json.dumps(listed, ensure_ascii=False, separators=(",", ":"))
 
 

@@ -10,6 +10,7 @@ exactly what Transformers makes of it; a plan's template is two texts around eac
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,9 +24,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from silotune.errors import ChatRefused, LengthRefused
 from silotune.models.batching import bare_ids, end_id, leading_ids
-from silotune.plan.chat import PLACE, ChatSection, Turns
+from silotune.plan.chat import PLACE, ROLES, ChatSection, Turns
 
-ROLES = ("system", "user", "assistant")
 _MARK = "\ue000turn {}\ue001"
 _MOST_SOURCE, _MOST_FRAME, _MOST_TURNS = 100_000, 100_000, 1000
 _DAY = datetime(2024, 7, 26)  # the day of any template that asks: a run is the same on every day
@@ -354,6 +354,35 @@ class ChatFormat:
             "the base model's chat template puts no token behind an answer that ends it",
             remedy="Say in [model.chat.template] what stands around the turns.",
         )
+
+
+def unshown(
+    examples: Sequence[Mapping[str, str]], tokenizer: Any, chat: ChatSection, *, limit: int
+) -> list[int]:
+    """The places of the examples that a base model's template can't show within so many tokens.
+
+    Raises
+    ------
+    ChatRefused
+        It can show none.
+    """
+    shown = ChatFormat(tokenizer, chat)
+    shown.require_exact()
+    found = []
+    for place, example in enumerate(examples):
+        try:
+            shown.encoded(turns_of(example, chat), limit=limit)
+        except (ChatRefused, LengthRefused):
+            found.append(place)
+    return found
+
+
+def whole_sizes(
+    examples: Sequence[Mapping[str, str]], tokenizer: Any, chat: ChatSection
+) -> list[int]:
+    """How many tokens each chat has, uncut. Raises `ChatRefused`."""
+    shown = ChatFormat(tokenizer, chat)
+    return [len(shown.encoded(turns_of(e, chat), limit=sys.maxsize)[0]) for e in examples]
 
 
 def said(role: str) -> bool:

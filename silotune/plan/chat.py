@@ -8,6 +8,9 @@ from pydantic import AfterValidator, Field
 
 from silotune.plan.document import Document
 
+ROLES = ("system", "user", "assistant")
+"""Who says something in a chat."""
+
 PLACE = "{content}"
 """Where the text of a turn stands in what a plan puts around it."""
 

@@ -154,6 +154,18 @@ def test_a_record_with_unfit_spans_is_left_out_counted_and_never_quoted(fault, t
     assert len(found.rows) == len(BAD[fault])
 
 
+def test_a_chat_with_an_unknown_role_is_left_out_counted_and_never_quoted(tmp_path):
+    odd = [{"role": "SECRET", "content": "a"}, {"role": "assistant", "content": "SECRET"}]
+    rows = [{"chat": CHAT}, {"chat": odd}, {"chat": []}, {"chat": CHAT}]
+    table = read(tmp_path, lines(tmp_path, rows), columns={"messages": "chat"})
+    assert table.rows == [1, 4]
+    told = sorted(map(str, table.faults.found))
+    assert told == [
+        "column 'chat': a turn whose role is none of system, user, assistant in row 2",
+        "column 'chat': no list of role and content in row 3",
+    ]
+
+
 def test_no_list_of_spans_is_no_annotation_and_an_empty_list_is_one(tmp_path):
     rows = [{"note": "a", "found": None}, {"note": "b", "found": []}, {"note": "c"}]
     table = read(tmp_path, lines(tmp_path, rows), columns={"text": "note", "spans": "found"})
