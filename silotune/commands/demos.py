@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -99,7 +99,14 @@ def notes(
     ])  # fmt: skip
 
 
-def _run(written: Demo, write_only: bool, what: str, about: str) -> Path | None:
+def _run(
+    written: Demo,
+    write_only: bool,
+    what: str,
+    about: str,
+    *,
+    tell: Callable[[Path], None] | None = None,
+) -> Path | None:
     """Say what was written, train on it and say what that gave; the run, unless it is only written."""
     folder = written.plan.parent
     told = f"Wrote {sum(written.records):,} {what} to {folder}. {about}"
@@ -114,7 +121,7 @@ def _run(written: Demo, write_only: bool, what: str, about: str) -> Path | None:
     from silotune.api.simulating import simulate
 
     run = simulate(written.plan, runs=folder / "runs", baselines=True).folder
-    _tell_methods(run)
+    (tell or _tell_methods)(run)
     return run
 
 
@@ -240,9 +247,7 @@ def letters(
     quick: Annotated[
         bool, typer.Option("--quick", help="A tiny random model: done in a minute, learns little.")
     ] = False,
-    write_only: Annotated[
-        bool, typer.Option("--write-only", help="Write letters, model and plan, and train nothing.")
-    ] = False,
+    write_only: WriteOnly = False,
     force: Force = False,
 ) -> None:
     """Three hospitals teach SmolLM2-135M to write their letters from a few facts, as chats.
@@ -256,22 +261,10 @@ def letters(
 
     make_way(folder, force=force)
     written = write_letters(folder, quick=quick)
-    told = (
-        f"Wrote {sum(written.records):,} chats of {len(written.sites)} hospitals to {folder}. Every "
-        "letter is made up: no patient is in them."
-    )
-    if write_only:
-        tell_next(told, [
-            f"silotune data check {written.sites[0]}/site.toml --plan {written.plan}",
-            f"silotune plan check {written.plan}",
-            f"silotune simulate {written.plan} --baselines",
-        ])  # fmt: skip
+    about = "Every letter is made up: no patient is in them."
+    run = _run(written, write_only, "chats of three hospitals", about, tell=_tell_losses)
+    if run is None:
         return
-    terminal().print(told)
-    from silotune.api.simulating import simulate
-
-    run = simulate(written.plan, runs=folder / "runs", baselines=True).folder
-    _tell_losses(run)
     _tell_written(run, example_question())
     tell_next(f"The report is {run / 'report.html'}.", [
         f"silotune predict {run} '{example_question()}'",
