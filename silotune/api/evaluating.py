@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from silotune.api.frames import frame
 from silotune.api.model import Model, load, plan_of
 from silotune.api.progress import Counting, counting
+from silotune.data.columns import STANDS_FOR
+from silotune.data.site import SiteConfig
 from silotune.inference import evaluation
 from silotune.inference.evaluated import FittedTemperature, ModelEvaluation
 from silotune.inference.figures import Bootstrap
-from silotune.inference.records import Given
+from silotune.inference.held_out import HeldOut, held_out
+from silotune.inference.records import Given, LabelledRecords
 from silotune.inference.thresholds import ThresholdRule
 from silotune.plan.plan import Plan
+from silotune.rounds.trained import find_trained
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -81,9 +85,11 @@ class EvaluatedModel:
 
 def evaluate(
     model: Model | PathText,
-    data: PathText | DataFrame,
+    data: PathText | DataFrame | None = None,
     *,
+    site: PathText | None = None,
     columns: Mapping[str, str] | None = None,
+    label_separator: str | None = None,
     unit: str | None = None,
     group: str | None = None,
     least: int = 10,
@@ -104,10 +110,16 @@ def evaluate(
     ----------
     model : Model, Run or path
         What is evaluated.
-    data : path or DataFrame
+    data : path or DataFrame, optional
         Labelled records.
+    site : path, optional
+        Instead of them, the folder of a site.toml, or the file: the test part of its dataset, as its own
+        split has it, is evaluated, and the validation part chooses temperature and threshold.
     columns : mapping of str to str, optional
-        The column of each role of the task, where it is not called like the role.
+        The column of each role of the task, where it is not called like the role; ``words`` and ``tags``
+        may stand for a text and its spans.
+    label_separator : str, optional
+        Between several labels of a record, where they are no list.
     unit : str, optional
         The column that says whose records they are: intervals are over these.
     group : str, optional
@@ -132,6 +144,10 @@ def evaluate(
         scikit-learn is not here: ``pip install 'silotune[evaluate]'``.
     DataError
         The records can't be used; the message quotes none.
+    SplitUnknown
+        The secret that tells which records a site held out is not here.
+    ValueError
+        Not one of `data` and `site` is given.
 
     Examples
     --------
@@ -143,32 +159,83 @@ def evaluate(
     np.True_
     """
     plan = model.plan if isinstance(model, Model) else plan_of(model)
-    roles = {role: role for role in (*plan.task.reads, str(plan.task.target))}
-    roles |= dict(columns or {})
-    roles |= {role: name for role, name in (("unit", unit), ("group", group)) if name is not None}
-    with _given(data, plan, roles) as given, _given(choose_on, plan, roles) as chosen:
+    given: AbstractContextManager[LabelledRecords | None]
+    chosen: AbstractContextManager[LabelledRecords | None]
+    if site is None:
+        roles = _roles(plan, columns or {}, {"unit": unit, "group": group})
+        given = _given(data, plan, roles, label_separator)
+        chosen = _given(choose_on, plan, roles, label_separator)
+        if data is None:
+            raise ValueError("give labelled records as data, or the folder of a site")
+    else:
+        if data is not None or choose_on is not None:
+            raise ValueError("a site says what is evaluated and chosen on")
+        test, validation = _held_out(model, Path(site), plan, group or "")
+        given, chosen = nullcontext(test), nullcontext(validation)
+    with given as records, chosen as choosing:
         # What is wrong with the records is told before models are loaded, which takes time.
-        records = sum(one.outline().records for one in (given, chosen) if one is not None)
-        assert given is not None
+        number = sum(one.size() for one in (records, choosing) if one is not None)
+        assert records is not None
         ours = _model(model, base, device)
         other = None if against is None else _model(against, base, device)
         with counting(progress, "looking at records") as (started, advance):
-            started(records, 0)
+            started(number, 0)
             found = evaluation.evaluate(
                 ours.loaded,
-                given,
+                records,
                 against=None if other is None else other.loaded,
                 other=_name(against),
-                choose_on=chosen,
+                choose_on=choosing,
                 wanted=evaluation.Wanted(
                     positive=positive,
                     rule=ThresholdRule.parse(threshold),
                     least=least,
-                    bootstrap=Bootstrap(draws=draws, confidence=confidence, seed=seed),
+                    bootstrap=Bootstrap(
+                        draws=draws,
+                        confidence=confidence,
+                        seed=seed,
+                        advance=_drawing(draws, started, advance),
+                    ),
+                    chosen_on="a file of its own" if site is None else "the validation part",
                 ),
                 looking=advance,
             )
     return EvaluatedModel(found)
+
+
+def _roles(
+    plan: Plan, columns: Mapping[str, str], also: Mapping[str, str | None]
+) -> dict[str, str]:
+    """The column of each role that is read."""
+    target = plan.task.target
+    needed = (*plan.task.reads, *([target] if target else []))
+    made = {STANDS_FOR[role] for role in columns if role in STANDS_FOR}
+    found = {role: role for role in needed if role not in made} | dict(columns)
+    return found | {role: name for role, name in also.items() if name is not None}
+
+
+def _held_out(
+    model: Model | PathText, site: Path, plan: Plan, group: str
+) -> tuple[HeldOut, HeldOut | None]:
+    trained = find_trained(model.folder if isinstance(model, Model) else Path(model))
+    config = SiteConfig.load(site / "site.toml" if site.is_dir() else site)
+    return held_out(config, plan, run=trained.run_folder, group=group)
+
+
+def _drawing(
+    draws: int, started: Callable[..., None], advance: Callable[[int], None]
+) -> Callable[[int], None]:
+    """Shows the draws of one set of figures after the other."""
+    drawn = 0
+
+    def drew(number: int) -> None:
+        nonlocal drawn
+        if drawn % draws == 0:
+            started(draws, 0, title="drawing for intervals")
+        drawn += number
+        advance(number)
+
+    return drew
 
 
 def _name(other: Model | PathText | None) -> str:
@@ -183,16 +250,19 @@ def _model(model: Model | PathText, base: str | None, device: str) -> Model:
 
 @contextmanager
 def _given(
-    data: PathText | DataFrame | None, plan: Plan, roles: Mapping[str, str]
+    data: PathText | DataFrame | None,
+    plan: Plan,
+    roles: Mapping[str, str],
+    separator: str | None,
 ) -> Iterator[Given | None]:
     """Records as the evaluation reads them; a data frame lies in a private file meanwhile."""
-    labels = plan.model.labels
+    read: Any = {"roles": dict(roles), "labels": plan.model.labels, "separator": separator}
     if data is None:
         yield None
     elif isinstance(data, str | PathLike):
-        yield Given(path=Path(data), roles=dict(roles), labels=labels, strict=False)
+        yield Given(path=Path(data), strict=False, **read)
     else:
         with TemporaryDirectory() as folder:
             path = Path(folder) / "records.parquet"
             data.to_parquet(path)
-            yield Given(path=path, roles=dict(roles), labels=labels, strict=False)
+            yield Given(path=path, strict=False, **read)

@@ -15,7 +15,7 @@ from silotune.terminal import headed, terminal
 
 Listener = Callable[[Mapping[str, Any]], None]
 Say = Callable[[str], None]
-Counting = AbstractContextManager[tuple[Callable[[int, int], None], Callable[[int], None]]]
+Counting = AbstractContextManager[tuple[Callable[..., None], Callable[[int], None]]]
 """Tells, by two functions, how many records there are, done already included, and were looked at."""
 
 
@@ -85,11 +85,13 @@ def counting(progress: bool | Counting, title: str) -> Counting:
 @contextmanager
 def _bar(
     title: str, *, hidden: bool
-) -> Iterator[tuple[Callable[[int, int], None], Callable[[int], None]]]:
+) -> Iterator[tuple[Callable[..., None], Callable[[int], None]]]:
     with bar(0, title, hidden=hidden) as shown:
 
-        def started(records: int, before: int) -> None:
-            shown.total, shown.n = records, before
+        def started(total: int, before: int, title: str = title) -> None:
+            shown.reset(total)
+            shown.set_description(title, refresh=False)
+            shown.update(before)
 
         def advance(records: int) -> None:
             shown.update(records)

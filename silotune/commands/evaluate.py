@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,7 @@ from rich.text import Text
 
 from silotune.commands.folder import AsJson
 from silotune.commands.predict import Base, ColumnOption, Device, Trained, counted, named_columns
+from silotune.data.columns import STANDS_FOR
 from silotune.inference.evaluated import (
     AgainstOther,
     Figure,
@@ -25,9 +27,21 @@ from silotune.terminal import headed, say, terminal
 def evaluate(  # noqa: PLR0917 - one a command-line option
     run: Trained,
     data: Annotated[
-        Path, typer.Option(help="Labelled records: .csv, .jsonl, .parquet and others.")
-    ],
+        Path | None, typer.Option(help="Labelled records: .csv, .jsonl, .parquet and others.")
+    ] = None,
+    site: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Instead of --data: the folder of a site.toml. Its dataset's test part is evaluated, "
+            "and its validation part chooses temperature and threshold.",
+        ),
+    ] = None,
     columns: ColumnOption = None,
+    label_separator: Annotated[
+        str | None,
+        typer.Option(help="Between several labels of a record, where they are no JSON list."),
+    ] = None,
     unit: Annotated[
         str | None,
         typer.Option(help="The column that says whose records they are: intervals are over these."),
@@ -74,8 +88,12 @@ def evaluate(  # noqa: PLR0917 - one a command-line option
     For labels: precision, recall, F1, AUROC and average precision of each, the confusion matrix, and how
     far probabilities are frequencies. Intervals are a bootstrap over units. A temperature (saved for
     `silotune predict --temperature`) and a threshold are chosen on one part of the units and measured on
-    the other. With --against, exact McNemar and DeLong tests. Other tasks: their own metrics. Needs
-    `pip install 'silotune[evaluate]'`.
+    the other. With --against, exact McNemar and DeLong tests. For numbers MAE, R2 and Spearman's
+    correlation, for spans of texts whole entities by label, for language models loss and perplexity.
+    Needs `pip install 'silotune[evaluate]'`.
+
+    Records that the model learned from flatter it. With --site they are left out: the site's own split,
+    which the run directory or the site's state knows, says which were held out.
 
     Figures are exact and of this site's own records: they are for its own people, not for sharing.
     """
@@ -87,11 +105,20 @@ def evaluate(  # noqa: PLR0917 - one a command-line option
         ThresholdRule.parse(threshold)
     except ValueError as exc:
         raise typer.BadParameter(str(exc), param_hint="--threshold") from None
-    plan = plan_of(run)
+    _require_one(
+        data,
+        site,
+        {"--column": columns, "--unit": unit, "--choose-on": choose_on}
+        | {"--label-separator": label_separator},
+    )
+    facts = plan_of(run).task
+    needed = (*facts.reads, *([str(facts.target)] if facts.target else []))
     done = evaluated(
         run,
         data,
-        columns=named_columns(columns or [], (*plan.task.reads, str(plan.task.target))),
+        site=site,
+        columns=named_columns(columns or [], needed, made_of=STANDS_FOR),
+        label_separator=label_separator,
         unit=unit,
         group=group,
         least=least,
@@ -113,6 +140,15 @@ def evaluate(  # noqa: PLR0917 - one a command-line option
     _print(done.figures)
     if page is not None:
         say(f"The page is {page}; it is for this site's own people.")
+
+
+def _require_one(data: Path | None, site: Path | None, others: Mapping[str, object]) -> None:
+    """Check that there are records, and that nothing is said of a site's that it says itself."""
+    if site is None and data is None:
+        raise typer.BadParameter("name labelled records", param_hint="--data or --site")
+    for option, value in {"--data": data, **others}.items():
+        if site is not None and value:
+            raise typer.BadParameter("--site says it already", param_hint=option)
 
 
 def _print(found: ModelEvaluation) -> None:
@@ -137,12 +173,14 @@ def _print(found: ModelEvaluation) -> None:
 
 
 def _print_labels(found: ModelEvaluation) -> None:
-    keys = ("precision", "recall", "f1", "auroc", "average_precision")
-    table = Table("label", "records", *map(title_of, keys))
+    keys = found.told_of_labels
+    table = Table("label", found.counted, *map(title_of, keys))
     for row in found.labels:
         figures = (folded(getattr(row, key)) for key in keys)
         table.add_row(row.label, f"{row.records:,}", *figures)
     terminal().print(table)
+    if not found.confusion:
+        return
     answered = Table("truth, and what is answered", *found.label_names)
     for label, counts in zip(found.label_names, found.confusion, strict=True):
         answered.add_row(label, *(f"{count:,}" for count in counts))

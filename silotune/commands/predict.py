@@ -229,12 +229,20 @@ _GREEDY: Mapping[str, float | None] = {
 }
 
 
-def named_columns(given: Sequence[str], roles: Sequence[str]) -> dict[str, str]:
-    """The column of each role, as ``--column`` names it, else called as the role is."""
+def named_columns(
+    given: Sequence[str], roles: Sequence[str], *, made_of: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """The column of each role, as ``--column`` names it, else called as the role is.
+
+    A role may be made of another one that `made_of` names it by: a text of its words.
+    """
     found = {role: role for role in roles}
     for text in given:
         role, sign, column = text.partition("=")
-        if sign and role in found:
+        if sign and (made_of or {}).get(role) in roles:
+            found.pop((made_of or {})[role], None)
+            found[role] = column
+        elif sign and role in found:
             found[role] = column
         elif sign and role.isidentifier() and column and " " not in role:
             raise typer.BadParameter(
@@ -304,8 +312,8 @@ def counted(title: str) -> Iterator[tuple[Any, Any]]:
     ) as bars:
         task = bars.add_task(title, total=None)
 
-        def started(total: int, done: int) -> None:
-            bars.update(task, total=total, completed=done)
+        def started(total: int, done: int, title: str = title) -> None:
+            bars.reset(task, total=total, completed=done, description=title)
 
         yield started, lambda records: bars.advance(task, records)
 

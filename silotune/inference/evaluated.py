@@ -29,7 +29,10 @@ class Figure(StoredFigures):
 
 
 class LabelFigures(StoredFigures):
-    """How well one label is told from all others; `records` are those that have it."""
+    """How well one label is told from all others; `records` are those that have it.
+
+    Of what is found in texts they are entities, and `predicted` those that were found.
+    """
 
     label: str
     records: int
@@ -39,6 +42,20 @@ class LabelFigures(StoredFigures):
     f1: Figure
     auroc: Figure
     average_precision: Figure
+
+
+OF_LABEL = ("precision", "recall", "f1", "auroc", "average_precision")
+"""Figures of a label; where a task has no probabilities, the last two have no value."""
+
+MOST_POINTS = 2000
+"""Of a picture."""
+
+
+class Estimates(StoredFigures):
+    """Numbers of some records, at most `MOST_POINTS` of them: what is true, and what was said."""
+
+    truth: tuple[float, ...]
+    said: tuple[float, ...]
 
 
 class Bin(StoredFigures):
@@ -174,7 +191,23 @@ class ModelEvaluation(StoredFigures):
         Of all records.
     labels, confusion
         By label, in the plan's order; rows of the matrix are the truth.
+    estimates : Estimates, optional
+        Of a task that answers numbers.
     """
+
+    @property
+    def told_of_labels(self) -> tuple[str, ...]:
+        """The figures that some label has."""
+        return tuple(
+            key
+            for key in OF_LABEL
+            if any(getattr(row, key).value is not None for row in self.labels)
+        )
+
+    @property
+    def counted(self) -> str:
+        """What a label's figures count."""
+        return "entities" if self.kind == "entities" else "records"
 
     format: Literal[1] = 1
     not_for_sharing: Literal[True] = True
@@ -199,6 +232,7 @@ class ModelEvaluation(StoredFigures):
     calibration: Calibration | None = None
     temperature: Temperature | None = None
     threshold: Threshold | None = None
+    estimates: Estimates | None = None
     comparison: AgainstOther | None = None
     groups: Groups | None = None
 
@@ -233,6 +267,12 @@ _TITLES = {
     "macro_f1": "macro-F1",
     "f1": "F1",
     "auroc": "AUROC",
+    "mae": "MAE",
+    "rmse": "RMSE",
+    "r2": "R\N{SUPERSCRIPT TWO}",
+    "spearman": "Spearman",
+    "micro_f1": "micro-F1",
+    "entity_f1": "entity F1",
     "average_precision": "average precision",
     "negative_predictive_value": "negative predictive value",
 }

@@ -7,7 +7,7 @@ records that a number was chosen on would flatter it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -17,7 +17,10 @@ from silotune.errors import ModelError
 from silotune.inference.answers import fingerprint
 from silotune.inference.calibration import calibration_of, fitted_temperature, tempered
 from silotune.inference.evaluated import (
+    MOST_POINTS,
+    OF_LABEL,
     AgainstOther,
+    Estimates,
     Figure,
     GroupFigures,
     Groups,
@@ -31,17 +34,21 @@ from silotune.inference.figures import (
     Bootstrap,
     Classified,
     Differences,
+    Estimated,
+    FoundEntities,
     Ints,
+    Labelled,
     Observed,
+    SeveralHold,
     require_sklearn,
 )
 from silotune.inference.groups import shown_groups
 from silotune.inference.observed import SeenRecords, look
-from silotune.inference.records import Given
+from silotune.inference.records import LabelledRecords
 from silotune.inference.significance import delong, mcnemar
 from silotune.inference.thresholds import MAX_F1, Decided, ThresholdRule
 from silotune.models.task import LoadedModel
-from silotune.trust.files import file_sha256
+from silotune.plan.plan import Plan
 
 LEAST_UNITS = 10
 """Units that a group has at least whose figures are shown."""
@@ -61,35 +68,39 @@ class Wanted:
         Units that a shown group has at least.
     bootstrap : Bootstrap
         How intervals are made; its seed also divides the units into two halves.
+    chosen_on : str
+        What the records are called that are given to choose on.
     """
 
     positive: str = ""
     rule: ThresholdRule = MAX_F1
     least: int = LEAST_UNITS
     bootstrap: Bootstrap = field(default_factory=Bootstrap)
+    chosen_on: str = "a file of its own"
 
 
 def evaluate(
     model: LoadedModel,
-    given: Given,
+    source: LabelledRecords,
     *,
     against: LoadedModel | None = None,
     other: str = "",
-    choose_on: Given | None = None,
+    choose_on: LabelledRecords | None = None,
     wanted: Wanted | None = None,
     looking: Callable[[int], None] = lambda records: None,
 ) -> ModelEvaluation:
-    """Evaluate a model on a file of labelled records.
+    """Evaluate a model on labelled records.
 
     Parameters
     ----------
     model : LoadedModel
         What is evaluated.
-    given : Given
-        The records, with the columns of all roles of the task, and perhaps ``unit`` and ``group``.
+    source : LabelledRecords
+        The records, with all roles of the task, and perhaps ``unit`` and ``group``: a `Given` file, or
+        `HeldOut` of a site's dataset.
     against, other : LoadedModel, str
         Another model of the same task and labels to compare with, and its name.
-    choose_on : Given, optional
+    choose_on : LabelledRecords, optional
         Records to choose a temperature and a threshold on, instead of half of the units.
     wanted : Wanted, optional
         Settings.
@@ -112,10 +123,10 @@ def evaluate(
             f"{other}: another task or other labels",
             remedy="Compare with an adapter that answers the same question.",
         )
-    positive = _positive(plan.model.labels, wanted.positive)
-    digest = file_sha256(given.path)
+    positive = _positive(plan, wanted.positive)
+    digest = source.digest
     models = [model, *([against] if against is not None else [])]
-    found = look(models, given, advance=looking)
+    found = look(models, source, advance=looking)
     chosen = None if choose_on is None else look([model], choose_on, advance=looking)
     one = _One(found, chosen, wanted, positive)
     return ModelEvaluation(
@@ -124,11 +135,11 @@ def evaluate(
         model=fingerprint(model),
         task=plan.model.task,
         kind=plan.task.counts,
-        data=given.path.name,
+        data=source.title,
         data_sha256=digest,
         records=len(found.units),
         units=len(set(found.units)),
-        unit_column=given.roles.get("unit", ""),
+        unit_column=source.unit_column,
         left_out=found.left_out,
         confidence=wanted.bootstrap.confidence,
         draws=wanted.bootstrap.draws,
@@ -136,7 +147,7 @@ def evaluate(
         positive=positive or "",
         **one.figures(),
         comparison=one.comparison(other) if against is not None else None,
-        groups=one.groups(given.roles["group"]) if "group" in given.roles else None,
+        groups=one.groups(source.group_column) if source.group_column else None,
     )
 
 
@@ -144,13 +155,30 @@ def _said_of(model: LoadedModel) -> tuple[str, tuple[str, ...]]:
     return model.plan.model.task, model.plan.model.labels
 
 
-def _positive(labels: Sequence[str], asked: str) -> str | None:
-    if asked and asked not in labels:
+def _positive(plan: Plan, asked: str) -> str | None:
+    """The label that a threshold is for: of two of which one holds the last, else the one asked for."""
+    kind, labels = plan.task.counts, plan.model.labels
+    if not asked:
+        return labels[-1] if kind == "confusion" and len(labels) == 2 else None
+    if kind not in {"confusion", "cells"}:
+        raise ModelError(
+            f"{plan.model.task} gives no label a probability", remedy="Leave --positive out."
+        )
+    if asked not in labels:
         raise ModelError(
             "the positive label is not one of the model's",
             remedy=f"Give --positive one of {', '.join(map(repr, labels))}.",
         )
-    return asked or (labels[-1] if len(labels) == 2 else None)
+    return asked
+
+
+def _one_label_each(observed: Observed, positive: str | None) -> Classified | None:
+    """Records as those of one label each: of several labels, the positive one against its absence."""
+    if isinstance(observed, Classified):
+        return observed
+    if isinstance(observed, SeveralHold) and positive is not None:
+        return observed.of(observed.names.index(positive))
+    return None
 
 
 class _One:
@@ -161,13 +189,17 @@ class _One:
     ) -> None:
         self._found, self._chosen, self._wanted, self._label = found, chosen, wanted, positive
         self._this: Observed = found.observed[0]
+        self._one, *other = (_one_label_each(each, positive) for each in found.observed)
+        self._other = other[0] if other else None
         self._unit_of = found.unit_of
 
     @property
     def _place(self) -> int | None:
         """Of the positive label."""
-        assert isinstance(self._this, Classified)
-        return None if self._label is None else self._this.names.index(self._label)
+        if self._one is None or self._label is None:
+            return None
+        several = isinstance(self._this, SeveralHold)
+        return len(self._one.names) - 1 if several else self._one.names.index(self._label)
 
     def _measured(self, observed: Observed, rows: Ints) -> dict[str, Figure]:
         return self._wanted.bootstrap.figures(observed, rows, self._unit_of)
@@ -176,23 +208,49 @@ class _One:
         """What depends on this model alone."""
         every = self._measured(self._this, self._found.rows)
         found: dict[str, object] = {"metrics": {n: f for n, f in every.items() if "/" not in n}}
-        if not isinstance(self._this, Classified):
+        found["labels"] = self._labels(every)
+        if isinstance(self._this, Estimated):
+            found["estimates"] = self._estimates(self._this)
+        if isinstance(self._this, Classified):
+            counts = self._this.confusion(self._found.rows)
+            found["confusion"] = tuple(tuple(map(int, row)) for row in counts)
+        if (one := self._one) is None:
             return found
-        counts = self._this.confusion(self._found.rows)
-        found["labels"] = tuple(
+        found["calibration"] = calibration_of(
+            one.truth, one.shares, positive=self._place, of=self._label or ""
+        )
+        return found | self._choices(one)
+
+    def _labels(self, every: Mapping[str, Figure]) -> tuple[LabelFigures, ...]:
+        """The figures of each label, of those that were measured."""
+        if isinstance(self._this, Labelled):
+            names, there = self._this.names, self._this.holds.sum(0)
+            answered = self._this.said.sum(0)
+        elif isinstance(self._this, FoundEntities):
+            names = self._this.plan.model.labels
+            _, answered, there = self._this.of_labels(self._found.rows)
+        else:
+            return ()
+        nothing = Figure(value=None)
+        return tuple(
             LabelFigures(
                 label=name,
-                records=int(counts[at].sum()),
-                predicted=int(counts[:, at].sum()),
-                **{key: every[f"{key}/{name}"] for key in _OF_LABEL},
+                records=int(there[at]),
+                predicted=int(answered[at]),
+                **{key: every.get(f"{key}/{name}", nothing) for key in OF_LABEL},
             )
-            for at, name in enumerate(self._this.names)
+            for at, name in enumerate(names)
         )
-        found["confusion"] = tuple(tuple(map(int, row)) for row in counts)
-        found["calibration"] = calibration_of(
-            self._this.truth, self._this.shares, positive=self._place, of=self._label or ""
+
+    def _estimates(self, this: Estimated) -> Estimates:
+        """Some records' numbers, for a picture."""
+        rows = self._found.rows
+        if len(rows) > MOST_POINTS:
+            rng = np.random.default_rng(self._wanted.bootstrap.seed)
+            rows = np.sort(rng.choice(rows, MOST_POINTS, replace=False))
+        return Estimates(
+            truth=tuple(this.truth[rows].tolist()), said=tuple(this.said[rows].tolist())
         )
-        return found | self._choices(self._this)
 
     def _choices(self, this: Classified) -> dict[str, object]:
         """What is chosen on one part of the units and measured on the other."""
@@ -206,9 +264,11 @@ class _One:
             calibration_of(truth, tempered(shares, t), positive=self._place, of=self._label or "")
             for t in (1.0, value)
         )
-        found: dict[str, object] = {
-            "temperature": Temperature(parts=parts, value=value, before=before, after=after)
-        }
+        fitted = Temperature(parts=parts, value=value, before=before, after=after)
+        # One temperature of several labels would not be the one of any of them.
+        found: dict[str, object] = (
+            {} if isinstance(self._this, SeveralHold) else {"temperature": fitted}
+        )
         if (place := self._place) is None:
             return found
         threshold = self._wanted.rule.choose(choosing.truth == place, choosing.shares[:, place])
@@ -229,12 +289,12 @@ class _One:
         """What is chosen on, and the rows that are scored; no unit is in both."""
         units = np.array(self._found.units)
         if self._chosen is not None:
-            chosen = self._chosen.observed[0]
-            assert isinstance(chosen, Classified)
+            chosen = _one_label_each(self._chosen.observed[0], self._label)
+            assert chosen is not None  # of the same task
             named = [
                 unit.startswith("row ") or unit not in set(units) for unit in self._chosen.units
             ]
-            return _taken(chosen, np.flatnonzero(named)), self._found.rows, "a file of its own"
+            return _taken(chosen, np.flatnonzero(named)), self._found.rows, self._wanted.chosen_on
         names = sorted(set(self._found.units))
         order = np.random.default_rng(self._wanted.bootstrap.seed).permutation(len(names))
         first = {names[at] for at in order[: len(names) // 2]}
@@ -244,6 +304,7 @@ class _One:
     def comparison(self, other: str) -> AgainstOther:
         """How the model does against the other one, on all records."""
         this, that = self._found.observed
+        one, two = self._one, self._other
         measured = self._measured(Differences(this=this, other=that), self._found.rows)
         values = that.measure(self._found.rows)
         found = AgainstOther(
@@ -251,16 +312,16 @@ class _One:
             metrics={n: Figure(value=_defined(v)) for n, v in values.items() if "/" not in n},
             differences={n: f for n, f in measured.items() if "/" not in n},
         )
-        if not isinstance(this, Classified) or not isinstance(that, Classified):
+        if one is None or two is None:
             return found
-        tested = mcnemar(this.answers == this.truth, that.answers == that.truth)
+        tested = mcnemar(one.answers == one.truth, two.answers == two.truth)
         found = found.model_copy(update={"mcnemar": tested})
         if (place := self._place) is None:
             return found
         areas = delong(
-            this.truth == place,
-            this.shares[:, place],
-            that.shares[:, place],
+            one.truth == place,
+            one.shares[:, place],
+            two.shares[:, place],
             label=self._label or "",
             confidence=self._wanted.bootstrap.confidence,
         )
@@ -292,29 +353,24 @@ class _One:
     def _sizes(self, rows: Ints) -> tuple[int, ...]:
         """Units of a group: with the positive label and without; or all."""
         units = self._unit_of[rows]
-        if not isinstance(self._this, Classified) or self._place is None:
+        if self._one is None or self._place is None:
             return (len(np.unique(units)),)
-        is_it = self._this.truth[rows] == self._place
+        is_it = self._one.truth[rows] == self._place
         return len(np.unique(units[is_it])), len(np.unique(units[~is_it]))
 
     def _of_group(self, rows: Ints) -> Mapping[str, Figure]:
         found = self._measured(self._this, rows)
-        if not isinstance(self._this, Classified):
-            return found
-        figures = {name: found[name] for name in ("accuracy", "macro_f1")}
-        if self._place is not None:
-            decided = Decided(
-                positive=self._this.truth == self._place,
-                scores=(self._this.answers == self._place).astype(np.float64),
-                threshold=0.5,
-            )
-            said = self._measured(decided, rows)
-            figures |= {name: said[name] for name in ("sensitivity", "specificity")}
-            figures["auroc"] = found[f"auroc/{self._label}"]
-        return figures
-
-
-_OF_LABEL = ("precision", "recall", "f1", "auroc", "average_precision")
+        figures = {name: figure for name, figure in found.items() if "/" not in name}
+        if self._one is None or self._place is None:
+            return figures
+        decided = Decided(
+            positive=self._one.truth == self._place,
+            scores=(self._one.answers == self._place).astype(np.float64),
+            threshold=0.5,
+        )
+        said = self._measured(decided, rows)
+        figures |= {name: said[name] for name in ("sensitivity", "specificity")}
+        return figures | {"auroc": found[f"auroc/{self._label}"]}
 
 
 def _taken(observed: Classified, rows: NDArray[np.int64]) -> Classified:

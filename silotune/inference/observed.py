@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from silotune.data.table import Faults, numbered
+from silotune.data.targets import number_of
 from silotune.errors import TooFewRecords
-from silotune.inference.figures import Classified, CountedRecords, Ints, Observed
-from silotune.inference.records import Given, examples_of
+from silotune.inference.figures import (
+    Classified,
+    CountedRecords,
+    Estimated,
+    FoundEntities,
+    Ints,
+    Observed,
+    SeveralHold,
+)
+from silotune.inference.records import LabelledRecords
 from silotune.models.task import LoadedModel
+from silotune.plan.plan import Plan
 
-CLASSIFIED = "confusion"
-"""The kind of counts of a task whose records have one label each."""
+_ALL_WINDOWS = 1000  # an evaluation reads all of a text, as `predict` does
+
+Examples = Sequence[Mapping[str, str]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -52,9 +65,12 @@ class SeenRecords:
 
 
 def look(
-    models: Sequence[LoadedModel], given: Given, *, advance: Callable[[int], None]
+    models: Sequence[LoadedModel],
+    source: LabelledRecords,
+    *,
+    advance: Callable[[int], None] = lambda records: None,
 ) -> SeenRecords:
-    """Let models see a file's records, block by block.
+    """Let models see labelled records, some at a time.
 
     Raises
     ------
@@ -63,90 +79,171 @@ def look(
     RecordInvalid
         A target is not what the task asks for.
     """
-    seen = _Seen(models, given)
-    for block, table in given.blocks():
-        seen.add(examples_of(table), table.rows)
-        seen.faults.found.extend(table.faults.found)
-        advance(len(block.rows))
+    seen = _Seen(models, source)
+    for some in source.some():
+        seen.add(some.examples, some.rows)
+        seen.faults.found.extend(some.left_out)
+        advance(some.records)
     return seen.looked()
+
+
+def _same(examples: Examples, plan: Plan) -> NDArray[np.float64]:
+    """Of records whose truth is in what is counted of them."""
+    return np.zeros(len(examples))
+
+
+def _label(examples: Examples, plan: Plan) -> NDArray[np.float64]:
+    places = {label: at for at, label in enumerate(plan.model.labels)}
+    return np.array([places[example["label"]] for example in examples], dtype=np.float64)
+
+
+def _labels(examples: Examples, plan: Plan) -> NDArray[np.float64]:
+    named = [set(json.loads(example["labels"])) for example in examples]
+    return np.array([[label in names for label in plan.model.labels] for names in named], float)
+
+
+def _number(examples: Examples, plan: Plan) -> NDArray[np.float64]:
+    return np.array([number_of(example[plan.task.target]) for example in examples])
+
+
+def _shares(model: LoadedModel, examples: Examples) -> NDArray[np.float64]:
+    """Probabilities [records, labels]."""
+    labels = model.plan.model.labels
+    found = model.task.predict(model, _asked(model, examples))
+    return np.array([[one.probabilities[label] for label in labels] for one in found])
+
+
+def _estimates(model: LoadedModel, examples: Examples) -> NDArray[np.float64]:
+    """Numbers [records]."""
+    return np.array([one.output for one in model.task.predict(model, _asked(model, examples))])
+
+
+def _counts(model: LoadedModel, examples: Examples) -> NDArray[np.float64]:
+    """Counts [records, ...]."""
+    task, plan = model.task, model.plan
+    if plan.task.each_token:
+        plan = plan.override({"data.max_windows": _ALL_WINDOWS})
+    encoded = task.encode(examples, model.tokenizer, plan=plan)
+    rows = range(len(examples))
+    return np.stack(
+        [
+            task.score(model.module, task.collate(encoded, [row], model.device)).ravel()
+            for row in rows
+        ]
+    )
+
+
+def _asked(model: LoadedModel, examples: Examples) -> list[dict[str, str]]:
+    return [{role: example[role] for role in model.plan.task.reads} for example in examples]
+
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Kind:
+    """What is true of records of a task, what a model says of them, and how the two are measured."""
+
+    truth: Callable[[Examples, Plan], Array]
+    said: Callable[[LoadedModel, Examples], Array]
+    observed: Callable[[Array, Array, Plan], Observed]
+
+
+_COUNTED = _Kind(
+    truth=_same,
+    said=_counts,
+    observed=lambda truth, said, plan: CountedRecords(counts=said, plan=plan),
+)
+_KINDS: Mapping[str, _Kind] = {
+    "confusion": _Kind(
+        truth=_label,
+        said=_shares,
+        observed=lambda truth, said, plan: Classified(
+            truth=truth.astype(np.int64), shares=said, names=plan.model.labels
+        ),
+    ),
+    "cells": _Kind(
+        truth=_labels,
+        said=_shares,
+        observed=lambda truth, said, plan: SeveralHold(
+            truth=truth > 0, shares=said, names=plan.model.labels
+        ),
+    ),
+    "errors": _Kind(
+        truth=_number,
+        said=_estimates,
+        observed=lambda truth, said, plan: Estimated(truth=truth, said=said),
+    ),
+    "entities": _Kind(
+        truth=_same,
+        said=_counts,
+        observed=lambda truth, said, plan: FoundEntities(counts=said, plan=plan),
+    ),
+}
+"""By what `TaskFacts.counts` says; a task of another kind has its own metrics, of its counts."""
 
 
 class _Seen:
     """Collects what was seen."""
 
-    def __init__(self, models: Sequence[LoadedModel], given: Given) -> None:
-        facts, self._plan = models[0].plan.task, models[0].plan
-        self._models, self._given = models, given
-        self._target = str(facts.target)
-        self._needed = (*facts.reads, self._target)
-        self._places = {label: at for at, label in enumerate(self._plan.model.labels)}
-        self._classifies = facts.counts == CLASSIFIED
-        self._truth: list[int] = []
-        self._parts: list[list[NDArray[np.float64]]] = [[] for _ in models]
+    def __init__(self, models: Sequence[LoadedModel], source: LabelledRecords) -> None:
+        self._plan = models[0].plan
+        facts = self._plan.task
+        self._models, self._source = models, source
+        self._needed = (*facts.reads, *([facts.target] if facts.target else []))
+        self._kind = _KINDS.get(facts.counts, _COUNTED)
+        self._truth: list[Array] = []
+        self._parts: list[list[Array]] = [[] for _ in models]
         self._units: list[str] = []
         self._groups: list[str] = []
-        self.faults = Faults(str(given.path))
+        self.faults = Faults(source.title)
 
-    def add(self, examples: Sequence[dict[str, str]], rows: Sequence[int]) -> None:
+    def add(self, examples: Examples, rows: Sequence[int]) -> None:
         """Take the records of a block that are whole."""
         kept = self._usable(examples, rows)
         if not kept:
             return
         named = [{role: examples[at][role] for role in self._needed} for at in kept]
         for parts, model in zip(self._parts, self._models, strict=True):
-            parts.append(self._said(model, named))
-        if self._classifies:
-            self._truth += [self._places[example[self._target]] for example in named]
+            parts.append(self._kind.said(model, named))
+        self._truth.append(self._kind.truth(named, self._plan))
         for at in kept:
             self._units.append(examples[at].get("unit") or f"row {rows[at]}")
-            if "group" in self._given.roles:
+            if self._source.group_column:
                 self._groups.append(examples[at]["group"] or "(none)")
 
-    def _usable(self, examples: Sequence[dict[str, str]], rows: Sequence[int]) -> list[int]:
+    def _usable(self, examples: Examples, rows: Sequence[int]) -> list[int]:
         left = list(range(len(examples)))
-        for role in self._needed:
-            empty = [at for at in left if not examples[at][role].strip()]
-            self.faults.add(f"empty {role}", [rows[at] for at in empty])
-            left = [at for at in left if at not in set(empty)]
-        if self._classifies:
-            odd = {at for at in left if examples[at][self._target] not in self._places}
-            self.faults.add("label is not one of model.labels", [rows[at] for at in sorted(odd)])
-            left = [at for at in left if at not in odd]
-        return left
 
-    def _said(self, model: LoadedModel, examples: Sequence[dict[str, str]]) -> NDArray[np.float64]:
-        task = model.task
-        if self._classifies:
-            asked = [{role: e[role] for role in model.plan.task.reads} for e in examples]
-            found = task.predict(model, asked)
-            labels = self._plan.model.labels
-            return np.array([[one.probabilities[label] for label in labels] for one in found])
-        encoded = task.encode(examples, model.tokenizer, plan=model.plan)
-        return np.stack(
-            [
-                task.score(model.module, task.collate(encoded, [row], model.device))
-                for row in range(len(examples))
-            ]
-        )
+        def drop(odd: set[int], problem: str) -> None:
+            self.faults.add(problem, [rows[at] for at in sorted(odd)])
+            left[:] = [at for at in left if at not in odd]
+
+        for role in self._needed:
+            drop({at for at in left if not examples[at][role].strip()}, f"empty {role}")
+        labels, target = self._plan.model.labels, self._plan.model.target
+        if self._plan.task.target == "label":
+            odd = {at for at in left if examples[at]["label"] not in labels}
+            drop(odd, "label is not one of model.labels")
+        if target is not None:
+            numbers = {at: number_of(examples[at]["value"]) for at in left}
+            drop({at for at in left if math.isnan(numbers[at])}, "value is not a number")
+            odd = {at for at in left if not target.lower <= numbers[at] <= target.upper}
+            drop(odd, "value is not within model.target")
+        return left
 
     def looked(self) -> SeenRecords:
         """All of it."""
         if not self._units:
             raise TooFewRecords(
-                f"{self._given.path}: no record has all that the task needs",
+                f"{self._source.title}: no record has all that the task needs",
                 remedy="Name the columns with --column, and give records that have them.",
             )
-        labels = self._plan.model.labels
-        parts = [np.concatenate(found) for found in self._parts]
-        truth = np.array(self._truth, dtype=np.int64)
-        observed: list[Observed] = [
-            Classified(truth=truth, shares=part, names=labels)
-            if self._classifies
-            else CountedRecords(counts=part, plan=self._plan)
-            for part in parts
-        ]
+        truth = np.concatenate(self._truth)
         return SeenRecords(
-            observed=observed,
+            observed=[
+                self._kind.observed(truth, np.concatenate(part), self._plan) for part in self._parts
+            ],
             units=self._units,
             groups=self._groups,
             left_out=tuple(dict.fromkeys(map(str, _merged(self.faults).found))),

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
 from silotune.data.columns import ColumnsConfig, columns_in
+from silotune.data.image_files import look_at_images
 from silotune.data.nested import root_of
-from silotune.data.roles import by_role, list_columns
+from silotune.data.roles import Sieve, by_role, list_columns
 from silotune.data.site import DatasetConfig
 from silotune.data.streams import RecordBlock, delimiter_of, format_of, stream
-from silotune.data.table import Table
+from silotune.data.table import LeftOut, Table
 from silotune.errors import ColumnMissing, TooFewRecords
+from silotune.trust.files import file_sha256
 
 _EXACT = 2**53
 
@@ -36,6 +39,54 @@ class Outline:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SomeRecords:
+    """A block of records by role.
+
+    Attributes
+    ----------
+    examples : sequence of mapping
+        By role; perhaps with ``unit`` and ``group``.
+    rows : sequence of int
+        Their numbers in the source.
+    records : int
+        How many the source has here, with those that are left out.
+    left_out : sequence of LeftOut
+        What is, and why.
+    """
+
+    examples: Sequence[Mapping[str, str]]
+    rows: Sequence[int]
+    records: int
+    left_out: Sequence[LeftOut] = ()
+
+
+class LabelledRecords(Protocol):
+    """Where labelled records come from: a file, or a part of a site's dataset."""
+
+    @property
+    def title(self) -> str:
+        """As pages and terminals call it."""
+
+    @property
+    def digest(self) -> str:
+        """A hash that tells it from others."""
+
+    @property
+    def unit_column(self) -> str:
+        """What says whose records they are; "" if nothing does."""
+
+    @property
+    def group_column(self) -> str:
+        """What groups them; "" if nothing does."""
+
+    def size(self) -> int:
+        """How many there are; what is wrong with all of them is told here."""
+
+    def some(self) -> Iterator[SomeRecords]:
+        """The records, some at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Given:
     """A file of records.
 
@@ -49,13 +100,16 @@ class Given:
         Those of the plan, by whose spelling labels are read.
     strict : bool
         Refuse a file with a row that can't be used, instead of leaving the row out and noting it.
+    separator : str, optional
+        Between two of several labels, where they are no list.
     """
 
     path: Path
     roles: Mapping[str, str]
     labels: tuple[str, ...] = ()
     strict: bool = True
-    size: int = field(default=256, repr=False)
+    separator: str | None = None
+    at_once: int = field(default=256, repr=False)
 
     @cached_property
     def delimiter(self) -> str:
@@ -68,7 +122,8 @@ class Given:
         return DatasetConfig(
             format=format_of(self.path),
             path=str(self.path),
-            columns=ColumnsConfig(),
+            columns=ColumnsConfig(labels=self.roles.get("labels")),
+            label_separator=self.separator if "labels" in self.roles else None,
             declared_units=1,
         )
 
@@ -87,12 +142,50 @@ class Given:
             The file, or a row of it, can't be read; the message has its number, never its content.
         """
         kind = self._dataset.format
-        for block in stream(self.path, kind, delimiter=self.delimiter, size=self.size):
+        for block in stream(self.path, kind, delimiter=self.delimiter, size=self.at_once):
             texts = block.texts(self._wanted, lists=list_columns(self.roles))
             table = by_role(texts, self._dataset, roles=self.roles, labels=self.labels)
+            if "image" in self.roles:
+                sieve = Sieve(table)
+                look_at_images(sieve, folder=self.path.parent, column=self.roles["image"])
+                table = sieve.table()
             if self.strict:
                 table.faults.check()
             yield block, table
+
+    @property
+    def title(self) -> str:
+        """The file's name."""
+        return self.path.name
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the file, in hex."""
+        return file_sha256(self.path)
+
+    @property
+    def unit_column(self) -> str:
+        """The column of units."""
+        return self.roles.get("unit", "")
+
+    @property
+    def group_column(self) -> str:
+        """The column of groups."""
+        return self.roles.get("group", "")
+
+    def size(self) -> int:
+        """How many records there are. Raises as `outline` does."""
+        return self.outline().records
+
+    def some(self) -> Iterator[SomeRecords]:
+        """What `blocks` gives by role."""
+        for block, table in self.blocks():
+            yield SomeRecords(
+                examples=examples_of(table),
+                rows=table.rows,
+                records=len(block.rows),
+                left_out=table.faults.found,
+            )
 
     def outline(self) -> Outline:
         """Read all once, so that what is wrong with the file is told before anything is computed.

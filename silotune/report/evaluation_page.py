@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from silotune.inference.evaluated import (
     Calibration,
+    Estimates,
     Figure,
     Groups,
     ModelEvaluation,
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 
     from silotune.report.charts import Canvas, Chart
 
-_OF_LABEL = ("precision", "recall", "f1", "auroc", "average_precision")
 _MOST_ROWS = 24
+_SHARES = ("accuracy", "macro_f1", "entity_f1")
 
 
 def render_evaluation(found: ModelEvaluation) -> str:
@@ -47,18 +48,22 @@ def render_evaluation(found: ModelEvaluation) -> str:
 
 
 def _labels(found: ModelEvaluation) -> TextTable | None:
+    keys = found.told_of_labels
     rows = [
         (
             printable(row.label),
             f"{row.records:,}",
-            *(in_words(getattr(row, key)) for key in _OF_LABEL),
+            *(in_words(getattr(row, key)) for key in keys),
         )
         for row in found.labels
     ]
-    return TextTable(("label", "records", *map(title_of, _OF_LABEL)), tuple(rows)) if rows else None
+    head = ("label", found.counted, *map(title_of, keys))
+    return TextTable(head, tuple(rows)) if rows else None
 
 
 def _confusion(found: ModelEvaluation) -> TextTable | None:
+    if not found.confusion:
+        return None
     names = [printable(name) for name in found.label_names]
     rows = [
         (name, *(f"{count:,}" for count in counts))
@@ -101,12 +106,47 @@ def draw_evaluation(found: ModelEvaluation) -> dict[str, Chart]:
     if found.labels:
         rows = [(printable(row.label), row.f1) for row in found.labels]
         drawn["labels"] = _bars("labels", "F1 of each label", rows)
-    if found.groups is not None:
-        rows = [
-            (printable(row.group), next(iter(row.figures.values()))) for row in found.groups.shown
-        ]
-        drawn["groups"] = _bars("groups", f"accuracy by {found.groups.column}", rows)
+    if found.estimates is not None:
+        drawn["estimates"] = _against_truth(found.estimates)
+    if found.groups is not None and (name := _first_share(found.groups)):
+        rows = [(printable(row.group), row.figures[name]) for row in found.groups.shown]
+        drawn["groups"] = _bars("groups", f"{title_of(name)} by {found.groups.column}", rows)
     return {name: chart for name, chart in drawn.items() if chart is not None}
+
+
+def _first_share(groups: Groups) -> str:
+    """The first figure of groups that is between 0 and 1, as bars show it."""
+    told = {name for row in groups.shown for name in row.figures}
+    return next((name for name in _SHARES if name in told), "")
+
+
+def _against_truth(found: Estimates) -> Chart:
+    from silotune.report.charts import BLUE, MUTED, frame, render
+
+    low, high = min(found.truth + found.said), max(found.truth + found.said)
+    room = 0.03 * (high - low) or 1.0
+
+    def draw(canvas: Canvas) -> Picture:
+        figure, axes = frame(canvas, height=4.2)
+        axes.plot([low, high], [low, high], color=MUTED, linewidth=1.0, linestyle="--")
+        axes.plot(
+            found.truth,
+            found.said,
+            color=BLUE,
+            linestyle="none",
+            marker="o",
+            markersize=4,
+            markeredgewidth=0,
+            alpha=0.45,
+        )
+        axes.set_xlim(low - room, high + room)
+        axes.set_ylim(low - room, high + room)
+        axes.set_xlabel("true value")
+        axes.set_ylabel("estimated value")
+        return figure
+
+    told = f"Estimated against true values of {len(found.truth):,} records, {low:g} to {high:g}"
+    return render("estimates", draw, description=told)
 
 
 def _reliability(before: Calibration, after: Calibration | None) -> Chart:

@@ -32,6 +32,14 @@ class TrainedAdapter:
     plan: Plan
     run: RunDirectory | None = None
 
+    @property
+    def run_folder(self) -> Path | None:
+        """The directory of its run: also where the adapter's folder in it was named."""
+        if self.run is not None:
+            return self.run.root
+        above = self.adapter.resolve().parent.parent
+        return above if (above / "resolved.json").is_file() else None
+
     def load(
         self,
         *,
