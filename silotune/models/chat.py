@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -221,10 +222,9 @@ class ChatFormat:
             The template alone is too long.
         """
         turns, texts = list(turns), self._bare(turns)
-        while (over := self._frame(_roles(turns)).size + sum(map(len, texts)) - limit) > 0:
-            if not self._dropped(turns, texts):
-                break
+        self._shorten(turns, texts, limit)
         frame = self._frame(_roles(turns))
+        over = frame.size + sum(map(len, texts)) - limit
         if frame.size >= limit:
             raise LengthRefused(
                 f"data.max_length is {limit}, and what the chat template puts around one question "
@@ -266,12 +266,26 @@ class ChatFormat:
         frame = [*map(self._literal, self._template.around(_roles(turns), opens=True))]
         return [self._led(frame[0]), *frame[1:]]
 
+    def _shorten(self, turns: list[Turn], texts: list[list[int]], limit: int) -> None:
+        """Take the oldest turns out, up to a later question, until the rest fits or is the last one."""
+        first = int(turns[0].role == "system")
+        begins = [first, *_later(turns)]
+
+        def fits(begin: int) -> bool:
+            size = sum(map(len, (*texts[:first], *texts[begin:])))
+            kept = [*turns[:first], *turns[begin:]]
+            return size <= limit and size + self._frame(_roles(kept)).size <= limit
+
+        # A frame costs the square of its turns: few are made.
+        begin = first if fits(first) else begins[bisect_left(begins[:-1], True, key=fits)]
+        del turns[first:begin], texts[first:begin]
+
     def _dropped(self, turns: list[Turn], texts: list[list[int]]) -> bool:
         """Take the oldest turns out, up to the next question; whether there is one."""
-        if (rest := _later(turns)) is None:
+        if not (later := _later(turns)):
             return False
         first = int(turns[0].role == "system")
-        del turns[first:rest], texts[first:rest]
+        del turns[first : later[0]], texts[first : later[0]]
         return True
 
     def stops(self) -> list[int]:
@@ -402,8 +416,8 @@ def _roles(turns: Sequence[Turn]) -> tuple[str, ...]:
     return tuple(turn.role for turn in turns)
 
 
-def _later(turns: Sequence[Turn]) -> int | None:
-    """Where a chat may begin instead, its system turn apart: at the next user's turn after an answer."""
+def _later(turns: Sequence[Turn]) -> list[int]:
+    """Where a chat may begin instead, its system turn apart: at users' turns after an answer."""
     first = 1 + int(turns[0].role == "system")
     places = range(first, len(turns))
-    return next((n for n in places if _roles(turns[n - 1 : n + 1]) == ("assistant", "user")), None)
+    return [n for n in places if _roles(turns[n - 1 : n + 1]) == ("assistant", "user")]

@@ -173,6 +173,19 @@ def test_too_long_a_chat_loses_whole_turns_from_the_front_and_keeps_its_system_t
     assert least == shown.encoded([whole[0], *whole[-2:]], limit=500)[0]
 
 
+def test_a_very_long_chat_is_shortened_to_what_fits_without_a_look_at_every_length(monkeypatch):
+    made, whole = [], ChatFormat._made
+    monkeypatch.setattr(
+        ChatFormat, "_made", lambda self, roles: (made.append(len(roles)), whole(self, roles))[1]
+    )
+    shown = ChatFormat(chat_tokenizer(), BASE)
+    contents = [f"eye {n % 10}" for n in range(400)]
+    ids, _ = shown.encoded(turns(*contents), limit=128)
+    assert len(made) < 10
+    longest = [shown.encoded(turns(*contents[-n:]), limit=10_000)[0] for n in range(2, 30, 2)]
+    assert ids == max((one for one in longest if len(one) <= 128), key=len)
+
+
 def test_one_question_too_long_loses_its_beginning_and_an_answer_too_long_its_end():
     tokenizer = chat_tokenizer()
     shown = ChatFormat(tokenizer, BASE)
