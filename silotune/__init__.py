@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from silotune.api.run import Run
     from silotune.api.simulating import resume, simulate
     from silotune.api.site import Site, partition
+    from silotune.api.tuning import Tuned, tune
     from silotune.plan.plan import Plan
 
 _HOME = {
@@ -41,6 +42,7 @@ _HOME = {
     "Plan": "plan.plan",
     "Run": "api.run",
     "Site": "api.site",
+    "Tuned": "api.tuning",
     "compare": "api.comparison",
     "evaluate": "api.evaluating",
     "explain": "api.explaining",
@@ -49,6 +51,7 @@ _HOME = {
     "partition": "api.site",
     "resume": "api.simulating",
     "simulate": "api.simulating",
+    "tune": "api.tuning",
 }
 
 __all__ = [
@@ -59,6 +62,7 @@ __all__ = [
     "Plan",
     "Run",
     "Site",
+    "Tuned",
     "__version__",
     "compare",
     "evaluate",
@@ -68,6 +72,7 @@ __all__ = [
     "partition",
     "resume",
     "simulate",
+    "tune",
 ]
 
 

@@ -100,3 +100,37 @@ def test_every_path_that_the_page_names_is_there():
     missing = {n for n in named if not (PACKAGE / n).exists() and not (PACKAGE.parent / n).exists()}
     assert len(named) > 40
     assert not missing
+
+
+RUNS_MODELS = re.compile(
+    r"silotune\.(rounds\.trained|models\.(tasks|task|trial)\b.*|serving\.batching|simulation(?!\.progress).*"
+    r"|inference\.(answers|calibration|evaluation|explanation|held_out))$"
+)
+"""What loads, asks or trains models, and has its counterpart in ``silotune.api``."""
+
+
+def imported(path):
+    """Modules that a module imports when it runs, and the names that it takes of them."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):  # what is for type checkers runs nothing
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            yield str(node.module)
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def test_the_command_line_runs_models_by_the_python_interface_alone():
+    """What a command can do, a script can, and both by one way."""
+    found = {
+        (path.name, name)
+        for path in (PACKAGE / "commands").glob("*.py")
+        for name in imported(path)
+        if RUNS_MODELS.fullmatch(name)
+    }
+    assert found == set()
+    known = [n for path in (PACKAGE / "api").glob("*.py") for n in imported(path)]
+    assert any(RUNS_MODELS.fullmatch(name) for name in known)  # the pattern means what there is

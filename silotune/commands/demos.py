@@ -127,10 +127,10 @@ def _run(
 
 def _tell_methods(run: Path) -> None:
     """What those who trained on less or more reach on the held-out records of all sites."""
+    from silotune.api.model import plan_of
     from silotune.rounds.run_directory import RunDirectory
-    from silotune.rounds.trained import find_trained
 
-    facts = find_trained(run).plan.task
+    facts = plan_of(run).task
     rows = {
         "own": "own records only (mean of the sites)",
         "federated": "federated",
@@ -197,14 +197,10 @@ def bank(
 
 def _tell_new(run: Path, data: Path, roles: Mapping[str, str]) -> None:
     """How the federated model does on records that took no part, as `silotune evaluate` has it."""
+    from silotune.api.evaluating import evaluate
     from silotune.inference.evaluated import in_words, title_of
-    from silotune.inference.evaluation import evaluate
-    from silotune.inference.records import Given
-    from silotune.rounds.trained import load_trained
 
-    model = load_trained(run)
-    labels = model.plan.model.labels
-    found = evaluate(model, Given(path=data, roles=roles, labels=labels, strict=False))
+    found = evaluate(run, data, columns=roles, progress=False).figures
     (positive,) = (row for row in found.labels if row.label == found.positive)
     figures = {**found.metrics, "auroc": positive.auroc}
     told = ", ".join(

@@ -14,15 +14,14 @@ from rich.table import Table
 from silotune.commands.folder import AsJson
 from silotune.commands.new_plan import TITLES, rendered
 from silotune.commands.plan import Overrides, parsed
-from silotune.errors import PlanInvalid
 from silotune.plan.left_out import Number
 from silotune.plan.plan import Plan
-from silotune.plan.tasks import Metric
 from silotune.terminal import headed, terminal
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from silotune.api.tuning import Tuned
     from silotune.simulation.tuning import Search, Tried
 
 BEST_FILE = "best.toml"
@@ -87,56 +86,39 @@ def tune(  # noqa: PLR0917 - one a command-line option
     A search is not private: it looks at the same records in every run, and no ledger pays for that. Use
     public records or your own. Needs `pip install 'silotune[tune]'`.
     """
-    from silotune.simulation import run, tuning
+    from silotune.api.tuning import search_of
 
     console = terminal(stderr=as_json)
-    settings = parsed(overrides or [])
-    read = Plan.load(plan, settings)
-    ranges = tuple(map(tuning.Range.parse, vary or [])) or tuning.usual_ranges(read)
-    chosen = _metric(read, metric)
-    search = tuning.Search(
-        plan_path=plan,
-        folder=study or plan.parent / f"{plan.stem}-tune",
-        ranges=ranges,
-        metric=chosen,
-        sites_folder=sites,
-        overrides=settings,
-        repeats=repeats,
-        early=early,
-        seed=seed,
-    )
+    try:
+        search = search_of(
+            plan,
+            vary=vary or (),
+            study=study,
+            sites=sites,
+            metric=metric,
+            repeats=repeats,
+            early=early,
+            seed=seed,
+            settings=parsed(overrides or []),
+        )
+    except ValueError as exc:
+        raise typer.BadParameter(str(exc), param_hint="--metric") from None
     for each in search.ranges:
         console.print(headed("Varied.", f"{each}{', by logarithm' * each.by_logarithm}"))
-    found = _searched(
-        search,
-        trials=trials,
-        settings=run.Settings(workers=workers, device=device),
-        console=console,
+    done = _searched(
+        search, trials=trials, keep=keep, workers=workers, device=device, console=console
     )
-    best = tuning.best_of(search, found)
-    if not keep:
-        tuning.remove_runs(search, keep=best)
-    if best is not None:
-        (search.folder / BEST_FILE).write_text(_plan_of(search, best), encoding="utf-8")
-    _tell(search, found, best, console=console, as_json=as_json)
+    if done.best is not None:
+        (search.folder / BEST_FILE).write_text(_plan_of(search, done.best), encoding="utf-8")
+    _tell(search, done.tried, done.best, console=console, as_json=as_json)
 
 
-def _metric(plan: Plan, key: str) -> Metric:
-    """The metric to choose by."""
-    known = plan.task.metrics
-    if not known:
-        raise PlanInvalid("a plan that counts trains nothing that could be tuned")
-    for each in known:
-        if key in {"", each.key}:
-            return each
-    keys = ", ".join(each.key for each in known)
-    raise typer.BadParameter(f"{plan.model.task} has {keys}", param_hint="--metric")
-
-
-def _searched(search: Search, *, trials: int, settings: Any, console: Console) -> tuple[Tried, ...]:
+def _searched(
+    search: Search, *, trials: int, keep: bool, workers: int, device: str, console: Console
+) -> Tuned:
     """Try the proposals: a line each, and on a terminal the run that goes on."""
+    from silotune.api.tuning import searched
     from silotune.simulation.progress import Progress
-    from silotune.simulation.tuning import search_on
 
     shown: list[Progress] = []
 
@@ -164,8 +146,15 @@ def _searched(search: Search, *, trials: int, settings: Any, console: Console) -
             shown[-1](event)
 
     try:
-        return search_on(
-            search, trials=trials, settings=settings, listener=listen, begun=begun, ended=ended
+        return searched(
+            search,
+            trials=trials,
+            keep=keep,
+            workers=workers,
+            device=device,
+            listener=listen,
+            begun=begun,
+            ended=ended,
         )
     finally:
         close()

@@ -74,7 +74,7 @@ def test_every_public_function_of_the_interface_has_an_example():
     assert {name for name, text in told.items() if ">>>" not in text} == EXAMPLED_ELSEWHERE
 
 
-OBJECTS = {"Comparison", "EvaluatedModel", "ExportedAdapter", "Model", "Plan"}
+OBJECTS = {"Comparison", "EvaluatedModel", "ExportedAdapter", "Model", "Plan", "Tuned"}
 EXAMPLED_ELSEWHERE = {*OBJECTS, "__version__", "resume"}
 """What examples of `compare`, `load` and `simulate` show, and what takes a killed run."""
 
