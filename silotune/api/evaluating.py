@@ -90,6 +90,7 @@ def evaluate(
     site: PathText | None = None,
     columns: Mapping[str, str] | None = None,
     label_separator: str | None = None,
+    images: PathText | None = None,
     unit: str | None = None,
     group: str | None = None,
     least: int = 10,
@@ -120,6 +121,8 @@ def evaluate(
         may stand for a text and its spans.
     label_separator : str, optional
         Between several labels of a record, where they are no list.
+    images : path, optional
+        The folder that paths of images are below: by default the file's, or of a data frame the current.
     unit : str, optional
         The column that says whose records they are: intervals are over these.
     group : str, optional
@@ -159,12 +162,13 @@ def evaluate(
     np.True_
     """
     plan = model.plan if isinstance(model, Model) else plan_of(model)
+    place = None if images is None else Path(images)
     given: AbstractContextManager[LabelledRecords | None]
     chosen: AbstractContextManager[LabelledRecords | None]
     if site is None:
         roles = _roles(plan, columns or {}, {"unit": unit, "group": group})
-        given = _given(data, plan, roles, label_separator)
-        chosen = _given(choose_on, plan, roles, label_separator)
+        given = _given(data, plan, roles, label_separator, place)
+        chosen = _given(choose_on, plan, roles, label_separator, place)
         if data is None:
             raise ValueError("give labelled records as data, or the folder of a site")
     else:
@@ -254,15 +258,16 @@ def _given(
     plan: Plan,
     roles: Mapping[str, str],
     separator: str | None,
+    images: Path | None,
 ) -> Iterator[Given | None]:
     """Records as the evaluation reads them; a data frame lies in a private file meanwhile."""
     read: Any = {"roles": dict(roles), "labels": plan.model.labels, "separator": separator}
     if data is None:
         yield None
     elif isinstance(data, str | PathLike):
-        yield Given(path=Path(data), strict=False, **read)
+        yield Given(path=Path(data), strict=False, images=images, **read)
     else:
         with TemporaryDirectory() as folder:
             path = Path(folder) / "records.parquet"
             data.to_parquet(path)
-            yield Given(path=path, strict=False, **read)
+            yield Given(path=path, strict=False, images=images or Path(), **read)

@@ -109,6 +109,11 @@ def export_adapter(
     if form not in get_args(Form):
         raise ValueError(f"form is one of {', '.join(get_args(Form))}")
     found, folder = find_trained(Path(path)), Path(to)
+    if form in {"onnx", "int8"} and found.plan.task.sees:
+        raise ExportRefused(
+            f"{found.plan.model.task} is not written as a graph",
+            remedy="Export it as peft or merged, which PyTorch loads.",
+        )
     companions = _companions(found)
     with _new_folder(folder) as made:
         most = TOLERANCES[form] if tolerance is None else tolerance
@@ -196,7 +201,7 @@ def _write(
         return asked.difference(exported.with_backbone(model, plain)), texts
     if kind != "none":
         model = load(rounded=True)
-    exported.write_merged(model, made)
+    exported.write_merged(model, made, base=locate(place))
     if form == "merged":
         plain = exported.loaded_by_transformers(model, made)
         difference = asked.difference(exported.with_backbone(model, plain))

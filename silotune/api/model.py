@@ -16,7 +16,7 @@ from silotune.errors import ColumnMissing, ModelError
 from silotune.inference.answers import Answered, answer_file, answers_to, fingerprint
 from silotune.inference.calibration import calibrated
 from silotune.inference.evaluated import FittedTemperature
-from silotune.inference.records import Given
+from silotune.inference.records import given_by
 from silotune.inference.redaction import Redaction, finding
 from silotune.inference.written import WRITTEN, Answer
 from silotune.models.prediction import Prediction
@@ -226,6 +226,7 @@ class Model:
         out: str | PathLike[str] | None = None,
         *,
         columns: Mapping[str, str] | None = None,
+        images: str | PathLike[str] | None = None,
         prefix: str = "",
         redact: bool = False,
         force: bool = False,
@@ -236,11 +237,13 @@ class Model:
         Parameters
         ----------
         data : path
-            CSV, JSON lines, Parquet and others, perhaps packed.
+            CSV, JSON lines, Parquet and others, perhaps packed; or a folder of images.
         out : path, optional
             Ends in .csv, .jsonl or .parquet; ``NAME.predictions.csv`` beside the data by default.
         columns : mapping of str to str, optional
             The column of each role, where it is not called like the role.
+        images : path, optional
+            The folder that paths of images are below; the file's own by default.
         prefix : str
             Before the names of the added columns.
         redact : bool
@@ -267,10 +270,13 @@ class Model:
         """
         named = {role: role for role in self.roles} | dict(columns or {})
         redaction = self._redaction(named) if redact else None
-        with counting(progress, "answering") as (started, advance):
+        with (
+            given_by(Path(data), named, images=None if images is None else Path(images)) as given,
+            counting(progress, "answering") as (started, advance),
+        ):
             done = answer_file(
                 self.loaded,
-                Given(path=Path(data), roles=named),
+                given,
                 _beside(Path(data)) if out is None else Path(out),
                 prefix=prefix,
                 options=self.settings | ({"redact": True} if redact else {}),
@@ -291,7 +297,10 @@ class Model:
 
 
 def _beside(data: Path) -> Path:
-    """``notes.predictions.csv`` for ``notes.csv`` and ``notes.csv.gz``."""
+    """``notes.predictions.csv`` for ``notes.csv`` and ``notes.csv.gz``, or for a folder ``notes``."""
+    if data.is_dir():
+        data = data.resolve()
+        return data.with_name(f"{data.name}.predictions.csv")
     kind = format_of(data)
     end = f".{kind}" if kind in WRITTEN else ".csv"
     return data.with_name(f"{data.name.split('.')[0]}.predictions{end}")

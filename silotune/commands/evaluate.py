@@ -11,7 +11,16 @@ from rich.table import Table
 from rich.text import Text
 
 from silotune.commands.folder import AsJson
-from silotune.commands.predict import Base, ColumnOption, Device, Trained, counted, named_columns
+from silotune.commands.predict import (
+    Base,
+    ColumnOption,
+    Device,
+    Images,
+    Trained,
+    counted,
+    named_columns,
+    require_sees,
+)
 from silotune.data.columns import STANDS_FOR
 from silotune.inference.evaluated import (
     AgainstOther,
@@ -42,6 +51,7 @@ def evaluate(  # noqa: PLR0917 - one a command-line option
         str | None,
         typer.Option(help="Between several labels of a record, where they are no JSON list."),
     ] = None,
+    images: Images = None,
     unit: Annotated[
         str | None,
         typer.Option(help="The column that says whose records they are: intervals are over these."),
@@ -109,9 +119,11 @@ def evaluate(  # noqa: PLR0917 - one a command-line option
         data,
         site,
         {"--column": columns, "--unit": unit, "--choose-on": choose_on}
-        | {"--label-separator": label_separator},
+        | {"--label-separator": label_separator, "--images": images},
     )
-    facts = plan_of(run).task
+    plan = plan_of(run)
+    require_sees(plan, images)
+    facts = plan.task
     needed = (*facts.reads, *([str(facts.target)] if facts.target else []))
     done = evaluated(
         run,
@@ -119,6 +131,7 @@ def evaluate(  # noqa: PLR0917 - one a command-line option
         site=site,
         columns=named_columns(columns or [], needed, made_of=STANDS_FOR),
         label_separator=label_separator,
+        images=images,
         unit=unit,
         group=group,
         least=least,

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from silotune.api.model import Model
     from silotune.inference.answers import Answered
     from silotune.inference.written import Answer
+    from silotune.plan.plan import Plan
 
 _DELIMITERS = ",;\t|"
 _NONE = "\x1f"  # a delimiter that no text has: every line is one field
@@ -52,6 +53,13 @@ ColumnOption = Annotated[
     ),
 ]
 
+Images = Annotated[
+    Path | None,
+    typer.Option(
+        help="Of a task on images: the folder that paths are below; the table's own if absent."
+    ),
+]
+
 
 class Form(StrEnum):
     """How texts are written down."""
@@ -77,7 +85,8 @@ def predict(  # noqa: PLR0917 - one a command-line option
     data: Annotated[
         Path | None,
         typer.Option(
-            help="Answer a file of records instead: .csv, .jsonl, .parquet and others, perhaps packed."
+            help="Answer a file of records instead: .csv, .jsonl, .parquet and others, perhaps packed; "
+            "or all images below a folder."
         ),
     ] = None,
     out: Annotated[
@@ -89,6 +98,7 @@ def predict(  # noqa: PLR0917 - one a command-line option
         ),
     ] = None,
     columns: ColumnOption = None,
+    images: Images = None,
     prefix: Annotated[
         str, typer.Option(help="With --data: before the names of the added columns.")
     ] = "",
@@ -168,6 +178,7 @@ def predict(  # noqa: PLR0917 - one a command-line option
     `prediction` and, where the task has labels, `probability_LABEL` (in JSON lines `probabilities`). It
     goes through the file block by block. A killed run goes on where it stopped when the command is given
     again; with another model, input or options it is refused. The output is for its owner only (0600).
+    Paths of images are relative to the table's folder or to --images, and stay below it.
 
     With --redact the text itself is replaced, everything else of it stays as it is, and how much was
     found of each label is told at the end. A model misses some: have people look at what matters.
@@ -184,6 +195,7 @@ def predict(  # noqa: PLR0917 - one a command-line option
         if not facts.generates:
             option = f"--{key.replace('_', '-')}"
             raise typer.BadParameter(f"{named} writes no text", param_hint=option)
+    require_sees(plan, images)
     roles = named_columns(columns or [], facts.reads)
 
     def model() -> Model:
@@ -204,6 +216,7 @@ def predict(  # noqa: PLR0917 - one a command-line option
             data,
             out,
             columns=roles,
+            images=images,
             prefix=prefix,
             redact=redact,
             force=force,
@@ -217,7 +230,7 @@ def predict(  # noqa: PLR0917 - one a command-line option
         shown(model(), iter([examples]), len(examples), as_json)
         return
     plain = Form.TEXT if redact else Form.LINES
-    with _standard_input(form, roles, plain=plain) as (blocks, several):
+    with _standard_input(form, roles, plain=plain, images=images or Path()) as (blocks, several):
         shown(model(), blocks, several, as_json)
 
 
@@ -227,6 +240,12 @@ _GREEDY: Mapping[str, float | None] = {
     "max_new_tokens": None,
     "seed": None,
 }
+
+
+def require_sees(plan: Plan, images: Path | None) -> None:
+    """Refuse a folder of images where none are read."""
+    if images is not None and not plan.task.sees:
+        raise typer.BadParameter(f"{plan.model.task} reads no images", param_hint="--images")
 
 
 def named_columns(
@@ -325,7 +344,7 @@ Examples = Sequence[Mapping[str, str]]
 
 @contextmanager
 def _standard_input(
-    form: Form, roles: Mapping[str, str], *, plain: Form
+    form: Form, roles: Mapping[str, str], *, plain: Form, images: Path
 ) -> Iterator[tuple[Iterator[Examples], int]]:
     """The records of standard input by role, some at a time, and how many; `plain` if no table."""
     from silotune.inference.records import Given, examples_of
@@ -352,7 +371,7 @@ def _standard_input(
         path = Path(folder) / f"standard-input.{form}"
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:
             file.write(content)
-        given = Given(path=path, roles=roles)
+        given = Given(path=path, roles=roles, images=images)
         records = given.outline().records if content.strip() else 0
         blocks = (examples_of(table) for _, table in given.blocks()) if records else iter([])
         yield blocks, records

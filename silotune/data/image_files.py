@@ -8,18 +8,19 @@ whatever they are called and however they are packed: so copies are on one side 
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 from silotune.data.roles import Sieve
-from silotune.errors import DatasetUnreadable
-from silotune.models.images import ImageUnread, Pixels, content_of, decoded
+from silotune.errors import DatasetUnreadable, RecordInvalid, TooFewRecords
+from silotune.models.images import SUFFIXES, ImageUnread, Pixels, content_of, decoded
 
 CONTENT = "image_content"
 """Of an example with an image: SHA-256, in hex, of its pixels."""
 
 
 def look_at_images(sieve: Sieve, *, folder: Path, column: str) -> None:
-    """Drop rows without an image that can be read; the others get its whole path, and `CONTENT`.
+    """Drop rows whose image can't be read; the others get its whole path, and `CONTENT`.
 
     Parameters
     ----------
@@ -43,17 +44,51 @@ def look_at_images(sieve: Sieve, *, folder: Path, column: str) -> None:
         )
     names = sieve.column("image")
     contents, problems = [""] * len(names), dict[str, list[int]]()
-    for row in sieve.rows():
+    for row in (row for row in sieve.rows() if names[row]):
         try:
             contents[row] = content_sha256(decoded(content_of(folder, names[row])))
         except ImageUnread as exc:
             problems.setdefault(str(exc), []).append(row)
     for problem, rows in problems.items():
         sieve.drop(rows, f"the image is {problem}", column)
-    sieve.replace("image", [str(folder / name) for name in names])
+    sieve.replace("image", [name and str(folder / name) for name in names])
     sieve.add(CONTENT, contents)
 
 
 def content_sha256(pixels: Pixels) -> str:
     """SHA-256, in hex, of an image's shape and pixels."""
     return hashlib.sha256(f"{pixels.shape}".encode() + pixels.tobytes()).hexdigest()
+
+
+def images_below(folder: Path) -> list[str]:
+    """The names of all images below a folder, as a column would have them; links are not followed.
+
+    Raises
+    ------
+    RecordInvalid
+        Some can't be read.
+    TooFewRecords
+        There is none.
+    """
+    names = sorted(
+        path.relative_to(folder).as_posix()
+        for root, _, files in os.walk(folder)
+        for path in (Path(root, name) for name in files)
+        if path.suffix.lower() in SUFFIXES and not path.is_symlink()
+    )
+    if not names:
+        raise TooFewRecords(
+            f"{folder}: no image below it", remedy=f"Images end in {', '.join(SUFFIXES)}."
+        )
+    unread = []
+    for name in names:
+        try:
+            decoded(content_of(folder, name))
+        except ImageUnread as exc:
+            unread.append(f"  - {name}: {exc}")
+    if unread:
+        raise RecordInvalid(
+            "\n".join([f"{folder}: of {len(names)} images can't be read", *unread]),
+            remedy="Take them out of the folder.",
+        )
+    return names

@@ -157,6 +157,7 @@ def answer_file(
         "model": fingerprint(model),
         "input": digest,
         "roles": dict(given.roles),
+        "images": None if given.images is None else str(given.images.resolve()),
         "options": dict(options or {}),
     }
     with _Begun(part, head) as begun:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Protocol
 
 from silotune.data.columns import ColumnsConfig, columns_in
-from silotune.data.image_files import look_at_images
+from silotune.data.image_files import images_below, look_at_images
 from silotune.data.nested import root_of
 from silotune.data.roles import Sieve, by_role, list_columns
 from silotune.data.site import DatasetConfig
@@ -102,6 +105,8 @@ class Given:
         Refuse a file with a row that can't be used, instead of leaving the row out and noting it.
     separator : str, optional
         Between two of several labels, where they are no list.
+    images : Path, optional
+        The folder that the paths of images are below; the file's own folder by default.
     """
 
     path: Path
@@ -109,6 +114,7 @@ class Given:
     labels: tuple[str, ...] = ()
     strict: bool = True
     separator: str | None = None
+    images: Path | None = None
     at_once: int = field(default=256, repr=False)
 
     @cached_property
@@ -146,9 +152,7 @@ class Given:
             texts = block.texts(self._wanted, lists=list_columns(self.roles))
             table = by_role(texts, self._dataset, roles=self.roles, labels=self.labels)
             if "image" in self.roles:
-                sieve = Sieve(table)
-                look_at_images(sieve, folder=self.path.parent, column=self.roles["image"])
-                table = sieve.table()
+                table = self._found_images(table)
             if self.strict:
                 table.faults.check()
             yield block, table
@@ -187,6 +191,15 @@ class Given:
                 left_out=table.faults.found,
             )
 
+    def _found_images(self, table: Table) -> Table:
+        """With each image's whole path, and without rows whose image can't be read."""
+        sieve = Sieve(table)
+        folder = self.path.parent if self.images is None else self.images
+        look_at_images(sieve, folder=folder, column=self.roles["image"])
+        found = sieve.table()
+        columns = {role: found.columns[role] for role in table.columns}
+        return Table(found.source, found.rows, columns, found.faults)
+
     def outline(self) -> Outline:
         """Read all once, so that what is wrong with the file is told before anything is computed.
 
@@ -214,6 +227,19 @@ class Given:
                     remedy=f"Name the column of the {role}: --column {role}=NAME.",
                 )
         return Outline(records=records, columns={n: frozenset(k) for n, k in found.items()})
+
+
+@contextmanager
+def given_by(data: Path, roles: Mapping[str, str], *, images: Path | None) -> Iterator[Given]:
+    """The records of a file; or the images below a folder, listed in a table for the while."""
+    if not (data.is_dir() and "image" in roles):
+        yield Given(path=data, roles=roles, images=images)
+        return
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "images.csv"
+        with path.open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([["image"], *([name] for name in images_below(data))])
+        yield Given(path=path, roles={"image": "image"}, images=data)
 
 
 def examples_of(table: Table) -> list[dict[str, str]]:

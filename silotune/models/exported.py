@@ -22,6 +22,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from silotune.errors import ExportRefused, ExtraMissing
+from silotune.models import preparation
 from silotune.models.adapter import auto_of
 from silotune.models.pretrained import load_tokenizer, quiet, told
 from silotune.models.task import LoadedModel, TaskModel
@@ -103,13 +104,17 @@ def with_backbone(model: LoadedModel, backbone: nn.Module) -> Answers:
 def loaded_by_peft(model: LoadedModel, folder: Path, *, base: Path) -> nn.Module:
     """The adapter in `folder` on its base model, by Transformers and PEFT alone."""
     with quiet():
-        backbone = auto_of(model).from_pretrained(base, dtype=torch.float32)
+        backbone: nn.Module = auto_of(model).from_pretrained(base, dtype=torch.float32)
+        if model.plan.lora.target_modules == "none":
+            return backbone
         loaded: nn.Module = PeftModel.from_pretrained(backbone, folder)
     return loaded
 
 
-def write_merged(model: LoadedModel, folder: Path) -> None:
-    """Fold the adapter into the weights and write them with the tokenizer; `model` is changed by it.
+def write_merged(model: LoadedModel, folder: Path, *, base: Path) -> None:
+    """Fold the adapter into the weights and write them; `model` is changed by it.
+
+    With them go the tokenizer, or what says how images are prepared, of the base model's folder.
 
     Raises
     ------
@@ -120,15 +125,24 @@ def write_merged(model: LoadedModel, folder: Path) -> None:
     if module.prefix is not None:
         module.prefix.remove()
         module.prefix = None
-    try:
-        merged = module.peft.merge_and_unload(safe_merge=True)
-    except Exception as exc:
-        raise ExportRefused(f"PEFT can't fold this adapter into the weights: {told(exc)}") from exc
-    merged.get_base_model = MethodType(lambda self: self, merged)
-    module.peft = merged
+    merged = module.peft
+    if model.plan.lora.target_modules != "none":
+        merged = _merged(merged)
+        merged.get_base_model = MethodType(lambda self: self, merged)
+        module.peft = merged
     with quiet():
         merged.save_pretrained(folder)
+        if model.plan.task.sees:
+            shutil.copyfile(base / preparation.FILE, folder / preparation.FILE)
+            return
         load_tokenizer(Path(model.tokenizer.name_or_path)).save_pretrained(folder)
+
+
+def _merged(peft: Any) -> Any:
+    try:
+        return peft.merge_and_unload(safe_merge=True)
+    except Exception as exc:
+        raise ExportRefused(f"PEFT can't fold this adapter into the weights: {told(exc)}") from exc
 
 
 def loaded_by_transformers(model: LoadedModel, folder: Path) -> nn.Module:
