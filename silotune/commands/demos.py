@@ -289,13 +289,12 @@ def _tell_losses(run: Path) -> None:
 
 def _tell_written(run: Path, question: str) -> None:
     """What the model makes of new facts, before training and after."""
-    from silotune.rounds.trained import load_trained
+    from silotune.api.model import load
 
-    model = load_trained(run)
-    asked = [{"messages": question}]
-    with model.module.peft.disable_adapter():
-        (before,) = model.task.predict(model, asked)
-    (after,) = model.task.predict(model, asked)
+    model = load(run)
+    with model.loaded.module.peft.disable_adapter():
+        (before,) = model.predict([question])
+    (after,) = model.predict([question])
     console = terminal()
     for heading, text in (
         ("A new letter is asked for", question),
