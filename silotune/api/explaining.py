@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike
+from pathlib import Path
 
-from silotune.api.model import Model, load
+from silotune.api.model import Model, load, plan_of
 from silotune.inference import explanation
 from silotune.inference.explanation import Explanation
+from silotune.inference.records import Given
+
+Example = Mapping[str, str]
+FIRST = 10
+"""Records of a file that are explained where none are named."""
 
 
 def explain(
     model: Model | str | PathLike[str],
-    texts: Iterable[str],
+    texts: Iterable[str | Example],
     *,
     label: str = "",
     base: str | None = None,
@@ -23,9 +29,9 @@ def explain(
     Parameters
     ----------
     model : Model, Run or path
-        Of a task that gives a text one label.
-    texts : iterable of str
-        What is explained, one after the other.
+        Of a task that gives a text, or a pair of texts, one label or several.
+    texts : iterable of str or mapping
+        What is explained, one after the other; the texts of a pair by role.
     label : str
         The label to explain; the likeliest where it is empty.
     base, device
@@ -52,7 +58,31 @@ def explain(
     (True, True)
     """
     explanation.require_captum()  # before a model is loaded, which takes time
+    explanation.require_explainable(model.plan if isinstance(model, Model) else plan_of(model))
     asked = model if isinstance(model, Model) else load(model, base=base, device=device)
     first = next(iter(asked.roles), "text")
     for text in texts:
-        yield explanation.explain(asked.loaded, {first: text}, label=label)
+        example = {first: text} if isinstance(text, str) else text
+        yield explanation.explain(asked.loaded, example, label=label)
+
+
+def records_of(
+    data: str | PathLike[str], columns: Mapping[str, str], *, rows: Sequence[int] = ()
+) -> list[tuple[int, dict[str, str]]]:
+    """Records of a file to explain: each with its row, by role.
+
+    Parameters
+    ----------
+    data : path
+        Of any format that `silotune predict --data` reads.
+    columns : mapping of str to str
+        The column of each role that the model reads.
+    rows : sequence of int
+        Which, as a spreadsheet numbers them; the first `FIRST` where it is empty.
+
+    Raises
+    ------
+    DataError
+        The file can't be read, or has no such row; the message quotes none.
+    """
+    return Given(path=Path(data), roles=dict(columns), strict=False).chosen(rows, first=FIRST)

@@ -4,27 +4,57 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
 
 from silotune.commands.folder import AsJson
-from silotune.commands.predict import Base, Device, Trained
-from silotune.terminal import terminal
+from silotune.commands.predict import (
+    Base,
+    ColumnOption,
+    Device,
+    Trained,
+    counted,
+    in_turn,
+    named_columns,
+)
+from silotune.terminal import say, terminal
 
 if TYPE_CHECKING:
     from silotune.inference.explanation import Explanation
 
 _STRONG, _WEAK = 0.5, 0.15  # of the largest part
+_MOST_ROWS = 1000
 
 
 def explain(  # noqa: PLR0917 - one a command-line option
     run: Trained,
-    texts: Annotated[list[str], typer.Argument(help="Texts to explain the labels of.")],
+    texts: Annotated[
+        list[str] | None,
+        typer.Argument(help="Texts to explain the labels of; two in turn for a pair."),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Instead of texts: records of a file, .csv, .jsonl, .parquet and others."
+        ),
+    ] = None,
+    columns: ColumnOption = None,
+    rows: Annotated[
+        str,
+        typer.Option(
+            help="Which of them, as a spreadsheet numbers rows: 2-5,9. The first ten when absent."
+        ),
+    ] = "",
     label: Annotated[
         str, typer.Option(help="The label to explain; the likeliest when absent.")
     ] = "",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Write a page with all of them, mode 0600, such as page.html."),
+    ] = None,
     base: Base = None,
     device: Device = "auto",
     as_json: AsJson = False,
@@ -36,21 +66,69 @@ def explain(  # noqa: PLR0917 - one a command-line option
     against it red; the strongest are bold. It shows what the model looks at, and not what is so. Needs
     `pip install 'silotune[explain]'`.
 
-    It prints records: for this site's own people.
+    For one label or several of a text or a pair of texts. It shows records: for this site's own people.
     """
     from silotune.api.explaining import explain as explained
+    from silotune.api.explaining import records_of
+    from silotune.api.model import plan_of
 
-    found_all = explained(run, texts, label=label, base=base, device=device)
-    for text, found in zip(texts, found_all, strict=True):
+    if bool(texts) == (data is not None) or (rows and data is None):
+        raise typer.BadParameter("give texts, or --data with --rows")
+    plan = plan_of(run)
+    roles = named_columns(columns or [], plan.task.reads or ("text",))
+    if data is None:
+        asked = [("", example) for example in in_turn(texts or [], list(roles))]
+    else:
+        numbered = records_of(data, roles, rows=_numbers(rows))
+        asked = [(f"row {row}", example) for row, example in numbered]
+    with counted("explaining") as (started, advance):
+        started(len(asked), 0)
+        found = []
+        examples = (example for _, example in asked)
+        for one in explained(run, examples, label=label, base=base, device=device):
+            found.append(one)
+            advance(1)
+    if out is not None:
+        names = [name or f"text {number}" for number, (name, _) in enumerate(asked, start=1)]
+        _write(out, names, found, plan.plan.name)
+    for (name, example), one in zip(asked, found, strict=True):
         if as_json:
-            typer.echo(json.dumps({"text": text, **asdict(found)}))
-        else:
-            _print(found)
+            texts_of = {"text": example["text"]} if len(example) == 1 else dict(example)
+            row = {"row": int(name.removeprefix("row "))} if name else {}
+            typer.echo(json.dumps({**row, **texts_of, **asdict(one)}))
+        elif out is None:
+            _print(one, name)
+    if out is not None and not as_json:
+        say(f"The page is {out}; it shows records, and is for this site's own people.")
 
 
-def _print(found: Explanation) -> None:
+def _numbers(rows: str) -> list[int]:
+    """``2-5,9`` as numbers, each once."""
+    found: dict[int, None] = {}
+    for part in filter(None, rows.replace(" ", "").split(",")):
+        first, dash, last = part.partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise typer.BadParameter("rows are such as 2-5,9", param_hint="--rows")
+        if int(last or first) - int(first) > _MOST_ROWS:
+            raise typer.BadParameter(f"at most {_MOST_ROWS} rows at once", param_hint="--rows")
+        found |= dict.fromkeys(range(int(first), int(last or first) + 1))
+    return list(found)
+
+
+def _write(out: Path, names: list[str], found: list[Explanation], plan: str) -> None:
+    from silotune.report.explanation_page import ExplainedRecord, render_explanations
+    from silotune.trust.files import replace_file
+
+    records = [
+        ExplainedRecord(name=name, found=one) for name, one in zip(names, found, strict=True)
+    ]
+    replace_file(out, render_explanations(records, plan=plan).encode())
+
+
+def _print(found: Explanation, name: str) -> None:
     console = terminal()
-    console.print(Text(f"{found.label}  {found.probability:.0%}", style="bold"))
+    head = f"{name}: " if name else ""
+    console.print(Text(f"{head}{found.label}  {found.probability:.0%}", style="bold"))
     most = max((abs(part) for _, part in found.tokens), default=0.0) or 1.0
     words = [Text(word, style=_style(part / most)) for word, part in found.tokens]
     console.print(Text(" ").join(words))

@@ -226,7 +226,7 @@ def predict(  # noqa: PLR0917 - one a command-line option
         return
     shown = _print_redacted if redact else _print
     if texts and texts != ["-"]:
-        examples = _in_turn(texts, list(roles))
+        examples = in_turn(texts, list(roles))
         shown(model(), iter([examples]), len(examples), as_json)
         return
     plain = Form.TEXT if redact else Form.LINES
@@ -272,7 +272,7 @@ def named_columns(
     return found
 
 
-def _in_turn(texts: Sequence[str], roles: Sequence[str]) -> list[dict[str, str]]:
+def in_turn(texts: Sequence[str], roles: Sequence[str]) -> list[dict[str, str]]:
     """Texts of the command line by role: of a pair, one after the other."""
     size = len(roles)
     if len(texts) % size:

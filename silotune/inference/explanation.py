@@ -10,6 +10,7 @@ It says what the model looks at, not what is so. An explanation shows the record
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from silotune.errors import EnvironmentFault, ModelError
 from silotune.models.task import LoadedModel
+from silotune.plan.plan import Plan
 
 STEPS = (64, 128, 256, 512)
 """Of the sum; the next number where one was not enough."""
@@ -67,15 +69,25 @@ def require_captum() -> Any:
     return LayerIntegratedGradients
 
 
+def require_explainable(plan: Plan) -> None:
+    """Check that a plan's task gives texts labels. Raises `ModelError`."""
+    facts = plan.task
+    if facts.counts not in {"confusion", "cells"} or facts.sees:
+        raise ModelError(
+            f"{plan.model.task} gives no text a label that could be explained",
+            remedy="Explain an adapter of text_classification or pair_classification.",
+        )
+
+
 def explain(model: LoadedModel, example: Mapping[str, str], *, label: str = "") -> Explanation:
-    """Explain why a text has a label.
+    """Explain why a text, or a pair of texts, has a label.
 
     Parameters
     ----------
     model : LoadedModel
-        Of a task that gives a text one label.
+        Of a task that gives a text labels.
     example : mapping of str to str
-        The text by its role.
+        The text, or both, by role.
     label : str
         The label; the likeliest where it is empty.
 
@@ -85,20 +97,19 @@ def explain(model: LoadedModel, example: Mapping[str, str], *, label: str = "") 
         captum is not here.
     ModelError
         The task gives no such labels, or the model has no such label.
+
+    Of a pair both texts are explained together; of several labels the likeliest one, without `label`.
     """
     gradients, plan = require_captum(), model.plan
-    if plan.task.counts != "confusion" or plan.task.reads != ("text",):
-        raise ModelError(
-            f"{plan.model.task} gives no text one label",
-            remedy="Explain an adapter of text_classification.",
-        )
+    require_explainable(plan)
     labels = plan.model.labels
     if label and label not in labels:
         raise ModelError(f"there is no such label; there are {', '.join(map(repr, labels))}")
     (answer,) = model.task.predict(model, [example])
-    label = label or str(answer.output)
+    label = label or max(labels, key=lambda one: answer.probabilities[one])
+    target = json.dumps([label]) if plan.task.target == "labels" else label
     encoded = model.task.encode(
-        [{**example, str(plan.task.target): label}], model.tokenizer, plan=plan
+        [{**example, str(plan.task.target): target}], model.tokenizer, plan=plan
     )
     batch = model.task.collate(encoded, [0], model.device)
     place, module = labels.index(label), model.module

@@ -17,8 +17,8 @@ from silotune.data.nested import root_of
 from silotune.data.roles import Sieve, by_role, list_columns
 from silotune.data.site import DatasetConfig
 from silotune.data.streams import RecordBlock, delimiter_of, format_of, stream
-from silotune.data.table import LeftOut, Table
-from silotune.errors import ColumnMissing, TooFewRecords
+from silotune.data.table import LeftOut, Table, rows_in_words
+from silotune.errors import ColumnMissing, RecordInvalid, TooFewRecords
 from silotune.trust.files import file_sha256
 
 _EXACT = 2**53
@@ -199,6 +199,32 @@ class Given:
         found = sieve.table()
         columns = {role: found.columns[role] for role in table.columns}
         return Table(found.source, found.rows, columns, found.faults)
+
+    def chosen(self, rows: Sequence[int], *, first: int) -> list[tuple[int, dict[str, str]]]:
+        """Records by their row, as messages number rows; the first few where none are named.
+
+        Raises
+        ------
+        RecordInvalid
+            A row that is named is not there, can't be read, or is empty.
+        ColumnMissing, TooFewRecords, DatasetUnreadable
+            As `outline`.
+        """
+        self.outline()
+        found: dict[int, dict[str, str]] = {}
+        for _, table in self.blocks():
+            for row, example in zip(table.rows, examples_of(table), strict=True):
+                if (row in rows or not rows) and all(text.strip() for text in example.values()):
+                    found[row] = example
+            if not rows and len(found) >= first:
+                break
+        if lacking := [row for row in rows if row not in found]:
+            raise RecordInvalid(
+                f"{self.path}: {rows_in_words(lacking)} not there, empty, or not to be read",
+                remedy="Give rows as a spreadsheet numbers them: a header is row 1.",
+            )
+        order = rows or list(found)[:first]
+        return [(row, found[row]) for row in order]
 
     def outline(self) -> Outline:
         """Read all once, so that what is wrong with the file is told before anything is computed.
