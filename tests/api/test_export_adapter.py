@@ -247,6 +247,7 @@ def test_without_onnx_the_extra_is_named(runs, tmp_path, monkeypatch):
     assert caught.value.remedy == "pip install 'silotune[onnx]'"
 
 
+@pytest.mark.slow
 def test_nothing_of_silotune_is_needed_to_use_a_merged_folder(runs, tmp_path):
     export(runs["plain"], tmp_path / "out", "--format", "merged")
     code = code_of(tmp_path / "out" / "README.md")

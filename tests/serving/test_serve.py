@@ -426,6 +426,7 @@ def test_a_token_file_is_made_for_its_owner_alone_and_refused_if_others_may_read
         token_of(path)
 
 
+@pytest.mark.slow
 def test_the_command_serves_until_it_is_told_to_end_and_leaves_nothing(runs, tmp_path):
     log, token_file = tmp_path / "log", tmp_path / "token"
     words = ["serve", str(runs["labels"]), "--port", "0", "--token-file", str(token_file)]
