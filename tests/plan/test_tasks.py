@@ -25,6 +25,15 @@ def test_what_a_task_needs_holds_together(facts):
     assert facts.metrics[0] in METRICS
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/plans.md"])
+def test_every_task_is_named_where_a_reader_looks(page):
+    text = (PACKAGE.parent / page).read_text()
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert {
+        name for name in (*TASKS, "statistics") if not any(f"`{name}`" in r for r in rows)
+    } == set()
+
+
 def test_no_code_compares_a_task_by_its_name():
     """A branch on a name is one that the next task falls through."""
     found = []
