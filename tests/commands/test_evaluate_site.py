@@ -175,8 +175,8 @@ def test_a_dataset_that_says_the_split_itself_needs_no_secret(run, made, tmp_pat
 
 
 def test_draws_are_shown_while_they_are_drawn(run, site):
-    told = shown("terminal", "evaluate", str(run), "--site", str(site), "--draws", "400")
-    assert told.code == 0 and "drawing for intervals" in told.text and "/400" in told.text
+    told = shown("terminal", "evaluate", str(run), "--site", str(site), "--draws", "200")
+    assert told.code == 0 and "drawing for intervals" in told.text and "/200" in told.text
     assert "drawing" not in shown("plain", "evaluate", str(run), "--site", str(site)).errors
     facts = shown("json", "evaluate", str(run), "--site", str(site), "--draws", "100").text
     assert json.loads(facts)["draws"] == 100

@@ -60,19 +60,14 @@ def test_a_terminal_marks_tokens_by_more_than_colour(run):
     assert "as it should be" in " ".join(told.text.split())
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [{"task": "pair_classification"}, {"model__multi_label": True},
-     {"task": "pair_classification", "model__multi_label": True}],
-)  # fmt: skip
+@pytest.mark.parametrize("settings", [{}, {"model__multi_label": True}])
 def test_pairs_and_several_labels_are_explained_by_label(tmp_path, bert_folder, settings):
-    run = finished(tmp_path, bert_folder, **settings)
-    pair = "task" in settings
-    texts = [TEXT, "of the left eye"] if pair else [TEXT]
+    run = finished(tmp_path, bert_folder, "pair_classification", **settings)
+    texts = [TEXT, "of the left eye"]
     answer = shown("json", "predict", str(run), *texts).facts["prediction"]["probabilities"]
     likeliest = shown("json", "explain", str(run), *texts).facts
     assert likeliest["label"] == max(answer, key=answer.get)
-    for label, probability in answer.items():
+    for label, probability in [*answer.items()][:2]:
         found = shown("json", "explain", str(run), *texts, "--label", label).facts
         assert found["complete"] and found["probability"] == pytest.approx(probability, abs=1e-4)
         assert sum(part for _, part in found["tokens"]) == pytest.approx(found["total"])
