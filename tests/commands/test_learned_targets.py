@@ -1,8 +1,6 @@
 """Several labels, numbers and pairs by the command line: from the look at records to an answer."""
 
-import csv
 import json
-import random
 
 import pytest
 from typer.testing import CliRunner
@@ -10,34 +8,8 @@ from typer.testing import CliRunner
 from silotune import cli
 from tests.commands.commanded import newest, words
 from tests.federation import PRIVATE, write_federation
+from tests.task_sites import CASES, retell
 
-CASES = {
-    "several": {
-        "columns": 'text = "note"\nlabels = "codes"',
-        "dataset": 'label_separator = ";"',
-        "model": 'task = "text_classification"\nlabels = ["no", "yes"]\nmulti_label = true\n'
-        "class_weights = { yes = 2.0 }",
-        "metrics": {"macro_f1", "micro_f1"},
-        "first": "always every label",
-        "ask": ["gout of the left side"],
-    },
-    "number": {
-        "columns": 'text = "note"\nvalue = "days"',
-        "dataset": "",
-        "model": 'task = "text_regression"\ntarget = { lower = 0.0, upper = 30.0 }',
-        "metrics": {"mae", "r2", "spearman"},
-        "first": "always the mean",
-        "ask": ["gout of the left side"],
-    },
-    "pair": {
-        "columns": 'text = "note"\ntext_b = "more"\nlabel = "chronic"',
-        "dataset": "",
-        "model": 'task = "pair_classification"\nlabels = ["no", "yes"]',
-        "metrics": {"macro_f1", "accuracy"},
-        "first": "always one label",
-        "ask": ["gout of the left side", "a second text"],
-    },
-}
 CHARGED = {
     **PRIVATE,
     "rounds.number": 2,
@@ -49,23 +21,8 @@ CHARGED = {
 
 def a_federation(folder, base, case):
     """The notes of `write_federation`, with other columns beside them and another task."""
-    made, rng = write_federation(folder, base), random.Random(3)
-    for path in folder.glob("*/notes.csv"):
-        with path.open() as file:
-            _, *rows = csv.reader(file)
-        more = []
-        for i, (note, label, unit) in enumerate(rows):
-            codes = rng.choice(["[]", label, f"{label};no"])
-            days = 20 * (label == "yes") + i % 7
-            more.append([note, label, unit, codes, days, f"it is {label}"])
-        with path.open("w", newline="") as file:
-            head = ["note", "chronic", "patient", "codes", "days", "more"]
-            csv.writer(file).writerows([head, *more])
-    for path in folder.glob("*/site.toml"):
-        text = path.read_text().replace('text = "note"\nlabel = "chronic"', case["columns"])
-        path.write_text(
-            text.replace("[datasets.notes]\n", f"[datasets.notes]\n{case['dataset']}\n")
-        )
+    made = write_federation(folder, base)
+    retell(folder, case)
     text = made.plan_path.read_text()
     old = 'task = "text_classification"\nlabels = ["no", "yes"]'
     assert old in text

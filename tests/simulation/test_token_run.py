@@ -1,8 +1,5 @@
 """Spans are learned by a whole private run of three sites: baselines, report and answers."""
 
-import csv
-import json
-
 import pytest
 from typer.testing import CliRunner
 
@@ -14,38 +11,21 @@ from silotune.models.layout import initial_adapter
 from silotune.plan.plan import Plan, plan_in_words
 from silotune.report.report import write_report
 from silotune.simulation.run import Settings
-from tests.federation import CHOICES, PRIVATE, SITES, write_federation
+from tests.federation import CHOICES, PRIVATE, write_federation
+from tests.task_sites import mark_spans
 from tests.whole_run import play
 
 TOKENS = {
     "model.task": "token_classification", "model.labels": ["ILL", "SIDE"], "data.max_length": 16,
     "optimizer.site.head_lr": 0.3,
 }  # fmt: skip
-ILL = ("cough", "sprain", "fever", "cut", "asthma", "gout", "copd", "lupus")
 
 
 @pytest.fixture(scope="module")
 def federation(tmp_path_factory, bert_folder):
     """The notes of `write_federation`, three of them in each, with their illnesses and sides marked."""
     made = write_federation(tmp_path_factory.mktemp("tokens"), bert_folder)
-    for name in SITES:
-        path = made.folder / name / "notes.csv"
-        with path.open(newline="") as file:
-            notes = [row["note"] for row in csv.DictReader(file)]
-        rows = []
-        for number, text in enumerate(notes):
-            whole = ". ".join([text, *notes[number - 2 : number]])
-            spans = [
-                [at, at + len(word), label]
-                for label, words in (("ILL", ILL), ("SIDE", ("left", "right")))
-                for word in words
-                for at in (i for i in range(len(whole)) if whole.startswith(f"{word} ", i))
-            ]
-            rows.append([whole, json.dumps(spans), f"{name}-{number // 2}"])
-        with path.open("w", newline="") as file:
-            csv.writer(file).writerows([["note", "marks", "patient"], *rows])
-        config = path.with_name("site.toml")
-        config.write_text(config.read_text().replace('label = "chronic"', 'spans = "marks"'))
+    mark_spans(made.folder)
     return made
 
 
