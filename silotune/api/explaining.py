@@ -66,7 +66,7 @@ def explain(
         yield explanation.explain(asked.loaded, example, label=label)
 
 
-def records_of(
+def given_records(
     data: str | PathLike[str], columns: Mapping[str, str], *, rows: Sequence[int] = ()
 ) -> list[tuple[int, dict[str, str]]]:
     """Records of a file to explain: each with its row, by role.

@@ -69,7 +69,7 @@ def explain(  # noqa: PLR0917 - one a command-line option
     For one label or several of a text or a pair of texts. It shows records: for this site's own people.
     """
     from silotune.api.explaining import explain as explained
-    from silotune.api.explaining import records_of
+    from silotune.api.explaining import given_records
     from silotune.api.model import plan_of
 
     if bool(texts) == (data is not None) or (rows and data is None):
@@ -79,7 +79,7 @@ def explain(  # noqa: PLR0917 - one a command-line option
     if data is None:
         asked = [("", example) for example in in_turn(texts or [], list(roles))]
     else:
-        numbered = records_of(data, roles, rows=_numbers(rows))
+        numbered = given_records(data, roles, rows=_numbers(rows))
         asked = [(f"row {row}", example) for row, example in numbered]
     with counted("explaining") as (started, advance):
         started(len(asked), 0)

@@ -22,7 +22,10 @@ CASES = ("sums", "steps", "plain")
 def ran(tmp_path_factory, bert_folder):
     """Two confined processes that talk by Gloo: the folder of what they left, how the first ended."""
     folder = tmp_path_factory.mktemp("ranks")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    # By -P the script's folder is no place of modules, and a library has a package "tests", too.
+    root = str(Path(__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    environment |= {"OPENBLAS_NUM_THREADS": "1"}
     command = [sys.executable, "-P", str(SCRIPT), str(folder), str(bert_folder)]
     ended = subprocess.run(
         command, capture_output=True, text=True, timeout=240, check=False, env=environment

@@ -46,10 +46,9 @@ def test_a_causal_model_takes_little_more_memory_than_a_plain_loop(tmp_path):
     """Training and scoring; a vocabulary of 40,000 makes logits of anything more show."""
 
     def ran(how):
-        script = Path(__file__).with_name("causal_memory.py")
         found = subprocess.run(
-            [sys.executable, str(script), str(tmp_path), how],
-            check=True, capture_output=True, text=True,
+            [sys.executable, "-m", "tests.simulation.causal_memory", str(tmp_path), how],
+            check=True, capture_output=True, text=True, cwd=Path(__file__).parents[2],
         )  # fmt: skip
         return int(found.stdout.split()[-1]) if how != "write" else 0
 
