@@ -109,9 +109,12 @@ def _numbers(rows: str) -> list[int]:
         first, dash, last = part.partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
             raise typer.BadParameter("rows are such as 2-5,9", param_hint="--rows")
-        if int(last or first) - int(first) > _MOST_ROWS:
+        start, end = int(first), int(last or first)
+        if end < start:
+            raise typer.BadParameter(f"{part} has no row in it", param_hint="--rows")
+        if end - start >= _MOST_ROWS:
             raise typer.BadParameter(f"at most {_MOST_ROWS} rows at once", param_hint="--rows")
-        found |= dict.fromkeys(range(int(first), int(last or first) + 1))
+        found |= dict.fromkeys(range(start, end + 1))
     return list(found)
 
 

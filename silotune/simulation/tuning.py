@@ -256,13 +256,16 @@ def study_of(search: Search) -> optuna.Study:
     ExtraMissing
         Optuna is not installed.
     RunDirectoryInvalid
-        The folder has a study of another plan, other sites, ranges or metric.
+        The folder has a study of another plan, other sites, ranges or metric, or runs of no study.
     """
     try:
         import optuna
     except ImportError:
         raise ExtraMissing("tuning needs Optuna", remedy=INSTALL) from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    if not (search.folder / STUDY_FILE).exists() and any(search.runs.glob("*")):
+        # All runs but the best one's are removed in the end: none may be anybody else's.
+        raise RunDirectoryInvalid(f"{search.runs} has runs of no study; take another folder")
     search.folder.mkdir(parents=True, exist_ok=True)
     study = optuna.create_study(
         study_name="tune",
@@ -342,11 +345,12 @@ def search_on(
     check(search)
     study = study_of(search)
     space = {each.key: each.distribution() for each in search.ranges}
+    secrets = search.secrets()
     while len(results(study)) < trials:
         trial = study.ask(space)
         begun(trial.number + 1, proposed(trial.params))
         try:
-            value = _tried(search, trial, settings=settings, listener=listener)
+            value = _tried(search, trial, secrets=secrets, settings=settings, listener=listener)
         except _Behind:
             study.tell(trial, state=TrialState.PRUNED)
         except SilotuneError as exc:
@@ -372,7 +376,12 @@ def proposed(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tried(
-    search: Search, trial: optuna.Trial, *, settings: run.Settings, listener: run.Listener
+    search: Search,
+    trial: optuna.Trial,
+    *,
+    secrets: Mapping[str, bytes],
+    settings: run.Settings,
+    listener: run.Listener,
 ) -> float:
     """The mean score of a proposal's runs."""
     scores: list[float] = []
@@ -395,7 +404,7 @@ def _tried(
             settings=settings,
             listener=look,
             sites_folder=search.sites_folder,
-            secrets=search.secrets(),
+            secrets=secrets,
             overrides={**search.overrides, **proposed(trial.params)},
         )
         names = [*trial.user_attrs.get("runs", ()), directory.name]
@@ -440,6 +449,6 @@ def best_of(search: Search, found: Sequence[Tried]) -> Tried | None:
 def remove_runs(search: Search, *, keep: Tried | None) -> None:
     """Remove the run directories of all proposals but one."""
     kept = set(keep.runs if keep else ())
-    for folder in search.runs.iterdir():
-        if folder.is_dir() and folder.name not in kept:
+    for folder in search.runs.glob("*/"):  # none, if no proposal came so far
+        if folder.name not in kept:
             shutil.rmtree(folder)

@@ -100,7 +100,8 @@ def test_records_of_a_file_are_explained_by_their_rows(run, data):
 
 
 @pytest.mark.parametrize(
-    ("rows", "code"), [("99", 20), ("19", 20), ("1", 20), ("x", 2), ("2-", 2), ("1-99999", 2)]
+    ("rows", "code"),
+    [("99", 20), ("19", 20), ("1", 20), ("x", 2), ("2-", 2), ("5-2", 2), ("1-99999", 2)],
 )
 def test_rows_that_are_none_are_refused_by_their_number(run, data, rows, code):
     words = ["--data", str(data), "--column", "note", "--rows", rows]

@@ -75,6 +75,25 @@ def test_only_the_best_ones_run_is_kept(federation):
     assert runs == found.facts["best"]["runs"]
 
 
+def test_a_folder_with_runs_of_no_study_is_left_alone(federation):
+    other = federation.folder / "runs" / "dear"
+    other.mkdir(parents=True)
+    found = shown("plain", *words(federation, RATE, "--trials=1", f"--study={federation.folder}"))
+    assert "ST-" in found.errors and "of no study" in " ".join(found.errors.split())
+    assert other.is_dir() and not (federation.folder / tuning.STUDY_FILE).exists()
+
+
+def test_a_search_whose_proposals_all_failed_at_once_is_told(federation, monkeypatch):
+    def failing(*args, **kwargs):
+        raise tuning.PlanInvalid("no such luck")
+
+    monkeypatch.setattr(run, "simulate", failing)
+    assert "no such luck" in shown("plain", *words(federation, RATE, "--trials=2")).errors
+    found = shown("json", *words(federation, RATE, "--trials=2"))  # gone on with
+    assert found.code == 0, found.errors
+    assert [each["state"] for each in found.facts["trials"]] == ["failed", "failed"]
+
+
 def test_all_runs_hold_the_same_units_out(federation):
     found = shown("json", *words(federation, RATE, "--trials=2", "--keep"))
     runs = federation.folder / "plan-tune" / "runs"
