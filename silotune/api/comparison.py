@@ -85,7 +85,7 @@ def compare(*runs: Run | str | PathLike[str]) -> Comparison:
     Raises
     ------
     RunDirectoryInvalid
-        Fewer than two, one is no run, or they are of different tasks.
+        Fewer than two, one is no run or counted, or they are of different tasks.
 
     Examples
     --------
@@ -99,8 +99,10 @@ def compare(*runs: Run | str | PathLike[str]) -> Comparison:
     found = [run if isinstance(run, Run) else Run(run) for run in runs]
     if len(found) < 2:
         raise RunDirectoryInvalid("a comparison takes two runs or more")
+    if any(run.record.counts for run in found):
+        raise RunDirectoryInvalid("a run that counted has no scores to compare")
     tasks = {str((run.record.plan.get("model") or {}).get("task")) for run in found}
-    if len(tasks) > 1 or any(run.record.counts for run in found):
+    if len(tasks) > 1:
         raise RunDirectoryInvalid(f"runs of different tasks: {', '.join(sorted(tasks))}")
     return Comparison(
         rows=tuple(_row(run) for run in found),

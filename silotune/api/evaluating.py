@@ -11,13 +11,13 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from silotune.api.frames import frame
-from silotune.api.model import Model, load, plan_of
+from silotune.api.model import Model, loaded_of, plan_of
 from silotune.api.progress import Counting, counting
-from silotune.data.columns import STANDS_FOR
-from silotune.data.site import SiteConfig
+from silotune.api.site import Site
+from silotune.data.columns import by_asked
 from silotune.inference import evaluation
 from silotune.inference.evaluated import FittedTemperature, ModelEvaluation
-from silotune.inference.figures import Bootstrap
+from silotune.inference.figures import Bootstrap, require_sklearn
 from silotune.inference.held_out import HeldOut, held_out
 from silotune.inference.records import Given, LabelledRecords
 from silotune.inference.thresholds import ThresholdRule
@@ -150,7 +150,7 @@ def evaluate(
     SplitUnknown
         The secret that tells which records a site held out is not here.
     ValueError
-        Not one of `data` and `site` is given.
+        Not one of `data` and `site` is given, or beside a site what it says itself.
 
     Examples
     --------
@@ -161,7 +161,8 @@ def evaluate(
     >>> found.metrics().loc["accuracy", "value"] <= 1.0
     np.True_
     """
-    plan = model.plan if isinstance(model, Model) else plan_of(model)
+    require_sklearn()  # before models are loaded, which takes time
+    plan, rule = plan_of(model), ThresholdRule.parse(threshold)
     place = None if images is None else Path(images)
     given: AbstractContextManager[LabelledRecords | None]
     chosen: AbstractContextManager[LabelledRecords | None]
@@ -172,16 +173,18 @@ def evaluate(
         if data is None:
             raise ValueError("give labelled records as data, or the folder of a site")
     else:
-        if data is not None or choose_on is not None:
-            raise ValueError("a site says what is evaluated and chosen on")
-        test, validation = _held_out(model, Path(site), plan, group or "")
+        if any(
+            one is not None for one in (data, choose_on, columns, label_separator, unit, images)
+        ):
+            raise ValueError("a site says what is evaluated and chosen on, and how it is read")
+        test, validation = _held_out(model, site, plan, group or "")
         given, chosen = nullcontext(test), nullcontext(validation)
     with given as records, chosen as choosing:
         # What is wrong with the records is told before models are loaded, which takes time.
         number = sum(one.size() for one in (records, choosing) if one is not None)
         assert records is not None
-        ours = _model(model, base, device)
-        other = None if against is None else _model(against, base, device)
+        ours = loaded_of(model, base=base, device=device)
+        other = None if against is None else loaded_of(against, base=base, device=device)
         with counting(progress, "looking at records") as (started, advance):
             started(number, 0)
             found = evaluation.evaluate(
@@ -192,7 +195,7 @@ def evaluate(
                 choose_on=choosing,
                 wanted=evaluation.Wanted(
                     positive=positive,
-                    rule=ThresholdRule.parse(threshold),
+                    rule=rule,
                     least=least,
                     bootstrap=Bootstrap(
                         draws=draws,
@@ -211,19 +214,16 @@ def _roles(
     plan: Plan, columns: Mapping[str, str], also: Mapping[str, str | None]
 ) -> dict[str, str]:
     """The column of each role that is read."""
-    target = plan.task.target
-    needed = (*plan.task.reads, *([target] if target else []))
-    made = {STANDS_FOR[role] for role in columns if role in STANDS_FOR}
-    found = {role: role for role in needed if role not in made} | dict(columns)
+    named = by_asked(columns)
+    found = {role: role for role in plan.task.in_order if role not in named} | dict(columns)
     return found | {role: name for role, name in also.items() if name is not None}
 
 
 def _held_out(
-    model: Model | PathText, site: Path, plan: Plan, group: str
+    model: Model | PathText, site: PathText, plan: Plan, group: str
 ) -> tuple[HeldOut, HeldOut | None]:
     trained = find_trained(model.folder if isinstance(model, Model) else Path(model))
-    config = SiteConfig.load(site / "site.toml" if site.is_dir() else site)
-    return held_out(config, plan, run=trained.run_folder, group=group)
+    return held_out(Site(site).config, plan, run=trained.run_folder, group=group)
 
 
 def _drawing(
@@ -246,10 +246,6 @@ def _name(other: Model | PathText | None) -> str:
     if other is None:
         return ""
     return (other.folder if isinstance(other, Model) else Path(other)).resolve().name
-
-
-def _model(model: Model | PathText, base: str | None, device: str) -> Model:
-    return model if isinstance(model, Model) else load(model, base=base, device=device)
 
 
 @contextmanager

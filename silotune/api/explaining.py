@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 
-from silotune.api.model import Model, load, plan_of
+from silotune.api.model import Model, loaded_of, plan_of
 from silotune.inference import explanation
 from silotune.inference.explanation import Explanation
 from silotune.inference.records import Given
@@ -58,8 +58,8 @@ def explain(
     (True, True)
     """
     explanation.require_captum()  # before a model is loaded, which takes time
-    explanation.require_explainable(model.plan if isinstance(model, Model) else plan_of(model))
-    asked = model if isinstance(model, Model) else load(model, base=base, device=device)
+    explanation.require_explainable(plan_of(model))
+    asked = loaded_of(model, base=base, device=device)
     first = next(iter(asked.roles), "text")
     for text in texts:
         example = {first: text} if isinstance(text, str) else text

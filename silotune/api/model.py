@@ -71,9 +71,14 @@ def load(
     return Model(loaded, folder=found.adapter)
 
 
-def plan_of(path: str | PathLike[str]) -> Plan:
+def plan_of(model: Model | str | PathLike[str]) -> Plan:
     """The plan of what was trained, without loading it. Raises as `load` does."""
-    return find_trained(Path(path)).plan
+    return model.plan if isinstance(model, Model) else find_trained(Path(model)).plan
+
+
+def loaded_of(model: Model | str | PathLike[str], *, base: str | None, device: str) -> Model:
+    """A model as it was given, or loaded. Raises as `load` does."""
+    return model if isinstance(model, Model) else load(model, base=base, device=device)
 
 
 class Model:
@@ -105,7 +110,7 @@ class Model:
     @property
     def roles(self) -> tuple[str, ...]:
         """What an example consists of, by role: ``("text",)`` for a text classifier."""
-        return roles_asked(self.plan)
+        return self.plan.task.reads
 
     def predict(self, examples: Any, *, progress: bool = True) -> list[Prediction]:
         """What the model says of new examples.
@@ -304,11 +309,6 @@ def _beside(data: Path) -> Path:
     kind = format_of(data)
     end = f".{kind}" if kind in WRITTEN else ".csv"
     return data.with_name(f"{data.name.split('.')[0]}.predictions{end}")
-
-
-def roles_asked(plan: Plan) -> tuple[str, ...]:
-    """The roles of an example that is asked about: without what is to be predicted."""
-    return plan.task.reads
 
 
 def by_role(examples: Any, roles: Sequence[str]) -> list[dict[str, str]]:

@@ -133,7 +133,7 @@ def resume(
         A site's records are not those that the run began with.
     """
     chosen = _chosen(engine, workers, device, address=address, isolate=isolate, baselines=baselines)
-    directory = RunDirectory.open(_path(run))
+    directory = RunDirectory.open(Path(run))
     console = showing.console_of(progress)
     if not attack or directory.find_json("results.json") is None:
         with showing.rounds(console) as listener:
@@ -149,10 +149,6 @@ def _chosen(engine: EngineName, workers: int, device: str, **more: Any) -> Setti
     if engine not in {"processes", "ray"}:
         raise ValueError("engine is 'processes' or 'ray'")
     return Settings(engine=engine, workers=workers, device=device, **more)
-
-
-def _path(run: Run | PathText) -> Path:
-    return run.folder if isinstance(run, Run) else Path(run)
 
 
 def _read(plan: Plan | PathText, settings: Mapping[str, Any] | None) -> tuple[Plan, str]:

@@ -123,13 +123,13 @@ def evaluate(  # noqa: PLR0917 - one a command-line option
     )
     plan = plan_of(run)
     require_sees(plan, images)
-    facts = plan.task
-    needed = (*facts.reads, *([str(facts.target)] if facts.target else []))
     done = evaluated(
         run,
         data,
         site=site,
-        columns=named_columns(columns or [], needed, made_of=STANDS_FOR),
+        columns=None
+        if site
+        else named_columns(columns or [], plan.task.in_order, made_of=STANDS_FOR),
         label_separator=label_separator,
         images=images,
         unit=unit,

@@ -28,7 +28,7 @@ def number_of(text: str) -> float:
 def read_of(example: Example, plan: Sections) -> str:
     """All that a model reads of a record; of a response that it learns to write, that too."""
     task = plan.task
-    roles = (*task.reads, task.target) if task.generates and task.target else task.reads
+    roles = task.in_order if task.generates else task.reads
     return "\n".join(example[role] for role in roles)
 
 

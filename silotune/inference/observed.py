@@ -190,7 +190,7 @@ class _Seen:
         self._plan = models[0].plan
         facts = self._plan.task
         self._models, self._source = models, source
-        self._needed = (*facts.reads, *([facts.target] if facts.target else []))
+        self._needed = facts.in_order
         self._kind = _KINDS.get(facts.counts, _COUNTED)
         self._truth: list[Array] = []
         self._parts: list[list[Array]] = [[] for _ in models]

@@ -148,6 +148,11 @@ class TaskFacts:
         return bool(self.metrics)
 
     @property
+    def in_order(self) -> tuple[str, ...]:
+        """Roles of a labelled record: what the model is given, then what is learned."""
+        return (*self.reads, *([self.target] if self.target else []))
+
+    @property
     def sees(self) -> bool:
         """Whether it reads images instead of texts."""
         return self.base == "image"

@@ -43,3 +43,9 @@ def test_a_page_is_written_for_its_owner_alone(here, tmp_path):
 def test_a_rule_that_there_is_none_of_is_refused(here):
     with pytest.raises(ValueError, match="max-f1"):
         silotune.evaluate("runs/small", "labelled.csv", threshold="best", device="cpu")
+
+
+def test_what_a_site_says_itself_is_not_said_beside_it(here):
+    for beside in ({"unit": "patient"}, {"columns": {"text": "note"}}, {"label_separator": ";"}):
+        with pytest.raises(ValueError, match="how it is read"):
+            silotune.evaluate("runs/small", site="hospitals/alpha", **beside)
