@@ -19,7 +19,7 @@ from itertools import pairwise
 from typing import Any
 
 from silotune.data.json_records import decoder
-from silotune.data.values import NEWEST
+from silotune.data.values import NEWEST, encodable
 from silotune.models.spans import TextSpan, written
 from silotune.plan.chat import ROLES
 
@@ -208,6 +208,9 @@ def _members(value: str, keys: Sequence[str], problem: str) -> list[tuple[Any, .
 def _string(value: Any, problem: str) -> str:
     if not isinstance(value, str):
         raise Unfit(problem)
+    # JSON in a cell can spell what has no UTF-8 form, as JSON of a file can.
+    if not encodable(value):
+        raise Unfit("not plain text")
     return value
 
 

@@ -166,6 +166,25 @@ def test_a_chat_with_an_unknown_role_is_left_out_counted_and_never_quoted(tmp_pa
     ]
 
 
+@pytest.mark.parametrize(
+    ("columns", "good", "bad"),
+    [
+        ({"messages": "a"}, {"a": CHAT}, {"a": [{"role": "user", "content": "x\ud800"}]}),
+        ({"words": "a", "tags": "b"}, {"a": ["x"], "b": ["O"]}, {"a": ["\ud800"], "b": ["O"]}),
+        ({"text": "a", "labels": "b"}, {"a": "x", "b": ["y"]}, {"a": "x", "b": ["\ud800"]}),
+    ],
+)
+def test_half_a_character_that_json_in_a_cell_spells_is_a_fault_of_that_record(
+    columns, good, bad, tmp_path
+):
+    """It has no UTF-8 form: all records of a site that has one would fail with it."""
+    table = read(tmp_path, lines(tmp_path, as_texts([good, bad])), columns=columns)
+    assert table.rows == [1]
+    (fault,) = table.faults.found
+    column = "b" if "labels" in columns else "a"
+    assert str(fault) == f"column {column!r}: not plain text in row 2"
+
+
 def test_no_list_of_spans_is_no_annotation_and_an_empty_list_is_one(tmp_path):
     rows = [{"note": "a", "found": None}, {"note": "b", "found": []}, {"note": "c"}]
     table = read(tmp_path, lines(tmp_path, rows), columns={"text": "note", "spans": "found"})
