@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 
 from silotune.data.roles import Sieve
-from silotune.errors import DatasetUnreadable, RecordInvalid, TooFewRecords
+from silotune.errors import DatasetUnreadable, EnvironmentFault, RecordInvalid, TooFewRecords
 from silotune.models.images import SUFFIXES, ImageUnread, Pixels, content_of, decoded
 
 CONTENT = "image_content"
@@ -20,7 +20,7 @@ CONTENT = "image_content"
 
 
 def look_at_images(sieve: Sieve, *, folder: Path, column: str) -> None:
-    """Drop rows whose image can't be read; the others get its whole path, and `CONTENT`.
+    """Drop rows whose image can't be read here; the others get its whole path, and `CONTENT`.
 
     Parameters
     ----------
@@ -35,8 +35,6 @@ def look_at_images(sieve: Sieve, *, folder: Path, column: str) -> None:
     ------
     DatasetUnreadable
         There is no such folder.
-    EnvironmentFault
-        A library that an image needs is not installed.
     """
     if not folder.is_dir():
         raise DatasetUnreadable(
@@ -48,9 +46,11 @@ def look_at_images(sieve: Sieve, *, folder: Path, column: str) -> None:
         try:
             contents[row] = content_sha256(decoded(content_of(folder, names[row])))
         except ImageUnread as exc:
-            problems.setdefault(str(exc), []).append(row)
+            problems.setdefault(f"the image is {exc}", []).append(row)
+        except EnvironmentFault as exc:  # of one format: it must not tell that an image is of it
+            problems.setdefault(f"{exc.detail}: {exc.remedy}", []).append(row)
     for problem, rows in problems.items():
-        sieve.drop(rows, f"the image is {problem}", column)
+        sieve.drop(rows, problem, column)
     sieve.replace("image", [name and str(folder / name) for name in names])
     sieve.add(CONTENT, contents)
 

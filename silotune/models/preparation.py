@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from silotune.errors import ModelError
-from silotune.models.images import Pixels, channels
+from silotune.models.images import MOST_PIXELS, Pixels, channels
 
 FILE = "preprocessor_config.json"
 
@@ -58,11 +58,15 @@ class Preparation:
         return len(self.mean) * self.height * self.width
 
     def prepared(self, pixels: Pixels) -> NDArray[np.uint8]:
-        """An image as bytes [size]: channel by channel, row by row."""
+        """An image as bytes [size]: channel by channel, row by row.
+
+        A shape so extreme that its longer side would have too many pixels is squeezed: no image fails.
+        """
         image = torch.from_numpy(channels(pixels, len(self.mean)).copy()).permute(2, 0, 1)[None]
         if isinstance(self.resized, int):
             tall, wide = image.shape[2:]
             long = max(self.resized, self.resized * max(tall, wide) // min(tall, wide))
+            long = min(long, max(self.resized, MOST_PIXELS // self.resized))
             sides = (long, self.resized) if tall > wide else (self.resized, long)
         else:
             sides = self.resized

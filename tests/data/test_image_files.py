@@ -1,6 +1,7 @@
 """Images of a dataset: what is left out and counted, which are copies, what a trainer may open."""
 
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -63,6 +64,21 @@ def test_what_can_not_be_read_is_left_out_counted_and_never_quoted(folder):
     for part in found.left_out:
         assert not any(name in str(part) for name in odd)
         assert "secret" not in str(part)
+
+
+def test_an_image_whose_format_has_no_library_here_is_left_out_and_stops_nothing(
+    folder, monkeypatch
+):
+    """An error of the whole dataset would tell whoever asks for a round that it is there."""
+    place, _ = folder
+    with (place / "records.csv").open("a") as table:
+        table.write("slice.dcm,yes\n")
+    (place / "scans" / "slice.dcm").write_bytes(bytes(128) + b"DICM")
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    found = records_of(place)
+    assert len(found) == 6
+    told = [part.problem for part in found.left_out if len(part.rows) == 1]
+    assert "DICOM images need pydicom: pip install 'silotune[dicom]'" in told
 
 
 def test_a_copy_is_on_the_same_side_whatever_it_is_called_and_however_it_is_packed(tmp_path):

@@ -53,6 +53,16 @@ def test_an_image_smaller_than_what_is_cut_out_has_black_around_it(tmp_path):
     assert cut.sum() == 3 * 64 * 255
 
 
+def test_an_image_of_an_extreme_shape_is_prepared_like_any_other(tmp_path):
+    """A file of a few kilobytes can be one pixel high and ten million wide."""
+    said = {**PREPARATION, "size": {"shortest_edge": 256}, "do_center_crop": True, "crop_size": 32}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(said))
+    preparation = load_preparation(tmp_path, None)
+    grey = np.full((1, 10_000_000), 100, dtype=np.uint8)
+    for pixels in (grey, grey.T):
+        assert set(preparation.prepared(pixels)) == {100}
+
+
 def test_grey_models_get_one_channel(tmp_path):
     class Grey:
         num_channels = 1
