@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 from silotune.plan.counted import statistics_conflicts
@@ -218,6 +219,8 @@ def _target_conflicts(plan: Sections) -> list[str]:
         found.append(f"model.target: {model.task} learns no number; remove it")
     if not target.lower < target.upper:
         found.append("model.target.upper: must be above lower")
+    elif math.isinf(target.upper - target.lower):
+        found.append("model.target: lower and upper are too far apart")
     elif any(not target.lower < edge < target.upper for edge in target.edges):
         found.append("model.target.edges: must lie between lower and upper")
     if any(a >= b for a, b in pairwise(target.edges)):

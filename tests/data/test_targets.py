@@ -8,7 +8,7 @@ import pytest
 from silotune.data.checks import find_look_alikes
 from silotune.data.records import Split, load_records
 from silotune.data.site import SiteConfig
-from silotune.errors import ColumnMissing, SiteConfigInvalid
+from silotune.errors import ColumnMissing, PlanInvalid, SiteConfigInvalid
 from tests.models.model_material import a_plan
 
 ROWS = [
@@ -98,6 +98,12 @@ def test_a_value_beyond_the_range_of_the_plan_is_left_out_and_counted(tmp_path):
         "value is not a number": 1,
         "value is not within model.target": 1,
     }
+
+
+def test_a_range_whose_width_is_no_number_is_refused():
+    """No place in it could be told, and so a record beyond half of it would be an error."""
+    with pytest.raises(PlanInvalid, match="too far apart"):
+        plan_of("text_regression", model__target={"lower": -1e308, "upper": 1e308})
 
 
 def test_a_pair_needs_both_texts_and_is_told_apart_by_both(tmp_path):
