@@ -116,7 +116,7 @@ def explain(model: LoadedModel, example: Mapping[str, str], *, label: str = "") 
     was_training = module.training
     module.eval()
     try:
-        embeddings = module.peft.get_base_model().get_input_embeddings()
+        embeddings = module.backbone.get_input_embeddings()
         return _explained(
             model,
             gradients(_logit_of(model, batch, place), embeddings),

@@ -343,7 +343,7 @@ def _control_tokens(model: LoadedModel) -> dict[str, Any]:
     if model.module.head is not None:
         return {}
     chat = model.plan.model.chat
-    ends = end_ids(tokenizer, model.module.peft.get_base_model())
+    ends = end_ids(tokenizer, model.module.backbone)
     found = {"lead_ids": leading_ids(tokenizer), "pad_id": padding_id(tokenizer)}
     if chat is None:
         return found | {"end_ids": ends}

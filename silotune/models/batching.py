@@ -85,12 +85,11 @@ class Encoded:
         np.cumsum([len(s) for s in sequences], out=offsets[1:])
         ids = np.fromiter((t for s in sequences for t in s), dtype=np.int32, count=int(offsets[-1]))
         found = np.asarray(targets)
+        found = found.astype(np.int64 if found.ndim == 1 else np.float32)
         kinds = None
         if types is not None:
             kinds = np.fromiter((t for s in types for t in s), dtype=np.int8, count=len(ids))
-        if found.ndim == 1:
-            return cls(ids, offsets, found.astype(np.int64), pad_id, types=kinds)
-        return cls(ids, offsets, found.astype(np.float32), pad_id, types=kinds)
+        return cls(ids, offsets, found, pad_id, types=kinds)
 
     def __len__(self) -> int:
         return len(self._bounds) - 1
@@ -140,23 +139,30 @@ class Encoded:
 
     def subset(self, rows: Rows) -> Encoded:
         """The given examples, in the given order."""
-        chosen, places = [self.tokens(int(row)) for row in rows], self.places(rows)
+        chosen, places = np.asarray(rows, dtype=np.int64), self.places(rows)
         offsets = np.zeros(len(places) + 1, dtype=np.int64)
         np.cumsum(np.diff(self.offsets)[places], out=offsets[1:])
-        ids = np.concatenate(chosen) if chosen else self.ids[:0]
-        if self.first is None:
-            targets, types = self.targets[np.asarray(rows, dtype=np.int64)], self.types
-            if types is not None:
-                parts = [types[self.offsets[row] : self.offsets[row + 1]] for row in rows]
-                types = np.concatenate([types[:0], *parts])
-            return replace(self, ids=ids, offsets=offsets, targets=targets, types=types)
-        own = [self.token_targets(int(row)) for row in rows]
-        by_token = np.concatenate([np.zeros(0, dtype=np.int64), *own])
-        first = np.cumsum([0, *self.sequences[np.asarray(rows, dtype=np.int64)]])
-        return Encoded(ids, offsets, by_token, self.pad_id, first)
+
+        def taken(by_token: NDArray[Any]) -> NDArray[Any]:
+            parts = [by_token[self._span(int(row))] for row in chosen]
+            return np.concatenate([by_token[:0], *parts])
+
+        each = self.first is None
+        return replace(
+            self,
+            ids=taken(self.ids),
+            offsets=offsets,
+            targets=self.targets[chosen] if each else taken(self.targets),
+            first=None if each else np.cumsum([0, *self.sequences[chosen]]),
+            types=None if self.types is None else taken(self.types),
+        )
 
     def padded(self, rows: Rows, device: torch.device) -> dict[str, Tensor]:
-        """A batch padded on the right, as long as its longest sequence.
+        """The given examples as a batch, in the given order: `whole` of their `subset`."""
+        return self.subset(rows).whole(device)
+
+    def whole(self, device: torch.device) -> dict[str, Tensor]:
+        """All examples as one batch padded on the right, as long as its longest sequence.
 
         Returns
         -------
@@ -164,25 +170,29 @@ class Encoded:
             ``input_ids`` and ``attention_mask``, int64 of shape [sequences, longest], of pairs also
             ``token_type_ids``; of images ``pixel_values``, float32 [n, channels, height, width].
         """
-        chosen = self.subset(rows)
         if self.images is not None:
-            return {"pixel_values": self.images.batch(chosen.ids.reshape(len(chosen), -1), device)}
-        real = chosen.real
-        ids = np.full(real.shape, self.pad_id, dtype=np.int64)
-        ids[real] = chosen.ids
-        batch = {
-            "input_ids": torch.from_numpy(ids).to(device),
-            "attention_mask": torch.from_numpy(real.astype(np.int64)).to(device),
+            return {"pixel_values": self.images.batch(self.ids.reshape(len(self), -1), device)}
+        arrays = {
+            "input_ids": self._in_batch(self.ids, fill=self.pad_id),
+            "attention_mask": self.real.astype(np.int64),
         }
-        if chosen.types is not None:
-            types = np.zeros(real.shape, dtype=np.int64)
-            types[real] = chosen.types
-            batch["token_type_ids"] = torch.from_numpy(types).to(device)
-        return batch
+        if self.types is not None:
+            arrays["token_type_ids"] = self._in_batch(self.types, fill=0)
+        return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
 
-    @property
+    def targets_in_batch(self, *, fill: int) -> NDArray[np.int64]:
+        """The targets of tokens, one each, as `whole` has the tokens; `fill` where there is none."""
+        return self._in_batch(self.targets, fill=fill)
+
+    def _in_batch(self, by_token: NDArray[Any], *, fill: int) -> NDArray[np.int64]:
+        real = self.real
+        found = np.full(real.shape, fill, dtype=np.int64)
+        found[real] = by_token
+        return found
+
+    @cached_property
     def real(self) -> NDArray[np.bool_]:
-        """Where a padded batch of all sequences has tokens, shape [sequences, longest]."""
+        """Where `whole` has tokens, shape [sequences, longest]."""
         lengths = np.diff(self.offsets)
         return np.arange(int(lengths.max(initial=0)))[None, :] < lengths[:, None]
 

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
@@ -128,7 +127,6 @@ def write_merged(model: LoadedModel, folder: Path, *, base: Path) -> None:
     merged = module.peft
     if model.plan.lora.target_modules != "none":
         merged = _merged(merged)
-        merged.get_base_model = MethodType(lambda self: self, merged)
         module.peft = merged
     with quiet():
         merged.save_pretrained(folder)

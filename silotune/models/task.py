@@ -200,6 +200,11 @@ class TaskModel(nn.Module):
         """The base model, whether it has an adapter or not."""
         return self.peft.get_base_model() if isinstance(self.peft, PeftModel) else self.peft
 
+    @cached_property
+    def vocabulary(self) -> int:
+        """How many tokens a language model has logits of."""
+        return int(self.backbone.config.get_text_config().vocab_size)
+
     def train(self, mode: bool = True) -> Self:
         """Training mode, but for batch normalisation: it stays with the statistics that it came with.
 
@@ -297,10 +302,7 @@ class TaskModel(nn.Module):
         else:
             with passed_through(output):
                 states = self(batch)[counted]
-            config = self.peft.get_base_model().config.get_text_config()
-            losses = next_token_losses(
-                states, labels[counted], output, vocabulary=int(config.vocab_size)
-            )
+            losses = next_token_losses(states, labels[counted], output, vocabulary=self.vocabulary)
         return losses.new_zeros(labels.shape).masked_scatter(counted, losses)
 
     @cached_property
@@ -309,9 +311,7 @@ class TaskModel(nn.Module):
         ids = torch.zeros(1, 2, dtype=torch.long, device=self.centre.device)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         with self.inference():
-            return plain_output(
-                self.peft.get_base_model(), lambda: self.peft(**inputs, use_cache=False).logits
-            )
+            return plain_output(self.backbone, lambda: self.peft(**inputs, use_cache=False).logits)
 
     @contextmanager
     def inference(self) -> Iterator[None]:

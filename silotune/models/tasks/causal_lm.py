@@ -122,8 +122,7 @@ class CausalLm:
 
         Logits are made of a few texts at a time: with a large vocabulary they are what fills memory.
         """
-        vocabulary = model.peft.get_base_model().config.get_text_config().vocab_size
-        size = max(1, _LOGITS // (len(batch["kept"]) * vocabulary))
+        size = max(1, _LOGITS // (len(batch["kept"]) * model.vocabulary))
         total = 0.0
         with model.inference():
             for start in range(0, len(batch["input_ids"]), size):
@@ -163,13 +162,13 @@ class CausalLm:
 
     def stops(self, model: LoadedModel) -> list[int]:
         """The tokens that end an answer."""
-        return end_ids(model.tokenizer, model.module.peft.get_base_model())
+        return end_ids(model.tokenizer, model.module.backbone)
 
     def _answers(
         self, model: LoadedModel, prompts: Sequence[Sequence[int]], stops: list[int]
     ) -> list[str]:
         """What follows prompts of one length, until a response ends."""
-        base, width = model.module.peft.get_base_model(), len(prompts[0])
+        base, width = model.module.backbone, len(prompts[0])
         config = GenerationConfig(
             do_sample=False,
             use_cache=True,

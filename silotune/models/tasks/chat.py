@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -68,12 +67,9 @@ class Chat(CausalLm):
 
     def collate(self, encoded: Encoded, rows: Rows, device: torch.device) -> dict[str, Tensor]:
         """As `CausalLm.collate`, with labels where an assistant writes."""
-        batch = encoded.padded(rows, device)
-        answered = np.zeros(batch["input_ids"].shape, dtype=bool)
-        for place, row in enumerate(rows):
-            own = encoded.token_targets(int(row))
-            answered[place, : len(own)] = own
-        return labelled(batch, torch.from_numpy(answered).to(device))
+        chosen = encoded.subset(rows)
+        answered = torch.from_numpy(chosen.targets_in_batch(fill=0) > 0)
+        return labelled(chosen.whole(device), answered.to(device))
 
     def prompts(self, model: LoadedModel, examples: Sequence[Mapping[str, str]]) -> list[list[int]]:
         """Token ids of chats that end with a question: the ``messages``, or one ``prompt``."""

@@ -110,17 +110,7 @@ class TokenClassification:
             ``row_of`` [windows], the place in `rows` of each window's record; ``rows`` [records].
         """
         chosen = encoded.subset(rows)
-        marks = np.full(chosen.real.shape, _IGNORED)
-        marks[chosen.real] = chosen.targets
-        own = marks >= 0
-        arrays = {
-            "targets": np.where(own, marks & (_GOES_ON - 1), _IGNORED),
-            "goes_on": own & (marks & _GOES_ON > 0),
-            "row_of": np.repeat(np.arange(len(rows)), chosen.sequences),
-            "rows": np.arange(len(rows)),
-        }
-        tensors = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
-        return encoded.padded(rows, device) | tensors
+        return chosen.whole(device) | _asked(chosen, device)
 
     def losses(self, model: TaskModel, batch: Batch) -> Tensor:
         """Mean loss of each record's tokens, whatever windows they are in; float32 of shape [n]."""
@@ -130,7 +120,8 @@ class TokenClassification:
         self, model: TaskModel, features: Tensor, encoded: Encoded, rows: Rows
     ) -> Tensor:
         """The same from the features [windows, tokens, hidden] of the given rows."""
-        return _losses(model.logits(features), self.collate(encoded, rows, features.device))
+        asked = _asked(encoded.subset(rows), features.device)
+        return _losses(model.logits(features), asked)
 
     def score(self, model: TaskModel, batch: Batch, *, cap: float = math.inf) -> Floats:
         """Of each label the entities found rightly, found, and there; at last the records.
@@ -146,8 +137,8 @@ class TokenClassification:
     ) -> NDArray[np.float64]:
         """The same counts from the features [windows, tokens, hidden] of the given rows."""
         with model.inference():
-            batch = self.collate(encoded, rows, features.device)
-            return _counts(model.logits(features), batch, cap=math.inf)
+            asked = _asked(encoded.subset(rows), features.device)
+            return _counts(model.logits(features), asked, cap=math.inf)
 
     def predict(
         self, model: LoadedModel, examples: Sequence[Mapping[str, str]]
@@ -156,6 +147,19 @@ class TokenClassification:
         texts = [example["text"] for example in examples]
         found = find_spans(model, texts, threshold=self.threshold)
         return [Prediction(output=[span._asdict() for span in spans]) for spans in found]
+
+
+def _asked(encoded: Encoded, device: torch.device) -> dict[str, Tensor]:
+    """What a batch of all these records has beside what the model is given: see `collate`."""
+    marks = encoded.targets_in_batch(fill=_IGNORED)
+    own = marks >= 0
+    arrays = {
+        "targets": np.where(own, marks & (_GOES_ON - 1), _IGNORED),
+        "goes_on": own & (marks & _GOES_ON > 0),
+        "row_of": np.repeat(np.arange(len(encoded)), encoded.sequences),
+        "rows": np.arange(len(encoded)),
+    }
+    return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
 
 
 def _losses(logits: Tensor, batch: Batch) -> Tensor:
