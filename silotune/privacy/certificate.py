@@ -11,7 +11,7 @@ each number of sites that might collude with the coordinator.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,7 +33,7 @@ from silotune.privacy.events import (
     from_json,
     to_json,
 )
-from silotune.privacy.ledger import Ledger
+from silotune.privacy.ledger import Ledger, RunAccount
 from silotune.privacy.secagg.graph import tolerated_collusion
 from silotune.privacy.tally import Tally, epsilon_of, total
 from silotune.trust.identity import fingerprint
@@ -367,10 +367,9 @@ def issue(
     if plan.privacy.delta is None:
         raise CertificateInvalid("a plan without privacy has no certificate")
     tally, head = _charged(ledger, dataset, run=run, plan=plan), ledger.head
-    before = total(a.charged for a in ledger.runs(dataset) if a.run != run)
     body = CertificateBody(
         **_guarantee(tally, plan, plan.privacy.delta),
-        **_ancestry(tally, before, plan, plan.privacy.delta),
+        **_ancestry(ledger, dataset, tally, run=run, plan=plan),
         noise="os_csprng" if secure_noise else "seeded",
         site=site,
         run=run,
@@ -401,13 +400,15 @@ def add_measured(path: Path, measured: Measured, *, key: Ed25519PrivateKey) -> N
 
 def _charged(ledger: Ledger, dataset: str, *, run: str, plan: Plan) -> Mapping[str, int]:
     tally = total(
-        account.charged
-        for account in ledger.runs(dataset)
-        if (account.run, account.plan_sha256) == (run, plan.sha256)
+        account.charged for account in ledger.runs(dataset) if _is_of(account, run=run, plan=plan)
     )
     if not tally:
         raise CertificateInvalid(f"the ledger has no charge of run {run!r} under this plan")
     return tally
+
+
+def _is_of(account: RunAccount, *, run: str, plan: Plan) -> bool:
+    return (account.run, account.plan_sha256) == (run, plan.sha256)
 
 
 def _guarantee(tally: Mapping[str, int], plan: Plan, delta: float) -> dict[str, Any]:
@@ -418,7 +419,7 @@ def _guarantee(tally: Mapping[str, int], plan: Plan, delta: float) -> dict[str, 
         "adjacency": "add_remove_unit" if plan.per_unit else "replace_site",
         "epsilon": epsilon_of(tally, delta=delta),
         "delta": delta,
-        "mechanisms": tuple(_mechanism(leaf, times) for leaf, times in sorted(tally.items())),
+        "mechanisms": _mechanisms(tally),
         "aggregation": sums,
         "exposures": exposures(tally, delta=delta, sums=sums),
         "clips": {name: b.norm for name, b in plan.privacy.clipping.bounds.items()},
@@ -426,15 +427,21 @@ def _guarantee(tally: Mapping[str, int], plan: Plan, delta: float) -> dict[str, 
 
 
 def _ancestry(
-    tally: Mapping[str, int], before: Mapping[str, int], plan: Plan, delta: float
+    ledger: Ledger, dataset: str, tally: Mapping[str, int], *, run: str, plan: Plan
 ) -> dict[str, Any]:
     """Of a run that went on with an adapter: what it cost with all that came before it here."""
-    if plan.lora.start is None:
+    if plan.lora.start is None or plan.privacy.delta is None:
         return {}
+    others = (a for a in ledger.runs(dataset) if not _is_of(a, run=run, plan=plan))
+    before = total(account.charged for account in others)
     return {
-        "earlier": tuple(_mechanism(leaf, times) for leaf, times in sorted(before.items())),
-        "together": epsilon_of(total([tally, before]), delta=delta),
+        "earlier": _mechanisms(before),
+        "together": epsilon_of(total([tally, before]), delta=plan.privacy.delta),
     }
+
+
+def _mechanisms(tally: Mapping[str, int]) -> tuple[Mechanism, ...]:
+    return tuple(_mechanism(leaf, times) for leaf, times in sorted(tally.items()))
 
 
 def verify(path: Path, *, key_sha256: str | None = None) -> Verified:
@@ -469,31 +476,37 @@ def _held(
     if key_sha256 is not None and key_sha256.lower() != fingerprint(key):
         problems.append(f"it was signed by another key, {fingerprint(key)}")
     try:
-        described = [_mechanism(part.event, part.times) for part in body.mechanisms]
-        events = total({part.event: part.times} for part in body.mechanisms)
+        stated = (*body.mechanisms, *body.earlier)
+        described = tuple(_mechanism(part.event, part.times) for part in stated)
+        events = _events(body.mechanisms)
         epsilon = epsilon_of(events, delta=body.delta)
         exposed = exposures(events, delta=body.delta, sums=body.aggregation)
-        before = {part.event: part.times for part in body.earlier}
-        together = epsilon_of(total([events, before]), delta=body.delta)
+        together = None
+        if body.together is not None:
+            together = epsilon_of(_events(stated), delta=body.delta)
     except CertificateInvalid:
         raise
     except Exception as exc:
         raise CertificateInvalid(f"{called}: an event in it can't be accounted for") from exc
     if not math.isclose(epsilon, body.epsilon, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE):
         problems.append(f"it says epsilon = {body.epsilon:.6g}, its events give {epsilon:.6g}")
-    if body.together is not None and not math.isclose(
-        together, body.together, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE
+    if together is not None and not math.isclose(
+        together, body.together or 0.0, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE
     ):
         problems.append(f"it says {body.together:.6g} with earlier runs; it is {together:.6g}")
     if not _alike(exposed, body.exposures):
         problems.append("what it says of collusion is not what its events give")
-    if tuple(described) != body.mechanisms:
+    if described != stated:
         problems.append("a rate or sigma is not the one of its event")
     if (body.adjacency == "replace_site") != (body.unit == _WHOLE_SITE):
         problems.append("its adjacency is not the one of its unit")
     if problems:
         raise CertificateInvalid(f"{called}: {'; '.join(problems)}")
     return Verified(body=body, epsilon=epsilon, key_sha256=fingerprint(key))
+
+
+def _events(stated: Iterable[Mechanism]) -> Mapping[str, int]:
+    return total({part.event: part.times} for part in stated)
 
 
 def _mechanism(leaf: str, times: int) -> Mechanism:

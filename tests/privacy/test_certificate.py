@@ -14,6 +14,7 @@ from silotune.plan.plan import Plan
 from silotune.privacy.certificate import Bound, Measured, add_measured, issue, verify
 from silotune.privacy.events import gaussian_event, step_event
 from silotune.privacy.ledger import Budget, Ledger, ReleaseKey
+from silotune.privacy.tally import epsilon_of, total
 from silotune.trust.identity import fingerprint
 
 DELTA = 1e-5
@@ -207,11 +208,25 @@ def fewer_times(body):
     next(m for m in body["mechanisms"] if m["times"] == 6)["times"] = 1
 
 
+def a_lower_rate_before(body):
+    body["earlier"] = [dict(body["mechanisms"][0], rate=0.01)]
+
+
+def the_same_event_twice_before(body):
+    """One of them is left out of what all runs together are said to cost."""
+    part = body["mechanisms"][0]
+    events = [{one["event"]: one["times"]} for one in (*body["mechanisms"], part)]
+    body["earlier"] = [dict(part, times=1000), part]
+    body["together"] = epsilon_of(total(events), delta=body["delta"])
+
+
 SIGNED_LIES = {
     "a lower epsilon": (lambda body: body.update(epsilon=0.5), "epsilon = 0.5, its events give"),
     "a smaller delta": (lambda body: body.update(delta=1e-9), "its events give"),
     "a lower rate": (rate, "rate or sigma"),
     "fewer events": (fewer_times, "its events give"),
+    "a lower rate of earlier runs": (a_lower_rate_before, "rate or sigma"),
+    "fewer events of earlier runs": (the_same_event_twice_before, "with earlier runs"),
     "noise of another source": (lambda body: body.update(noise="plenty"), "noise"),
     "less exposure": (lambda body: body["exposures"][0].update(epsilon=0.1), "collusion"),
     "another adjacency": (lambda body: body.update(adjacency="replace_site"), "adjacency"),
