@@ -70,7 +70,10 @@ def content_of(root: Path, name: str) -> bytes:
     if not name or "\0" in name or name.startswith("/") or ".." in parts:
         raise ImageUnread("not below the folder of images")
     parts = [part for part in parts if part not in {"", "."}]
-    held = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        held = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as exc:
+        raise ImageUnread(_why(exc)) from None
     try:
         for number, part in enumerate(parts, start=1):
             # Each part by itself, so that no link is followed, whoever puts one there meanwhile; a pipe

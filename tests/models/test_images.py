@@ -243,6 +243,11 @@ def test_nothing_else_is(folder, name):
     assert "secret" not in str(caught.value)
 
 
+def test_a_folder_that_is_gone_is_told_like_a_file_that_is(folder):
+    with pytest.raises(ImageUnread, match=r"^not there, or behind a link$"):
+        content_of(folder / "gone", "x.png")
+
+
 def test_no_link_is_followed_not_even_on_the_way(folder, tmp_path):
     (folder / "link.png").symlink_to(tmp_path / "secret.png")
     (folder / "up").symlink_to(tmp_path)
