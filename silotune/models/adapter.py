@@ -98,7 +98,7 @@ def readme(plan: Plan, description: str, *, auto: str) -> str:
     adapted = plan.lora.target_modules != "none"
     pooled = _POOLED_PARTS if plan.task.sees else _POOLED
     code = _template(plan.task.card or plan.model.task).substitute(
-        _card_code(plan),
+        card_code(plan),
         pooled=pooled[plan.model.pooling],
         auto=auto,
         imports="from peft import PeftModel\n" if adapted else "",
@@ -132,7 +132,7 @@ _TYPES = """, **(
     )"""
 
 
-def _card_code(plan: Plan) -> dict[str, str]:
+def card_code(plan: Plan) -> dict[str, str]:
     """What the code of a card has in its places."""
     pair = len(plan.task.reads) > 1
     arguments = "texts, others" if pair else "texts"

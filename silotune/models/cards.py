@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from string import Template
 
-from silotune.models.adapter import readme
+from silotune.models.adapter import card_code, readme
 from silotune.plan.plan import Plan
 
 _FENCE = re.compile(r"^[^\n]*\n\n```python\n.*?```", re.MULTILINE | re.DOTALL)
 
-_GRAPH = """import json
+_GRAPH = Template("""import json
 from pathlib import Path
 
 import onnxruntime
@@ -22,10 +23,10 @@ tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 session = onnxruntime.InferenceSession(folder / "model.onnx")
 
 
-def logits(texts):
+def logits($arguments):
     # What stands in a text is text: "[SEP]" or "</s>" in it is no control token.
     batch = tokenizer(
-        texts,
+        $given,
         split_special_tokens=True,
         padding=True,
         truncation=True,
@@ -33,7 +34,7 @@ def logits(texts):
         return_tensors="np",
     )
     return session.run(None, {one.name: batch[one.name] for one in session.get_inputs()})[0]
-"""
+""")
 
 
 def merged_card(plan: Plan, description: str, *, auto: str) -> str:
@@ -66,8 +67,9 @@ def graph_card(plan: Plan, description: str, *, auto: str) -> str:
         if plan.task.has_labels
         else "what the model's forward pass gives"
     )
+    code = _GRAPH.substitute(card_code(plan))
     words = (
         f"Here `model.onnx` is the whole forward pass, adapter and head included, and gives {gives}; "
         "`export.json` has how close its answers are to the adapter's."
     )
-    return card.replace(found[0], f"{words}\n\n```python\n{_GRAPH}```")
+    return card.replace(found[0], f"{words}\n\n```python\n{code}```")

@@ -122,6 +122,17 @@ def test_the_cards_code_gives_the_adapters_answers(runs, tmp_path, kind, form):
     assert kept["made_of"] == hashes_of(runs[kind] / "adapters" / "final")
 
 
+@pytest.mark.parametrize("form", ["merged", GRAPHS[0]])
+def test_the_cards_code_reads_two_texts_where_the_task_does(bert_folder, tmp_path, form):
+    run = finished(tmp_path / "runs", bert_folder, "pair_classification")
+    export(run, tmp_path / "out", "--format", form)
+    found = by_card(tmp_path / "out")["logits"](TEXTS, TEXTS[::-1])
+    pairs = [{"text": a, "text_b": b} for a, b in zip(TEXTS, TEXTS[::-1], strict=True)]
+    own = silotune.load(run, device="cpu").predict(pairs)
+    wanted = np.array([list(one.probabilities.values()) for one in own])
+    np.testing.assert_allclose(torch.as_tensor(found).softmax(1).numpy(), wanted, atol=1e-4)
+
+
 def test_a_merged_language_model_answers_by_transformers_alone(runs, tmp_path):
     export(runs["answers"], tmp_path / "out", "--format", "merged")
     names = by_card(tmp_path / "out")
