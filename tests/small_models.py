@@ -11,11 +11,8 @@ from tests.models.model_material import trained_tokenizer
 torch.set_num_threads(1)  # the models are too small to share out
 
 
-@pytest.fixture(scope="session")
-def llama_folder(tmp_path_factory) -> Path:
-    """Two random layers of Llama with grouped heads, saved with its tokenizer."""
-    folder = tmp_path_factory.mktemp("llama")
-    tokenizer = trained_tokenizer()
+def write_llama(folder: Path, tokenizer) -> Path:
+    """Two random layers with grouped heads, and the tokenizer, whose longest text it has room for."""
     with torch.random.fork_rng():
         torch.manual_seed(3)
         LlamaForCausalLM(
@@ -26,7 +23,7 @@ def llama_folder(tmp_path_factory) -> Path:
                 num_key_value_heads=2,
                 intermediate_size=48,
                 vocab_size=len(tokenizer),
-                max_position_embeddings=64,
+                max_position_embeddings=tokenizer.model_max_length,
                 bos_token_id=0,
                 eos_token_id=1,
                 initializer_range=0.2,
@@ -34,6 +31,12 @@ def llama_folder(tmp_path_factory) -> Path:
         ).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory) -> Path:
+    """Two random layers of Llama, saved with its tokenizer."""
+    return write_llama(tmp_path_factory.mktemp("llama"), trained_tokenizer())
 
 
 @pytest.fixture(scope="session")

@@ -3,10 +3,8 @@
 import json
 from pathlib import Path
 
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-
 from tests.models.model_material import a_plan, trained_tokenizer
+from tests.small_models import write_llama
 
 CHATML = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + "
@@ -51,25 +49,7 @@ def chat_tokenizer(template: str | None = CHATML):
 
 
 def write_chat_model(folder: Path, template: str | None = CHATML) -> Path:
-    tokenizer = chat_tokenizer(template)
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        LlamaForCausalLM(
-            LlamaConfig(
-                hidden_size=32,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                intermediate_size=48,
-                vocab_size=len(tokenizer),
-                max_position_embeddings=256,
-                bos_token_id=0,
-                eos_token_id=1,
-                initializer_range=0.2,
-            )
-        ).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return write_llama(folder, chat_tokenizer(template))
 
 
 def chat_plan(base, *, chat=None, **settings):
