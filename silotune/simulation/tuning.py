@@ -338,7 +338,8 @@ def search_on(
     Raises
     ------
     SilotuneError
-        What the first proposal of a study failed with; later ones are only noted.
+        What the first proposal of a study failed with; it is tried first again by the next call.
+        Failures of later ones are only noted.
     """
     from optuna.trial import TrialState
 
@@ -354,10 +355,10 @@ def search_on(
         except _Behind:
             study.tell(trial, state=TrialState.PRUNED)
         except SilotuneError as exc:
+            if not results(study):
+                raise  # the plan itself: left open, it is the first again when that is mended
             trial.set_user_attr("reason", f"{exc.code} {exc.detail}")
             study.tell(trial, state=TrialState.FAIL)
-            if trial.number == 0:
-                raise
         else:
             failed = math.isnan(value)
             if failed:

@@ -145,6 +145,25 @@ def test_a_proposal_that_fails_is_told_and_the_search_goes_on(federation, monkey
     assert "no such luck" in found.facts["trials"][1]["reason"]
 
 
+def test_a_plan_that_fails_is_the_first_again_when_what_was_wrong_is_mended(
+    federation, monkeypatch
+):
+    whole, calls = run.simulate, []
+
+    def failing_once(*args, **kwargs):
+        calls.append(kwargs["overrides"]["optimizer.site.head_lr"])
+        if len(calls) == 1:
+            raise tuning.PlanInvalid("no such luck")
+        return whole(*args, **kwargs)
+
+    monkeypatch.setattr(run, "simulate", failing_once)
+    found = shown("plain", *words(federation, RATE, "--trials=1"))
+    assert "no such luck" in found.errors
+    found = shown("json", *words(federation, RATE, "--trials=1"))
+    assert calls == [Plan.load(federation.plan_path).optimizer.site.head_lr] * 2
+    assert [each["state"] for each in found.facts["trials"]] == ["finished"]
+
+
 def test_what_falls_behind_is_stopped_early(federation, monkeypatch):
     monkeypatch.setattr(
         optuna.pruners, "MedianPruner", lambda **_: optuna.pruners.ThresholdPruner(lower=2.0)
