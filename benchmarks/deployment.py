@@ -79,9 +79,8 @@ def fleets(deployments, *, counts, rounds, idle_seconds):
                     continue  # the other build's are measured with three sites
                 many = 10 if (kind, name) == ("tiny", "this") else 1  # of a few milliseconds each
                 told = deployment.run(plan, values=values, rounds=many * rounds)
-                beside = (
-                    idle / 100 * told["seconds_counted"]
-                )  # a longer round would cost more of it
+                # A longer round has more of what idle sites cost.
+                beside = idle / 100 * told["seconds_counted"]
                 row[f"{kind}_cpu_ms"] = 1e3 * (told["cpu_seconds"] - beside) / count
                 row[f"{kind}_with_idle_cpu_ms"] = 1e3 * told["cpu_seconds"] / count
                 row[f"{kind}_seconds"] = statistics.median(told["seconds"])

@@ -65,8 +65,6 @@ class Case:
 
 
 BASIC = ("peft", "ours", "ours_twin", "opacus_hooks", "opacus_ghost")
-TOKENS = ("peft", "ours", "ours_twin", "opacus_hooks")
-TOKENS = ("peft", "ours", "ours_twin", "opacus_hooks")
 REDUCED = ("peft_autocast", "peft_bf16", "ours_bf16", "ours_bf16_twin")
 VARIANTS = ("peft_ffa", "ours_ffa", "ours_units", "peft_micro", "ours_micro")
 MEMORY = ("peft", "ours", "opacus_hooks", "ours_bf16")

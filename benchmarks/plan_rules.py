@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", default=ROWS, choices=ROWS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--splits", nargs="+", default=["code", "category"])
-    parser.add_argument("--rounds", type=int, default=100, help="of the plans of required keys")
+    parser.add_argument("--rounds", type=int, default=120, help="of the plans of required keys")
     parser.add_argument("--epsilon", type=float, default=8.0)
     parser.add_argument("--json", action="store_true", help="last line is one JSON object")
     parser.add_argument(

@@ -89,9 +89,8 @@ class _PackedRecord:
     @classmethod
     def make(cls, name: str, record: Any, *, after: hashlib._Hash) -> _PackedRecord:
         """Pack a record that comes behind what `after` is the hash of."""
-        own = type(record)(
-            {key: record[key] for key in sorted(record)}
-        )  # which nobody else changes
+        # A copy, which nobody else changes.
+        own = type(record)({key: record[key] for key in sorted(record)})
         packed = recorddict_to_proto(RecordDict({name: own})).SerializeToString(deterministic=True)
         hashed = after.copy()
         hashed.update(packed)

@@ -7,7 +7,7 @@ what two runs cost adds up, and no record is tested on that the start was traine
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from silotune.data.declared import SECRET_FILE, own_secret
@@ -32,12 +32,12 @@ def states_of_start(plan: Plan, sites: Sequence[SiteConfig]) -> dict[str, Path]:
     return {name: state for name, state in found.items() if (state / SECRET_FILE).is_file()}
 
 
-def secrets_of(states: dict[str, Path]) -> dict[str, bytes]:
-    """The sites' secrets of an earlier run."""
+def secrets_of(states: Mapping[str, Path]) -> dict[str, bytes]:
+    """The sites' secrets, of what a run keeps for them."""
     return {name: own_secret(state, Vault(state)) for name, state in states.items()}
 
 
-def carry_ledgers(states: dict[str, Path], directory: RunDirectory) -> None:
+def carry_ledgers(states: Mapping[str, Path], directory: RunDirectory) -> None:
     """Copy the ledgers of an earlier run into the sites' states of a new one."""
     for name, state in states.items():
         for file in _LEDGER:

@@ -123,8 +123,7 @@ def require_same_records(
             "the run directory does not say which records the run began with: they may have changed"
         )
         return
-    states = {site.name: directory.site(site.name) for site in sites}
-    secrets = {name: own_secret(state, Vault(state)) for name, state in states.items()}
+    secrets = secrets_of({site.name: directory.site(site.name) for site in sites})
     found = survey(sites, plan, roles=plan.roles, secrets=secrets)
     now = _fingerprints(found, secrets)
     changed = sorted(name for name in now if now[name] != began.get(name))

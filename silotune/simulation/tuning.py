@@ -20,14 +20,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from silotune.data.declared import own_secret
 from silotune.data.site import load_sites
 from silotune.errors import ExtraMissing, PlanInvalid, RunDirectoryInvalid, SilotuneError
 from silotune.plan.document import canonical_json
 from silotune.plan.plan import Plan, dotted
 from silotune.plan.tasks import Metric
 from silotune.simulation import run
-from silotune.trust.vault import Vault
+from silotune.simulation.ancestry import secrets_of
 
 if TYPE_CHECKING:
     import optuna
@@ -209,8 +208,8 @@ class Search:
 
     def secrets(self) -> dict[str, bytes]:
         """What the sites split their units by, in all runs of the study."""
-        states = {s.name: self.folder / "sites" / s.name for s in load_sites(self.sites_in)}
-        return {name: own_secret(state, Vault(state)) for name, state in states.items()}
+        sites = load_sites(self.sites_in)
+        return secrets_of({site.name: self.folder / "sites" / site.name for site in sites})
 
     @property
     def identity(self) -> dict[str, str]:
