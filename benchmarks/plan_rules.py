@@ -95,6 +95,7 @@ def main() -> None:
         for split in options.splits:
             folder = Path(scratch) / split
             write_hospitals(folder, split=split, rows_per_site=400 if options.quick else None)
+            made = plans(folder, rounds=options.rounds, epsilon=options.epsilon)
             paths = tuple(str(site.folder / "site.toml") for site in load_sites(folder))
             for seed in options.seeds:
                 jobs = [
@@ -107,9 +108,7 @@ def main() -> None:
                         choices=asdict(choose(of)),
                         shared=str(Path(scratch) / "shared"),
                     )
-                    for row, plan in plans(
-                        folder, rounds=options.rounds, epsilon=options.epsilon
-                    ).items()
+                    for row, plan in made.items()
                     if row in options.rows
                 ]
                 for done in run_jobs(jobs, workers=1):

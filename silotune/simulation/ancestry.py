@@ -33,7 +33,7 @@ def states_of_start(plan: Plan, sites: Sequence[SiteConfig]) -> dict[str, Path]:
 
 
 def secrets_of(states: Mapping[str, Path]) -> dict[str, bytes]:
-    """The sites' secrets, of what a run keeps for them."""
+    """The sites' secrets in their states of a run, made where there is none yet."""
     return {name: own_secret(state, Vault(state)) for name, state in states.items()}
 
 

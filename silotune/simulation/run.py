@@ -242,7 +242,8 @@ def simulate(
     overrides : mapping, optional
         Dotted plan keys to replace.
     secrets : mapping, optional
-        By site's name: equal secrets hold the same units out. Drawn anew by default.
+        By site's name: equal secrets hold the same units out. Drawn anew by default. Where the plan goes
+        on with an earlier run, that run's secrets are taken before these.
     note : callable, optional
         Given sentences about the sites' records and the plan, for whoever simulates.
 
@@ -288,7 +289,9 @@ def start(
             note(f"{site.name} would be confined without: {'; '.join(missing) or 'nothing'}")
     require_start(plan)
     earlier = states_of_start(plan, sites)
-    secrets = secrets or {site.name: new_secret() for site in sites} | secrets_of(earlier)
+    # What the start was trained on decides, also against secrets that were given.
+    drawn = {site.name: new_secret() for site in sites}
+    secrets = {**drawn, **(secrets or {}), **secrets_of(earlier)}
     if plan.lora.start is not None and (new := [s.name for s in sites if s.name not in earlier]):
         note(
             f"{', '.join(new)}: not in the run that lora.start is of, as far as that is here. Its "

@@ -91,6 +91,19 @@ def test_what_was_held_out_once_is_held_out_again(first, second):
     assert second.read_json("records.json") == found
 
 
+def test_a_search_that_gives_all_its_runs_one_split_keeps_that_of_the_start(federation, first):
+    secrets = {site.name: bytes(32) for site in federation.sites}
+    found = run.simulate(
+        federation.plan_path,
+        runs=federation.folder / "searched",
+        settings=run.Settings(workers=1),
+        listener=lambda event: None,
+        overrides=going_on(first),
+        secrets=secrets,
+    )
+    assert found.read_json("records.json") == first.read_json("records.json")
+
+
 def test_a_sites_ledger_holds_both_runs(first, second):
     ledger = Ledger(second.site("alpha") / LEDGER_FILE, create=False)
     assert {a.run for a in ledger.runs("notes") if a.charged} == {first.name, second.name}
