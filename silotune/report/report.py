@@ -340,10 +340,10 @@ def print_summary(run_dir: Path, console: Console) -> None:
         return
     found = summarise(record)
     if found.methods:
-        console.print(_methods(found))
+        console.print(_methods(found, width=console.width))
         console.print()
     if found.by_site and found.method("own"):
-        console.print(_sites(found))
+        console.print(_sites(found, width=console.width))
     if found.methods:
         console.print()
     if found.privacy.guarantee in {"none", "seeded"}:
@@ -352,11 +352,12 @@ def print_summary(run_dir: Path, console: Console) -> None:
         console.print(Text(sentence), soft_wrap=False)
 
 
-def _methods(found: Summary) -> Table:
+def _methods(found: Summary, *, width: int) -> Table:
     metrics = found.metrics
     table = _table(
         "all sites' held-out test data",
         [*(metric.title for metric in metrics), "over own", _EPSILON, "s"],
+        width=width,
     )
     for row in found.methods:
         table.add_row(
@@ -378,11 +379,11 @@ _COLUMNS = (
 )
 
 
-def _sites(found: Summary) -> Table:
+def _sites(found: Summary, *, width: int) -> Table:
     """Each site at home, and the gain there (red where it is none) beside that on everybody's data."""
     columns = [(n, key) for n, key in _COLUMNS if any(getattr(r, key) for r in found.by_site)]
     names = [name for name, _ in columns]
-    table = _table("each site's own test data", [*names, "at home", "on all"])
+    table = _table("site, own test data", [*names, "at home", "on all"], width=width)
     shown = sorted(found.by_site, key=lambda row: row.gain or 0.0)[:_MOST_SITES]
     for row in [site for site in found.by_site if site in shown]:
         scores = [score(row.score(key, found.metric)) for _, key in columns]
@@ -397,9 +398,12 @@ def _signed(gain: float | None) -> Text:
     return Text(signed(gain), style="red" if gain is not None and gain < 0 else "")
 
 
-def _table(first: str, numbers: list[str]) -> Table:
+def _table(first: str, numbers: list[str], *, width: int) -> Table:
+    """A table for a console of this width: where it is narrow names are cut, and never a digit."""
     table = Table(box=None, padding=(0, 1), show_edge=False)
-    table.add_column(first, no_wrap=True, overflow="ellipsis", min_width=20)
-    for name in numbers:
-        table.add_column(name, no_wrap=True, justify="right", min_width=max(len(name), 6))
+    widths = [max(len(name), 6) for name in numbers]
+    room = width - 2 - sum(each + 2 for each in widths)
+    table.add_column(first, no_wrap=True, overflow="ellipsis", max_width=max(room, 20))
+    for name, least in zip(numbers, widths, strict=True):
+        table.add_column(name, no_wrap=True, justify="right", min_width=least)
     return table

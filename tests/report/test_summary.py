@@ -133,6 +133,18 @@ def test_the_printed_summary_fits_80_columns_and_has_the_verdict(made, variant):
         assert f"{row['test'][found['metric']['key']]:.3f}" in text
 
 
+def test_no_digit_of_the_sites_table_is_cut_where_a_name_is_too_long_for_80_columns(made):
+    run, found = made("private")
+    drawn = console()
+    print_summary(run.root, drawn)
+    lines = [line.strip() for line in drawn.file.getvalue().splitlines()]
+    first = next(n for n, line in enumerate(lines) if line.startswith("site, own test data")) + 1
+    shown = lines[first : first + len(found["by_site"])]
+    assert any("\N{HORIZONTAL ELLIPSIS}" in line for line in shown)
+    for line, row in zip(shown, found["by_site"], strict=True):
+        assert line.split()[-1].lstrip("+\N{MINUS SIGN}") == f"{abs(row['gain_everywhere']):.3f}"
+
+
 def test_what_is_not_private_is_printed_as_such(made):
     drawn = console()
     print_summary(made("seeded")[0].root, drawn)
