@@ -10,8 +10,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from silotune.commands.folder import AsJson
-from silotune.commands.predict import (
+from silotune.commands.asked import (
     Base,
     ColumnOption,
     Device,
@@ -21,6 +20,7 @@ from silotune.commands.predict import (
     named_columns,
     require_sees,
 )
+from silotune.commands.folder import AsJson
 from silotune.data.columns import STANDS_FOR
 from silotune.inference.evaluated import (
     AgainstOther,

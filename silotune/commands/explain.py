@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from silotune.commands.folder import AsJson
-from silotune.commands.predict import (
+from silotune.commands.asked import (
     Base,
     ColumnOption,
     Device,
@@ -20,6 +19,7 @@ from silotune.commands.predict import (
     in_turn,
     named_columns,
 )
+from silotune.commands.folder import AsJson
 from silotune.terminal import say, terminal
 
 if TYPE_CHECKING:

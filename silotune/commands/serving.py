@@ -12,16 +12,14 @@ import click
 import typer
 from typer.core import TyperGroup
 
+from silotune.commands.asked import Base, Device, Trained
 from silotune.commands.folder import AsJson
 from silotune.commands.results import export as curves
 from silotune.terminal import say, terminal
 
 
 def serve(  # noqa: PLR0917 - one a command-line option
-    path: Annotated[
-        Path,
-        typer.Argument(help="A finished run's directory, or an adapter's.", show_default=False),
-    ],
+    path: Trained,
     host: Annotated[
         str, typer.Option(help="Address to listen on; any other than this machine's needs TLS.")
     ] = "127.0.0.1",
@@ -44,11 +42,8 @@ def serve(  # noqa: PLR0917 - one a command-line option
     deadline: Annotated[
         float, typer.Option(min=0.1, help="Seconds that a request may take, waiting included.")
     ] = 30.0,
-    base: Annotated[
-        str | None,
-        typer.Option(help="Where the base model is here, if not where the plan says."),
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    base: Base = None,
+    device: Device = "auto",
 ) -> None:
     """Serve a trained model over HTTP until Ctrl-C: JSON in, JSON out, described by /openapi.json.
 
@@ -109,10 +104,7 @@ class ExportForm(StrEnum):
 
 @exports.command("adapter")
 def adapter(  # noqa: PLR0917 - one a command-line option
-    path: Annotated[
-        Path,
-        typer.Argument(help="A finished run's directory, or an adapter's.", show_default=False),
-    ],
+    path: Trained,
     to: Annotated[Path, typer.Option(help="Folder to make.")],
     form: Annotated[
         ExportForm,
@@ -122,10 +114,7 @@ def adapter(  # noqa: PLR0917 - one a command-line option
             "graph, head included. int8: that graph with 8-bit weights.",
         ),
     ] = ExportForm.PEFT,
-    base: Annotated[
-        str | None,
-        typer.Option(help="Where the base model is here, if not where the plan says."),
-    ] = None,
+    base: Base = None,
     tolerance: Annotated[
         float | None,
         typer.Option(

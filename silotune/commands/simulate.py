@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 
+from silotune.commands.asked import Device
 from silotune.commands.folder import AsJson
 from silotune.commands.plan import Overrides, parsed
 from silotune.terminal import terminal
@@ -158,7 +159,7 @@ def simulate(  # noqa: PLR0917 - one a command-line option
     workers: Annotated[int, typer.Option(min=0, help="Worker processes; 0 takes one a core.")] = 0,
     engine: Engine = "processes",
     address: Address = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Device = "auto",
     baselines: Baselines = False,
     attack: Attack = False,
     overrides: Overrides = None,

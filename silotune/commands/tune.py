@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from silotune.commands.asked import Device
 from silotune.commands.folder import AsJson
 from silotune.commands.new_plan import TITLES, rendered
 from silotune.commands.plan import Overrides, parsed
@@ -72,7 +73,7 @@ def tune(  # noqa: PLR0917 - one a command-line option
         bool, typer.Option("--keep", help="Keep all run directories, not the best one's only.")
     ] = False,
     workers: Annotated[int, typer.Option(min=0, help="Worker processes; 0 takes one a core.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Device = "auto",
     seed: Annotated[int, typer.Option(help="Of the proposals; runs draw their own noise.")] = 0,
     overrides: Overrides = None,
     as_json: AsJson = False,
