@@ -16,6 +16,7 @@ from silotune.errors import DataError
 from silotune.terminal import terminal
 
 if TYPE_CHECKING:
+    from silotune.api.run import Run
     from silotune.data.demo import Demo
 
 demo = typer.Typer(no_args_is_help=True, help="Write demo data, site folders and a plan.")
@@ -55,9 +56,9 @@ def hospitals(
 
     if split not in {"code", "category"}:
         raise typer.BadParameter("use 'code' or 'category'", param_hint="--split")
-    make_way(folder, force=force)
+    _make_way(folder, force=force)
     write_hospitals(folder, split=split, patients=patients)  # type: ignore[arg-type]
-    tell_next(
+    _tell_next(
         f"Seven hospitals and two plans are in {folder}.",
         [
             f"silotune simulate {folder}/statistics.toml    # what they have, under privacy",
@@ -85,7 +86,7 @@ def notes(
     """
     from silotune.data.notes import example_note, write_notes
 
-    make_way(folder, force=force)
+    _make_way(folder, force=force)
     written = write_notes(folder, quick=quick)
     run = _run(
         written, write_only, "notes of five hospitals", "Faker made them up: no patient is in them."
@@ -93,9 +94,9 @@ def notes(
     if run is None:
         return
     _tell_redacted(run, example_note())
-    tell_next(f"The report is {run / 'report.html'}.", [
-        f"silotune predict {run} --redact < note.txt",
-        f"silotune predict {run} --redact --data notes.csv --column note --threshold 0.2",
+    _tell_end(run, [
+        f"silotune predict {run.folder} --redact < note.txt",
+        f"silotune predict {run.folder} --redact --data notes.csv --column note --threshold 0.2",
     ])  # fmt: skip
 
 
@@ -105,13 +106,13 @@ def _run(
     what: str,
     about: str,
     *,
-    tell: Callable[[Path], None] | None = None,
-) -> Path | None:
+    tell: Callable[[Run], None] | None = None,
+) -> Run | None:
     """Say what was written, train on it and say what that gave; the run, unless it is only written."""
     folder = written.plan.parent
     told = f"Wrote {sum(written.records):,} {what} to {folder}. {about}"
     if write_only:
-        tell_next(told, [
+        _tell_next(told, [
             f"silotune data check {written.sites[0]}/site.toml --plan {written.plan}",
             f"silotune plan check {written.plan}",
             f"silotune simulate {written.plan} --baselines",
@@ -120,41 +121,40 @@ def _run(
     terminal().print(told, soft_wrap=True)
     from silotune.api.simulating import simulate
 
-    run = simulate(written.plan, runs=folder / "runs", baselines=True).folder
+    run = simulate(written.plan, runs=folder / "runs", baselines=True)
     (tell or _tell_methods)(run)
     return run
 
 
-def _tell_methods(run: Path) -> None:
-    """What those who trained on less or more reach on the held-out records of all sites."""
-    from silotune.api.model import plan_of
-    from silotune.rounds.run_directory import RunDirectory
+def _tell_end(run: Run, commands: Iterable[str]) -> None:
+    """Write the report; what lies there now, and the commands that go on with it."""
+    _tell_next(f"The report is {run.report()}.", commands)
 
-    facts = plan_of(run).task
+
+def _tell_methods(run: Run) -> None:
+    """What those who trained on less or more reach on the held-out records of all sites."""
+    metrics = run.plan.task.metrics
     rows = {
         "own": "own records only (mean of the sites)",
         "federated": "federated",
         "pooled": "pooled records",
     }
-    scores = {
-        row["key"]: row["test"] for row in RunDirectory(run).read_json("results.json")["methods"]
-    }
+    scores = {row.key: row.test for row in run.record.methods}
     table = Table(
-        "trained on, all at the same epsilon", *(metric.title for metric in facts.metrics), box=None
+        "trained on, all at the same epsilon", *(metric.title for metric in metrics), box=None
     )
     for column in table.columns[1:]:
         column.justify = "right"
     for key, title in rows.items():
-        table.add_row(title, *(f"{scores[key][metric.key]:.3f}" for metric in facts.metrics))
+        table.add_row(title, *(f"{scores[key][metric.key]:.3f}" for metric in metrics))
     terminal().print(table)
 
 
-def _tell_redacted(run: Path, note: str) -> None:
+def _tell_redacted(run: Run, note: str) -> None:
     """A new note before and after."""
-    from silotune.api.model import load
     from silotune.inference.redaction import in_words, moved, redacted
 
-    model = load(run)
+    model = run.model()
     (answer,) = model.predict([note])
     spans = [moved(span, 0) for span in cast(Sequence[Mapping[str, Any]], answer.output)]
     counts = Counter(span.label for span in spans)
@@ -182,20 +182,20 @@ def bank(
     """
     from silotune.data.demo_bank import NEW_LOANS, write_banks
 
-    make_way(folder, force=force)
+    _make_way(folder, force=force)
     written = write_banks(folder, quick=quick)
     run = _run(written, write_only, "loans of four banks", "Others of theirs take no part.")
     if run is None:
         return
     _tell_new(run, folder / NEW_LOANS, {"text": "loan", "label": "status"})
     columns = "--column text=loan --column label=status"
-    tell_next(f"The report is {run / 'report.html'}.", [
-        f"silotune evaluate {run} --data {folder / NEW_LOANS} {columns} --group bank",
-        f"silotune predict {run} 'home rent, earlier defaults yes, low income, very high loan'",
+    _tell_end(run, [
+        f"silotune evaluate {run.folder} --data {folder / NEW_LOANS} {columns} --group bank",
+        f"silotune predict {run.folder} 'home rent, earlier defaults yes, low income, very high loan'",
     ])  # fmt: skip
 
 
-def _tell_new(run: Path, data: Path, roles: Mapping[str, str]) -> None:
+def _tell_new(run: Run, data: Path, roles: Mapping[str, str]) -> None:
     """How the federated model does on records that took no part, as `silotune evaluate` has it."""
     from silotune.api.evaluating import evaluate
     from silotune.inference.evaluated import in_words, title_of
@@ -228,13 +228,13 @@ def images(
     """
     from silotune.data.demo_images import write_images
 
-    make_way(folder, force=force)
+    _make_way(folder, force=force)
     written = write_images(folder, quick=quick)
     run = _run(written, write_only, "images of three clinics", "The base model is there, too.")
     if run is None:
         return
     image = min((written.sites[0] / "scans").iterdir())
-    tell_next(f"The report is {run / 'report.html'}.", [f"silotune predict {run} {image}"])
+    _tell_end(run, [f"silotune predict {run.folder} {image}"])
 
 
 @demo.command("letters")
@@ -255,30 +255,27 @@ def letters(
     """
     from silotune.data.demo_letters import example_question, write_letters
 
-    make_way(folder, force=force)
+    _make_way(folder, force=force)
     written = write_letters(folder, quick=quick)
     about = "Every letter is made up: no patient is in them."
     run = _run(written, write_only, "chats of three hospitals", about, tell=_tell_losses)
     if run is None:
         return
     _tell_written(run, example_question())
-    tell_next(f"The report is {run / 'report.html'}.", [
-        f"silotune predict {run} '{example_question()}'",
-        f"silotune serve {run}",
+    _tell_end(run, [
+        f"silotune predict {run.folder} '{example_question()}'",
+        f"silotune serve {run.folder}",
     ])  # fmt: skip
 
 
-def _tell_losses(run: Path) -> None:
+def _tell_losses(run: Run) -> None:
     """The loss of every model on all hospitals' held-out letters, and on those of each."""
-    from silotune.rounds.run_directory import RunDirectory
-
-    found = {row["key"]: row for row in RunDirectory(run).read_json("results.json")["methods"]}
-    own = found["own"]["everywhere"]
+    found = {row.key: row for row in run.record.methods}
     rows = {
-        "the model as it came": found["base"]["test"],
-        **{f"trained at {site} alone": scores for site, scores in own.items()},
-        "federated": found["federated"]["test"],
-        "trained on pooled letters": found["pooled"]["test"],
+        "the model as it came": found["base"].test,
+        **{f"trained at {site} alone": scores for site, scores in found["own"].everywhere.items()},
+        "federated": found["federated"].test,
+        "trained on pooled letters": found["pooled"].test,
     }
     table = Table("", "loss a token, all hospitals' new letters", box=None)
     table.columns[1].justify = "right"
@@ -287,11 +284,9 @@ def _tell_losses(run: Path) -> None:
     terminal().print(table)
 
 
-def _tell_written(run: Path, question: str) -> None:
+def _tell_written(run: Run, question: str) -> None:
     """What the model makes of new facts, before training and after."""
-    from silotune.api.model import load
-
-    model = load(run)
+    model = run.model()
     with model.loaded.module.peft.disable_adapter():
         (before,) = model.predict([question])
     (after,) = model.predict([question])
@@ -308,7 +303,7 @@ def _tell_written(run: Path, question: str) -> None:
     console.print()
 
 
-def make_way(folder: Path, *, force: bool) -> None:
+def _make_way(folder: Path, *, force: bool) -> None:
     """See to it that a demo can be written into a folder.
 
     Raises
@@ -325,7 +320,7 @@ def make_way(folder: Path, *, force: bool) -> None:
     shutil.rmtree(folder)
 
 
-def tell_next(written: str, commands: Iterable[str]) -> None:
+def _tell_next(written: str, commands: Iterable[str]) -> None:
     """What lies there now, and the commands that go on with it."""
     console = terminal()
     console.print(f"{written} Next:", soft_wrap=True)

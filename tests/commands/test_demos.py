@@ -78,6 +78,8 @@ def test_new_loans_are_in_no_banks_records_and_of_every_bank(tmp_path):
 def test_the_demo_of_a_bank_ends_with_a_table_and_figures_of_new_loans(tmp_path):
     told = silotune("demo", "bank", "./bank", "--quick", cwd=tmp_path)
     (run,) = (tmp_path / "bank" / "runs").iterdir()
+    assert f"The report is bank/runs/{run.name}/report.html." in told
+    assert (run / "report.html").is_file()
     methods = {
         row["key"]: row["test"] for row in json.loads((run / "results.json").read_text())["methods"]
     }
