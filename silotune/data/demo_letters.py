@@ -18,11 +18,11 @@ from silotune.data.partition import (
     CommonTerms,
     read_template,
     refuse_other_sites,
-    toml_value,
     write_site,
 )
 from silotune.data.site import BudgetConfig
 from silotune.plan.plan import Plan
+from silotune.plan.written import toml_text
 
 _NAMES = (
     "Abbott", "Barlow", "Carver", "Dunn", "Ellery", "Frost", "Garland", "Hale", "Ingram", "Jarvis",
@@ -216,13 +216,13 @@ def _public_texts() -> Iterator[str]:
 
 def _plan(size: _Size, base: Path, sha256: str) -> str:
     return read_template("letters_plan.toml").substitute(
-        name=toml_value(size.name),
+        name=toml_text(size.name),
         about=size.about,
-        base=toml_value(str(base.absolute())),
-        sha256=toml_value(sha256),
+        base=toml_text(str(base.absolute())),
+        sha256=toml_text(sha256),
         r=size.r,
         alpha=2.0 * size.r,
-        modules=toml_value(size.modules),
+        modules=toml_text(size.modules),
         layers=size.layers,
         held_out=size.held_out,
         rounds=size.rounds,

@@ -13,7 +13,6 @@ An Experimental Study", ICDE 2022 (quantity skew).
 from __future__ import annotations
 
 import csv
-import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from silotune.data.table import Table, numbered
 from silotune.data.values import without_missing
 from silotune.errors import ColumnMissing, DatasetUnreadable, FolderOccupied, TooFewRecords
 from silotune.plan.plan import Plan
+from silotune.plan.written import toml_text
 
 DECLARED_ROUNDING = 50
 _MINILM = "sentence-transformers/all-MiniLM-L6-v2"
@@ -76,11 +76,6 @@ def read_template(name: str) -> Template:
     """A text of ``silotune/data/templates`` with ``$$name`` places to fill."""
     text = resources.files("silotune.data").joinpath("templates", name).read_text("utf-8")
     return Template(text)
-
-
-def toml_value(value: str | bool | float | Sequence[str]) -> str:
-    """A plain value or list of strings as TOML, whose basic strings are those of JSON."""
-    return json.dumps(value, ensure_ascii=False)
 
 
 def declare(units: int) -> int:
@@ -128,17 +123,17 @@ def write_site(
         writer.writerows(rows)
     filled = read_template("site.toml").substitute(
         title=title,
-        name=toml_value(folder.name),
+        name=toml_text(folder.name),
         dataset=offer.dataset,
-        unit=toml_value(offer.unit),
+        unit=toml_text(offer.unit),
         declared=declare(units),
         rounding=DECLARED_ROUNDING,
         bound=offer.max_records_per_unit,
-        columns="\n".join(f"{role} = {toml_value(name)}" for role, name in offer.columns.items()),
+        columns="\n".join(f"{role} = {toml_text(name)}" for role, name in offer.columns.items()),
         epsilon=offer.budget.epsilon,
         delta=offer.budget.delta,
-        labels=f"labels = {toml_value(offer.labels)}" if offer.labels else "# labels = []",
-        images=f"\nimages = {toml_value(offer.images)}" if offer.images else "",
+        labels=f"labels = {toml_text(offer.labels)}" if offer.labels else "# labels = []",
+        images=f"\nimages = {toml_text(offer.images)}" if offer.images else "",
         **_policy(offer.plan),
     )
     (folder / "site.toml").write_text(filled, encoding="utf-8")
@@ -166,8 +161,8 @@ def _policy(plan: Plan | None) -> dict[str, str]:
             "strategies": [plan.aggregation.strategy],
             "rounds": plan.rounds.number,
         }
-    written = {key: toml_value(value) for key, value in asked.items()}
-    return {**written, "base_model": f"{toml_value(weights)} = {toml_value(base)}"}
+    written = {key: toml_text(value) for key, value in asked.items()}
+    return {**written, "base_model": f"{toml_text(weights)} = {toml_text(base)}"}
 
 
 Ints = NDArray[np.int64]

@@ -20,18 +20,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from silotune.data.columns import Role
-from silotune.data.demo import Demo, minilm
+from silotune.data.demo import Demo, lacking, minilm
 from silotune.data.partition import (
     CommonTerms,
     read_template,
     refuse_other_sites,
-    toml_value,
     write_site,
 )
 from silotune.data.site import BudgetConfig
-from silotune.errors import EnvironmentFault
 from silotune.models.spans import TextSpan, written
 from silotune.plan.plan import Plan
+from silotune.plan.written import toml_text
 
 if TYPE_CHECKING:
     from faker import Faker
@@ -265,9 +264,9 @@ _QUICK = _Length("notes-quick", 60, 40, 0.4)
 def _plan(*, quick: bool) -> str:
     chosen = _QUICK if quick else _FULL
     return read_template("notes_plan.toml").substitute(
-        name=toml_value(chosen.name),
-        base=toml_value(minilm()),
-        labels=toml_value(LABELS),
+        name=toml_text(chosen.name),
+        base=toml_text(minilm()),
+        labels=toml_text(LABELS),
         rounds=chosen.rounds,
         rate=chosen.rate,
     )
@@ -402,10 +401,7 @@ def _faker(locale: str, seed: int) -> Faker:
     try:
         from faker import Faker
     except ImportError:
-        raise EnvironmentFault(
-            "the package Faker, which makes up the notes, is not installed",
-            remedy="Install it with: pip install 'silotune[demo]'",
-        ) from None
+        raise lacking("Faker, which makes up the notes,", install="silotune[demo]") from None
     found = Faker(locale)
     found.seed_instance(seed)
     return found

@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from silotune import cli
 from silotune.data.declared import new_secret
-from silotune.data.notes import LABELS, STYLES, example_note, write_notes
+from silotune.data.demo_notes import LABELS, STYLES, example_note, write_notes
 from silotune.data.records import load_records
 from silotune.data.site import load_sites
 from silotune.models.spans import spans_in
