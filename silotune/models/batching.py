@@ -113,10 +113,6 @@ class Encoded:
         """Token ids of one example."""
         return self.ids[self._span(row)]
 
-    def token_targets(self, row: int) -> NDArray[np.int64]:
-        """The targets of one example's tokens, where they have one each."""
-        return self.targets[self._span(row)].astype(np.int64, copy=False)
-
     def _span(self, row: int) -> slice:
         first, last = self._bounds[row], self._bounds[row + 1]
         return slice(int(self.offsets[first]), int(self.offsets[last]))

@@ -40,7 +40,7 @@ def test_every_chat_is_used_and_what_assistants_write_is_learned_to_its_end(fold
         assert {len(chat) for chat in chats} == {2, 4}
         encoded = model.task.encode(found.examples[:20], model.tokenizer, plan=plan)
         for row, chat in enumerate(chats[:20]):
-            ids, marks = encoded.tokens(row), encoded.token_targets(row)
+            ids, marks = encoded.tokens(row), encoded.subset([row]).targets
             learned = model.tokenizer.decode(ids[marks == 1])
             answers = [turn["content"] for turn in chat if turn["role"] == "assistant"]
             assert learned == "".join(f"{answer}<|im_end|>" for answer in answers)

@@ -251,7 +251,7 @@ def test_a_loss_is_the_mean_over_all_tokens_of_assistants(model):
     with torch.no_grad():
         found = model.task.losses(model.module, model.task.collate(encoded, range(3), model.device))
         for row, loss in enumerate(found):
-            ids, marks = encoded.tokens(row).tolist(), encoded.token_targets(row)
+            ids, marks = encoded.tokens(row).tolist(), encoded.subset([row]).targets
             logits = model.module.peft(input_ids=torch.tensor([ids])).logits[0].log_softmax(1)
             each = [-logits[p - 1, ids[p]].item() for p in np.flatnonzero(marks)]
             assert loss.item() == pytest.approx(np.mean(each), rel=1e-4)
