@@ -6,7 +6,6 @@ simulations, or of a site, are served to whoever sits at this machine, and a lin
 
 from __future__ import annotations
 
-import asyncio
 import hmac
 import logging
 import secrets
@@ -14,9 +13,8 @@ from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from http.cookies import CookieError, SimpleCookie
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 
-import uvicorn
 from cryptography import x509
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
@@ -25,6 +23,16 @@ from starlette.types import ASGIApp
 from silotune.dashboard.accounts import Accounts, Session, Sessions
 from silotune.dashboard.errors import PageUnknown, RequestForged
 from silotune.errors import SilotuneError
+from silotune.protocol.asgi import (
+    LOOPBACK,
+    Receive,
+    Scope,
+    Send,
+    headers_of,
+    host_named,
+    listen,
+    whole_body,
+)
 from silotune.trust.errors import NotPermitted, SignInNeeded
 from silotune.trust.identity import Person, PersonRole
 
@@ -45,9 +53,6 @@ class OwnerLink:
 
 _log = logging.getLogger(__name__)
 
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 PEER = "silotune.peer"
@@ -155,8 +160,8 @@ class PageGuard:
             await self._failure(scope, error, status)(scope, receive, send)
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = _headers(scope)
-        if _host_name(headers.get("host", "")) not in self._access.hosts:
+        headers = headers_of(scope)
+        if host_named(headers.get("host", "")) not in self._access.hosts:
             refusal = PlainTextResponse("This dashboard is not served under that name.", 421)
             await refusal(scope, receive, send)
             return
@@ -170,7 +175,7 @@ class PageGuard:
                 return
             raise SignInNeeded("this needs a sign-in")
         if method not in {"GET", "HEAD"}:
-            body = await _body(receive)
+            body = await whole_body(receive, most=_MOST_BYTES)
             if body is None:
                 await PlainTextResponse("The form is too large.", 413)(scope, receive, send)
                 return
@@ -240,32 +245,6 @@ def certificate_of(scope: Scope) -> x509.Certificate | None:
     return x509.load_der_x509_certificate(shown) if shown else None
 
 
-def _headers(scope: Scope) -> dict[str, str]:
-    return {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in scope["headers"]}
-
-
-def _host_name(host: str) -> str:
-    try:
-        return urlsplit(f"//{host}").hostname or ""
-    except ValueError:
-        return ""
-
-
-async def _body(receive: Receive) -> bytes | None:
-    """The whole body; None if it is too large or was cut off."""
-    parts, size = [], 0
-    while True:
-        event = await receive()
-        if event["type"] == "http.disconnect":
-            return None
-        parts.append(event.get("body", b""))
-        size += len(parts[-1])
-        if size > _MOST_BYTES:
-            return None
-        if not event.get("more_body", False):
-            return b"".join(parts)
-
-
 def _form(body: bytes) -> dict[str, str]:
     """Fields of an urlencoded form; the first of each name."""
     try:
@@ -273,10 +252,6 @@ def _form(body: bytes) -> dict[str, str]:
     except (UnicodeDecodeError, ValueError):
         return {}
     return {name: values[0] for name, values in found.items()}
-
-
-LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
-"""Names under which a page on this machine alone is asked for."""
 
 
 def serve_here(
@@ -288,26 +263,11 @@ def serve_here(
     """
     link = OwnerLink(Person(name="you", role=role))
     app = build(Access(hosts=LOOPBACK, link=link))
-    config = uvicorn.Config(
+    listen(
         app,
         host="127.0.0.1",
         port=port,
-        log_level="warning",
-        access_log=False,
-        server_header=False,
+        said=lambda bound: said(f"http://127.0.0.1:{bound}/signin?link={link.secret}"),
         lifespan="off",
-        ws="none",
         timeout_graceful_shutdown=2,
     )
-    server = uvicorn.Server(config)
-
-    async def run() -> None:
-        serving = asyncio.create_task(server.serve())
-        while not server.started and not serving.done():
-            await asyncio.sleep(0.02)
-        if server.started:
-            bound = server.servers[0].sockets[0].getsockname()[1]
-            said(f"http://127.0.0.1:{bound}/signin?link={link.secret}")
-        await serving
-
-    asyncio.run(run())

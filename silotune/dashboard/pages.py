@@ -34,7 +34,7 @@ from starlette.types import ASGIApp
 from silotune.dashboard import run_page as words
 from silotune.dashboard.accounts import AttemptLimit, Session
 from silotune.dashboard.errors import PageUnknown, TooManyAttempts
-from silotune.dashboard.page_guard import FORM, SESSION, Access, PageGuard, Scope, certificate_of
+from silotune.dashboard.page_guard import FORM, SESSION, Access, PageGuard, certificate_of
 from silotune.dashboard.run_page import RunPage, RunRow, Spending, run_page, run_row
 from silotune.errors import FileNotOffered, RunNotFound, SilotuneError
 from silotune.events.source import (
@@ -49,6 +49,7 @@ from silotune.events.source import (
     Views,
 )
 from silotune.plan.plan import stored_plan_in_words
+from silotune.protocol.asgi import Scope
 from silotune.trust.errors import SignInNeeded
 from silotune.trust.identity import Person
 from silotune.version import __version__

@@ -15,11 +15,12 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from silotune.dashboard.page_guard import LOOPBACK, Access
+from silotune.dashboard.page_guard import Access
 from silotune.dashboard.pages import Content, build
 from silotune.dashboard.run_page import Spending, left
 from silotune.events.source import OVER, RunFacts, Views
 from silotune.events.view import RunView
+from silotune.protocol.asgi import LOOPBACK
 from silotune.server.admin.operations import CoordinatorParts, Operations
 from silotune.server.config import read_secret
 from silotune.server.heartbeats import Heartbeats, Periodic

@@ -11,7 +11,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Mutable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any
-from urllib.parse import urlsplit
 
 from fastapi import Body, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -33,6 +32,7 @@ from silotune.models.prediction import Prediction
 from silotune.models.sampling import Sampling, drawing
 from silotune.models.task import LoadedModel
 from silotune.plan.plan import Plan
+from silotune.protocol.asgi import Receive, Scope, Send, headers_of, host_named, whole_body
 from silotune.serving.batching import Batcher
 from silotune.serving.errors import ServerBusy, ServingRefused
 from silotune.serving.wire import (
@@ -50,10 +50,6 @@ from silotune.serving.wire import (
     predict_request,
 )
 from silotune.version import __version__
-
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 _OPEN = "/health"
 _TOKEN = [Depends(HTTPBearer(auto_error=False))]  # for the document; the guard asks for it
@@ -168,10 +164,9 @@ class TokenGuard:
         if scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1008})
             return
-        headers = {k.decode("latin-1").lower(): v for k, v in scope["headers"]}
-        refusal, content = self._refusal(scope["path"], headers), None
+        refusal, content = self._refusal(scope["path"], headers_of(scope)), None
         if refusal is None:
-            content = await _body(receive, most=self._body)
+            content = await whole_body(receive, most=self._body)
             refusal = (
                 None if content is not None else _problem(413, f"more than {self._body} bytes")
             )
@@ -186,38 +181,16 @@ class TokenGuard:
 
         await self._app(scope, replay, send)
 
-    def _refusal(self, path: str, headers: Mapping[str, bytes]) -> JSONResponse | None:
-        if self._hosts is not None and _host(headers.get("host", b"")) not in self._hosts:
+    def _refusal(self, path: str, headers: Mapping[str, str]) -> JSONResponse | None:
+        if self._hosts is not None and host_named(headers.get("host", "")) not in self._hosts:
             return _problem(421, "this server is not called that")
-        scheme, _, token = headers.get("authorization", b"").partition(b" ")
-        fits = hmac.compare_digest(token.strip(), self._token)
-        if path != _OPEN and not (fits and scheme.lower() == b"bearer"):
+        scheme, _, token = headers.get("authorization", "").partition(" ")
+        fits = hmac.compare_digest(token.encode("latin-1").strip(), self._token)
+        if path != _OPEN and not (fits and scheme.lower() == "bearer"):
             refusal = _problem(401, "this needs the token: Authorization: Bearer TOKEN")
             refusal.headers["www-authenticate"] = "Bearer"
             return refusal
         return None
-
-
-def _host(header: bytes) -> str:
-    try:
-        return urlsplit(f"//{header.decode('latin-1')}").hostname or ""
-    except ValueError:
-        return ""
-
-
-async def _body(receive: Receive, *, most: int) -> bytes | None:
-    """The whole body; None if it is too large or was cut off."""
-    parts, size = [], 0
-    while True:
-        event = await receive()
-        if event["type"] == "http.disconnect":
-            return None
-        parts.append(event.get("body", b""))
-        size += len(parts[-1])
-        if size > most:
-            return None
-        if not event.get("more_body", False):
-            return b"".join(parts)
 
 
 def _problem(

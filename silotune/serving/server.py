@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import ipaddress
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import uvicorn
-
 from silotune.api.model import Model
+from silotune.protocol.asgi import LOOPBACK, listen
 from silotune.serving.app import Limits, build
 from silotune.serving.errors import ServingRefused
 from silotune.trust.files import create_file, require_private
-
-LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
 _LEAST_TOKEN = 16  # characters
 _MOST_CONNECTIONS = 1024
@@ -49,6 +45,11 @@ class Place:
             return self.host in LOOPBACK or ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return False
+
+    @property
+    def names(self) -> frozenset[str] | None:
+        """Under which it may be asked, where only this machine can; None for any."""
+        return LOOPBACK | {self.host.lower()} if self.here else None
 
     def require_allowed(self, *, own_token: bool) -> None:
         """Refuse what others could read along. `own_token`: whether the token is of a file.
@@ -111,31 +112,15 @@ def serve(
     limits : Limits, optional
         What the server takes on.
     """
-    app = build(model, token=token, limits=limits, hosts=LOOPBACK if place.here else None)
-    config = uvicorn.Config(
-        app,
+    shown = f"[{place.host}]" if ":" in place.host else place.host
+    listen(
+        build(model, token=token, limits=limits, hosts=place.names),
         host=place.host,
         port=place.port,
+        said=lambda port: said(f"{'https' if place.certificate else 'http'}://{shown}:{port}"),
         ssl_certfile=None if place.certificate is None else str(place.certificate),
         ssl_keyfile=None if place.key is None else str(place.key),
-        log_level="warning",
-        access_log=False,
-        server_header=False,
         lifespan="on",
-        ws="none",
         limit_concurrency=_MOST_CONNECTIONS,
         timeout_graceful_shutdown=_LAST_SECONDS,
     )
-    server = uvicorn.Server(config)
-
-    async def run() -> None:
-        serving = asyncio.create_task(server.serve())
-        while not server.started and not serving.done():
-            await asyncio.sleep(0.02)
-        if server.started:
-            bound = server.servers[0].sockets[0].getsockname()[1]
-            shown = f"[{place.host}]" if ":" in place.host else place.host
-            said(f"{'https' if place.certificate else 'http'}://{shown}:{bound}")
-        await serving
-
-    asyncio.run(run())

@@ -271,6 +271,15 @@ def test_another_name_of_this_machine_is_refused(clients):
     assert found.status_code == 421
 
 
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.1.2.3", "::1"])
+def test_the_address_that_is_listened_on_is_a_name_of_this_machine(models, host):
+    app = build(models["labels"], token=TOKEN, hosts=Place(host=host).names)
+    shown = f"[{host}]" if ":" in host else host
+    with TestClient(app) as client:
+        assert client.get("/health", headers={"host": f"{shown}:8080"}).status_code == 200
+        assert client.get("/health", headers={"host": "evil.example"}).status_code == 421
+
+
 @pytest.mark.parametrize(
     ("body", "status"),
     [

@@ -19,13 +19,14 @@ from silotune.client.approvals import Approvals, ProposalRecord
 from silotune.client.daemon.socket import ask
 from silotune.client.proposal_view import describe, judge_proposal
 from silotune.dashboard.errors import PageUnknown
-from silotune.dashboard.page_guard import FORM, SESSION, Access, PageGuard, Scope
+from silotune.dashboard.page_guard import FORM, SESSION, Access, PageGuard
 from silotune.dashboard.pages import FORM_BODY, Pages, SignIn, Templates
 from silotune.dashboard.run_page import PageChart, line_chart
 from silotune.data.site import SiteConfig
 from silotune.errors import SilotuneError
 from silotune.privacy.ledger import Ledger, dataset_rows, find_ledger
 from silotune.privacy.tally import epsilon_of, total
+from silotune.protocol.asgi import Scope
 from silotune.trust.audit import AUDIT_FILE, AuditLog
 
 _MOST_RUNS = 12
