@@ -91,12 +91,12 @@ class Chart:
         return figure
 
     @cached_property
-    def _on_laptop(self) -> tuple[str, bytes]:
+    def _on_laptop(self) -> tuple[str, Figure]:
         with _style(LAPTOP):
             figure = self.draw(LAPTOP)
             wide = _svg(figure, f"{self.name}-wide", self.description)
-            figure.set_layout_engine("none")  # it is laid out now; doing it again costs a third
-            return wide, _png(figure)
+        figure.set_layout_engine("none")  # it is laid out now; doing it again costs a third
+        return wide, figure
 
     @property
     def wide(self) -> str:
@@ -106,7 +106,8 @@ class Chart:
     @property
     def png(self) -> bytes:
         """The laptop's form in light colours."""
-        return self._on_laptop[1]
+        with _style(LAPTOP):
+            return _png(self._on_laptop[1])
 
     @cached_property
     def narrow(self) -> str:
@@ -576,14 +577,16 @@ def epsilon_chart(curves: Curves, planned: float | None) -> Chart | None:
 
 def score_bars(rows: Sequence[tuple[str, float | None]], name: str) -> Figure:
     """A bar a row of name and score, the first on top; rows without a score have none."""
-    with _style(LAPTOP):
-        figure, axes = frame(LAPTOP, height=0.7 + 0.34 * len(rows))
+
+    def draw(canvas: Canvas) -> Figure:
+        figure, axes = frame(canvas, height=0.7 + 0.34 * len(rows))
         for at, (_, value) in enumerate(rows):
             if value is not None:
-                _bar(axes, at, value, BLUE, worse=False, canvas=LAPTOP)
-        site_names(axes, [(at, printable(row)) for at, (row, _) in enumerate(rows)], LAPTOP, head=0)
+                _bar(axes, at, value, BLUE, worse=False, canvas=canvas)
+        site_names(axes, [(at, printable(row)) for at, (row, _) in enumerate(rows)], canvas, head=0)
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.grid(visible=False, axis="y")
         title(axes, f"{name.replace('_', '-')} on held-out data")
-    figure.set_facecolor(PAPER)
-    return figure
+        return figure
+
+    return Chart("scores", draw, name).figure()

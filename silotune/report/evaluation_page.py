@@ -110,7 +110,9 @@ def draw_evaluation(found: ModelEvaluation) -> dict[str, Chart]:
         drawn["estimates"] = _against_truth(found.estimates)
     if found.groups is not None and (name := _first_share(found.groups)):
         rows = [(printable(row.group), row.figures[name]) for row in found.groups.shown]
-        drawn["groups"] = _bars("groups", f"{title_of(name)} by {found.groups.column}", rows)
+        drawn["groups"] = _bars(
+            "groups", f"{title_of(name)} by {printable(found.groups.column)}", rows
+        )
     return {name: chart for name, chart in drawn.items() if chart is not None}
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from silotune.inference.explanation import Explanation
 from silotune.report.report import fill
-from silotune.report.verdict import printable
+from silotune.report.verdict import printable, signed
 
 _SHADES = 4
 _SPACE = "\N{OPEN BOX}"  # of a token that is nothing else
@@ -42,7 +42,7 @@ def _tokens(found: Explanation) -> list[tuple[str, str, str]]:
         (
             printable(word.strip()) or _SPACE,
             _shade(part / most),
-            f"{part:+.3f}".replace("-", "\N{MINUS SIGN}"),
+            signed(part),
         )
         for word, part in found.tokens
     ]
