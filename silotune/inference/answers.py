@@ -22,7 +22,6 @@ from silotune.inference.written import Answer, Columns, Revise, output_format, w
 from silotune.models.adapter import read_adapter
 from silotune.models.prediction import Prediction
 from silotune.models.task import LoadedModel
-from silotune.trust.files import file_sha256
 from silotune.version import __version__
 
 
@@ -143,7 +142,7 @@ def answer_file(
         part.unlink(missing_ok=True)
     elif out.exists():
         raise AnswersInTheWay(f"{out} is there already")
-    outline, digest = given.outline(), file_sha256(given.path)
+    outline, digest = given.outline(), given.digest
     columns = Columns(
         given=outline.columns,
         labels=() if model.plan.task.each_token else model.plan.model.labels,
@@ -168,7 +167,7 @@ def answer_file(
             found = answers_to(model, examples, extra=extra)
             begun.append(found)
             advance(len(found))
-    if file_sha256(given.path) != digest:
+    if given.digest != digest:
         raise AnswersInTheWay(f"{given.path} was changed while it was answered")
     empty = sum(answer is None for answer in _answers(part))
     write(out, kind, given, columns, lambda: _answers(part), revise=revise)
@@ -178,10 +177,11 @@ def answer_file(
 
 def _behind(given: Given, answered: int) -> Iterator[Table]:
     """The records behind the first so many, by role."""
-    for _, table in given.blocks():
-        left = max(0, len(table.rows) - answered)
-        done, answered = len(table.rows) - left, max(0, answered - len(table.rows))
-        if left:
+    for block in given.read():
+        done = min(answered, len(block.rows))
+        answered -= done
+        if done < len(block.rows):
+            table = given.table(block)
             columns = {role: values[done:] for role, values in table.columns.items()}
             yield Table(table.source, table.rows[done:], columns)
 

@@ -43,7 +43,7 @@ from silotune.inference.figures import (
     require_sklearn,
 )
 from silotune.inference.groups import shown_groups
-from silotune.inference.observed import SeenRecords, look
+from silotune.inference.observed import NAMELESS, SeenRecords, look
 from silotune.inference.records import LabelledRecords
 from silotune.inference.significance import delong, mcnemar
 from silotune.inference.thresholds import MAX_F1, Decided, ThresholdRule
@@ -151,8 +151,10 @@ def evaluate(
     )
 
 
-def _said_of(model: LoadedModel) -> tuple[str, tuple[str, ...]]:
-    return model.plan.model.task, model.plan.model.labels
+def _said_of(model: LoadedModel) -> tuple[str, str, tuple[str, ...]]:
+    """What a model answers; one label and several labels are two kinds of one task."""
+    plan = model.plan
+    return plan.model.task, plan.task.counts, plan.model.labels
 
 
 def _positive(plan: Plan, asked: str) -> str | None:
@@ -287,13 +289,11 @@ class _One:
 
     def _parts(self, this: Classified) -> tuple[Classified, Ints, str]:
         """What is chosen on, and the rows that are scored; no unit is in both."""
-        units = np.array(self._found.units)
         if self._chosen is not None:
+            scored = set(self._found.units)
             chosen = _one_label_each(self._chosen.observed[0], self._label)
             assert chosen is not None  # of the same task
-            named = [
-                unit.startswith("row ") or unit not in set(units) for unit in self._chosen.units
-            ]
+            named = [unit.startswith(NAMELESS) or unit not in scored for unit in self._chosen.units]
             return _taken(chosen, np.flatnonzero(named)), self._found.rows, self._wanted.chosen_on
         names = sorted(set(self._found.units))
         order = np.random.default_rng(self._wanted.bootstrap.seed).permutation(len(names))

@@ -80,7 +80,7 @@ def require_explainable(plan: Plan) -> None:
 
 
 def explain(model: LoadedModel, example: Mapping[str, str], *, label: str = "") -> Explanation:
-    """Explain why a text, or a pair of texts, has a label.
+    """Explain why a text has a label; of a pair, both texts together.
 
     Parameters
     ----------
@@ -89,7 +89,7 @@ def explain(model: LoadedModel, example: Mapping[str, str], *, label: str = "") 
     example : mapping of str to str
         The text, or both, by role.
     label : str
-        The label; the likeliest where it is empty.
+        The label; the likeliest where it is empty, also of several that hold.
 
     Raises
     ------
@@ -97,8 +97,6 @@ def explain(model: LoadedModel, example: Mapping[str, str], *, label: str = "") 
         captum is not here.
     ModelError
         The task gives no such labels, or the model has no such label.
-
-    Of a pair both texts are explained together; of several labels the likeliest one, without `label`.
     """
     gradients, plan = require_captum(), model.plan
     require_explainable(plan)

@@ -137,9 +137,9 @@ class Labelled(Observed):
 def of_one_label(name: str, right: int, answered: int, there: int) -> dict[str, float]:
     """Precision, recall and F1 of a label, as ``f1/LABEL``."""
     return {
-        f"precision/{name}": _ratio(right, answered),
-        f"recall/{name}": _ratio(right, there),
-        f"f1/{name}": _ratio(2 * right, there + answered) if there else math.nan,
+        f"precision/{name}": ratio(right, answered),
+        f"recall/{name}": ratio(right, there),
+        f"f1/{name}": ratio(2 * right, there + answered) if there else math.nan,
     }
 
 
@@ -155,7 +155,7 @@ class Classified(Labelled):
 
     truth: Ints
 
-    @property
+    @cached_property
     def answers(self) -> Ints:
         """The label that was answered."""
         found: Ints = self.shares.argmax(1)
@@ -380,5 +380,6 @@ class Bootstrap:
         return Figure(value=value, low=float(low), high=float(high))
 
 
-def _ratio(part: float, whole: float) -> float:
+def ratio(part: float, whole: float) -> float:
+    """A share; NaN of nothing."""
     return float(part / whole) if whole else math.nan

@@ -28,6 +28,9 @@ from silotune.plan.plan import Plan
 
 _ALL_WINDOWS = 1000  # an evaluation reads all of a text, as `predict` does
 
+NAMELESS = " row "
+"""Before the number of a record that is of no named unit; no unit's name begins with a space."""
+
 Examples = Sequence[Mapping[str, str]]
 
 
@@ -208,7 +211,7 @@ class _Seen:
             parts.append(self._kind.said(model, named))
         self._truth.append(self._kind.truth(named, self._plan))
         for at in kept:
-            self._units.append(examples[at].get("unit") or f"row {rows[at]}")
+            self._units.append(examples[at].get("unit") or f"{NAMELESS}{rows[at]}")
             if self._source.group_column:
                 self._groups.append(examples[at]["group"] or "(none)")
 

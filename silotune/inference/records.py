@@ -139,8 +139,8 @@ class Given:
             dict.fromkeys(name for text in self.roles.values() for name in columns_in(text))
         )
 
-    def blocks(self) -> Iterator[tuple[RecordBlock, Table]]:
-        """The records some at a time: as the file has them, and by role, one row each if `strict`.
+    def read(self) -> Iterator[RecordBlock]:
+        """The records some at a time, as the file has them.
 
         Raises
         ------
@@ -148,14 +148,28 @@ class Given:
             The file, or a row of it, can't be read; the message has its number, never its content.
         """
         kind = self._dataset.format
-        for block in stream(self.path, kind, delimiter=self.delimiter, size=self.at_once):
-            texts = block.texts(self._wanted, lists=list_columns(self.roles))
-            table = by_role(texts, self._dataset, roles=self.roles, labels=self.labels)
-            if "image" in self.roles:
-                table = self._found_images(table)
-            if self.strict:
-                table.faults.check()
-            yield block, table
+        return stream(self.path, kind, delimiter=self.delimiter, size=self.at_once)
+
+    def table(self, block: RecordBlock, *, images: bool = True) -> Table:
+        """Records by role, one row each if `strict`. `images`: whether these are looked at, too.
+
+        Raises
+        ------
+        DatasetUnreadable, RecordInvalid
+            As `read`.
+        """
+        texts = block.texts(self._wanted, lists=list_columns(self.roles))
+        table = by_role(texts, self._dataset, roles=self.roles, labels=self.labels)
+        if images and "image" in self.roles:
+            table = self._found_images(table)
+        if self.strict:
+            table.faults.check()
+        return table
+
+    def blocks(self) -> Iterator[tuple[RecordBlock, Table]]:
+        """The records some at a time, as `read` and as `table` give them."""
+        for block in self.read():
+            yield block, self.table(block)
 
     @property
     def title(self) -> str:
@@ -236,10 +250,12 @@ class Given:
         TooFewRecords
             It has no record.
         DatasetUnreadable, RecordInvalid
-            As `blocks`.
+            As `read`.
         """
         records, found = 0, dict[str, set[str]]()
-        for block, _ in self.blocks():
+        for block in self.read():
+            # Images take long: where unreadable ones are left out, a few tell whether any are here.
+            self.table(block, images=self.strict or not records)
             records += len(block.rows)
             for record in block.records:
                 for name, value in record.items():

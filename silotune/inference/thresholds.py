@@ -7,12 +7,8 @@ import re
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from silotune.inference.figures import Ints, Observed, Values
-
-Floats = NDArray[np.float64]
-Bools = NDArray[np.bool_]
+from silotune.inference.figures import Bools, Floats, Ints, Observed, Values, ratio
 
 _WANTED = re.compile(r"(sensitivity|specificity)=(0?\.\d+|1(?:\.0)?)")
 
@@ -82,10 +78,6 @@ class Decided(Observed):
         truth, said = self.positive[rows], self.scores[rows] >= self.threshold
         tp, tn = int((truth & said).sum()), int((~truth & ~said).sum())
         fp, fn = int((~truth & said).sum()), int((truth & ~said).sum())
-
-        def ratio(part: int, whole: int) -> float:
-            return part / whole if whole else math.nan
-
         return {
             "sensitivity": ratio(tp, tp + fn),
             "specificity": ratio(tn, tn + fp),

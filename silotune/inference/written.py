@@ -110,7 +110,7 @@ def write(
 ) -> None:
     """Write all records of a file with their answers to `out`, in one step and for its owner only."""
     made = answers()
-    pairs = ((block, [*islice(made, len(block.rows))]) for block, _ in given.blocks())
+    pairs = ((block, [*islice(made, len(block.rows))]) for block in given.read())
     blocks = ((revise(block, found), [*map(columns.values, found)]) for block, found in pairs)
     temporary = out.with_name(f".{out.name}.tmp")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)

@@ -159,8 +159,13 @@ def test_the_page_and_the_terminal_quote_no_record_and_say_whose_they_are(run, d
     assert "<script" not in page and 'aria-label="Reliability' in page
 
 
-def test_a_model_that_answers_something_else_is_not_compared(run, data, tmp_path, bert_folder):
-    odd = finished(tmp_path, bert_folder, model__labels=["no", "yes"])
+@pytest.mark.parametrize(
+    "settings", [{"model__labels": ["no", "yes"]}, {"model__multi_label": True}]
+)
+def test_a_model_that_answers_something_else_is_not_compared(
+    run, data, tmp_path, bert_folder, settings
+):
+    odd = finished(tmp_path, bert_folder, **settings)
     told = shown("plain", "evaluate", str(run), "--data", str(data), "--against", str(odd))
     assert told.code == 30 and "other labels" in told.errors
 

@@ -10,7 +10,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from silotune.data import image_files
 from silotune.inference import answers
+from silotune.inference.records import Given
 from silotune.models.adapter import save_adapter
 from silotune.models.base import load_model
 from silotune.rounds.run_directory import RunDirectory
@@ -88,6 +90,28 @@ def test_images_of_a_table_and_of_a_folder_are_answered_alike(
     found = rows_of(out)
     assert [row["prediction"] for row in found] == expected
     assert found[0]["image"] in {"scans/day 1/000.png", "day 1/000.png"}  # as it was given
+
+
+def test_an_image_is_looked_at_before_it_is_answered_and_not_again_for_writing(
+    runs, folder, tmp_path, monkeypatch
+):
+    """Once so that nothing is answered where one can't be read, once when its turn has come."""
+    looked, plain = [], image_files.decoded
+    monkeypatch.setattr(image_files, "decoded", lambda c: looked.append(1) or plain(c))
+    words = ("--data", str(folder / "images.csv"), "--out", str(tmp_path / "out.csv"))
+    assert shown("plain", "predict", str(runs["adapter"]), *words).code == 0
+    assert len(looked) == 2 * 30
+
+
+def test_a_count_of_records_looks_at_few_images_where_the_others_may_be_left_out(
+    folder, monkeypatch
+):
+    looked, plain = [], image_files.decoded
+    monkeypatch.setattr(image_files, "decoded", lambda c: looked.append(1) or plain(c))
+    given = {"path": folder / "images.csv", "roles": {"image": "image"}, "at_once": 10}
+    assert Given(**given, strict=False).size() == 30 and len(looked) == 10
+    looked.clear()
+    assert Given(**given).size() == 30 and len(looked) == 30
 
 
 def test_answers_about_other_images_are_not_continued(runs, folder, tmp_path, monkeypatch):
