@@ -254,11 +254,10 @@ class _Length:
     name: str
     patients: int
     rounds: int
-    rate: float
 
 
-_FULL = _Length("notes", 200, 80, 0.4)
-_QUICK = _Length("notes-quick", 60, 40, 0.4)
+_FULL = _Length("notes", 200, 80)
+_QUICK = _Length("notes-quick", 60, 40)
 
 
 def _plan(*, quick: bool) -> str:
@@ -268,7 +267,6 @@ def _plan(*, quick: bool) -> str:
         base=toml_text(minilm()),
         labels=toml_text(LABELS),
         rounds=chosen.rounds,
-        rate=chosen.rate,
     )
 
 
