@@ -92,6 +92,19 @@ def test_choices_are_made_on_units_that_are_not_scored(run, data, asked, answere
     assert found.threshold.figures["sensitivity"].value == pytest.approx(sensitivity, abs=0.04)
 
 
+def test_a_unit_that_is_scored_chooses_nothing_whatever_it_is_called(run, asked, tmp_path):
+    """A record without a unit is called after its row; a unit may be called like that, too."""
+    paths = {"scored.csv": asked[:90], "choosing.csv": asked[45:]}
+    for name, records in paths.items():
+        with (tmp_path / name).open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["text", "label", "who"])
+            writer.writerows([one["text"], one["label"], f"row {one['who']}"] for one in records)
+    words = ("--unit", "who", "--choose-on", str(tmp_path / "choosing.csv"))
+    parts = evaluated(run, tmp_path / "scored.csv", *words).temperature.parts
+    assert (parts.chosen_on, parts.scored_on) == (90, 90)
+
+
 def test_the_order_of_records_decides_nothing(run, data, asked, tmp_path):
     lines = data.read_text().splitlines(keepends=True)
     turned = tmp_path / "turned.csv"
