@@ -202,7 +202,8 @@ def _tell(
     as_json: bool,
 ) -> None:
     """The best proposals, where the best plan is, and what this was not."""
-    runs = search.repeats * len(found)
+    # The run in which a proposal was stopped, or failed, looked too, and is not among its own.
+    runs = sum(min(search.repeats, len(each.runs) + 1) for each in found)
     where = search.folder / BEST_FILE
     if as_json:
         facts = {

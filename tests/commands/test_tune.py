@@ -164,6 +164,20 @@ def test_a_plan_that_fails_is_the_first_again_when_what_was_wrong_is_mended(
     assert [each["state"] for each in found.facts["trials"]] == ["finished"]
 
 
+def test_runs_that_looked_are_counted_and_no_others(federation, monkeypatch):
+    whole, calls = run.simulate, []
+
+    def failing(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:  # the first of two runs of the second proposal
+            raise tuning.PlanInvalid("no such luck")
+        return whole(*args, **kwargs)
+
+    monkeypatch.setattr(run, "simulate", failing)
+    found = shown("plain", *words(federation, RATE, "--trials=2", "--repeats=2"))
+    assert "looked at the sites' records 3 times" in " ".join(found.text.split())
+
+
 def test_what_falls_behind_is_stopped_early(federation, monkeypatch):
     monkeypatch.setattr(
         optuna.pruners, "MedianPruner", lambda **_: optuna.pruners.ThresholdPruner(lower=2.0)
