@@ -54,6 +54,14 @@ def say(sentence: str, *, stderr: bool = False) -> None:
     console.print(sentence, soft_wrap=not console.is_terminal)
 
 
+_LAYOUT = "\n\t\xa0\u202f\u3000\xad\u200d"  # breaks and spaces of every script, joiners
+
+
+def inert(text: str, *, keep: str = _LAYOUT) -> str:
+    """A text from outside, without control or direction marks, which a terminal would obey."""
+    return "".join(c if c.isprintable() or c in keep else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
 def octets(number: float) -> str:
     """Bytes for a reader: ``76.8 kB``."""
     for divisor, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from silotune.errors import DataError
-from silotune.terminal import terminal
+from silotune.terminal import inert, terminal
 
 if TYPE_CHECKING:
     from silotune.api.run import Run
@@ -297,9 +297,7 @@ def _tell_written(run: Run, question: str) -> None:
         ("The federated model writes", after.output),
     ):
         console.print(f"\n{heading}:", style="bold")
-        # What a model writes may have control characters, which a terminal would obey.
-        told = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in str(text).strip())
-        console.print(Text(told))
+        console.print(Text(inert(str(text).strip())))
     console.print()
 
 

@@ -28,7 +28,7 @@ from silotune.commands.asked import (
     require_sees,
 )
 from silotune.errors import DatasetUnreadable
-from silotune.terminal import say, terminal
+from silotune.terminal import inert, say, terminal
 
 if TYPE_CHECKING:
     from silotune.api.model import Model
@@ -326,11 +326,12 @@ def _print(model: Model, blocks: Iterator[Examples], several: int, as_json: bool
             if as_json:
                 given = example if len(example) > 1 else {"text": text}
                 typer.echo(json.dumps({**given, "prediction": _as_json(answer)}))
-            elif facts.generates and several > 1:
-                typer.echo(f"{'' if number == 1 else chr(10)}[{number}] {_one_line(text)}")
-                typer.echo(_shown(answer, text))
-            else:
-                typer.echo(_shown(answer, text))
+                continue
+            shown = _shown(answer, text)
+            if facts.generates and several > 1:
+                shown = f"{'' if number == 1 else chr(10)}[{number}] {_one_line(text)}\n{shown}"
+            # A model may write what a terminal obeys; anything else gets it as it is.
+            typer.echo(inert(shown) if sys.stdout.isatty() else shown)
 
 
 def _print_redacted(model: Model, blocks: Iterator[Examples], several: int, as_json: bool) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 from silotune.plan.tasks import LOSS, Metric
 from silotune.report.figures import MethodRow, SiteScores, Summary
 from silotune.rounds.run_directory import Scores
+from silotune.terminal import inert
 
 DASH = "\N{EN DASH}"
 
@@ -62,7 +63,7 @@ def quoted(text: str) -> str:
 
 def printable(text: str, *, most: int = 60) -> str:
     """A name from outside, safe to show: no control or direction marks, not endless."""
-    shown = "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in text)
+    shown = inert(text, keep="")
     return shown if len(shown) <= most else shown[: most - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 

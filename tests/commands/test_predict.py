@@ -9,9 +9,11 @@ import pytest
 from typer.testing import CliRunner
 
 from silotune import cli
+from silotune.api.model import Model
 from silotune.models.adapter import save_adapter
 from silotune.models.base import load_model
 from silotune.rounds.run_directory import RunDirectory
+from tests.commands.terminal import shown
 from tests.federation import CHOICES
 from tests.models.model_material import a_plan
 
@@ -159,3 +161,15 @@ def test_a_classifier_has_no_answers_by_chance(classifier):
     result = CliRunner().invoke(cli.app, ["predict", str(classifier), "a", "--sample", "1"])
     assert result.exit_code == 2
     assert "writes no text" in result.output
+
+
+def test_a_terminal_obeys_nothing_that_a_model_writes(answerer, monkeypatch):
+    written = "Dear\x1b]0;title\x07\nyou\u202e"
+    monkeypatch.setattr(Model, "answers", lambda self, asked: [{"prediction": written}])
+    seen = shown("terminal", "predict", str(answerer), "a letter")
+    assert seen.code == 0 and seen.text.split("\r\n") == [
+        "Dear\ufffd]0;title\ufffd",
+        "you\ufffd",
+        "",
+    ]
+    assert shown("plain", "predict", str(answerer), "a letter").text == f"{written}\n"
