@@ -164,12 +164,12 @@ def test_a_classifier_has_no_answers_by_chance(classifier):
 
 
 def test_a_terminal_obeys_nothing_that_a_model_writes(answerer, monkeypatch):
-    written = "Dear\x1b]0;title\x07\nyou\u202e"
+    written = "Dear\x1b]0;title\x07\nyou\xa0!\u202e"
     monkeypatch.setattr(Model, "answers", lambda self, asked: [{"prediction": written}])
     seen = shown("terminal", "predict", str(answerer), "a letter")
     assert seen.code == 0 and seen.text.split("\r\n") == [
         "Dear\ufffd]0;title\ufffd",
-        "you\ufffd",
+        "you\xa0!\ufffd",
         "",
     ]
     assert shown("plain", "predict", str(answerer), "a letter").text == f"{written}\n"

@@ -83,15 +83,22 @@ def test_a_folder_with_runs_of_no_study_is_left_alone(federation):
     assert other.is_dir() and not (federation.folder / tuning.STUDY_FILE).exists()
 
 
-def test_a_search_whose_proposals_all_failed_at_once_is_told(federation, monkeypatch):
-    def failing(*args, **kwargs):
-        raise tuning.PlanInvalid("no such luck")
+def test_a_search_without_one_score_is_told_and_writes_no_plan(federation, monkeypatch):
+    whole = run.simulate
 
-    monkeypatch.setattr(run, "simulate", failing)
-    assert "no such luck" in shown("plain", *words(federation, RATE, "--trials=2")).errors
-    found = shown("json", *words(federation, RATE, "--trials=2"))  # gone on with
+    def diverging(*args, listener, **kwargs):
+        def unscored(event):
+            pooled = dict.fromkeys(event.get("pooled", {}), float("nan"))
+            listener({**event, "pooled": pooled} if pooled else event)
+
+        return whole(*args, listener=unscored, **kwargs)
+
+    monkeypatch.setattr(run, "simulate", diverging)
+    found = shown("json", *words(federation, RATE, "--trials=2"))
     assert found.code == 0, found.errors
     assert [each["state"] for each in found.facts["trials"]] == ["failed", "failed"]
+    assert (found.facts["best"], found.facts["plan"]) == (None, None)
+    assert not (federation.folder / "plan-tune" / "best.toml").exists()
 
 
 def test_all_runs_hold_the_same_units_out(federation):
