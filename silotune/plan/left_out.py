@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from silotune.plan.bands import band_weights
 from silotune.plan.sections import HeadFeatures, Sections
 
 PUBLIC_TEXTS = (
@@ -110,6 +111,9 @@ def _unsaid(plan: Sections) -> Iterator[Number]:
         if trained and name not in plan.optimizer.site.model_fields_set:
             rate, why = rule(plan, head_rounds=rounds)
             yield Number(key=f"optimizer.site.{name}", value=rate, why=why)
+    if plan.privacy.bands > 1 and not plan.privacy.band_weights:
+        weights, why = band_weights(plan)
+        yield Number(key="privacy.band_weights", value=list(weights), why=why)
 
 
 def curves(plan: Sections) -> bool:

@@ -287,6 +287,19 @@ def _seeded(plan: Plan) -> str:
     return "" if plan.plan.seed is None else " The noise is seeded, so the run is not private."
 
 
+def _correlated(plan: Plan) -> str:
+    """How the noise of rounds is correlated, and what that asks of sampling and of sites."""
+    bands = plan.privacy.bands
+    if bands == 1:
+        return ""
+    return (
+        f" Noise is correlated over {bands} rounds: each takes back a part of what the {bands - 1} "
+        f"before it added. So a {plan.privacy.unit} can be drawn in one of any {bands} rounds in a row "
+        f"only, {bands} times as often, and is charged once for all of them; each site keeps its own "
+        "noise of these rounds, sealed."
+    )
+
+
 def _site_privacy(plan: Plan) -> str:
     privacy = plan.privacy
     assert privacy.site is not None and privacy.epsilon is not None and privacy.delta is not None
@@ -338,7 +351,8 @@ def _privacy(plan: Plan) -> str:
     if plan.statistics is not None:
         return f"{promised}all that one adds has length 1 at most.{shared}{_seeded(plan)}"
     return (
-        f"{promised}gradients clipped to {norms}; each step samples {sampled}.{shared}{metrics}"
+        f"{promised}gradients clipped to {norms}; each step samples {sampled}.{_correlated(plan)}"
+        f"{shared}{metrics}"
         f"{_seeded(plan)}"
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 
+from silotune.plan.bands import bands_conflicts
 from silotune.plan.counted import statistics_conflicts
 from silotune.plan.sections import Sections
 from silotune.plan.strategies import STRATEGIES
@@ -125,6 +126,7 @@ def conflicts(plan: Sections) -> list[str]:
         *_local_steps(plan),
         *_local_head(plan),
         *secure_conflicts(plan),
+        *bands_conflicts(plan),
     ]
 
 

@@ -305,6 +305,12 @@ class PrivacySection(Section):
     noise: Literal["local", "shared"] = Field(
         "local", description="Who adds the noise: each site all of it, or each its share."
     )
+    bands: Annotated[int, Field(ge=1, le=64), ADDED_LATER] = Field(
+        1, description="Rounds whose noise is correlated, so that most of it cancels; 1 for none."
+    )
+    band_weights: Annotated[tuple[float, ...], Field(max_length=64), ADDED_LATER] = Field(
+        (), description="How much of earlier rounds' noise a round takes back; the first is 1."
+    )
 
     @property
     def clipping(self) -> Clipping:

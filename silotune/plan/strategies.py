@@ -31,6 +31,8 @@ class StrategyFacts:
         Keys of ``[aggregation]`` that it needs and no other strategy has.
     sends_all : bool
         Whether sites send the sum of all the gradients that they train with, unchanged.
+    sends_same : bool
+        Whether all rounds that train the same parts send the same numbers, unchanged, and are added up.
     freezes_a : bool
         Whether A is no part of the adapter that travels.
     ranks : bool
@@ -54,6 +56,7 @@ class StrategyFacts:
     one_vote: bool = False
     options: frozenset[str] = frozenset()
     sends_all: bool = False
+    sends_same: bool = False
     freezes_a: bool = False
     ranks: bool = False
     keeps_parts: bool = True
@@ -70,8 +73,8 @@ class StrategyFacts:
 
 
 STRATEGIES: Mapping[str, StrategyFacts] = {
-    "fedavg": StrategyFacts(made_by="fedavg:FedAvg", sends_all=True),
-    "ffa": StrategyFacts(made_by="ffa:FrozenA", sends_all=True, freezes_a=True),
+    "fedavg": StrategyFacts(made_by="fedavg:FedAvg", sends_all=True, sends_same=True),
+    "ffa": StrategyFacts(made_by="ffa:FrozenA", sends_all=True, sends_same=True, freezes_a=True),
     "rolora": StrategyFacts(made_by="rolora:Alternating", sends_all=True),
     "fedsvd": StrategyFacts(made_by="fedsvd:Refactored", sends_all=True, turns_matrices=_TURNED),
     "flexlora": StrategyFacts(

@@ -173,6 +173,12 @@ def test_no_rule_contradicts_the_rest_of_any_plan(data):
     if pick(True, False):
         tables["privacy"] = {"mode": "none", "rate": 0.1}
     tables["optimizer"] = {"server": {"name": pick("sgd", "adam")}}
+    if pick(True, False):
+        tables["privacy"] = {
+            **tables["privacy"],
+            "rate": 0.05,
+            "bands": data.draw(st.integers(2, 9)),
+        }
     try:
         written = Plan.from_mapping(tables)
     except PlanInvalid:  # a combination that no plan can have
