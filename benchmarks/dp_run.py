@@ -1,7 +1,8 @@
-"""What privacy costs a whole site: the demo's rounds with it and without, on the same batches.
+"""What privacy costs a whole site: a plan's rounds with it and without, on the same batches.
 
-Both runs have one seed, so that every site draws the same records in the same round. They take turns
-round by round: sampling, training, clipping, noise and the self-checks, all that a site computes.
+The plan is the hospitals', with an adapter in its last rounds (benchmarks/tuned.py). Both runs have one
+seed, so that every site draws the same records in the same round. They take turns round by round:
+sampling, training, clipping, noise and the self-checks, all that a site computes.
 
     python benchmarks/dp_run.py            # seven hospitals, 12 head and 8 adapter rounds
     python benchmarks/dp_run.py --quick    # two small hospitals: under 50 s
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tuned import tuned
 
 from silotune.client.model_cache import ModelCache
 from silotune.client.site_run import SiteRun
@@ -81,7 +83,7 @@ def measure(plans: dict[str, Plan], folder: Path, *, sites: int) -> dict[str, li
 
 
 def ratios(seconds: dict[str, list[float]], demo: Plan) -> dict[str, float]:
-    """Print and return private over open: by phase, and for all rounds of the demo's plan."""
+    """Print and return private over open: by phase, and for all rounds of the plan."""
     head = demo.optimizer.site.head_rounds
     rounds = {"head": head, "adapter": demo.rounds.number - head}
     numbers: dict[str, float] = {}
@@ -102,7 +104,7 @@ def ratios(seconds: dict[str, list[float]], demo: Plan) -> dict[str, float]:
     whole = numbers["demo.private_over_open_wall"]
     verdict = "holds" if whole <= TARGET else "MISSED"
     print(
-        f"all {demo.rounds.number} rounds of the demo, wall time: {whole:.3f}, "
+        f"all {demo.rounds.number} rounds of the plan, wall time: {whole:.3f}, "
         f"target {TARGET}: {verdict}"
     )
     return numbers
@@ -119,7 +121,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         written = write_hospitals(folder, rows_per_site=1500 if options.quick else None)
-        demo = in_the_clear(Plan.load(written.plan))
+        demo = tuned(in_the_clear(Plan.load(written.plan)))
         demo = demo.override({"plan.seed": 1, "rounds.min_sites": 1})
         head, adapter = (6, 6) if options.quick else (12, 8)
         short = demo.override({"rounds.number": head + adapter, "optimizer.site.head_rounds": head})

@@ -1,14 +1,14 @@
-"""What plans of required keys only reach on the demo, beside the demo's tuned plan: macro-F1.
+"""What the demo's plan of required keys reaches, beside one that was tuned by hand: macro-F1.
 
 Both splits, three seeds, shared noise. A plan of required keys takes its numbers from the
-rules of `silotune.plan.left_out`; the demo's plan was tuned on validation records, one seed. Rows:
+rules of `silotune.plan.left_out`; the other (benchmarks/tuned.py) was tuned on validation records. Rows:
 
-- tuned: the demo's plan, LoRA in its last rounds (slow: give --rows to leave it out)
-- tuned_head: the same plan, head alone
-- required: required keys only
+- required: the demo's plan
 - required_linear: the same without random cosines
-- tuned_cosines: the demo's plan with random cosines under its head
-- long: the demo's plan, head alone, 340 rounds
+- tuned: the plan that was tuned by hand, LoRA in its last rounds (slow: give --rows to leave it out)
+- tuned_head: the same plan, head alone
+- tuned_cosines: the same, LoRA in its last rounds, with random cosines under its head
+- long: the plan that was tuned by hand, head alone, 340 rounds
 
     python benchmarks/plan_rules.py [--rows ...] [--seeds 1 2 3] [--splits ...] [--quick] [--json]
 """
@@ -20,12 +20,12 @@ import json
 import statistics
 import tempfile
 import time
-import tomllib
 from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from tuned import tuned
 
 from silotune.data.demo import write_hospitals
 from silotune.data.site import load_sites
@@ -37,41 +37,17 @@ from silotune.simulation.outcome import metrics_of
 ROWS = ("required", "required_linear", "tuned_head", "tuned", "tuned_cosines", "long")
 
 
-def required(demo: Path, *, rounds: int) -> str:
-    """The demo's plan without anything that may be left out, but for the split and who adds noise."""
-    tuned = tomllib.loads(demo.read_text("utf-8"))
-    model = {key: tuned["model"][key] for key in ("base", "task", "labels")}
-    data = {key: tuned["data"][key] for key in ("dataset", "split_by")}
-    privacy = {"mode": "record", "epsilon": 8.0, "delta": 1e-5, "rate": 0.12, "noise": "shared"}
-    tables = {
-        "plan": {"name": "required", "purpose": tuned["plan"]["purpose"]},
-        "model": model,
-        "data": data,
-        "rounds": {"number": rounds},
-        "privacy": privacy,
-        "privacy.clip": {"head": 2.0, "adapter": 2.0},
-        "aggregation": {"secure": True, "cohort": 7, "threshold": 5},
-    }
-    lines = []
-    for name, table in tables.items():
-        lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in table.items())]
-    return "\n".join(lines)
-
-
-def plans(folder: Path, *, rounds: int, epsilon: float) -> dict[str, Plan]:
-    path, level = folder / "required.toml", {"privacy.epsilon": epsilon}
-    path.write_text(required(folder / "plan.toml", rounds=rounds), "utf-8")
-    tuned, least = Plan.load(folder / "plan.toml", level), Plan.load(path, level)
+def plans(demo: Path, *, rounds: int | None, epsilon: float) -> dict[str, Plan]:
+    settings = {"privacy.epsilon": epsilon} | ({"rounds.number": rounds} if rounds else {})
+    least, by_hand = Plan.load(demo, settings), tuned(Plan.load(demo, {"privacy.epsilon": epsilon}))
     cosines = {"kind": "cosines", "number": 2048, "scale": 1.5}
-    long = {"rounds.number": 340, "optimizer.site.head_rounds": 340}
-    linear = least.override({"model.head_features": None})
     return {
         "required": least,
-        "required_linear": linear,
-        "tuned_head": head_only(tuned),
-        "tuned": tuned,
-        "tuned_cosines": tuned.override({"model.head_features": cosines}),
-        "long": head_only(tuned.override(long)),
+        "required_linear": least.override({"model.head_features": None}),
+        "tuned_head": head_only(by_hand),
+        "tuned": by_hand,
+        "tuned_cosines": by_hand.override({"model.head_features": cosines}),
+        "long": head_only(by_hand.override({"rounds.number": 340})),
     }
 
 
@@ -80,7 +56,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", default=ROWS, choices=ROWS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--splits", nargs="+", default=["code", "category"])
-    parser.add_argument("--rounds", type=int, default=120, help="of the plans of required keys")
+    parser.add_argument("--rounds", type=int, help="of the plans of required keys; else the demo's")
     parser.add_argument("--epsilon", type=float, default=8.0)
     parser.add_argument("--json", action="store_true", help="last line is one JSON object")
     parser.add_argument(
@@ -95,7 +71,7 @@ def main() -> None:
         for split in options.splits:
             folder = Path(scratch) / split
             write_hospitals(folder, split=split, rows_per_site=400 if options.quick else None)
-            made = plans(folder, rounds=options.rounds, epsilon=options.epsilon)
+            made = plans(folder / "plan.toml", rounds=options.rounds, epsilon=options.epsilon)
             paths = tuple(str(site.folder / "site.toml") for site in load_sites(folder))
             for seed in options.seeds:
                 jobs = [

@@ -19,6 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from tuned import TUNED
 
 from silotune.data.demo import write_hospitals
 from silotune.data.site import load_sites
@@ -41,6 +42,7 @@ def shared(threshold: int) -> dict:
 def simulated(plan_path: Path, plan: Plan, folder: Path, *, threshold: int, workers: int) -> float:
     """Macro-F1 of a whole simulation under shared noise."""
     overrides = {
+        **TUNED,
         **shared(threshold),
         "plan.seed": plan.plan.seed,
         "rounds.evaluate_every": 0,
@@ -54,7 +56,8 @@ def simulated(plan_path: Path, plan: Plan, folder: Path, *, threshold: int, work
         listener=lambda event: None,
         overrides=overrides,
     )
-    (method,) = directory.read_json("results.json")["methods"]
+    methods = directory.read_json("results.json")["methods"]
+    (method,) = (row for row in methods if row["key"] == "federated")
     return float(method["test"]["macro_f1"])
 
 
@@ -93,7 +96,7 @@ def measure(options: argparse.Namespace) -> dict[str, list[float]]:
         for prefix in options.models:
             for seed in range(1, options.seeds + 1):
                 started = time.time()
-                plan = Plan.load(demo.plan).override({"plan.seed": seed})
+                plan = Plan.load(demo.plan).override({**TUNED, "plan.seed": seed})
                 if options.quick:
                     plan = plan.override({"rounds.number": 6, "optimizer.site.head_rounds": 5})
                 kinds = {f"{prefix} pooled": "pooled", f"{prefix} local": "federated"}

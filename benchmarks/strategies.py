@@ -36,6 +36,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from strategies_grid import COMMON, POISON, Case, grid
+from tuned import tuned
 
 from silotune.client.model_cache import ModelCache
 from silotune.client.site_run import SiteRun
@@ -108,6 +109,7 @@ def parts_of(
         if site.name not in kept:
             kept[site.name] = part.training.records, part.training.encoded
         part.training.records, part.training.encoded = kept[site.name]
+        part.join()  # its ledger reserves what the rounds will be charged
         parts.append(part)
     return parts
 
@@ -115,7 +117,7 @@ def parts_of(
 def run(job: tuple[Case, str, str]) -> tuple[Case, dict[str, float]]:
     case, folder, choices = job
     started, cpu = time.monotonic(), time.process_time()
-    plan = case.plan(in_the_clear(Plan.load(Path(folder) / "plan.toml")))
+    plan = case.plan(tuned(in_the_clear(Plan.load(Path(folder) / "plan.toml"))))
     with tempfile.TemporaryDirectory() as state:
         parts = parts_of(case, plan, Path(folder), warm_model(choices, folder), Path(state))
         found = train(plan, parts, poisoned=case.liars)
@@ -167,7 +169,9 @@ def macro_f1(plan: Plan, parts: list[SiteRun], adapters: list[np.ndarray]) -> fl
 
 def base_rate(folder: Path, split: str) -> float:
     """Macro-F1 of always saying the most frequent class of the test records."""
-    plan = in_the_clear(Plan.load(folder / "plan.toml")).override({**COMMON, "rounds.min_sites": 1})
+    plan = tuned(in_the_clear(Plan.load(folder / "plan.toml"))).override(
+        {**COMMON, "rounds.min_sites": 1}
+    )
     with tempfile.TemporaryDirectory() as state:
         tally: dict[str, int] = defaultdict(int)
         for site in load_sites(folder / split):
@@ -202,7 +206,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, fl
         json.loads(path.read_text()) if path and path.exists() else {}
     )
     prepare(folder, rows=150 if options.quick else 600)
-    base = in_the_clear(Plan.load(folder / "plan.toml"))
+    base = tuned(in_the_clear(Plan.load(folder / "plan.toml")))
     choices = json.dumps(asdict(choose(base)), sort_keys=True)
     for split in ("hospitals", "iid"):
         found[f"base rate|{split}"] = {"f1": base_rate(folder, split)}

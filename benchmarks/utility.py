@@ -1,7 +1,8 @@
 """Utility on the hospitals demo: federated, own-only, pooled and head-only, with and without privacy.
 
 Three seeds and both splits by default: over an hour on two cores. Every model of a row is scored on
-the test records of all seven hospitals; the settings were chosen on validation records (one seed).
+the test records of all seven hospitals; the settings were chosen on validation records (one seed):
+those of benchmarks/tuned.py, with LoRA in the last rounds.
 
     python benchmarks/utility.py [--quick] [--json] [--seeds 1 2 3] [--splits code category]
 """
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tuned import tuned
 
 from silotune.data.demo import write_hospitals
 from silotune.data.site import load_sites
@@ -98,7 +100,7 @@ def scores(plan: Plan, outcomes: list) -> dict[str, float]:
 
 def prepared(split: str, folder: Path, *, quick: bool) -> tuple[Plan, list]:
     demo = write_hospitals(folder / split, split=split, rows_per_site=400 if quick else None)
-    plan = Plan.load(demo.plan)
+    plan = tuned(Plan.load(demo.plan))
     if quick:
         plan = plan.override({"rounds.number": 6, "optimizer.site.head_rounds": 3})
     return plan, list(load_sites(folder / split))

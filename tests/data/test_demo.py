@@ -22,6 +22,8 @@ from silotune.data.records import Records, Split, load_records
 from silotune.data.site import SiteConfig, load_sites
 from silotune.errors import EnvironmentFault, FolderOccupied
 from silotune.models.base import outline
+from silotune.plan.draft import PlanFacts, draft
+from silotune.plan.left_out import left_out
 from silotune.plan.plan import Plan
 
 KEY = b"k" * 32
@@ -194,6 +196,49 @@ def test_the_plan_is_the_headline(by_code):
     assert plan.aggregation.secure
     assert (plan.aggregation.cohort, plan.privacy.noise) == (len(HOSPITALS), "shared")
     assert (plan.privacy.mode, plan.privacy.epsilon, plan.plan.seed) == ("record", 8.0, None)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"split": "category"}, {"task": "body_system"}, {"patients": True}],
+    ids=["by code", "by category", "many labels", "patients"],
+)
+def test_the_plan_is_what_plan_new_writes_from_the_same_facts(tmp_path, options):
+    """One rule for all: a head of cosines by code, a linear one by category and of many labels."""
+    made = write_hospitals(tmp_path, rows_per_site=1000, **options)
+    plan, policies = Plan.load(made.plan), load_sites(tmp_path)
+    facts = PlanFacts(
+        name=plan.plan.name,
+        purpose=plan.plan.purpose,
+        base=plan.model.base,
+        sha256=plan.model.sha256,
+        task=plan.model.task,
+        labels=plan.model.labels,
+        dataset="diagnoses",
+        units=tuple(site.dataset("diagnoses").declared_units for site in policies),
+        unit=plan.privacy.unit,
+        records_a_unit=plan.privacy.max_records_per_unit,
+        epsilon=8.0,
+        delta=1e-5,
+        max_length=48,
+        split_by=plan.data.split_by,
+    )
+    assert plan == draft(facts)[0]
+    assert (plan.model.head_features is not None) == (not {"split", "task"} & set(options))
+
+
+def test_the_plan_shows_in_a_comment_how_an_adapter_is_trained_too(tmp_path):
+    plan = write_hospitals(tmp_path, rows_per_site=10).plan
+    lines = plan.read_text().splitlines()
+    start = lines.index("# [lora]")
+    end = lines.index("", start)
+    plan.write_text("\n".join([*lines[:start], *(x[2:] for x in lines[start:end]), *lines[end:]]))
+    trained = Plan.load(plan)
+    assert (trained.head_rounds, trained.rounds.number) == (108, 120)
+    assert trained.lora.r == 2
+    assert trained.model.head_features is None
+    ruled = {number.key for number in left_out(Plan.written_in(plan))}
+    assert {"optimizer.site.adapter_lr", "optimizer.site.head_rounds"} < ruled
 
 
 def test_without_the_model_package_the_plan_names_the_hub(tmp_path, monkeypatch):
