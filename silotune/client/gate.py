@@ -179,7 +179,7 @@ class Gate:
             raise PrivacyError("a private plan needs a ledger, and no other plan may have one")
         self._ledger = ledger
         self._dataset = dataset
-        self._plan_sha256 = plan.sha256
+        self._plan, self._plan_sha256 = plan, plan.sha256
         self._outbox = outbox
 
     def recall(self, key: ReleaseKey) -> RecordDict | None:
@@ -201,15 +201,21 @@ class Gate:
             raise ReleaseConflict(f"the stored reply of {key} is gone or damaged")
         return Reply.from_bytes(payload).records()
 
-    def released(self, key: ReleaseKey) -> str | None:
-        """SHA-256 of the reply that was released under `key`, or None if there was none."""
+    def released(self, key: ReleaseKey, *, since_opened: bool = False) -> str | None:
+        """SHA-256 of the reply that was released under `key`, or None if there was none.
+
+        `since_opened` is that of `Ledger.payload_of`.
+        """
         self._require_own(key)
         if self._ledger is not None:
-            return self._ledger.payload_of(key)
+            return self._ledger.payload_of(key, since_opened=since_opened)
         return next(iter(self._digests(key)), None)
 
     def charge(self, key: ReleaseKey, mechanisms: Mapping[str, DpEvent]) -> bool:
         """Charge what a reply will cost, before records are touched for it.
+
+        Under correlated noise an update costs what its block of rounds does, and that is charged once:
+        the first of the block that is asked for pays for all of them.
 
         Returns
         -------
@@ -219,7 +225,7 @@ class Gate:
         Raises
         ------
         ReleaseConflict
-            The key was charged with other mechanisms.
+            The key was charged with other mechanisms, or a later round of correlated noise before it.
         BudgetExceeded, ReservationInvalid, LedgerDamaged
             From the ledger. Nothing was charged.
         """
@@ -230,7 +236,9 @@ class Gate:
             raise PrivacyError("there is no ledger to charge anything to")
         events = [mechanisms[name] for name in sorted(mechanisms)]
         event = events[0] if len(events) == 1 else ComposedDpEvent(events)
-        return self._ledger.charge(self._dataset, key, self._plan_sha256, event)
+        together = self._plan.privacy.bands > 1 and key.release == "update"
+        block = self._plan.block_of(key.round) if together else None
+        return self._ledger.charge(self._dataset, key, self._plan_sha256, event, block=block)
 
     def release(
         self,

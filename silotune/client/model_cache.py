@@ -300,20 +300,27 @@ class LocalTraining:
 
     @property
     def _shared_data(self) -> SiteData:
-        return self._data(self.encoded, self.records.unit_of, self.records.rows(Split.TRAIN))
+        records = self.records
+        train = records.rows(Split.TRAIN)
+        return self._data(self.encoded, records.unit_of, train, turns=records.turns)
 
     @cached_property
     def _idle(self) -> Trainer:
         """A trainer without records: its rounds are noise alone."""
         nothing = np.zeros(0, dtype=np.int64)
         encoded = Encoded.of([], [], padding_id(self.trainable.model.tokenizer))
-        data = self._data(encoded, nothing, nothing)
+        data = self._data(encoded, nothing, nothing, turns=nothing)
         return Trainer(
             self.trainable, data, sigma=self.job.sigma(), memory=self._memory, finishes=False
         )
 
     def _data(
-        self, encoded: Encoded, unit_of: NDArray[np.int64], train: NDArray[np.int64]
+        self,
+        encoded: Encoded,
+        unit_of: NDArray[np.int64],
+        train: NDArray[np.int64],
+        *,
+        turns: NDArray[np.int64] | None,
     ) -> SiteData:
         return SiteData(
             site=self.job.site.name,
@@ -321,6 +328,7 @@ class LocalTraining:
             unit_of=unit_of,
             train=train,
             declared_units=self.job.site.units_for(self.job.plan),
+            turns=turns,
         )
 
     def _worked(

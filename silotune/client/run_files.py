@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
+from silotune.errors import ReleaseConflict
 from silotune.models.layout import Group, Layout, Span, gathered, laid_out
 from silotune.plan.plan import Plan
 from silotune.strategies import method_of
@@ -41,7 +42,10 @@ Arrays = Mapping[str, NDArray[Any]]
 KEPT_DAYS = 30
 """Files of a run are kept so long after its end."""
 
-_KEPT_ROUNDS, _DIGEST = 2, 32
+FEWEST_ROUNDS = 2
+"""Rounds of what a strategy keeps that stay: one asked for again starts from the one before it."""
+
+_DIGEST = 32
 _DAY = 24 * 3600.0
 
 
@@ -71,7 +75,7 @@ ROUNDS = FileKind("rounds")
 """Keys and shares of secure rounds."""
 
 MEMORY = FileKind("memory", digits=6)
-"""What a strategy keeps at the site, named by the update that it belongs to."""
+"""What a strategy, or correlated noise, keeps at the site, named by the update that it belongs to."""
 
 KINDS = (OUTBOX, ROUNDS, MEMORY)
 
@@ -233,7 +237,7 @@ class ProcessMemory:
     def keep(self, server_round: int, arrays: Arrays) -> None:
         """Keep copies."""
         self._rounds[server_round] = {name: array.copy() for name, array in arrays.items()}
-        for old in sorted(self._rounds)[:-_KEPT_ROUNDS]:
+        for old in sorted(self._rounds)[:-FEWEST_ROUNDS]:
             del self._rounds[old]
 
 
@@ -274,10 +278,18 @@ class SealedMemory:
         Of kind `MEMORY`.
     released : callable
         SHA-256 of the update that was released in a round, or None.
+    kept : int
+        How many rounds are kept.
     """
 
-    def __init__(self, files: RunFiles, *, released: Callable[[int], str | None]) -> None:
-        self._files, self._released = files, released
+    def __init__(
+        self,
+        files: RunFiles,
+        *,
+        released: Callable[[int], str | None],
+        kept: int = FEWEST_ROUNDS,
+    ) -> None:
+        self._files, self._released, self._kept = files, released, kept
         self._staged: dict[int, bytes] = {}
 
     def recall(self, *, before: int) -> tuple[int, Arrays] | None:
@@ -288,6 +300,25 @@ class SealedMemory:
             if content:
                 return number, load(content)
         return None
+
+    def all(self, rounds: Iterable[int]) -> dict[int, Arrays]:
+        """What was kept in each of these rounds that was released.
+
+        Raises
+        ------
+        ReleaseConflict
+            A round was released, and what was kept with it is gone.
+        """
+        found: dict[int, Arrays] = {}
+        for number in rounds:
+            digest = self._released(number)
+            if digest is None:
+                continue
+            content = self._files.read(number, name=digest[:_DIGEST])
+            if content is None:
+                raise ReleaseConflict(f"what round {number} left here for later rounds is gone")
+            found[number] = load(content)
+        return found
 
     def keep(self, server_round: int, arrays: Arrays) -> None:
         """Keep what a round ended with until it is released, see `promote`."""
@@ -303,7 +334,7 @@ class SealedMemory:
         for name in self._files.names(server_round):
             if name != own:
                 self._files.remove(server_round, name=name)
-        self._files.prune(below=self._files.rounds()[-_KEPT_ROUNDS:][0])
+        self._files.prune(below=self._files.rounds()[-self._kept :][0])
 
 
 Vector = NDArray[np.float32]

@@ -26,6 +26,7 @@ from silotune.client.gate import DpRelease, Field, Gate, Public, Unprotected
 from silotune.client.judging import local_time
 from silotune.client.policy import Facts, facts_for, judge
 from silotune.client.run_files import (
+    FEWEST_ROUNDS,
     MEMORY,
     OUTBOX,
     ROUNDS,
@@ -289,7 +290,7 @@ class SiteRun:
             raise RoundUnanswered from exc
 
     def _promote(self, server_round: int) -> Callable[[str], None] | None:
-        if not self.updates.keeps:
+        if not self.updates.remembers:
             return None
         return lambda digest: self._memory.promote(server_round, digest)
 
@@ -304,10 +305,15 @@ class SiteRun:
 
     @cached_property
     def _memory(self) -> SealedMemory:
-        return SealedMemory(
-            self._files(MEMORY),
-            released=lambda number: self.gate.released(ReleaseKey(self.run, number, "update")),
-        )
+        bands = self.plan.privacy.bands
+
+        def released(number: int) -> str | None:
+            # Noise of a round that was charged before the run was settled is never taken back: in
+            # restored books others may have gone on from it.
+            key = ReleaseKey(self.run, number, "update")
+            return self.gate.released(key, since_opened=bands > 1)
+
+        return SealedMemory(self._files(MEMORY), released=released, kept=max(FEWEST_ROUNDS, bands))
 
     def evaluate(self, adapter: Vector, server_round: int) -> RecordDict:
         """Counts on the validation units, noisy unless the plan is not private."""

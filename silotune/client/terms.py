@@ -61,15 +61,14 @@ def sigma_for(plan: Plan, declared_units: int) -> float:
         epsilon=privacy.epsilon,
         delta=privacy.delta,
         rate=plan.release_rate(declared_units),
-        steps=plan.rounds.number * plan.releases_a_round,
+        steps=plan.releases,
         extra=tuple(_metric_events(plan)),
     )
 
 
 def run_events(plan: Plan, declared_units: int, *, sigma: float) -> list[DpEvent]:
     """Every event of a whole run at a site, which its ledger reserves."""
-    releases = plan.rounds.number * plan.releases_a_round
-    steps = training_event(plan, declared_units, sigma=sigma, steps=releases)
+    steps = training_event(plan, declared_units, sigma=sigma, steps=plan.releases)
     return [steps, *_metric_events(plan)]
 
 
@@ -177,14 +176,17 @@ def training_event(plan: Plan, declared_units: int, *, sigma: float, steps: int)
 
 
 def round_event(plan: Plan, declared_units: int, *, sigma: float) -> DpEvent | None:
-    """What a round's update costs, whatever comes of it; None without privacy."""
+    """What a round's update costs, whatever comes of it; None without privacy.
+
+    Under correlated noise that is what the round's whole block costs, charged once for all of it.
+    """
     if not plan.private:
         return None
     return training_event(plan, declared_units, sigma=sigma, steps=plan.releases_a_round)
 
 
 def missing_noise(plan: Plan, parts: Iterable[Part], *, sigma: float) -> dict[Part, float]:
-    """Standard deviation of the noise that a round's clipped sums still lack, by part.
+    """Standard deviation of the fresh noise that a round's clipped sums still lack, by part.
 
     Sums of one step leave the training as they are clipped, and get their noise next to the ledger: a
     site's share of it in the ring of secure aggregation, or all of it. Empty where the training itself
@@ -204,6 +206,7 @@ def missing_noise(plan: Plan, parts: Iterable[Part], *, sigma: float) -> dict[Pa
         return {}
     shared, clipping, found = shared_noise(plan), plan.privacy.clipping, sorted(set(parts))
     own = sigma / math.sqrt(shared.sharers) if shared else sigma
+    own *= math.hypot(*plan.privacy.column)  # a unit moves so many rows of C G
     if plan.statistics is not None:
         return dict.fromkeys(found, own)  # of what one unit moves by a length of 1
     alone = len({clipping.group(part) for part in found}) == 1  # it has all of the sensitivity

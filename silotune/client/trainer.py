@@ -31,6 +31,7 @@ from silotune.models.features import Frozen, compute_frozen
 from silotune.models.layout import Group, Layout, Part
 from silotune.models.task import LoadedModel
 from silotune.plan.plan import Plan
+from silotune.privacy.bands import correlated
 from silotune.privacy.clipping import Attached, attach
 from silotune.privacy.engine import ClipGroup, DpSgd, PlainSgd
 from silotune.privacy.events import DpEvent
@@ -150,6 +151,8 @@ class SiteData:
         Records that may be trained on.
     declared_units : int
         Public, rounded number of units, from the site's configuration.
+    turns : int array [units] or None
+        See `silotune.data.records.Records`.
     """
 
     site: str
@@ -157,6 +160,16 @@ class SiteData:
     unit_of: NDArray[np.int64]
     train: NDArray[np.int64]
     declared_units: int
+    turns: NDArray[np.int64] | None = None
+
+    def train_in(self, turn: int, *, bands: int) -> NDArray[np.int64]:
+        """Records that may be trained on in every round that is `turn` (from 0) in its block."""
+        if bands == 1:
+            return self.train
+        if self.turns is None:
+            raise SelfCheckFailed("nothing says in which rounds a unit may be drawn")
+        mine: NDArray[np.int64] = self.train[self.turns[self.unit_of[self.train]] == turn]
+        return mine
 
     @cached_property
     def sha256(self) -> bytes:
@@ -263,17 +276,22 @@ class Trainer:
         self._plan, self._model = trainable.plan, trainable.model
         self._ranks = ranks or Ranks()
         privacy = self._plan.privacy
-        self._sampler = UnitSampler(
-            encoded=data.encoded,
-            unit_of=data.unit_of,
-            rows=data.train,
-            max_records=privacy.max_records_per_unit,
-            max_physical=self._ranks.micro_batch(
-                privacy.max_physical_batch,
-                expected=self._plan.expected_batch(data.declared_units),
-                unit=privacy.max_records_per_unit,
-            ),
+        max_physical = self._ranks.micro_batch(
+            privacy.max_physical_batch,
+            expected=self._plan.expected_batch(data.declared_units),
+            unit=privacy.max_records_per_unit,
         )
+        self._samplers = [
+            UnitSampler(
+                encoded=data.encoded,
+                unit_of=data.unit_of,
+                rows=data.train_in(turn, bands=privacy.bands),
+                max_records=privacy.max_records_per_unit,
+                max_physical=max_physical,
+            )
+            for turn in range(privacy.bands)
+        ]
+        self._sent_noise: dict[int, NDArray[np.float64]] = {}  # by round; of comparisons
         self._find_frozen = frozen or (lambda: compute_frozen(self._model, data.encoded))
         self._still = {id(p): _MOVE_PATIENCE for p in self._model.parameters()}
         memory = memory or ProcessMemory()
@@ -318,9 +336,13 @@ class Trainer:
         missing = missing_noise(self._plan, parts, sigma=self._sigma)
         if missing and (not self._finishes or self._plan.privacy.noise == "shared"):
             return self._clean(trained, missing, server_round, noise)
+        if missing and self._plan.privacy.bands > 1:
+            clean = self._clean(trained, missing, server_round, noise).flat
+            flat = self._correlated(clean, trained, missing, server_round, noise)
+            return RoundUpdate(flat=flat, event=self._event())
         engine = self._shared.engine(trained, sigma=self._sigma, noise=noise)
         if self._plan.sends_sums:
-            sums, records = self._step(engine, phase_of(self._plan, server_round), noise)
+            sums, records = self._step(engine, server_round, noise)
             flat = _flatten(sums)
         else:
             flat, records = self._walk(engine, noise, adapter, server_round)
@@ -342,10 +364,33 @@ class Trainer:
     ) -> RoundUpdate:
         """Clipped sums whose noise comes later."""
         engine = self._shared.engine(trained, sigma=self._sigma, noise=None)
-        sums, records = self._step(engine, phase_of(self._plan, server_round), noise)
+        sums, records = self._step(engine, server_round, noise)
         self.records_used += records
         flat = torch.cat([part.detach().reshape(-1).double().cpu() for part in sums]).numpy()
         return RoundUpdate(flat=flat, event=self._event(), missing_noise=missing)
+
+    def _correlated(
+        self,
+        sums: NDArray[np.float64],
+        trained: Collection[Part],
+        missing: Mapping[Part, float],
+        server_round: int,
+        noise: NoiseSource,
+    ) -> Vector:
+        """Clipped sums with noise that later rounds take back a part of."""
+        spans, bands = self.layout.spans(trained), self._plan.privacy.bands
+        earlier = {server_round - number: row for number, row in self._sent_noise.items()}
+        made, own = correlated(
+            sums,
+            {ago: row for ago, row in earlier.items() if ago < bands},
+            column=self._plan.privacy.column,
+            stds=[missing[span.part] for span in spans],
+            sizes=[span.size for span in spans],
+            noise=noise,
+        )
+        self._sent_noise[server_round] = own
+        self._sent_noise.pop(server_round - bands, None)
+        return made
 
     def _event(self) -> DpEvent | None:
         """What a round costs."""
@@ -355,10 +400,14 @@ class Trainer:
         """Randomness of a round: the OS's, or the plan's seed for this site and round."""
         return noise_for(self._plan.plan.seed, "train", self._data.site, server_round)
 
-    def _step(self, engine: Engine, phase: Phase, noise: NoiseSource) -> tuple[list[Tensor], int]:
+    def _step(
+        self, engine: Engine, server_round: int, noise: NoiseSource
+    ) -> tuple[list[Tensor], int]:
         """One step: sample units, accumulate micro-batches, return the (noisy) sums."""
-        rate = self._plan.rate_for(self._data.declared_units)
-        drawn = [(batch.rows, batch.units) for batch in self._sampler.draw(rate, noise)]
+        phase = phase_of(self._plan, server_round)
+        rate = self._plan.draw_rate(self._data.declared_units)
+        sampler = self._samplers[(server_round - 1) % len(self._samplers)]
+        drawn = [(batch.rows, batch.units) for batch in sampler.draw(rate, noise)]
         own, records = self._ranks.deal(drawn, data=lambda: self._data.sha256)
         with self._ranks.adding(engine.parameters, private=self._plan.per_unit):
             for rows, units in own:
@@ -440,7 +489,7 @@ class Trainer:
         self, engine: Engine, noise: NoiseSource, adapter: Vector, server_round: int
     ) -> tuple[Vector, int]:
         """Several local steps with the site's own optimizer; the change of the parameters."""
-        phase, parameters = phase_of(self._plan, server_round), engine.parameters
+        parameters = engine.parameters
         before = [p.detach().clone() for p in parameters]
         drift = self._drift(adapter, server_round, parameters)
         rule = torch.optim.Adam if self._plan.optimizer.site.local == "adam" else torch.optim.SGD
@@ -448,7 +497,7 @@ class Trainer:
         batch = self._plan.expected_batch(self._data.declared_units)
         used, steps = 0, self._plan.rounds.local_steps
         for step in range((server_round - 1) * steps, server_round * steps):
-            sums, records = self._step(engine, phase, noise)
+            sums, records = self._step(engine, server_round, noise)
             used += records
             for number, (parameter, total) in enumerate(zip(parameters, sums, strict=True)):
                 kind: Group = "head" if self._shared.part_of(parameter) == "head" else "adapter"

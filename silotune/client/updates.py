@@ -8,7 +8,7 @@ about, and wherever one step makes an update, the noise is added here.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from silotune.client.training.base import (
 from silotune.client.troubles import Troubles
 from silotune.errors import SelfCheckFailed
 from silotune.models.layout import Layout, Part, Span
+from silotune.privacy.bands import correlated
 from silotune.privacy.noise import NoiseSource, noise_for, noised
 from silotune.strategies import method_of
 from silotune.strategies.site_privacy import hidden
@@ -44,7 +45,7 @@ class Updates:
     layout : Layout
         Of the site's adapter.
     memory : callable
-        Gives what the strategy keeps between rounds; asked only if it keeps anything.
+        Gives what is kept between rounds; asked only if anything is.
     troubles : Troubles
         Told of rounds that failed.
 
@@ -86,13 +87,32 @@ class Updates:
         if plan.privacy.noise == "shared":
             return RoundUpdate(flat=flat, event=event, missing_noise=missing)
         if missing:
-            stds = [missing[span.part] for span in spans]
-            sizes = [span.size for span in spans]
-            flat = noised(flat, stds, sizes, noise=self._noise("update", server_round))
+            flat = self._noised(flat, missing, server_round)
         flat = method_of(plan).outgoing(plan, flat, declared_units=self._units)
         noise = self._noise("hidden", server_round)
         flat = hidden(plan, flat, clip=clip, sigma=sigma, noise=noise)
         return RoundUpdate(flat=flat, event=event)
+
+    def _noised(
+        self, sums: NDArray[Any], missing: Mapping[Part, float], server_round: int
+    ) -> Vector:
+        """Sums with their noise; where it is correlated over rounds, it is kept for the next ones."""
+        spans, noise = self._spans(server_round), self._noise("update", server_round)
+        stds, sizes = [missing[span.part] for span in spans], [span.size for span in spans]
+        if not self._correlates:
+            return noised(sums, stds, sizes, noise=noise)
+        first = max(1, server_round - self._plan.privacy.bands + 1)
+        kept = self._memory().all(range(first, server_round))
+        made, own = correlated(
+            sums,
+            {server_round - number: arrays["noise"] for number, arrays in kept.items()},
+            column=self._plan.privacy.column,
+            stds=stds,
+            sizes=sizes,
+            noise=noise,
+        )
+        self._memory().keep(server_round, {"noise": own})
+        return made
 
     def _trained(self, adapter: Vector, server_round: int, *, clip: float | None) -> NDArray[Any]:
         """What the training gave for a round; of a private plan without records if that failed."""
@@ -149,6 +169,16 @@ class Updates:
         """Whether the strategy keeps anything at the site between rounds."""
         scaffold = self._plan.aggregation.strategy == "scaffold"
         return scaffold or bool(method_of(self._plan).kept(self._plan))
+
+    @property
+    def _correlates(self) -> bool:
+        """Whether later rounds take back a part of a round's noise."""
+        return self._plan.privacy.bands > 1
+
+    @property
+    def remembers(self) -> bool:
+        """Whether a round leaves anything here for later rounds, once it is released."""
+        return self.keeps or self._correlates
 
     @property
     def keeps_parts(self) -> bool:

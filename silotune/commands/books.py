@@ -10,7 +10,8 @@ import typer
 from rich.table import Table
 
 from silotune.commands.folder import AsJson
-from silotune.privacy.ledger import dataset_rows, open_ledger, run_rows
+from silotune.privacy.ledger import open_ledger
+from silotune.privacy.ledger_view import dataset_rows, run_rows
 from silotune.terminal import headed, terminal
 from silotune.trust import audit
 from silotune.trust.audit import ExportFormat

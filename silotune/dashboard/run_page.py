@@ -210,7 +210,7 @@ class Spending:
         for name, site in view.sites.items():
             curve = self._curve(facts, site.mechanism, wait=wait) if site.mechanism else None
             if curve:
-                found[name] = self._counted(name, view, curve)
+                found[name] = self._counted(name, view, curve, bands=_bands(facts))
         return {name: points for name, points in found.items() if points}
 
     def spent(self, facts: RunFacts, view: RunView) -> dict[str, float]:
@@ -218,13 +218,14 @@ class Spending:
         return {site: curve[-1][1] for site, curve in self.curves(facts, view).items()}
 
     @staticmethod
-    def _counted(name: str, view: RunView, curve: Curve) -> Curve:
+    def _counted(name: str, view: RunView, curve: Curve, *, bands: int) -> Curve:
         """What the rounds that arrived cost; between two points of the curve, the later one."""
-        steps, replies, points = [number for number, _ in curve], 0, Curve()
+        steps, charged, points = [number for number, _ in curve], set[int](), Curve()
         for found in view.finished_rounds:
-            replies += name in found.replied  # also in a void round: what was sent was charged
-            if replies:
-                place = min(bisect.bisect_left(steps, replies), len(curve) - 1)
+            if name in found.replied:  # also in a void round: what was sent was charged
+                charged.add((found.number - 1) // bands)
+            if charged:
+                place = min(bisect.bisect_left(steps, len(charged)), len(curve) - 1)
                 points.append((found.number, curve[place][1]))
         return points
 
@@ -235,7 +236,7 @@ class Spending:
         if not delta or not facts.rounds:
             return None
         steps = int((facts.plan.get("rounds") or {}).get("local_steps") or 1)
-        key = (*mechanism, float(delta), facts.rounds, steps)
+        key = (*mechanism, float(delta), -(-facts.rounds // _bands(facts)), steps)
         if wait and key not in self._curves:
             self._compute(key)
         with self._lock:
@@ -256,6 +257,11 @@ class Spending:
         points = epsilon_curve(event, rounds=rounds, points=_POINTS, delta=delta)
         with self._lock:
             self._curves[key] = list(points)
+
+
+def _bands(facts: RunFacts) -> int:
+    """How many rounds are charged once, together."""
+    return int((facts.plan.get("privacy") or {}).get("bands") or 1)
 
 
 def left(planned: float | None, spent: Mapping[str, float]) -> dict[str, float]:

@@ -64,6 +64,7 @@ from silotune.plan.sections import TargetSection
 # Separates these hashes from any other use of the same secret. Changing it would move units that a
 # model was trained on into the test split, so it never changes.
 _DOMAIN = b"silotune split 2\0"
+_TURNS = b"silotune turns\0"
 Unshown = Callable[[Sequence[Mapping[str, str]]], Collection[int]]
 """Of examples, the places of those that the model's chat template can't show."""
 
@@ -157,6 +158,9 @@ class Records:
         The part each record belongs to, as values of `Split`. All records of a unit are in one.
     left_out : tuple of LeftOut
         What of the source is not among them, and why: private.
+    turns : int64 array of shape [n_units()] or None
+        In which of ``privacy.bands`` rounds in a row each unit may be drawn, from 0; None where that is
+        every round.
     content : str
         SHA-256, in hex, of what was read of the records: the key of anything that is made of them.
         Whoever knows all records but one could test that one on it: it never leaves the process;
@@ -168,6 +172,7 @@ class Records:
     split: NDArray[np.uint8]
     left_out: tuple[LeftOut, ...] = ()
     content: str = ""
+    turns: NDArray[np.int64] | None = None
 
     def __post_init__(self) -> None:
         if not len(self.examples) == len(self.unit_of) == len(self.split):
@@ -282,16 +287,18 @@ def load_records(
     left = sieve.table()
     values = left.columns
     picked = sorted({*roles, *numbers, *({CONTENT} & set(values))})
+    unit_of = _units(values, len(left.rows), plan)
     found = Records(
         examples=[
             dict(zip(picked, row, strict=True))
             for row in zip(*(values[role] for role in picked), strict=True)
         ]
         or [{} for _ in left.rows],  # of a plan that asks for counts alone
-        unit_of=_units(values, len(left.rows), plan),
+        unit_of=unit_of,
         split=_split(values, plan, salt),
         left_out=tuple(left.faults.found),
         content=_content(values),
+        turns=_turns(values, unit_of, plan, salt),
     )
     if dataset.augmentation is None or plan.statistics is not None or not augment:
         return found
@@ -399,6 +406,24 @@ def _units(values: Values, size: int, plan: Plan) -> NDArray[np.int64]:
     if "unit" not in values or (plan.privacy.unit == "record" and not plan.private):
         return np.arange(size)
     return numbered(values["unit"])[0]
+
+
+def _turns(
+    values: Values, unit_of: NDArray[np.int64], plan: Plan, salt: bytes
+) -> NDArray[np.int64] | None:
+    """The turn of each unit: like its side of the split, a secret function of its name alone.
+
+    So it is the same after a restart, and whatever other records there are. That a unit has one turn is
+    what correlated noise rests on; that it is secret is not.
+    """
+    bands = plan.privacy.bands
+    if bands == 1:
+        return None
+    names = values["unit"] if "unit" in values else _identities(values)
+    first = np.unique(unit_of, return_index=True)[1]
+    key = hmac.digest(salt, _TURNS + plan.sha256.encode(), sha256)
+    points = fractions([names[row] for row in first.tolist()], salt=key)
+    return np.minimum(np.floor(points * bands).astype(np.int64), bands - 1)
 
 
 def _split(values: Values, plan: Plan, salt: bytes) -> NDArray[np.uint8]:

@@ -313,6 +313,11 @@ class PrivacySection(Section):
     )
 
     @property
+    def column(self) -> tuple[float, ...]:
+        """First column of the matrix that correlates the noise of rounds; (1,) without."""
+        return self.band_weights or (1.0,)
+
+    @property
     def clipping(self) -> Clipping:
         """What ``clip`` and ``site`` say of clipping."""
         bounds, clip = {}, self.clip
@@ -419,9 +424,22 @@ class Sections(Section):
         """Noisy releases that a site's update of a round is composed of."""
         return self.rounds.local_steps if self.per_unit else 1
 
+    @property
+    def releases(self) -> int:
+        """Of a whole run, as they are charged: under correlated noise a block of rounds is one."""
+        return -(-self.rounds.number // self.privacy.bands) * self.releases_a_round
+
+    def block_of(self, server_round: int) -> int:
+        """First round (from 1) of the block of `privacy.bands` rounds that a round is in."""
+        return server_round - (server_round - 1) % self.privacy.bands
+
+    def draw_rate(self, declared_units: int) -> float:
+        """Poisson sampling rate of the units that a round may draw: all, or those whose turn it is."""
+        return min(1.0, self.privacy.bands * self.rate_for(declared_units))
+
     def release_rate(self, declared_units: int) -> float:
-        """Poisson sampling rate of each of these: 1 where a whole site is what is hidden."""
-        return 1.0 if self.privacy.mode == "site" else self.rate_for(declared_units)
+        """Poisson sampling rate of each release: 1 where a whole site is what is hidden."""
+        return 1.0 if self.privacy.mode == "site" else self.draw_rate(declared_units)
 
     @property
     def sends_sums(self) -> bool:
@@ -450,11 +468,12 @@ class Sections(Section):
         return declared_units * (1.0 - self.data.test_share - self.data.validation_share)
 
     def rate_for(self, declared_units: int) -> float:
-        """Poisson sampling rate q at a site that declares so many units (at most 1)."""
+        """A unit's chance to be in a step, at a site that declares so many: at most 1 in `bands`."""
         if self.privacy.rate is not None:
             return self.privacy.rate
         assert self.privacy.batch is not None  # validated
-        return min(1.0, self.privacy.batch / self.training_units(declared_units))
+        most = 1.0 / self.privacy.bands
+        return min(most, self.privacy.batch / self.training_units(declared_units))
 
     def expected_batch(self, declared_units: int) -> float:
         """Expected units in a step, from public numbers alone: the divisor of gradient sums."""

@@ -81,13 +81,15 @@ def sums_of(plan: Plan) -> Aggregation | None:
     """How the plan's training updates are summed; None if what a site sends counts on its own.
 
     That other sites' noise counts takes one step a round, one rate, declared weights (so that all
-    noise multipliers are one), updates that are sent whole and unchanged, and a threshold that the
-    plan fixes.
+    noise multipliers are one), updates that are sent whole and unchanged, noise of each round by
+    itself (sites that miss different rounds correlate theirs otherwise), and a threshold that the plan
+    fixes.
     """
     aggregation = plan.aggregation
     common = (
         plan.rounds.local_steps == 1
         and plan.privacy.rate
+        and (plan.privacy.bands == 1 or plan.privacy.noise == "shared")
         and aggregation.weights == "declared"
         and sends_all_it_trains(plan)
     )

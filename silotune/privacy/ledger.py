@@ -102,6 +102,8 @@ class RunAccount:
         Whether it may still charge what it reserved.
     charges : int
         Number of charged releases.
+    settled : int
+        How often it was settled.
     """
 
     dataset: str
@@ -112,6 +114,7 @@ class RunAccount:
     open: bool = True
     charged: Mapping[str, int] = field(default_factory=dict)
     charges: int = 0
+    settled: int = 0
 
     @property
     def committed(self) -> Tally:
@@ -119,6 +122,11 @@ class RunAccount:
         charged = Counter(self.charged)
         return charged | Counter(self.reserved) if self.open else charged
 
+
+_NOTHING = '{"kind":"NoOp"}'
+"""Event of a release that rests on the charge of several rounds."""
+
+_BLOCK = "block"  # what that charge is called; nothing leaves under it
 
 _CHARGING = frozenset({"charge", "restore"})
 
@@ -130,6 +138,7 @@ class _Paid:
     dataset: str
     cost: Mapping[str, int]
     payload_sha256: str | None
+    settled: int
 
 
 @dataclass(frozen=True)
@@ -172,6 +181,7 @@ class Ledger:
         self._vouched: Head | None = None
         self._charged: dict[str, Tally] = {}  # by dataset
         self._paid: dict[ReleaseKey, _Paid] = {}
+        self._newest: dict[tuple[str, str], int] = {}  # charged round, by run and release
         self._table = LedgerTable(path, observe=self._observe, create=create, to_disk=to_disk)
 
     def close(self) -> None:
@@ -220,6 +230,8 @@ class Ledger:
         plan_sha256: str,
         event: DpEvent,
         payload_sha256: str | None = None,
+        *,
+        block: int | None = None,
     ) -> bool:
         """Charge a release; when this returns, the charge is on the disk.
 
@@ -227,6 +239,11 @@ class Ledger:
         with `payload_sha256` both are done at once. The same key is not charged again. What the
         run's reservation doesn't cover is charged only if the budget allows it on top of everything
         else.
+
+        With `block`, the first of several rounds that one charge is for, all of `event` is charged
+        there, once, and the release is written down as one that rests on it and costs nothing more.
+        Such rounds come one after the other: the proof that one charge is enough takes them in their
+        order. A run that was settled and asks again, perhaps of books that were restored, pays again.
 
         Returns
         -------
@@ -236,15 +253,20 @@ class Ledger:
         Raises
         ------
         ReleaseConflict
-            The key was charged with another payload or event.
+            The key was charged with another payload or event, or a later round under a charge of
+            several.
         ReservationInvalid
             The run has not reserved, or under another plan.
         BudgetExceeded
             Not covered by the reservation, nor by the rest of the budget.
         """
-        asked = _cost(event)
+        if block is not None:
+            self.charge(dataset, self._block_key(dataset, key.run, block), plan_sha256, event)
+        asked: Tally = Counter() if block is not None else _cost(event)
 
         def demand() -> _Demand | None:
+            if block is not None:
+                self._require_covered(dataset, key, block)
             paid = self._paid.get(key)
             if paid is not None:
                 content = {payload_sha256, paid.payload_sha256} if payload_sha256 else set()
@@ -260,9 +282,22 @@ class Ledger:
             held = charged | Counter(account.reserved) if account.open else charged
             return _Demand(held, account.budget, covered=covered)
 
-        what = {"plan_sha256": plan_sha256, "event": _text(event)}
+        text = _text(event) if block is None else _NOTHING
+        what = {"plan_sha256": plan_sha256, "event": text}
         entry = _entry_of(key, "charge", dataset, payload_sha256=payload_sha256, **what)
         return self._append_within(entry, demand)
+
+    def _block_key(self, dataset: str, run: str, block: int) -> ReleaseKey:
+        """What pays for a block of rounds, as the run was last opened."""
+        account = self._runs.get((dataset, run))
+        times = account.settled if account else 0
+        return ReleaseKey(run, block, f"{_BLOCK}-{times}" if times else _BLOCK)
+
+    def _require_covered(self, dataset: str, key: ReleaseKey, block: int) -> None:
+        if self._block_key(dataset, key.run, block) not in self._paid:
+            raise ReleaseConflict(f"no charge of its block covers {key}")
+        if self._newest.get((key.run, key.release), 0) > key.round:
+            raise ReleaseConflict(f"{key} was asked for after a later round")
 
     def bind(self, dataset: str, key: ReleaseKey, payload_sha256: str) -> None:
         """Name the content of a charged release: from now on only this may leave under the key.
@@ -359,11 +394,17 @@ class Ledger:
         """The head that the coordinator counter-signed last, as far as this site kept it."""
         return self._table.witnessed()
 
-    def payload_of(self, key: ReleaseKey) -> str | None:
-        """SHA-256 of what was released under `key`, or None if nothing was."""
+    def payload_of(self, key: ReleaseKey, *, since_opened: bool = False) -> str | None:
+        """SHA-256 of what was released under `key`, or None if nothing was.
+
+        With `since_opened`, only of what was charged since the run was last settled, if it ever was.
+        """
         with self._table.transaction():
             paid = self._paid.get(key)
-            return paid.payload_sha256 if paid else None
+            if paid is None:
+                return None
+            old = paid.settled < self._runs[paid.dataset, key.run].settled
+            return None if since_opened and old else paid.payload_sha256
 
     def events(self, dataset: str, *, run: str | None = None) -> list[DpEvent]:
         """Charged events of a dataset, oldest first; of one run only, if named."""
@@ -467,7 +508,8 @@ class Ledger:
     def _fold(self, entry: LedgerEntry) -> None:
         place = (entry.dataset, entry.run)
         if entry.kind == "settle":
-            self._runs[place] = replace(self._runs[place], open=False)
+            account = self._runs[place]
+            self._runs[place] = replace(account, open=False, settled=account.settled + 1)
             return
         if entry.kind == "audit":
             self._vouched = Head(int(entry.round or 0), entry.payload_sha256 or "")
@@ -491,13 +533,21 @@ class Ledger:
             if entry.kind == "restore":
                 account = replace(account, reserved={}, open=False, charged=tally, charges=1)
             elif before is not None:
-                account = replace(account, charged=before.charged, charges=before.charges)
+                plan, budget = account.plan_sha256, account.budget
+                account = replace(
+                    before, plan_sha256=plan, budget=budget, reserved=tally, open=True
+                )
             self._runs[place] = account
         elif entry.kind == "charge":
             account = self._runs[place]
             charged = Counter(account.charged) + Counter(tally)
-            self._runs[place] = replace(account, charged=charged, charges=account.charges + 1)
-            self._paid[_key_of(entry)] = _Paid(entry.dataset, tally, entry.payload_sha256)
+            key = _key_of(entry)
+            charges = account.charges + (not key.release.startswith(_BLOCK))
+            self._runs[place] = replace(account, charged=charged, charges=charges)
+            content = entry.payload_sha256
+            self._paid[key] = _Paid(entry.dataset, tally, content, settled=account.settled)
+            line = key.run, key.release
+            self._newest[line] = max(key.round, self._newest.get(line, 0))
         else:
             raise ValueError(entry.kind)
 
@@ -533,9 +583,6 @@ def _entry_of(key: ReleaseKey, kind: str, dataset: str, **columns: Any) -> Ledge
     return _entry(kind, dataset, key.run, round=key.round, release=key.release, **columns)
 
 
-# --- as people and pages see it ---
-
-
 def open_ledger(place: Path) -> Ledger:
     """The ledger at a file, or in a site's state folder; it must be there.
 
@@ -551,45 +598,3 @@ def find_ledger(state: Path) -> Ledger | None:
     """The ledger of a site's state folder; None if it has none yet."""
     path = state / LEDGER_FILE
     return Ledger(path, create=False) if path.exists() else None
-
-
-def dataset_rows(ledger: Ledger) -> list[dict[str, Any]]:
-    """One row a dataset: what is spent and reserved, of which budget.
-
-    Epsilon is taken at the delta of the dataset's newest budget. ``left`` is what the budget has
-    above charges and open reservations together.
-    """
-    return [_dataset_row(ledger, name) for name in {a.dataset: None for a in ledger.runs()}]
-
-
-def run_rows(ledger: Ledger) -> list[dict[str, Any]]:
-    """One row a run and dataset: its plan, releases and epsilon of its own."""
-    return [
-        {
-            "dataset": account.dataset,
-            "run": account.run,
-            "plan_sha256": account.plan_sha256,
-            "state": "open" if account.open else "settled",
-            "releases": account.charges,
-            "epsilon": epsilon_of(account.charged, delta=account.budget.delta),
-            "epsilon_reserved": epsilon_of(account.reserved, delta=account.budget.delta),
-            "delta": account.budget.delta,
-        }
-        for account in ledger.runs()
-    ]
-
-
-def _dataset_row(ledger: Ledger, name: str) -> dict[str, Any]:
-    accounts = ledger.runs(name)
-    budget = accounts[-1].budget  # of the newest reservation
-    committed = epsilon_of(total(a.committed for a in accounts), delta=budget.delta)
-    return {
-        "dataset": name,
-        "delta": budget.delta,
-        "epsilon_spent": epsilon_of(total(a.charged for a in accounts), delta=budget.delta),
-        "epsilon_committed": committed,
-        "epsilon_budget": budget.epsilon,
-        "left": max(0.0, budget.epsilon - committed),
-        "runs": len(accounts),
-        "releases": sum(a.charges for a in accounts),
-    }

@@ -118,28 +118,31 @@ class LiveEpsilon:
         Rounds of the whole run.
     local_steps : int
         Noisy steps that a site takes in a round.
+    bands : int
+        Rounds that are charged once, together.
     """
 
-    def __init__(self, *, delta: float, rounds: int, local_steps: int) -> None:
-        self._delta, self._rounds, self._local_steps = delta, rounds, local_steps
+    def __init__(self, *, delta: float, rounds: int, local_steps: int, bands: int = 1) -> None:
+        self._delta, self._local_steps, self._bands = delta, local_steps, bands
+        self._rounds = -(-rounds // bands)
         self._mechanism: dict[str, _Mechanism] = {}
-        self._replies: Counter[str] = Counter()
+        self._charged: dict[str, set[int]] = {}
         self._curves: dict[_Mechanism, list[tuple[int, float]]] = {}
 
     def joined(self, site: str, *, rate: float, sigma: float) -> None:
         """A site takes part with this sampling rate and noise multiplier."""
         self._mechanism[site] = (rate, sigma)
 
-    def replied(self, site: str) -> None:
-        """A site released a round's update."""
-        self._replies[site] += 1
+    def replied(self, site: str, server_round: int) -> None:
+        """A site released the update of a round (from 1)."""
+        self._charged.setdefault(site, set()).add((server_round - 1) // self._bands)
 
     def spent(self) -> dict[str, float]:
         """An upper bound of epsilon, by site; sites that released nothing are left out."""
         return {
-            site: self._after(mechanism, self._replies[site])
+            site: self._after(mechanism, len(self._charged[site]))
             for site, mechanism in self._mechanism.items()
-            if self._replies[site]
+            if site in self._charged
         }
 
     def _after(self, mechanism: _Mechanism, rounds: int) -> float:

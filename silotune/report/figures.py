@@ -299,14 +299,17 @@ def _counted(record: RunRecord) -> dict[str, list[tuple[int, float]]]:
     if delta is None or not planned or not mechanisms:
         return {}
     live = LiveEpsilon(
-        delta=float(delta), rounds=planned, local_steps=int(rounds.get("local_steps") or 1)
+        delta=float(delta),
+        rounds=planned,
+        local_steps=int(rounds.get("local_steps") or 1),
+        bands=int(section.get("bands") or 1),
     )
     for site, (rate, sigma) in mechanisms.items():
         live.joined(site, rate=rate, sigma=sigma)
     curves: dict[str, list[tuple[int, float]]] = {}
     for found in record.history.finished_rounds:
         for site in found.replied:
-            live.replied(site)
+            live.replied(site, found.number)
         for site, value in live.spent().items():
             curves.setdefault(site, []).append((found.number, value))
     return curves

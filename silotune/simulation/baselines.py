@@ -296,6 +296,7 @@ def _trainer(
 def _pooled(plan: Plan, parts: list[SiteRun]) -> tuple[Terms, Trainer]:
     """All sites' records as one site of the size that they declare together."""
     examples, units, train = list[Mapping[str, str]](), list[Any](), list[Any]()
+    turns = [turns for part in parts if (turns := _local(part).records.turns) is not None]
     rows, offset = 0, 0
     for part in parts:
         records = _local(part).records
@@ -311,6 +312,7 @@ def _pooled(plan: Plan, parts: list[SiteRun]) -> tuple[Terms, Trainer]:
         unit_of=np.concatenate(units),
         train=np.concatenate(train),
         declared_units=declared,
+        turns=np.concatenate(turns) if turns else None,
     )
     sigma = sigma_for(plan, declared) if plan.private else 0.0
     terms = Terms(node=1, site="pooled", declared_units=declared)

@@ -79,10 +79,11 @@ class LoggedStore:
             delta=plan.privacy.delta or 0.0,
             rounds=plan.rounds.number,
             local_steps=plan.releases_a_round,
+            bands=plan.privacy.bands,
         )
         for found in self._told.every_round:
             for site in found.replied:
-                self._live.replied(site)
+                self._live.replied(site, found.number)
         self._seconds: dict[str, dict[str, float]] = defaultdict(dict)
         self.save_checkpoint = directory.save_checkpoint
         self.load_checkpoint = directory.load_checkpoint
@@ -129,7 +130,7 @@ class LoggedStore:
         elif kind == "site_joined" and "sigma" in fields:
             self._live.joined(str(site), rate=fields["rate"], sigma=fields["sigma"])
         elif kind == "site_replied":
-            self._live.replied(str(site))
+            self._live.replied(str(site), int(fields["round"]))
             if site in known:
                 fields["train_seconds"] = known[site]
         elif kind == "round_finished":
@@ -358,8 +359,9 @@ def _site_privacy(plan: Plan, body: CertificateBody, replied: Sequence[int]) -> 
     per_round = step_event(rate=rate, sigma=sigma, steps=plan.releases_a_round)
     charged = steps.times // plan.releases_a_round
     curve = epsilon_curve(per_round, rounds=charged, points=_CURVE_POINTS, delta=body.delta)
+    blocks = {plan.block_of(number): number for number in reversed(replied)}
     # A reply that was charged and never arrived counts from the last round on.
-    numbers = [*replied, *[plan.rounds.number] * charged]
+    numbers = [*reversed(blocks.values()), *[plan.rounds.number] * charged]
     return {
         "epsilon": body.epsilon,
         "sigma": sigma,

@@ -10,7 +10,8 @@ who took part.
 
 The noise is added where the plan's is: to the sums beside the ledger, or in the training, if that goes
 on from noisy sums. Of such a plan two local steps are audited, which cost together what one of its own
-costs.
+costs. Of noise that is correlated over rounds what a block of rounds costs is audited, in one round with
+noise of its own.
 """
 
 from __future__ import annotations
@@ -129,6 +130,8 @@ def step_plan(plan: Plan, sites: Sequence[SiteConfig]) -> Plan:
         "optimizer.server": {"name": "sgd", "lr": 1.0, "momentum": 0.0},
         "privacy.rate": 1.0,
         "privacy.batch": None,
+        "privacy.bands": None,
+        "privacy.band_weights": None,
         "privacy.metrics_share": 0.0,
         "aggregation": {"strategy": "fedavg", "encoding": plan.aggregation.encoding},
     }

@@ -270,7 +270,7 @@ def test_a_charge_comes_before_the_reply_and_the_reply_is_on_the_disk_when_it_is
 
 @pytest.mark.parametrize("error", [BudgetExceeded(), LedgerDamaged(), OSError("disk gone")])
 def test_what_can_not_be_charged_does_not_leave(site, monkeypatch, error):
-    def failing(*_):
+    def failing(*_, **__):
         raise error
 
     monkeypatch.setattr(Ledger, "charge", failing)

@@ -34,7 +34,7 @@ def drawn_rows(run, plan, server_round):
     noise = SeededNoise(derive_seed(plan.plan.seed, "train", run.site.name, server_round))
     return [
         row
-        for batch in trainer_of(run)._sampler.draw(plan.privacy.rate, noise)
+        for batch in trainer_of(run)._samplers[0].draw(plan.privacy.rate, noise)
         for row in batch.rows
     ]
 
@@ -119,7 +119,9 @@ def test_fedprox_descends_the_loss_with_its_proximal_term(tmp_path, bert_folder)
     noise = SeededNoise(derive_seed(plan.plan.seed, "train", run.site.name, 1))
     for _ in range(3):
         rows = [
-            row for b in trainer_of(run)._sampler.draw(plan.privacy.rate, noise) for row in b.rows
+            row
+            for b in trainer_of(run)._samplers[0].draw(plan.privacy.rate, noise)
+            for row in b.rows
         ]
         inputs = model.task.collate(run.training.encoded, rows, model.device)
         loss = model.task.losses(model.module, inputs).sum()

@@ -9,7 +9,8 @@ from silotune.models.adapter import load_adapter
 from silotune.models.base import load_model
 from silotune.plan.plan import Plan
 from silotune.privacy.certificate import verify
-from silotune.privacy.ledger import Ledger, run_rows
+from silotune.privacy.ledger import Ledger
+from silotune.privacy.ledger_view import run_rows
 from silotune.report.report import summary
 from silotune.report.statistics import (
     mean_table,

@@ -28,7 +28,8 @@ from silotune.events.schema import parse
 from silotune.events.view import RunView
 from silotune.plan.plan import Plan
 from silotune.privacy.certificate import verify
-from silotune.privacy.ledger import Ledger, dataset_rows, run_rows
+from silotune.privacy.ledger import Ledger
+from silotune.privacy.ledger_view import dataset_rows, run_rows
 from silotune.privacy.secagg.messages import Member
 from silotune.privacy.secagg.site import SiteRound
 from silotune.protocol.envelope import address_of, seal, seal_id, take_pieces, unseal

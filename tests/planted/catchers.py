@@ -295,7 +295,7 @@ def samples_are_poisson(world: World) -> None:
     """The size of a Poisson sample varies; that of a fixed one does not."""
     site = world.site({})
     noise = SeededNoise(5)
-    sampler = site.training.trainer._sampler
+    sampler = site.training.trainer._samplers[0]
     sizes = [sum(b.n_units for b in sampler.draw(0.3, noise)) for _ in range(400)]
     mean, spread = sampler.units * 0.3, sampler.units * 0.3 * 0.7
     # Five standard errors of a mean and of a variance of 400 binomial numbers: 1e-5.
@@ -309,7 +309,7 @@ def units_stay_whole(world: World) -> None:
         {"privacy.max_records_per_unit": 2, "privacy.max_physical_batch": 5}, world.patients
     )
     drawn = Counter()
-    for batch in site.training.trainer._sampler.draw(1.0, SeededNoise(1)):
+    for batch in site.training.trainer._samplers[0].draw(1.0, SeededNoise(1)):
         drawn.update(set(site.training.records.unit_of[batch.rows].tolist()))
     assert max(drawn.values()) == 1
 

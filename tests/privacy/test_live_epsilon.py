@@ -17,9 +17,9 @@ def told():
         live.joined(site, rate=0.06, sigma=1.1)
     after = []
     for number in range(1, ROUNDS + 1):
-        live.replied("always")
+        live.replied("always", number)
         if number % 2:
-            live.replied("sometimes")
+            live.replied("sometimes", number)
         after.append(live.spent())
     return after
 

@@ -24,7 +24,8 @@ from silotune.dashboard.pages import FORM_BODY, Pages, SignIn, Templates
 from silotune.dashboard.run_page import PageChart, line_chart
 from silotune.data.site import SiteConfig
 from silotune.errors import SilotuneError
-from silotune.privacy.ledger import Ledger, dataset_rows, find_ledger
+from silotune.privacy.ledger import Ledger, find_ledger
+from silotune.privacy.ledger_view import dataset_rows
 from silotune.privacy.tally import epsilon_of, total
 from silotune.protocol.asgi import Scope
 from silotune.trust.audit import AUDIT_FILE, AuditLog

@@ -13,7 +13,8 @@ from silotune.client.daemon.socket import ControlSocket
 from silotune.dashboard.page_guard import Access, OwnerLink
 from silotune.data.site import SiteConfig
 from silotune.privacy.events import step_event
-from silotune.privacy.ledger import LEDGER_FILE, Budget, Ledger, ReleaseKey, dataset_rows
+from silotune.privacy.ledger import LEDGER_FILE, Budget, Ledger, ReleaseKey
+from silotune.privacy.ledger_view import dataset_rows
 from silotune.protocol.http import Proposal
 from silotune.trust.audit import AUDIT_FILE, AuditLog
 from silotune.trust.identity import Person

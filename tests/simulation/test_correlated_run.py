@@ -1,0 +1,147 @@
+"""Whole simulations with noise that is correlated over rounds."""
+
+import json
+from unittest.mock import patch
+
+import pytest
+from safetensors.numpy import load_file
+
+from silotune.plan.plan import Plan
+from silotune.privacy.ledger import Ledger
+from silotune.report.report import write_report
+from silotune.rounds.run_directory import read_record
+from silotune.simulation import run
+from silotune.simulation.attack import attack
+from silotune.simulation.run import Settings, resume, simulate
+from silotune.simulation.step_audit import step_scores
+from tests.federation import PRIVATE, SITES, write_federation
+from tests.forked import forked_workers
+from tests.whole_run import in_this_process
+
+ROUNDS, BANDS = 7, 3
+BANDED = {
+    **PRIVATE,
+    "rounds.number": ROUNDS,
+    "rounds.evaluate_every": 0,
+    "lora": {"target_modules": "none", "r": 1},
+    "optimizer.site.head_rounds": ROUNDS,
+    "optimizer.server": {"name": "sgd", "momentum": 0.5},
+    "privacy.rate": 0.3,
+    "privacy.bands": BANDS,
+}
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory, bert_folder):
+    return write_federation(tmp_path_factory.mktemp("correlated"), bert_folder)
+
+
+class Stopped(Exception):
+    pass
+
+
+def play(federation, name, *, stop_after=None, settings=None, **overrides):
+    def listen(event):
+        if (event["event"], event.get("round")) == ("site_replied", stop_after):
+            raise Stopped
+
+    where = forked_workers() if settings else patch.object(run, "WorkerGrid", in_this_process)
+    with where:
+        return simulate(
+            federation.plan_path,
+            runs=federation.folder / name,
+            settings=settings or Settings(workers=1),
+            listener=listen,
+            overrides={**BANDED, **overrides},
+        )
+
+
+@pytest.fixture(scope="module")
+def whole(federation):
+    return play(federation, "whole")
+
+
+def final(directory):
+    arrays = load_file(directory.adapter_of_round(ROUNDS))
+    return {name: array.tobytes() for name, array in arrays.items()}
+
+
+def plan_of(directory):
+    return Plan.from_mapping(read_record(directory.root).plan)
+
+
+def test_weights_were_chosen_and_privacy_says_what_the_books_say(whole):
+    plan = plan_of(whole)
+    assert len(plan.privacy.band_weights) == BANDS
+    stated = json.loads((whole.root / "privacy.json").read_text())
+    for site in SITES:
+        facts = stated["sites"][site]
+        assert facts["steps"] == 3
+        assert facts["rate"] == pytest.approx(0.9)
+        assert 7.9 < facts["epsilon"] <= 8.0
+        assert [number for number, _ in facts["epsilon_by_round"]] == [1, 4, 7]
+        ledger = Ledger(whole.site(site) / "ledger.sqlite", create=False)
+        assert facts["epsilon"] == pytest.approx(ledger.spent("notes", 1e-4), rel=1e-6)
+        ledger.close()
+    spent = [e["epsilon"]["alpha"] for e in whole.events if e["event"] == "round_finished"]
+    assert spent == sorted(spent)
+    assert len(set(spent)) == 3  # a block is paid for at its first round
+    assert spent[-1] == pytest.approx(stated["sites"]["alpha"]["epsilon"], rel=1e-6)
+
+
+@pytest.mark.parametrize("killed_in", [2, 4, 6])
+def test_a_run_killed_anywhere_in_a_block_goes_on_to_the_same_adapter(federation, whole, killed_in):
+    with pytest.raises(Stopped):
+        play(federation, f"killed-{killed_in}", stop_after=killed_in)
+    (path,) = (federation.folder / f"killed-{killed_in}").iterdir()
+    with patch.object(run, "WorkerGrid", in_this_process):
+        directory = resume(path, settings=Settings(workers=1), listener=lambda event: None)
+    assert final(directory) == final(whole)
+    for site in SITES:
+        ledger = Ledger(directory.site(site) / "ledger.sqlite", create=False)
+        rows = [r.entry for r in ledger.rows() if r.entry.kind == "charge"]
+        assert sorted(e.round for e in rows if e.release == "block") == [1, 4, 7]
+        assert sorted(e.round for e in rows if e.release == "update") == list(range(1, ROUNDS + 1))
+        ledger.close()
+
+
+@pytest.mark.slow
+def test_ray_gives_the_same_adapter(federation, whole):
+    pytest.importorskip("ray")
+    found = play(federation, "ray", settings=Settings(workers=2, engine="ray"))
+    assert final(found) == final(whole)
+
+
+def test_under_secure_aggregation_local_noise_is_correlated_too(federation):
+    secure = {"aggregation.secure": True, "aggregation.cohort": 3, "aggregation.threshold": 2}
+    found = play(federation, "secure", **secure)
+    stated = json.loads((found.root / "privacy.json").read_text())
+    for site in SITES:
+        # Others' noise is not counted on: sites that miss rounds correlate theirs otherwise.
+        assert [row["to"] for row in stated["sites"][site]["exposures"]] == [
+            "the coordinator, whoever colludes with it"
+        ]
+        assert 7.9 < stated["sites"][site]["epsilon"] <= 8.0
+
+
+def test_workers_give_the_same_adapter_and_comparisons_beside_it(federation, whole):
+    found = play(federation, "compared", settings=Settings(workers=2, baselines=True))
+    assert final(found) == final(whole)
+    keys = [method["key"] for method in found.read_json("results.json")["methods"]]
+    assert {"pooled", "own"} <= set(keys)
+    write_report(found.root)
+
+
+def test_a_report_is_written(whole):
+    write_report(whole.root)
+
+
+def test_a_step_is_audited_with_what_a_block_costs(federation, whole):
+    scores = step_scores(plan_of(whole), federation.sites, canaries=500, seed=1)
+    assert scores.claimed is not None and scores.mu > 0
+
+
+@pytest.mark.slow
+def test_canaries_in_a_whole_run_stay_within_its_epsilon(federation, whole):
+    found = attack(whole, settings=Settings(workers=2), say=lambda line: None)
+    assert not found.violated
