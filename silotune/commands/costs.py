@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from silotune.plan.bands import noise_in_adapters
 from silotune.plan.left_out import MOST_CURVED_LABELS, adapter_lr, head_lr
 from silotune.plan.plan import Plan
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 _FEWEST_UNITS = 10  # a step, at a site
 _FAR = 5.0  # times more or less than what a rule would say
+_NO_GAIN = 0.98  # of independent noise, that correlated noise leaves
 _LOST = 3.0  # signal over noise of a whole run, below which most of what is learned is lost
 _TEXTS = 8  # that the time of a record is measured with
 _BACKWARD = 3.0  # a training step takes as long as so many forward passes
@@ -97,9 +99,30 @@ def _rates(plan: Plan) -> Iterator[str]:
             )
 
 
+def beside_independent(plan: Plan, declared: Mapping[str, int]) -> float | None:
+    """Noise in a run's adapters, over that of independent noise at the same epsilon.
+
+    At the site where it is largest; None where noise is not correlated, or no sizes are known.
+    """
+    from silotune.client.terms import sigma_for
+
+    if plan.privacy.bands == 1 or not declared:
+        return None
+    plain = plan.override({"privacy.bands": None, "privacy.band_weights": None})
+    left = noise_in_adapters(plan, plan.privacy.column)
+    return max(left * sigma_for(plan, n) / sigma_for(plain, n) for n in declared.values())
+
+
 def _noise(plan: Plan, layout: Layout | None, declared: Mapping[str, int]) -> Iterator[str]:
     if not plan.per_unit or not declared:
         return
+    left = beside_independent(plan, declared)
+    if left is not None and left > _NO_GAIN:
+        yield (
+            f"privacy.bands = {plan.privacy.bands} leaves {left:.2f} of the noise that independent "
+            "rounds leave in the adapters: it gains nothing here; remove it, or have a larger "
+            "epsilon or a smaller rate"
+        )
     few = [name for name, n in declared.items() if plan.expected_batch(n) < _FEWEST_UNITS]
     if few:
         yield (
@@ -128,6 +151,7 @@ def signals(
     sigmas = [sigma_for(plan, units) for units in declared.values()]
     shared = plan.privacy.noise == "shared"
     sigma = max(sigmas) if shared else math.sqrt(sum(s * s for s in sigmas))
+    sigma *= noise_in_adapters(plan, plan.privacy.column)  # of many rounds, what they take back
     units = sum(plan.expected_batch(units) for units in declared.values())
     found: dict[str, tuple[float, int, int]] = {}
     for name, bound in clipping.bounds.items():

@@ -135,9 +135,11 @@ def assess(plan: Plan, declared: dict[str, int]) -> dict[str, Any]:
         ``base_bytes`` that its frozen weights take in memory, ``trainable_parameters``, ``bytes_up``
         and ``bytes_down`` a site and round, ``run_bytes_up`` and ``run_bytes_down`` a site and run
         (None where the model isn't here), ``kept_bytes`` of the adapters that a simulation leaves,
-        ``corners`` (settings that contradict what was measured), for statistics ``noise_of_a_count``
-        (one standard deviation, in units), and ``sites``: declared units, expected batch, rate, sigma,
-        epsilon, and the seconds of computing that a run would take on this machine.
+        ``noise_beside_independent`` (what noise that is correlated over rounds leaves in the adapters,
+        over what independent noise does), ``corners`` (settings that contradict what was measured), for
+        statistics ``noise_of_a_count`` (one standard deviation, in units), and ``sites``: declared
+        units, expected batch, rate, sigma, epsilon, and the seconds of computing that a run would take
+        on this machine.
     """
     model = _model_facts(plan)
     layout, record = model.pop("layout"), model.pop("seconds_a_record")
@@ -155,6 +157,7 @@ def assess(plan: Plan, declared: dict[str, int]) -> dict[str, Any]:
         "private": plan.private and plan.plan.seed is None,
         **model,
         **_count_facts(plan, [facts["sigma"] for facts in sites.values()]),
+        "noise_beside_independent": costs.beside_independent(plan, declared),
         "corners": costs.corners(plan, layout, declared),
         "sites": sites,
     }
@@ -297,6 +300,11 @@ def _print(plan: Plan, facts: dict[str, Any], console: Console) -> None:
         console.print(
             f"  A count comes with noise of {noise} (one standard deviation), if all "
             f"{len(facts['sites'])} sites take part; more epsilon or fewer things counted make it less."
+        )
+    if (left := facts["noise_beside_independent"]) is not None:
+        console.print(
+            f"  The noise that rounds leave in the adapters is {left:.2f} of that of independent "
+            "noise, at the same epsilon."
         )
     for number in facts["left_out"]:
         line = f"{number['key']} = {_shortened(number['value'])}: {number['why']}."

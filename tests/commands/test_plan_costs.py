@@ -100,6 +100,26 @@ def test_bad_corners_are_named_with_what_is_better(plan_path, sets, sizes, needl
     assert named(notes(plan_path, *sets, sizes=sizes), *needles)
 
 
+BANDED = ("optimizer.server.name=sgd", "privacy.bands=8")
+
+
+def test_what_correlated_noise_is_worth_is_told(plan_path):
+    plain, found = checked(plan_path).facts, checked(plan_path, *BANDED).facts
+    assert plain["noise_beside_independent"] is None
+    # benchmarks/bands.py: 120 rounds at a rate of 0.12
+    assert found["noise_beside_independent"] == pytest.approx(0.751, abs=0.005)
+    assert not named(found["notes"], "privacy.bands")
+    (weights,) = (row for row in found["left_out"] if row["key"] == "privacy.band_weights")
+    assert len(weights["value"]) == 8
+    told = " ".join(checked(plan_path, *BANDED, form=FORMS[0]).text.split())
+    assert "is 0.75 of that of independent noise" in told
+
+
+def test_where_correlated_noise_gains_nothing_it_is_told(plan_path):
+    found = notes(plan_path, *BANDED, "privacy.epsilon=1", "rounds.number=40")
+    assert named(found, "privacy.bands = 8", "gains nothing")
+
+
 def test_signal_over_noise_is_that_of_the_longest_gradients(plan_path, bert_folder):
     """A step of 0.12 * 0.7 * 8000 units, each of the clip's length, over noise of sigma a number."""
     plan = Plan.load(plan_path, {"privacy.noise": "local"})
