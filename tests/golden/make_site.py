@@ -66,6 +66,7 @@ from tests.golden.material import (
     SITE,
     SITE_KEY,
     UPDATE,
+    banded_plan,
     personal_plan,
     plan_of,
     scaffold_plan,
@@ -153,6 +154,24 @@ def memory(folder):
         own = keeping.personal(vector(number), before=number)
         keeping.leave(own, vector(3 * number), number)
         parts.promote(number, released(number))
+
+
+@makes("correlated")
+def correlated(folder):
+    """Rounds 2, 3 and 5 of blocks of three: their charges, and noise that later ones take back."""
+    plan, budget = banded_plan().sha256, Budget(9.0, DELTA)
+    book = Ledger(folder / "ledger.sqlite")
+    step = step_event(rate=0.15, sigma=1.5, steps=1)
+    book.reserve(DATASET, RUN, plan, step_event(rate=0.15, sigma=1.5, steps=2), budget=budget)
+    files = RunFiles(folder, MEMORY, run=RUN, vault=Vault(folder))
+    kept = SealedMemory(files, released=lambda number: f"{number:x}" * 64, kept=3)
+    for number, block in ((2, 1), (3, 1), (5, 4)):
+        key = ReleaseKey(RUN, number, "update")
+        book.charge(DATASET, key, plan, step, block=block)
+        kept.keep(number, {"noise": vector(number, 6).astype(np.float64)})
+        kept.promote(number, f"{number:x}" * 64)
+        book.bind(DATASET, key, f"{number:x}" * 64)
+    book.close()
 
 
 # --- who is who ---
@@ -441,6 +460,24 @@ def plans_that_count(folder):
     )
     whole = tokens.replace("[statistics]\n", "[statistics]\nfloor = 50.0\nconfidence = 0.9\n")
     _write_plans(folder, {"words": PLAN, "tokens": whole})
+
+
+@makes("plans_of_bands")
+def plans_of_bands(folder):
+    """Noise that is correlated over rounds."""
+    changes = {
+        "[data]": '[lora]\ntarget_modules = "none"\n[data]',
+        "number = 3": "number = 30",
+        'mode = "none"': (
+            'mode = "record"\nepsilon = 8.0\ndelta = 1e-5\nclip = 1.0\nbands = 3\n'
+            "band_weights = [1.0, 0.75, 0.5]"
+        ),
+        "[privacy]": '[optimizer.server]\nname = "sgd"\n[privacy]',
+    }
+    text = _PLANS["bare"]
+    for old, new in changes.items():
+        text = text.replace(old, new)
+    _write_plans(folder, {"banded": text})
 
 
 @makes("plans_of_heads")

@@ -64,6 +64,22 @@ def scaffold_plan():
     return plan_of(STEPS, strategy="scaffold", weights="equal")
 
 
+def banded_plan():
+    return Plan.from_mapping(
+        {
+            **BARE,
+            "lora": {"target_modules": "none"},
+            "rounds": {"number": 6, "min_sites": 3},
+            "optimizer": {"server": {"name": "sgd"}},
+            "privacy": {
+                **{k: v for k, v in SECURE["privacy"].items() if k != "noise"},
+                "bands": 3,
+                "band_weights": [1.0, 0.5],
+            },
+        }
+    )
+
+
 def personal_plan():
     return plan_of(BARE, strategy="fedsa")
 

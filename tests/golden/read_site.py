@@ -28,7 +28,8 @@ from silotune.events.schema import parse
 from silotune.events.view import RunView
 from silotune.plan.plan import Plan
 from silotune.privacy.certificate import verify
-from silotune.privacy.ledger import Ledger
+from silotune.privacy.events import step_event
+from silotune.privacy.ledger import Ledger, ReleaseKey
 from silotune.privacy.ledger_view import dataset_rows, run_rows
 from silotune.privacy.secagg.messages import Member
 from silotune.privacy.secagg.site import SiteRound
@@ -53,6 +54,7 @@ from tests.golden.material import (
     RUN,
     SITE,
     UPDATE,
+    banded_plan,
     personal_plan,
     scaffold_plan,
     vector,
@@ -138,6 +140,34 @@ def outbox(folder):
             "scalars": {name: repr(value) for name, value in reply.scalars.items()},
             "records": sorted(reply.records()),
         }
+    return told
+
+
+@reads("correlated")
+def correlated(folder):
+    """Charges of blocks of rounds, releases that rest on them, and the noise kept with these."""
+    book = Ledger(folder / "ledger.sqlite", create=False)
+    files = RunFiles(folder, MEMORY, run=RUN, vault=Vault(folder))
+    kept = SealedMemory(files, released=lambda n: book.payload_of(ReleaseKey(RUN, n, "update")))
+    (account,) = book.runs()
+    told = {
+        "plan": account.plan_sha256 == banded_plan().sha256,
+        "spent": book.spent(DATASET, DELTA),
+        "committed": book.committed(DATASET, DELTA),
+        "charges": [
+            [row.entry.round, row.entry.release, row.entry.event]
+            for row in book.rows()
+            if row.entry.kind == "charge"
+        ],
+        "releases": account.charges,
+        "noise": {str(n): a["noise"].tolist() for n, a in kept.all(range(1, 7)).items()},
+    }
+    step = step_event(rate=0.15, sigma=1.5, steps=1)
+    key = ReleaseKey(RUN, 6, "update")
+    told["goes_on"] = book.charge(DATASET, key, account.plan_sha256, step, block=4)
+    told["spent_then"] = book.spent(DATASET, DELTA)
+    book.verify()
+    book.close()
     return told
 
 
@@ -248,6 +278,7 @@ def coordinator_config(path):
 
 @reads("plans_of_tasks")
 @reads("plans_that_count")
+@reads("plans_of_bands")
 @reads("plans_of_heads")
 @reads("plans_of_sites")
 @reads("plans")
