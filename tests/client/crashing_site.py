@@ -6,6 +6,7 @@ Run it in a process of its own. The wire stands for the network: what is in it h
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 from dp_accounting import SelfComposedDpEvent
 
 from silotune.client.gate import DpRelease, Gate
-from silotune.client.run_files import OUTBOX, RunFiles
+from silotune.client.run_files import MEMORY, OUTBOX, RunFiles, SealedMemory
 from silotune.plan.plan import Plan
 from silotune.privacy.events import gaussian_event
 from silotune.privacy.ledger import Budget, Ledger, ReleaseKey
@@ -31,6 +32,25 @@ PLAN = Plan.from_mapping(
 )
 
 
+BANDED = PLAN.override(
+    {
+        "privacy.bands": 3,
+        "privacy.band_weights": [1.0, 0.5, 0.25],
+        "optimizer.server": {"name": "sgd"},
+    }
+)
+
+
+def plan_in(folder: Path) -> Plan:
+    """A folder with a file ``banded`` is of a site whose noise is correlated over rounds."""
+    return BANDED if (folder / "banded").exists() else PLAN
+
+
+def memory_in(folder: Path, gate: Gate) -> SealedMemory:
+    files = RunFiles(folder, MEMORY, run="run")
+    return SealedMemory(files, released=lambda number: gate.released(key(number)), kept=3)
+
+
 def key(number: int) -> ReleaseKey:
     return ReleaseKey("run", number, "update")
 
@@ -38,9 +58,10 @@ def key(number: int) -> ReleaseKey:
 def open_site(folder: Path) -> tuple[Ledger, Gate]:
     ledger = Ledger(folder / "ledger.sqlite")
     whole = SelfComposedDpEvent(EVENT, 1000)
-    ledger.reserve("notes", "run", PLAN.sha256, whole, budget=Budget(1000.0, DELTA))
+    plan = plan_in(folder)
+    ledger.reserve("notes", "run", plan.sha256, whole, budget=Budget(1000.0, DELTA))
     gate = Gate(
-        ledger=ledger, dataset="notes", plan=PLAN, outbox=RunFiles(folder, OUTBOX, run="run")
+        ledger=ledger, dataset="notes", plan=plan, outbox=RunFiles(folder, OUTBOX, run="run")
     )
     return ledger, gate
 
@@ -55,10 +76,17 @@ def answer(folder: Path, gate: Gate, number: int) -> str:
         gate.charge(key(number), {"step": EVENT})
         time.sleep(0.001)
         noise = np.frombuffer(os.urandom(512), dtype=np.uint8).astype(np.float32)
+        beside = None
+        if plan_in(folder) is BANDED:
+            memory = memory_in(folder, gate)
+            memory.all(range(max(1, number - 2), number))  # raises if a row that left is gone
+            memory.keep(number, {"noise": noise})
+            beside = partial(memory.promote, number)
         reply = gate.release(
             key(number),
             fields={"update": DpRelease(noise, mechanism="step")},
             mechanisms={"step": EVENT},
+            beside=beside,
         )
     out = os.open(folder / "wire", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.write(out, f"{number} {reply.object_id}\n".encode())

@@ -10,7 +10,17 @@ import time
 from collections import Counter
 
 import pytest
-from crashing_site import answer, crash_at, key, open_site, serve, wire
+from crashing_site import (
+    BANDED,
+    answer,
+    crash_at,
+    key,
+    memory_in,
+    open_site,
+    plan_in,
+    serve,
+    wire,
+)
 
 from silotune.privacy.ledger import Ledger
 from tests.forked import FORKS, start_forkserver
@@ -26,8 +36,19 @@ def require_consistent(folder):
     """What must hold after any crash; returns the charged rounds."""
     ledger, gate = open_site(folder)
     assert ledger.verify() == ledger.head
-    times = Counter(row.entry.round for row in ledger.rows() if row.entry.kind == "charge")
-    assert set(times.values()) <= {1}, "a release was charged twice"
+    charges = Counter(
+        (row.entry.release, row.entry.round) for row in ledger.rows() if row.entry.kind == "charge"
+    )
+    assert set(charges.values()) <= {1}, "a release was charged twice"
+    times = Counter({number: n for (release, number), n in charges.items() if release == "update"})
+    if plan_in(folder) is BANDED:
+        paid = {number for release, number in charges if release == "block"}
+        assert {BANDED.block_of(number) for number in times} <= paid, "a round rests on nothing"
+        kept = memory_in(folder, gate).all(times)  # raises if one that was released has none
+        for number, arrays in kept.items():
+            (record,) = gate.recall(key(number)).array_records.values()
+            (sent,) = record.values()
+            assert arrays["noise"].tobytes() == sent.numpy().tobytes()
     contents = {}
     for number, content in wire(folder):
         assert times[number] == 1, "something left uncharged"
@@ -75,8 +96,12 @@ def test_killed_200_times_nothing_is_uncharged_and_nothing_charged_twice(childre
     assert len(charged) > 50
 
 
-def test_a_crash_before_any_durable_step_of_a_release_is_safe(children, tmp_path):
+@pytest.mark.parametrize("banded", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_crash_before_any_durable_step_of_a_release_is_safe(children, tmp_path, banded):
     """Not at random: one child for every statement, write, sync and rename of a release."""
+    (tmp_path / "before").mkdir(mode=0o700)
+    if banded:  # noise that is correlated over rounds: a block's charge, and what is kept of a row
+        (tmp_path / "before" / "banded").touch(mode=0o600)
     ledger, gate = open_site(tmp_path / "before")
     answer(tmp_path / "before", gate, 1)
     ledger.close()
