@@ -63,6 +63,11 @@ def seconds(plan: Plan, *, record: float, units: int) -> float:
     return each * (trained + (units if head else 0))
 
 
+def sites_a_round(plan: Plan, sites: int) -> int:
+    """How many of so many sites a round asks."""
+    return sites if plan.rounds.sites is None else min(sites, plan.rounds.sites)
+
+
 def corners(plan: Plan, layout: Layout | None, declared: Mapping[str, int]) -> list[str]:
     """Where a plan's settings contradict what was measured, in sentences."""
     if plan.statistics is not None:
@@ -128,10 +133,11 @@ def _noise(plan: Plan, layout: Layout | None, declared: Mapping[str, int]) -> It
         yield (
             f"a step expects fewer than {_FEWEST_UNITS} units at {', '.join(few)}: raise privacy.rate"
         )
-    if plan.privacy.noise == "local" and len(declared) >= 3 and plan.sends_sums:
+    asked = sites_a_round(plan, len(declared))
+    if plan.privacy.noise == "local" and asked >= 3 and plan.sends_sums:
         yield (
-            f"privacy.noise = 'local': the sum of {len(declared)} sites has "
-            f"{math.sqrt(len(declared)):.1f} times the noise that it has with 'shared'"
+            f"privacy.noise = 'local': the sum of {asked} sites has "
+            f"{math.sqrt(asked):.1f} times the noise that it has with 'shared'"
         )
     if layout is not None:
         yield from _signals(plan, layout, declared)
@@ -150,9 +156,10 @@ def signals(
     clipping = plan.privacy.clipping
     sigmas = [sigma_for(plan, units) for units in declared.values()]
     shared = plan.privacy.noise == "shared"
-    sigma = max(sigmas) if shared else math.sqrt(sum(s * s for s in sigmas))
+    asked = sites_a_round(plan, len(declared)) / len(declared)  # of the sites, on average
+    sigma = max(sigmas) if shared else math.sqrt(asked * sum(s * s for s in sigmas))
     sigma *= noise_in_adapters(plan, plan.privacy.column)  # of many rounds, what they take back
-    units = sum(plan.expected_batch(units) for units in declared.values())
+    units = asked * sum(plan.expected_batch(units) for units in declared.values())
     found: dict[str, tuple[float, int, int]] = {}
     for name, bound in clipping.bounds.items():
         best, numbers, rounds = 0.0, 0, 0

@@ -136,10 +136,11 @@ def assess(plan: Plan, declared: dict[str, int]) -> dict[str, Any]:
         and ``bytes_down`` a site and round, ``run_bytes_up`` and ``run_bytes_down`` a site and run
         (None where the model isn't here), ``kept_bytes`` of the adapters that a simulation leaves,
         ``noise_beside_independent`` (what noise that is correlated over rounds leaves in the adapters,
-        over what independent noise does), ``corners`` (settings that contradict what was measured), for
-        statistics ``noise_of_a_count`` (one standard deviation, in units), and ``sites``: declared
-        units, expected batch, rate, sigma, epsilon, and the seconds of computing that a run would take
-        on this machine.
+        over what independent noise does), ``corners`` (settings that contradict what was measured),
+        ``rounds_a_site`` (in how many rounds one of these sites is expected to be asked; None without
+        any), for statistics ``noise_of_a_count`` (one standard deviation, in units), and ``sites``:
+        declared units, expected batch, rate, sigma, epsilon, and the seconds of computing that a run
+        would take on this machine.
     """
     model = _model_facts(plan)
     layout, record = model.pop("layout"), model.pop("seconds_a_record")
@@ -159,8 +160,14 @@ def assess(plan: Plan, declared: dict[str, int]) -> dict[str, Any]:
         **_count_facts(plan, [facts["sigma"] for facts in sites.values()]),
         "noise_beside_independent": costs.beside_independent(plan, declared),
         "corners": costs.corners(plan, layout, declared),
+        "rounds_a_site": _rounds_a_site(plan, len(declared)),
         "sites": sites,
     }
+
+
+def _rounds_a_site(plan: Plan, sites: int) -> float | None:
+    """In how many rounds one of so many sites is expected to be asked; None without any."""
+    return plan.rounds.number * costs.sites_a_round(plan, sites) / sites if sites else None
 
 
 def _count_facts(plan: Plan, sigmas: Sequence[float]) -> dict[str, float]:
@@ -337,6 +344,12 @@ def _print_times(plan: Plan, facts: dict[str, Any], console: Console) -> None:
     link = facts["link_seconds"]
     over = "" if link is None else f", {_time(link)} of a site's link"
     console.print(f"  The whole run of {plan.rounds.number} rounds moves {moved} a site{over}.")
+    if (rounds := facts["rounds_a_site"]) is not None and rounds < plan.rounds.number:
+        console.print(
+            f"  Of these {len(facts['sites'])} sites each is asked in about {rounds:.0f} rounds: it "
+            "moves, computes and pays for those. Its ledger sets all rounds aside, and the noise is "
+            "sized for all."
+        )
     seconds = [site["seconds"] for site in facts["sites"].values() if site["seconds"]]
     if seconds:
         console.print(

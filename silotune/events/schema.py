@@ -239,7 +239,9 @@ class RoundFinished(RoundEvent):
     bytes_up: int = Field(0, description="Bytes of the updates.")
     bytes_down: int = Field(0, description="Bytes sent to the sites.")
     update_norm: Number = None
-    epsilon: dict[str, Number] = Field({}, description="Spent so far, by site, where permitted.")
+    epsilon: dict[str, Number] = Field(
+        {}, description="Spent so far, by site that the round asked, where permitted."
+    )
     anomaly: dict[str, Number] = Field(
         {}, description="How unlike the others each site's update is, where updates are visible."
     )

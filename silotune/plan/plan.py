@@ -248,7 +248,8 @@ def _rounds(plan: Plan) -> str:
     steps = "one step" if rounds.local_steps == 1 else f"{rounds.local_steps} local steps"
     first = f" The first {head} train" if head < rounds.number else " All train"
     first = f"{first} the head alone, on features computed once." if head else ""
-    return f"{rounds.number} rounds of {steps} at each site, with {_patience(plan)}.{first}"
+    where = "each site" if rounds.sites is None else f"each of {rounds.sites} sites drawn for it"
+    return f"{rounds.number} rounds of {steps} at {where}, with {_patience(plan)}.{first}"
 
 
 def _patience(plan: Plan) -> str:

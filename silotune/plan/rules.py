@@ -125,6 +125,7 @@ def conflicts(plan: Sections) -> list[str]:
         *_votes(plan),
         *_local_steps(plan),
         *_local_head(plan),
+        *_drawn_sites(plan),
         *secure_conflicts(plan),
         *bands_conflicts(plan),
     ]
@@ -327,6 +328,35 @@ def _local_steps(plan: Sections) -> list[str]:
     if facts.needs_sgd and plan.optimizer.site.local != "sgd":
         found.append(
             f"optimizer.site.local: must be 'sgd' with strategy '{name}': {facts.needs_sgd}"
+        )
+    return found
+
+
+def _drawn_sites(plan: Sections) -> list[str]:
+    """What rounds of some of the run's sites only can't go with."""
+    rounds, aggregation, found = plan.rounds, plan.aggregation, []
+    if rounds.sites is None:
+        return []
+    if plan.statistics is not None:
+        return ["rounds.sites: every site counts what it has, once; remove it"]
+    if rounds.sites < rounds.min_sites:
+        found.append("rounds.sites: less than rounds.min_sites")
+    if plan.privacy.bands > 1:
+        found.append(
+            "rounds.sites: not with privacy.bands above 1: noise is taken back by its own site in the "
+            "next rounds, and it would seldom be asked; remove one of them"
+        )
+    if aggregation.secure:
+        if aggregation.cohort is not None and rounds.sites > aggregation.cohort:
+            found.append(
+                f"aggregation.cohort: less than the {rounds.sites} sites of a round (rounds.sites)"
+            )
+        least = max(3, aggregation.threshold or 0)
+        if rounds.sites < least:
+            found.append(f"rounds.sites: a secure round needs {least} sites here")
+    if reason := plan.strategy.needs_all:
+        found.append(
+            f"rounds.sites: not with strategy '{aggregation.strategy}': {reason}; remove it"
         )
     return found
 

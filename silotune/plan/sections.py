@@ -166,6 +166,9 @@ class RoundsSection(Section):
     """``[rounds]``: how long, with whom, how patiently."""
 
     number: Annotated[int, Field(ge=1, le=100_000)]
+    sites: Annotated[Annotated[int, Field(ge=1)] | None, ADDED_LATER] = Field(
+        None, description="Sites that a round asks, drawn from those in the run; all when absent."
+    )
     min_sites: Annotated[int, Field(ge=1)] = 1
     deadline: Positive = Field(3600.0, description="Seconds a round waits for its sites.")
     local_steps: Annotated[int, Field(ge=1, le=10_000)] = 1

@@ -45,6 +45,8 @@ class StrategyFacts:
         Why there can be no optimizer at the server.
     needs_sgd : str or None
         Why local steps must be plain SGD.
+    needs_all : str or None
+        Why every site must be asked in every round.
     turns_matrices : str or None
         Why the matrices of two rounds can't be averaged.
     refused_by_site : str or None
@@ -63,6 +65,7 @@ class StrategyFacts:
     idle_in_one_step: str | None = None
     no_server_optimizer: str | None = None
     needs_sgd: str | None = None
+    needs_all: str | None = None
     turns_matrices: str | None = None
     refused_by_site: str | None = None
 
@@ -98,6 +101,9 @@ STRATEGIES: Mapping[str, StrategyFacts] = {
         ),
         needs_sgd=(
             "its control variates are changes divided by the step size, which Adam doesn't have"
+        ),
+        needs_all=(
+            "a site corrects its steps only where it was in the round before, and would seldom be"
         ),
         refused_by_site=(
             "the sites' control variates are of changes before clipping, and would not add up"

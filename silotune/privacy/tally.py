@@ -137,12 +137,12 @@ class LiveEpsilon:
         """A site released the update of a round (from 1)."""
         self._charged.setdefault(site, set()).add((server_round - 1) // self._bands)
 
-    def spent(self) -> dict[str, float]:
-        """An upper bound of epsilon, by site; sites that released nothing are left out."""
+    def spent(self, sites: Iterable[str] | None = None) -> dict[str, float]:
+        """An upper bound of epsilon, by site, of all or of these that released something."""
         return {
-            site: self._after(mechanism, len(self._charged[site]))
-            for site, mechanism in self._mechanism.items()
-            if site in self._charged
+            site: self._after(self._mechanism[site], len(self._charged[site]))
+            for site in (self._mechanism if sites is None else sites)
+            if site in self._mechanism and site in self._charged
         }
 
     def _after(self, mechanism: _Mechanism, rounds: int) -> float:

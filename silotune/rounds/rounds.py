@@ -33,6 +33,7 @@ from silotune.privacy.errors import MessageMalformed
 from silotune.protocol.replies import JoinReply, TrainReply, error_code
 from silotune.protocol.requests import JoinRequest, TrainRequest, as_arrays
 from silotune.rounds import estimates
+from silotune.rounds.draw import drawn
 from silotune.rounds.secure_rounds import SecureRounds
 from silotune.strategies import strategy_for
 from silotune.strategies.base import AdapterStrategy, Terms
@@ -134,6 +135,7 @@ class RoundLoop:
         self._plan, self._run, self._grid, self._store = plan, run, grid, store
         self._observer, self._find_start = observer, find_start
         self._text = plan.canonical()
+        self._members: list[Terms] = []
         self._secure: SecureRounds | None = None
         self._norms: dict[str, float] = {}  # of this round's updates, by site
         self._void = 0  # secure rounds in a row that came to nothing
@@ -149,10 +151,10 @@ class RoundLoop:
             No site joined and all gave the same error code.
         """
         started = time.monotonic()
-        cohort, layout = self._join()
+        self._members, layout = self._join()
         strategy = strategy_for(self._plan, layout=layout)
-        strategy.cohort = {terms.node: terms for terms in cohort}
         adapter, done = self._resume(strategy, layout)
+        strategy.cohort = self._cohort(max(done, 1))
         if done and not self._store.was_evaluated(done):
             # The process before may have died between a round's checkpoint and its metrics.
             self._evaluate(self._request(done, adapter, strategy), strategy)
@@ -231,10 +233,17 @@ class RoundLoop:
 
     # --- rounds ---
 
+    def _cohort(self, number: int) -> dict[int, Terms]:
+        """The sites that a round asks, by node."""
+        members = [terms.site for terms in self._members]
+        asked = drawn(self._plan, run=self._run, server_round=number, sites=members)
+        return {terms.node: terms for terms in self._members if terms.site in asked}
+
     def _round(
         self, number: int, adapter: Vector, strategy: AdapterStrategy, layout: Layout
     ) -> Vector:
         clock = _Clock()
+        strategy.cohort = self._cohort(number)
         self._store.append_event(
             "round_started",
             round=number,
@@ -311,7 +320,7 @@ class RoundLoop:
                 grid=self._grid,
                 log=self._store,
                 memory=self._store,
-                cohort=strategy.cohort,
+                members=self._members,
             )
         encoding = encoding_for(self._plan, layout=strategy.layout, server_round=number)
         found = self._secure.round(number, arrays, encoding=encoding)

@@ -49,6 +49,7 @@ from silotune.protocol.requests import (
     SecureRequest,
     ShareRequest,
 )
+from silotune.rounds.draw import drawn
 from silotune.strategies.base import Terms, weight_in
 
 
@@ -180,7 +181,7 @@ class SecureRounds:
         Gets ``site_replied``, ``site_phase`` and ``site_failed``, with the phase.
     memory : RoundMemory
         Keeps what a round has settled.
-    cohort : mapping of node to Terms
+    members : iterable of Terms
         Sites that joined the run.
     """
 
@@ -192,12 +193,12 @@ class SecureRounds:
         grid: Grid,
         log: EventLog,
         memory: SecureRoundStore,
-        cohort: Mapping[int, Terms],
+        members: Iterable[Terms],
     ) -> None:
         self._plan, self._run, self._grid, self._log = plan, run, grid, log
         self._text = plan.canonical()
-        self._nodes = {terms.site: node for node, terms in cohort.items()}
-        self._sites = {node: terms.site for node, terms in cohort.items()}
+        self._nodes = {terms.site: terms.node for terms in members}
+        self._sites = {node: site for site, node in self._nodes.items()}
         self._ready: dict[int, CoordinatorRound] = {}
         self._memory = memory
 
@@ -276,6 +277,10 @@ class SecureRounds:
 
     # --- phases ---
 
+    def _drawn(self, number: int) -> frozenset[str]:
+        """The sites that a round asks."""
+        return drawn(self._plan, run=self._run, server_round=number, sites=self._nodes)
+
     def _new_round(self) -> CoordinatorRound:
         aggregation = self._plan.aggregation
         assert aggregation.cohort is not None  # validated with the plan
@@ -287,7 +292,7 @@ class SecureRounds:
         # A message of its own: a link that knows an equal one would give the answer of that time,
         # and with it keys that the site has replaced since.
         asked = KeysRequest(**self._place(number), attempt=os.urandom(8))
-        messages = [self._message(site, asked) for site in self._nodes]
+        messages = [self._message(site, asked) for site in sorted(self._drawn(number))]
         for site, reply in self._exchange("keys", messages, account):
             with self._noting("keys", site, account):
                 fresh.advertise(site, KeysReply.read(reply).require_keys())
@@ -337,6 +342,7 @@ class SecureRounds:
         """
         current, number = settled.current, account.number
         senders = settled.survivors or current.present
+        joining = self._drawn(number + 1)
         like, present = encoding.zeros(), sorted(current.present)
         place = {**self._place(number), "arrays": arrays, "present": present}
         messages = [
@@ -344,7 +350,7 @@ class SecureRounds:
             for site in sorted(senders)
         ]
         if following is not None and not settled.survivors:
-            others = self._nodes.keys() - current.present
+            others = joining - current.present
             asked = KeysRequest(**self._place(number + 1))
             messages += [self._message(site, asked) for site in sorted(others)]
         for site, reply in self._exchange("masked", messages, account):
@@ -355,7 +361,7 @@ class SecureRounds:
                     size = found.update.nbytes
                     self._log.append_event("site_replied", round=number, site=site, bytes=size)
                     self._log.append_event("site_phase", round=number, site=site, phase="masked")
-                if following is not None and not settled.survivors:
+                if following is not None and not settled.survivors and site in joining:
                     following.advertise(site, found.require_keys())
         if lost := settled.survivors - current.survivors:
             raise TooFewSurvivors(

@@ -136,7 +136,8 @@ class LoggedStore:
         elif kind == "round_finished":
             if known:
                 fields["train_seconds"] = sum(known.values())
-            if spent := self._live.spent():
+            found = self._told.rounds.get(int(fields["round"]))
+            if spent := self._live.spent(found.cohort if found else None):
                 fields["epsilon"] = spent
         event = self.directory.append_event(kind, **fields)
         self._told.extend([event])
@@ -395,10 +396,15 @@ def write_timings(
         for event in directory.events
         if event["event"] == "round_finished"
     }
-    measured = [n for n in rounds if all(n in by_round for by_round in train.values())]
+    asked = {
+        int(event["round"]): [name for name in event["cohort"] if name in train]
+        for event in directory.events
+        if event["event"] == "round_started"
+    }
+    measured = [n for n in rounds if all(n in train[name] for name in asked.get(n, train))]
     total = sum(rounds[n] for n in measured)
     busiest = sum(
-        max(sum(train[s][n] for s in part if s in train) for part in workers if part)
+        max(sum(train[s].get(n, 0.0) for s in part if s in train) for part in workers if part)
         for n in measured
     )
     directory.write_json(

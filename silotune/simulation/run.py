@@ -287,6 +287,10 @@ def start(
         for site in sites:
             missing = [each.lack for each in checked(site) if not each.in_force]
             note(f"{site.name} would be confined without: {'; '.join(missing) or 'nothing'}")
+    if plan.rounds.sites is not None and len(sites) <= plan.rounds.sites:
+        note(
+            f"rounds.sites = {plan.rounds.sites}, and {len(sites)} sites are here: every round asks all"
+        )
     require_start(plan)
     earlier = states_of_start(plan, sites)
     # What the start was trained on decides, also against secrets that were given.

@@ -95,7 +95,7 @@ class AdapterStrategy(Strategy):
         self.plan, self.layout = plan, layout
         self.optimizer = ServerOptimizer(plan, size=layout.size)
         self._average = TailAverage(plan, layout=layout, rounds=self._rounds_of_parts(plan))
-        self.cohort: dict[int, Terms] = {}
+        self.cohort: dict[int, Terms] = {}  # of the round: the sites that it asks
 
     @classmethod
     def _rounds_of_parts(cls, plan: Plan) -> Counter[Part]:

@@ -137,3 +137,18 @@ def test_sites_beside_the_plan_are_looked_at_too(tmp_path, bert_folder):
     told = shown("json", "plan", "check", str(federation.plan_path), *(f"--set={s}" for s in sets))
     assert told.code == 0, told.errors
     assert named(told.facts["notes"], "far below its noise for what is trained")
+
+
+@pytest.mark.parametrize("form", FORMS[:2])
+def test_where_rounds_ask_some_sites_only_it_is_told_in_how_many_each_is(plan_path, form):
+    sizes = ",".join(["4000"] * 10)
+    plain = re.sub(
+        r"\x1b\[[0-9;]*m", "", checked(plan_path, "rounds.sites=2", sizes=sizes, form=form).text
+    )
+    assert "Of these 10 sites each is asked in about 24 rounds" in " ".join(plain.split())
+    facts = checked(plan_path, "rounds.sites=2", sizes=sizes).facts
+    assert facts["rounds_a_site"] == pytest.approx(120 * 2 / 10)
+    assert checked(plan_path, "rounds.sites=20", sizes=sizes).facts["rounds_a_site"] == 120
+    # Few sites a round have few sites' noise, and few sites' signal.
+    three = checked(plan_path, "rounds.sites=4", sizes=sizes).facts["notes"]
+    assert named(three, "the sum of 4 sites has 2.0 times the noise")

@@ -36,3 +36,17 @@ def test_a_coordinator_killed_in_a_round_goes_on_by_itself_and_nothing_is_done_t
     assert made.coordinator.events(run, "run_resumed")
     assert same(made.coordinator.adapter(run, tmp_path / "adapter"), made.simulated())
     assert made.charges(run) == {name: [1, 2, 3, 4, 5, 6] for name in made.sites}
+
+
+@pytest.mark.slow
+def test_only_the_sites_that_are_drawn_for_a_round_are_asked_and_pay_for_it(federation, tmp_path):
+    made = federation(rounds__number=4, rounds__sites=2, rounds__min_sites=2).up()
+    run = made.propose()
+    row = made.coordinator.wait_over(run)
+    assert row["state"] == "finished", row
+    cohorts = {e["round"]: e["cohort"] for e in made.coordinator.events(run, "round_started")}
+    assert [len(cohorts[number]) for number in (1, 2, 3, 4)] == [2, 2, 2, 2]
+    asked = {name: [n for n in sorted(cohorts) if name in cohorts[n]] for name in made.sites}
+    assert made.charges(run) == asked
+    assert any(len(rounds) < 4 for rounds in asked.values())
+    assert same(made.coordinator.adapter(run, tmp_path / "adapter"), made.simulated())

@@ -106,6 +106,9 @@ def test_a_wrong_value_is_refused_with_what_was_expected(key, value, expected):
         ({"optimizer.server.name": "none"}, "need 'sgd' or 'adam'"),
         ({"privacy.max_records_per_unit": 3}, "must be 1 when privacy.unit is 'record'"),
         ({"data.test_share": 0.95}, "leaves nothing to train on"),
+        ({"rounds.sites": 2, "rounds.min_sites": 3}, "rounds.sites: less than rounds.min_sites"),
+        ({"rounds.sites": 0}, "rounds.sites"),
+        ({"rounds.sites": 2, "privacy.bands": 3}, "rounds.sites: not with privacy.bands above 1"),
     ],
 )
 def test_an_impossible_combination_is_refused(changes, expected):
@@ -202,6 +205,8 @@ def test_a_plan_for_secure_aggregation_with_shared_noise_is_accepted():
         ({**SECURE, "rounds__min_sites": 6}, "threshold: less than rounds.min_sites"),
         ({**SECURE, "rounds__min_sites": 8}, "cohort: less than rounds.min_sites"),
         ({**SECURE, "aggregation__strategy": "median"}, "'median' can't work with secure"),
+        ({**SECURE, "rounds__sites": 8}, "aggregation.cohort: less than the 8 sites of a round"),
+        ({**SECURE, "rounds__sites": 4}, "rounds.sites: a secure round needs 5 sites here"),
         ({**SHARED, "rounds__local_steps": 2}, "needs rounds.local_steps = 1"),
         ({**SHARED, "privacy__rate": None, "privacy__batch": 32}, "needs privacy.rate"),
         ({**SHARED, "aggregation__weights": "equal"}, "weights = 'declared'"),

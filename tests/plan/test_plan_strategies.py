@@ -125,6 +125,10 @@ def test_plan_check_says_that_it_was_dropped(tmp_path, name, monkeypatch, capsys
             "is no step from the old one",
         ),
         ({"strategy": "scaffold", **SEVERAL}, "optimizer.site.local: must be 'sgd'"),
+        (
+            {"strategy": "scaffold", **SEVERAL, "rounds.sites": 7},
+            "only where it was in the round before",
+        ),
         ({"head": "local", "optimizer.site.head_rounds": 2}, "would have nothing to send"),
         ({"head": "local", "strategy": "flexlora", **SEVERAL}, "'flexlora' has no form that keeps"),
     ],

@@ -38,6 +38,7 @@ def test_purpose_task_rounds_and_budget_are_there():
         ({"lora.target_modules": ["q", "v"]}, "Adapter", "on q and v."),
         ({"optimizer.site.head_rounds": 5}, "Rounds", "The first 5 train the head alone"),
         ({"rounds.local_steps": 4}, "Rounds", "12 rounds of 4 local steps"),
+        ({"rounds.sites": 9}, "Rounds", "one step at each of 9 sites drawn for it"),
         ({"rounds.local_steps": 4}, "Optimizers", "Each site trains with adam"),
         ({"optimizer.server.lr": 0.5}, "Optimizers", "by Adam, scaled by 0.5;"),
         ({"aggregation.weights": "equal"}, "Aggregation", "every site weighing the same"),

@@ -277,3 +277,45 @@ def test_a_site_that_refused_or_gave_no_scores_is_left_out_of_that_figure_and_th
     right = 2 * (21.0 + 23.0)  # of sites s1 and s3, which have three wrong each
     assert second["pooled"]["accuracy"] == pytest.approx(right / (right + 6.0))
     assert events(directory, "run_finished")
+
+
+def test_a_round_asks_the_sites_that_are_drawn_for_it_and_no_other(play):
+    settings = {"rounds.sites": 3, "rounds.evaluate_every": 2}
+    directory, _ = play(sites=7, rounds=6, **settings)
+    cohorts = [set(e["cohort"]) for e in events(directory, "round_started")]
+    assert [len(cohort) for cohort in cohorts] == [3] * 6
+    assert len(set().union(*cohorts)) > 3
+    for number, cohort in enumerate(cohorts, start=1):
+        replied = {e["site"] for e in events(directory, "site_replied") if e["round"] == number}
+        assert replied == cohort
+    for event in events(directory, "evaluated"):
+        asked = cohorts[event["round"] - 1]
+        right = sum(2 * (10.0 * event["round"] + int(site[1:])) for site in asked)
+        assert event["pooled"]["accuracy"] == pytest.approx(right / (right + 9.0))
+
+
+def test_with_drawn_sites_an_interrupted_run_goes_on_to_the_same_adapter_bit_for_bit(play):
+    settings = {"rounds.sites": 2, "plan.seed": None}
+    whole, adapter = play("same", sites=5, **settings)
+    wanted = [e["cohort"] for e in events(whole, "round_started")]
+    whole.root.rename(whole.root.with_name("before"))
+    with pytest.raises(KeyboardInterrupt):
+        play("same", sites=5, stop_after=2, **settings)
+    directory, again = play("same", sites=5, **settings)
+    assert [e["cohort"] for e in events(directory, "round_started")] == wanted
+    assert again.tobytes() == adapter.tobytes()
+
+
+def test_a_drawn_site_that_fails_is_not_made_up_for_and_min_sites_holds_for_those_that_answer(play):
+    drawn = {"rounds.sites": 2}
+    cohort = events(play("probe", sites=5, rounds=2, **drawn)[0], "round_started")[0]["cohort"]
+    faults = {f"{cohort[0]}:1": "error"}
+    directory, _ = play("one", sites=5, min_sites=1, faults=faults, **drawn)
+    assert [e["site"] for e in events(directory, "site_replied") if e["round"] == 1] == cohort[1:]
+    with pytest.raises(QuorumLost, match="1 of 2 sites"):
+        play("none", sites=5, min_sites=2, faults=faults, **drawn)
+
+
+def test_with_fewer_sites_in_the_run_than_a_round_may_ask_all_are_asked(play):
+    directory, _ = play(sites=4, faults={"s0:0": "error"}, **{"rounds.sites": 4})
+    assert [e["cohort"] for e in events(directory, "round_started")] == [["s1", "s2", "s3"]] * 4

@@ -231,3 +231,26 @@ def test_sealed_state_is_all_that_a_round_leaves_on_a_sites_disk(federation):
         for file in files:
             assert file.stat().st_mode & 0o077 == 0
             assert b"secrets" not in file.read_bytes()
+
+
+@pytest.mark.parametrize("noise", ["local", "shared"])
+def test_secure_rounds_of_drawn_sites_are_the_plain_ones_and_each_site_pays_for_its_own(
+    federation, noise, tmp_path
+):
+    drawn = {"rounds.sites": 3, "aggregation.cohort": 3, "rounds.number": 6}
+    played = Play(federation, f"drawn-{noise}", **drawn, **{"privacy.noise": noise})
+    cohorts = {event["round"]: set(event["cohort"]) for event in played.events("round_started")}
+    assert {len(cohort) for cohort in cohorts.values()} == {3}
+    assert set().union(*cohorts.values()) == set(FIVE)
+    assert played.replied() == played.phases("unmasked") == cohorts
+    assert not played.events("site_failed")
+    # Keys of the next round ride on the messages of this one, also for those who are not in this one.
+    assert [event["exchanges"] for event in played.events("round_finished")] == [4, 2, 2, 2, 2, 2]
+    for state in played.states:
+        ledger = Ledger(state / "ledger.sqlite", create=False)
+        assert len(ledger.events("notes")) == sum(state.name in sites for sites in cohorts.values())
+        ledger.close()
+    if noise == "local":
+        plain = plainly(federation.sites, played.plan, cohorts, tmp_path)
+        start = initial_adapter(_layout(federation, played.plan), played.plan)
+        assert np.abs(played.adapter - plain).max() < 2e-4 * np.abs(plain - start).max()
