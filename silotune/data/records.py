@@ -181,6 +181,8 @@ class Records:
             raise ValueError("units must be numbered without gaps")
         if (self._unit_split[self.unit_of] != self.split).any():
             raise ValueError("a unit is on both sides of the split")
+        if self.turns is not None and len(self.turns) != len(self._unit_split):
+            raise ValueError("every unit has a turn, or none has")
         self.unit_of.setflags(write=False)
         self.split.setflags(write=False)
 

@@ -217,6 +217,7 @@ def chance(found: Summary) -> str:
 def privacy_table(record: RunRecord) -> TextTable | None:
     """The mechanism at each site."""
     sites = (record.privacy or {}).get("sites") or {}
+    bands = int((record.plan.get("privacy") or {}).get("bands") or 1)
     rows = [
         (
             printable(str(site)),
@@ -232,7 +233,7 @@ def privacy_table(record: RunRecord) -> TextTable | None:
         "\N{GREEK SMALL LETTER EPSILON}",
         "noise \N{GREEK SMALL LETTER SIGMA}",
         "sampling rate q",
-        "steps",
+        "steps" if bands == 1 else f"blocks of {bands} rounds",
     )
     return TextTable(head, tuple(rows)) if rows else None
 

@@ -219,11 +219,16 @@ class _PlantedTraining(LocalTraining):
         """The site's records, and the canaries."""
         own = super().records
         first, more = own.n_units(), len(self.planted)
+        turns = own.turns
+        if turns is not None:
+            in_turn = np.arange(more, dtype=np.int64) % self.job.plan.privacy.bands
+            turns = np.concatenate([turns, in_turn])
         return replace(
             own,
             examples=[*own.examples, *self.planted],
             unit_of=np.concatenate([own.unit_of, np.arange(first, first + more, dtype=np.int64)]),
             split=np.concatenate([own.split, np.full(more, Split.TRAIN, dtype=np.uint8)]),
+            turns=turns,
         )
 
 

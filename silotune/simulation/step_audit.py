@@ -120,6 +120,7 @@ def step_plan(plan: Plan, sites: Sequence[SiteConfig]) -> Plan:
         "rounds.min_sites": count or 1,
         "rounds.local_steps": 2 if in_training else 1,
         "rounds.evaluate_every": 0,
+        "lora.target_modules": None,  # head and adapter, whatever the plan trains
         "optimizer.site": {
             "adapter_lr": 1.0,
             "head_lr": 1.0,
