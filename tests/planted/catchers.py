@@ -157,6 +157,54 @@ def charges_name_what_was_done(world: World) -> None:
     assert stds == pytest.approx(expected)
 
 
+BANDED = {
+    "rounds.number": 6,
+    "rounds.evaluate_every": 0,
+    "optimizer.site.head_rounds": 6,
+    "optimizer.server": {"name": "sgd"},
+    "privacy.bands": 3,
+    "privacy.band_weights": [1.0, 0.75, 0.5],
+}
+
+
+def a_blocks_charge_names_what_its_rounds_did(world: World) -> None:
+    """Correlated noise: who could be drawn when, at which rate, and fresh noise, against the ledger."""
+    site = world.site(BANDED)
+    drawn, stds = [], []
+    with pytest.MonkeyPatch.context() as spy:
+        draw, add = UnitSampler.draw, SeededNoise.added
+
+        def drawing(sampler, rate, noise):
+            drawn.append((rate, {int(row) for unit in sampler._units for row in unit}))
+            return draw(sampler, rate, noise)
+
+        def added(source, sums, std):
+            stds.append(std)
+            return add(source, sums, std)
+
+        spy.setattr(UnitSampler, "draw", drawing)
+        spy.setattr(SeededNoise, "added", added)
+        site.join()
+        for number in range(1, 7):
+            site.train(start(site), number)
+    blocks = [
+        from_json(row.entry.event)
+        for row in site.ledger.rows()
+        if row.entry.kind == "charge" and row.entry.release == "block"
+    ]
+    assert len(blocks) == 2
+    (leaf, times), _ = map(_unrolled, blocks)
+    assert times == 1
+    assert {rate for rate, _ in drawn} == {leaf.sampling_probability}
+    for first in (0, 3):
+        in_turn = [rows for _, rows in drawn[first : first + 3]]
+        assert sum(map(len, in_turn)) == len(set.union(*in_turn)), "a unit had two turns in a block"
+        assert in_turn == [rows for _, rows in drawn[:3]]
+    length = (1.0 + 0.75**2 + 0.5**2) ** 0.5
+    expected = leaf.event.noise_multiplier * site.plan.privacy.clip.head * length
+    assert stds == pytest.approx([expected] * len(stds))
+
+
 def _unrolled(event: DpEvent) -> tuple[DpEvent, int]:
     return (event.event, event.count) if isinstance(event, SelfComposedDpEvent) else (event, 1)
 

@@ -19,7 +19,7 @@ from silotune.client.errors import RoundUnanswered
 from silotune.client.gate import DpRelease, Gate, Public
 from silotune.client.model_cache import ModelCache
 from silotune.client.site_run import SiteRun
-from silotune.client.trainer import MicroBatch, TrainableModel, Trainer, UnitSampler
+from silotune.client.trainer import MicroBatch, SiteData, TrainableModel, Trainer, UnitSampler
 from silotune.errors import SilotuneError, ValueUnaccounted
 from silotune.models.tasks.causal_lm import CausalLm
 from silotune.plan.plan import Plan
@@ -120,6 +120,10 @@ def _half_of_the_noise(honest: Any, self: Any, values: Any, std: float) -> Any:
 
 def _half_asked_for(honest: Any, plan: Plan, parts: Any, *, sigma: float) -> Any:
     return honest(plan, parts, sigma=sigma / 2)
+
+
+def _of_one_row(honest: Any, plan: Plan, parts: Any, *, sigma: float) -> Any:
+    return honest(plan, parts, sigma=sigma / math.hypot(*plan.privacy.column))
 
 
 def _whole_share(honest: Any, plan: Plan, parts: Any, *, sigma: float) -> Any:
@@ -335,6 +339,26 @@ FAULTS = [
         "one of several local steps charged",
         put(Plan, "releases_a_round", 1),
         catchers.charges_name_what_was_done,
+    ),
+    Fault(
+        "a unit drawn in every round, where noise is correlated over rounds",
+        put(SiteData, "train_in", lambda data, turn, *, bands: data.train),
+        catchers.a_blocks_charge_names_what_its_rounds_did,
+    ),
+    Fault(
+        "the rate of independent rounds charged, where a block of them is",
+        wrap(Plan, "release_rate", lambda f, p, n: p.rate_for(n)),
+        catchers.a_blocks_charge_names_what_its_rounds_did,
+    ),
+    Fault(
+        "one block's charge for the whole run",
+        put(Plan, "block_of", lambda plan, number: 1),
+        catchers.a_blocks_charge_names_what_its_rounds_did,
+    ),
+    Fault(
+        "noise of one round's size, where a unit moves several rows",
+        wrap(updates, "missing_noise", _of_one_row),
+        catchers.a_blocks_charge_names_what_its_rounds_did,
     ),
     Fault(
         "an empty sample's step left out",
