@@ -131,6 +131,8 @@ def head_rounds(plan: Sections) -> tuple[int, str]:
     number = plan.rounds.number
     if not plan.per_unit:
         return round(number * _HEAD_SHARE_CLEAR), "a third: the head first, then both"
+    if plan.privacy.bands > 1:
+        return number, "all: rounds whose noise is correlated all train the same"
     if "lora" in plan.model_fields_set or plan.aggregation.strategy != "fedavg":
         rounds = math.floor(number * _HEAD_SHARE_PRIVATE)
         return rounds, "nine in ten: the adapter moves little under noise, and a head well"

@@ -81,6 +81,14 @@ def test_a_plan_that_names_bands_gets_weights_and_one_that_has_them_keeps_them(t
     assert given.privacy.band_weights == (1.0, 0.5)
 
 
+@pytest.mark.parametrize("strategy", ["fedavg", "ffa"])
+def test_no_rule_fills_in_rounds_that_train_something_else(tmp_path, strategy):
+    tables = {**BANDED, "aggregation": {"strategy": strategy}, "lora": {"r": 4}}
+    plan = read(tmp_path, tables)
+    assert plan.optimizer.site.head_rounds == 72
+    assert len(plan.privacy.band_weights) == 8
+
+
 def test_a_plan_without_bands_has_the_text_that_it_had():
     plain = plan_with(**{"privacy.bands": None})
     assert plain.canonical() == plan_with(**{"privacy.bands": 1}).canonical()
