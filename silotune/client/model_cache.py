@@ -117,7 +117,8 @@ class ModelCache:
         """
         lora = (plan.lora.last_layers, plan.lora.target_modules)
         tokens = hashlib.sha256(encoded.ids.tobytes() + encoded.offsets.tobytes()).hexdigest()
-        made = _digest(f"{plan.model!r} {plan.data!r} {lora} {tokens}")
+        model = plan.model.model_copy(update={"head_features": None})  # which come behind these
+        made = _digest(f"{model!r} {plan.data!r} {lora} {tokens}")
         key = _Made(_place(site, plan), content, made)
         if key not in self._frozen:
             if len(self._frozen) >= _MOST_FROZEN:
