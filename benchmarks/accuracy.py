@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import tempfile
 import time
@@ -166,18 +167,20 @@ def table(found: dict[str, float]) -> Iterator[str]:
     for key, score in found.items():
         cell = Cell.read(key)
         scores.setdefault(cell.row, {}).setdefault(cell.method, []).append(score)
-    order = lambda row: (TASKS.index(row[0]), -(row[1] or 1e9), NOISES.index(row[2]))  # noqa: E731
     yield "| task | ε | noise | " + " | ".join(m.replace("_", " ") for m in METHODS) + " |"
     yield "|---|---|---|" + "---|" * len(METHODS)
-    for row in sorted(scores, key=order):
+    for row in sorted(scores, key=_place):
         task, epsilon, noise = row
+        if epsilon is None:
+            who = ["none", "none"]
+        else:
+            who = [f"{epsilon:g}", noise.replace("_bands", ", correlated")]
         told = [_told(scores[row].get(method, [])) for method in METHODS]
-        noise = noise.replace("_bands", ", correlated") if epsilon else "none"
-        yield (
-            f"| {task} | {epsilon or 'none':{'g' if epsilon else ''}} | {noise} | "
-            + " | ".join(told)
-            + " |"
-        )
+        yield f"| {' | '.join([task, *who, *told])} |"
+
+
+def _place(row: tuple[str, float | None, str]) -> tuple[int, float, int]:
+    return TASKS.index(row[0]), -(row[1] or math.inf), NOISES.index(row[2])
 
 
 def _told(scores: list[float]) -> str:

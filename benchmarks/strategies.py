@@ -7,7 +7,7 @@ most frequent class) stand beside them. Robust rules are run again with two pois
 which send the opposite of their update ten times over; and both ways with sites that are as alike as can
 be, the head alone trained on all the records of the IID split in each step. A strategy that a setting
 refuses, or under which it is another one, is not run there. Small means: 600 records a site, LoRA on
-the last layer, its input kept in memory; scores of the demo at full size are in benchmarks/utility.py.
+the last layer, its input kept in memory; scores of the demo at full size are in benchmarks/accuracy.py.
 The server's time is CPU time.
 
     python benchmarks/strategies.py [--quick] [--json] [--results grid.json] [--workers 2]

@@ -50,9 +50,16 @@ class Federation:
     def sites(self) -> list[SiteConfig]:
         return list(load_sites(self.folder))
 
-    def runs(self, plan: Plan | None = None, *, run: str = "r", state: str = "s") -> list[SiteRun]:
+    def runs(
+        self,
+        plan: Plan | None = None,
+        *,
+        run: str = "r",
+        state: str = "s",
+        models: ModelCache | None = None,
+    ) -> list[SiteRun]:
         """The sites' parts in a run, in one process."""
-        models = ModelCache(CHOICES)
+        models = models or ModelCache(CHOICES)
         return [
             SiteRun(
                 site,

@@ -8,8 +8,9 @@ from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
 from silotune import cli
+from silotune.client import model_cache
 from tests.commands.commanded import SECURED
-from tests.federation import SITES, write_federation
+from tests.federation import CHOICES, SITES, write_federation
 from tests.whole_run import play
 
 COSINES = {"kind": "cosines", "number": 40, "scale": 1.5}
@@ -63,3 +64,27 @@ def test_the_report_names_them(run):
     said = CliRunner().invoke(cli.app, ["report", str(run[1].root)])
     assert said.exit_code == 0, said.output
     assert "40 fixed random cosines" in (run[1].root / "report.html").read_text()
+
+
+def test_what_the_base_model_makes_of_a_record_serves_plans_with_and_without_them(
+    tmp_path, bert_folder, monkeypatch
+):
+    """The cosines come behind it: a search over plans, and a comparison, encode each text once."""
+    federation, made = write_federation(tmp_path, bert_folder), []
+    real = model_cache.compute_frozen
+    monkeypatch.setattr(
+        model_cache, "compute_frozen", lambda *a, **k: (made.append(a), real(*a, **k))[1]
+    )
+    models = model_cache.ModelCache(CHOICES)
+    texts = SETTINGS["model.centre_texts"]
+    for number, features in enumerate((None, COSINES, {**COSINES, "number": 20})):
+        plan = federation.plan.override(
+            {"model.head_features": features, "model.centre_texts": texts}
+        )
+        part = federation.runs(plan, state=str(number), models=models)[0]
+        part.training.prepare()
+        assert part.training.trainer.frozen.features.shape[1] == 32
+    assert len(made) == 1
+    plan = plan.override({"model.feature_scale": 2.0})
+    federation.runs(plan, state="scaled", models=models)[0].training.prepare()
+    assert len(made) == 2  # the scale is in it
