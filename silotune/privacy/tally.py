@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import bisect
 import functools
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
@@ -87,6 +88,22 @@ def epsilon_at_two_sites(tally: Mapping[str, int], *, delta: float) -> float:
     from silotune.privacy import costs
 
     return costs.epsilon_at_two_sites(_events(tally), delta=delta)
+
+
+def epsilon_of_two_units(tally: Mapping[str, int], *, delta: float) -> float:
+    """Epsilon of two units at once, whatever the mechanisms: by way of the data with one of them.
+
+    Two releases that are each (e, d)-indistinguishable in turn are (2 e, (1 + exp(e)) d) together. It
+    is more than `epsilon_at_two_sites`, which needs noise that no later round takes back.
+    """
+    one = epsilon_of(tally, delta=delta)
+    while math.isfinite(one):
+        shared = delta / (1.0 + math.exp(min(one, 700.0)))
+        found = epsilon_of(tally, delta=shared)
+        if found <= one:
+            return 2.0 * one
+        one = found * (1.0 + 1e-3)
+    return one
 
 
 def _events(tally: Mapping[str, int]) -> list[DpEvent]:

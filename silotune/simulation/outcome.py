@@ -32,7 +32,7 @@ from silotune.plan.plan import Plan
 from silotune.privacy.accounting import epsilon_curve
 from silotune.privacy.certificate import CertificateBody
 from silotune.privacy.events import step_event
-from silotune.privacy.tally import LiveEpsilon, epsilon_at_two_sites
+from silotune.privacy.tally import LiveEpsilon, epsilon_at_two_sites, epsilon_of_two_units
 from silotune.report.verdict import quoted
 from silotune.rounds.run_directory import RunDirectory, spare
 from silotune.simulation.baselines import Counts, Job, Outcome, jobs_for, run_jobs, trains_head_only
@@ -314,17 +314,17 @@ def _at_two_sites(plan: Plan, bodies: Sequence[CertificateBody]) -> dict[str, fl
     """Epsilon and delta of a person with records at two sites; None if no unit is protected.
 
     The one noise of all sites hides the sum, which such a person moves by up to two clips: that is
-    accounted for. Where each site has noise of its own, the two sites' guarantees add up.
+    accounted for. Under correlated noise the two clips may come in rounds of one block, and any two
+    units are counted. Where each site has noise of its own, the two sites' guarantees add up.
     """
     if not (bodies and plan.per_unit):
         return None
     delta = bodies[0].delta
     if plan.privacy.noise == "shared":
+        of_both = epsilon_at_two_sites if plan.privacy.bands == 1 else epsilon_of_two_units
         tallies = [{m.event: m.times for m in body.mechanisms} for body in bodies]
-        return {
-            "epsilon": max(epsilon_at_two_sites(tally, delta=delta) for tally in tallies),
-            "delta": delta,
-        }
+        worst = max(of_both(tally, delta=delta) for tally in tallies)
+        return {"epsilon": worst, "delta": delta}
     largest = sorted((body.epsilon for body in bodies), reverse=True)[:2]
     return {"epsilon": sum(largest), "delta": 2.0 * delta}
 

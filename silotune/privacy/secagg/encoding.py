@@ -29,7 +29,7 @@ All arithmetic behind the noise is on integers: a step is a whole number of unit
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -165,6 +165,89 @@ def add_and_round(values: NDArray[np.float64], *, std: float, noise: NoiseSource
     return noisy
 
 
+def taken_back(earlier: Mapping[int, Integers], *, column: Sequence[float], size: int) -> Integers:
+    """What a round's share of correlated noise takes back of earlier rounds', in units of the sampler.
+
+    Of a round that the site had no part in, or whose row is gone, nothing is: that costs accuracy and no
+    privacy. It depends on rows alone, never on records or on what was sent.
+
+    Parameters
+    ----------
+    earlier : mapping of int to int64 array
+        Rows of earlier rounds, by how many rounds *of the run* ago. A site that counted its own instead
+        would bring units of other sites, which are drawn every so many rounds, too close together.
+    column : sequence of float
+        Weights, beginning with 1 for the round's own.
+    size : int
+        Numbers in a row.
+
+    Raises
+    ------
+    SelfCheckFailed
+        A row of another form.
+    """
+    total = np.zeros(size)
+    for ago in sorted(earlier):
+        row = earlier[ago]
+        if row.shape != (size,) or row.dtype != np.int64:
+            raise SelfCheckFailed(f"the noise of {ago} rounds ago is not of this round's shape")
+        if ago < len(column):
+            total += column[ago] * row
+    return np.rint(total).astype(np.int64)
+
+
+def add_row_and_round(
+    values: NDArray[np.float64], *, std: float, taken_back: Integers, noise: NoiseSource
+) -> tuple[Integers, Integers]:
+    """Like `add_and_round`, with noise that takes back some of what earlier rounds added.
+
+    What is added is the row ``fresh - taken_back`` and a Gaussian of `LEAST_STEPS` steps that no later
+    round takes back: it alone has to hide how each site rounds, whatever the rows are.
+
+    Parameters
+    ----------
+    values : float64 array
+        In steps of the ring; below ``2**40`` in size.
+    std : float
+        Standard deviation of the fresh noise, in steps.
+    taken_back : int64 array
+        See the function.
+    noise : NoiseSource
+        Secure in earnest.
+
+    Returns
+    -------
+    noisy : int64 array
+        Whole steps.
+    row : int64 array
+        In units of the sampler, for the rounds to come.
+
+    Raises
+    ------
+    CalibrationImpossible, SelfCheckFailed
+        As `add_and_round` does.
+    """
+    if values.size and not np.abs(values).max() < 2.0**40:
+        raise SelfCheckFailed("a number is NaN or too large to be given noise")
+    units = units_per_step(std)
+    row, noisy = -taken_back, np.empty(values.size, dtype=np.int64)
+    for start, draws in noise.draws(values.size):
+        row[start : start + draws.size] += draws
+    smooth = LEAST_STEPS * INFLATION * units / DRAW_STD
+    for start, draws in noise.draws(values.size):
+        here = slice(start, start + draws.size)
+        whole = np.floor(values[here])
+        part = np.rint((values[here] - whole) * units).astype(np.int64)
+        part += row[here]
+        part += np.rint(draws * smooth).astype(np.int64)
+        part += units // 2
+        np.floor_divide(part, units, out=part)
+        np.add(part, whole.astype(np.int64), out=noisy[here])
+    added = noisy - values + taken_back / units
+    _require_plausible(added, math.hypot(std, LEAST_STEPS))
+    return noisy, row
+
+
 def _require_plausible(added: NDArray[np.float64], std: float) -> None:
     """Noise and rounding together have variance std^2 + 1/12, to a millionth."""
     if added.size and not noise_is_plausible(
@@ -274,6 +357,34 @@ class Encoding:
         ring[-1] = min(saturated, self.largest)
         return ring, saturated
 
+    def encode_with_row(
+        self,
+        update: NDArray[Any],
+        stds: Sequence[float],
+        noise: NoiseSource,
+        *,
+        back: Integers,
+        growth: float,
+    ) -> tuple[Ring, int, Integers]:
+        """Like `encode_with_noise`, with noise that takes `back` some of earlier rounds'; its row, too.
+
+        Parameters
+        ----------
+        growth : float
+            Standard deviation of a row over that of its fresh noise, at most.
+        """
+        ring, row, at, saturated = self.zeros(), np.empty_like(back), 0, 0
+        for span, std in zip(self.spans, stds, strict=True):
+            here = slice(at, at + span.size)
+            scaled, cut = self._scaled(update[here], span, growth * std)
+            ring_part, row[here] = add_row_and_round(
+                scaled, std=std / self.step(span), taken_back=back[here], noise=noise
+            )
+            ring[here] = ring_part.astype(self.dtype)
+            saturated += cut
+            at += span.size
+        return ring, saturated, row
+
     def encode_with_noise(
         self, update: NDArray[Any], stds: Sequence[float], noise: NoiseSource
     ) -> tuple[Ring, int]:
@@ -297,14 +408,23 @@ class Encoding:
         """
         ring, at, saturated = self.zeros(), 0, 0
         for span, std in zip(self.spans, stds, strict=True):
-            step, here = self.step(span), slice(at, at + span.size)
-            limit = self._limit(span, std)
-            scaled = np.divide(update[here], step, dtype=np.float64)
-            saturated += int((np.abs(scaled) > limit).sum())
-            np.clip(scaled, -limit, limit, out=scaled)
-            ring[here] = add_and_round(scaled, std=std / step, noise=noise).astype(self.dtype)
+            here = slice(at, at + span.size)
+            scaled, cut = self._scaled(update[here], span, std)
+            made = add_and_round(scaled, std=std / self.step(span), noise=noise)
+            ring[here] = made.astype(self.dtype)
+            saturated += cut
             at += span.size
         return ring, saturated
+
+    def _scaled(
+        self, part: NDArray[Any], span: BoundedSpan, std: float
+    ) -> tuple[NDArray[np.float64], int]:
+        """A span in steps of the ring, set to what there is room for; how much of it was cut."""
+        limit = self._limit(span, std)
+        scaled = np.divide(part, self.step(span), dtype=np.float64)
+        cut = int((np.abs(scaled) > limit).sum())
+        np.clip(scaled, -limit, limit, out=scaled)
+        return scaled, cut
 
     def require_room(self, stds: Sequence[float]) -> None:
         """Raise `CalibrationImpossible` if noise of these standard deviations does not fit."""
