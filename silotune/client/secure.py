@@ -15,12 +15,15 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import RecordDict
+from numpy.typing import NDArray
 
 from silotune.client.gate import DpRelease, Field, Gate, Public, Unprotected
-from silotune.client.run_files import RunFiles
+from silotune.client.run_files import RunFiles, SealedMemory
 from silotune.client.terms import missing_noise
 from silotune.models.layout import Layout, Span
+from silotune.plan.bands import growth
 from silotune.plan.plan import Plan
+from silotune.privacy.bands import taken_back
 from silotune.privacy.errors import RoundUsed, SignerUnknown
 from silotune.privacy.ledger import ReleaseKey
 from silotune.privacy.noise import NoiseSource
@@ -108,6 +111,8 @@ class SecurePart:
         The only door out.
     files : RunFiles
         Of kind `ROUNDS`: keep the state of rounds, with its keys and shares, over a restart.
+    memory : callable
+        Gives what is kept between rounds: asked only if later rounds take back a part of the noise.
     """
 
     def __init__(
@@ -118,9 +123,10 @@ class SecurePart:
         layout: Layout,
         gate: Gate,
         files: RunFiles,
+        memory: Callable[[], SealedMemory],
     ) -> None:
         self._plan, self._member, self._layout, self._gate = plan, member, layout, gate
-        self._files = files
+        self._files, self._memory = files, memory
         self._rounds: dict[int, _HeldRound] = {}
         self._method = method_of(plan)
 
@@ -136,7 +142,7 @@ class SecurePart:
             encoding, spans = self._encoding(number), self._spans(number)
             stds = missing_noise(self._plan, [span.part for span in spans], sigma=sigma)
             if stds and self._plan.privacy.noise == "shared":
-                encoding.require_room([stds[span.part] for span in spans])
+                encoding.require_room([self._growth * stds[span.part] for span in spans])
 
     # --- what the coordinator may ask ---
 
@@ -317,9 +323,36 @@ class SecurePart:
         encoding = self._encoding(part.number)
         if update.missing_noise:
             stds = [update.missing_noise[span.part] for span in self._spans(part.number)]
-            ring, cut = encoding.encode_with_noise(values, stds, noise)
+            ring, cut = self._with_share(part.number, encoding, values, stds=stds, noise=noise)
         else:
             ring, cut = encoding.encode(values, noise)
         if cut:
             _log.warning("round %d: %d numbers of the update passed its bound", part.number, cut)
         return ring
+
+    @property
+    def _growth(self) -> float:
+        """Standard deviation of a round's noise over that of what is fresh in it, at most."""
+        return growth(self._plan.privacy.column, self._plan.rounds.number)
+
+    def _with_share(
+        self,
+        number: int,
+        encoding: Encoding,
+        values: NDArray[np.float64],
+        *,
+        stds: Sequence[float],
+        noise: NoiseSource,
+    ) -> tuple[Ring, int]:
+        """Encoded values with this site's share of the noise, and how many numbers were cut."""
+        bands, column = self._plan.privacy.bands, self._plan.privacy.column
+        if bands == 1:
+            return encoding.encode_with_noise(values, stds, noise)
+        kept = self._memory().all(range(max(1, number - bands + 1), number))
+        earlier = {number - old: arrays["noise"] for old, arrays in kept.items()}
+        back = taken_back(earlier, column=column, size=len(values))
+        ring, cut, row = encoding.encode_with_row(
+            values, stds, noise, back=back, growth=self._growth
+        )
+        self._memory().keep(number, {"noise": row})
+        return ring, cut

@@ -485,6 +485,7 @@ class SiteRun:
             layout=self.layout,
             gate=self.gate,
             files=self._files(ROUNDS),
+            memory=lambda: self._memory,
         )
 
     @cached_property

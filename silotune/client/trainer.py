@@ -31,7 +31,7 @@ from silotune.models.features import Frozen, compute_frozen
 from silotune.models.layout import Group, Layout, Part
 from silotune.models.task import LoadedModel
 from silotune.plan.plan import Plan
-from silotune.privacy.bands import correlated
+from silotune.privacy.bands import Row, correlated
 from silotune.privacy.clipping import Attached, attach
 from silotune.privacy.engine import ClipGroup, DpSgd, PlainSgd
 from silotune.privacy.events import DpEvent
@@ -291,7 +291,7 @@ class Trainer:
             )
             for turn in range(privacy.bands)
         ]
-        self._sent_noise: dict[int, NDArray[np.float64]] = {}  # by round; of comparisons
+        self._sent_noise: dict[int, Row] = {}  # by round; of comparisons
         self._find_frozen = frozen or (lambda: compute_frozen(self._model, data.encoded))
         self._still = {id(p): _MOVE_PATIENCE for p in self._model.parameters()}
         memory = memory or ProcessMemory()

@@ -47,11 +47,6 @@ def bands_conflicts(plan: Sections) -> list[str]:
     found = [*_step_conflicts(plan, needs), *_weight_conflicts(plan)]
     if privacy.bands > plan.rounds.number:
         found.append(f"privacy.bands: at most rounds.number = {plan.rounds.number}")
-    if privacy.noise == "shared":
-        found.append(
-            "privacy.bands: not with privacy.noise = 'shared': the sum's noise would lack what a site "
-            "that drops out had yet to take back"
-        )
     if privacy.rate is not None and privacy.bands * privacy.rate > 1.0:
         found.append(
             f"privacy.rate: at most 1 / bands = {1 / privacy.bands:.4g} with {needs}: a unit is drawn "

@@ -38,9 +38,10 @@ from silotune.models.adapter import write_adapter
 from silotune.models.batching import Encoded
 from silotune.models.choices import Choices
 from silotune.models.features import Frozen, features_of
-from silotune.models.layout import Layout, laid_out
+from silotune.models.layout import Layout
 from silotune.models.start import start_adapter
 from silotune.plan.plan import Plan
+from silotune.privacy.bands import Row, correlated
 from silotune.privacy.noise import noise_for
 from silotune.simulation.program import score
 from silotune.strategies import method_of, strategy_for
@@ -391,11 +392,12 @@ def federate(
     strategy = strategy_for(plan, layout=layout)
     strategy.cohort = {terms.node: terms for terms, _ in trainers}
     adapter = start_adapter(layout, plan) if start is None else start
+    shares = {terms.site: _Share(plan, layout=layout, site=terms.site) for terms, _ in trainers}
     for number in range(1, plan.rounds.number + 1):
         strategy.begin(number, adapter)
         for terms, trainer in trainers:
             update = trainer.round(adapter, number, clip=strategy.settings().get("clip"))
-            flat = _with_share(update, plan, layout=layout, site=terms.site, number=number)
+            flat = shares[terms.site].added(update, number)
             strategy.fold(terms, np.asarray(flat, dtype=np.float32))
         adapter = strategy.conclude(
             strategy.finish(adapter, server_round=number), server_round=number
@@ -403,15 +405,26 @@ def federate(
     return adapter, sum(trainer.records_used for _, trainer in trainers)
 
 
-def _with_share(
-    update: RoundUpdate, plan: Plan, *, layout: Layout, site: str, number: int
-) -> Vector | NDArray[np.float64]:
-    """A site's update with its share of the noise, which a federation adds in whole numbers."""
-    if not update.missing_noise:
-        return update.flat
-    noise = noise_for(plan.plan.seed, "baseline share", site, number)
-    parts = []
-    for span, place in laid_out(layout.spans(method_of(plan).trained(plan, number))):
-        clean = torch.from_numpy(update.flat[place].astype(np.float32))
-        parts.append(noise.add(clean, update.missing_noise[span.part]).numpy())
-    return np.concatenate(parts)
+class _Share:
+    """A site's share of the noise, which a federation adds in whole numbers."""
+
+    def __init__(self, plan: Plan, *, layout: Layout, site: str) -> None:
+        self._plan, self._layout, self._site = plan, layout, site
+        self._rows: dict[int, Row] = {}
+
+    def added(self, update: RoundUpdate, number: int) -> NDArray[Any]:
+        """The update with the share of a round, if it lacks one."""
+        if not update.missing_noise:
+            return update.flat
+        spans = self._layout.spans(method_of(self._plan).trained(self._plan, number))
+        earlier = {number - old: row for old, row in self._rows.items()}
+        made, self._rows[number] = correlated(
+            update.flat,
+            earlier,
+            column=self._plan.privacy.column,
+            stds=[update.missing_noise[span.part] for span in spans],
+            sizes=[span.size for span in spans],
+            noise=noise_for(self._plan.plan.seed, "baseline share", self._site, number),
+        )
+        self._rows.pop(number - self._plan.privacy.bands + 1, None)
+        return made

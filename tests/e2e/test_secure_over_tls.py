@@ -41,6 +41,62 @@ def test_a_deployed_secure_run_with_shared_noise_gives_the_simulations_adapter(
     assert made.charges(run) == {name: [1, 2, 3] for name in made.sites}
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_correlated_shares_outlive_coordinator_and_sites_and_give_the_simulations_adapter(
+    federation, tmp_path
+):
+    """Each dies within a block; a site's rows of noise are found again, or its sums would be others."""
+    made = federation(
+        rounds__number=6,
+        rounds__evaluate_every=0,
+        aggregation__secure=True,
+        aggregation__cohort=3,
+        aggregation__threshold=3,
+        privacy__noise="shared",
+        privacy__bands=3,
+        privacy__band_weights=[1.0, 0.7, 0.4],
+        optimizer__server={"name": "sgd", "momentum": 0.5},
+        optimizer__site__head_rounds=0,
+    )
+    deaths = [[2, "masked", 2], [3, "open", 1], [5, "checkpoint", "before"]]
+    script, mark = Path(__file__).with_name("dying_coordinator.py"), tmp_path / "deaths"
+    coordinator = made.coordinator
+    words = ["coordinator", "start", "--dir", str(coordinator.folder)]
+    command = [sys.executable, str(script), json.dumps(deaths), str(mark), *words]
+    coordinator.start(command=command)
+    wait_for(coordinator._answers, what="the coordinator's start")
+    made.enrol()
+    for site in made.sites.values():
+        site.start()
+    made.wait_online()
+    run, names = made.propose(), list(made.sites)
+
+    def over():
+        if not coordinator.running:
+            site = made.sites[names.pop(0)]  # another one with each death
+            site.kill()
+            site.start()
+            coordinator.start(command=command)
+            return None
+        try:
+            row = coordinator.state(run)
+        except Exception:
+            return None  # it is starting, or dying
+        return row if row["state"] in {"finished", "failed", "stopped"} else None
+
+    row = wait_for(over, seconds=500.0, what="the end of the run", every=0.3)
+    assert row["state"] == "finished", row
+    assert not names  # all three were killed
+    assert not coordinator.events(run, "round_void")
+    deployed = coordinator.adapter(run, tmp_path / "adapter")
+    for site in made.sites.values():
+        site.terminate()
+    assert same(deployed, made.simulated())
+    # Both blocks, and each round that rests on them, once.
+    assert made.charges(run) == {name: [1, 1, 2, 3, 4, 4, 5, 6] for name in made.sites}
+
+
 FIVE = ("alpha", "beta", "delta", "epsilon", "gamma")
 
 

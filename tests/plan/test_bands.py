@@ -111,13 +111,6 @@ REFUSED = [
     ({"aggregation.strategy": "median", "aggregation.weights": "equal"}, "aggregation.strategy"),
     ({"aggregation.head": "local"}, "aggregation.strategy: 'fedavg' or 'ffa'"),
     (
-        {
-            "privacy.noise": "shared",
-            "aggregation": {"secure": True, "cohort": 5, "threshold": 4},
-        },
-        "privacy.bands: not with privacy.noise = 'shared'",
-    ),
-    (
         {"privacy": {"mode": "none", "rate": 0.06, "bands": 8}},
         "privacy.mode: must be 'record' with privacy.bands",
     ),

@@ -13,8 +13,9 @@ import pytest
 from scipy.stats import norm
 
 from silotune.errors import SelfCheckFailed
+from silotune.privacy.bands import taken_back
 from silotune.privacy.noise import SeededNoise
-from silotune.privacy.secagg.encoding import BoundedSpan, Encoding, taken_back
+from silotune.privacy.secagg.encoding import BoundedSpan, Encoding
 
 _UNIT = 1 << 36  # a unit of fresh noise: large, so that rounding to whole numbers is not seen
 _ROOT = (1.0, 0.5, 0.375, 0.3125)  # best where rounds are just added up

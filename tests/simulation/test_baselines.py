@@ -15,8 +15,8 @@ from silotune.simulation.baselines import (
     _features,
     _own_head,
     _pooled,
+    _Share,
     _trainers,
-    _with_share,
     federate,
     head_only,
     jobs_for,
@@ -68,7 +68,7 @@ def test_a_federated_baseline_has_the_noise_of_the_federations_own_sums(federati
     update = run.training.trainer.round(
         initial_adapter(layout, shared), 3
     )  # from round 3 all is trained
-    flat = _with_share(update, shared, layout=layout, site="alpha", number=3)
+    flat = _Share(shared, layout=layout, site="alpha").added(update, 3)
     added, spans = flat - update.flat, layout.spans({"A", "B", "head"})
     for part in ("B", "head"):
         numbers = np.concatenate([added[s.start : s.stop] for s in spans if s.part == part])
@@ -77,6 +77,23 @@ def test_a_federated_baseline_has_the_noise_of_the_federations_own_sums(federati
     whole = run.sigma / 2**0.5  # two sharers: each adds half of the variance
     assert own["head"] == pytest.approx(update.missing_noise["head"])
     assert own["head"] > whole * PRIVATE["privacy.clip"]["head"]  # of a share of the budget
+
+
+def test_a_federated_baseline_takes_back_the_noise_that_the_plan_says(federation):
+    correlated = {"privacy.bands": 2, "privacy.band_weights": [1.0, 0.6]}
+    server = {"optimizer.server": {"name": "sgd"}, "optimizer.site.head_rounds": 0}
+    plan = federation.plan.override({**SHARED, **correlated, **server})
+    run = federation.runs(plan)[0]
+    adapter = initial_adapter(run.layout, plan)
+    updates = {number: run.training.trainer.round(adapter, number) for number in (1, 2, 3)}
+
+    def noise(share, numbers):
+        return [share.added(updates[n], n) - updates[n].flat for n in numbers]
+
+    first, second, third = noise(_Share(plan, layout=run.layout, site="alpha"), (1, 2, 3))
+    (alone,) = noise(_Share(plan, layout=run.layout, site="alpha"), (3,))
+    np.testing.assert_allclose(third, alone - 0.6 * second, atol=1e-4 * np.abs(alone).max())
+    assert np.abs(second + 0.6 * first).std() > 0.5 * alone.std()
 
 
 def test_a_head_of_ones_own_changes_the_head_and_nothing_else(federation):

@@ -183,6 +183,33 @@ def test_with_an_update_lost_that_sites_may_have_opened_for_the_round_is_void(fe
     assert played.charges() == {name: list(range(1, ROUNDS + 1)) for name in FIVE}
 
 
+BANDED = {
+    "privacy.noise": "shared",
+    "privacy.bands": 2,
+    "privacy.band_weights": [1.0, 0.6],
+    "optimizer.server.name": "sgd",
+    "optimizer.site.head_rounds": 0,
+}
+
+
+def test_correlated_shares_are_the_same_after_the_coordinators_death_and_a_sites_absence(
+    federation,
+):
+    """beta is gone for a round within a block; the coordinator dies before and after it is back."""
+    faults, deaths = ["beta 2 masked"], [(2, "masked", 3), (3, "open", 2), (4, "masked", 4)]
+    calm = Play(federation, "banded", faults=faults, **BANDED)
+    played = Play(federation, "banded-killed", deaths, faults=faults, **BANDED)
+    assert played.lives == 4
+    assert played.adapter.tobytes() == calm.adapter.tobytes()
+    assert played.charges() == calm.charges()
+    assert {n: "beta" in sites for n, sites in replied(played.directory.events).items()} == {
+        1: True,
+        2: False,
+        3: False,
+        4: True,
+    }
+
+
 def every_death():
     """Each phase before, among and after its replies, and beside each write; in a round of its own."""
     phases = [(phase, when) for phase in PHASES for when in ("before", 1, 3, 5)]

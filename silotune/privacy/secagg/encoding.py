@@ -29,7 +29,7 @@ All arithmetic behind the noise is on integers: a step is a whole number of unit
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -38,6 +38,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 
 from silotune.errors import CalibrationImpossible, SelfCheckFailed
+from silotune.privacy.bands import Row, fresh_row
 from silotune.privacy.noise import DRAW_LIMIT, DRAW_STD, INFLATION, NoiseSource, noise_is_plausible
 
 Ring = NDArray[np.uint32] | NDArray[np.uint16]
@@ -165,43 +166,12 @@ def add_and_round(values: NDArray[np.float64], *, std: float, noise: NoiseSource
     return noisy
 
 
-def taken_back(earlier: Mapping[int, Integers], *, column: Sequence[float], size: int) -> Integers:
-    """What a round's share of correlated noise takes back of earlier rounds', in units of the sampler.
-
-    Of a round that the site had no part in, or whose row is gone, nothing is: that costs accuracy and no
-    privacy. It depends on rows alone, never on records or on what was sent.
-
-    Parameters
-    ----------
-    earlier : mapping of int to int64 array
-        Rows of earlier rounds, by how many rounds *of the run* ago. A site that counted its own instead
-        would bring units of other sites, which are drawn every so many rounds, too close together.
-    column : sequence of float
-        Weights, beginning with 1 for the round's own.
-    size : int
-        Numbers in a row.
-
-    Raises
-    ------
-    SelfCheckFailed
-        A row of another form.
-    """
-    total = np.zeros(size)
-    for ago in sorted(earlier):
-        row = earlier[ago]
-        if row.shape != (size,) or row.dtype != np.int64:
-            raise SelfCheckFailed(f"the noise of {ago} rounds ago is not of this round's shape")
-        if ago < len(column):
-            total += column[ago] * row
-    return np.rint(total).astype(np.int64)
-
-
 def add_row_and_round(
-    values: NDArray[np.float64], *, std: float, taken_back: Integers, noise: NoiseSource
-) -> tuple[Integers, Integers]:
+    values: NDArray[np.float64], *, std: float, back: Row, noise: NoiseSource
+) -> tuple[Integers, Row]:
     """Like `add_and_round`, with noise that takes back some of what earlier rounds added.
 
-    What is added is the row ``fresh - taken_back`` and a Gaussian of `LEAST_STEPS` steps that no later
+    What is added is the row ``fresh - back`` and a Gaussian of `LEAST_STEPS` steps that no later
     round takes back: it alone has to hide how each site rounds, whatever the rows are.
 
     Parameters
@@ -230,9 +200,7 @@ def add_row_and_round(
     if values.size and not np.abs(values).max() < 2.0**40:
         raise SelfCheckFailed("a number is NaN or too large to be given noise")
     units = units_per_step(std)
-    row, noisy = -taken_back, np.empty(values.size, dtype=np.int64)
-    for start, draws in noise.draws(values.size):
-        row[start : start + draws.size] += draws
+    row, noisy = fresh_row(back, noise), np.empty(values.size, dtype=np.int64)
     smooth = LEAST_STEPS * INFLATION * units / DRAW_STD
     for start, draws in noise.draws(values.size):
         here = slice(start, start + draws.size)
@@ -243,7 +211,7 @@ def add_row_and_round(
         part += units // 2
         np.floor_divide(part, units, out=part)
         np.add(part, whole.astype(np.int64), out=noisy[here])
-    added = noisy - values + taken_back / units
+    added = noisy - values + back / units
     _require_plausible(added, math.hypot(std, LEAST_STEPS))
     return noisy, row
 
@@ -363,9 +331,9 @@ class Encoding:
         stds: Sequence[float],
         noise: NoiseSource,
         *,
-        back: Integers,
+        back: Row,
         growth: float,
-    ) -> tuple[Ring, int, Integers]:
+    ) -> tuple[Ring, int, Row]:
         """Like `encode_with_noise`, with noise that takes `back` some of earlier rounds'; its row, too.
 
         Parameters
@@ -378,7 +346,7 @@ class Encoding:
             here = slice(at, at + span.size)
             scaled, cut = self._scaled(update[here], span, growth * std)
             ring_part, row[here] = add_row_and_round(
-                scaled, std=std / self.step(span), taken_back=back[here], noise=noise
+                scaled, std=std / self.step(span), back=back[here], noise=noise
             )
             ring[here] = ring_part.astype(self.dtype)
             saturated += cut
