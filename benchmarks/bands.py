@@ -2,8 +2,9 @@
 
 - noise: the noise in a run's adapters at equal epsilon, beside that of independent noise; no training.
   Root mean square over all adapters, and of the last one: noise multiplier times what the weights leave.
-- demo: the hospitals' head, alone or on random cosines, each site adding noise of its own, through the
-  package's own trainers and server: test macro-F1, mean and standard deviation over seeds.
+- demo: the hospitals' head, alone or on random cosines, each site adding noise of its own, or its share
+  (--noise shared), through the package's own trainers and server: test macro-F1, mean and standard
+  deviation over seeds.
 
     python benchmarks/bands.py noise|demo [--bands 1 8] [--epsilon 8 3 1] [--seeds 1 2 3] [--quick]
 """
@@ -84,7 +85,7 @@ def noise(
 
 def demo_plans(path: Path, options: argparse.Namespace, epsilon: float) -> dict[str, Plan]:
     common: dict[str, Any] = {
-        **IN_THE_CLEAR,
+        **(IN_THE_CLEAR if options.noise == "local" else {"privacy.noise": "shared"}),
         "privacy.epsilon": epsilon,
         "lora": {"target_modules": "none", "r": 1},
         "optimizer.server": {"name": "sgd", "momentum": MOMENTUM},
@@ -142,6 +143,7 @@ def demo(options: argparse.Namespace) -> dict[str, list[float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", nargs="?", default="noise", choices=("noise", "demo"))
+    parser.add_argument("--noise", default="local", choices=("local", "shared"), help="of the demo")
     parser.add_argument("--bands", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--epsilon", nargs="+", type=float, default=[8.0, 3.0, 1.0])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])

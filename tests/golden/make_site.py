@@ -168,7 +168,7 @@ def correlated(folder):
     for number, block in ((2, 1), (3, 1), (5, 4)):
         key = ReleaseKey(RUN, number, "update")
         book.charge(DATASET, key, plan, step, block=block)
-        kept.keep(number, {"noise": vector(number, 6).astype(np.float64)})
+        kept.keep(number, {"noise": (vector(number, 6) * 2.0**41).astype(np.int64)})
         kept.promote(number, f"{number:x}" * 64)
         book.bind(DATASET, key, f"{number:x}" * 64)
     book.close()

@@ -89,6 +89,12 @@ def test_no_rule_fills_in_rounds_that_train_something_else(tmp_path, strategy):
     assert len(plan.privacy.band_weights) == 8
 
 
+def test_correlated_noise_may_be_shared():
+    secure = {"secure": True, "cohort": 5, "threshold": 4}
+    plan = plan_with(**{"privacy.noise": "shared", "aggregation": secure})
+    assert "each takes back a part" in dict(plan_in_words(plan))["Privacy"]
+
+
 def test_a_plan_without_bands_has_the_text_that_it_had():
     plain = plan_with(**{"privacy.bands": None})
     assert plain.canonical() == plan_with(**{"privacy.bands": 1}).canonical()
