@@ -4,7 +4,7 @@
   Root mean square over all adapters, and of the last one: noise multiplier times what the weights leave.
 - demo: the hospitals' head, alone or on random cosines, each site adding noise of its own, or its share
   (--noise shared), through the package's own trainers and server: test macro-F1, mean and standard
-  deviation over seeds.
+  deviation over seeds. Beside it independent noise under Adam, the default.
 
     python benchmarks/bands.py noise|demo [--bands 1 8] [--epsilon 8 3 1] [--seeds 1 2 3] [--quick]
 """
@@ -88,21 +88,25 @@ def demo_plans(path: Path, options: argparse.Namespace, epsilon: float) -> dict[
         **(IN_THE_CLEAR if options.noise == "local" else {"privacy.noise": "shared"}),
         "privacy.epsilon": epsilon,
         "lora": {"target_modules": "none", "r": 1},
-        "optimizer.server": {"name": "sgd", "momentum": MOMENTUM},
         "rounds.number": options.rounds,
         "privacy.rate": options.rate,
         "privacy.metrics_share": None,
         "rounds.evaluate_every": 0,
     }
-    if options.lr:
-        common["optimizer.site.head_lr"] = options.lr
     kinds = {"linear": None, "cosines": {"kind": "cosines", "number": 2048, "scale": 1.5}}
+    sgd = {"optimizer.server": {"name": "sgd", "momentum": MOMENTUM}}
+    made = {}
+    for kind in options.heads:
+        for rate in options.lr or [None]:
+            by, own = ("the rule", {}) if rate is None else (f"{rate:g}", {"head_lr": rate})
+            settings = {**common, **{f"optimizer.site.{key}": value for key, value in own.items()}}
+            for several in options.bands:
+                plan = Plan.load(path, {**settings, **sgd, "privacy.bands": several})
+                made[f"{kind}, bands {several}, rate {by}"] = plan
+        made[f"{kind}, Adam, rate the rule"] = Plan.load(path, common)
     return {
-        f"{kind}, bands {several}": Plan.load(path, {**common, "privacy.bands": several}).override(
-            {"model.head_features": kinds[kind]}
-        )
-        for kind in options.heads
-        for several in options.bands
+        row: plan.override({"model.head_features": kinds[row.partition(",")[0]]})
+        for row, plan in made.items()
     }
 
 
@@ -149,7 +153,9 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--rounds", type=int, default=72)
     parser.add_argument("--rate", type=float, default=0.06)
-    parser.add_argument("--lr", type=float, help="of the head; by the plan's rule if absent")
+    parser.add_argument(
+        "--lr", nargs="+", type=float, help="of the head, under SGD; else the rule's"
+    )
     parser.add_argument("--heads", nargs="+", default=["linear", "cosines"])
     parser.add_argument("--json", action="store_true", help="last line is one JSON object")
     parser.add_argument("--quick", action="store_true", help="400 records a site, one seed")
