@@ -318,6 +318,17 @@ def test_records_that_come_later_move_nobody_elses_turn(made, models, tmp_path):
     assert (counts > 0).all()
 
 
+def test_whose_turn_it_is_only_the_sites_secret_tells(made, models, tmp_path):
+    secret = made.plan.override({"plan.seed": None})
+
+    def turns(state, plan=secret):
+        return Site(made, models, tmp_path / state, plan=plan).run.training.records.turns.tolist()
+
+    assert turns("a") == turns("a")
+    assert turns("a") != turns("b")  # alike by chance: 3^-60
+    assert turns("a") != turns("a", plan=secret.override({"plan.name": "another"}))
+
+
 def test_a_training_that_knows_no_turns_draws_nobody(site):
     from silotune.client.trainer import SiteData
     from silotune.errors import SelfCheckFailed

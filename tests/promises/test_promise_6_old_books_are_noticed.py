@@ -79,11 +79,11 @@ class Books:
         ledger.reserve("notes", run, "ab" * 32, SelfComposedDpEvent(ROUND, rounds), budget=BUDGET)
         ledger.close()
 
-    def train(self, run, number):
+    def train(self, run, number, *, block=None):
         """What is done for a message to train: agree, charge, write it down, exchange."""
         self.agree(run)
-        ledger = self.ledger()
-        ledger.charge("notes", ReleaseKey(run, number, "update"), "ab" * 32, ROUND, "cd" * 32)
+        ledger, key = self.ledger(), ReleaseKey(run, number, "update")
+        ledger.charge("notes", key, "ab" * 32, ROUND, "cd" * 32, block=block)
         head = ledger.head
         ledger.close()
         place = {"ledger_seq": head.seq, "ledger_hash": head.hash}
@@ -370,6 +370,29 @@ def test_restoring_from_nothing_charges_everything(north, lost):
     assert "whole" in north.verify()
     north.reserve("r2", rounds=1)
     north.train("r2", 1)
+
+
+def test_restored_books_pay_again_for_a_block_whose_later_rounds_they_forgot(tmp_path, town):  # noqa: F811
+    """These cost nothing by themselves: what the coordinator remembers of costs misses none."""
+    (tmp_path / "north").mkdir()
+    north = Books(tmp_path / "north", town)
+    north.reserve("r1", rounds=1)
+    north.train("r1", 1, block=1)
+    old = north.copy(tmp_path / "old")
+    north.train("r1", 2, block=1)
+    once = north.spent()
+    north.put_back(old)
+    assert north.restore("--reason", "the disk died").exit_code == 0
+    north.reopen()
+    assert north.spent() == once
+    north.reserve("r1", rounds=1)
+    north.train("r1", 2, block=1)
+    assert north.spent() > 1.3 * once
+    ledger = north.ledger()
+    first, second = (ReleaseKey("r1", number, "update") for number in (1, 2))
+    assert ledger.payload_of(first) and not ledger.payload_of(first, since_opened=True)
+    assert ledger.payload_of(second, since_opened=True)
+    ledger.close()
 
 
 def test_restoring_twice_charges_once(north, monkeypatch):
