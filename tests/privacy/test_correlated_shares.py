@@ -14,8 +14,10 @@ from scipy.stats import norm
 
 from silotune.errors import SelfCheckFailed
 from silotune.privacy.bands import taken_back
+from silotune.privacy.events import step_event, to_json
 from silotune.privacy.noise import SeededNoise
 from silotune.privacy.secagg.encoding import BoundedSpan, Encoding
+from silotune.privacy.tally import epsilon_at_two_sites, epsilon_of, epsilon_of_two_units
 
 _UNIT = 1 << 36  # a unit of fresh noise: large, so that rounding to whole numbers is not seen
 _ROOT = (1.0, 0.5, 0.375, 0.3125)  # best where rounds are just added up
@@ -267,3 +269,14 @@ def test_fresh_noise_left_out_of_a_row_is_noticed():
         code.encode_with_row(
             np.zeros(1000), [1.0], Silent(0), back=np.full(1000, 1 << 42), growth=2.0
         )
+
+
+def test_two_units_at_once_are_charged_by_way_of_the_data_with_one_of_them():
+    """Two releases that are (e, d) each are (2 e, (1 + exp(e)) d) together."""
+    delta, tally = 1e-5, {to_json(step_event(rate=0.48, sigma=1.6, steps=1)): 9}
+    found = epsilon_of_two_units(tally, delta=delta)
+    one = found / 2
+    assert epsilon_of(tally, delta=delta / (1 + math.exp(one))) <= one
+    # No less than a bound that holds for noise of one round each; and no more than it must be.
+    assert found >= epsilon_at_two_sites(tally, delta=delta)
+    assert epsilon_of(tally, delta=delta / (1 + math.exp(0.99 * one))) > 0.99 * one

@@ -125,6 +125,25 @@ def test_under_secure_aggregation_local_noise_is_correlated_too(federation):
         assert 7.9 < stated["sites"][site]["epsilon"] <= 8.0
 
 
+def test_shares_of_correlated_noise_cost_the_plans_epsilon_and_are_reported(federation):
+    shared = {
+        "aggregation.secure": True,
+        "aggregation.cohort": 3,
+        "aggregation.threshold": 2,
+        "privacy.noise": "shared",
+    }
+    found = play(federation, "shared", **shared)
+    stated = json.loads((found.root / "privacy.json").read_text())
+    for site in SITES:
+        facts = stated["sites"][site]
+        assert 7.9 < facts["epsilon"] <= 8.0
+        assert facts["steps"] == 3
+        assert facts["exposures"][0]["epsilon"] == facts["epsilon"]
+    # Two units of one person may be drawn in rounds whose noise has to do with another.
+    assert stated["two_sites"]["epsilon"] > 2 * 8.0
+    assert "two sites" in write_report(found.root).read_text()
+
+
 def test_workers_give_the_same_adapter_and_comparisons_beside_it(federation, whole):
     found = play(federation, "compared", settings=Settings(workers=2, baselines=True))
     assert final(found) == final(whole)
