@@ -186,6 +186,9 @@ def _privacy(facts: PlanFacts) -> Lines:
     yield "privacy.rate", *_rate(facts)
     if private and not TASKS[facts.task].has_head:
         yield "privacy.clip", 1.0, "lower is less noise and more bias"
+    elif private and TASKS[facts.task].each_token:
+        clip = {"head": 0.25, "adapter": 0.25}
+        yield "privacy.clip", clip, "a text's gradient is a mean over its tokens, and short"
     elif private:
         clip = {"head": 2.0, "adapter": 2.0}
         yield "privacy.clip", clip, "half of the longest gradient that features of length 4 give"

@@ -232,4 +232,5 @@ def test_a_head_on_every_token_is_trained_alone_and_without_cosines(tmp_path, be
     found = {row["key"]: row["value"] for row in told.facts["settings"]}
     assert found["optimizer.site.head_rounds"] == found["rounds.number"]
     assert "model.head_features" not in found
+    assert found["privacy.clip"] == {"head": 0.25, "adapter": 0.25}  # means over tokens are short
     assert Plan.load(path).model.labels == ("NAME",)

@@ -11,6 +11,7 @@ from silotune.data.demo_notes import LABELS, STYLES, example_note, write_notes
 from silotune.data.records import load_records
 from silotune.data.site import load_sites
 from silotune.models.spans import spans_in
+from silotune.plan.left_out import left_out
 from silotune.plan.plan import Plan
 
 
@@ -37,6 +38,12 @@ def test_every_note_is_used_and_every_label_occurs_at_every_hospital(demo, recor
         assert found.n_units() == 12
         labels = {span.label for e in found.examples for span in spans_in(e["spans"])}
         assert labels == set(LABELS)
+
+
+def test_the_plan_leaves_its_numbers_to_the_rules(demo):
+    ruled = {number.key for number in left_out(Plan.written_in(demo.plan))}
+    assert {"model.centre_texts", "lora.r", "optimizer.site.head_lr"} < ruled
+    assert Plan.load(demo.plan).head_rounds == Plan.load(demo.plan).rounds.number
 
 
 def test_spans_are_exact_and_what_is_no_identifier_is_in_none(records):
