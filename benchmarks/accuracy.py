@@ -11,9 +11,9 @@ Methods:
 - pooled: one trainer with all records, the head by rule; pooled_lora: an adapter, too
 
 Budgets are epsilons, or ``none``. Noise: ``shared`` (each site adds its share), ``local`` (each adds
-all of its own), and ``local_bands``: local, correlated over 8 rounds (`privacy.bands`) under SGD with
-momentum. With --folder every cell is kept in its cells.json at once, and the same command goes on where
-it was stopped. Cells that are cheap and matter most come first.
+all of its own), and both with ``_bands``: correlated over 8 rounds (`privacy.bands`) under SGD with
+momentum. With --folder every cell is kept in its cells.json at once,
+and the same command goes on where it was stopped. Cells that are cheap and matter most come first.
 
     python benchmarks/accuracy.py [--folder F] [--seeds 1 2 3 4 5] [--show] [--quick] [--json]
 """
@@ -45,14 +45,16 @@ TASKS = ("code", "category", "bank")
 METHODS = ("own", "probe", "cosines", "lora", "both", "pooled", "pooled_lora")
 ADAPTERS = ("lora", "both", "pooled_lora")
 ALONE = ("own", "pooled", "pooled_lora")  # one trainer: who adds the noise makes no difference
-NOISES = ("shared", "local", "local_bands")
+NOISES = ("shared", "local", "shared_bands", "local_bands")
 COSINES = {"kind": "cosines", "number": 2048, "scale": 1.5}
 LORA = {"lora.r": 2, "lora.target_modules": ["query", "value"], "lora.last_layers": 1}
 OPEN = {f"privacy.{key}": None for key in ("epsilon", "delta", "clip")} | {"privacy.mode": "none"}
+BANDS = {"privacy.bands": 8, "optimizer.server.name": "sgd"}
 NOISE = {
     "shared": {},
     "local": IN_THE_CLEAR,
-    "local_bands": {**IN_THE_CLEAR, "privacy.bands": 8, "optimizer.server.name": "sgd"},
+    "shared_bands": BANDS,
+    "local_bands": {**IN_THE_CLEAR, **BANDS},
 }
 
 
@@ -103,11 +105,11 @@ def cells(options: argparse.Namespace) -> Iterator[Cell]:
     some = [
         (("probe", "cosines"), (8.0,), ("shared",)),
         (("own", "pooled"), (8.0, None), ("shared",)),
-        (("probe", "cosines"), (8.0,), ("local", "local_bands")),
+        (("probe", "cosines"), (8.0,), ("local", "local_bands", "shared_bands")),
         (("lora",), (8.0,), ("shared",)),
         (("probe", "cosines"), (None, 3.0, 1.0), ("shared",)),
         (("both",), (8.0,), ("shared",)),
-        (("probe", "cosines"), (3.0, 1.0), ("local", "local_bands")),
+        (("probe", "cosines"), (3.0, 1.0), ("local", "local_bands", "shared_bands")),
         (("own", "pooled"), (3.0, 1.0), ("shared",)),
         (("lora", "pooled_lora"), (None,), ("shared",)),
         (("lora", "both"), (3.0, 1.0), ("shared",)),
