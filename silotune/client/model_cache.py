@@ -131,12 +131,15 @@ class ModelCache:
         place = _place(site, plan)
         for key in [k for k in self._frozen if k.place == place and k.content != content]:
             del self._frozen[key]
-        for path in self.shared.glob(f"{place}-*") if self.shared else ():
-            if not path.name.startswith(f"{place}-{content}-"):
+        # A folder a place: with all in one, every site would look at every other's files.
+        folder = self.shared / place if self.shared else None
+        for path in folder.iterdir() if folder is not None and folder.is_dir() else ():
+            if not path.name.startswith(f"{content}-"):
                 path.unlink(missing_ok=True)
 
     def _find_frozen(self, key: _Made, plan: Plan, encoded: Encoded, *, base: str | None) -> Frozen:
-        path = self.shared / f"{'-'.join(key)}.safetensors" if self.shared else None
+        name = f"{key.content}-{key.settings}.safetensors"
+        path = self.shared / key.place / name if self.shared else None
         if path is not None and path.exists():
             return Frozen.load(path, encoded)
         found = compute_frozen(self.for_plan(plan, base=base).model, encoded)

@@ -108,7 +108,7 @@ class RunFiles:
     ) -> None:
         self.run, self._kind = run, kind
         self._folder, self._vault, self._to_disk = state / kind.folder, vault, to_disk
-        create_private_folder(self._folder)
+        create_private_folder(self._folder, to_disk=to_disk)
 
     def write(self, number: int, content: bytes, *, name: str = "") -> None:
         """Put a round's file on the disk, whole or not at all."""

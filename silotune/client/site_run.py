@@ -92,9 +92,10 @@ class SealingKeys:
     signing: Ed25519PrivateKey
 
     @classmethod
-    def beside(cls, state: Path) -> SealingKeys:
+    def beside(cls, state: Path, *, to_disk: bool = True) -> SealingKeys:
         """Keys that lie in the state itself, made on first use: those of a simulated site."""
-        return cls(Vault(state), load_or_create(state / "signing.key"))
+        vault = Vault(state, to_disk=to_disk)
+        return cls(vault, load_or_create(state / "signing.key", to_disk=to_disk))
 
 
 class SiteRun:
@@ -141,7 +142,7 @@ class SiteRun:
     ) -> None:
         self.site, self.plan, self.run, self._to_disk = site, plan, run, to_disk
         self._roster, self._given_secret, self._on_records = roster, secret, on_records
-        self._keys = keys or SealingKeys.beside(state)
+        self._keys = keys or SealingKeys.beside(state, to_disk=to_disk)
         self._state, self._trainers = state, models
         self.dataset: DatasetConfig = site.dataset(plan.data.dataset)
 

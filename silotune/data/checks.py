@@ -64,6 +64,8 @@ def find_look_alikes(records: Records, plan: Plan) -> LookAlikes:
     """Compare the held-out texts of some records with the training texts of the same label."""
     held_out = records.split != Split.TRAIN
     tested = np.flatnonzero(held_out)[:_MOST_HELD_OUT]
+    if not len(tested):
+        return LookAlikes(0, 0)
     rows = np.concatenate([tested, np.flatnonzero(~held_out)[:_MOST_TRAINED]])
     examples = [records.examples[row] for row in rows.tolist()]
     reads = (CONTENT,) if plan.task.sees else plan.task.reads

@@ -62,8 +62,9 @@ def own_secret(state: Path, vault: Vault, *, new: bytes | None = None) -> bytes:
     """
     path = state / SECRET_FILE
     if not path.exists():
-        create_private_folder(state)
-        create_file(path, vault.seal(new or new_secret(), name=path.name))
+        create_private_folder(state, to_disk=vault.to_disk)
+        sealed = vault.seal(new or new_secret(), name=path.name)
+        create_file(path, sealed, to_disk=vault.to_disk)
     return vault.read(path)
 
 

@@ -80,7 +80,7 @@ def exchange(
         }
         wait: Callable[[float], object] = getattr(grid, "wait", time.sleep)
         while pending:
-            replies = list(grid.pull_messages(list(pending)))
+            replies = list(grid.pull_messages(pending.keys()))
             for reply in replies:
                 yield pending.pop(reply.metadata.reply_to_message_id), reply
             left = ends - time.monotonic()

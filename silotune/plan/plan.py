@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -85,7 +86,7 @@ class Plan(Sections):
         except ValidationError as exc:
             raise PlanInvalid("the plan in the message is not valid") from exc
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """SHA-256 of the canonical text, in hex: the plan's identity."""
         return text_sha256(self.canonical())

@@ -162,7 +162,7 @@ class LedgerTable:
         self._newest: Row | None = None
         self._mutex = threading.RLock()
         with _storage_errors(path):
-            self._chain.prepare(create=create)
+            self._chain.prepare(create=create, to_disk=to_disk)
             if self._witness_path.exists():
                 require_private(self._witness_path)
             self._identity = _identity(path)

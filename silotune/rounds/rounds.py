@@ -438,9 +438,10 @@ def _joined(reply: Message) -> JoinReply | str:
 
 def _agreed_layout(layouts: Mapping[str, str], plan: Plan) -> Layout:
     """The layout that all sites derived from plan and model; only ranks may differ, where they may."""
-    found = {site: Layout.from_json(text) for site, text in layouts.items()}
+    known = {text: Layout.from_json(text) for text in set(layouts.values())}
     if plan.strategy.ranks:
-        found = {site: layout.at_rank(plan.lora.r) for site, layout in found.items()}
+        known = {text: layout.at_rank(plan.lora.r) for text, layout in known.items()}
+    found = {site: known[text] for site, text in layouts.items()}
     if len(set(found.values())) != 1:
         raise SiteReportedError(
             "sites derived different adapter layouts from the plan: "

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -180,7 +180,7 @@ class WorkerGrid(SiteGrid):
         WorkerDied
             A worker ended since the last call. The next calls give error replies for its sites.
         """
-        asked = set(message_ids)
+        asked = message_ids if isinstance(message_ids, Set) else set(message_ids)
         self._pool.advance()
         with self._pool.state:
             self._news = False

@@ -7,6 +7,7 @@ sites of an attacked run, with canaries among their records.
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -37,6 +38,7 @@ from silotune.trust.identity import load_or_create
 Arrays = dict[str, NDArray[Any]]
 
 _CANARY_BATCH = 64
+_FILES_A_SITE, _OTHER_FILES = 2, 1024  # a ledger, and its journal while it is written
 
 
 class SimulatedSites:
@@ -67,6 +69,7 @@ class SimulatedSites:
         self._local: dict[int, LocalTraining] = {}
         if self._plan.statistics is None:
             self._models.for_plan(self._plan)
+        _allow_files(_FILES_A_SITE * len(self._configs))
         self.client_app = build_client_app(self._find)
 
     def _find(self, context: Context, plan: Plan, run: str) -> SiteRun:
@@ -140,6 +143,15 @@ class SimulatedSites:
                 raise RunError(f"no such request: {other}")
 
 
+def _allow_files(number: int) -> None:
+    """Let this process keep so many files open, if the system does: each site has a ledger."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = number + _OTHER_FILES
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
 def build(payload: Mapping[str, Any]) -> SimulatedSites:
     """The worker's factory."""
     return SimulatedSites(payload)
@@ -204,7 +216,7 @@ def payload_for(
 
 def enrol(sites: list[SiteConfig], states: list[Path]) -> dict[str, str]:
     """Identity keys in the sites' state folders; the public ones, in hex, by site."""
-    keys = [load_or_create(state / "signing.key") for state in states]
+    keys = [load_or_create(state / "signing.key", to_disk=False) for state in states]
     publics = [key.public_key().public_bytes_raw().hex() for key in keys]
     return dict(zip((site.name for site in sites), publics, strict=True))
 

@@ -103,7 +103,7 @@ def keep_survey(
     """Write the sites' secrets into their state, and down what they train on."""
     for one in found:
         state = directory.site(one.site)
-        own_secret(state, Vault(state), new=secrets[one.site])
+        own_secret(state, Vault(state, to_disk=False), new=secrets[one.site])
     directory.write_json(RECORDS_FILE, _fingerprints(found, secrets))
 
 
@@ -305,6 +305,7 @@ def start(
     choices = choose(plan, device=settings.device) if plan.statistics is None else _NO_MODEL
     directory = RunDirectory.create(runs, plan.plan.name, plan_toml=plan_toml)
     keep_survey(directory, found, secrets)
+    del found  # all sites' records, for as long as the run takes: workers read them for themselves
     carry_ledgers(earlier, directory)
     job = _Job(directory=directory, plan=plan, sites=sites, choices=choices, settings=settings)
     directory.write_json("resolved.json", _resolved(job))

@@ -118,7 +118,7 @@ class Chain:
         self._settled = [GENESIS]  # where the head file is, unless a process crashed
         self._possible = [GENESIS]  # and where else a crash may have left it
 
-    def prepare(self, *, create: bool) -> None:
+    def prepare(self, *, create: bool, to_disk: bool = True) -> None:
         """See that both files are there and private; start an empty chain if there is none."""
         has_links, has_head = self.path.exists(), self.head_path.exists()
         if not has_links and not has_head:
@@ -127,15 +127,15 @@ class Chain:
                     f"there is no {self._called} at {self.path}",
                     remedy=f"Check the path of the {self._called}.",
                 )
-            create_private_folder(self.path.parent)
+            create_private_folder(self.path.parent, to_disk=to_disk)
             # The head comes first: links without a head are then never the work of a crash.
-            create_file(self.head_path, _head_bytes(GENESIS))
+            create_file(self.head_path, _head_bytes(GENESIS), to_disk=to_disk)
         elif not has_head:
             raise self.damaged(f"{self.head_path} is missing")
         if not self.path.exists():
             if self.read_head() != GENESIS:
                 raise self.damaged(f"{self.path} is missing, and its head is not that of a new one")
-            create_file(self.path, b"")
+            create_file(self.path, b"", to_disk=to_disk)
         require_private(self.path)
         require_private(self.head_path)
 

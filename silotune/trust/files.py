@@ -103,12 +103,13 @@ def sync_directory(folder: Path) -> None:
         os.close(descriptor)
 
 
-def create_private_folder(folder: Path) -> None:
+def create_private_folder(folder: Path, *, to_disk: bool = True) -> None:
     """Make `folder`, and parents that are missing, for its owner only."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     for path in reversed(missing):
         path.mkdir(mode=0o700, exist_ok=True)
-        sync_directory(path.parent)
+        if to_disk:
+            sync_directory(path.parent)
 
 
 def replace_file(path: Path, content: bytes, *, mode: int = 0o600, to_disk: bool = True) -> None:
@@ -125,7 +126,7 @@ def replace_file(path: Path, content: bytes, *, mode: int = 0o600, to_disk: bool
         sync_directory(path.parent)
 
 
-def create_file(path: Path, content: bytes, *, mode: int = 0o600) -> bool:
+def create_file(path: Path, content: bytes, *, mode: int = 0o600, to_disk: bool = True) -> bool:
     """Like `replace_file`, but leave a file that is there alone, with any number of writers.
 
     Returns
@@ -134,14 +135,15 @@ def create_file(path: Path, content: bytes, *, mode: int = 0o600) -> bool:
         Whether the file is the one of this call.
     """
     temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}.tmp")
-    _write(temporary, content, os.O_EXCL, mode)
+    _write(temporary, content, os.O_EXCL, mode, to_disk=to_disk)
     try:
         path.hardlink_to(temporary)
     except FileExistsError:
         return False
     finally:
         temporary.unlink()
-    sync_directory(path.parent)
+    if to_disk:
+        sync_directory(path.parent)
     return True
 
 

@@ -247,10 +247,11 @@ def _pem_of(key: object) -> str:
     return public_pem(key)
 
 
-def load_or_create(path: Path) -> Ed25519PrivateKey:
+def load_or_create(path: Path, *, to_disk: bool = True) -> Ed25519PrivateKey:
     """The key at `path` (PKCS #8 PEM, mode 0600); a new one if there is no file.
 
-    Two processes that start at once end up with the same key.
+    Two processes that start at once end up with the same key. A new one is forced to the disk, except
+    in simulations.
 
     Raises
     ------
@@ -260,9 +261,10 @@ def load_or_create(path: Path) -> Ed25519PrivateKey:
         The file is not an Ed25519 key.
     """
     if not path.exists():
-        create_private_folder(path.parent)
+        create_private_folder(path.parent, to_disk=to_disk)
         fresh = Ed25519PrivateKey.generate()
-        create_file(path, fresh.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+        pem = fresh.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        create_file(path, pem, to_disk=to_disk)
     require_private(path)
     try:
         key = load_pem_private_key(path.read_bytes(), password=None)

@@ -87,6 +87,8 @@ class Vault:
         file but not against a stolen disk.
     base : Path, optional
         Folder that relative paths of `at_rest` start from; `folder` if not given.
+    to_disk : bool
+        Force what is made to the disk; False in simulations only.
 
     Raises
     ------
@@ -97,15 +99,22 @@ class Vault:
     """
 
     def __init__(
-        self, folder: Path, at_rest: AtRest | None = None, *, base: Path | None = None
+        self,
+        folder: Path,
+        at_rest: AtRest | None = None,
+        *,
+        base: Path | None = None,
+        to_disk: bool = True,
     ) -> None:
-        self.folder = folder
-        create_private_folder(folder)
+        self.folder, self.to_disk = folder, to_disk
+        create_private_folder(folder, to_disk=to_disk)
         require_private(folder)
         self._path = folder / VAULT_FILE
-        secret, kind = _secret(at_rest or AtRest(), folder, base or folder, self._path.exists())
-        if not self._path.exists():
-            create_file(self._path, _vault_file(_wrapped(os.urandom(_KEY), secret, kind)))
+        exists = self._path.exists()
+        secret, kind = _secret(at_rest or AtRest(), folder, base or folder, exists, to_disk)
+        if not exists:
+            made = _vault_file(_wrapped(os.urandom(_KEY), secret, kind))
+            create_file(self._path, made, to_disk=to_disk)
         require_private(self._path)
         self._data_key, self._opened = _unwrapped(self._path, secret, kind)
         self._lock = threading.Lock()
@@ -204,7 +213,9 @@ class Vault:
         return _derive(self._data_key, salt, b"file " + name.encode())
 
 
-def _secret(at_rest: AtRest, folder: Path, base: Path, exists: bool) -> tuple[bytes, str]:
+def _secret(
+    at_rest: AtRest, folder: Path, base: Path, exists: bool, to_disk: bool = True
+) -> tuple[bytes, str]:
     """What opens the vault, and its kind: ``passphrase`` or ``key file``.
 
     A key file that isn't there is made, unless the vault exists: then it is lost.
@@ -218,8 +229,8 @@ def _secret(at_rest: AtRest, folder: Path, base: Path, exists: bool) -> tuple[by
         return _passphrase(lines[0] if lines else "", str(path)), "passphrase"
     path = _path(at_rest.key_file, base) if at_rest.key_file else folder / KEY_FILE
     if not path.exists() and not exists:
-        create_private_folder(path.parent)
-        create_file(path, os.urandom(_KEY).hex().encode() + b"\n")
+        create_private_folder(path.parent, to_disk=to_disk)
+        create_file(path, os.urandom(_KEY).hex().encode() + b"\n", to_disk=to_disk)
     content = _read_private(path).strip()
     if len(content) < _KEY:
         raise VaultLocked(f"{path} is too short for a key file")
