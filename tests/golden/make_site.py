@@ -480,6 +480,12 @@ def plans_of_bands(folder):
     _write_plans(folder, {"banded": text})
 
 
+@makes("plans_of_drawn_sites")
+def plans_of_drawn_sites(folder):
+    """Rounds that ask some of the sites."""
+    _write_plans(folder, {"drawn": _PLANS["bare"].replace("number = 3", "number = 3\nsites = 5")})
+
+
 @makes("plans_of_heads")
 def plans_of_heads(folder):
     """Random features under the head, and a mean of adapters at the end."""

@@ -279,6 +279,7 @@ def coordinator_config(path):
 @reads("plans_of_tasks")
 @reads("plans_that_count")
 @reads("plans_of_bands")
+@reads("plans_of_drawn_sites")
 @reads("plans_of_heads")
 @reads("plans_of_sites")
 @reads("plans")
