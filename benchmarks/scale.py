@@ -225,10 +225,10 @@ def main() -> None:
             found[kind] = measured(options, folder, kind=kind, python=python)
             if options.out:
                 options.out.write_text(json.dumps(found, indent=2) + "\n")
-    if not options.json:
-        tell(found, options.kinds)
     if options.json:
         print(json.dumps(found))
+        return
+    tell(found, options.kinds)
 
 
 if __name__ == "__main__":
