@@ -95,6 +95,11 @@ class Run:
         return self.record.history.statistics if self.record.counts else None
 
     @property
+    def votes(self) -> dict[str, Any] | None:
+        """What a vote among candidates came to; None for any other run."""
+        return self.record.history.votes if self.record.votes else None
+
+    @property
     def verdict(self) -> list[str]:
         """What came of it, in sentences."""
         return [] if self.record.counts else list(verdict(self.summary))

@@ -105,7 +105,7 @@ class Site:
         """
         from silotune.data.examine import examine
 
-        if plan is not None and plan.statistics is not None:
+        if plan is not None and plan.only_sums:
             raise PlanInvalid(
                 "it counts, and trains on nothing: leave it out, or give one that trains"
             )

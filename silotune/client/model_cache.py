@@ -25,6 +25,7 @@ from silotune.client.training.base import (
     Vector,
     sums_of,
 )
+from silotune.client.votes import site_votes, tried_plans
 from silotune.data.records import Records, Split, load_records
 from silotune.data.site import SiteConfig
 from silotune.data.statistics import CountTokens, site_sums
@@ -186,7 +187,7 @@ class LocalTraining:
     def layout(self) -> Layout:
         """The adapter's layout at the plan's rank; no weight is loaded for it."""
         plan = self.job.plan
-        if plan.statistics is not None:
+        if plan.only_sums:
             return statistics_layout(plan)
         return self._models.layout(plan, base=self.job.base)
 
@@ -195,7 +196,10 @@ class LocalTraining:
         if self.job.plan.statistics is not None:
             return sums_of(self.job.plan)
         model = self.trainable.model
-        return LoadedAs(layout=model.layout, dtype=str(model.dtype).removeprefix("torch."))
+        return LoadedAs(
+            layout=self.layout() if self.job.plan.vote else model.layout,
+            dtype=str(model.dtype).removeprefix("torch."),
+        )
 
     def weights_sha256(self) -> str | None:
         """Hash of the base model's weights here; None for statistics without one."""
@@ -203,7 +207,7 @@ class LocalTraining:
 
     def prepare(self) -> None:
         """Read the records, and compute what the base model alone makes of them."""
-        if self.job.plan.statistics is not None:
+        if self.job.plan.only_sums:
             _ = self.records
         else:
             self.trainer.prepare()
@@ -211,7 +215,9 @@ class LocalTraining:
     def round(
         self, adapter: Vector, server_round: int, *, clip: float | None, prior: Prior | None
     ) -> Trained:
-        """The steps of a round on the site's records; of statistics the sums over its units."""
+        """The steps of a round on the site's records; of plans for sums those over units or blocks."""
+        if self.job.plan.vote is not None:
+            return self._voted()
         if self.job.plan.statistics is not None:
             sums = site_sums(self.records, self.job.plan, count_tokens=self._count_tokens())
             return Trained(flat=sums, kept={}, records=len(self.records))
@@ -238,8 +244,23 @@ class LocalTraining:
 
     @property
     def trainable(self) -> TrainableModel:
-        """The process's model, ready for this plan."""
-        return self._models.for_plan(self.job.plan, base=self.job.base, rank=self.job.rank)
+        """The process's model, ready for this plan; of a vote for its first candidate."""
+        plan = self.job.plan if self.job.plan.vote is None else tried_plans(self.job.plan)[0]
+        return self._trainable(plan)
+
+    def _trainable(self, plan: Plan) -> TrainableModel:
+        return self._models.for_plan(plan, base=self.job.base, rank=self.job.rank)
+
+    def _voted(self) -> Trained:
+        """The votes of a site's blocks."""
+        votes = site_votes(
+            self.records,
+            self.job.plan,
+            site=self.job.site.name,
+            declared_units=self.job.site.units_for(self.job.plan),
+            trainable=self._trainable,
+        )
+        return Trained(flat=votes, kept={}, records=len(self.records))
 
     @cached_property
     def records(self) -> Records:

@@ -19,6 +19,7 @@ from silotune.data.site import PolicyConfig, SiteConfig
 from silotune.errors import PolicyError
 from silotune.models.layout import Layout
 from silotune.plan.plan import Plan
+from silotune.plan.voted import VOTES
 from silotune.privacy.events import ComposedDpEvent
 from silotune.privacy.ledger import Ledger
 from silotune.privacy.tally import epsilon_of, tally_of, total
@@ -255,22 +256,23 @@ def _base_model(policy: PolicyConfig, plan: Plan, facts: Facts) -> Clause:
 
 
 def _task(policy: PolicyConfig, plan: Plan, facts: Facts) -> Clause:
-    return _among("tasks", errors.TaskRefused, (plan.model.task,), policy.tasks, "task")
+    asked = (plan.model.task,) if plan.vote is None else (plan.model.task, VOTES)
+    return _among("tasks", errors.TaskRefused, asked, policy.tasks, "task")
 
 
 def _modules(policy: PolicyConfig, plan: Plan, facts: Facts) -> Clause:
     asked = plan.lora.target_modules
     names = (asked,) if isinstance(asked, str) else asked
     name, error = "target_modules", errors.TargetModulesRefused
-    if plan.statistics is not None:
+    if plan.only_sums:
         return _clause(name, error, True, "no model is adapted")
     return _among(name, error, names, policy.target_modules, "modules")
 
 
 def _strategy(policy: PolicyConfig, plan: Plan, facts: Facts) -> Clause:
     asked, error = (plan.aggregation.strategy,), errors.StrategyRefused
-    if plan.statistics is not None:
-        return _clause("strategies", error, True, "statistics are sums, and need no strategy")
+    if plan.only_sums:
+        return _clause("strategies", error, True, "counts and votes are sums, and need no strategy")
     return _among("strategies", error, asked, policy.strategies, "strategy")
 
 

@@ -16,7 +16,7 @@ from silotune.data.site import SiteConfig
 from silotune.errors import SilotuneError
 from silotune.models.base import outline, require_taken
 from silotune.models.layout import Layout, statistics_layout
-from silotune.plan.plan import Plan, plan_in_words
+from silotune.plan.plan import Plan, candidates_of, plan_in_words
 from silotune.privacy.ledger import find_ledger
 
 
@@ -69,7 +69,8 @@ def require_servable(site: SiteConfig, plan: Plan) -> None:
     if plan.statistics is not None:
         return
     if knows_base(site, plan):
-        require_taken(plan, base=site.model_place(plan))
+        tried = plan if plan.vote is None else candidates_of(plan)[0]
+        require_taken(tried, base=site.model_place(plan))
 
 
 def _verdict(site: SiteConfig, entry: ProposalRecord) -> PlanVerdict:
@@ -78,7 +79,7 @@ def _verdict(site: SiteConfig, entry: ProposalRecord) -> PlanVerdict:
 
 def layout_at(site: SiteConfig, sha256: str | None, entry: ProposalRecord) -> Layout | None:
     """The adapter's layout, if the policy knows the base model; else nothing is looked at."""
-    if entry.plan.statistics is not None:
+    if entry.plan.only_sums:
         return statistics_layout(entry.plan)
     if site.policy is None or sha256 not in site.policy.base_models:
         return None

@@ -65,7 +65,7 @@ from silotune.errors import (
     SelfCheckFailed,
     ValueUnaccounted,
 )
-from silotune.models.layout import Layout
+from silotune.models.layout import Layout, statistics_layout
 from silotune.plan.plan import Plan
 from silotune.privacy.certificate import CertificateBody, issue
 from silotune.privacy.events import ComposedDpEvent, DpEvent, gaussian_event
@@ -178,7 +178,7 @@ class SiteRun:
         fields = JoinReply.fields(
             site=Public(self.site.name, "site.toml: name"),
             declared_units=Public(declared, "site.toml: declared_units"),
-            layout=Public(loaded.layout.to_json(), "plan: model and lora, or statistics"),
+            layout=Public(loaded.layout.to_json(), "plan: model and lora, or what is counted"),
             dtype=Public(loaded.dtype, "plan: dtype; this machine"),
             rate=Public(self.plan.release_rate(declared), "plan: privacy.rate or privacy.batch"),
             **more,
@@ -503,8 +503,8 @@ class SiteRun:
     def _facts(self) -> Facts:
         """What the policy's judgement rests on, but for the time."""
         policy, layout = self.site.policy, None
-        if self.plan.statistics is not None:
-            layout = self.layout
+        if self.plan.only_sums:
+            layout = statistics_layout(self.plan)
         elif policy and self.plan.model.sha256 in policy.base_models:
             layout = self.training.layout()
         return facts_for(

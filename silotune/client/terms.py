@@ -207,7 +207,7 @@ def missing_noise(plan: Plan, parts: Iterable[Part], *, sigma: float) -> dict[Pa
     shared, clipping, found = shared_noise(plan), plan.privacy.clipping, sorted(set(parts))
     own = sigma / math.sqrt(shared.sharers) if shared else sigma
     own *= math.hypot(*plan.privacy.column)  # a unit moves so many rows of C G
-    if plan.statistics is not None:
+    if plan.only_sums:
         return dict.fromkeys(found, own)  # of what one unit moves by a length of 1
     alone = len({clipping.group(part) for part in found}) == 1  # it has all of the sensitivity
     return {
@@ -235,7 +235,7 @@ def shortened_sums(
     declared_units : int
         The site's.
     """
-    clipping, counted = plan.privacy.clipping, plan.statistics is not None
+    clipping, counted = plan.privacy.clipping, plan.only_sums
     drawn = declared_units if counted else plan.expected_batch(declared_units)
     groups: dict[str, list[slice]] = {}
     for span, place in laid_out(spans):

@@ -8,10 +8,11 @@ Privacy units are drawn by Poisson sampling and packed into micro-batches.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, cast
 
@@ -199,6 +200,12 @@ class TrainableModel:
             for entry in model.layout.entries
             if entry.name in model.module.trained
         }
+
+    def under(self, plan: Plan) -> TrainableModel:
+        """The same weights under a plan of the same model, adapter and mode of privacy."""
+        other = copy.copy(self)
+        other.plan, other.model = plan, replace(self.model, plan=plan)
+        return other
 
     def part_of(self, parameter: nn.Parameter) -> Part:
         """Which part of the adapter a trained parameter is."""

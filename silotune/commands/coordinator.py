@@ -25,6 +25,7 @@ from silotune.commands.folder import (
 )
 from silotune.commands.plan import untried
 from silotune.commands.statistics import statistics
+from silotune.commands.vote import votes
 from silotune.events.schema import in_a_line
 from silotune.plan.plan import Plan
 from silotune.terminal import say
@@ -490,6 +491,7 @@ def adapter(
 
 
 runs.command("statistics")(statistics)
+runs.command("votes")(votes)
 
 
 def _write_peft(content: bytes, plan: Plan, out: Path) -> None:

@@ -9,8 +9,10 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from silotune.plan.bands import noise_in_adapters
+from silotune.plan.document import canonical_json
 from silotune.plan.left_out import MOST_CURVED_LABELS, adapter_lr, head_lr
-from silotune.plan.plan import Plan
+from silotune.plan.plan import Plan, candidates_of
+from silotune.plan.voted import blocks_at
 
 if TYPE_CHECKING:
     from silotune.models.layout import Layout, Part
@@ -21,6 +23,8 @@ _FAR = 5.0  # times more or less than what a rule would say
 _NO_GAIN = 0.98  # of independent noise, that correlated noise leaves
 _LOST = 3.0  # signal over noise of a whole run, below which most of what is learned is lost
 _TEXTS = 8  # that the time of a record is measured with
+_HEAD_STEP = 2.5e-3  # seconds of a step of a head in a block, whatever its units
+_CLEAR = 6.0  # times the noise of a number of votes that there are votes, for a choice to be one
 _BACKWARD = 3.0  # a training step takes as long as so many forward passes
 
 
@@ -56,6 +60,8 @@ def seconds_a_record(model: LoadedModel) -> float:
 
 def seconds(plan: Plan, *, record: float, units: int) -> float:
     """Computing time of a run at a site of so many units, of which a forward pass takes `record`."""
+    if plan.vote is not None:
+        return _vote_seconds(plan, record=record, units=units)
     each = plan.privacy.max_records_per_unit * record
     head = plan.head_rounds
     steps = (plan.rounds.number - head) * plan.rounds.local_steps
@@ -68,9 +74,30 @@ def sites_a_round(plan: Plan, sites: int) -> int:
     return sites if plan.rounds.sites is None else min(sites, plan.rounds.sites)
 
 
+def _vote_seconds(plan: Plan, *, record: float, units: int) -> float:
+    """Features of all units once for each model that candidates have, and the steps of all blocks."""
+    candidates = candidates_of(plan)
+    models = {canonical_json(one.model.written()) for one in candidates}
+    most = candidates[0].privacy.max_records_per_unit
+    features = len(models) * plan.training_units(units) * most * record
+    return features + _HEAD_STEP * blocks_at(plan, units) * sum(one.steps for one in candidates)
+
+
+def close_votes(plan: Plan, declared: Mapping[str, int], *, noise: float) -> list[str]:
+    """That a vote's noise is too large for so few blocks, in a sentence."""
+    blocks = sum(blocks_at(plan, units) for units in declared.values())
+    if not blocks or blocks >= _CLEAR * noise:
+        return []
+    return [
+        f"{blocks} blocks have {blocks} votes together, and each number of votes gets noise of "
+        f"{noise:.1f}: with fewer than {_CLEAR:g} times the noise it is mostly noise that chooses. Take "
+        "a smaller vote.block_units or a larger epsilon"
+    ]
+
+
 def corners(plan: Plan, layout: Layout | None, declared: Mapping[str, int]) -> list[str]:
     """Where a plan's settings contradict what was measured, in sentences."""
-    if plan.statistics is not None:
+    if plan.only_sums:
         return []
     return [*_rates(plan), *_noise(plan, layout, declared), *_features(plan)]
 

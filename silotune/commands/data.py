@@ -92,7 +92,7 @@ def check(  # noqa: PLR0917 - one a command-line option
 def _examined(
     site: Site, plan: Plan | None, dataset: str | None, model: Path | None
 ) -> Sequence[Examination]:
-    if plan and plan.statistics is not None:
+    if plan and plan.only_sums:
         raise typer.BadParameter(
             "it counts, and trains on nothing: leave it out, or give one that trains",
             param_hint="--plan",

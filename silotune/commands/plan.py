@@ -17,16 +17,20 @@ from rich.table import Table
 from silotune.commands import costs
 from silotune.commands.folder import AsJson
 from silotune.commands.new_plan import new
+from silotune.commands.vote import chosen, vote
 from silotune.data.site import SiteConfig, load_sites
 from silotune.errors import ModelNotFound, PlanInvalid
 from silotune.plan.counted import part_scale
 from silotune.plan.left_out import left_out
-from silotune.plan.plan import Plan, notes_on, plan_in_words, schema
+from silotune.plan.plan import Plan, candidates_of, notes_on, plan_in_words, schema
+from silotune.plan.voted import blocks_at
 from silotune.plan.written import toml_text
 from silotune.terminal import headed, octets, terminal
 
 app = typer.Typer(no_args_is_help=True, help="Write and check plans, and print their schema.")
 app.command("new")(new)
+app.command("vote")(vote)
+app.command("chosen")(chosen)
 
 Overrides = Annotated[
     list[str] | None,
@@ -138,9 +142,9 @@ def assess(plan: Plan, declared: dict[str, int]) -> dict[str, Any]:
         ``noise_beside_independent`` (what noise that is correlated over rounds leaves in the adapters,
         over what independent noise does), ``corners`` (settings that contradict what was measured),
         ``rounds_a_site`` (in how many rounds one of these sites is expected to be asked; None without
-        any), for statistics ``noise_of_a_count`` (one standard deviation, in units), and ``sites``:
-        declared units, expected batch, rate, sigma, epsilon, and the seconds of computing that a run
-        would take on this machine.
+        any), for statistics ``noise_of_a_count`` (one standard deviation, in units), for a vote
+        ``noise_of_votes``, and ``sites``: declared units, expected batch, rate, sigma, epsilon, and the
+        seconds of computing that a run would take on this machine.
     """
     model = _model_facts(plan)
     layout, record = model.pop("layout"), model.pop("seconds_a_record")
@@ -151,16 +155,20 @@ def assess(plan: Plan, declared: dict[str, int]) -> dict[str, Any]:
         }
         for name, units in declared.items()
     }
+    counted = _count_facts(plan, [facts["sigma"] for facts in sites.values()])
+    corners = costs.corners(plan, layout, declared)
+    if noise := counted.get("noise_of_votes"):
+        corners += costs.close_votes(plan, declared, noise=noise)
     return {
         "name": plan.plan.name,
         "plan_sha256": plan.sha256,
         "steps": plan.steps,
         "private": plan.private and plan.plan.seed is None,
         **model,
-        **_count_facts(plan, [facts["sigma"] for facts in sites.values()]),
         "noise_beside_independent": costs.beside_independent(plan, declared),
-        "corners": costs.corners(plan, layout, declared),
         "rounds_a_site": _rounds_a_site(plan, len(declared)),
+        **counted,
+        "corners": corners,
         "sites": sites,
     }
 
@@ -172,11 +180,12 @@ def _rounds_a_site(plan: Plan, sites: int) -> float | None:
 
 def _count_facts(plan: Plan, sigmas: Sequence[float]) -> dict[str, float]:
     """Of a plan that counts: the noise of a count, in units, if all these sites take part."""
-    if plan.statistics is None or not sigmas:
+    if not plan.only_sums or not sigmas:
         return {}
     sharers = plan.aggregation.threshold if plan.privacy.noise == "shared" else 1
     variance = math.fsum(sigma**2 for sigma in sigmas) / (sharers or 1)
-    return {"noise_of_a_count": math.sqrt(variance) / part_scale(plan)}
+    noise = math.sqrt(variance) / part_scale(plan)
+    return {"noise_of_a_count" if plan.vote is None else "noise_of_votes": noise}
 
 
 def _link_seconds(facts: dict[str, Any], link: float) -> float | None:
@@ -195,9 +204,9 @@ _UNKNOWN = dict.fromkeys(
 
 
 def _model_facts(plan: Plan) -> dict[str, Any]:
-    if plan.statistics is not None:
-        from silotune.models.layout import statistics_layout
+    from silotune.models.layout import statistics_layout
 
+    if plan.statistics is not None:
         nbytes = statistics_layout(plan).nbytes
         told = {"trainable_parameters": 0, "bytes_up": nbytes, "bytes_down": nbytes}
         told |= {"run_bytes_up": nbytes, "run_bytes_down": nbytes, "kept_bytes": nbytes}
@@ -212,14 +221,15 @@ def _model_facts(plan: Plan) -> dict[str, Any]:
     except ModelNotFound as exc:  # whoever has it will see; every other trouble is the plan's
         return {"model": f"{exc.code} {exc.detail}", **_UNKNOWN}
     model = load_model(plan, device="cpu")
-    nbytes = model.layout.nbytes
+    layout = model.layout if plan.vote is None else statistics_layout(plan)
+    nbytes = layout.nbytes
     measured = plan.plan.seed is None and plan.model.dtype == "auto"
     later = "; a simulation measures what is fastest, once a run, and writes it down"
-    up, down = costs.moved(plan, model.layout)
+    up, down = (nbytes, nbytes) if plan.only_sums else costs.moved(plan, model.layout)
     return {
         "model": model.description + later * measured,
         "base_bytes": frozen_bytes(model.module),
-        "trainable_parameters": model.layout.size,
+        "trainable_parameters": 0 if plan.only_sums else model.layout.size,
         "bytes_up": nbytes,
         "bytes_down": nbytes,
         "run_bytes_up": up,
@@ -243,7 +253,7 @@ def untried(plan: Plan) -> str:
         locate(plan.model.base)
     except ModelNotFound as exc:
         return f"for {exc.detail}"
-    require_taken(plan)
+    require_taken(plan if plan.vote is None else candidates_of(plan)[0])
     return "".join(f"for {note}" for note in _start_notes(plan))
 
 
@@ -313,6 +323,8 @@ def _print(plan: Plan, facts: dict[str, Any], console: Console) -> None:
             f"  The noise that rounds leave in the adapters is {left:.2f} of that of independent "
             "noise, at the same epsilon."
         )
+    if "noise_of_votes" in facts:
+        _print_vote(plan, facts, console)
     for number in facts["left_out"]:
         line = f"{number['key']} = {_shortened(number['value'])}: {number['why']}."
         console.print(headed("Left out.", line, indent=2))
@@ -328,6 +340,22 @@ def _print(plan: Plan, facts: dict[str, Any], console: Console) -> None:
         rate, batch = f"{site['rate']:.4f}", f"{site['expected_batch']:.0f}"
         table.add_row(name, f"{site['declared_units']:,}", batch, rate, *cells)
     console.print(table)
+
+
+def _print_vote(plan: Plan, facts: dict[str, Any], console: Console) -> None:
+    """How many votes there are, and how long they take."""
+    blocks = sum(blocks_at(plan, site["declared_units"]) for site in facts["sites"].values())
+    noise, sites = facts["noise_of_votes"], len(facts["sites"])
+    console.print(
+        f"  {blocks} blocks vote; each number of votes comes with noise of {noise:.1f} (one standard "
+        f"deviation), if all {sites} sites take part."
+    )
+    seconds = [site["seconds"] for site in facts["sites"].values() if site["seconds"]]
+    if seconds:
+        console.print(
+            f"  Computing takes {_time(max(seconds))} at the largest site, on a machine like this one; "
+            f"a round waits {_time(plan.rounds.deadline).removeprefix('about ')} (rounds.deadline)."
+        )
 
 
 def _memory(plan: Plan, octets_kept: int) -> str:

@@ -15,6 +15,7 @@ from silotune.commands.asked import Device
 from silotune.commands.folder import AsJson
 from silotune.commands.new_plan import TITLES, rendered
 from silotune.commands.plan import Overrides, parsed
+from silotune.commands.vote import tuned_in_private
 from silotune.plan.left_out import Number
 from silotune.plan.plan import Plan
 from silotune.terminal import headed, terminal
@@ -75,6 +76,19 @@ def tune(  # noqa: PLR0917 - one a command-line option
     workers: Annotated[int, typer.Option(min=0, help="Worker processes; 0 takes one a core.")] = 0,
     device: Device = "auto",
     seed: Annotated[int, typer.Option(help="Of the proposals; runs draw their own noise.")] = 0,
+    private: Annotated[
+        bool,
+        typer.Option(
+            "--private", help="Have the sites' records vote on fixed values, for epsilon (below)."
+        ),
+    ] = False,
+    epsilon: Annotated[
+        float, typer.Option(min=0.01, help="With --private: what the vote costs each unit.")
+    ] = 0.5,
+    block_units: Annotated[
+        int,
+        typer.Option(min=10, help="With --private: units of a block; each block has one vote."),
+    ] = 250,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
@@ -86,7 +100,26 @@ def tune(  # noqa: PLR0917 - one a command-line option
 
     A search is not private: it looks at the same records in every run, and no ledger pays for that. Use
     public records or your own. Needs `pip install 'silotune[tune]'`.
+
+    With --private there is no search but a vote: `--vary key=value,value` names the candidates, every
+    site trains each of them in blocks of its own units, and a block votes for what did best there. All
+    votes together are one noisy release, which a site's ledger pays for. PLAN-vote/vote.toml is the plan
+    of that vote: the simulation runs it here, and a coordinator proposes it to real sites.
     """
+    if private:
+        tuned_in_private(
+            plan,
+            vary=vary or (),
+            study=study,
+            sites=sites,
+            epsilon=epsilon,
+            block_units=block_units,
+            workers=workers,
+            device=device,
+            settings=parsed(overrides or []),
+            as_json=as_json,
+        )
+        return
     from silotune.api.tuning import search_of
 
     console = terminal(stderr=as_json)

@@ -24,11 +24,12 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from silotune.events.schema import STATISTICS_FORMAT
+from silotune.events.schema import STATISTICS_FORMAT, VOTES_FORMAT
 from silotune.events.source import RunFacts
 from silotune.events.view import OPEN_PHASES, UNLIKE, RunView, Trouble, TroubleLine, by_error
 from silotune.plan.plan import dotted
 from silotune.plan.tasks import METRICS
+from silotune.plan.voted import settings_in_words
 from silotune.terminal import octets
 
 Points = Sequence[tuple[float, float]]
@@ -357,7 +358,7 @@ def run_page(facts: RunFacts, view: RunView, curves: Mapping[str, Curve]) -> Run
         charts=_charts(facts, view, curves, planned),
         sites=_sites(facts, view, spent),
         troubles=trouble_lines(view.troubles),
-        counted=list(_counted(view.statistics)) if view.statistics else [],
+        counted=[*_counted(view.statistics or {}), *_voted(view.votes or {})],
         last_id=view.last_id,
     )
 
@@ -381,6 +382,24 @@ def _counted(found: Mapping[str, Any]) -> Iterator[tuple[str, list[tuple[str, st
     for heading, part in binned.items():
         if part is not None and part["bins"] is not None:
             yield heading, [_share_row(_group(row), row["share"], floor) for row in part["bins"]]
+
+
+def _voted(found: Mapping[str, Any]) -> Iterator[tuple[str, list[tuple[str, str, str]]]]:
+    """Votes: a heading, and candidate, votes and their noise a row."""
+    if found.get("format") != VOTES_FORMAT:
+        return
+    noise = f"\N{PLUS-MINUS SIGN} {found['noise']:.1f}"
+    yield (
+        f"Votes; chosen: candidate {found['chosen']}",
+        [
+            (
+                f"{one['number']}: {settings_in_words(one['settings'])}",
+                f"{one['votes']:,.1f}",
+                noise,
+            )
+            for one in found["candidates"]
+        ],
+    )
 
 
 def _share_row(name: str, share: Mapping[str, float] | None, floor: float) -> tuple[str, str, str]:

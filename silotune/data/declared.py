@@ -172,7 +172,7 @@ def numbers_for(dataset: DatasetConfig, plan: Plan) -> dict[str, str]:
 def _require_room(dataset: DatasetConfig, plan: Plan) -> None:
     """Units beyond what a sum has room for would silently not be counted."""
     declared, room = dataset.declared_units, units_with_room(plan)
-    if plan.statistics is not None and declared > room:
+    if plan.only_sums and declared > room:
         raise CalibrationImpossible(
             f"the site declares {declared} units, the sum of the plan has room for {room:.0f} of a site",
             remedy="Raise aggregation.update_bound of the plan.",

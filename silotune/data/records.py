@@ -60,11 +60,15 @@ from silotune.data.table import LeftOut, numbered
 from silotune.data.targets import number_of
 from silotune.plan.plan import Plan
 from silotune.plan.sections import TargetSection
+from silotune.plan.voted import blocks_at
 
 # Separates these hashes from any other use of the same secret. Changing it would move units that a
 # model was trained on into the test split, so it never changes.
 _DOMAIN = b"silotune split 2\0"
 _TURNS = b"silotune turns\0"
+_VOTE_DOMAIN = b"silotune vote 1\0"
+SCORED = 0.4
+"""Share of a vote's units, or of their groups, that candidates are scored on."""
 Unshown = Callable[[Sequence[Mapping[str, str]]], Collection[int]]
 """Of examples, the places of those that the model's chat template can't show."""
 
@@ -145,6 +149,22 @@ Rows = NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
+class Ballots:
+    """Where each record stands in a vote (`silotune.plan.voted`): what its unit's name alone decides.
+
+    Attributes
+    ----------
+    block : int64 array of shape [n]
+        The block that a record's unit is in; -1 of records that are held out.
+    scored : bool array of shape [n]
+        Whether candidates are scored on it there, and not trained.
+    """
+
+    block: NDArray[np.int64]
+    scored: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
 class Records:
     """The records that a plan's task sees.
 
@@ -165,6 +185,8 @@ class Records:
         SHA-256, in hex, of what was read of the records: the key of anything that is made of them.
         Whoever knows all records but one could test that one on it: it never leaves the process;
         `fingerprint` may be written down.
+    ballots : Ballots or None
+        Of a plan with a vote.
     """
 
     examples: Sequence[Mapping[str, str]]
@@ -173,6 +195,7 @@ class Records:
     left_out: tuple[LeftOut, ...] = ()
     content: str = ""
     turns: NDArray[np.int64] | None = None
+    ballots: Ballots | None = None
 
     def __post_init__(self) -> None:
         if not len(self.examples) == len(self.unit_of) == len(self.split):
@@ -302,6 +325,9 @@ def load_records(
         content=_content(values),
         turns=_turns(values, unit_of, plan, salt),
     )
+    if plan.vote is not None:
+        blocks = blocks_at(plan, dataset.declared_units)
+        return replace(found, ballots=_ballots(found, values, plan, salt=salt, blocks=blocks))
     if dataset.augmentation is None or plan.statistics is not None or not augment:
         return found
     return augmented(found, Augmentation.of(dataset.augmentation, folder=site.folder, secret=salt))
@@ -445,6 +471,19 @@ def _split_keys(values: Values, plan: Plan) -> Sequence[str]:
         return next(iter(values.values()))
     # A record without a unit is known by what it says: equal records then stay together.
     return values["unit"] if "unit" in values else _identities(values)
+
+
+def _ballots(found: Records, values: Values, plan: Plan, *, salt: bytes, blocks: int) -> Ballots:
+    """Blocks by the names of units, and the side in a block by what the plan's own split keeps whole."""
+    units = values["unit"] if "unit" in values else _identities(values)
+    block, scored = (
+        fractions(keys, salt=hmac.digest(salt, _VOTE_DOMAIN + purpose, sha256))
+        for keys, purpose in ((units, b"block"), (_split_keys(values, plan), b"side"))
+    )
+    held_out = found.split != Split.TRAIN
+    return Ballots(
+        block=np.where(held_out, -1, (block * blocks).astype(np.int64)), scored=scored < SCORED
+    )
 
 
 _HASHED_AT_ONCE = 1_000

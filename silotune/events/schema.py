@@ -30,6 +30,9 @@ SCHEMA_VERSION = 1
 STATISTICS_FORMAT = "silotune statistics 1"
 """Of the figures that a statistics run finds, in their event and in statistics.json."""
 
+VOTES_FORMAT = "silotune votes 1"
+"""Of what a vote comes to, in its event and in votes.json."""
+
 Number = float | None
 """A figure; null where it was not finite or is not known."""
 
@@ -283,6 +286,13 @@ class StatisticsReleased(Event):
     found: dict[str, Any] = Field(description="See docs/statistics.md.")
 
 
+class VotesReleased(Event):
+    """What a vote came to, all of it: the content of votes.json."""
+
+    event: Literal["votes"]
+    found: dict[str, Any] = Field(description="See docs/plans.md.")
+
+
 # --- the federation ---
 
 
@@ -333,7 +343,15 @@ KINDS: tuple[type[Event], ...] = (
     *(RunProposed, PlanApproved, PlanRejected, RunStarted, RunResumed, RunPaused, RunStopped),
     *(RunFailed, RunFinished, WorkerReady, BaselineFinished),
     *(SiteJoined, SiteRefused, SitePhase, SiteReplied, SiteFailed),
-    *(RoundStarted, RoundSaved, RoundFinished, RoundVoid, Evaluated, StatisticsReleased),
+    *(
+        RoundStarted,
+        RoundSaved,
+        RoundFinished,
+        RoundVoid,
+        Evaluated,
+        StatisticsReleased,
+        VotesReleased,
+    ),
     *(SiteSilent, SiteBack, EnrolmentRequested, OperatorAction, Alarm),
 )
 """Every kind of this version, in the order of the documentation."""

@@ -301,6 +301,7 @@ _TELLING = (b'"event":"run_', b'"event":"round_')
 _FILES = (
     ("report.html", "Report"),
     ("statistics.json", "What was counted"),
+    ("votes.json", "What was voted for"),
     ("plan.toml", "Plan"),
     ("privacy.json", "Privacy statement"),
     ("results.json", "Results"),

@@ -244,6 +244,7 @@ class RunView:
         self.workers = self._newest = 0
         self.baseline: Baseline | None = None
         self.statistics: dict[str, Any] | None = None
+        self.votes: dict[str, Any] | None = None
 
     # --- reading ---
 
@@ -471,6 +472,9 @@ class RunView:
 
     def _statistics(self, event: schema.StatisticsReleased) -> None:
         self.statistics = event.found
+
+    def _votes(self, event: schema.VotesReleased) -> None:
+        self.votes = event.found
 
     def _enrolment_requested(self, event: schema.EnrolmentRequested) -> None:
         """Of the federation, not of a run."""

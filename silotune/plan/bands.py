@@ -42,7 +42,7 @@ def bands_conflicts(plan: Sections) -> list[str]:
             return ["privacy.band_weights: only with privacy.bands above 1; remove them"]
         return []
     needs = f"privacy.bands = {privacy.bands}"
-    if plan.statistics is not None:
+    if plan.only_sums:
         return ["privacy.bands: statistics are counted in one round; remove it"]
     found = [*_step_conflicts(plan, needs), *_weight_conflicts(plan)]
     if privacy.bands > plan.rounds.number:

@@ -10,6 +10,9 @@ is one Gaussian release.
   records divides its 1 among them, so each unit counts once, however many records it has.
 - *mean* of a number: the mean of the unit's values, clipped to the declared bounds, from -1 to 1, and 1
   for having any; both divided by the root of 2.
+
+A plan that has a vote (`silotune.plan.voted`) has one part, *votes*: one number a candidate. A unit can
+turn one block's vote from one candidate to another, which moves the sum by the root of 2.
 """
 
 from __future__ import annotations
@@ -38,6 +41,8 @@ class CountedPart(NamedTuple):
 
 def counted_parts(plan: Sections) -> tuple[CountedPart, ...]:
     """The parts of a unit's vector, in their order."""
+    if plan.vote is not None:
+        return (CountedPart("votes", len(plan.vote.candidates)),)
     return tuple(_parts(plan)) if plan.statistics is not None else ()
 
 
@@ -63,8 +68,9 @@ def number_key(name: str) -> str:
 
 
 def part_scale(plan: Sections) -> float:
-    """What each part is multiplied by: a unit's whole vector then has length 1 at most."""
-    return (1.0 - _MARGIN) / math.sqrt(len(counted_parts(plan)))
+    """What each part is multiplied by: a unit then moves the sum by a length of 1 at most."""
+    squared = 2 if plan.vote is not None else len(counted_parts(plan))
+    return (1.0 - _MARGIN) / math.sqrt(squared)
 
 
 def units_with_room(plan: Sections) -> float:
@@ -89,15 +95,12 @@ def statistics_conflicts(plan: Sections) -> list[str]:
     return [*_excluded(plan), *_edges(plan, plan.statistics)]
 
 
-_FIXED: tuple[tuple[str, object, str], ...] = (
+_OF_ANY_SUM: tuple[tuple[str, object, str], ...] = (
     ("privacy.mode", "record", "nothing is counted without noise"),
     ("privacy.rate", 1.0, "every unit is counted once"),
     ("privacy.clip", 1.0, "what a unit adds has length 1 at most"),
     ("privacy.max_records_per_unit", 1, "a unit counts once, whatever it has"),
     ("privacy.metrics_share", 0.0, "all of epsilon is spent on what is counted"),
-    ("data.test_share", 0.0, "every record is counted, and none held out"),
-    ("data.validation_share", 0.0, "every record is counted, and none held out"),
-    ("data.split_by", "unit", "nothing is held out"),
     ("rounds.number", 1, "everything is counted in one round"),
     ("rounds.local_steps", 1, "everything is counted in one round"),
     ("rounds.evaluate_every", 0, "there is nothing to evaluate"),
@@ -105,19 +108,31 @@ _FIXED: tuple[tuple[str, object, str], ...] = (
     ("aggregation.strategy", "fedavg", "sums are added, and no strategy is needed"),
     ("aggregation.weights", "declared", "sums are added as they are"),
     ("aggregation.head", "shared", "nothing is trained"),
+)
+_OF_STATISTICS: tuple[tuple[str, object, str], ...] = (
+    ("data.test_share", 0.0, "every record is counted, and none held out"),
+    ("data.validation_share", 0.0, "every record is counted, and none held out"),
+    ("data.split_by", "unit", "nothing is held out"),
     ("model.quantization", "none", "no weight is read"),
 )
 
 
-def _excluded(plan: Sections) -> Iterator[str]:
-    for key, wanted, reason in _FIXED:
+def fixed_for_sums(
+    plan: Sections, *, when: str, more: tuple[tuple[str, object, str], ...] = ()
+) -> Iterator[str]:
+    """Settings that are fixed where sites answer with one sum, and are others in a plan."""
+    for key, wanted, reason in (*_OF_ANY_SUM, *more):
         table, _, leaf = key.rpartition(".")
         said: object = plan
         for part in table.split("."):
             said = getattr(said, part)
         if getattr(said, leaf) != wanted:
             shown = f"'{wanted}'" if isinstance(wanted, str) else f"{wanted:g}"
-            yield f"{key}: must be {shown} when model.task is 'statistics': {reason}"
+            yield f"{key}: must be {shown} {when}: {reason}"
+
+
+def _excluded(plan: Sections) -> Iterator[str]:
+    yield from fixed_for_sums(plan, when="when model.task is 'statistics'", more=_OF_STATISTICS)
     tokens = plan.statistics is not None and plan.statistics.lengths is not None
     tokens = tokens and plan.statistics.lengths.counted == "tokens"  # type: ignore[union-attr]
     if tokens and not plan.model.base:

@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any, Final, Self
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from silotune.errors import PlanInvalid
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -29,6 +32,22 @@ def canonical_json(content: object) -> str:
 def text_sha256(text: str) -> str:
     """SHA-256 of a text, in hex."""
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def with_settings(tables: dict[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Tables with dotted keys replaced, in place; ``None`` removes one. Raises `PlanInvalid`."""
+    for key, value in settings.items():
+        *parents, leaf = key.split(".")
+        table = tables
+        for part in parents:
+            table = table.setdefault(part, {})
+            if not isinstance(table, dict):
+                raise PlanInvalid(f"{key}: {part} is a value, not a table")
+        if value is None:
+            table.pop(leaf, None)
+        else:
+            table[leaf] = value
+    return tables
 
 
 class Document(BaseModel):

@@ -81,7 +81,7 @@ def filled_in(tables: dict[str, Any], numbers: Sequence[Number]) -> dict[str, An
 
 
 def _unsaid(plan: Sections) -> Iterator[Number]:
-    if not plan.sends_sums or not plan.task.trains:
+    if not plan.sends_sums or not plan.task.trains or plan.vote is not None:
         return  # several local steps: their optimizer's rates depend on no round
     head = plan.task.pools and plan.aggregation.head == "shared"
     rounds, server = plan.head_rounds, plan.optimizer.server.name

@@ -18,11 +18,12 @@ from pydantic import ValidationError, model_validator
 
 from silotune.errors import PlanInvalid, PlanUnreadable
 from silotune.plan.counted import statistics_in_words
-from silotune.plan.document import text_sha256
+from silotune.plan.document import text_sha256, with_settings
 from silotune.plan.explain import explain
 from silotune.plan.left_out import filled, left_out
 from silotune.plan.rules import conflicts
 from silotune.plan.sections import Sections
+from silotune.plan.voted import candidate_tables, vote_in_words
 
 
 class Plan(Sections):
@@ -97,18 +98,12 @@ class Plan(Sections):
             return self
         # Without the defaults: a key that nobody gave is not given afterwards.
         raw = self.model_dump(mode="json", exclude_none=True, exclude_unset=True)
-        for key, value in settings.items():
-            *parents, leaf = key.split(".")
-            table = raw
-            for part in parents:
-                table = table.setdefault(part, {})
-                if not isinstance(table, dict):
-                    raise PlanInvalid(f"{key}: {part} is a value, not a table")
-            if value is None:
-                table.pop(leaf, None)
-            else:
-                table[leaf] = value
-        return Plan.from_mapping(raw, source="plan with overrides")
+        return Plan.from_mapping(with_settings(raw, settings), source="plan with overrides")
+
+
+def candidates_of(plan: Plan) -> tuple[Plan, ...]:
+    """The plans that a vote is among, in their order."""
+    return tuple(Plan.from_mapping(tables) for tables in candidate_tables(plan))
 
 
 def schema() -> dict[str, Any]:
@@ -137,6 +132,16 @@ def plan_in_words(plan: Plan) -> list[tuple[str, str]]:
             ("Rounds", f"One, with {_patience(plan)}."),
             ("Privacy", _privacy(plan)),
             ("Aggregation", f"The sites' sums are added.{_secure(plan)}"),
+        ]
+    if plan.vote is not None:
+        return [
+            ("Purpose", plan.plan.purpose),
+            ("Vote", vote_in_words(plan)),
+            ("Model", _model(plan)),
+            ("Data", f"{_data(plan)} Held-out records take no part in the vote."),
+            ("Rounds", f"One, with {_patience(plan)}."),
+            ("Privacy", _privacy(plan)),
+            ("Aggregation", f"The sites' votes are added.{_secure(plan)}"),
         ]
     return [
         ("Purpose", plan.plan.purpose),
@@ -352,6 +357,11 @@ def _privacy(plan: Plan) -> str:
     promised = f"At most epsilon {privacy.epsilon:g} at delta {delta} for each {privacy.unit}; "
     if plan.statistics is not None:
         return f"{promised}all that one adds has length 1 at most.{shared}{_seeded(plan)}"
+    if plan.vote is not None:
+        return (
+            f"{promised}this pays for the vote and all that is trained for it; training by what it "
+            f"chooses is charged anew.{shared}{_seeded(plan)}"
+        )
     return (
         f"{promised}gradients clipped to {norms}; each step samples {sampled}.{_correlated(plan)}"
         f"{shared}{metrics}"

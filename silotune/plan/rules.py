@@ -10,6 +10,7 @@ from silotune.plan.counted import statistics_conflicts
 from silotune.plan.sections import Sections
 from silotune.plan.strategies import STRATEGIES
 from silotune.plan.tasks import SEVERAL
+from silotune.plan.voted import vote_conflicts
 
 _PUBLIC_TEXTS, _LEAST_LABELS = 3, 2
 _SHORTEST_WINDOW, _MOST_WINDOWS = 16, 8
@@ -116,6 +117,7 @@ def conflicts(plan: Sections) -> list[str]:
     """Every impossible combination of a plan: the key's path and the reason."""
     return [
         *statistics_conflicts(plan),
+        *vote_conflicts(plan, conflicts),
         *_model_conflicts(plan),
         *_start_conflicts(plan),
         *_site_privacy_conflicts(plan),
@@ -337,7 +339,7 @@ def _drawn_sites(plan: Sections) -> list[str]:
     rounds, aggregation, found = plan.rounds, plan.aggregation, []
     if rounds.sites is None:
         return []
-    if plan.statistics is not None:
+    if plan.only_sums:
         return ["rounds.sites: every site counts what it has, once; remove it"]
     if rounds.sites < rounds.min_sites:
         found.append("rounds.sites: less than rounds.min_sites")

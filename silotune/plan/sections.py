@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, JsonValue
 
 from silotune.plan.chat import ChatSection
 from silotune.plan.document import ADDED_LATER, Document
@@ -372,6 +372,34 @@ class AggregationSection(Section):
     )
 
 
+class VotedPlan(Section):
+    """``[vote.plan]``: how the plan will be trained that the candidates are of, by that plan's keys."""
+
+    name: Name
+    rounds: RoundsSection
+    optimizer: OptimizerSection = OptimizerSection()
+    privacy: PrivacySection
+    aggregation: AggregationSection = AggregationSection()
+
+
+class VoteSection(Section):
+    """``[vote]``: settings of a plan among which the sites' own records choose, in one release."""
+
+    block_units: Annotated[int, Field(ge=10)] = Field(
+        100, description="Units that a block is expected to have; each block has one vote."
+    )
+    units: Annotated[int, Field(ge=1)] = Field(
+        description="PUBLIC. Units that all sites declare together: steps in a block are as noisy as "
+        "the steps of so many would be."
+    )
+    plan: VotedPlan
+    candidates: tuple[dict[str, JsonValue], ...] = Field(
+        min_length=2,
+        max_length=64,
+        description="What each candidate has otherwise than the plan, by dotted keys.",
+    )
+
+
 class Sections(Section):
     """All that a plan states, and what follows from it."""
 
@@ -384,11 +412,17 @@ class Sections(Section):
     privacy: PrivacySection
     aggregation: AggregationSection = AggregationSection()
     statistics: Annotated[StatisticsSection | None, ADDED_LATER] = None
+    vote: Annotated[VoteSection | None, ADDED_LATER] = None
+
+    @property
+    def only_sums(self) -> bool:
+        """Whether sites answer with one sum, of counts or of votes, and no adapter is trained."""
+        return self.statistics is not None or self.vote is not None
 
     @property
     def strategy(self) -> StrategyFacts:
         """What the aggregation strategy is."""
-        return STRATEGIES[self.aggregation.strategy] if self.statistics is None else SUMS
+        return SUMS if self.only_sums else STRATEGIES[self.aggregation.strategy]
 
     @property
     def task(self) -> TaskFacts:

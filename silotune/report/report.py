@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from silotune.plan.plan import stored_plan_in_words
-from silotune.report import page, statistics
+from silotune.report import page, statistics, votes
 from silotune.report.figures import MOST_SITES, Summary, summarise
 from silotune.report.verdict import (
     DASH,
@@ -72,7 +72,9 @@ def write_report(run_dir: Path, *, beside: Sequence[Path] = ()) -> Path:
         A folder is no run or damaged, or a run beside it is of another plan.
     """
     record = read_record(run_dir)
-    if record.counts:
+    if record.votes:
+        charts, page_text = {}, render_votes(record)
+    elif record.counts:
         charts = draw_histograms(record.history.statistics)
         page_text = render_statistics(record, charts)
     else:
@@ -129,20 +131,33 @@ def draw_histograms(found: statistics.Found | None) -> dict[str, Chart]:
     return {name: chart for name, chart in drawn if chart is not None}
 
 
-def render_statistics(record: RunRecord, charts: Mapping[str, Chart]) -> str:
-    """The page of a statistics run as text, escaped as `render_page` is."""
-    found = record.history.statistics
+def render_votes(record: RunRecord) -> str:
+    """The page of a vote as text, escaped as `render_page` is."""
+    found, words = record.history.votes, _of_sums(record, record.history.votes)
+    if found is not None:
+        told = {"told": votes.sentences(found), "table": votes.table(found)}
+        words |= {**told, "cost": votes.cost(found)}
+    return fill("votes.html", charts={}, **words)
+
+
+def _of_sums(record: RunRecord, found: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What the pages of runs that train nothing have in common."""
     about = record.plan.get("plan") or {}
-    words: dict[str, Any] = {
+    return {
         "found": found,
         "title": printable(str(about.get("name") or record.directory.name)),
         "purpose": str(about.get("purpose") or ""),
         "run": record.directory.name,
         "sites_in_words": plural(len(found["sites"] if found else record.sites), "site"),
-        "can_draw": can_draw(),
         "plan": stored_plan_in_words(record.plan),
         "facts": page.facts(record),
     }
+
+
+def render_statistics(record: RunRecord, charts: Mapping[str, Chart]) -> str:
+    """The page of a statistics run as text, escaped as `render_page` is."""
+    found = record.history.statistics
+    words = {**_of_sums(record, found), "can_draw": can_draw()}
     if found is not None:
         declared = ", ".join(
             f"{printable(site)} {told['declared_units'] or DASH}"
@@ -319,7 +334,8 @@ def summary(run_dir: Path, *, beside: Sequence[Path] = ()) -> dict[str, Any]:
     """
     record = read_record(run_dir)
     if record.counts:
-        return {"run": record.directory.name, **(record.history.statistics or {})}
+        told = record.history.votes if record.votes else record.history.statistics
+        return {"run": record.directory.name, **(told or {})}
     found = summarise(record, beside=read_beside(record, beside))
     plain = jsonable({**asdict(found), "verdict": verdict(found)})
     assert isinstance(plain, dict)
@@ -335,6 +351,9 @@ def print_summary(run_dir: Path, console: Console) -> None:
         The folder is no run, or one of its files is damaged.
     """
     record = read_record(run_dir)
+    if record.votes and record.history.votes is not None:
+        votes.print_votes(record.history.votes, console)
+        return
     if record.counts and record.history.statistics is not None:
         statistics.print_statistics(record.history.statistics, console)
         return

@@ -32,7 +32,7 @@ from silotune.plan.plan import Plan
 from silotune.privacy.errors import MessageMalformed
 from silotune.protocol.replies import JoinReply, TrainReply, error_code
 from silotune.protocol.requests import JoinRequest, TrainRequest, as_arrays
-from silotune.rounds import estimates
+from silotune.rounds import estimates, votes
 from silotune.rounds.draw import drawn
 from silotune.rounds.secure_rounds import SecureRounds
 from silotune.strategies import strategy_for
@@ -162,27 +162,28 @@ class RoundLoop:
             with tracing.span("round", run=self._run, round=number):
                 adapter = self._round(number, adapter, strategy, layout)
         if isinstance(strategy, Sums):
-            self._tell_statistics(strategy, adapter)
+            self._tell_sums(strategy, adapter)
         self._store.append_event(
             "run_finished", rounds=self._plan.rounds.number, seconds=time.monotonic() - started
         )
         return adapter
 
-    def _tell_statistics(self, strategy: Sums, sums: Vector) -> None:
+    def _tell_sums(self, strategy: Sums, sums: Vector) -> None:
         """Record what the sums say. Raises `QuorumLost` if the one round came to nothing."""
         if not strategy.names:
             raise QuorumLost(
                 "the one round came to nothing; what sites charged for it stays charged",
                 remedy="Propose the plan again when the sites are there.",
             )
-        found = estimates.find(
+        kind, find = ("votes", votes.find) if self._plan.vote else ("statistics", estimates.find)
+        found = find(
             self._plan,
             sums,
             variance=strategy.noise_variance,
             sites=strategy.names,
             declared={terms.site: terms.declared_units for terms in strategy.cohort.values()},
         )
-        self._store.append_event("statistics", found=found)
+        self._store.append_event(kind, found=found)
 
     # --- joining ---
 
@@ -247,7 +248,7 @@ class RoundLoop:
         self._store.append_event(
             "round_started",
             round=number,
-            phase="statistics" if self._plan.statistics else phase_of(self._plan, number),
+            phase=self._phase(number),
             cohort=[terms.site for terms in strategy.cohort.values()],
         )
         asked = self._request(number, adapter, strategy)
@@ -277,6 +278,11 @@ class RoundLoop:
         if self._observer:
             self._observer.after_round(number, updated, seconds=clock.total)
         return updated
+
+    def _phase(self, number: int) -> str:
+        if self._plan.only_sums:
+            return "votes" if self._plan.vote else "statistics"
+        return phase_of(self._plan, number)
 
     def _request(self, number: int, adapter: Vector, strategy: AdapterStrategy) -> TrainRequest:
         """What a round asks of every site."""

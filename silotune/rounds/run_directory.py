@@ -41,6 +41,9 @@ from silotune.protocol.errors import StoreUnusable
 STATISTICS_FILE = "statistics.json"
 """In the run directory of a statistics run: what `silotune.rounds.estimates.find` made of its sums."""
 
+VOTES_FILE = "votes.json"
+"""In the run directory of a vote: what `silotune.rounds.votes.find` made of its sums."""
+
 _REQUIRED = ("plan.toml", "resolved.json")
 _STATE_KEY = "silotune"
 
@@ -406,8 +409,13 @@ class RunRecord:
 
     @property
     def counts(self) -> bool:
-        """Whether it is a run of statistics, which trains nothing."""
-        return bool(self.plan.get("statistics"))
+        """Whether it is a run of statistics or votes, which trains no adapter."""
+        return bool(self.plan.get("statistics")) or self.votes
+
+    @property
+    def votes(self) -> bool:
+        """Whether it is a vote among candidates."""
+        return bool(self.plan.get("vote"))
 
     @property
     def sites(self) -> tuple[str, ...]:

@@ -127,7 +127,7 @@ def attack(directory: RunDirectory, *, settings: Settings, say: Say) -> Attacks:
     if directory.find_json("results.json") is None:
         raise RunDirectoryInvalid(f"{directory.root} is not finished; attack it when it is")
     run = recorded(directory)
-    if run.plan.statistics is not None:
+    if run.plan.only_sums:
         raise RunDirectoryInvalid(
             f"{directory.root} counted and trained nothing: there is no adapter to attack"
         )

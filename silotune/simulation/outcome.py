@@ -72,7 +72,7 @@ class LoggedStore:
     ) -> None:
         self.directory, self._listener, self.names = directory, listener, tuple(names)
         self._told, self._rounds = RunView(directory.name), plan.rounds.number
-        self._counts = plan.statistics is not None
+        self._counts = plan.only_sums
         self._told.extend(directory.events)  # of a run that goes on, also what happened before
         self._names = {str(node): name for node, name in enumerate(names, start=1)}
         self._live = LiveEpsilon(
@@ -110,6 +110,11 @@ class LoggedStore:
     def statistics(self) -> dict[str, Any] | None:
         """What a statistics run found."""
         return self._told.statistics
+
+    @property
+    def votes(self) -> dict[str, Any] | None:
+        """What a vote came to."""
+        return self._told.votes
 
     @property
     def done(self) -> int:
@@ -203,6 +208,8 @@ class AdapterScorer:
 
     def after_round(self, server_round: int, adapter: Vector, *, seconds: float) -> None:
         """Score a finished round's adapter when it is due."""
+        if self._plan.only_sums:
+            return
         started = time.monotonic()
         last = server_round == self._plan.rounds.number
         every = self._plan.rounds.evaluate_every

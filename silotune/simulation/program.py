@@ -67,7 +67,7 @@ class SimulatedSites:
         self._isolate, self._choices = bool(payload["isolate"]), dict(payload["choices"])
         self._runs: dict[int, SiteRun] = {}
         self._local: dict[int, LocalTraining] = {}
-        if self._plan.statistics is None:
+        if not self._plan.only_sums:
             self._models.for_plan(self._plan)
         _allow_files(_FILES_A_SITE * len(self._configs))
         self.client_app = build_client_app(self._find)

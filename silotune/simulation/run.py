@@ -40,9 +40,9 @@ from silotune.errors import (
 from silotune.events.source import held
 from silotune.models.choices import Choices, choose
 from silotune.models.start import require_start
-from silotune.plan.plan import Plan, notes_on
+from silotune.plan.plan import Plan, candidates_of, notes_on
 from silotune.rounds.rounds import build_server_app
-from silotune.rounds.run_directory import STATISTICS_FILE, RunDirectory
+from silotune.rounds.run_directory import STATISTICS_FILE, VOTES_FILE, RunDirectory
 from silotune.simulation.ancestry import carry_ledgers, secrets_of, states_of_start
 from silotune.simulation.grid import WorkerGrid
 from silotune.simulation.outcome import (
@@ -279,7 +279,7 @@ def start(
 
     The rest is as for `simulate`.
     """
-    if plan.statistics is not None and settings.baselines:
+    if plan.only_sums and settings.baselines:
         raise PlanInvalid("a plan that counts trains nothing that baselines could stand beside")
     sites = list(sites)
     _require_sites(plan, sites)
@@ -302,7 +302,8 @@ def start(
             "ledger begins anew, and what is held out may have been trained on then"
         )
     found = survey_sites(plan, sites, secrets=secrets, note=note)
-    choices = choose(plan, device=settings.device) if plan.statistics is None else _NO_MODEL
+    tried = plan if plan.vote is None else candidates_of(plan)[0]
+    choices = choose(tried, device=settings.device) if plan.statistics is None else _NO_MODEL
     directory = RunDirectory.create(runs, plan.plan.name, plan_toml=plan_toml)
     keep_survey(directory, found, secrets)
     del found  # all sites' records, for as long as the run takes: workers read them for themselves
@@ -453,14 +454,15 @@ def _conclude(job: _Job, store: LoggedStore, scorer: AdapterScorer, view: View) 
     saved = job.directory.load_checkpoint()
     assert saved is not None  # every round ends with one
     final = saved[0]["adapter"]
-    scorer.look_at_final(final)
     joined = [site for site in job.sites if site.name in store.joined]
-    if job.plan.statistics is not None:
-        found = {"run": job.directory.name, **(store.statistics or {})}
-        job.directory.write_json(STATISTICS_FILE, found)
+    if job.plan.only_sums:
+        voted = job.plan.vote is not None
+        told = {"run": job.directory.name, **((store.votes if voted else store.statistics) or {})}
+        job.directory.write_json(VOTES_FILE if voted else STATISTICS_FILE, told)
         _close_books(job, store, view)
         job.directory.write_json("results.json", {"methods": []})
         return
+    scorer.look_at_final(final)
     model = view.save(final, job.directory.final_adapter.resolve(), site=joined[0].name)
     facts = job.directory.read_json("resolved.json")
     facts |= {"model": model["description"], "trainable_parameters": model["parameters"]}

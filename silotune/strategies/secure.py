@@ -59,7 +59,7 @@ def encoding_for(plan: Plan, *, layout: Layout, server_round: int) -> Encoding:
 def update_bound(plan: Plan, part: Part) -> float:
     """Largest absolute value that a number of a site's (weighted) update may have."""
     given = plan.aggregation.update_bound
-    if plan.statistics is not None:
+    if plan.only_sums:
         return units_with_room(plan)
     if given is not None:
         return given

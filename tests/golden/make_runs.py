@@ -11,6 +11,7 @@ from unittest.mock import patch
 import torch
 from transformers import BertConfig, BertModel
 
+from silotune.plan.written import plan_toml
 from silotune.simulation import run
 from silotune.simulation.run import Settings
 from tests.federation import write_federation
@@ -18,6 +19,7 @@ from tests.golden.read_runs import HERE
 from tests.golden.registry import GOLDEN, makes
 from tests.models.model_material import trained_tokenizer
 from tests.statistics_sites import SECURE, write_wards
+from tests.vote_sites import write_voters
 from tests.whole_run import in_this_process, play
 
 OVERRIDES = {
@@ -85,6 +87,26 @@ def statistics(path):
                 overrides=SECURE,
             )
         shutil.copyfile(made.root / "statistics.json", path)
+
+
+@makes("votes.json")
+def votes(path):
+    """What a vote at three small sites came to."""
+    with tempfile.TemporaryDirectory() as scratch:
+        _, _, plan = write_voters(Path(scratch) / "sites", BASE)
+        plan_path = Path(scratch) / "sites" / "vote.toml"
+        plan_path.write_text(plan_toml(plan))
+        shutil.copyfile(simulated_here(plan_path, scratch).root / "votes.json", path)
+
+
+def simulated_here(path, scratch):
+    with patch.object(run, "WorkerGrid", in_this_process):
+        return run.simulate(
+            path,
+            runs=Path(scratch) / "runs",
+            settings=Settings(workers=1),
+            listener=lambda event: None,
+        )
 
 
 @makes("run_stopped")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import tomllib
 from dataclasses import replace
 
 import numpy as np
@@ -26,6 +27,8 @@ from silotune.data.declared import own_secret
 from silotune.data.site import SiteConfig
 from silotune.events.schema import written
 from silotune.plan.plan import Plan
+from silotune.plan.voted import vote_tables
+from silotune.plan.written import plan_toml
 from silotune.privacy.events import gaussian_event, step_event
 from silotune.privacy.ledger import Budget, Ledger, ReleaseKey
 from silotune.privacy.secagg.coordinator import CoordinatorRound
@@ -75,6 +78,7 @@ from tests.golden.material import (
 from tests.golden.read_site import secure_members
 from tests.golden.registry import makes
 from tests.statistics_sites import PLAN
+from tests.vote_sites import TRAINED as VOTED
 
 NOTE = b"What a sealed file says.\n"
 
@@ -524,6 +528,15 @@ def plans_of_tasks(folder):
         ),
     }
     _write_plans(folder, texts)
+
+
+@makes("plans_of_votes")
+def plans_of_votes(folder):
+    """A vote on the settings of a plan: every key of ``[vote]``."""
+    trained = Plan.from_mapping(tomllib.loads(VOTED))
+    candidates = ({}, {"optimizer.site.head_lr": 0.3, "rounds.number": 4})
+    tables = vote_tables(trained, candidates, epsilon=0.5, units=900, block_units=40)
+    _write_plans(folder, {"rates": plan_toml(Plan.from_mapping(tables))})
 
 
 def _write_plans(folder, texts):

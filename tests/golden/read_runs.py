@@ -20,6 +20,10 @@ from silotune.report.statistics import (
     training_table,
 )
 from silotune.report.statistics import tables as tables_of
+from silotune.report.votes import cost as cost_of_votes
+from silotune.report.votes import read as read_votes
+from silotune.report.votes import sentences as sentences_of_votes
+from silotune.report.votes import table as table_of_votes
 from silotune.rounds.run_directory import RunDirectory, read_record
 from silotune.simulation.run import recorded, require_same_records
 from silotune.trust.identity import fingerprint, load_or_create
@@ -38,6 +42,17 @@ def statistics(path):
     more |= {"training": training_table(found)}
     rows = {name: [table.head, *table.rows] for name, table in more.items()}
     return {"found": found, "said": sentences(found), "tables": tables | rows}
+
+
+@reads("votes.json")
+def votes(path):
+    found = read_votes(path)
+    shown = table_of_votes(found)
+    return {
+        "found": found,
+        "said": [*sentences_of_votes(found), cost_of_votes(found)],
+        "table": [shown.head, *shown.rows],
+    }
 
 
 def run_in(folder):

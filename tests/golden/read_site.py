@@ -277,6 +277,7 @@ def coordinator_config(path):
 
 
 @reads("plans_of_tasks")
+@reads("plans_of_votes")
 @reads("plans_that_count")
 @reads("plans_of_bands")
 @reads("plans_of_drawn_sites")

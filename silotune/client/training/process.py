@@ -300,7 +300,7 @@ class ProcessTraining:
     def layout(self) -> Layout:
         """The adapter's layout at the plan's rank; no weight is loaded for it."""
         found = self._surveyed
-        if self._job.plan.statistics is not None:
+        if self._job.plan.only_sums:
             return sums_of(self._job.plan).layout
         if found.layout is None:
             answer, _ = self._of_survey(m.AskLayout(), m.LayoutFound)

@@ -427,8 +427,8 @@ class StoredRuns:
         """The newest adapter once there is one, the signed plan, the events, sites' certificates."""
         row = self._row(run)
         adapter = [FileOffer("adapter.safetensors", f"Adapter after round {row['round']}")]
-        if _plan(row["plan"]).get("statistics"):  # bare sums would tell what lies below the floor
-            adapter = [FileOffer("statistics.json", "What was counted")]
+        if name := _told_in(row):  # bare sums would tell what lies below the floor
+            adapter = [FileOffer(name, "What was counted")]
         others = [FileOffer("plan.json", "Signed plan"), FileOffer("events.jsonl", "Events")]
         names = self._runs.certificates(run)
         signed = [FileOffer(_certificate_of(s), f"Privacy certificate of {s}") for s in names]
@@ -444,18 +444,18 @@ class StoredRuns:
         for site, content in self._runs.certificates(run).items():
             if name == _certificate_of(site):
                 return content.encode()
-        if _plan(row["plan"]).get("statistics"):
-            return self._statistics(run, name)
+        if told := _told_in(row):
+            return self._told(run, name, kind=told.removesuffix(".json"))
         found = self._runs.newest_adapter(run) if name == "adapter.safetensors" else None
         if found is None:
             raise FileNotOffered(f"{run} has no {name[:80]!r} to download")
         number, _, arrays = found
         return packed(arrays, {"round": number})
 
-    def _statistics(self, run: str, name: str) -> bytes:
-        """The one other file of a run that counts."""
-        told = [e["found"] for e in self.events(run) if e["event"] == "statistics"]
-        if name != "statistics.json" or not told:
+    def _told(self, run: str, name: str, *, kind: str) -> bytes:
+        """The one other file of a run that counts, or of a vote."""
+        told = [e["found"] for e in self.events(run) if e["event"] == kind]
+        if name != f"{kind}.json" or not told:
             raise FileNotOffered(f"{run} has no {name[:80]!r} to download")
         return json.dumps({"run": run, **told[-1]}, indent=2).encode()
 
@@ -464,6 +464,12 @@ class StoredRuns:
             return self._runs.get(run)
         except NotPossibleNow as exc:
             raise RunNotFound(f"there is no run {run[:100]!r}") from exc
+
+
+def _told_in(row: RowMapping) -> str:
+    """The file of what a run of sums found; empty for one that trains."""
+    plan = _plan(row["plan"])
+    return "votes.json" if plan.get("vote") else "statistics.json" if plan.get("statistics") else ""
 
 
 def _certificate_of(site: str) -> str:

@@ -1,0 +1,190 @@
+"""Votes by the command line: `silotune tune --private`, `plan vote`, `plan chosen`, `runs votes`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from silotune.commands.folder import HERE, AsJson, Folder, client_of
+from silotune.errors import PlanInvalid
+from silotune.plan.plan import Plan
+from silotune.plan.voted import VARIED
+from silotune.plan.written import plan_toml
+from silotune.terminal import headed, terminal
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+VOTE_FILE, CHOSEN_FILE = "vote.toml", "chosen.toml"
+
+Vary = Annotated[
+    list[str],
+    typer.Option(
+        help="key=value,value: candidates have these values; repeatable, and then every combination "
+        f"is one. Keys begin with {', '.join(VARIED)}."
+    ),
+]
+Epsilon = Annotated[float, typer.Option(min=0.01, help="What the vote costs each unit.")]
+BlockUnits = Annotated[
+    int, typer.Option(min=10, help="Units that a block is expected to have; each has one vote.")
+]
+
+
+def vote(  # noqa: PLR0917 - one a command-line option
+    plan: Annotated[Path, typer.Argument(help="The plan that is to be trained.")],
+    vary: Vary,
+    out: Annotated[Path, typer.Option(help="The plan of the vote is written here.")] = Path(
+        VOTE_FILE
+    ),
+    epsilon: Epsilon = 0.5,
+    block_units: BlockUnits = 250,
+    units: Annotated[
+        int,
+        typer.Option(
+            min=0, help="That all sites declare; 0 takes the site folders beside the plan."
+        ),
+    ] = 0,
+) -> None:
+    """Write a plan by which the sites vote on settings of another, within one charged release.
+
+    Each site trains every candidate in blocks of its own units, and a block votes for what did best
+    there. It is proposed, approved and charged like any plan; `silotune coordinator runs votes` shows
+    what came of it, and `silotune plan chosen` writes the plan with what was chosen.
+    """
+    from silotune.api.voting import declared_by, vote_of
+    from silotune.data.site import load_sites
+
+    read = Plan.load(plan)
+    if not units:
+        beside = any(plan.resolve().parent.glob("*/site.toml"))
+        units = declared_by(load_sites(plan.resolve().parent) if beside else (), read)
+    if not units:
+        raise typer.BadParameter("no site folder lies beside the plan", param_hint="--units")
+    made = vote_of(read, vary, epsilon=epsilon, block_units=block_units, units=units)
+    write(out, made, plan)
+    console = terminal()
+    say_of(read, made, console)
+    console.print(f"The vote: {out}. Its costs: silotune plan check {out}", soft_wrap=True)
+
+
+def write(path: Path, made: Plan, plan: Path) -> None:
+    """Write a vote's file."""
+    head = f"# A vote on settings of {plan.name}, written by silotune. docs/plans.md explains it.\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(head + plan_toml(made), encoding="utf-8")
+
+
+def say_of(plan: Plan, made: Plan, console: Console) -> None:
+    """What differs between what is tried and what will be trained."""
+    if plan.head_rounds < plan.rounds.number:
+        text = (
+            f"the plan trains an adapter; candidates train its head alone, in all "
+            f"{plan.rounds.number} rounds"
+        )
+        console.print(headed("Note.", f"{text}.", style="yellow"))
+    assert made.vote is not None
+    console.print(
+        f"{len(made.vote.candidates)} candidates, blocks of about {made.vote.block_units} "
+        f"{made.privacy.unit}s, epsilon {made.privacy.epsilon:g}.",
+        soft_wrap=True,
+    )
+
+
+def chosen(
+    plan: Annotated[Path, typer.Argument(help="The plan that was voted on.")],
+    votes: Annotated[Path, typer.Argument(help="The votes.json of the run.")],
+    out: Annotated[Path, typer.Option(help="The plan is written here.")] = Path(CHOSEN_FILE),
+) -> None:
+    """Write a plan with the settings that a vote chose, to be proposed or simulated."""
+    from silotune.report.votes import read
+
+    found = read(votes)
+    written = Plan.written_in(plan)
+    if written.plan.name != found["plan"]:
+        raise PlanInvalid(
+            f"{votes} is a vote on the plan {found['plan']!r}, not {written.plan.name!r}"
+        )
+    write_chosen(out, plan, found)
+    terminal().print(f"Plan: {out}", soft_wrap=True)
+
+
+def write_chosen(out: Path, plan: Path, found: Mapping[str, Any]) -> None:
+    """Write the plan's file with what a vote chose."""
+    made = Plan.written_in(plan, found["settings"])
+    head = (
+        f"# {plan.name} with candidate {found['chosen']} of the vote {found.get('run', '')}, which cost "
+        f"epsilon {found['epsilon']:g}.\n"
+    )
+    out.write_text(head + plan_toml(made), encoding="utf-8")
+
+
+def votes(
+    run: Annotated[str, typer.Argument(help="The run's name, as `run` printed it.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Also write votes.json here, for `silotune plan chosen`.")
+    ] = None,
+    folder: Folder = HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a vote came to: the votes of each candidate, and how sure the first place is."""
+    from silotune.report.votes import print_votes
+    from silotune.trust.files import replace_file
+
+    content = client_of(folder).download(run, "votes.json")
+    if out is not None:
+        replace_file(out, content)
+    if as_json:
+        typer.echo(json.dumps(json.loads(content)))
+        return
+    print_votes(json.loads(content), terminal())
+
+
+def tuned_in_private(
+    plan: Path,
+    *,
+    vary: Sequence[str],
+    study: Path | None,
+    sites: Path | None,
+    epsilon: float,
+    block_units: int,
+    workers: int,
+    device: str,
+    settings: Mapping[str, Any],
+    as_json: bool,
+) -> None:
+    """`silotune tune --private`: a vote of simulated sites, and the plan that came of it."""
+    from silotune.api import simulating
+    from silotune.api.voting import declared_by, vote_of
+    from silotune.data.site import load_sites
+    from silotune.report.votes import print_votes
+
+    console, read = terminal(stderr=as_json), Plan.load(plan, settings)
+    folder = study or plan.parent / f"{plan.stem}-vote"
+    places = sites or plan.resolve().parent
+    units = declared_by(load_sites(places), read)
+    made = vote_of(read, vary, epsilon=epsilon, block_units=block_units, units=max(1, units))
+    write(folder / VOTE_FILE, made, plan)
+    say_of(read, made, console)
+    done = simulating.simulate(
+        folder / VOTE_FILE,
+        sites=places,
+        runs=folder / "runs",
+        workers=workers,
+        device=device,
+        progress=console,
+    )
+    found = {"run": done.folder.name, **(done.votes or {})}
+    text = plan_toml(Plan.written_in(plan, {**settings, **found["settings"]}))
+    (folder / CHOSEN_FILE).write_text(text, encoding="utf-8")
+    if as_json:
+        told = {"votes": found, "plan": str(folder / CHOSEN_FILE), "paid_in_epsilon": True}
+        typer.echo(json.dumps(told))
+        return
+    print_votes(found, console)
+    console.print(f"Chosen plan: {folder / CHOSEN_FILE}", soft_wrap=True)
+    console.print(f"The vote, to be proposed to real sites: {folder / VOTE_FILE}", soft_wrap=True)
