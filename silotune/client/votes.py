@@ -3,8 +3,10 @@
 One unit more or less changes one vote and nothing else, to the last bit: a block's units, their side in
 it and its randomness follow from the units' own names and the block's number; texts are encoded and go
 through the base model with those of their block alone, as the rounding of a batch hangs on all that is
-in it; and whatever fails in a block costs candidates of that block their score. A block in which none
-has one, as it is empty or could not be computed, votes for the first.
+in it; and whatever fails in a block costs candidates of that block their score. Candidates that are
+equally good in a block share its vote; so do all of them in a block where none has a score, as it is
+empty or could not be computed. Shares are not negative and 1 together at most, so that two votes are
+never further apart than two for one candidate each: by the root of 2.
 
 Blocks are small and the choice is for all sites, so a step in a block is made like one of the
 federation's: all units of the block take part, for sampling a few of them would be a noise that many
@@ -43,6 +45,8 @@ from silotune.strategies.base import Terms
 _log = logging.getLogger(__name__)
 
 Floats = NDArray[np.float64]
+
+_ONE = 1 << 30  # a whole vote
 
 _IN_A_BLOCK: Mapping[str, Any] = {
     "aggregation": None,
@@ -116,14 +120,14 @@ def site_votes(
     scores = block_scores(
         records, plan, site=site, declared_units=declared_units, trainable=trainable
     )
-    votes = np.bincount(chosen_by(scores), minlength=scores.shape[1])
-    return votes.astype(np.float64) * part_scale(plan)
+    return shares_of(scores).sum(axis=0).astype(np.float64) * (part_scale(plan) / _ONE)
 
 
-def chosen_by(scores: Floats) -> NDArray[np.int64]:
-    """The candidate that each block votes for: the best, the first of equals, the first without any."""
+def shares_of(scores: Floats) -> NDArray[np.int64]:
+    """Each block's vote [blocks, candidates], in ``1 / _ONE``: sums of whole numbers have no rounding."""
     usable = np.where(np.isnan(scores), -np.inf, scores)
-    return np.asarray(usable.argmax(axis=1), dtype=np.int64)
+    best = usable == usable.max(axis=1, keepdims=True)
+    return best * (_ONE // best.sum(axis=1, keepdims=True))
 
 
 def block_scores(
@@ -156,7 +160,7 @@ def block_scores(
         _log.info("candidate %d of %d was tried in %d blocks", column + 1, scores.shape[1], blocks)
     if failed := int(np.isnan(scores).all(axis=1).sum()):
         _log.warning(
-            "%d of %d blocks could try no candidate, and vote for the first", failed, blocks
+            "%d of %d blocks could try no candidate: all share their votes", failed, blocks
         )
     return scores
 

@@ -1,12 +1,15 @@
 """Votes of one site's blocks: what one unit can change, whatever it is, and what a block votes for."""
 
 import csv
+import math
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from silotune.client.model_cache import ModelCache
-from silotune.client.votes import block_scores, chosen_by, site_votes
+from silotune.client.votes import block_scores, shares_of, site_votes
 from silotune.data.records import Split, load_records
 from silotune.data.site import SiteConfig
 from silotune.models.tasks.text_classification import TextClassification
@@ -89,8 +92,7 @@ def test_a_unit_more_or_less_changes_one_vote_at_most_to_the_last_bit(voters, mo
 
 
 def voted_of(found, plan):
-    counts = np.bincount(chosen_by(found), minlength=found.shape[1])
-    return counts * part_scale(plan)
+    return shares_of(found).sum(axis=0) / 2**30 * part_scale(plan)
 
 
 def test_a_patient_is_in_one_block_with_all_of_its_records(tmp_path, bert_folder):
@@ -116,15 +118,33 @@ def test_every_block_votes_also_one_without_a_unit(voters, models, tmp_path):
         near = with_rows(site, tmp_path / str(len(kept)) / "alpha", [head, *kept])
         votes = voted(near, plan, models) / part_scale(plan)
         assert votes.sum() == pytest.approx(blocks)
-    assert votes[0] == pytest.approx(blocks)  # nobody is there: all are for the first
+    assert votes == pytest.approx(np.full(3, blocks / 3))  # nobody is there: nobody is preferred
 
 
-def test_what_fails_or_scores_no_number_costs_its_own_block_alone():
+def test_equals_share_a_vote_and_what_scores_no_number_has_none():
     found = np.array([[np.nan, 0.5, 0.7], [np.nan] * 3, [0.2, np.nan, 0.2], [-np.inf, -1.0, -2.0]])
-    assert chosen_by(found).tolist() == [2, 0, 0, 1]
+    shares = shares_of(found) / 2**30
+    expected = [[0, 0, 1], [1 / 3] * 3, [0.5, 0, 0.5], [0, 1, 0]]
+    assert shares == pytest.approx(np.array(expected))
 
 
-def test_a_record_that_no_block_can_be_encoded_with_costs_that_blocks_vote(
+@given(
+    st.lists(
+        st.sampled_from([0.1, 0.5, 0.9, math.nan, math.inf, -math.inf]), min_size=4, max_size=4
+    ),
+    st.lists(
+        st.sampled_from([0.1, 0.5, 0.9, math.nan, math.inf, -math.inf]), min_size=4, max_size=4
+    ),
+)
+def test_no_two_votes_of_a_block_are_further_apart_than_the_root_of_two(one, other):
+    """Exactly, in whole numbers: whatever the scores, what a unit can do is at most one whole vote."""
+    first, second = shares_of(np.array([one, other]))
+    assert int(((first - second) ** 2).sum()) <= 2 * (1 << 30) ** 2
+    assert min(first.min(), second.min()) >= 0
+    assert 0 < first.sum() <= 1 << 30
+
+
+def test_a_record_that_no_block_can_be_encoded_with_costs_that_block_its_say(
     voters, models, monkeypatch
 ):
     made, _, plan = voters
@@ -152,7 +172,7 @@ def test_blocks_vote_against_a_candidate_that_learns_nothing(voters, models):
     made, trained, _ = voters
     plan = voting(trained, block_units=20)
     found = [scores(site, plan, models) for site in sites_of(made)]
-    votes = np.bincount(chosen_by(np.concatenate(found)), minlength=3)
+    votes = shares_of(np.concatenate(found)).sum(axis=0)
     assert votes[1] <= votes.sum() / 3
     assert np.nanmean(np.concatenate(found)[:, 0]) > np.nanmean(np.concatenate(found)[:, 1])
 

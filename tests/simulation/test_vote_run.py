@@ -11,7 +11,7 @@ from silotune.plan.plan import Plan
 from silotune.plan.written import plan_toml
 from silotune.privacy import certificate
 from silotune.privacy.ledger import Ledger
-from silotune.report.report import plain_summary, write_report
+from silotune.report.report import summary, write_report
 from silotune.report.votes import read
 from silotune.rounds import votes
 from silotune.rounds.trained import find_trained
@@ -73,7 +73,7 @@ def test_a_vote_leaves_its_votes_and_no_bare_sum_or_adapter(together):
     (told,) = [event for event in together.events if event["event"] == "votes"]
     found = read(together.root / "votes.json")
     assert found == {"run": together.name, **told["found"]}
-    assert plain_summary(together.root) == found
+    assert summary(together.root) == found
     page = write_report(together.root).read_text()
     assert f"Chosen: candidate {found['chosen']}" in page
     with pytest.raises(RunDirectoryInvalid, match="trained nothing"):
