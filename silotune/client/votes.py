@@ -120,14 +120,16 @@ def site_votes(
     scores = block_scores(
         records, plan, site=site, declared_units=declared_units, trainable=trainable
     )
-    return shares_of(scores).sum(axis=0).astype(np.float64) * (part_scale(plan) / _ONE)
+    whole: NDArray[np.int64] = shares_of(scores).sum(axis=0)
+    return whole.astype(np.float64) * (part_scale(plan) / _ONE)
 
 
 def shares_of(scores: Floats) -> NDArray[np.int64]:
-    """Each block's vote [blocks, candidates], in ``1 / _ONE``: sums of whole numbers have no rounding."""
+    """Each block's vote [blocks, candidates], in ``1 / _ONE``: whole numbers add up exactly."""
     usable = np.where(np.isnan(scores), -np.inf, scores)
-    best = usable == usable.max(axis=1, keepdims=True)
-    return best * (_ONE // best.sum(axis=1, keepdims=True))
+    best = (usable == usable.max(axis=1, keepdims=True)).astype(np.int64)
+    shares: NDArray[np.int64] = best * (_ONE // best.sum(axis=1, keepdims=True))
+    return shares
 
 
 def block_scores(
