@@ -88,7 +88,7 @@ def test_a_unit_more_or_less_changes_one_vote_at_most_to_the_last_bit(voters, mo
         changed += len(touched)
         moved = np.linalg.norm(voted_of(found, plan) - base)
         assert moved <= 1.0
-    assert changed >= 3  # the neighbours were no copies
+    assert changed >= 2  # the neighbours were no copies
 
 
 def voted_of(found, plan):
