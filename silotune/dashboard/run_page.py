@@ -17,19 +17,18 @@ import json
 import math
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 from markupsafe import Markup, escape
 
-from silotune.events.schema import STATISTICS_FORMAT, VOTES_FORMAT
+from silotune.dashboard.counted import DASH, counted, voted
 from silotune.events.source import RunFacts
 from silotune.events.view import OPEN_PHASES, UNLIKE, RunView, Trouble, TroubleLine, by_error
 from silotune.plan.plan import dotted
 from silotune.plan.tasks import METRICS
-from silotune.plan.voted import settings_in_words
 from silotune.terminal import octets
 
 Points = Sequence[tuple[float, float]]
@@ -273,8 +272,6 @@ def left(planned: float | None, spent: Mapping[str, float]) -> dict[str, float]:
 PHASES = (*("training", "masked", "unmasked", "done"), *("late", "dropped", "failed"))
 """Phases in the order of the legend."""
 
-_DASH = "\N{EN DASH}"
-
 
 @dataclass(frozen=True)
 class SiteLine:
@@ -349,7 +346,7 @@ def run_page(facts: RunFacts, view: RunView, curves: Mapping[str, Curve]) -> Run
         planned=planned,
         running=_running(view),
         scores=_scores(view),
-        epsilon=f"{max(spent.values()):.2f}" if spent else _DASH,
+        epsilon=f"{max(spent.values()):.2f}" if spent else DASH,
         traffic=octets(sum(r.bytes_up + r.bytes_down for r in view.rounds.values())),
         late=tuple(n for n, c in current.cells.items() if c.phase == "late") if current else (),
         unlike=_unlike(view),
@@ -358,64 +355,9 @@ def run_page(facts: RunFacts, view: RunView, curves: Mapping[str, Curve]) -> Run
         charts=_charts(facts, view, curves, planned),
         sites=_sites(facts, view, spent),
         troubles=trouble_lines(view.troubles),
-        counted=[*_counted(view.statistics or {}), *_voted(view.votes or {})],
+        counted=[*counted(view.statistics or {}), *voted(view.votes or {})],
         last_id=view.last_id,
     )
-
-
-def _counted(found: Mapping[str, Any]) -> Iterator[tuple[str, list[tuple[str, str, str]]]]:
-    """Figures of a statistics run: a heading, and group, figure and interval a row."""
-    if found.get("format") != STATISTICS_FORMAT:
-        return  # of another version
-    floor = found["floor"]
-    if found["units"] is not None:
-        units = found["units"]
-        row = (f"{found['unit']}s", f"{units['value']:,.0f}", _from_to(units, "{:,.0f}"))
-        yield "All sites together", [row]
-    if found["labels"] is not None:
-        yield "Labels", [_share_row(row["label"], row["share"], floor) for row in found["labels"]]
-    binned = {
-        "Length of a text": found["lengths"],
-        f"Records a {found['unit']}": found["records_a_unit"],
-        **found["numbers"],
-    }
-    for heading, part in binned.items():
-        if part is not None and part["bins"] is not None:
-            yield heading, [_share_row(_group(row), row["share"], floor) for row in part["bins"]]
-
-
-def _voted(found: Mapping[str, Any]) -> Iterator[tuple[str, list[tuple[str, str, str]]]]:
-    """Votes: a heading, and candidate, votes and their noise a row."""
-    if found.get("format") != VOTES_FORMAT:
-        return
-    noise = f"\N{PLUS-MINUS SIGN} {found['noise']:.1f}"
-    yield (
-        f"Votes; chosen: candidate {found['chosen']}",
-        [
-            (
-                f"{one['number']}: {settings_in_words(one['settings'])}",
-                f"{one['votes']:,.1f}",
-                noise,
-            )
-            for one in found["candidates"]
-        ],
-    )
-
-
-def _share_row(name: str, share: Mapping[str, float] | None, floor: float) -> tuple[str, str, str]:
-    if share is None:
-        return name, f"under {floor:,.0f}", _DASH
-    return name, f"{share['value']:.1%}", _from_to(share, "{:.1%}")
-
-
-def _from_to(estimate: Mapping[str, float], form: str) -> str:
-    return f"{form.format(estimate['low'])} to {form.format(estimate['high'])}"
-
-
-def _group(row: Mapping[str, Any]) -> str:
-    if row["to"] is None:
-        return f"{row['from']:g} or more"
-    return f"{row['from']:g}" if row["from"] == row["to"] else f"{row['from']:g} to {row['to']:g}"
 
 
 def learning_curves(view: RunView) -> dict[str, list[tuple[int, float]]]:
@@ -453,9 +395,7 @@ def trouble_lines(troubles: Sequence[Trouble]) -> list[TroubleLine]:
 def clock(seconds: float | None) -> str:
     """A time for people."""
     return (
-        _DASH
-        if seconds is None
-        else f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S} UTC"
+        DASH if seconds is None else f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S} UTC"
     )
 
 
@@ -512,7 +452,7 @@ def run_row(facts: RunFacts, view: RunView, spent: Mapping[str, float]) -> RunRo
     epsilon = (
         f"{max(spent.values()):.2f} of {facts.planned_epsilon:g}"
         if spent and facts.planned_epsilon
-        else _DASH
+        else DASH
     )
     return RunRow(facts, _mode(facts.plan), epsilon, scores[0] if scores else None)
 
@@ -537,8 +477,8 @@ def _sites(facts: RunFacts, view: RunView, spent: Mapping[str, float]) -> list[S
             code=site.code,
             replied=site.replied,
             failed=site.failed,
-            epsilon=f"{spent[site.name]:.2f}" if site.name in spent else _DASH,
-            left=f"{remains[site.name]:.2f}" if site.name in remains else _DASH,
+            epsilon=f"{spent[site.name]:.2f}" if site.name in spent else DASH,
+            left=f"{remains[site.name]:.2f}" if site.name in remains else DASH,
             share=(
                 min(1.0, spent[site.name] / facts.planned_epsilon)
                 if facts.planned_epsilon and site.name in spent
@@ -590,7 +530,7 @@ def compared(pages: Sequence[RunPage], views: Mapping[str, RunView]) -> dict[str
     flat = [dotted(page.facts.plan) for page in pages]
     keys = sorted({key for plan in flat for key in plan})
     differing = [
-        (key, [str(plan.get(key, _DASH)) for plan in flat])
+        (key, [str(plan.get(key, DASH)) for plan in flat])
         for key in keys
         if len({json.dumps(plan.get(key), sort_keys=True) for plan in flat}) > 1
     ]
