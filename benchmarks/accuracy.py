@@ -169,15 +169,16 @@ def table(found: dict[str, float]) -> Iterator[str]:
     for key, score in found.items():
         cell = Cell.read(key)
         scores.setdefault(cell.row, {}).setdefault(cell.method, []).append(score)
-    yield "| task | ε | noise | " + " | ".join(m.replace("_", " ") for m in METHODS) + " |"
-    yield "|---|---|---|" + "---|" * len(METHODS)
+    methods = [m for m in METHODS if any(m in row for row in scores.values())]
+    yield "| task | ε | noise | " + " | ".join(m.replace("_", " ") for m in methods) + " |"
+    yield "|---|---|---|" + "---|" * len(methods)
     for row in sorted(scores, key=_place):
         task, epsilon, noise = row
         if epsilon is None:
             who = ["none", "none"]
         else:
             who = [f"{epsilon:g}", noise.replace("_bands", ", correlated")]
-        told = [_told(scores[row].get(method, [])) for method in METHODS]
+        told = [_told(scores[row].get(method, [])) for method in methods]
         yield f"| {' | '.join([task, *who, *told])} |"
 
 
