@@ -79,6 +79,8 @@ class Job:
         For ``personal``: the federation's adapter, float32.
     states : tuple of str
         The sites' state folders in the run, whose split the comparison uses; none for a new split.
+    on : Split
+        The held-out records that it is scored on; a search for settings looks at validation records.
     """
 
     key: str
@@ -91,6 +93,7 @@ class Job:
     site: str | None = None
     start: bytes | None = None
     states: tuple[str, ...] = ()
+    on: Split = Split.TEST
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,10 +235,10 @@ def run_job(job: Job) -> Outcome:
         frozen = trains_head_only(plan)
         counts = {
             part.site.name: score(
-                _local(part), part.at_own_rank(adapter), split=Split.TEST, frozen=frozen
+                _local(part), part.at_own_rank(adapter), split=job.on, frozen=frozen
             )
             for part in parts
-            if len(_local(part).records.rows(Split.TEST))
+            if len(_local(part).records.rows(job.on))
         }
     return Outcome(job=job, counts=counts, seconds=seconds, examples=examples)
 
@@ -332,14 +335,14 @@ def _with_own_heads(job: Job, plan: Plan, parts: list[SiteRun]) -> Outcome:
     assert job.start is not None
     start = np.frombuffer(job.start, dtype="<f4")
     adapted = {part.site.name: _features(part, start) for part in parts}
-    tested = [part for part in parts if len(_local(part).records.rows(Split.TEST))]
+    tested = [part for part in parts if len(_local(part).records.rows(job.on))]
     counts: dict[str, Counts] = {}
     everywhere: dict[str, Counts] = {}
     started, examples = time.monotonic(), 0
     for part in parts:
         name = part.site.name
         own, used = _own_head(part, plan, adapted[name], start=start)
-        found = {other.site.name: _head_counts(other, own, adapted) for other in tested}
+        found = {other.site.name: _head_counts(other, own, adapted, on=job.on) for other in tested}
         counts |= {name: found[name]} if name in found else {}
         everywhere |= {name: np.sum([*found.values()], axis=0)} if found else {}
         examples += used
@@ -368,9 +371,11 @@ def _features(part: SiteRun, adapter: Vector) -> Frozen:
     return Frozen(found, None)
 
 
-def _head_counts(part: SiteRun, adapter: Vector, adapted: Mapping[str, Frozen]) -> Counts:
-    """Counts of an adapter's head on a site's test records."""
-    model, rows = _local(part).trainable.model, _local(part).records.rows(Split.TEST)
+def _head_counts(
+    part: SiteRun, adapter: Vector, adapted: Mapping[str, Frozen], *, on: Split
+) -> Counts:
+    """Counts of an adapter's head on a site's held-out records."""
+    model, rows = _local(part).trainable.model, _local(part).records.rows(on)
     write_adapter(model, adapter)
     features = adapted[part.site.name].seen(_local(part).encoded, rows, model.device)
     return model.task.head_score(model.module, features, _local(part).encoded, rows)

@@ -1,6 +1,6 @@
 """The comparison models: trained on what they say they are, from the same starting point."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -8,6 +8,7 @@ import torch
 
 from silotune.client.model_cache import ModelCache
 from silotune.client.terms import missing_noise, sigma_for
+from silotune.data.records import Split
 from silotune.models.features import compute_frozen
 from silotune.models.layout import initial_adapter
 from silotune.plan.plan import Plan
@@ -183,6 +184,28 @@ def test_frozen_features_are_shared_between_plans_of_one_model(federation):
     assert models.frozen(site, other, run.training.encoded) is first
     scaled = federation.plan.override({"model.feature_scale": 2.0})
     assert models.frozen(site, scaled, run.training.encoded) is not first
+
+
+def test_a_job_can_be_scored_on_validation_records(federation):
+    (job,) = [j for j in jobs(federation) if j.key == "probe_federated"]
+    counts = run_job(replace(job, on=Split.VALIDATION)).counts
+    held = {
+        run.site.name: len(run.training.records.rows(Split.VALIDATION)) for run in federation.runs()
+    }
+    assert {name: int(found.sum()) for name, found in counts.items()} == {
+        name: size for name, size in held.items() if size
+    }
+
+
+def test_random_cosines_stand_on_the_frozen_features_of_a_plan_without_them(federation):
+    plan = federation.plan.override({"model.centre_texts": ["red", "green", "blue"]})
+    curved = plan.override({"model.head_features": {"kind": "cosines", "number": 32}})
+    site, run = federation.sites[0], federation.runs(plan)[0]
+    models = ModelCache(CHOICES)
+    first = models.frozen(site, curved, run.training.encoded)
+    assert models.frozen(site, plan, run.training.encoded) is first
+    made = compute_frozen(run.training.trainable.model, run.training.encoded)
+    assert (made.features == first.features).all()
 
 
 def test_outcomes_are_the_same_whoever_finishes_first(federation):
