@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from silotune.plan.bands import band_weights
-from silotune.plan.sections import HeadFeatures, Sections
+from silotune.plan.sections import HeadFeatures, LoraSection, Sections
 
 PUBLIC_TEXTS = (
     "time", "person", "place", "work", "money", "house", "water", "year", "problem", "number",
@@ -35,7 +35,8 @@ _MOMENTUM_LR = (1.0, 8.0)
 _DRIFT = 0.16  # adapter: what noise alone may move an adapted layer's output by, as a part of it
 _ADAPTER_LR = (1e-3, 2e-2)
 _CLEAR_ADAPTER_LR = 2e-3
-_HEAD_SHARE_PRIVATE, _HEAD_SHARE_CLEAR = 0.9, 1 / 3
+_HEAD_SHARE_PRIVATE, _HEAD_SHARE_CLEAR, _HEAD_SHARE_PAIRS = 0.9, 1 / 3, 0.5
+_PAIRS_RANK, _PAIRS_ALPHA = 2, 4.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,9 +101,15 @@ def _unsaid(plan: Sections) -> Iterator[Number]:
                 "records are like those trained on: a curved head gains, and costs no epsilon"
             )
             yield Number(key="model.head_features", value=features, why=why)
-    if rounds == plan.rounds.number and "lora" not in plan.model_fields_set:
+    if rounds == plan.rounds.number and _no_adapter_said(plan):
         why = "no round trains the adapter: as small as it can be, for every round carries it"
         yield Number(key="lora.r", value=1, why=why)
+    elif head and adapts and plan.per_unit and plan.task.compares and _no_adapter_said(plan):
+        why = "two texts are compared by the adapter: a small one, for noise grows with its numbers"
+        yield Number(key="lora.r", value=_PAIRS_RANK, why=why)
+        yield Number(key="lora.alpha", value=_PAIRS_ALPHA, why="twice the rank")
+        shaped = LoraSection(r=_PAIRS_RANK, alpha=_PAIRS_ALPHA)
+        plan = plan.model_copy(update={"lora": shaped})  # whose rate the next rule finds
     rates: tuple[tuple[str, bool, Callable[..., tuple[float, str]]], ...] = (
         ("head_lr", head, head_lr),
         ("adapter_lr", rounds < plan.rounds.number and server == "adam", adapter_lr),
@@ -116,12 +123,17 @@ def _unsaid(plan: Sections) -> Iterator[Number]:
         yield Number(key="privacy.band_weights", value=list(weights), why=why)
 
 
+def _no_adapter_said(plan: Sections) -> bool:
+    return "lora" not in plan.model_fields_set
+
+
 def curves(plan: Sections) -> bool:
     """Whether a head on random cosines is the better one, as far as public facts tell.
 
-    Of a head on every token it was not measured, and it would keep as many cosines for each.
+    Of a head on every token it was not measured, and it would keep as many cosines for each. On two
+    texts they lost.
     """
-    if plan.task.each_token:
+    if plan.task.each_token or plan.task.compares:
         return False
     return len(plan.model.labels) <= MOST_CURVED_LABELS and plan.data.split_by == "unit"
 
@@ -133,11 +145,14 @@ def head_rounds(plan: Sections) -> tuple[int, str]:
         return round(number * _HEAD_SHARE_CLEAR), "a third: the head first, then both"
     if plan.privacy.bands > 1:
         return number, "all: rounds whose noise is correlated all train the same"
+    if plan.task.compares:
+        rounds = round(number * _HEAD_SHARE_PAIRS)
+        return rounds, "half: a head compares two texts badly, an adapter learns it under noise, too"
     if "lora" in plan.model_fields_set or plan.aggregation.strategy != "fedavg":
         rounds = math.floor(number * _HEAD_SHARE_PRIVATE)
         return rounds, "nine in ten: the adapter moves little under noise, and a head well"
     return number, (
-        "all: under privacy no adapter gained over the head alone where it was measured; give "
+        "all: under privacy no adapter gained over the head alone on single texts; give "
         "[lora] or head_rounds to train one"
     )
 

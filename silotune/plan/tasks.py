@@ -153,6 +153,11 @@ class TaskFacts:
         return (*self.reads, *([self.target] if self.target else []))
 
     @property
+    def compares(self) -> bool:
+        """Whether several texts are read together."""
+        return len(self.reads) > 1
+
+    @property
     def sees(self) -> bool:
         """Whether it reads images instead of texts."""
         return self.base == "image"

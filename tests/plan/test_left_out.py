@@ -106,6 +106,34 @@ def test_cosines_are_for_few_labels_records_like_those_trained_on_and_no_adapter
     assert ("model.head_features" in found(REQUIRED, **changes)) == curved
 
 
+PAIRS = {**REQUIRED, "model": {**REQUIRED["model"], "task": "pair_classification"}}
+
+
+def test_a_private_plan_of_pairs_trains_a_small_adapter_in_half_of_its_rounds(tmp_path):
+    plan = read(tmp_path, PAIRS)
+    assert plan.optimizer.site.head_rounds == 60
+    assert (plan.lora.r, plan.lora.alpha) == (2, 4.0)
+    assert plan.model.head_features is None
+    said = {"lora.r": 2, "lora.alpha": 4.0, "optimizer.site.head_rounds": 60}
+    shaped = read(tmp_path, PAIRS, **said)
+    assert plan.optimizer.site.adapter_lr == shaped.optimizer.site.adapter_lr  # of that shape
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"lora.r": 4}, {"optimizer.site.head_rounds": 60}),
+        ({"lora.target_modules": "none"}, {}),
+        ({"optimizer.site.head_rounds": 120}, {"lora.r": 1}),
+        ({"rounds.number": 1}, {"optimizer.site.head_rounds": 0, "lora.r": 2, "lora.alpha": 4.0}),
+    ],
+)
+def test_of_pairs_no_more_is_filled_in_than_was_left_out(changes, expected):
+    numbers = found(PAIRS, **changes)
+    shape = ("optimizer.site.head_rounds", "lora.r", "lora.alpha", "model.head_features")
+    assert {key: numbers[key] for key in shape if key in numbers} == expected
+
+
 def test_what_the_author_says_is_left_alone(tmp_path):
     said = {
         "optimizer.site.head_lr": 0.5,
@@ -167,7 +195,10 @@ def test_no_rule_contradicts_the_rest_of_any_plan(data):
     tables["aggregation"]["head"] = pick("shared", "local")
     tables["rounds"]["local_steps"] = pick(1, 1, 1, 4)
     tables["data"] = {"dataset": "notes", "split_by": pick("unit", "group")}
-    if pick(True, False):
+    asked = pick("one text", "two texts", "causal")
+    if asked == "two texts":
+        tables["model"] = PAIRS["model"]
+    if asked == "causal":
         tables["model"] = CAUSAL["model"]
         tables["privacy"] = CAUSAL["privacy"]
     if pick(True, False):
