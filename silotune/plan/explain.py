@@ -148,7 +148,9 @@ def _nearest(place: _Place, root: type[BaseModel]) -> str:
     wanted = place.path[-1]
     near = difflib.get_close_matches(wanted, here, n=1)
     if not near:
-        elsewhere = {key.rsplit(".", 1)[-1]: key for key in key_paths(root)}
+        # Of a plan within a plan the outer one's keys are meant: the shallowest is put in last.
+        paths = sorted(key_paths(root), key=lambda key: -key.count("."))
+        elsewhere = {key.rsplit(".", 1)[-1]: key for key in paths}
         near = [elsewhere[m] for m in difflib.get_close_matches(wanted, list(elsewhere), n=1)]
     return f"; did you mean {near[0]!r}?" if near else "; known here: " + ", ".join(here)
 
