@@ -147,7 +147,10 @@ def head_rounds(plan: Sections) -> tuple[int, str]:
         return number, "all: rounds whose noise is correlated all train the same"
     if plan.task.compares:
         rounds = round(number * _HEAD_SHARE_PAIRS)
-        return rounds, "half: a head compares two texts badly, an adapter learns it under noise, too"
+        return (
+            rounds,
+            "half: a head compares two texts badly, an adapter learns it under noise, too",
+        )
     if "lora" in plan.model_fields_set or plan.aggregation.strategy != "fedavg":
         rounds = math.floor(number * _HEAD_SHARE_PRIVATE)
         return rounds, "nine in ten: the adapter moves little under noise, and a head well"
