@@ -50,11 +50,20 @@ def candidate_tables(plan: Sections) -> tuple[dict[str, Any], ...]:
 def base_tables(plan: Sections) -> dict[str, Any]:
     """The plan that all candidates are of, as tables."""
     assert plan.vote is not None
-    written = plan.model_dump(mode="json", exclude_none=True)
-    made = {key: written[key] for key in ("plan", "model", "lora", "data")}
-    made |= written["vote"]["plan"]
+    written = plan.written()
+    made = _said({key: written[key] for key in ("plan", "model", "lora", "data")})
+    made |= _said(written["vote"]["plan"])
     made["plan"]["name"] = made.pop("name")
     return made
+
+
+def _said(tables: Mapping[str, Any]) -> dict[str, Any]:
+    """Tables without what is left open."""
+    return {
+        key: _said(value) if isinstance(value, dict) else value
+        for key, value in tables.items()
+        if value is not None
+    }
 
 
 def vote_tables(
@@ -132,7 +141,7 @@ def _excluded(plan: Sections) -> Iterator[str]:
     if not plan.task.pools:
         yield f"vote: {plan.model.task} has no head to train alone, which is what candidates train"
         return
-    if plan.optimizer != OptimizerSection():
+    if plan.optimizer.written() != OptimizerSection().written():
         yield "optimizer: the vote itself trains nothing; it belongs under vote.plan"
     if plan.lora.start is not None:
         yield "lora.start: candidates train a head alone, from its start; remove it"
