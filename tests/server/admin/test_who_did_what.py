@@ -146,11 +146,16 @@ def fetched(stage, name, *more):
     return [stage.run(), *more], f"{stage.name}/{name}"
 
 
-def counted(stage):
-    found = json.loads((GOLDEN / "statistics.json").read_text())
-    plan = Plan.load(GOLDEN / "plans_that_count" / "words.toml")
-    stage.office.told_run(stage.name, plan=plan).append_event("statistics", found=found)
-    return [stage.name], f"{stage.name}/statistics.json"
+def found_by(kind, plan):
+    """What came of a run that trains nothing, as a file to fetch."""
+
+    def counted(stage):
+        found = json.loads((GOLDEN / f"{kind}.json").read_text())
+        run = stage.office.told_run(stage.name, plan=Plan.load(GOLDEN / plan))
+        run.append_event(kind, found=found)
+        return [stage.name], f"{stage.name}/{kind}.json"
+
+    return "download", counted, lambda stage: (["nothing"], f"nothing/{kind}.json", "ST-631")
 
 
 # action, then: words and target of one that is done; words, target and code of one that is refused
@@ -177,11 +182,8 @@ COORDINATOR = {
             "ST-631",
         ),
     ),
-    "runs statistics": (
-        "download",
-        counted,
-        lambda stage: (["nothing"], "nothing/statistics.json", "ST-631"),
-    ),
+    "runs statistics": found_by("statistics", "plans_that_count/words.toml"),
+    "runs votes": found_by("votes", "plans_of_votes/rates.toml"),
     "people add": (
         "add_person",
         lambda stage: ([stage.name, "--role", "viewer", "--out", stage.folder / "p"], stage.name),
