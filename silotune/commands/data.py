@@ -72,7 +72,7 @@ def check(  # noqa: PLR0917 - one a command-line option
     """
     from silotune.api.site import Site
 
-    asked = None if plan is None else Plan.load(plan).override(parsed(overrides or []))
+    asked = None if plan is None else Plan.load(plan, parsed(overrides or []))
     found = _examined(Site(site), asked, dataset, names)
     if page is not None:
         from silotune.report.records_page import write_records_page

@@ -323,6 +323,11 @@ def _print(plan: Plan, facts: dict[str, Any], console: Console) -> None:
             f"  The noise that rounds leave in the adapters is {left:.2f} of that of independent "
             "noise, at the same epsilon."
         )
+    if (bands := plan.privacy.bands) > 1 and facts["sites"]:
+        console.print(
+            f"  The ledger is charged once for {bands} rounds, {plural(plan.releases, 'time')} in all, "
+            f"for a sampling rate that is {bands} times the one below."
+        )
     if "noise_of_votes" in facts:
         _print_vote(plan, facts, console)
     for number in facts["left_out"]:

@@ -299,8 +299,9 @@ def _correlated(plan: Plan) -> str:
     bands = plan.privacy.bands
     if bands == 1:
         return ""
+    earlier = "one" if bands == 2 else str(bands - 1)
     return (
-        f" Noise is correlated over {bands} rounds: each takes back a part of what the {bands - 1} "
+        f" Noise is correlated over {bands} rounds: each takes back a part of what the {earlier} "
         f"before it added. So a {plan.privacy.unit} can be drawn in one of any {bands} rounds in a row "
         f"only, {bands} times as often, and is charged once for all of them; each site keeps its own "
         "noise of these rounds, sealed."

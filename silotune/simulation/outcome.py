@@ -296,7 +296,10 @@ def write_privacy(
     view.extend(directory.events)
     sites = {
         site: _site_privacy(
-            plan, body, [r.number for r in view.finished_rounds if site in r.replied]
+            plan,
+            body,
+            [r.number for r in view.finished_rounds if site in r.replied],
+            told=view.sites[site].mechanism if site in view.sites else None,
         )
         for site, body in certificates.items()
     }
@@ -359,10 +362,19 @@ def _statement(plan: Plan, both: Mapping[str, float] | None) -> str:
     )
 
 
-def _site_privacy(plan: Plan, body: CertificateBody, replied: Sequence[int]) -> dict[str, Any]:
-    """What a site spent, also one that missed rounds: `replied` are those that it did not miss."""
-    # Metrics are released at rate 1, so the steps are what is sampled, or what is there most often.
-    steps = max(body.mechanisms, key=lambda m: (m.rate < 1.0, m.times))
+def _site_privacy(
+    plan: Plan,
+    body: CertificateBody,
+    replied: Sequence[int],
+    *,
+    told: tuple[float, float] | None,
+) -> dict[str, Any]:
+    """What a site spent, also one that missed rounds.
+
+    `replied` are those that it did not miss, `told` the rate and noise that it gave when it joined.
+    """
+    # Its steps are what it told of. Where they are not there: what is sampled, as metrics are not.
+    steps = max(body.mechanisms, key=lambda m: ((m.rate, m.sigma) == told, m.rate < 1.0, m.times))
     rate, sigma = steps.rate, steps.sigma
     per_round = step_event(rate=rate, sigma=sigma, steps=plan.releases_a_round)
     charged = steps.times // plan.releases_a_round

@@ -189,6 +189,21 @@ def test_with_a_plan_lengths_are_tokens_and_its_labels_and_bound_count(tmp_path,
     assert remarks(facts).items() >= {"lacking": "note", "cut": "warning"}.items()
 
 
+def test_settings_replace_keys_of_the_file_before_what_it_leaves_out_is_filled_in(
+    tmp_path, bert_folder
+):
+    """Weights were chosen for the plan's bands: nobody gave them, and without bands there are none."""
+    made = write_federation(tmp_path, bert_folder)
+    private = 'mode = "record"\nepsilon = 8.0\ndelta = 1e-4\nclip = 1.0\nbands = 2'
+    server = '\n[optimizer.server]\nname = "sgd"\n'
+    text = made.plan_path.read_text().replace('mode = "none"', private)
+    text = text.replace("head_rounds = 2", "head_rounds = 5")
+    made.plan_path.write_text(text + server)
+    code, facts = checked(made.sites[0].file, "--plan", made.plan_path, "--set", "privacy.bands=1")
+    assert code == 0, facts["remarks"]
+    assert facts["plan"] == "small"
+
+
 def test_tokens_are_those_that_training_would_cut(tmp_path, bert_folder):
     from silotune.data.records import load_records
     from silotune.models.pretrained import load_tokenizer

@@ -113,6 +113,7 @@ def test_what_correlated_noise_is_worth_is_told(plan_path):
     assert len(weights["value"]) == 8
     told = " ".join(checked(plan_path, *BANDED, form=FORMS[0]).text.split())
     assert "is 0.75 of that of independent noise" in told
+    assert "charged once for 8 rounds, 15 times in all, for a sampling rate that is 8 times" in told
 
 
 def test_where_correlated_noise_gains_nothing_it_is_told(plan_path):

@@ -158,4 +158,6 @@ def test_the_officer_reads_what_correlation_means():
     assert "Noise is correlated over 8 rounds" in said
     assert "can be drawn in one of any 8 rounds in a row only" in said
     assert "charged once for all of them" in said
+    two = dict(plan_in_words(plan_with(**{"privacy.bands": 2})))["Privacy"]
+    assert "takes back a part of what the one before it added" in two
     assert "correlated" not in dict(plan_in_words(plan_with(**{"privacy.bands": 1})))["Privacy"]

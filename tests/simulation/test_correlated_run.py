@@ -157,6 +157,16 @@ def test_a_report_says_what_is_charged(whole):
     assert "blocks of 3 rounds" in page
 
 
+def test_steps_of_every_unit_are_not_taken_for_releases_of_metrics(federation):
+    """Both have a rate of 1, and metrics are released in more rounds than there are blocks."""
+    often = {"privacy.bands": 4, "privacy.rate": 0.25, "rounds.evaluate_every": 1}
+    found = play(federation, "often", **often, **{"privacy.metrics_share": 0.2})
+    joined = {e["site"]: e["sigma"] for e in found.events if e["event"] == "site_joined"}
+    for site, facts in json.loads((found.root / "privacy.json").read_text())["sites"].items():
+        assert (facts["steps"], facts["rate"], facts["sigma"]) == (2, 1.0, joined[site])
+        assert [number for number, _ in facts["epsilon_by_round"]] == [1, 5]
+
+
 def test_a_step_is_audited_with_what_a_block_costs(federation, whole):
     seen = step_scores(plan_of(whole), federation.sites, canaries=2000, seed=1)
     found = audit_step(seen.scores, seen.coins, claimed=seen.claimed, mu=seen.mu, delta=1e-4)
