@@ -199,6 +199,7 @@ class SecureRounds:
         self._text = plan.canonical()
         self._nodes = {terms.site: terms.node for terms in members}
         self._sites = {node: site for site, node in self._nodes.items()}
+        self._members = frozenset(self._nodes)
         self._ready: dict[int, CoordinatorRound] = {}
         self._memory = memory
 
@@ -278,8 +279,13 @@ class SecureRounds:
     # --- phases ---
 
     def _drawn(self, number: int) -> frozenset[str]:
-        """The sites that a round asks."""
-        return drawn(self._plan, run=self._run, server_round=number, sites=self._nodes)
+        """The sites that a round asks; if some are drawn, those that the round's events name.
+
+        Not of `_nodes`, which after a restart may have one that is not back yet.
+        """
+        if self._plan.rounds.sites is None:
+            return frozenset(self._nodes)
+        return drawn(self._plan, run=self._run, server_round=number, sites=self._members)
 
     def _new_round(self) -> CoordinatorRound:
         aggregation = self._plan.aggregation
