@@ -240,7 +240,7 @@ def test_wherever_it_is_killed_the_adapter_is_the_same(federation, calm, death):
 
 
 def test_of_drawn_sites_those_are_asked_that_the_events_name_also_if_one_is_not_back(federation):
-    """One of the second round is not back: its update is in the sum, and later rounds draw without it."""
+    """One of the second round is not back: it is in that sum, and later rounds draw without it."""
     drawn_sites = {"rounds.sites": 3, "aggregation.cohort": 3, "rounds.number": 6}
     calm = Play(federation, "drawn", **drawn_sites)
     cohorts = {e["round"]: set(e["cohort"]) for e in calm.events("round_started")}
