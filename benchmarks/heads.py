@@ -151,17 +151,25 @@ def sigma(epsilon: float | None, rate: float, rounds: int) -> float:
     return calibrate(epsilon=epsilon, delta=DELTA, rate=rate, steps=rounds)
 
 
-def trained(seen, labels, kinds, *, noise, seed, optimizer, lr, average, rate, rounds):
-    """The head [inputs, kinds] after all rounds, as the package's server makes it."""
+def trained(
+    seen, labels, kinds, *, noise, seed, optimizer="adam", lr, average="none", rate=RATE,
+    rounds=ROUNDS, gamma=None, floor=None,
+):  # fmt: skip
+    """The head [inputs, kinds] after all rounds, as the package's server makes it.
+
+    With `gamma` or `floor`, not as the package does it: see benchmarks/head_steps.py.
+    """
     draw, random = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     weights = torch.zeros(seen.shape[1], kinds)
     first, second, mean = torch.zeros_like(weights), torch.zeros_like(weights), weights.clone()
     squares, wanted = (seen**2).sum(1), torch.nn.functional.one_hot(labels, kinds).float()
+    variance = (noise * CLIP / (rate * len(seen))) ** 2
     for step in range(rounds):
         rows = torch.from_numpy(np.flatnonzero(draw.random(len(seen)) < rate))
         errors = torch.softmax(seen[rows] @ weights, 1) - wanted[rows]
         norms = ((errors**2).sum(1) * squares[rows]).sqrt()
-        errors *= (CLIP / norms.clamp_min(1e-9)).clamp(max=1.0)[:, None]
+        clipped = (CLIP / norms.clamp_min(1e-9)).clamp(max=1.0)
+        errors *= (clipped if gamma is None else CLIP / (norms + gamma))[:, None]
         total = seen[rows].T @ errors
         if noise:
             total += noise * CLIP * torch.randn(weights.shape, generator=random)
@@ -174,6 +182,8 @@ def trained(seen, labels, kinds, *, noise, seed, optimizer, lr, average, rate, r
             first = 0.9 * first + 0.1 * gradient
             second = 0.999 * second + 0.001 * gradient**2
             unbiased = second / (1 - 0.999 ** (step + 1))
+            if floor is not None:
+                unbiased = (unbiased - variance).clamp_min(floor**2 * variance)
             way = first / (1 - 0.9 ** (step + 1)) / (unbiased.sqrt() + 1e-8)
             weights = weights - lr * factor * way
         newest = {
