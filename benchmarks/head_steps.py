@@ -34,7 +34,17 @@ from silotune.simulation import baselines
 RULE = 0.083
 STEPS = {
     "clipped, Adam": [{"lr": lr} for lr in (RULE, 0.05, 0.15)],
-    "AUTO-S": [{"lr": lr, "gamma": g} for g, lr in ((0.01, RULE), (0.01, 0.05), (1.0, RULE))],
+    "AUTO-S": [
+        {"lr": lr, "gamma": g}
+        for g, lr in (
+            (0.01, 0.05),
+            (0.01, RULE),
+            (0.01, 0.15),
+            (0.01, 0.3),
+            (1.0, RULE),
+            (1.0, 0.15),
+        )
+    ],
     "corrected": [
         {"lr": lr, "floor": f} for f, lr in ((1.0, RULE), (0.3, RULE), (0.3, 0.03), (0.1, 0.01))
     ],
