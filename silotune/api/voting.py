@@ -23,6 +23,8 @@ def vote_of(
     plan: Plan, vary: Sequence[str], *, epsilon: float, block_units: int, units: int
 ) -> Plan:
     """The plan of a vote among all combinations of values. Raises `PlanInvalid`."""
+    if plan.only_sums:
+        raise PlanInvalid(f"{plan.plan.name} trains nothing: give the plan that is to be trained")
     candidates = combinations(vary)
     tables = vote_tables(plan, candidates, epsilon=epsilon, units=units, block_units=block_units)
     return Plan.from_mapping(tables, source="the vote")

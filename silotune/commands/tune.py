@@ -15,9 +15,10 @@ from silotune.commands.asked import Device
 from silotune.commands.folder import AsJson
 from silotune.commands.new_plan import TITLES, rendered
 from silotune.commands.plan import Overrides, parsed
-from silotune.commands.vote import tuned_in_private
+from silotune.commands.vote import EPSILON, tuned_in_private
 from silotune.plan.left_out import Number
 from silotune.plan.plan import Plan
+from silotune.plan.sections import BLOCK_UNITS
 from silotune.terminal import headed, terminal
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 BEST_FILE = "best.toml"
 _SHOWN = 10
+_OF_SEARCHES = ("trials", "metric", "repeats", "early", "keep", "seed")
+_OF_VOTES = ("epsilon", "block_units")
 
 UNPAID = (
     "This search looked at the sites' records {runs} times and no ledger paid for it: what it chose can "
@@ -37,6 +40,7 @@ UNPAID = (
 
 
 def tune(  # noqa: PLR0917 - one a command-line option
+    ctx: typer.Context,
     plan: Annotated[
         Path,
         typer.Argument(
@@ -84,11 +88,11 @@ def tune(  # noqa: PLR0917 - one a command-line option
     ] = False,
     epsilon: Annotated[
         float, typer.Option(min=0.01, help="With --private: what the vote costs each unit.")
-    ] = 0.5,
+    ] = EPSILON,
     block_units: Annotated[
         int,
         typer.Option(min=10, help="With --private: units of a block; each block has one vote."),
-    ] = 250,
+    ] = BLOCK_UNITS,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
@@ -106,6 +110,7 @@ def tune(  # noqa: PLR0917 - one a command-line option
     votes together are one noisy release, which a site's ledger pays for. PLAN-vote/vote.toml is the plan
     of that vote: the simulation runs it here, and a coordinator proposes it to real sites.
     """
+    _fits(ctx, private=private)
     if private:
         tuned_in_private(
             plan,
@@ -145,6 +150,20 @@ def tune(  # noqa: PLR0917 - one a command-line option
     if done.best is not None:
         (search.folder / BEST_FILE).write_text(_plan_of(search, done.best), encoding="utf-8")
     _tell(search, done.tried, done.best, console=console, as_json=as_json)
+
+
+def _fits(ctx: typer.Context, *, private: bool) -> None:
+    """Refuse options of the other way to tune, which would be without effect."""
+    for name in _OF_SEARCHES if private else _OF_VOTES:
+        source = ctx.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            (option,) = (each for each in ctx.command.params if each.name == name)
+            raise typer.BadParameter(
+                "is of a search; a vote (--private) has none of it"
+                if private
+                else "is of a vote: add --private. A search has no epsilon, and is not private",
+                param_hint=option.opts[0],
+            )
 
 
 def _searched(

@@ -12,6 +12,7 @@ import typer
 from silotune.commands.folder import HERE, AsJson, Folder, client_of
 from silotune.errors import PlanInvalid
 from silotune.plan.plan import Plan
+from silotune.plan.sections import BLOCK_UNITS
 from silotune.plan.voted import VARIED
 from silotune.plan.written import plan_toml
 from silotune.terminal import headed, terminal
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 
 VOTE_FILE, CHOSEN_FILE = "vote.toml", "chosen.toml"
+
+EPSILON = 0.5
+"""What a vote costs, if nothing is said: little beside a training."""
 
 Vary = Annotated[
     list[str],
@@ -41,8 +45,8 @@ def vote(  # noqa: PLR0917 - one a command-line option
     out: Annotated[Path, typer.Option(help="The plan of the vote is written here.")] = Path(
         VOTE_FILE
     ),
-    epsilon: Epsilon = 0.5,
-    block_units: BlockUnits = 250,
+    epsilon: Epsilon = EPSILON,
+    block_units: BlockUnits = BLOCK_UNITS,
     units: Annotated[
         int,
         typer.Option(
@@ -73,7 +77,9 @@ def vote(  # noqa: PLR0917 - one a command-line option
 
 
 def write(path: Path, made: Plan, plan: Path) -> None:
-    """Write a vote's file."""
+    """Write a vote's file, never over the plan that it is about."""
+    if path.resolve() == plan.resolve():
+        raise typer.BadParameter("this is the plan that is voted on", param_hint="--out")
     head = f"# A vote on settings of {plan.name}, written by silotune. docs/plans.md explains it.\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(head + plan_toml(made), encoding="utf-8")
@@ -113,9 +119,11 @@ def chosen(
     terminal().print(f"Plan: {out}", soft_wrap=True)
 
 
-def write_chosen(out: Path, plan: Path, found: Mapping[str, Any]) -> None:
-    """Write the plan's file with what a vote chose."""
-    made = Plan.written_in(plan, found["settings"])
+def write_chosen(
+    out: Path, plan: Path, found: Mapping[str, Any], settings: Mapping[str, Any] | None = None
+) -> None:
+    """Write the plan's file with what a vote chose, and what was replaced in it before."""
+    made = Plan.written_in(plan, {**(settings or {}), **found["settings"]})
     head = (
         f"# {plan.name} with candidate {found['chosen']} of the vote {found.get('run', '')}, which cost "
         f"epsilon {found['epsilon']:g}.\n"
@@ -179,8 +187,7 @@ def tuned_in_private(
         progress=console,
     )
     found = {"run": done.folder.name, **(done.votes or {})}
-    text = plan_toml(Plan.written_in(plan, {**settings, **found["settings"]}))
-    (folder / CHOSEN_FILE).write_text(text, encoding="utf-8")
+    write_chosen(folder / CHOSEN_FILE, plan, found, settings)
     if as_json:
         told = {"votes": found, "plan": str(folder / CHOSEN_FILE), "paid_in_epsilon": True}
         typer.echo(json.dumps(told))

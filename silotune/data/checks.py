@@ -86,7 +86,7 @@ class Surveyed:
     records : Records or None
         What it would train and test on; None if it refuses the plan or can't read its dataset.
     look_alikes : LookAlikes or None
-        Across its split.
+        Across its split; None of a vote.
     problem : SilotuneError or None
         Why there are no records.
     """
@@ -137,4 +137,6 @@ def _look(site: SiteConfig, plan: Plan, *, roles: Collection[str], secret: bytes
         records = load_records(site, plan, roles=roles, secret=secret)
     except SilotuneError as exc:
         return Surveyed(site.name, None, problem=exc)
-    return Surveyed(site.name, records, find_look_alikes(records, plan))
+    # A vote measures nothing on held-out records.
+    found = None if plan.vote is not None else find_look_alikes(records, plan)
+    return Surveyed(site.name, records, found)

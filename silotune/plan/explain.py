@@ -73,6 +73,9 @@ def _complaints(problem: ErrorDetails, place: _Place, root: type[BaseModel]) -> 
     if problem["type"] == "string_pattern_mismatch":
         pattern = problem["ctx"]["pattern"]
         return [f"expected {_PATTERNS.get(pattern, f'a text that fits {pattern}')}"]
+    if problem["type"] == "too_short":
+        length = problem["ctx"]
+        return [f"expected at least {length['min_length']} items, got {length['actual_length']}"]
     said = problem["msg"].removeprefix("Input should be ")
     return ["expected " + said.replace("an object", "a table").replace("a valid array", "a list")]
 

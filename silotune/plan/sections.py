@@ -372,6 +372,10 @@ class AggregationSection(Section):
     )
 
 
+BLOCK_UNITS = 250
+"""Units of a vote's block, if nothing is said: docs/plans.md has what 100 and 250 tell apart."""
+
+
 class VotedPlan(Section):
     """``[vote.plan]``: how the plan will be trained that the candidates are of, by that plan's keys."""
 
@@ -386,7 +390,8 @@ class VoteSection(Section):
     """``[vote]``: settings of a plan among which the sites' own records choose, in one release."""
 
     block_units: Annotated[int, Field(ge=10)] = Field(
-        100, description="Units that a block is expected to have; each block has one vote."
+        BLOCK_UNITS,
+        description="Units that a block is expected to have; each block has one vote.",
     )
     units: Annotated[int, Field(ge=1)] = Field(
         description="PUBLIC. Units that all sites declare together: steps in a block are as noisy as "

@@ -20,13 +20,14 @@ from silotune.report.verdict import epsilon, plural, power, printable
 Found = Mapping[str, Any]
 
 _UNSURE = 0.9
+_CHOICE = {"plan", "settings", "chosen", "epsilon"}  # without which nothing is chosen
 
 
 def read(path: Path) -> dict[str, Any]:
     """What a votes.json says. Raises `RunDirectoryInvalid` if it is none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        if found["format"] == VOTES_FORMAT:
+        if found["format"] == VOTES_FORMAT and found.keys() >= _CHOICE:
             return dict(found)
     except (OSError, ValueError, KeyError, TypeError):
         pass

@@ -82,7 +82,8 @@ class Range:
         except tomllib.TOMLDecodeError:
             pass
         raise PlanInvalid(
-            f"--vary {text}: expected key=low:high, or key=value,value (texts in quotes)"
+            f"--vary {text}: expected key=low:high, or key=value,value, with values as TOML has them: "
+            "0.1 and not .1, texts in quotes"
         )
 
     @property

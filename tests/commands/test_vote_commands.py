@@ -5,7 +5,9 @@ import re
 import tomllib
 
 import pytest
+from typer.main import get_command
 
+from silotune.cli import app
 from silotune.plan.plan import Plan, candidates_of
 from silotune.plan.written import plan_toml
 from silotune.report.votes import read
@@ -55,6 +57,9 @@ def test_tune_in_private_votes_writes_the_plan_that_came_of_it_and_says_what_it_
     assert chosen.optimizer.site.head_lr == found["settings"]["optimizer.site.head_lr"]
     before = Plan.load(plan).override(found["settings"])
     assert chosen.sha256 == before.sha256  # nothing else was changed
+    by_hand = folder / "by-hand.toml"
+    assert typed("plan", "chosen", plan, path / "votes.json", "--out", by_hand)[0] == 0
+    assert by_hand.read_text() == (folder / "chosen.toml").read_text()
 
 
 def test_the_plan_of_a_vote_is_checked_and_its_choice_made_a_plan_for_scripts(plan, tmp_path):
@@ -68,6 +73,10 @@ def test_the_plan_of_a_vote_is_checked_and_its_choice_made_a_plan_for_scripts(pl
         (0.3, 2), (0.3, 4), (1e-6, 2), (1e-6, 4),
     ]  # fmt: skip
     assert made.vote.units == 60 + 80 + 100
+    assert "scores will flatter" in typed("plan", "check", plan)[1]
+    assert (
+        "scores will flatter" not in typed("plan", "check", out)[1]
+    )  # held-out records score nothing
     _, said = typed("plan", "check", out, "--sizes=60,80,100")
     assert "3 blocks vote; each number of votes comes with noise of" in said
     assert "it is mostly noise that chooses" in said
@@ -80,14 +89,58 @@ def test_what_can_not_be_voted_on_is_told_at_once(plan):
     for vary, told in (
         ("optimizer.site.head_lr=0.1:1.0", "candidates of a vote are fixed"),
         ("privacy.epsilon=1.0,2.0", "can't be voted on"),
-        ("optimizer.site.head_lr=0.1", "vote.candidates"),
+        ("optimizer.site.head_lr=0.1", "vote.candidates: expected at least 2 items, got 1"),
         ("optimizer.site.adapter_lr=0.1,0.2", "candidates train a head alone"),
+        ("optimizer.site.head_lr=.1,1", "values as TOML has them: 0.1 and not .1"),
     ):
         code, said = typed("tune", plan, "--private", f"--vary={vary}")
         assert code != 0
         assert told in said
     assert "give --vary key=value,value" in typed("tune", plan, "--private")[1]
     assert not (plan.parent / "plan-vote").exists()
+
+
+def test_a_vote_is_on_a_plan_that_trains_and_is_never_written_over_it(plan, tmp_path):
+    before, out = plan.read_bytes(), tmp_path / "vote.toml"
+    code, said = typed("plan", "vote", plan, VARY, "--out", plan)
+    assert (code, plan.read_bytes()) == (2, before)
+    assert "this is the plan that is voted on" in said
+    assert typed("plan", "vote", plan, VARY, "--out", out)[0] == 0
+    again = tmp_path / "again.toml"
+    code, said = typed("plan", "vote", out, VARY, "--units=240", "--out", again)
+    assert code != 0
+    assert "small-vote trains nothing: give the plan that is to be trained" in said
+    assert not again.exists()
+
+
+def test_a_block_has_as_many_units_by_command_as_by_a_plan_that_says_nothing(plan, tmp_path):
+    out = tmp_path / "vote.toml"
+    assert typed("plan", "vote", plan, VARY, "--out", out)[0] == 0
+    tables = tomllib.loads(out.read_text())
+    said = tables["vote"].pop("block_units")
+    left_out = Plan.from_mapping(tables)
+    assert left_out.vote.block_units == said == Plan.load(out).vote.block_units
+    asked = {each.name: each.default for each in get_command(app).commands["tune"].params}
+    assert asked["block_units"] == said
+
+
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        (["--epsilon=1"], "--epsilon: is of a vote: add --private. A search has no epsilon"),
+        (["--block-units=50"], "--block-units: is of a vote: add --private"),
+        (
+            ["--private", "--trials=3"],
+            "--trials: is of a search; a vote (--private) has none of it",
+        ),
+        (["--private", "--to-the-end"], "--early: is of a search"),
+    ],
+)
+def test_an_option_of_the_other_way_to_tune_is_refused_and_not_ignored(plan, option, told):
+    code, said = typed("tune", plan, VARY, *option)
+    assert code == 2
+    assert told in said.replace("│ ", "")
+    assert {each.name for each in plan.parent.glob("plan-*")} == set()
 
 
 def test_votes_on_another_plan_choose_nothing(plan, tmp_path):

@@ -10,10 +10,12 @@ import pytest
 from silotune.client.daemon.daemon import Daemon
 from silotune.client.errors import PolicyMissing
 from silotune.data.site import PolicyConfig, SiteConfig
+from silotune.plan.voted import VOTES
 from silotune.protocol.envelope import refusal_code
 from tests.client.coordinator_double import CoordinatorDouble
 from tests.client.site_rig import Rig
 from tests.federation import write_federation
+from tests.vote_sites import voting
 
 # What breaks the clause: in the plan, or in the policy.
 PLANS = {
@@ -35,6 +37,9 @@ POLICIES = {
     "strategies": ({"strategies": ["fedprox"]}, "ST-512"),
     "hours": ({"hours": []}, "ST-515"),
 }
+
+JOINS = (("query.join", 0), ("train", 1))
+UNSEEDED = {"plan.seed": None}
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +112,37 @@ def test_an_approval_is_for_one_plan_and_one_run(rig):
     assert refusal_code(rig.ask("query.join", run="one")) == "ST-516"
     rig.double.propose("two", rig.plan)
     assert refusal_code(rig.ask("query.join", run="two")) in {"ST-516", "ST-642"}
+
+
+def test_candidates_of_a_vote_that_changed_after_it_was_approved_are_tried_on_no_record(
+    rig, monkeypatch
+):
+    voters = rig.site.model_copy(
+        update={
+            "policy": rig.site.policy.model_copy(update={"tasks": (rig.plan.model.task, VOTES)})
+        }
+    )
+    voters._folder = rig.site.folder
+    monkeypatch.setattr(rig.runner, "_site", voters)
+    monkeypatch.setattr(rig.runner, "_part", None)
+    vote = voting(rig.plan.override(UNSEEDED), units=60, epsilon=0.1)
+    rig.approve("vote", vote)
+    before = rig.ledger_rows()
+    rates = [{"optimizer.site.head_lr": rate} for rate in (0.3, 0.7)]
+    other = vote.override({"vote.candidates": rates})
+    refused = {kind: rig.ask(kind, number, run="vote", plan=other) for kind, number in JOINS}
+    assert {kind: refusal_code(content) for kind, content in refused.items()} == {
+        "query.join": "ST-516", "train": "ST-516",
+    }  # fmt: skip
+    assert refusal_code(rig.ask("query.join", run="vote", plan=vote)) is None
+    for kind, number in JOINS:  # nor under the name of the vote that is now open
+        assert refusal_code(rig.ask(kind, number, run="vote", plan=other)) is not None, kind
+    rig.double.propose("vote", other)
+    rig.take_plans()  # a new proposal under the old name takes the old word with it
+    for plan in (other, vote):
+        assert refusal_code(rig.ask("train", 1, run="vote", plan=plan)) == "ST-516"
+    kinds = {row.entry.kind for row in rig.ledger_rows()[len(before) :]}
+    assert "reserve" in kinds and "charge" not in kinds
 
 
 def test_a_paused_site_answers_nothing(rig):
