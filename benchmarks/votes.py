@@ -1,19 +1,22 @@
 """Does a vote find the settings that do best for all sites? On the hospitals demo, head alone.
 
-    python benchmarks/votes.py FOLDER [grid ...]
+    python benchmarks/votes.py [--folder F] [--grids ...] [--seeds 3] [--quick] [--json]
 
-`FOLDER` is a demo's (`silotune demo hospitals FOLDER`). For each grid of candidates it prints macro-F1
-on test records that the whole federation reaches with each (epsilon 8, three seeds), the votes of all
-blocks at two sizes, and from these how often a vote at epsilon .25, .5, 1 and 2 chooses a candidate
-within .01 of the best, and what it loses on average, over 20,000 draws of the noise. Heads are trained
-by the formulas of `silotune.client.votes` and of the plan's server (Adam), written out in NumPy over
-features that silotune computed: some hundred times as fast as the trainer, on one core.
+The demo is made anew unless --folder has it (`silotune demo hospitals F`). For each grid of
+candidates it prints macro-F1 on test records that the whole federation reaches with each (epsilon 8,
+mean over seeds), the votes of all blocks at two sizes, and from these how often a vote at epsilon .25,
+.5, 1 and 2 chooses a candidate within .01 of the best, and what it loses on average, over 20,000 draws
+of the noise. Heads are trained by the formulas of `silotune.client.votes` and of the plan's server
+(Adam), written out in NumPy over features that silotune computed: some hundred times as fast as the
+trainer, on one core.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
-import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from silotune.client.model_cache import ModelCache
+from silotune.data.demo import write_hospitals
 from silotune.data.records import SCORED, Split, load_records
 from silotune.data.site import load_sites
 from silotune.models.features import compute_frozen
@@ -28,6 +32,7 @@ from silotune.plan.plan import Plan
 from silotune.privacy.accounting import calibrate
 
 RATE, EPSILON, DELTA, SITES, SHARERS = 0.12, 8.0, 1e-5, 7, 5
+EPSILONS = (0.25, 0.5, 1.0, 2.0)  # of the vote
 HEAD_ALONE = {"lora": {"target_modules": "none", "r": 1}, "optimizer.site.head_rounds": 0}
 Floats = NDArray[np.float64]
 
@@ -164,27 +169,50 @@ def votes(records: Records, grid: list[Candidate], *, units: int, seed: int) -> 
     return best / best.sum(axis=1, keepdims=True)
 
 
+def measured(records: Records, name: str, *, seeds: int) -> dict[str, list[float]]:
+    """What candidates reach, the votes on them, and how often a good one is chosen; also printed."""
+    rng, grid = np.random.default_rng(0), GRIDS[name]
+    truth = np.mean(
+        [[reached(records, one, seed) for one in grid] for seed in range(seeds)], axis=0
+    )
+    print(f"{name}: macro-F1 of the federation {truth.round(3).tolist()}", flush=True)
+    found = {"scores": truth.round(4).tolist()}
+    for units in (100, 250):
+        cast, told = votes(records, grid, units=units, seed=1), []
+        found[f"votes, blocks of {units}"] = cast.sum(axis=0).round(1).tolist()
+        good = found[f"within .01, blocks of {units}"] = []
+        for epsilon in EPSILONS:
+            sigma = calibrate(epsilon=epsilon, delta=DELTA, rate=1.0, steps=1)
+            noise = sigma * math.sqrt(2.0 * SITES / SHARERS)
+            drawn = cast.sum(axis=0) + rng.normal(0.0, noise, (20_000, len(grid)))
+            lost = truth.max() - truth[drawn.argmax(axis=1)]
+            good.append(float((lost <= 0.01).mean()))
+            told.append(f"{epsilon:g}: {good[-1]:.0%} ({lost.mean():.3f})")
+        shown = found[f"votes, blocks of {units}"]
+        print(f"  {len(cast)} blocks of {units}: votes {shown}; {', '.join(told)}", flush=True)
+    return found
+
+
 def main() -> None:
-    """Print the table."""
-    records = read(Path(sys.argv[1]))
-    rng = np.random.default_rng(0)
-    for name in sys.argv[2:] or GRIDS:
-        grid = GRIDS[name]
-        truth = np.mean(
-            [[reached(records, one, seed) for one in grid] for seed in range(3)], axis=0
-        )
-        print(f"{name}: macro-F1 of the federation {truth.round(3).tolist()}", flush=True)
-        for units in (100, 250):
-            cast = votes(records, grid, units=units, seed=1)
-            told = []
-            for epsilon in (0.25, 0.5, 1.0, 2.0):
-                sigma = calibrate(epsilon=epsilon, delta=DELTA, rate=1.0, steps=1)
-                noise = sigma * math.sqrt(2.0 * SITES / SHARERS)
-                drawn = cast.sum(axis=0) + rng.normal(0.0, noise, (20_000, len(grid)))
-                lost = truth.max() - truth[drawn.argmax(axis=1)]
-                told.append(f"{epsilon:g}: {(lost <= 0.01).mean():.0%} ({lost.mean():.3f})")
-            shown = cast.sum(axis=0).round(1).tolist()
-            print(f"  {len(cast)} blocks of {units}: votes {shown}; {', '.join(told)}", flush=True)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, help="the hospitals demo, if it is there already")
+    parser.add_argument("--grids", nargs="+", default=list(GRIDS), choices=GRIDS)
+    parser.add_argument("--seeds", type=int, default=3, help="runs of the federation, of each one")
+    parser.add_argument(
+        "--quick", action="store_true", help="400 records a site, one grid and seed"
+    )
+    parser.add_argument("--json", action="store_true", help="last line is one JSON object")
+    options = parser.parse_args()
+    if options.quick:
+        options.grids, options.seeds = ["rounds, far apart"], 1
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = options.folder or Path(scratch) / "hospitals"
+        if options.folder is None:
+            write_hospitals(folder, split="code", rows_per_site=400 if options.quick else None)
+        records = read(folder)
+    found = {name: measured(records, name, seeds=options.seeds) for name in options.grids}
+    if options.json:
+        print(json.dumps(found, sort_keys=True))
 
 
 if __name__ == "__main__":
