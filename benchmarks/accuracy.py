@@ -32,14 +32,12 @@ from itertools import product
 from pathlib import Path
 
 import torch
+from trainings import reached, sites_in, spread, training
 
 from silotune.data.demo import write_hospitals
 from silotune.data.demo_bank import write_banks
-from silotune.data.site import load_sites
-from silotune.models.choices import choose
 from silotune.plan.plan import Plan
-from silotune.simulation.baselines import IN_THE_CLEAR, Job, run_jobs
-from silotune.simulation.outcome import metrics_of
+from silotune.simulation.baselines import IN_THE_CLEAR, Job
 
 TASKS = ("code", "category", "bank")
 METHODS = ("own", "probe", "cosines", "lora", "both", "pooled", "pooled_lora")
@@ -128,28 +126,15 @@ def cells(options: argparse.Namespace) -> Iterator[Cell]:
 def jobs(cell: Cell, folder: Path) -> Iterator[Job]:
     """The trainings of a cell."""
     plan = cell.plan(folder / cell.task / "plan.toml")
-    sites = load_sites(folder / cell.task)
+    sites = sites_in(folder / cell.task)
     kind = {"own": "own", "pooled": "pooled", "pooled_lora": "pooled"}.get(cell.method, "federated")
-    for name in [site.name for site in sites] if kind == "own" else [None]:
-        yield Job(
-            key=cell.key,
-            title=cell.key,
-            plan=plan.canonical(),
-            kind=kind,
-            sites=tuple(str(site.folder / "site.toml") for site in sites),
-            choices=asdict(choose(plan)),
-            shared=str(folder / "shared"),
-            site=name,
-        )
+    for site in [Path(path).parent.name for path in sites] if kind == "own" else [None]:
+        yield training(cell.key, plan, sites=sites, shared=folder / "shared", kind=kind, site=site)
 
 
 def trained(cell: Cell, folder: Path) -> float:
     """Macro-F1 on the test records of all sites."""
-    scores = []
-    for done in run_jobs(list(jobs(cell, folder)), workers=1):
-        plan = Plan.from_canonical(done.job.plan)
-        scores.append(metrics_of(plan, sum(done.counts.values()))["macro_f1"])
-    return statistics.fmean(scores)
+    return statistics.fmean(score for _, score in reached(jobs(cell, folder)))
 
 
 def prepare(folder: Path, options: argparse.Namespace) -> None:
@@ -192,8 +177,8 @@ def _told(scores: list[float]) -> str:
     mean = f"{statistics.fmean(scores):.3f}".removeprefix("0")
     if len(scores) == 1:
         return f"{mean} [1]"
-    spread = f"({statistics.stdev(scores):.3f})".replace("(0", "(")
-    return f"{mean} {spread}" + ("" if len(scores) == 5 else f" [{len(scores)}]")
+    shown = f"({spread(scores):.3f})".replace("(0", "(")
+    return f"{mean} {shown}" + ("" if len(scores) == 5 else f" [{len(scores)}]")
 
 
 def run(folder: Path, options: argparse.Namespace) -> dict[str, float]:

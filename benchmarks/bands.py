@@ -13,24 +13,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import tempfile
 import time
 from collections import defaultdict
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from trainings import reached, show, sites_in, training
 
 from silotune.client.terms import sigma_for
 from silotune.data.demo import write_hospitals
-from silotune.data.site import load_sites
-from silotune.models.choices import choose
 from silotune.plan.bands import band_weights, noise_in_adapters
 from silotune.plan.plan import Plan
-from silotune.simulation.baselines import IN_THE_CLEAR, Job, run_jobs
-from silotune.simulation.outcome import metrics_of
+from silotune.simulation.baselines import IN_THE_CLEAR
 
 SHAPES = ((72, 0.06), (340, 0.06), (120, 0.12), (40, 0.1), (500, 0.02))
 MOMENTUM = 0.9
@@ -116,25 +112,20 @@ def demo(options: argparse.Namespace) -> dict[str, list[float]]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "code"
         write_hospitals(folder, split="code", rows_per_site=400 if options.quick else None)
-        paths = tuple(str(site.folder / "site.toml") for site in load_sites(folder))
+        sites = sites_in(folder)
         for epsilon in options.epsilon:
             made = demo_plans(folder / "plan.toml", options, epsilon)
             for seed in options.seeds:
                 jobs = [
-                    Job(
-                        key=row,
-                        title=row,
-                        plan=(of := plan.override({"plan.seed": seed})).canonical(),
-                        kind="federated",
-                        sites=paths,
-                        choices=asdict(choose(of)),
-                        shared=str(Path(scratch) / "shared"),
+                    training(
+                        row,
+                        plan.override({"plan.seed": seed}),
+                        sites=sites,
+                        shared=Path(scratch) / "shared",
                     )
                     for row, plan in made.items()
                 ]
-                for done in run_jobs(jobs, workers=1):
-                    plan = Plan.from_canonical(done.job.plan)
-                    score = metrics_of(plan, sum(done.counts.values()))["macro_f1"]
+                for done, score in reached(jobs):
                     found[f"epsilon {epsilon:g}, {done.job.key}"].append(score)
                     print(
                         f"epsilon {epsilon:g}, seed {seed}, {done.job.key}: {score:.4f} "
@@ -168,9 +159,7 @@ def main() -> None:
     else:
         found = demo(options)
         print(f"\n{time.strftime('%Y-%m-%d')}, test macro-F1: mean (standard deviation)")
-        for row, scores in sorted(found.items()):
-            spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
-            print(f"  {row:32} {statistics.fmean(scores):.3f} ({spread:.3f})")
+        show(found, width=32)
     if options.json:
         print(json.dumps(found, sort_keys=True))
 

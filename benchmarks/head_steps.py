@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 from accuracy import Cell, jobs, prepare
 from heads import RATE, ROUNDS, macro_f1, sigma, trained
+from trainings import spread
 
 from silotune.data.records import Split
 from silotune.plan.plan import Plan
@@ -111,10 +112,9 @@ def main() -> None:
             epsilon = row.split(",")[0]
             base = next(found for other, found in numbers.items() if other.startswith(epsilon))
             gains = [new - old for new, old in zip(numbers[row], base, strict=True)]
-            spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
-            error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else 0.0
+            error = spread(gains) / len(gains) ** 0.5
             print(
-                f"  {row:50} {statistics.fmean(scores):.3f} ({spread:.3f}), "
+                f"  {row:50} {statistics.fmean(scores):.3f} ({spread(scores):.3f}), "
                 f"{statistics.fmean(gains):+.4f} ({error:.4f})",
                 flush=True,
             )

@@ -37,21 +37,20 @@ import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from trainings import reached, sites_in, spread, training
 
 from silotune.data.demo import HOSPITALS, load_conditions, minilm, package_folder
 from silotune.data.partition import CommonTerms, write_site
 from silotune.data.records import Split
-from silotune.data.site import BudgetConfig, load_sites
-from silotune.models.choices import choose
+from silotune.data.site import BudgetConfig
 from silotune.plan.left_out import PUBLIC_TEXTS, filled, left_out
 from silotune.plan.plan import Plan
-from silotune.simulation.baselines import Job, Kind, run_jobs
-from silotune.simulation.outcome import metrics_of
+from silotune.simulation.baselines import Job, Kind
 
 MOST_WORDS = 8
 LABELS = ("other", "same")
@@ -193,7 +192,7 @@ def write_sites(folder: Path, pairs: list[Pair]) -> tuple[str, ...]:
             units=len(own),
         )
         print(f"  {name:24}{len(own):6} pairs")
-    return tuple(str(site.folder / "site.toml") for site in load_sites(folder))
+    return sites_in(folder)
 
 
 def plan_of(row: str, *, epsilon: float | None, split: str, seed: int, **changes: Any) -> Plan:
@@ -288,23 +287,16 @@ class Cell:
         changed = ", ".join(f"{key} = {value}" for key, value in self.changes.items())
         return told + (f", {self.on.name.lower()}, {changed}" if self.on is not Split.TEST else "")
 
-    def jobs(self, sites: tuple[str, ...], shared: str) -> Iterator[Job]:
+    def jobs(self, sites: tuple[str, ...], shared: Path) -> Iterator[Job]:
         plan = plan_of(
             self.row, epsilon=self.epsilon, split=self.split, seed=self.seed, **self.changes
         )
         kinds: dict[str, Kind] = {"own": "own", "pooled": "pooled"}
         kind = kinds.get(self.row.split("_")[-1], "federated")
         for path in sites if kind == "own" else sites[:1]:
-            yield Job(
-                key=self.name,
-                title=self.row,
-                plan=plan.canonical(),
-                kind=kind,
-                sites=sites,
-                choices=asdict(choose(plan)),
-                shared=shared,
-                site=Path(path).parent.name if kind == "own" else None,
-                on=self.on,
+            site = Path(path).parent.name if kind == "own" else None
+            yield training(
+                self.name, plan, sites=sites, shared=shared, kind=kind, site=site, on=self.on
             )
 
 
@@ -326,12 +318,8 @@ def cells(options: argparse.Namespace) -> Iterator[Cell]:
                     )
 
 
-def scored(cell: Cell, sites: tuple[str, ...], shared: str) -> float:
-    found = []
-    for done in run_jobs(list(cell.jobs(sites, shared)), workers=1):
-        plan = Plan.from_canonical(done.job.plan)
-        found.append(metrics_of(plan, sum(done.counts.values()))["macro_f1"])
-    return statistics.fmean(found)
+def scored(cell: Cell, sites: tuple[str, ...], shared: Path) -> float:
+    return statistics.fmean(score for _, score in reached(cell.jobs(sites, shared)))
 
 
 def main() -> None:
@@ -360,7 +348,7 @@ def main() -> None:
         for cell in cells(options):
             if cell.name not in kept:
                 started = time.monotonic()
-                kept[cell.name] = round(scored(cell, sites, str(folder / "shared")), 4)
+                kept[cell.name] = round(scored(cell, sites, folder / "shared"), 4)
                 took = time.monotonic() - started
                 print(f"{cell.name}: {kept[cell.name]:.4f} ({took:.0f} s)", flush=True)
                 if options.cells:
@@ -370,8 +358,8 @@ def main() -> None:
             found[told].append(kept[cell.name])
     print(f"\n{time.strftime('%Y-%m-%d')}, macro-F1: mean (standard deviation)")
     for row, scores in found.items():
-        spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
-        print(f"  {row:40} {statistics.fmean(scores):.3f} ({spread:.3f}), {len(scores)} seeds")
+        told = f"{statistics.fmean(scores):.3f} ({spread(scores):.3f})"
+        print(f"  {row:40} {told}, {len(scores)} seeds")
     if options.json:
         print(json.dumps(found, sort_keys=True))
 

@@ -17,22 +17,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import tempfile
 import time
 from collections import defaultdict
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from trainings import reached, show, sites_in, training
 from tuned import tuned
 
 from silotune.data.demo import write_hospitals
-from silotune.data.site import load_sites
-from silotune.models.choices import choose
 from silotune.plan.plan import Plan
-from silotune.simulation.baselines import Job, head_only, run_jobs
-from silotune.simulation.outcome import metrics_of
+from silotune.simulation.baselines import head_only
 
 ROWS = ("required", "required_linear", "tuned_head", "tuned", "tuned_cosines", "long")
 
@@ -72,33 +68,26 @@ def main() -> None:
             folder = Path(scratch) / split
             write_hospitals(folder, split=split, rows_per_site=400 if options.quick else None)
             made = plans(folder / "plan.toml", rounds=options.rounds, epsilon=options.epsilon)
-            paths = tuple(str(site.folder / "site.toml") for site in load_sites(folder))
+            sites = sites_in(folder)
             for seed in options.seeds:
                 jobs = [
-                    Job(
-                        key=row,
-                        title=row,
-                        plan=(of := plan.override({"plan.seed": seed})).canonical(),
-                        kind="federated",
-                        sites=paths,
-                        choices=asdict(choose(of)),
-                        shared=str(Path(scratch) / "shared"),
+                    training(
+                        row,
+                        plan.override({"plan.seed": seed}),
+                        sites=sites,
+                        shared=Path(scratch) / "shared",
                     )
                     for row, plan in made.items()
                     if row in options.rows
                 ]
-                for done in run_jobs(jobs, workers=1):
-                    plan = Plan.from_canonical(done.job.plan)
-                    score = metrics_of(plan, sum(done.counts.values()))["macro_f1"]
+                for done, score in reached(jobs):
                     found[f"{split} {done.job.key}"].append(score)
                     print(
                         f"{split}, seed {seed}, {done.job.key}: {score:.4f} ({done.seconds:.0f} s)",
                         flush=True,
                     )
     print(f"\n{time.strftime('%Y-%m-%d')}, test macro-F1: mean (standard deviation)")
-    for row, scores in sorted(found.items()):
-        spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
-        print(f"  {row:28} {statistics.fmean(scores):.3f} ({spread:.3f})")
+    show(found, width=28)
     if options.json:
         print(json.dumps(found, sort_keys=True))
 

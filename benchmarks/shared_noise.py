@@ -15,18 +15,15 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from trainings import reached, sites_in, spread, training
 from tuned import TUNED
 
 from silotune.data.demo import write_hospitals
-from silotune.data.site import load_sites
-from silotune.models.choices import choose
 from silotune.plan.plan import Plan
-from silotune.simulation.baselines import Job, head_only, in_the_clear, run_jobs
-from silotune.simulation.outcome import metrics_of
+from silotune.simulation.baselines import Kind, head_only, in_the_clear
 from silotune.simulation.run import Settings, simulate
 
 
@@ -62,26 +59,21 @@ def simulated(plan_path: Path, plan: Plan, folder: Path, *, threshold: int, work
 
 
 def compared(
-    plan: Plan, sites: list, kinds: dict[str, str], shared_folder: Path, *, workers: int
+    plan: Plan, sites: tuple[str, ...], kinds: dict[str, Kind], shared_folder: Path, *, workers: int
 ) -> dict:
     """Macro-F1 of the comparison models."""
     plan = in_the_clear(plan)
     jobs = [
-        Job(
-            key=row,
-            title=row,
-            plan=(head_only(plan) if row.startswith("head") else plan).canonical(),
+        training(
+            row,
+            head_only(plan) if row.startswith("head") else plan,
+            sites=sites,
+            shared=shared_folder,
             kind=kind,
-            sites=tuple(str(site.folder / "site.toml") for site in sites),
-            choices=asdict(choose(plan)),
-            shared=str(shared_folder),
         )
         for row, kind in kinds.items()
     ]
-    return {
-        outcome.job.key: metrics_of(plan, sum(outcome.counts.values()))["macro_f1"]
-        for outcome in run_jobs(jobs, workers=workers)
-    }
+    return {done.job.key: score for done, score in reached(jobs, workers=workers)}
 
 
 def measure(options: argparse.Namespace) -> dict[str, list[float]]:
@@ -90,7 +82,7 @@ def measure(options: argparse.Namespace) -> dict[str, list[float]]:
         folder = Path(name)
         rows = 400 if options.quick else options.rows
         demo = write_hospitals(folder / "demo", split=options.split, rows_per_site=rows)
-        sites = list(load_sites(folder / "demo"))
+        sites = sites_in(folder / "demo")
         (folder / "scratch").mkdir()
         # What is cheap first, seeds inside: a run that is cut short leaves balanced rows.
         for prefix in options.models:
@@ -132,10 +124,9 @@ def main() -> None:
     found, numbers = measure(options), {}
     print(f"\ntest macro-F1, epsilon 8, split by {options.split}, {options.seeds} seeds: mean (sd)")
     for row, values in found.items():
-        spread = statistics.stdev(values) if len(values) > 1 else 0.0
-        print(f"  {row:14s} {statistics.fmean(values):.4f} ({spread:.4f})")
+        print(f"  {row:14s} {statistics.fmean(values):.4f} ({spread(values):.4f})")
         numbers[row.replace(" ", "_")] = round(statistics.fmean(values), 4)
-        numbers[row.replace(" ", "_") + ".sd"] = round(spread, 4)
+        numbers[row.replace(" ", "_") + ".sd"] = round(spread(values), 4)
     for model in options.models:
         ours = statistics.fmean(found[f"{model} shared"])
         for peer in ("pooled", "local"):
