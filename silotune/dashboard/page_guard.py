@@ -9,25 +9,21 @@ from __future__ import annotations
 import hmac
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http.cookies import CookieError, SimpleCookie
-from typing import Any
 from urllib.parse import parse_qs
 
 from cryptography import x509
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from silotune.dashboard.accounts import Accounts, Session, Sessions
 from silotune.dashboard.errors import PageUnknown, RequestForged
 from silotune.errors import SilotuneError
 from silotune.protocol.asgi import (
     LOOPBACK,
-    Receive,
-    Scope,
-    Send,
     headers_of,
     host_named,
     listen,
@@ -52,8 +48,6 @@ class OwnerLink:
 
 
 _log = logging.getLogger(__name__)
-
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 PEER = "silotune.peer"
 """Key of the scope under which the TLS layer puts the client's certificate (DER)."""
@@ -140,7 +134,11 @@ class PageGuard:
     """
 
     def __init__(
-        self, app: App, *, access: Access, failure: Callable[[Scope, SilotuneError, int], Response]
+        self,
+        app: ASGIApp,
+        *,
+        access: Access,
+        failure: Callable[[Scope, SilotuneError, int], Response],
     ) -> None:
         self._app, self._access, self._failure = app, access, failure
 
@@ -229,7 +227,7 @@ class PageGuard:
         if self._access.tls:
             extra.append((b"strict-transport-security", b"max-age=31536000"))
 
-        async def sending(message: MutableMapping[str, Any]) -> None:
+        async def sending(message: Message) -> None:
             if message["type"] == "http.response.start":
                 own = {name for name, _ in extra}
                 kept = [pair for pair in message.get("headers", []) if pair[0] not in own]

@@ -29,7 +29,7 @@ from starlette.responses import (
     Response,
     StreamingResponse,
 )
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Scope
 
 from silotune.dashboard import run_page as words
 from silotune.dashboard.accounts import AttemptLimit, Session
@@ -49,7 +49,6 @@ from silotune.events.source import (
     Views,
 )
 from silotune.plan.plan import stored_plan_in_words
-from silotune.protocol.asgi import Scope
 from silotune.trust.errors import SignInNeeded
 from silotune.trust.identity import Person
 from silotune.version import __version__

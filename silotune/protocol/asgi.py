@@ -6,16 +6,12 @@ Plain ASGI, so that nothing behind a guard can be reached around it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
 import uvicorn
-from starlette.types import ASGIApp
-
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+from starlette.types import ASGIApp, Message, Receive, Scope
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 """Names under which what listens on this machine alone is asked for."""
@@ -47,6 +43,20 @@ async def whole_body(receive: Receive, *, most: int) -> bytes | None:
             return None
         if not event.get("more_body", False):
             return b"".join(parts)
+
+
+def replay(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives the body once more, and then whatever comes."""
+    given = False
+
+    async def replayed() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replayed
 
 
 def listen(

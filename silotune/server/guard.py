@@ -13,27 +13,24 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from silotune.errors import SilotuneError
 from silotune.flower.message_frames import MOST_FRAME, read_frame
 from silotune.flower.superlink import LinkState
 from silotune.protocol import http
+from silotune.protocol.asgi import replay
 from silotune.protocol.errors import VersionsDiffer
 from silotune.server.long_poll import LongPoll
 from silotune.trust.errors import BodyInvalid, BooksDisagree, FederationError, IdentityInvalid
 
 _log = logging.getLogger(__name__)
-
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 PEER = "silotune.peer"
 """Key of the scope under which the TLS layer puts the client's certificate (DER)."""
@@ -99,7 +96,7 @@ class Guard:
         self,
         *,
         link: LinkState,
-        routes: App,
+        routes: ASGIApp,
         admission: Admission,
         alarm: Callable[..., None],
         serves: Callable[[str], bool] = lambda site: True,
@@ -132,7 +129,7 @@ class Guard:
         path = scope["path"]
         if path in http.OPEN_PATHS:
             body = await _read(receive, limit=http.MOST_BYTES)
-            await self._routes(scope, _replay(body, receive), send)
+            await self._routes(scope, replay(body, receive), send)
             return
         messages = path in http.LINK_PATHS
         if not messages and path not in http.SITE_PATHS:
@@ -144,7 +141,7 @@ class Guard:
         body = await _read(receive, limit=_LIMITS.get(path, usual))
         if not messages:
             scope[CALLER] = caller
-            await self._routes(scope, _replay(body, receive), send)
+            await self._routes(scope, replay(body, receive), send)
             return
         if scope["method"] != "POST":
             raise _Refused(405, BodyInvalid("messages are asked for with POST only"))
@@ -262,17 +259,3 @@ async def _read(receive: Receive, *, limit: int) -> bytes:
                     return b"".join(parts)
     except TimeoutError as exc:
         raise _Refused(408, BodyInvalid("the request came too slowly")) from exc
-
-
-def _replay(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that gives the body once more, and then whatever comes."""
-    given = False
-
-    async def replay() -> MutableMapping[str, Any]:
-        nonlocal given
-        if given:
-            return await receive()
-        given = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return replay

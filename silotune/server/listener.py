@@ -14,12 +14,12 @@ import struct
 import threading
 import time
 from collections import Counter
-from collections.abc import MutableMapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
 import uvicorn
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from silotune.server.config import (
@@ -29,7 +29,7 @@ from silotune.server.config import (
     Home,
 )
 from silotune.server.errors import PortTaken
-from silotune.server.guard import PEER, App
+from silotune.server.guard import PEER
 
 _HANDSHAKE_SECONDS = 10.0
 _LAST_SECONDS = 5.0
@@ -140,10 +140,10 @@ class BrowserProtocol(PeerProtocol):
     _open: ClassVar[Counter[bytes]] = Counter()
 
 
-def _with(app: App, **known: object) -> App:
+def _with(app: ASGIApp, **known: object) -> ASGIApp:
     """The application, with what is known of the other end in every scope."""
 
-    async def told(scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
+    async def told(scope: Scope, receive: Receive, send: Send) -> None:
         await app({**scope, **known}, receive, send)
 
     return told
@@ -188,7 +188,7 @@ class Listener:
 
     def __init__(
         self,
-        app: App,
+        app: ASGIApp,
         *,
         bound: socket.socket,
         tls: ssl.SSLContext | None,

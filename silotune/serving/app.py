@@ -7,7 +7,7 @@ import hmac
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -25,6 +25,7 @@ from prometheus_client import (
     generate_latest,
 )
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from silotune.api.model import Model
 from silotune.errors import ChatRefused, ColumnMissing, DataError, SilotuneError
@@ -32,7 +33,7 @@ from silotune.models.prediction import Prediction
 from silotune.models.sampling import Sampling, drawing
 from silotune.models.task import LoadedModel
 from silotune.plan.plan import Plan
-from silotune.protocol.asgi import Receive, Scope, Send, headers_of, host_named, whole_body
+from silotune.protocol.asgi import headers_of, host_named, replay, whole_body
 from silotune.serving.batching import Batcher
 from silotune.serving.errors import ServerBusy, ServingRefused
 from silotune.serving.wire import (
@@ -146,7 +147,7 @@ class TokenGuard:
 
     def __init__(
         self,
-        app: Any,
+        app: ASGIApp,
         *,
         token: str,
         body: int,
@@ -164,22 +165,14 @@ class TokenGuard:
         if scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1008})
             return
-        refusal, content = self._refusal(scope["path"], headers_of(scope)), None
-        if refusal is None:
-            content = await whole_body(receive, most=self._body)
-            refusal = (
-                None if content is not None else _problem(413, f"more than {self._body} bytes")
-            )
-        if refusal is not None:
+        refusal = self._refusal(scope["path"], headers_of(scope))
+        body = None if refusal is not None else await whole_body(receive, most=self._body)
+        if body is None:
+            refusal = refusal or _problem(413, f"more than {self._body} bytes")
             self._refused(refusal.status_code)
             await refusal(scope, receive, send)
             return
-        given: list[MutableMapping[str, Any]] = [{"type": "http.request", "body": content}]
-
-        async def replay() -> MutableMapping[str, Any]:
-            return given.pop() if given else await receive()
-
-        await self._app(scope, replay, send)
+        await self._app(scope, replay(body, receive), send)
 
     def _refusal(self, path: str, headers: Mapping[str, str]) -> JSONResponse | None:
         if self._hosts is not None and host_named(headers.get("host", "")) not in self._hosts:

@@ -13,7 +13,7 @@ from urllib.parse import quote
 from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Scope
 
 from silotune.client.approvals import Approvals, ProposalRecord
 from silotune.client.daemon.socket import ask
@@ -27,7 +27,6 @@ from silotune.errors import SilotuneError
 from silotune.privacy.ledger import Ledger, find_ledger
 from silotune.privacy.ledger_view import dataset_rows
 from silotune.privacy.tally import epsilon_of, total
-from silotune.protocol.asgi import Scope
 from silotune.trust.audit import AUDIT_FILE, AuditLog
 
 _MOST_RUNS = 12
