@@ -1,11 +1,12 @@
 """`silotune plan check`: what a run costs, what was left out, and settings in a bad corner."""
 
 import re
+import time
 
 import pytest
 
-from silotune.commands.costs import signals
-from silotune.models.base import outline
+from silotune.commands.costs import seconds_a_record, signals
+from silotune.models.base import load_model, outline
 from silotune.plan.plan import Plan
 from tests.commands.terminal import FORMS, shown
 from tests.federation import write_federation
@@ -63,6 +64,17 @@ def test_the_bytes_of_a_run_are_those_of_what_each_round_sends(plan_path, bert_f
         8e-6 * (facts["run_bytes_up"] + facts["run_bytes_down"]) / 100
     )
     assert 0 < facts["sites"]["site 1"]["seconds"] < 600
+
+
+def test_a_pass_that_the_machine_held_up_makes_no_record_slow(plan_path):
+    model, passed = load_model(Plan.load(plan_path), device="cpu"), []
+
+    def held_up(*_):
+        passed.append(time.sleep(0.2 * (len(passed) == 1)))  # the first that is measured
+
+    model.module.register_forward_hook(held_up)
+    assert 0 < seconds_a_record(model) < 0.2 / 8
+    assert len(passed) > 2
 
 
 def test_a_plan_with_enough_units_is_in_no_corner(plan_path):
