@@ -312,6 +312,33 @@ def _print(plan: Plan, facts: dict[str, Any], console: Console) -> None:
             f"and one in {every(number)}: {octets(facts['kept_bytes'])}."
         )
         _print_times(plan, facts, console)
+    _print_noise(plan, facts, console)
+    for number in facts["left_out"]:
+        line = f"{number['key']} = {_shortened(number['value'])}: {number['why']}."
+        console.print(headed("Left out.", line, indent=2))
+    for sentence in facts["notes"]:
+        console.print(headed("Note.", f"{sentence}.", style="yellow", indent=2))
+    if not facts["sites"]:
+        console.print("  Give --sizes 1000,2500 to see epsilon for sites of these sizes.")
+        return
+    console.print(_site_table(facts))
+
+
+def _site_table(facts: dict[str, Any]) -> Table:
+    """What each site has, adds and pays."""
+    table = Table("site", "units", "batch", "rate", "noise (sigma)", "epsilon", box=None)
+    for name, site in facts["sites"].items():
+        found = (site[key] for key in ("sigma", "epsilon"))
+        cells = ["none" if figure is None else f"{figure:.3f}" for figure in found]
+        rate, batch = f"{site['rate']:.4f}", f"{site['expected_batch']:.0f}"
+        table.add_row(name, f"{site['declared_units']:,}", batch, rate, *cells)
+    return table
+
+
+def _print_noise(plan: Plan, facts: dict[str, Any], console: Console) -> None:
+    """How much noise there is in what is counted, voted or trained, and how it is charged."""
+    from silotune.report.verdict import plural
+
     if "noise_of_a_count" in facts:
         noise = f"{facts['noise_of_a_count']:.1f} {plan.privacy.unit}s"
         console.print(
@@ -330,21 +357,6 @@ def _print(plan: Plan, facts: dict[str, Any], console: Console) -> None:
         )
     if "noise_of_votes" in facts:
         _print_vote(plan, facts, console)
-    for number in facts["left_out"]:
-        line = f"{number['key']} = {_shortened(number['value'])}: {number['why']}."
-        console.print(headed("Left out.", line, indent=2))
-    for sentence in facts["notes"]:
-        console.print(headed("Note.", f"{sentence}.", style="yellow", indent=2))
-    if not facts["sites"]:
-        console.print("  Give --sizes 1000,2500 to see epsilon for sites of these sizes.")
-        return
-    table = Table("site", "units", "batch", "rate", "noise (sigma)", "epsilon", box=None)
-    for name, site in facts["sites"].items():
-        found = (site[key] for key in ("sigma", "epsilon"))
-        cells = ["none" if figure is None else f"{figure:.3f}" for figure in found]
-        rate, batch = f"{site['rate']:.4f}", f"{site['expected_batch']:.0f}"
-        table.add_row(name, f"{site['declared_units']:,}", batch, rate, *cells)
-    console.print(table)
 
 
 def _print_vote(plan: Plan, facts: dict[str, Any], console: Console) -> None:
@@ -355,11 +367,17 @@ def _print_vote(plan: Plan, facts: dict[str, Any], console: Console) -> None:
         f"  {blocks} blocks vote; each number of votes comes with noise of {noise:.1f} (one standard "
         f"deviation), if all {sites} sites take part."
     )
+    deadline = _time(plan.rounds.deadline).removeprefix("about ")
+    _print_computing(facts, f"; a round waits {deadline} (rounds.deadline)", console)
+
+
+def _print_computing(facts: dict[str, Any], more: str, console: Console) -> None:
+    """How long computing takes at the site that has most to do, where it was measured."""
     seconds = [site["seconds"] for site in facts["sites"].values() if site["seconds"]]
     if seconds:
         console.print(
-            f"  Computing takes {_time(max(seconds))} at the largest site, on a machine like this one; "
-            f"a round waits {_time(plan.rounds.deadline).removeprefix('about ')} (rounds.deadline)."
+            f"  Computing takes {_time(max(seconds))} at the largest site, on a machine like this "
+            f"one{more}."
         )
 
 
@@ -383,12 +401,7 @@ def _print_times(plan: Plan, facts: dict[str, Any], console: Console) -> None:
             "moves, computes and pays for those. Its ledger sets all rounds aside, and the noise is "
             "sized for all."
         )
-    seconds = [site["seconds"] for site in facts["sites"].values() if site["seconds"]]
-    if seconds:
-        console.print(
-            f"  Computing takes {_time(max(seconds))} at the largest site, on a machine like this one "
-            "and at texts of full length."
-        )
+    _print_computing(facts, " and at texts of full length", console)
 
 
 def _time(seconds: float) -> str:

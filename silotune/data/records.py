@@ -447,7 +447,7 @@ def _turns(
     bands = plan.privacy.bands
     if bands == 1:
         return None
-    names = values["unit"] if "unit" in values else _identities(values)
+    names = _unit_names(values)
     first = np.unique(unit_of, return_index=True)[1]
     key = hmac.digest(salt, _TURNS + plan.sha256.encode(), sha256)
     points = fractions([names[row] for row in first.tolist()], salt=key)
@@ -469,16 +469,14 @@ def _split_keys(values: Values, plan: Plan) -> Sequence[str]:
         return values["group"]
     if plan.statistics is not None:  # nothing is held out, and there may be no text
         return next(iter(values.values()))
-    # A record without a unit is known by what it says: equal records then stay together.
-    return values["unit"] if "unit" in values else _identities(values)
+    return _unit_names(values)
 
 
 def _ballots(found: Records, values: Values, plan: Plan, *, salt: bytes, blocks: int) -> Ballots:
     """Blocks by the names of units, and the side in a block by what the plan's own split keeps whole."""
-    units = values["unit"] if "unit" in values else _identities(values)
     block, scored = (
         fractions(keys, salt=hmac.digest(salt, _VOTE_DOMAIN + purpose, sha256))
-        for keys, purpose in ((units, b"block"), (_split_keys(values, plan), b"side"))
+        for keys, purpose in ((_unit_names(values), b"block"), (_split_keys(values, plan), b"side"))
     )
     held_out = found.split != Split.TRAIN
     return Ballots(
@@ -498,6 +496,11 @@ def _content(values: Values) -> str:
         while some := list(islice(encoded, _HASHED_AT_ONCE)):
             digest.update(b"".join([b"%d:%b" % (len(value), value) for value in some]))
     return digest.hexdigest()
+
+
+def _unit_names(values: Values) -> Sequence[str]:
+    """The name of each row's unit. A record without one is known by what it says: equals are one."""
+    return values["unit"] if "unit" in values else _identities(values)
 
 
 def _identities(values: Values) -> Sequence[str]:

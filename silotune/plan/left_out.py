@@ -101,10 +101,10 @@ def _unsaid(plan: Sections) -> Iterator[Number]:
                 "records are like those trained on: a curved head gains, and costs no epsilon"
             )
             yield Number(key="model.head_features", value=features, why=why)
-    if rounds == plan.rounds.number and _no_adapter_said(plan):
+    if rounds == plan.rounds.number and not _adapter_said(plan):
         why = "no round trains the adapter: as small as it can be, for every round carries it"
         yield Number(key="lora.r", value=1, why=why)
-    elif head and adapts and plan.per_unit and plan.task.compares and _no_adapter_said(plan):
+    elif head and adapts and plan.per_unit and plan.task.compares and not _adapter_said(plan):
         why = "two texts are compared by the adapter: a small one, for noise grows with its numbers"
         yield Number(key="lora.r", value=_PAIRS_RANK, why=why)
         yield Number(key="lora.alpha", value=_PAIRS_ALPHA, why="twice the rank")
@@ -123,8 +123,8 @@ def _unsaid(plan: Sections) -> Iterator[Number]:
         yield Number(key="privacy.band_weights", value=list(weights), why=why)
 
 
-def _no_adapter_said(plan: Sections) -> bool:
-    return "lora" not in plan.model_fields_set
+def _adapter_said(plan: Sections) -> bool:
+    return "lora" in plan.model_fields_set
 
 
 def curves(plan: Sections) -> bool:
@@ -151,7 +151,7 @@ def head_rounds(plan: Sections) -> tuple[int, str]:
             rounds,
             "half: a head compares two texts badly, an adapter learns it under noise, too",
         )
-    if "lora" in plan.model_fields_set or plan.aggregation.strategy != "fedavg":
+    if _adapter_said(plan) or plan.aggregation.strategy != "fedavg":
         rounds = math.floor(number * _HEAD_SHARE_PRIVATE)
         return rounds, "nine in ten: the adapter moves little under noise, and a head well"
     return number, (
