@@ -27,7 +27,7 @@ from markupsafe import Markup, escape
 from silotune.dashboard.counted import DASH, counted, voted
 from silotune.events.source import RunFacts
 from silotune.events.view import OPEN_PHASES, UNLIKE, RunView, Trouble, TroubleLine, by_error
-from silotune.plan.plan import dotted
+from silotune.plan.plan import dotted, stored_bands
 from silotune.plan.tasks import METRICS
 from silotune.terminal import octets
 
@@ -210,7 +210,7 @@ class Spending:
         for name, site in view.sites.items():
             curve = self._curve(facts, site.mechanism, wait=wait) if site.mechanism else None
             if curve:
-                found[name] = self._counted(name, view, curve, bands=_bands(facts))
+                found[name] = self._counted(name, view, curve, bands=stored_bands(facts.plan))
         return {name: points for name, points in found.items() if points}
 
     def spent(self, facts: RunFacts, view: RunView) -> dict[str, float]:
@@ -236,7 +236,7 @@ class Spending:
         if not delta or not facts.rounds:
             return None
         steps = int((facts.plan.get("rounds") or {}).get("local_steps") or 1)
-        key = (*mechanism, float(delta), -(-facts.rounds // _bands(facts)), steps)
+        key = (*mechanism, float(delta), -(-facts.rounds // stored_bands(facts.plan)), steps)
         if wait and key not in self._curves:
             self._compute(key)
         with self._lock:
@@ -257,11 +257,6 @@ class Spending:
         points = epsilon_curve(event, rounds=rounds, points=_POINTS, delta=delta)
         with self._lock:
             self._curves[key] = list(points)
-
-
-def _bands(facts: RunFacts) -> int:
-    """How many rounds are charged once, together."""
-    return int((facts.plan.get("privacy") or {}).get("bands") or 1)
 
 
 def left(planned: float | None, spent: Mapping[str, float]) -> dict[str, float]:

@@ -163,6 +163,11 @@ def stored_plan_in_words(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
         return []
 
 
+def stored_bands(plan: Mapping[str, Any]) -> int:
+    """How many rounds are charged once, together, by a plan's plain data of any version."""
+    return int((plan.get("privacy") or {}).get("bands") or 1)
+
+
 def notes_on(plan: Plan) -> list[str]:
     """What the plan leaves open and its author should know, in sentences."""
     if plan.rounds.min_sites > 1 or "min_sites" in plan.rounds.model_fields_set:

@@ -13,6 +13,7 @@ from statistics import fmean, stdev
 from typing import Any, Literal
 
 from silotune.events.view import Trouble
+from silotune.plan.plan import stored_bands
 from silotune.plan.tasks import TASKS, Metric, TaskFacts, facts_of
 from silotune.privacy.tally import LiveEpsilon
 from silotune.rounds.run_directory import Method, RunRecord, Scores
@@ -302,7 +303,7 @@ def _counted(record: RunRecord) -> dict[str, list[tuple[int, float]]]:
         delta=float(delta),
         rounds=planned,
         local_steps=int(rounds.get("local_steps") or 1),
-        bands=int(section.get("bands") or 1),
+        bands=stored_bands(record.plan),
     )
     for site, (rate, sigma) in mechanisms.items():
         live.joined(site, rate=rate, sigma=sigma)

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal, TypeVar
 
 from silotune.events.view import Evaluation, RoundView, Trouble, TroubleLine, by_error
+from silotune.plan.plan import stored_bands
 from silotune.report.figures import TRIVIAL, MethodRow, Summary
 from silotune.report.verdict import DASH, epsilon, plural, power, printable, score, signed
 from silotune.rounds.run_directory import RunRecord
@@ -217,7 +218,7 @@ def chance(found: Summary) -> str:
 def privacy_table(record: RunRecord) -> TextTable | None:
     """The mechanism at each site."""
     sites = (record.privacy or {}).get("sites") or {}
-    bands = int((record.plan.get("privacy") or {}).get("bands") or 1)
+    bands = stored_bands(record.plan)
     rows = [
         (
             printable(str(site)),

@@ -57,6 +57,23 @@ def chat_plan(base, *, chat=None, **settings):
     return a_plan(base, "causal_lm", **settings)
 
 
+def chat_site(name: str, source: str) -> str:
+    """A site's file that offers the chats of a source, whose format its name says."""
+    return f"""
+name = "{name}"
+[datasets.chats]
+format = "{source.rpartition(".")[2]}"
+path = "{source}"
+unit = "record"
+declared_units = 50
+[datasets.chats.columns]
+messages = "chat"
+[datasets.chats.budget]
+epsilon = 9.0
+delta = 1e-3
+"""
+
+
 def messages(*contents: str, system: str | None = None) -> str:
     """Turns of a user and an assistant, as a record has them."""
     turns = [

@@ -13,7 +13,7 @@ from silotune.data.site import load_sites
 from silotune.plan.plan import Plan
 from silotune.simulation import run
 from tests.federation import CHOICES
-from tests.models.chat_material import REAL, messages, write_chat_model
+from tests.models.chat_material import REAL, chat_site, messages, write_chat_model
 from tests.whole_run import in_this_process
 
 SECRET = "xylophonequartz"
@@ -47,19 +47,7 @@ def folder(tmp_path_factory):
         (place / name).mkdir()
         lines = "".join(json.dumps({"chat": chat}) + "\n" for chat in chats)
         (place / name / "chats.jsonl").write_text(lines)
-        (place / name / "site.toml").write_text(f"""
-name = "{name}"
-[datasets.chats]
-format = "jsonl"
-path = "chats.jsonl"
-unit = "record"
-declared_units = 50
-[datasets.chats.columns]
-messages = "chat"
-[datasets.chats.budget]
-epsilon = 9.0
-delta = 1e-3
-""")
+        (place / name / "site.toml").write_text(chat_site(name, "chats.jsonl"))
     (place / "plan.toml").write_text(f"""
 [plan]
 name = "talk"

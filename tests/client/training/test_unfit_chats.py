@@ -11,21 +11,8 @@ from silotune.data.site import SiteConfig
 from silotune.models.layout import initial_adapter
 from silotune.protocol.replies import TrainReply
 from tests.federation import CHOICES
-from tests.models.chat_material import REAL, chat_plan, messages, write_chat_model
+from tests.models.chat_material import REAL, chat_plan, chat_site, messages, write_chat_model
 
-SITE = """
-name = "alpha"
-[datasets.chats]
-format = "csv"
-path = "chats.csv"
-unit = "record"
-declared_units = 50
-[datasets.chats.columns]
-messages = "chat"
-[datasets.chats.budget]
-epsilon = 9.0
-delta = 1e-3
-"""
 PRIVATE = {
     "data.dataset": "chats",
     "privacy.mode": "record",
@@ -51,7 +38,7 @@ def base(tmp_path_factory):
 def sent(folder, base, chats):
     """The update of a first round, all noise by the plan's seed; what the site's people are told."""
     folder.mkdir()
-    (folder / "site.toml").write_text(SITE)
+    (folder / "site.toml").write_text(chat_site("alpha", "chats.csv"))
     with (folder / "chats.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["chat"], *([chat] for chat in chats)])
     plan, told = chat_plan(base).override(PRIVATE), []
