@@ -29,7 +29,7 @@ All arithmetic behind the noise is on integers: a step is a whole number of unit
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -150,18 +150,12 @@ def add_and_round(values: NDArray[np.float64], *, std: float, noise: NoiseSource
     SelfCheckFailed
         A value is out of range, or the noise is not what was asked for (false alarms: 1e-9).
     """
-    if values.size and not np.abs(values).max() < 2.0**40:
-        raise SelfCheckFailed("a number is NaN or too large to be given noise")
+    _require_small(values)
     units = units_per_step(std)
     noisy = np.empty(values.size, dtype=np.int64)
     for start, draws in noise.draws(values.size):
         here = slice(start, start + draws.size)
-        whole = np.floor(values[here])
-        part = np.rint((values[here] - whole) * units).astype(np.int64)
-        part += draws
-        part += units // 2
-        np.floor_divide(part, units, out=part)
-        np.add(part, whole.astype(np.int64), out=noisy[here])
+        noisy[here] = _rounded(values[here], draws, units)
     _require_plausible(noisy - values, std)
     return noisy
 
@@ -180,8 +174,8 @@ def add_row_and_round(
         In steps of the ring; below ``2**40`` in size.
     std : float
         Standard deviation of the fresh noise, in steps.
-    taken_back : int64 array
-        See the function.
+    back : int64 array
+        What of earlier rounds' noise is taken back, see `silotune.privacy.bands.taken_back`.
     noise : NoiseSource
         Secure in earnest.
 
@@ -197,23 +191,32 @@ def add_row_and_round(
     CalibrationImpossible, SelfCheckFailed
         As `add_and_round` does.
     """
-    if values.size and not np.abs(values).max() < 2.0**40:
-        raise SelfCheckFailed("a number is NaN or too large to be given noise")
+    _require_small(values)
     units = units_per_step(std)
     row, noisy = fresh_row(back, noise), np.empty(values.size, dtype=np.int64)
     smooth = LEAST_STEPS * INFLATION * units / DRAW_STD
     for start, draws in noise.draws(values.size):
         here = slice(start, start + draws.size)
-        whole = np.floor(values[here])
-        part = np.rint((values[here] - whole) * units).astype(np.int64)
-        part += row[here]
-        part += np.rint(draws * smooth).astype(np.int64)
-        part += units // 2
-        np.floor_divide(part, units, out=part)
-        np.add(part, whole.astype(np.int64), out=noisy[here])
-    added = noisy - values + back / units
-    _require_plausible(added, math.hypot(std, LEAST_STEPS))
+        added = row[here] + np.rint(draws * smooth).astype(np.int64)
+        noisy[here] = _rounded(values[here], added, units)
+    _require_plausible(noisy - values + back / units, math.hypot(std, LEAST_STEPS))
     return noisy, row
+
+
+def _require_small(values: NDArray[np.float64]) -> None:
+    if values.size and not np.abs(values).max() < 2.0**40:
+        raise SelfCheckFailed("a number is NaN or too large to be given noise")
+
+
+def _rounded(values: NDArray[np.float64], added: Integers, units: int) -> Integers:
+    """Numbers in steps and what is added to them, in `units` of the sampler a step, to whole steps."""
+    whole = np.floor(values)
+    part = np.rint((values - whole) * units).astype(np.int64)
+    part += added
+    part += units // 2
+    np.floor_divide(part, units, out=part)
+    part += whole.astype(np.int64)
+    return part
 
 
 def _require_plausible(added: NDArray[np.float64], std: float) -> None:
@@ -341,16 +344,11 @@ class Encoding:
         growth : float
             Standard deviation of a row over that of its fresh noise, at most.
         """
-        ring, row, at, saturated = self.zeros(), np.empty_like(back), 0, 0
-        for span, std in zip(self.spans, stds, strict=True):
-            here = slice(at, at + span.size)
-            scaled, cut = self._scaled(update[here], span, growth * std)
-            ring_part, row[here] = add_row_and_round(
-                scaled, std=std / self.step(span), back=back[here], noise=noise
-            )
-            ring[here] = ring_part.astype(self.dtype)
+        ring, row, saturated = self.zeros(), np.empty_like(back), 0
+        for here, scaled, std, cut in self._scaled(update, stds, growth=growth):
+            made, row[here] = add_row_and_round(scaled, std=std, back=back[here], noise=noise)
+            ring[here] = made.astype(self.dtype)
             saturated += cut
-            at += span.size
         return ring, saturated, row
 
     def encode_with_noise(
@@ -374,25 +372,29 @@ class Encoding:
         CalibrationImpossible
             The ring is too coarse for this noise, or too small.
         """
-        ring, at, saturated = self.zeros(), 0, 0
-        for span, std in zip(self.spans, stds, strict=True):
-            here = slice(at, at + span.size)
-            scaled, cut = self._scaled(update[here], span, std)
-            made = add_and_round(scaled, std=std / self.step(span), noise=noise)
-            ring[here] = made.astype(self.dtype)
+        ring, saturated = self.zeros(), 0
+        for here, scaled, std, cut in self._scaled(update, stds):
+            ring[here] = add_and_round(scaled, std=std, noise=noise).astype(self.dtype)
             saturated += cut
-            at += span.size
         return ring, saturated
 
     def _scaled(
-        self, part: NDArray[Any], span: BoundedSpan, std: float
-    ) -> tuple[NDArray[np.float64], int]:
-        """A span in steps of the ring, set to what there is room for; how much of it was cut."""
-        limit = self._limit(span, std)
-        scaled = np.divide(part, self.step(span), dtype=np.float64)
-        cut = int((np.abs(scaled) > limit).sum())
-        np.clip(scaled, -limit, limit, out=scaled)
-        return scaled, cut
+        self, update: NDArray[Any], stds: Sequence[float], *, growth: float = 1.0
+    ) -> Iterator[tuple[slice, NDArray[np.float64], float, int]]:
+        """Each span in steps of the ring, set to what there is room for beside its noise.
+
+        Where it lies, its numbers, the standard deviation of its fresh noise in steps, how many were
+        cut.
+        """
+        at = 0
+        for span, std in zip(self.spans, stds, strict=True):
+            here, step = slice(at, at + span.size), self.step(span)
+            limit = self._limit(span, growth * std)
+            scaled = np.divide(update[here], step, dtype=np.float64)
+            cut = int((np.abs(scaled) > limit).sum())
+            np.clip(scaled, -limit, limit, out=scaled)
+            yield here, scaled, std / step, cut
+            at += span.size
 
     def require_room(self, stds: Sequence[float]) -> None:
         """Raise `CalibrationImpossible` if noise of these standard deviations does not fit."""
