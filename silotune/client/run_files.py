@@ -15,7 +15,7 @@ would not cover that.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,8 +25,10 @@ from numpy.typing import NDArray
 from safetensors.numpy import load, save
 
 from silotune.errors import ReleaseConflict
-from silotune.models.layout import Group, Layout, Span, gathered, laid_out
+from silotune.models.layout import Group, Layout, Part, Span, gathered, laid_out
 from silotune.plan.plan import Plan
+from silotune.privacy.bands import Row, correlated
+from silotune.privacy.noise import NoiseSource
 from silotune.strategies import method_of
 from silotune.strategies.server_optimizer import ServerOptimizer, learning_rate, phase_of
 from silotune.trust.files import (
@@ -46,6 +48,7 @@ FEWEST_ROUNDS = 2
 """Rounds of what a strategy keeps that stay: one asked for again starts from the one before it."""
 
 _DIGEST = 32
+_ROW = "noise"
 _DAY = 24 * 3600.0
 
 
@@ -224,20 +227,30 @@ class RoundArrays(Protocol):
 
 
 class ProcessMemory:
-    """Kept in this process: for comparison models, which nobody resumes."""
+    """Kept in this process: for comparison models, which nobody resumes.
 
-    def __init__(self) -> None:
-        self._rounds: dict[int, Arrays] = {}
+    Parameters
+    ----------
+    kept : int
+        How many rounds are kept.
+    """
+
+    def __init__(self, *, kept: int = FEWEST_ROUNDS) -> None:
+        self._kept, self._rounds = kept, dict[int, Arrays]()
 
     def recall(self, *, before: int) -> tuple[int, Arrays] | None:
         """The newest round before one."""
         newest = max((n for n in self._rounds if n < before), default=None)
         return None if newest is None else (newest, self._rounds[newest])
 
+    def all(self, rounds: Iterable[int]) -> dict[int, Arrays]:
+        """What is kept of these rounds."""
+        return {number: self._rounds[number] for number in rounds if number in self._rounds}
+
     def keep(self, server_round: int, arrays: Arrays) -> None:
         """Keep copies."""
         self._rounds[server_round] = {name: array.copy() for name, array in arrays.items()}
-        for old in sorted(self._rounds)[:-FEWEST_ROUNDS]:
+        for old in sorted(self._rounds, reverse=True)[self._kept :]:
             del self._rounds[old]
 
 
@@ -338,6 +351,60 @@ class SealedMemory:
 
 
 Vector = NDArray[np.float32]
+
+
+def correlated_sums(
+    sums: NDArray[np.floating[Any]],
+    server_round: int,
+    *,
+    plan: Plan,
+    spans: Sequence[Span],
+    missing: Mapping[Part, float],
+    memory: ProcessMemory | SealedMemory,
+    noise: NoiseSource,
+) -> Vector:
+    """A round's clipped sums with noise, which is kept: later rounds take back a part of it.
+
+    Parameters
+    ----------
+    sums : float64 array
+        Of the spans, one after the other.
+    server_round : int
+        From 1.
+    plan : Plan
+        Says what is taken back.
+    spans : sequence of Span
+        What the sums are of.
+    missing : mapping of part to float
+        Standard deviation of the fresh noise.
+    memory : ProcessMemory or SealedMemory
+        Has the noise of the rounds before, and gets that of this one.
+    noise : NoiseSource
+        Of the fresh noise.
+    """
+    made, row = correlated(
+        sums,
+        rows_before(memory, server_round, bands=plan.privacy.bands),
+        column=plan.privacy.column,
+        stds=[missing[span.part] for span in spans],
+        sizes=[span.size for span in spans],
+        noise=noise,
+    )
+    keep_row(memory, server_round, row)
+    return made
+
+
+def rows_before(
+    memory: ProcessMemory | SealedMemory, server_round: int, *, bands: int
+) -> dict[int, Row]:
+    """Noise of the rounds before one that it may take back from, by how many rounds ago."""
+    kept = memory.all(range(max(1, server_round - bands + 1), server_round))
+    return {server_round - number: arrays[_ROW] for number, arrays in kept.items()}
+
+
+def keep_row(memory: ProcessMemory | SealedMemory, server_round: int, row: Row) -> None:
+    """Keep a round's noise for `rows_before`."""
+    memory.keep(server_round, {_ROW: row})
 
 
 def with_own_parts(

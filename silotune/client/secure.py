@@ -18,7 +18,7 @@ from flwr.app import RecordDict
 from numpy.typing import NDArray
 
 from silotune.client.gate import DpRelease, Field, Gate, Public, Unprotected
-from silotune.client.run_files import RunFiles, SealedMemory
+from silotune.client.run_files import RunFiles, SealedMemory, keep_row, rows_before
 from silotune.client.terms import missing_noise
 from silotune.models.layout import Layout, Span
 from silotune.plan.bands import growth
@@ -348,11 +348,11 @@ class SecurePart:
         bands, column = self._plan.privacy.bands, self._plan.privacy.column
         if bands == 1:
             return encoding.encode_with_noise(values, stds, noise)
-        kept = self._memory().all(range(max(1, number - bands + 1), number))
-        earlier = {number - old: arrays["noise"] for old, arrays in kept.items()}
+        memory = self._memory()
+        earlier = rows_before(memory, number, bands=bands)
         back = taken_back(earlier, column=column, size=len(values))
         ring, cut, row = encoding.encode_with_row(
             values, stds, noise, back=back, growth=self._growth
         )
-        self._memory().keep(number, {"noise": row})
+        keep_row(memory, number, row)
         return ring, cut

@@ -22,7 +22,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from silotune.client.data_parallel import Ranks
-from silotune.client.run_files import ControlVariate, PersonalParts, ProcessMemory, RoundArrays
+from silotune.client.run_files import (
+    ControlVariate,
+    PersonalParts,
+    ProcessMemory,
+    RoundArrays,
+    correlated_sums,
+)
 from silotune.client.terms import missing_noise, round_event
 from silotune.client.training.base import RoundUpdate, Vector
 from silotune.errors import SelfCheckFailed
@@ -32,7 +38,6 @@ from silotune.models.features import Frozen, compute_frozen
 from silotune.models.layout import Group, Layout, Part
 from silotune.models.task import LoadedModel
 from silotune.plan.plan import Plan
-from silotune.privacy.bands import Row, correlated
 from silotune.privacy.clipping import Attached, attach
 from silotune.privacy.engine import ClipGroup, DpSgd, PlainSgd
 from silotune.privacy.events import DpEvent
@@ -298,7 +303,7 @@ class Trainer:
             )
             for turn in range(privacy.bands)
         ]
-        self._sent_noise: dict[int, Row] = {}  # by round; of comparisons
+        self._sent_noise = ProcessMemory(kept=privacy.bands - 1)  # of comparisons
         self._find_frozen = frozen or (lambda: compute_frozen(self._model, data.encoded))
         self._still = {id(p): _MOVE_PATIENCE for p in self._model.parameters()}
         memory = memory or ProcessMemory()
@@ -344,8 +349,15 @@ class Trainer:
         if missing and (not self._finishes or self._plan.privacy.noise == "shared"):
             return self._clean(trained, missing, server_round, noise)
         if missing and self._plan.privacy.bands > 1:
-            clean = self._clean(trained, missing, server_round, noise).flat
-            flat = self._correlated(clean, trained, missing, server_round, noise)
+            flat = correlated_sums(
+                self._clean(trained, missing, server_round, noise).flat,
+                server_round,
+                plan=self._plan,
+                spans=self.layout.spans(trained),
+                missing=missing,
+                memory=self._sent_noise,
+                noise=noise,
+            )
             return RoundUpdate(flat=flat, event=self._event())
         engine = self._shared.engine(trained, sigma=self._sigma, noise=noise)
         if self._plan.sends_sums:
@@ -375,29 +387,6 @@ class Trainer:
         self.records_used += records
         flat = torch.cat([part.detach().reshape(-1).double().cpu() for part in sums]).numpy()
         return RoundUpdate(flat=flat, event=self._event(), missing_noise=missing)
-
-    def _correlated(
-        self,
-        sums: NDArray[np.float64],
-        trained: Collection[Part],
-        missing: Mapping[Part, float],
-        server_round: int,
-        noise: NoiseSource,
-    ) -> Vector:
-        """Clipped sums with noise that later rounds take back a part of."""
-        spans, bands = self.layout.spans(trained), self._plan.privacy.bands
-        earlier = {server_round - number: row for number, row in self._sent_noise.items()}
-        made, own = correlated(
-            sums,
-            {ago: row for ago, row in earlier.items() if ago < bands},
-            column=self._plan.privacy.column,
-            stds=[missing[span.part] for span in spans],
-            sizes=[span.size for span in spans],
-            noise=noise,
-        )
-        self._sent_noise[server_round] = own
-        self._sent_noise.pop(server_round - bands, None)
-        return made
 
     def _event(self) -> DpEvent | None:
         """What a round costs."""

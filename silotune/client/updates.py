@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from silotune.client.run_files import SealedMemory, with_own_parts
+from silotune.client.run_files import SealedMemory, correlated_sums, with_own_parts
 from silotune.client.terms import missing_noise, round_event, shortened_sums
 from silotune.client.training.base import (
     Prior,
@@ -27,7 +27,6 @@ from silotune.client.training.base import (
 from silotune.client.troubles import Troubles
 from silotune.errors import SelfCheckFailed
 from silotune.models.layout import Layout, Part, Span
-from silotune.privacy.bands import correlated
 from silotune.privacy.noise import NoiseSource, noise_for, noised
 from silotune.strategies import method_of
 from silotune.strategies.site_privacy import hidden
@@ -98,21 +97,18 @@ class Updates:
     ) -> Vector:
         """Sums with their noise; where it is correlated over rounds, it is kept for the next ones."""
         spans, noise = self._spans(server_round), self._noise("update", server_round)
+        if self._correlates:
+            return correlated_sums(
+                sums,
+                server_round,
+                plan=self._plan,
+                spans=spans,
+                missing=missing,
+                memory=self._memory(),
+                noise=noise,
+            )
         stds, sizes = [missing[span.part] for span in spans], [span.size for span in spans]
-        if not self._correlates:
-            return noised(sums, stds, sizes, noise=noise)
-        first = max(1, server_round - self._plan.privacy.bands + 1)
-        kept = self._memory().all(range(first, server_round))
-        made, own = correlated(
-            sums,
-            {server_round - number: arrays["noise"] for number, arrays in kept.items()},
-            column=self._plan.privacy.column,
-            stds=stds,
-            sizes=sizes,
-            noise=noise,
-        )
-        self._memory().keep(server_round, {"noise": own})
-        return made
+        return noised(sums, stds, sizes, noise=noise)
 
     def _trained(self, adapter: Vector, server_round: int, *, clip: float | None) -> NDArray[Any]:
         """What the training gave for a round; of a private plan without records if that failed."""

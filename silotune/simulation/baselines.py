@@ -27,6 +27,7 @@ import torch
 from numpy.typing import NDArray
 
 from silotune.client.model_cache import LocalTraining, ModelCache
+from silotune.client.run_files import ProcessMemory, correlated_sums
 from silotune.client.site_run import SiteRun
 from silotune.client.terms import sigma_for
 from silotune.client.trainer import SiteData, Trainer
@@ -41,7 +42,6 @@ from silotune.models.features import Frozen, features_of
 from silotune.models.layout import Layout
 from silotune.models.start import start_adapter
 from silotune.plan.plan import Plan
-from silotune.privacy.bands import Row, correlated
 from silotune.privacy.noise import noise_for
 from silotune.simulation.program import score
 from silotune.strategies import method_of, strategy_for
@@ -415,21 +415,18 @@ class _Share:
 
     def __init__(self, plan: Plan, *, layout: Layout, site: str) -> None:
         self._plan, self._layout, self._site = plan, layout, site
-        self._rows: dict[int, Row] = {}
+        self._rows = ProcessMemory(kept=plan.privacy.bands - 1)
 
     def added(self, update: RoundUpdate, number: int) -> NDArray[Any]:
         """The update with the share of a round, if it lacks one."""
         if not update.missing_noise:
             return update.flat
-        spans = self._layout.spans(method_of(self._plan).trained(self._plan, number))
-        earlier = {number - old: row for old, row in self._rows.items()}
-        made, self._rows[number] = correlated(
+        return correlated_sums(
             update.flat,
-            earlier,
-            column=self._plan.privacy.column,
-            stds=[update.missing_noise[span.part] for span in spans],
-            sizes=[span.size for span in spans],
+            number,
+            plan=self._plan,
+            spans=self._layout.spans(method_of(self._plan).trained(self._plan, number)),
+            missing=update.missing_noise,
+            memory=self._rows,
             noise=noise_for(self._plan.plan.seed, "baseline share", self._site, number),
         )
-        self._rows.pop(number - self._plan.privacy.bands + 1, None)
-        return made

@@ -19,7 +19,7 @@ from dp_accounting import ComposedDpEvent, DpEvent, PoissonSampledDpEvent, SelfC
 from dp_accounting.pld import PLDAccountant
 from flwr.app import RecordDict
 
-from silotune.client import updates
+from silotune.client import run_files
 from silotune.client.model_cache import ModelCache
 from silotune.client.site_run import SiteRun
 from silotune.client.trainer import UnitSampler
@@ -173,7 +173,7 @@ def a_blocks_charge_names_what_its_rounds_did(world: World) -> None:
     site = world.site(BANDED)
     drawn, fresh = [], []
     with pytest.MonkeyPatch.context() as spy:
-        draw, correlate = UnitSampler.draw, updates.correlated
+        draw, correlate = UnitSampler.draw, run_files.correlated
 
         def drawing(sampler, rate, noise):
             drawn.append((rate, {int(row) for unit in sampler._units for row in unit}))
@@ -184,7 +184,7 @@ def a_blocks_charge_names_what_its_rounds_did(world: World) -> None:
             return correlate(sums, earlier, stds=stds, **more)
 
         spy.setattr(UnitSampler, "draw", drawing)
-        spy.setattr(updates, "correlated", correlated)
+        spy.setattr(run_files, "correlated", correlated)
         site.join()
         for number in range(1, 7):
             site.train(start(site), number)
