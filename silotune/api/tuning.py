@@ -13,10 +13,11 @@ from silotune.api.frames import frame
 from silotune.api.run import Run
 from silotune.errors import PlanInvalid
 from silotune.plan.plan import Plan
+from silotune.plan.ranges import Range
 from silotune.plan.tasks import Metric
 from silotune.simulation import tuning
 from silotune.simulation.run import Listener, Settings
-from silotune.simulation.tuning import Range, Search, Tried
+from silotune.simulation.tuning import Search, Tried
 
 if TYPE_CHECKING:
     from pandas import DataFrame

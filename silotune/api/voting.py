@@ -9,8 +9,8 @@ from typing import Any
 from silotune.data.site import SiteConfig
 from silotune.errors import PlanInvalid
 from silotune.plan.plan import Plan
+from silotune.plan.ranges import Range
 from silotune.plan.voted import vote_tables
-from silotune.simulation.tuning import Range
 
 
 def declared_by(sites: Sequence[SiteConfig], plan: Plan) -> int:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from silotune.data.site import load_sites
 from silotune.errors import ExtraMissing, PlanInvalid, RunDirectoryInvalid, SilotuneError
 from silotune.plan.document import canonical_json
 from silotune.plan.plan import Plan, dotted
+from silotune.plan.ranges import Range
 from silotune.plan.tasks import Metric
 from silotune.simulation import run
 from silotune.simulation.ancestry import secrets_of
@@ -36,81 +36,21 @@ if TYPE_CHECKING:
 INSTALL = "pip install 'silotune[tune]'"
 STUDY_FILE = "study.db"
 
-_WIDE = 10.0  # a range as wide as this is searched by its logarithm
 _AROUND = 4.0  # what nobody gave a range for is searched from a quarter to four times its value
 _PATIENT_ROUNDS = 4  # of a run, before it may be stopped early
 _USUAL = ("optimizer.site.head_lr", "optimizer.site.adapter_lr", "privacy.clip")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Range:
-    """What one setting is searched in: numbers from `low` to `high`, or one of `choices`.
+def distribution(searched: Range) -> BaseDistribution:
+    """What Optuna calls a range."""
+    from optuna import distributions
 
-    Attributes
-    ----------
-    key : str
-        Dotted key of the plan.
-    low, high : float or int
-        Both ends are tried, too; whole numbers if both are.
-    choices : tuple
-        Values as TOML has them; empty for a range of numbers.
-    """
-
-    key: str
-    low: float = 0.0
-    high: float = 0.0
-    choices: tuple[Any, ...] = ()
-
-    @classmethod
-    def parse(cls, text: str) -> Range:
-        """Read ``key=low:high`` or ``key=a,b,c``.
-
-        Raises
-        ------
-        PlanInvalid
-            It is neither.
-        """
-        key, sign, given = text.partition("=")
-        low, colon, high = given.partition(":")
-        try:
-            if sign and key and colon:
-                ends = [tomllib.loads(f"v = {end}")["v"] for end in (low, high)]
-                if all(type(end) in {int, float} for end in ends) and ends[0] < ends[1]:
-                    return cls(key=key, low=ends[0], high=ends[1])
-            elif sign and key and given:
-                return cls(key=key, choices=tuple(tomllib.loads(f"v = [{given}]")["v"]))
-        except tomllib.TOMLDecodeError:
-            pass
-        raise PlanInvalid(
-            f"--vary {text}: expected key=low:high, or key=value,value, with values as TOML has them: "
-            "0.1 and not .1, texts in quotes"
-        )
-
-    @property
-    def by_logarithm(self) -> bool:
-        """Whether small numbers are as interesting as large ones: both ends tell."""
-        return not self.choices and self.low > 0 and self.high / self.low >= _WIDE
-
-    @property
-    def ends(self) -> tuple[Any, ...]:
-        """Values that the plan must be able to take."""
-        return self.choices or (self.low, self.high)
-
-    def __str__(self) -> str:
-        """For people."""
-        if self.choices:
-            return f"{self.key} among {', '.join(map(str, self.choices))}"
-        return f"{self.key} from {self.low:g} to {self.high:g}"
-
-    def distribution(self) -> BaseDistribution:
-        """Optuna's own."""
-        from optuna import distributions
-
-        if self.choices:
-            return distributions.CategoricalDistribution(self.choices)
-        if isinstance(self.low, int) and isinstance(self.high, int):
-            return distributions.IntDistribution(self.low, self.high, log=self.by_logarithm)
-        return distributions.FloatDistribution(self.low, self.high, log=self.by_logarithm)
+    if searched.choices:
+        return distributions.CategoricalDistribution(searched.choices)
+    low, high, log = searched.low, searched.high, searched.by_logarithm
+    if isinstance(low, int) and isinstance(high, int):
+        return distributions.IntDistribution(low, high, log=log)
+    return distributions.FloatDistribution(low, high, log=log)
 
 
 def usual_ranges(plan: Plan) -> tuple[Range, ...]:
@@ -345,7 +285,7 @@ def search_on(
 
     check(search)
     study = study_of(search)
-    space = {each.key: each.distribution() for each in search.ranges}
+    space = {each.key: distribution(each) for each in search.ranges}
     secrets = search.secrets()
     while len(results(study)) < trials:
         trial = study.ask(space)

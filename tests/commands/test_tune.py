@@ -7,6 +7,7 @@ import optuna
 import pytest
 
 from silotune.plan.plan import Plan
+from silotune.plan.ranges import Range
 from silotune.rounds.run_directory import RunDirectory
 from silotune.simulation import run, tuning
 from silotune.simulation.grid import WorkerGrid
@@ -243,8 +244,9 @@ def test_ranges_without_words_are_around_the_plans_own_rates_and_clip(federation
 
 
 def test_whole_numbers_choices_and_logarithms_are_read_from_what_is_typed():
-    parse = tuning.Range.parse
-    assert isinstance(parse("a=1:20").distribution(), optuna.distributions.IntDistribution)
+    parse = Range.parse
+    whole = tuning.distribution(parse("a=1:20"))
+    assert isinstance(whole, optuna.distributions.IntDistribution)
     assert parse("a=1:20").by_logarithm
     assert not parse("a=0.5:2.0").by_logarithm
     assert not parse("a=0:20").by_logarithm

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 import tomllib
 
 import pytest
@@ -111,6 +113,20 @@ def test_a_vote_is_on_a_plan_that_trains_and_is_never_written_over_it(plan, tmp_
     assert code != 0
     assert "small-vote trains nothing: give the plan that is to be trained" in said
     assert not again.exists()
+
+
+def test_a_vote_is_written_without_the_libraries_of_training(plan, tmp_path):
+    out = tmp_path / "vote.toml"
+    code = (
+        "import sys; from silotune.cli import app; app(sys.argv[1:], standalone_mode=False);"
+        "print(*sorted({'torch', 'transformers', 'flwr'} & set(sys.modules)), sep=',')"
+    )
+    words = ("plan", "vote", str(plan), VARY, "--out", str(out))
+    found = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, check=True
+    )
+    assert out.exists()
+    assert found.stdout.splitlines()[-1] == ""
 
 
 def test_a_block_has_as_many_units_by_command_as_by_a_plan_that_says_nothing(plan, tmp_path):
