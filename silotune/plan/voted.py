@@ -150,34 +150,44 @@ def _excluded(plan: Sections) -> Iterator[str]:
 
 
 def _of_candidates(plan: Sections, conflicts: Callable[[Sections], list[str]]) -> Iterator[str]:
+    """What is wrong with candidates, told once for all that it is wrong with."""
     assert plan.vote is not None
-    steps, known = 0, set[str]()
+    numbers, texts, steps = dict[str, list[int]](), set[str](), 0
     for number, settings in enumerate(plan.vote.candidates, start=1):
-        place = f"vote.candidates: number {number}"
-        if other := [key for key in settings if not key.startswith(VARIED)]:
-            yield f"{place}: {other[0]} can't be voted on; candidates differ in {', '.join(VARIED)}"
-            continue
-        if "optimizer.site.adapter_lr" in settings:
-            yield f"{place}: optimizer.site.adapter_lr: candidates train a head alone"
-        if None in settings.values():
-            yield f"{place}: a key has no value; name what the candidate has instead"
-        try:
-            made = with_settings(base_tables(plan), settings)
-            found = Sections.model_validate_json(json.dumps(made))
-        except ValidationError as exc:
-            yield from (f"{place}: {line}" for line in explain(exc, Sections))
-            continue
-        except PlanInvalid as exc:
-            yield f"{place}: {exc.detail}"
-            continue
-        yield from (f"{place}: {line}" for line in (*conflicts(found), *_untrainable(found)))
-        text = json.dumps(found.model_dump(mode="json"), sort_keys=True)
-        if text in known:
-            yield f"{place}: the same as an earlier one"
-        known.add(text)
-        steps += found.steps
+        found, lines = _candidate(plan, settings, conflicts)
+        if found is not None:
+            text = json.dumps(found.model_dump(mode="json"), sort_keys=True)
+            lines += ["the same as an earlier one"] * (text in texts)
+            texts.add(text)
+            steps += found.steps
+        for line in lines:
+            numbers.setdefault(line, []).append(number)
+    for line, those in numbers.items():
+        place = "number" if len(those) == 1 else "numbers"
+        yield f"vote.candidates: {place} {', '.join(map(str, those))}: {line}"
     if steps > MOST_STEPS:
         yield f"vote.candidates: {steps:,} steps together; at most {MOST_STEPS:,} in a block"
+
+
+def _candidate(
+    plan: Sections, settings: Mapping[str, Any], conflicts: Callable[[Sections], list[str]]
+) -> tuple[Sections | None, list[str]]:
+    """A candidate's plan, if it is one, and what is wrong with it."""
+    if other := [key for key in settings if not key.startswith(VARIED)]:
+        return None, [f"{other[0]} can't be voted on; candidates differ in {', '.join(VARIED)}"]
+    lines = []
+    if "optimizer.site.adapter_lr" in settings:
+        lines.append("optimizer.site.adapter_lr: candidates train a head alone")
+    if None in settings.values():
+        lines.append("a key has no value; name what the candidate has instead")
+    try:
+        made = with_settings(base_tables(plan), settings)
+        found = Sections.model_validate_json(json.dumps(made))
+    except ValidationError as exc:
+        return None, [*lines, *explain(exc, Sections)]
+    except PlanInvalid as exc:
+        return None, [*lines, exc.detail]
+    return found, [*lines, *conflicts(found), *_untrainable(found)]
 
 
 def _untrainable(candidate: Sections) -> Iterator[str]:

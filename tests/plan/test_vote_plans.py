@@ -41,6 +41,21 @@ def test_what_a_vote_excludes_is_refused_by_name(changes, said):
     assert said in error.value.detail
 
 
+def test_what_is_wrong_with_several_candidates_is_told_once():
+    rates = [{"optimizer.site.head_lr": rate} for rate in (0.1, 0.2, -1.0, 0.3)]
+    wrong = [{**one, "privacy.epsilon": 9.0, "plan.seed": 1} for one in rates]
+    with pytest.raises(PlanInvalid) as error:
+        voting(trained()).override({"vote.candidates": wrong})
+    assert error.value.detail.count("privacy.epsilon") == 1
+    assert "vote.candidates: numbers 1, 2, 3, 4: privacy.epsilon can't" in error.value.detail
+    wrong = [{**one, "privacy.rate": 2.0} for one in rates]
+    with pytest.raises(PlanInvalid) as error:
+        voting(trained()).override({"vote.candidates": wrong})
+    assert error.value.detail.count("privacy.rate") == 1
+    assert "numbers 1, 2, 3, 4: privacy.rate" in error.value.detail
+    assert "number 3: optimizer.site.head_lr" in error.value.detail
+
+
 def test_a_vote_is_the_same_after_its_canonical_text_and_its_file(tmp_path):
     made = voting(trained())
     again = Plan.from_canonical(made.canonical())
