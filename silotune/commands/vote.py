@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from silotune.commands.folder import HERE, AsJson, Folder, client_of
+from silotune.commands.folder import HERE, AsJson, Folder
+from silotune.commands.statistics import show_found
 from silotune.errors import PlanInvalid
 from silotune.plan.plan import Plan
 from silotune.plan.sections import BLOCK_UNITS
@@ -70,19 +71,24 @@ def vote(  # noqa: PLR0917 - one a command-line option
     if not units:
         raise typer.BadParameter("no site folder lies beside the plan", param_hint="--units")
     made = vote_of(read, vary, epsilon=epsilon, block_units=block_units, units=units)
-    write(out, made, plan)
+    write_vote(out, made, plan)
     console = terminal()
     say_of(read, made, console)
     console.print(f"The vote: {out}. Its costs: silotune plan check {out}", soft_wrap=True)
 
 
-def write(path: Path, made: Plan, plan: Path) -> None:
-    """Write a vote's file, never over the plan that it is about."""
-    if path.resolve() == plan.resolve():
+def write(out: Path, made: Plan, plan: Path, *, head: str) -> None:
+    """Write what is made of a plan's file, never over that file."""
+    if out.resolve() == plan.resolve():
         raise typer.BadParameter("this is the plan that is voted on", param_hint="--out")
-    head = f"# A vote on settings of {plan.name}, written by silotune. docs/plans.md explains it.\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(head + plan_toml(made), encoding="utf-8")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(f"# {head}\n{plan_toml(made)}", encoding="utf-8")
+
+
+def write_vote(out: Path, made: Plan, plan: Path) -> None:
+    """Write a vote's file."""
+    head = f"A vote on settings of {plan.name}, written by silotune. docs/plans.md explains it."
+    write(out, made, plan, head=head)
 
 
 def say_of(plan: Plan, made: Plan, console: Console) -> None:
@@ -125,10 +131,10 @@ def write_chosen(
     """Write the plan's file with what a vote chose, and what was replaced in it before."""
     made = Plan.written_in(plan, {**(settings or {}), **found["settings"]})
     head = (
-        f"# {plan.name} with candidate {found['chosen']} of the vote {found.get('run', '')}, which cost "
-        f"epsilon {found['epsilon']:g}.\n"
+        f"{plan.name} with candidate {found['chosen']} of the vote {found.get('run', '')}, which cost "
+        f"epsilon {found['epsilon']:g}."
     )
-    out.write_text(head + plan_toml(made), encoding="utf-8")
+    write(out, made, plan, head=head)
 
 
 def votes(
@@ -141,15 +147,8 @@ def votes(
 ) -> None:
     """Show what a vote came to: the votes of each candidate, and how sure the first place is."""
     from silotune.report.votes import print_votes
-    from silotune.trust.files import replace_file
 
-    content = client_of(folder).download(run, "votes.json")
-    if out is not None:
-        replace_file(out, content)
-    if as_json:
-        typer.echo(json.dumps(json.loads(content)))
-        return
-    print_votes(json.loads(content), terminal())
+    show_found(run, "votes.json", print_votes, out=out, folder=folder, as_json=as_json)
 
 
 def tuned_in_private(
@@ -176,7 +175,7 @@ def tuned_in_private(
     places = sites or plan.resolve().parent
     units = declared_by(load_sites(places), read)
     made = vote_of(read, vary, epsilon=epsilon, block_units=block_units, units=max(1, units))
-    write(folder / VOTE_FILE, made, plan)
+    write_vote(folder / VOTE_FILE, made, plan)
     say_of(read, made, console)
     done = simulating.simulate(
         folder / VOTE_FILE,

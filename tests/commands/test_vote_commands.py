@@ -178,6 +178,10 @@ def test_votes_on_another_plan_choose_nothing(plan, tmp_path):
     typed("plan", "chosen", plan, votes, "--out", tmp_path / "chosen.toml")
     made = tomllib.loads((tmp_path / "chosen.toml").read_text())
     assert made["optimizer"]["site"]["head_lr"] == 0.7
+    before = plan.read_bytes()
+    code, said = typed("plan", "chosen", plan, votes, "--out", plan)
+    assert (code, plan.read_bytes()) == (2, before)
+    assert "this is the plan that is voted on" in said
 
 
 def test_the_help_of_tune_teaches_the_private_way():
