@@ -75,6 +75,8 @@ def test_a_vote_leaves_its_votes_and_no_bare_sum_or_adapter(together):
     assert found == {"run": together.name, **told["found"]}
     assert summary(together.root) == found
     page = write_report(together.root).read_text()
+    assert page.startswith("<!doctype html>")
+    assert page.endswith("</html>")
     assert f"Chosen: candidate {found['chosen']}" in page
     with pytest.raises(RunDirectoryInvalid, match="trained nothing"):
         find_trained(together.root)
