@@ -48,7 +48,7 @@ from silotune.data.demo import HOSPITALS, load_conditions, minilm, package_folde
 from silotune.data.partition import CommonTerms, write_site
 from silotune.data.records import Split
 from silotune.data.site import BudgetConfig
-from silotune.plan.left_out import PUBLIC_TEXTS, filled, left_out
+from silotune.plan.left_out import PUBLIC_TEXTS, left_out
 from silotune.plan.plan import Plan
 from silotune.simulation.baselines import Job, Kind
 
@@ -227,7 +227,7 @@ def plan_of(row: str, *, epsilon: float | None, split: str, seed: int, **changes
         del tables["lora"], tables["model"]["centre_texts"]
         tables["rounds"]["number"], tables["privacy"]["rate"] = 60, 0.06
         written = Plan.from_mapping(tables)
-        return Plan.from_mapping(filled(written, left_out(written))).override({"plan.seed": seed})
+        return written.completed(left_out(written), source="plan").override({"plan.seed": seed})
     settings = {**SETTINGS[row.split("_", maxsplit=1)[0]], "plan.seed": seed, **changes}
     return Plan.from_mapping(tables).override(settings)
 

@@ -62,12 +62,13 @@ def check(
     out is told.
     """
     settings = parsed(overrides or [])
-    plan = Plan.load(path, settings)
+    written = Plan.written_in(path, settings)
+    numbers = left_out(written)
+    plan = written.completed(numbers, source=str(path))
     sites = () if sizes or not any(path.parent.glob("*/site.toml")) else load_sites(path.parent)
     facts = assess(plan, _given(sizes) if sizes else _declared(sites, plan))
     facts["link_seconds"] = _link_seconds(facts, link)
     facts["notes"] = [*_start_notes(plan), *_notes(plan, sites), *facts.pop("corners")]
-    numbers = left_out(Plan.written_in(path, settings))
     facts["left_out"] = [asdict(number) for number in numbers]
     if as_json:
         typer.echo(json.dumps(facts))

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from silotune.plan.left_out import Number, filled_in, left_out
+from silotune.plan.document import with_settings
+from silotune.plan.left_out import Number, left_out, settings_of
 from silotune.plan.plan import Plan
 from silotune.plan.tasks import TASKS
 
@@ -95,9 +96,9 @@ def draft(facts: PlanFacts) -> tuple[Plan, tuple[Number, ...]]:
         The facts make no plan, such as a classification with one label.
     """
     given = tuple(_numbers(facts))
-    written = Plan.from_mapping(filled_in({}, given))
-    numbers = (*given, *left_out(written))
-    return Plan.from_mapping(filled_in({}, numbers)), numbers
+    written = Plan.from_mapping(with_settings({}, settings_of(given)))
+    numbers = left_out(written)
+    return written.completed(numbers, source="plan"), (*given, *numbers)
 
 
 def _numbers(facts: PlanFacts) -> Iterator[Number]:

@@ -12,7 +12,7 @@ Measured, with what was tried beside them: docs/accuracy.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,21 +64,9 @@ def left_out(plan: Sections) -> tuple[Number, ...]:
     return tuple(_unsaid(plan))
 
 
-def filled(plan: Sections, numbers: Sequence[Number]) -> dict[str, Any]:
-    """The author's tables with these numbers in them."""
-    said = plan.model_dump(mode="json", exclude_none=True, exclude_unset=True)
-    return filled_in(said, numbers)
-
-
-def filled_in(tables: dict[str, Any], numbers: Sequence[Number]) -> dict[str, Any]:
-    """Tables with these numbers in them; changed in place."""
-    for number in numbers:
-        *parents, leaf = number.key.split(".")
-        table = tables
-        for part in parents:
-            table = table.setdefault(part, {})
-        table[leaf] = number.value
-    return tables
+def settings_of(numbers: Iterable[Number]) -> dict[str, Any]:
+    """Values by dotted key."""
+    return {number.key: number.value for number in numbers}
 
 
 def _unsaid(plan: Sections) -> Iterator[Number]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -20,7 +20,7 @@ from silotune.errors import PlanInvalid, PlanUnreadable
 from silotune.plan.counted import statistics_in_words
 from silotune.plan.document import text_sha256, with_settings
 from silotune.plan.explain import explain
-from silotune.plan.left_out import filled, left_out
+from silotune.plan.left_out import Number, left_out, settings_of
 from silotune.plan.rules import conflicts
 from silotune.plan.sections import Sections
 from silotune.plan.voted import candidate_tables, vote_in_words
@@ -54,9 +54,7 @@ class Plan(Sections):
             Unknown key, wrong type or impossible combination; the message lists every one.
         """
         written = cls.written_in(path, settings)
-        if numbers := left_out(written):
-            return cls.from_mapping(filled(written, numbers), source=str(path))
-        return written
+        return written.completed(left_out(written), source=str(path))
 
     @classmethod
     def written_in(cls, path: Path, settings: Mapping[str, Any] | None = None) -> Plan:
@@ -94,11 +92,18 @@ class Plan(Sections):
 
     def override(self, settings: Mapping[str, Any]) -> Plan:
         """A new plan with dotted keys replaced (``None`` removes a key), validated again."""
+        return self._with(settings, source="plan with overrides")
+
+    def completed(self, numbers: Iterable[Number], *, source: str) -> Plan:
+        """A new plan with what its author left out, validated again."""
+        return self._with(settings_of(numbers), source=source)
+
+    def _with(self, settings: Mapping[str, Any], *, source: str) -> Plan:
         if not settings:
             return self
         # Without the defaults: a key that nobody gave is not given afterwards.
         raw = self.model_dump(mode="json", exclude_none=True, exclude_unset=True)
-        return Plan.from_mapping(with_settings(raw, settings), source="plan with overrides")
+        return Plan.from_mapping(with_settings(raw, settings), source=source)
 
 
 def candidates_of(plan: Plan) -> tuple[Plan, ...]:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from silotune.errors import PlanInvalid
-from silotune.plan.left_out import MOST_CURVED_LABELS, PUBLIC_TEXTS, filled, left_out
+from silotune.plan.left_out import MOST_CURVED_LABELS, PUBLIC_TEXTS, left_out
 from silotune.plan.plan import Plan, dotted
 from silotune.plan.rules import conflicts
 from tests.golden.registry import GOLDEN
@@ -215,7 +215,7 @@ def test_no_rule_contradicts_the_rest_of_any_plan(data):
     except PlanInvalid:  # a combination that no plan can have
         return
     numbers = left_out(written)
-    whole = Plan.from_mapping(filled(written, numbers))
+    whole = written.completed(numbers, source="plan")
     assert conflicts(whole) == []
     assert left_out(whole) == ()
     assert all(number.why for number in numbers)
