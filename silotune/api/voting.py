@@ -6,17 +6,10 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from silotune.data.site import SiteConfig
 from silotune.errors import PlanInvalid
 from silotune.plan.plan import Plan
 from silotune.plan.ranges import Range
 from silotune.plan.voted import vote_tables
-
-
-def declared_by(sites: Sequence[SiteConfig], plan: Plan) -> int:
-    """Units that sites which have the plan's dataset declare together."""
-    name = plan.data.dataset
-    return sum(site.datasets[name].declared_units for site in sites if name in site.datasets)
 
 
 def vote_of(

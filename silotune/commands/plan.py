@@ -18,7 +18,7 @@ from silotune.commands import costs
 from silotune.commands.folder import AsJson
 from silotune.commands.new_plan import new
 from silotune.commands.vote import chosen, vote
-from silotune.data.site import SiteConfig, load_sites
+from silotune.data.site import SiteConfig, declared_units, load_sites
 from silotune.errors import ModelNotFound, PlanInvalid
 from silotune.plan.counted import part_scale
 from silotune.plan.left_out import left_out
@@ -66,7 +66,7 @@ def check(
     numbers = left_out(written)
     plan = written.completed(numbers, source=str(path))
     sites = () if sizes or not any(path.parent.glob("*/site.toml")) else load_sites(path.parent)
-    facts = assess(plan, _given(sizes) if sizes else _declared(sites, plan))
+    facts = assess(plan, _given(sizes) if sizes else declared_units(sites, plan.data.dataset))
     facts["link_seconds"] = _link_seconds(facts, link)
     facts["notes"] = [*_start_notes(plan), *_notes(plan, sites), *facts.pop("corners")]
     facts["left_out"] = [asdict(number) for number in numbers]
@@ -107,12 +107,6 @@ def _given(sizes: str) -> dict[str, int]:
     if min(numbers) < 1:
         raise typer.BadParameter("a site has at least one unit", param_hint="--sizes")
     return {f"site {i}": number for i, number in enumerate(numbers, start=1)}
-
-
-def _declared(sites: Sequence[SiteConfig], plan: Plan) -> dict[str, int]:
-    """Declared units of the sites that have the plan's dataset."""
-    name = plan.data.dataset
-    return {s.name: s.datasets[name].declared_units for s in sites if name in s.datasets}
 
 
 def _notes(plan: Plan, sites: Sequence[SiteConfig]) -> list[str]:

@@ -61,13 +61,14 @@ def vote(  # noqa: PLR0917 - one a command-line option
     there. It is proposed, approved and charged like any plan; `silotune coordinator runs votes` shows
     what came of it, and `silotune plan chosen` writes the plan with what was chosen.
     """
-    from silotune.api.voting import declared_by, vote_of
-    from silotune.data.site import load_sites
+    from silotune.api.voting import vote_of
+    from silotune.data.site import declared_units, load_sites
 
     read = Plan.load(plan)
     if not units:
         beside = any(plan.resolve().parent.glob("*/site.toml"))
-        units = declared_by(load_sites(plan.resolve().parent) if beside else (), read)
+        sites = load_sites(plan.resolve().parent) if beside else ()
+        units = sum(declared_units(sites, read.data.dataset).values())
     if not units:
         raise typer.BadParameter("no site folder lies beside the plan", param_hint="--units")
     made = vote_of(read, vary, epsilon=epsilon, block_units=block_units, units=units)
@@ -166,14 +167,14 @@ def tuned_in_private(
 ) -> None:
     """`silotune tune --private`: a vote of simulated sites, and the plan that came of it."""
     from silotune.api import simulating
-    from silotune.api.voting import declared_by, vote_of
-    from silotune.data.site import load_sites
+    from silotune.api.voting import vote_of
+    from silotune.data.site import declared_units, load_sites
     from silotune.report.votes import print_votes
 
     console, read = terminal(stderr=as_json), Plan.load(plan, settings)
     folder = study or plan.parent / f"{plan.stem}-vote"
     places = sites or plan.resolve().parent
-    units = declared_by(load_sites(places), read)
+    units = sum(declared_units(load_sites(places), read.data.dataset).values())
     made = vote_of(read, vary, epsilon=epsilon, block_units=block_units, units=max(1, units))
     write_vote(folder / VOTE_FILE, made, plan)
     say_of(read, made, console)

@@ -16,7 +16,7 @@ import json
 import os
 import re
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, time, timedelta
 from pathlib import Path
@@ -483,6 +483,11 @@ def load_sites(folder: Path) -> tuple[SiteConfig, ...]:
     if twice:
         raise SiteConfigInvalid(f"{folder}: two sites are named {', '.join(map(repr, twice))}")
     return sites
+
+
+def declared_units(sites: Iterable[SiteConfig], dataset: str) -> dict[str, int]:
+    """Units that each site declares which has a dataset, by its name."""
+    return {s.name: s.datasets[dataset].declared_units for s in sites if dataset in s.datasets}
 
 
 def expand_url(url: SecretStr) -> str:
