@@ -111,9 +111,9 @@ def cells(options: argparse.Namespace) -> Iterator[Cell]:
         (("own", "pooled"), (3.0, 1.0), ("shared",)),
         (("lora", "pooled_lora"), (None,), ("shared",)),
         (("lora", "both"), (3.0, 1.0), ("shared",)),
-        (("lora", "both"), (8.0, 3.0, 1.0), ("local",)),
         (("both",), (None,), ("shared",)),
         (("pooled_lora",), (8.0, 3.0, 1.0), ("shared",)),
+        (("lora", "both"), (8.0, 3.0, 1.0), ("local",)),
     ]
     for methods, epsilons, noises in some:
         for task, epsilon, noise in product(options.tasks, epsilons, noises):
