@@ -16,6 +16,7 @@ from silotune.data.site import DatasetConfig, SiteConfig
 from silotune.errors import BudgetExceeded
 from silotune.models.layout import Part, Span, laid_out
 from silotune.plan.plan import Plan
+from silotune.plan.voted import blocks_at
 from silotune.privacy.costs import calibrate
 from silotune.privacy.events import DpEvent, gaussian_event, shared_step_event, step_event
 from silotune.privacy.ledger import Budget
@@ -221,6 +222,8 @@ def shortened_sums(
 ) -> NDArray[Any]:
     """Clipped sums, none longer than of far more units than a step draws, whoever summed them up.
 
+    Votes are none longer than of all blocks.
+
     Each group is projected onto a ball. That brings two sums no further apart, so that what hides one
     unit still does.
 
@@ -236,19 +239,27 @@ def shortened_sums(
         The site's.
     """
     clipping, counted = plan.privacy.clipping, plan.only_sums
-    drawn = declared_units if counted else plan.expected_batch(declared_units)
+    most = _most_added(plan, declared_units)
     groups: dict[str, list[slice]] = {}
     for span, place in laid_out(spans):
         groups.setdefault("sums" if counted else clipping.group(span.part), []).append(place)
     for group, places in groups.items():
         norm_of_one = 1.0 if counted else clipping.bounds[group].norm
-        longest = (_MOST_DRAWN * drawn + _MORE_DRAWN) * norm_of_one
+        longest = most * norm_of_one
         norm = math.hypot(*(float(np.linalg.norm(sums[place])) for place in places))
         if norm > longest:
             _log.warning("a gradient sum of the %s was far too long; shortened", group)
             for place in places:
                 sums[place] *= longest / norm
     return sums
+
+
+def _most_added(plan: Plan, declared_units: int) -> float:
+    """How often the most that one unit adds can be in a sum."""
+    if plan.vote is not None:
+        return blocks_at(plan, declared_units)  # one vote each, which is shorter
+    drawn = declared_units if plan.only_sums else plan.expected_batch(declared_units)
+    return _MOST_DRAWN * drawn + _MORE_DRAWN
 
 
 def _metric_events(plan: Plan) -> list[DpEvent]:

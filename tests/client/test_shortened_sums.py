@@ -8,7 +8,10 @@ from scipy.stats import binom
 
 from silotune.client.terms import shortened_sums
 from silotune.models.layout import Span
+from silotune.plan.counted import part_scale
 from silotune.plan.plan import Plan
+from silotune.plan.voted import blocks_at
+from tests.vote_sites import trained, voting
 
 UNITS = 5000
 SPANS = (Span("A", 0, 40), Span("B", 40, 100), Span("head", 100, 130))
@@ -61,3 +64,13 @@ def test_what_no_trainer_can_have_summed_up_is_shortened_and_keeps_its_direction
         here, there = found[groups == group], sums[groups == group]
         assert np.linalg.norm(here) < 0.1 * norm
         assert math.isclose(here @ there, np.linalg.norm(here) * norm, rel_tol=1e-12)
+
+
+def test_votes_are_no_longer_than_of_all_blocks_and_true_ones_stay_to_the_bit():
+    plan = voting(trained())
+    span, blocks = (Span("votes", 0, 3),), blocks_at(plan, UNITS)
+    unanimous = np.array([blocks * part_scale(plan), 0.0, 0.0])
+    kept = shortened_sums(plan, unanimous.copy(), span, declared_units=UNITS)
+    assert kept.tobytes() == unanimous.tobytes()
+    lie = shortened_sums(plan, np.array([-UNITS, 0.0, UNITS]), span, declared_units=UNITS)
+    assert np.linalg.norm(lie) == pytest.approx(blocks)

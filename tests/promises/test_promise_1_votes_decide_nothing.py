@@ -9,10 +9,12 @@ from flwr.supercore.task_identity import TaskIdentity
 from silotune.client.errors import TaskRefused
 from silotune.client.model_cache import LocalTraining, ModelCache
 from silotune.client.site_run import SiteRun
+from silotune.client.training.base import Trained
 from silotune.client.troubles import latest_troubles
 from silotune.data.site import SiteConfig
 from silotune.errors import BudgetExceeded
 from silotune.models.layout import initial_adapter
+from silotune.plan.voted import blocks_at
 from silotune.privacy.accounting import epsilon
 from tests.federation import CHOICES, write_policy
 from tests.promises.site_messages import ask
@@ -88,6 +90,20 @@ def test_a_vote_that_fails_altogether_is_noise_alone_and_the_sites_people_are_to
     assert form[1] == (3,)
     (trouble,) = latest_troubles(voters[0] / "s")
     assert trouble["kind"] == "blank"
+
+
+def test_no_trainer_gives_more_votes_than_there_are_blocks(voters, monkeypatch):
+    """Whatever one says that was taken over. False alarms, of noise beyond 9 deviations: under 1e-17."""
+    lie = np.array([1e30, -1e30, 0.0])
+    monkeypatch.setattr(
+        LocalTraining, "_voted", lambda self: Trained(flat=lie, kept={}, records=1)
+    )
+    part = part_of(voters)
+    blocks = blocks_at(part.plan, part.dataset.declared_units)
+    ask(part, "query.join")
+    reply = ask(part, "train", 1, initial_adapter(part.layout, part.plan))
+    found = reply["update"]["flat"].numpy()
+    assert np.abs(found).max() < blocks + 9 * part.sigma
 
 
 def test_a_vote_over_the_budget_is_refused_before_a_record_is_read(voters):
