@@ -159,7 +159,9 @@ def hostile(run):
     for number in (0, -1, ROUNDS + 1):
         yield lambda n=number: run.train(good, n)
     yield lambda: run.train(good, 9, clip=1e-30)
-    yield lambda: run.train(good, 10)
+    yield lambda: run.train(good, 12)
+    yield lambda: run.train(good, 10)  # after a later one
+    yield lambda: run.train(good, 13)
 
 
 def out_of_memory(run, monkeypatch):
@@ -186,14 +188,30 @@ def not_finite(run, monkeypatch):
     monkeypatch.setattr(Trainer, "_losses", losses)
 
 
+CORRELATED = {
+    "lora": {"target_modules": "none", "r": 1},
+    "optimizer__site__head_rounds": ROUNDS,
+    "optimizer__server": {"name": "sgd", "momentum": 0.5},
+    "privacy__bands": 3,
+    "privacy__rate": 0.3,
+}
+
+
 @pytest.mark.parametrize("fault", [None, out_of_memory, not_finite])
-@pytest.mark.parametrize("head_rounds", [0, ROUNDS])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"optimizer__site__head_rounds": 0, "privacy__rate": 0.9},
+        {"optimizer__site__head_rounds": ROUNDS, "privacy__rate": 0.9},
+        CORRELATED,
+    ],
+    ids=["adapter", "head", "correlated noise"],
+)
 def test_neighbouring_sites_show_the_same_whatever_is_asked(
-    tmp_path, bert_folder, models, monkeypatch, fault, head_rounds
+    tmp_path, bert_folder, models, monkeypatch, fault, settings
 ):
     """For what one record does, its unit's part is the only thing that changes."""
-    settings = {"optimizer__site__head_rounds": head_rounds, "privacy__metrics_share": 0.1}
-    pair = Pair(tmp_path, bert_folder, models, privacy__rate=0.9, **settings)
+    pair = Pair(tmp_path, bert_folder, models, privacy__metrics_share=0.1, **settings)
     seen, ledgers = [], []
     for which in ("with", "without"):
         run = pair.run(which)

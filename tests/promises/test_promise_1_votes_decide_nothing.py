@@ -95,9 +95,7 @@ def test_a_vote_that_fails_altogether_is_noise_alone_and_the_sites_people_are_to
 def test_no_trainer_gives_more_votes_than_there_are_blocks(voters, monkeypatch):
     """Whatever one says that was taken over. False alarms, of noise beyond 9 deviations: under 1e-17."""
     lie = np.array([1e30, -1e30, 0.0])
-    monkeypatch.setattr(
-        LocalTraining, "_voted", lambda self: Trained(flat=lie, kept={}, records=1)
-    )
+    monkeypatch.setattr(LocalTraining, "_voted", lambda self: Trained(flat=lie, kept={}, records=1))
     part = part_of(voters)
     blocks = blocks_at(part.plan, part.dataset.declared_units)
     ask(part, "query.join")
