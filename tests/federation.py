@@ -22,6 +22,27 @@ PRIVATE = {
     "privacy.clip": {"head": 1.0, "adapter": 1.0},
 }
 
+
+def underscored(settings):
+    """Dotted plan keys as `write_federation` takes them, with ``__`` for the dot."""
+    return {key.replace(".", "__"): value for key, value in settings.items()}
+
+
+def banded(rounds, **settings):
+    """Dotted plan keys of a private head whose noise is correlated over three rounds."""
+    return {
+        **PRIVATE,
+        "rounds.number": rounds,
+        "rounds.evaluate_every": 0,
+        "lora": {"target_modules": "none", "r": 1},
+        "optimizer.site.head_rounds": rounds,
+        "optimizer.server": {"name": "sgd", "momentum": 0.5},
+        "privacy.rate": 0.3,
+        "privacy.bands": 3,
+        **settings,
+    }
+
+
 POLICY = {
     "approval": "manual",
     "max_epsilon": 8.0,

@@ -6,6 +6,7 @@ import tomllib
 from silotune.data.site import load_sites
 from silotune.plan.plan import Plan
 from silotune.plan.voted import vote_tables
+from tests import federation
 from tests.federation import write_federation
 
 CANDIDATES = (
@@ -21,13 +22,7 @@ SECURE = {
     "aggregation.threshold": 3,
     "privacy.noise": "shared",
 }
-PRIVATE = {
-    "privacy.mode": "record",
-    "privacy.epsilon": 8.0,
-    "privacy.delta": 1e-4,
-    "privacy.clip": {"head": 1.0, "adapter": 1.0},
-    "rounds.evaluate_every": 0,
-}
+PRIVATE = {**federation.PRIVATE, "rounds.evaluate_every": 0}
 
 
 TRAINED = """

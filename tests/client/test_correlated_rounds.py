@@ -16,21 +16,11 @@ from silotune.privacy.accounting import epsilon
 from silotune.privacy.ledger import Budget, Ledger, ReleaseKey
 from silotune.privacy.noise import noise_for, noised
 from silotune.trust.errors import SealBroken
-from tests.federation import CHOICES, PRIVATE, write_federation
+from tests.federation import CHOICES, banded, underscored, write_federation
 from tests.plan.test_bands import toeplitz
 
 ROUNDS, BANDS, COLUMN = 8, 3, (1.0, 0.7, 0.4)
-SETTINGS = {
-    **{key.replace(".", "__"): value for key, value in PRIVATE.items()},
-    "rounds__number": ROUNDS,
-    "rounds__evaluate_every": 0,
-    "lora": {"target_modules": "none", "r": 1},
-    "optimizer__site__head_rounds": ROUNDS,
-    "optimizer__server": {"name": "sgd", "momentum": 0.5},
-    "privacy__rate": 0.3,
-    "privacy__bands": BANDS,
-    "privacy__band_weights": list(COLUMN),
-}
+SETTINGS = underscored(banded(ROUNDS, **{"privacy.band_weights": list(COLUMN)}))
 
 
 @pytest.fixture(scope="module")

@@ -14,25 +14,18 @@ from silotune.privacy.secagg.encoding import units_per_step
 from silotune.privacy.secagg.messages import unpack_named
 from silotune.strategies.secure import encoding_for
 from tests.client.test_secure import released, vector
-from tests.federation import CHOICES, PRIVATE, write_federation
+from tests.federation import CHOICES, banded, underscored, write_federation
 
 FOUR = ("alpha", "beta", "delta", "gamma")
 COLUMN, ROUNDS = (1.0, 0.7, 0.4), 7
-BANDED = {
-    **{key.replace(".", "__"): value for key, value in PRIVATE.items()},
-    "aggregation__secure": True,
-    "aggregation__cohort": 4,
-    "aggregation__threshold": 3,
-    "privacy__noise": "shared",
-    "privacy__rate": 0.3,
-    "privacy__bands": len(COLUMN),
-    "privacy__band_weights": list(COLUMN),
-    "rounds__number": ROUNDS,
-    "rounds__evaluate_every": 0,
-    "lora": {"target_modules": "none", "r": 1},
-    "optimizer__site__head_rounds": ROUNDS,
-    "optimizer__server": {"name": "sgd", "momentum": 0.5},
+SHARED = {
+    "aggregation.secure": True,
+    "aggregation.cohort": 4,
+    "aggregation.threshold": 3,
+    "privacy.noise": "shared",
+    "privacy.band_weights": list(COLUMN),
 }
+BANDED = underscored(banded(ROUNDS, **SHARED))
 
 
 @pytest.fixture(scope="module")

@@ -21,17 +21,12 @@ from silotune.models.pretrained import weights_sha256
 from silotune.server.admin.socket_client import AdminClient
 from silotune.server.config import Home
 from silotune.simulation.run import Settings, simulate
-from tests.federation import SITES, write_federation, write_policy
+from tests import federation
+from tests.federation import SITES, underscored, write_federation, write_policy
 
 ROOT = Path(__file__).parents[2]
 CLI = [sys.executable, "-c", "from silotune.cli import main; main()"]
-PRIVATE = {
-    "privacy__mode": "record",
-    "privacy__epsilon": 4.0,
-    "privacy__delta": 1e-4,
-    "privacy__clip": {"head": 1.0, "adapter": 1.0},
-    "rounds__evaluate_every": 0,
-}
+PRIVATE = underscored({**federation.PRIVATE, "privacy.epsilon": 4.0, "rounds.evaluate_every": 0})
 
 
 def environment(**extra):
@@ -175,10 +170,44 @@ class CoordinatorProcess(Daemon):
 
         def over():
             assert self.running, self.output
-            row = self.state(run)
-            return row if row["state"] in {"finished", "failed", "stopped"} else None
+            return self.over(run)
 
         return wait_for(over, seconds=seconds, what="the end of the run", every=0.2)
+
+    def over(self, run):
+        """The row of a run that is over; else None."""
+        row = self.state(run)
+        return row if row["state"] in {"finished", "failed", "stopped"} else None
+
+    def wait_finished(self, run, *, seconds=180.0):
+        """Until a run is over, and as it should be."""
+        row = self.wait_over(run, seconds=seconds)
+        assert row["state"] == "finished", row
+
+    def dies(self, deaths, mark):
+        """Whenever it is started from now on, die where it is told to: see `dying_coordinator`."""
+        script, words = Path(__file__).with_name("dying_coordinator.py"), self._command[len(CLI) :]
+        self._command = [sys.executable, str(script), json.dumps(deaths), str(mark), *words]
+
+    def wait_finished_over_deaths(self, run, *, seconds, after_death=lambda: None):
+        """Until a run is over, and as it should be, with starts after deaths; how many there were."""
+        deaths = 0
+
+        def over():
+            nonlocal deaths
+            if not self.running:
+                deaths += 1
+                after_death()
+                self.start()
+                return None
+            try:
+                return self.over(run)
+            except Exception:
+                return None  # it is starting, or dying
+
+        row = wait_for(over, seconds=seconds, what="the end of the run", every=0.3)
+        assert row["state"] == "finished", row
+        return deaths
 
     def adapter(self, run, out):
         """Named arrays of a run's newest adapter, by the real command."""
@@ -295,17 +324,31 @@ class Federation:
         """Propose the plan by the real command; the run's name."""
         return self.coordinator.cli("run", self.plan_path)["run"]
 
+    def allow(self, *tasks):
+        """Have the policy of every site take these tasks, and no other."""
+        asked = 'tasks = ["text_classification"]'
+        for site in self.sites.values():
+            text = site.config.read_text()
+            assert asked in text
+            site.config.write_text(text.replace(asked, f"tasks = {json.dumps(tasks)}"))
+
+    def as_simulated(self, run, out):
+        """Whether a run's adapter is the simulation's, bit for bit. The sites end before that begins."""
+        deployed = self.coordinator.adapter(run, out)
+        for site in self.sites.values():
+            site.terminate()
+        return same(deployed, self.simulated().load_adapter(self.plan.rounds.number))
+
     def simulated(self):
-        """Named arrays of the same plan's final adapter, as `silotune simulate` does it."""
+        """The run directory of the same plan, as `silotune simulate` does it."""
         copy = self.folder / "simulated"
         shutil.copytree(
             self.folder / "sites", copy, ignore=shutil.ignore_patterns("state", "*.log")
         )
         settings = Settings(workers=1, device="cpu")
-        run = simulate(
+        return simulate(
             copy / "plan.toml", runs=copy / "runs", settings=settings, listener=lambda event: None
         )
-        return run.load_adapter(self.plan.rounds.number)
 
     def charges(self, run):
         """How often each site charged each round of a run to its ledger."""

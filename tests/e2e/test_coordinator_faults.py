@@ -12,7 +12,7 @@ from silotune.trust import identity
 from silotune.trust.authority import Authority
 from silotune.trust.vault import Vault
 from tests.e2e.cable import Cable
-from tests.e2e.harness import CoordinatorProcess, as_toml, cli, same, wait_for
+from tests.e2e.harness import CoordinatorProcess, as_toml, cli, wait_for
 from tests.server.coordinator_material import scripted, small_plan
 from tests.server.fleet_site import FleetSite
 
@@ -46,12 +46,8 @@ def cabled(federation):
 
 def finished(made, run, out):
     """The run ends as if nothing had happened: the same adapter, every round charged once."""
-    row = made.coordinator.wait_over(run, seconds=400)
-    assert row["state"] == "finished", row
-    adapter = made.coordinator.adapter(run, out)
-    for site in made.sites.values():
-        site.terminate()
-    assert same(adapter, made.simulated())
+    made.coordinator.wait_finished(run, seconds=400)
+    assert made.as_simulated(run, out)
     assert made.charges(run) == {name: list(range(1, ROUNDS + 1)) for name in made.sites}
 
 
@@ -149,8 +145,7 @@ def test_a_revoked_site_is_out_and_the_round_goes_on_without_it(federation):
     made.coordinator.wait_round(run, 2)
     started = time.monotonic()
     made.coordinator.cli("sites", "revoke", "gamma", "--reason", "test")
-    row = made.coordinator.wait_over(run, seconds=300)
-    assert row["state"] == "finished", row
+    made.coordinator.wait_finished(run, seconds=300)
     assert time.monotonic() - started < 100.0  # nobody waits for it, as for one that is offline
     replied = made.coordinator.events(run, "site_replied")
     last = {event["site"] for event in replied if event["round"] == ROUNDS}

@@ -4,8 +4,6 @@ from collections import Counter
 
 import pytest
 
-from tests.e2e.harness import same
-
 ROUNDS = 8
 BANDED = {
     "rounds__number": ROUNDS,
@@ -27,12 +25,8 @@ def test_a_site_killed_in_a_block_goes_on_to_the_simulations_adapter_bit_for_bit
     alpha.kill()
     assert len(list((alpha.folder / "state" / "memory").iterdir())) >= 2
     alpha.start()
-    row = made.coordinator.wait_over(run)
-    assert row["state"] == "finished", row
-    deployed = made.coordinator.adapter(run, tmp_path / "adapter")
-    for site in made.sites.values():
-        site.terminate()
-    assert same(deployed, made.simulated())
+    made.coordinator.wait_finished(run)
+    assert made.as_simulated(run, tmp_path / "adapter")
     for site in made.sites.values():
         rows = [r for r in site.ledger() if r["run"] == run and r["kind"] == "charge"]
         charged = Counter((r["release"], r["round"]) for r in rows)

@@ -1,12 +1,8 @@
 """A coordinator's process that is killed in secure rounds, again and again: the simulation's adapter."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
-
-from tests.e2e.harness import same, wait_for
 
 ROUNDS = 10
 # One a round but the first, where keys and shares have exchanges of their own.
@@ -35,39 +31,15 @@ def test_every_killed_round_is_finished_and_the_adapter_is_the_simulations(feder
         aggregation__threshold=3,
         privacy__noise="shared",
     )
-    mark, script = tmp_path / "deaths", Path(__file__).with_name("dying_coordinator.py")
-    coordinator = made.coordinator
-    words = ["coordinator", "start", "--dir", str(coordinator.folder)]
-    command = [sys.executable, str(script), json.dumps(DEATHS), str(mark), *words]
-    coordinator.start(command=command)
-    wait_for(coordinator._answers, what="the coordinator's start")
-    made.enrol()
-    for site in made.sites.values():
-        site.start()
-    made.wait_online()
-    run, lives = made.propose(), 1
-
-    def over():
-        nonlocal lives
-        if not coordinator.running:
-            lives += 1
-            coordinator.start(command=command)
-            return None
-        try:
-            row = coordinator.state(run)
-        except Exception:
-            return None  # it is starting, or dying
-        return row if row["state"] in {"finished", "failed", "stopped"} else None
-
-    row = wait_for(over, seconds=1200.0, what="the end of the run", every=0.3)
-    assert row["state"] == "finished", row
+    mark, coordinator = tmp_path / "deaths", made.coordinator
+    coordinator.dies(DEATHS, mark)
+    made.up()
+    run = made.propose()
+    deaths = coordinator.wait_finished_over_deaths(run, seconds=1200.0)
     died = [json.loads(line) for line in mark.read_text().splitlines()]
-    assert len(died) == len(DEATHS) == lives - 1
-    print(f"{lives - 1} deaths")
+    assert len(died) == len(DEATHS) == deaths
+    print(f"{deaths} deaths")
     assert not coordinator.events(run, "round_void")
     assert not coordinator.events(run, "site_failed")
-    deployed = coordinator.adapter(run, tmp_path / "adapter")
-    for site in made.sites.values():
-        site.terminate()
-    assert same(deployed, made.simulated())
+    assert made.as_simulated(run, tmp_path / "adapter")
     assert made.charges(run) == {name: list(range(1, ROUNDS + 1)) for name in made.sites}

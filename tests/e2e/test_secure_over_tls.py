@@ -10,7 +10,7 @@ import pytest
 from silotune.client.model_cache import ModelCache
 from silotune.data.site import load_sites
 from silotune.models.layout import initial_adapter
-from tests.e2e.harness import same, wait_for
+from tests.e2e.harness import wait_for
 from tests.federation import CHOICES
 from tests.simulation.plain_rounds import PHASES, plainly, random_faults, replied
 
@@ -27,17 +27,13 @@ def test_a_deployed_secure_run_with_shared_noise_gives_the_simulations_adapter(
         privacy__noise="shared",
     ).up()
     run = made.propose()
-    row = made.coordinator.wait_over(run)
-    assert row["state"] == "finished", row
+    made.coordinator.wait_finished(run)
     assert not made.coordinator.events(run, "round_void")
     assert not made.coordinator.events(run, "site_failed")
     finished = made.coordinator.events(run, "round_finished")
     assert [event["exchanges"] for event in finished] == [4, 2, 2]
-    deployed = made.coordinator.adapter(run, tmp_path / "adapter")
-    for site in made.sites.values():
-        site.terminate()
     # The masks differ from run to run and cancel to the last bit.
-    assert same(deployed, made.simulated())
+    assert made.as_simulated(run, tmp_path / "adapter")
     assert made.charges(run) == {name: [1, 2, 3] for name in made.sites}
 
 
@@ -60,39 +56,19 @@ def test_correlated_shares_outlive_coordinator_and_sites_and_give_the_simulation
         optimizer__site__head_rounds=0,
     )
     deaths = [[2, "masked", 2], [3, "open", 1], [5, "checkpoint", "before"]]
-    script, mark = Path(__file__).with_name("dying_coordinator.py"), tmp_path / "deaths"
-    coordinator = made.coordinator
-    words = ["coordinator", "start", "--dir", str(coordinator.folder)]
-    command = [sys.executable, str(script), json.dumps(deaths), str(mark), *words]
-    coordinator.start(command=command)
-    wait_for(coordinator._answers, what="the coordinator's start")
-    made.enrol()
-    for site in made.sites.values():
-        site.start()
-    made.wait_online()
+    made.coordinator.dies(deaths, tmp_path / "deaths")
+    made.up()
     run, names = made.propose(), list(made.sites)
 
-    def over():
-        if not coordinator.running:
-            site = made.sites[names.pop(0)]  # another one with each death
-            site.kill()
-            site.start()
-            coordinator.start(command=command)
-            return None
-        try:
-            row = coordinator.state(run)
-        except Exception:
-            return None  # it is starting, or dying
-        return row if row["state"] in {"finished", "failed", "stopped"} else None
+    def another_dies_too():
+        site = made.sites[names.pop(0)]
+        site.kill()
+        site.start()
 
-    row = wait_for(over, seconds=500.0, what="the end of the run", every=0.3)
-    assert row["state"] == "finished", row
+    made.coordinator.wait_finished_over_deaths(run, seconds=500.0, after_death=another_dies_too)
     assert not names  # all three were killed
-    assert not coordinator.events(run, "round_void")
-    deployed = coordinator.adapter(run, tmp_path / "adapter")
-    for site in made.sites.values():
-        site.terminate()
-    assert same(deployed, made.simulated())
+    assert not made.coordinator.events(run, "round_void")
+    assert made.as_simulated(run, tmp_path / "adapter")
     # Both blocks, and each round that rests on them, once.
     assert made.charges(run) == {name: [1, 1, 2, 3, 4, 4, 5, 6] for name in made.sites}
 
@@ -158,8 +134,7 @@ def test_ten_rounds_of_five_sites_that_drop_out_and_die_equal_the_plain_run(fede
 
     def over():
         unsteady.revive(run)
-        row = made.coordinator.state(run)
-        return row if row["state"] in {"finished", "failed", "stopped"} else None
+        return made.coordinator.over(run)
 
     row = wait_for(over, seconds=800.0, what="the end of the run", every=0.3)
     assert row["state"] == "finished", row

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.e2e.harness import same
+from tests.federation import underscored
 from tests.task_sites import CASES, mark_spans, retell, settings_of
 
 SPANS = {
@@ -13,22 +13,12 @@ FEW = {"rounds.number": 2, "optimizer.site.head_rounds": 1}
 
 def learned(made, task, tmp_path):
     """Allow the task at every site, run the plan, hold its adapter to the simulation's."""
-    for path in (made.folder / "sites").glob("*/site.toml"):
-        path.write_text(path.read_text().replace('["text_classification"]', f'["{task}"]'))
-        path.chmod(0o600)
+    made.allow(task)
     made.up()
     run = made.propose()
-    row = made.coordinator.wait_over(run)
-    assert row["state"] == "finished", row
-    deployed = made.coordinator.adapter(run, tmp_path / "adapter")
-    for site in made.sites.values():
-        site.terminate()
-    assert same(deployed, made.simulated())
+    made.coordinator.wait_finished(run)
+    assert made.as_simulated(run, tmp_path / "adapter")
     assert made.charges(run) == {name: [1, 2] for name in made.sites}
-
-
-def underscored(settings):
-    return {key.replace(".", "__"): value for key, value in settings.items()}
 
 
 @pytest.mark.slow

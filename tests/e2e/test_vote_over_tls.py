@@ -1,14 +1,12 @@
 """A vote between real processes over TLS: proposed, approved, charged, counted, and made a plan of."""
 
 import json
-import shutil
 
 import pytest
 
 from silotune.plan.plan import Plan
 from silotune.plan.written import plan_toml
 from silotune.report.votes import read
-from silotune.simulation.run import Settings, simulate
 from tests.e2e.harness import cli
 from tests.vote_sites import CANDIDATES, PRIVATE, SECURE, voting
 
@@ -17,11 +15,7 @@ from tests.vote_sites import CANDIDATES, PRIVATE, SECURE, voting
 def voters(federation):
     """Sites whose policies allow votes; the plan that is voted on lies beside the vote."""
     made = federation()
-    for site in made.sites.values():
-        text = site.config.read_text()
-        asked = 'tasks = ["text_classification"]'
-        assert asked in text
-        site.config.write_text(text.replace(asked, 'tasks = ["text_classification", "votes"]'))
+    made.allow("text_classification", "votes")
     trained = made.plan.override({**PRIVATE, **SECURE, "rounds.min_sites": 3})
     (made.folder / "trained.toml").write_text(plan_toml(trained))
     made.plan_path.write_text(plan_toml(voting(trained)))
@@ -31,23 +25,14 @@ def voters(federation):
 @pytest.mark.slow
 def test_a_deployed_vote_is_the_simulated_one_bit_for_bit_and_is_charged_once(voters, tmp_path):
     run = voters.propose()
-    row = voters.coordinator.wait_over(run)
-    assert row["state"] == "finished", row
+    voters.coordinator.wait_finished(run)
     path = tmp_path / "votes.json"
     shown = voters.coordinator.cli("runs", "votes", run, "--out", path)
     found = read(path)
     assert shown == found
     assert voters.charges(run) == {name: [1] for name in voters.sites}
 
-    copy = tmp_path / "simulated"
-    shutil.copytree(voters.folder / "sites", copy, ignore=shutil.ignore_patterns("state", "*.log"))
-    simulated = simulate(
-        copy / "plan.toml",
-        runs=copy / "runs",
-        settings=Settings(workers=1, device="cpu"),
-        listener=lambda event: None,
-    )
-    there = read(simulated.root / "votes.json")
+    there = read(voters.simulated().root / "votes.json")
     assert {**found, "run": ""} == {**there, "run": ""}
 
     said = cli("coordinator", "runs", "votes", run, "--dir", voters.coordinator.folder).stdout

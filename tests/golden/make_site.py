@@ -429,6 +429,13 @@ batch = 16
 }
 
 
+def _replaced(text, changes):
+    for old, new in changes.items():
+        assert old in text
+        text = text.replace(old, new)
+    return text
+
+
 @makes("plans")
 def plans(folder):
     texts = dict(_PLANS)
@@ -450,9 +457,7 @@ def plans_of_sites(folder):
         "rate = 0.1": "batch = 16\nsite = { quantile = 0.5 }",
     }
     text = _PLANS["bare"] + '[aggregation]\nweights = "equal"\n'
-    for old, new in changes.items():
-        text = text.replace(old, new)
-    _write_plans(folder, {"whole_site": text})
+    _write_plans(folder, {"whole_site": _replaced(text, changes)})
 
 
 @makes("plans_that_count")
@@ -478,10 +483,7 @@ def plans_of_bands(folder):
         ),
         "[privacy]": '[optimizer.server]\nname = "sgd"\n[privacy]',
     }
-    text = _PLANS["bare"]
-    for old, new in changes.items():
-        text = text.replace(old, new)
-    _write_plans(folder, {"banded": text})
+    _write_plans(folder, {"banded": _replaced(_PLANS["bare"], changes)})
 
 
 @makes("plans_of_drawn_sites")
@@ -502,10 +504,7 @@ def plans_of_heads(folder):
             '[optimizer.server]\nname = "sgd"\naverage = "ema"\naverage_share = 0.25\n[privacy]'
         ),
     }
-    text = _PLANS["bare"]
-    for old, new in changes.items():
-        text = text.replace(old, new)
-    _write_plans(folder, {"cosines": text})
+    _write_plans(folder, {"cosines": _replaced(_PLANS["bare"], changes)})
 
 
 @makes("plans_of_tasks")

@@ -1,13 +1,10 @@
 """Our weights against the strategies that jax-privacy finds, in an environment of its own."""
 
-import json
-import subprocess
-import venv
-
 import numpy as np
 import pytest
 
 from silotune.plan.bands import band_weights
+from tests.own_environment import answered, python_in
 from tests.plan.test_bands import left, plan_with
 
 PINNED = ("jax-privacy==2.0.0", "jax==0.10.2", "jaxlib==0.10.2", "optax==0.2.8", "numpy==2.4.6")
@@ -39,14 +36,7 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def their_python(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("jax-privacy")
-    venv.create(folder, with_pip=True)
-    python = folder / "bin" / "python"
-    done = subprocess.run(
-        [python, "-m", "pip", "install", "-q", *PINNED], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return python
+    return python_in(tmp_path_factory.mktemp("jax-privacy"), PINNED)
 
 
 def case_of(plan):
@@ -77,15 +67,8 @@ def test_our_weights_leave_as_little_noise_as_the_best_that_jax_privacy_finds(th
         for bands, rounds, more in [(4, 72, PLAIN), (8, 72, PLAIN), (8, 72, {}), (8, 200, {})]
     ]
     cases = [case_of(plan) for plan in plans]
-    answer = subprocess.run(
-        [their_python, "-c", THEIRS],
-        input=json.dumps(cases),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert answer.returncode == 0, answer.stderr
-    for plan, case, theirs in zip(plans, cases, json.loads(answer.stdout), strict=True):
+    answers = answered(their_python, THEIRS, given=cases)
+    for plan, case, theirs in zip(plans, cases, answers, strict=True):
         ours = left(plan, case["weights"]) ** 2
         if case["plain"]:
             assert ours == pytest.approx(theirs["ours"], rel=1e-9)

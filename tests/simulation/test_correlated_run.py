@@ -15,21 +15,12 @@ from silotune.simulation import run
 from silotune.simulation.attack import attack
 from silotune.simulation.run import Settings, resume, simulate
 from silotune.simulation.step_audit import step_scores
-from tests.federation import PRIVATE, SITES, write_federation
+from tests.federation import SITES, banded, write_federation
 from tests.forked import forked_workers
 from tests.whole_run import in_this_process
 
 ROUNDS, BANDS = 7, 3
-BANDED = {
-    **PRIVATE,
-    "rounds.number": ROUNDS,
-    "rounds.evaluate_every": 0,
-    "lora": {"target_modules": "none", "r": 1},
-    "optimizer.site.head_rounds": ROUNDS,
-    "optimizer.server": {"name": "sgd", "momentum": 0.5},
-    "privacy.rate": 0.3,
-    "privacy.bands": BANDS,
-}
+BANDED = banded(ROUNDS)
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,10 @@
 """Our bounds against those of jax-privacy, in an environment of its own: it is no dependency."""
 
-import json
-import subprocess
-import venv
-
 import numpy as np
 import pytest
 
 from silotune.privacy.attacks.bounds import Guesses, epsilon_of, gaussian, gaussian_alone, steinke
+from tests.own_environment import answered, python_in
 
 PINNED = ("jax-privacy==2.0.0", "dp-accounting==0.6.0", "numpy==2.4.6", "scipy==1.17.1")
 DELTA, ALPHA = 1e-5, 0.05
@@ -52,17 +49,7 @@ def scored(case, seed):
 @pytest.fixture(scope="module")
 def their_python(tmp_path_factory):
     folder = tmp_path_factory.mktemp("jax-privacy")
-    venv.create(folder, with_pip=True)
-    python = folder / "bin" / "python"
-    for packages in (["--no-deps", PINNED[0]], ["absl-py", "attrs", *PINNED[1:]]):
-        done = subprocess.run(
-            [python, "-m", "pip", "install", "-q", *packages],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-    return python
+    return python_in(folder, ["--no-deps", PINNED[0]], ["absl-py", "attrs", *PINNED[1:]])
 
 
 @pytest.mark.slow
@@ -82,15 +69,7 @@ def test_one_run_bounds_are_those_of_jax_privacy(their_python):
         )
         sides = {"inside": scores[coins].tolist(), "outside": scores[~coins].tolist()}
         given.append({**sides, "threshold": case["threshold"]})
-    answer = subprocess.run(
-        [their_python, "-c", THEIRS, str(DELTA), str(ALPHA)],
-        input=json.dumps(given),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert answer.returncode == 0, answer.stderr
-    theirs = json.loads(answer.stdout)
+    theirs = answered(their_python, THEIRS, str(DELTA), str(ALPHA), given=given)
     assert all(row[1] > 0.5 for row in theirs)
     for own, other in zip(ours, theirs, strict=True):
         assert own == pytest.approx(other, rel=5e-3, abs=5e-3)
@@ -105,15 +84,7 @@ def test_gaussian_rates_give_the_epsilon_of_jax_privacy(their_python):
         "print(auditor.epsilon_from_gdp(0.05, 1e-5))\n"
     )
     sides = {"inside": scores[coins].tolist(), "outside": scores[~coins].tolist()}
-    answer = subprocess.run(
-        [their_python, "-c", script],
-        input=json.dumps(sides),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert answer.returncode == 0, answer.stderr
-    theirs = float(answer.stdout)
+    theirs = answered(their_python, script, given=sides)
     # Theirs looks at all thresholds and pays for it (Bonferroni); ours at one, fixed beforehand.
     own = epsilon_of(gaussian_alone(scores, coins, threshold=0.83, alpha=ALPHA), delta=DELTA)
     assert theirs < own < 1.5 * theirs
