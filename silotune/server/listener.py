@@ -30,6 +30,7 @@ from silotune.server.config import (
 )
 from silotune.server.errors import PortTaken
 from silotune.server.guard import PEER
+from silotune.trust.files import socket_address
 
 _HANDSHAKE_SECONDS = 10.0
 _LAST_SECONDS = 5.0
@@ -251,7 +252,8 @@ def bind_private(path: Path) -> socket.socket:
     bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     before = os.umask(0o177)  # the mode is right from the first instant
     try:
-        bound.bind(str(path))
+        with socket_address(path) as address:
+            bound.bind(address)
     except OSError as exc:
         bound.close()
         raise PortTaken(f"{path}: {exc.strerror or exc}") from exc

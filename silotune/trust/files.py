@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from silotune.errors import FileExposed
@@ -101,6 +103,16 @@ def sync_directory(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def socket_address(path: Path) -> Iterator[str]:
+    """A Unix socket's address: short, however long its path is (the kernel takes 107 bytes)."""
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield f"/proc/self/fd/{folder}/{path.name}"
+    finally:
+        os.close(folder)
 
 
 def create_private_folder(folder: Path, *, to_disk: bool = True) -> None:

@@ -12,13 +12,13 @@ import os
 import socket
 import struct
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from silotune.client.errors import DaemonAbsent, SiteCommandFailed
 from silotune.errors import SilotuneError
+from silotune.trust.files import socket_address
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class ControlSocket:
         self._state, self._handle = state, handle
         (state / SOCKET).unlink(missing_ok=True)  # the lock file says that no daemon has it
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        with _address(state) as address:
+        with socket_address(state / SOCKET) as address:
             self._socket.bind(address)
         (state / SOCKET).chmod(0o600)
         self._socket.listen(8)
@@ -100,7 +100,7 @@ def ask(state: Path, command: str, **fields: Any) -> dict[str, Any]:
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
             connection.settimeout(6 * _SECONDS)
-            with _address(state) as address:
+            with socket_address(state / SOCKET) as address:
                 connection.connect(address)
             connection.sendall(json.dumps({"command": command, **fields}).encode() + b"\n")
             found = json.loads(_read_line(connection))
@@ -110,16 +110,6 @@ def ask(state: Path, command: str, **fields: Any) -> dict[str, Any]:
         detail = f"{found.get('code')}: {found.get('detail')}"
         raise SiteCommandFailed(detail, remedy=found.get("remedy"))
     return dict(found["answer"])
-
-
-@contextmanager
-def _address(state: Path) -> Iterator[str]:
-    """The socket's address: short, however long the folder's path is (the kernel takes 107 bytes)."""
-    folder = os.open(state, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        yield f"/proc/self/fd/{folder}/{SOCKET}"
-    finally:
-        os.close(folder)
 
 
 def _peer(connection: socket.socket) -> int:

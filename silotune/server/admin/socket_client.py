@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import httpx
@@ -12,6 +13,7 @@ from silotune.events.source import OVER
 from silotune.server.config import Home
 from silotune.server.errors import CoordinatorNotRunning
 from silotune.server.long_poll import HOLD_SECONDS
+from silotune.trust.files import socket_address
 
 _SECONDS = 60.0
 
@@ -27,11 +29,6 @@ class AdminClient:
 
     def __init__(self, home: Home) -> None:
         self._home = home
-        transport = httpx.HTTPTransport(uds=str(home.socket_path))
-        timeout = httpx.Timeout(_SECONDS + HOLD_SECONDS)
-        self._client = httpx.Client(
-            transport=transport, base_url="http://coordinator", timeout=timeout, trust_env=False
-        )
 
     def get(self, path: str, **query: Any) -> Any:
         """The answer to a question. Raises the error that the coordinator names."""
@@ -59,13 +56,28 @@ class AdminClient:
         self, method: str, path: str, *, query: Any = None, body: Any = None
     ) -> httpx.Response:
         try:
-            return self._client.request(method, path, params=query, json=body)
-        except httpx.TransportError as exc:
+            with self._connected() as client:
+                return client.request(method, path, params=query, json=body)
+        except (httpx.TransportError, OSError) as exc:
             self._home.load()  # a wrong folder is a likelier reason than a stopped daemon
             raise CoordinatorNotRunning(
                 f"nothing answers in {self._home.root.resolve()} ({type(exc).__name__})",
                 remedy=f"Start it: silotune coordinator start --dir {self._home.root.resolve()}",
             ) from exc
+
+    @contextmanager
+    def _connected(self) -> Iterator[httpx.Client]:
+        with (
+            socket_address(self._home.socket_path) as address,
+            httpx.Client(
+                # No TLS in it: certificates would be read in vain, at each request.
+                transport=httpx.HTTPTransport(uds=address, verify=False),
+                base_url="http://coordinator",
+                timeout=_SECONDS + HOLD_SECONDS,
+                trust_env=False,
+            ) as client,
+        ):
+            yield client
 
     def _read(self, response: httpx.Response) -> httpx.Response:
         if response.is_success:

@@ -312,8 +312,8 @@ def socket_actions():
 @pytest.mark.parametrize("path", socket_actions())
 def test_no_body_reaches_an_action_of_the_socket_without_a_record(path, body, office):
     before, path = Records(office), re.sub(r"{\w+}", "nothing", path)
-    client = AdminClient(office.home)._client
-    answer = client.post(path, content=body)
+    with AdminClient(office.home)._connected() as client:
+        answer = client.post(path, content=body)
     assert answer.status_code == 409
     ((*who, action, target, outcome),) = before.new()
     assert (tuple(who), outcome) == (ME, answer.json()["code"])
