@@ -76,6 +76,14 @@ def blocks():
     return re.findall(r"^```\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
 
 
+def test_shares_become_percentages_in_one_place():
+    """Rounded by themselves they say 100% of what is not all."""
+    own = [of(p) for p in MODULES if re.search(r":[<>]?\d*\.0%", p.read_text())]
+    assert own == ["percents.py"]
+    pages = [p for p in PACKAGE.rglob("*.html") if re.search(r"format\(100 \*", p.read_text())]
+    assert pages == []
+
+
 def test_the_page_shows_every_room_and_no_other():
     shown, room = set(), ""
     for line in blocks()[0].splitlines()[1:]:

@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 from silotune.commands.folder import AsJson
+from silotune.percents import said_percent
 from silotune.privacy.ledger import open_ledger
 from silotune.privacy.ledger_view import dataset_rows, run_rows
 from silotune.terminal import headed, terminal
@@ -223,7 +224,7 @@ def _measured(measured: Measured | None) -> str:
         if bound is not None
     ]
     return "\n".join(
-        [*lines, f"at {measured.confidence:.0%} confidence; a low bound proves nothing"]
+        [*lines, f"at {said_percent(measured.confidence)} confidence; a low bound proves nothing"]
     )
 
 

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from silotune.errors import DataError
+from silotune.percents import said_percent
 from silotune.terminal import inert, terminal
 
 if TYPE_CHECKING:
@@ -208,7 +209,7 @@ def _tell_new(run: Run, data: Path, roles: Mapping[str, str]) -> None:
     )
     terminal().print(
         f"The federated model on {found.records:,} records that took no part, {positive.records:,} of "
-        f"them {positive.label}: {told}; in brackets {found.confidence:.0%} intervals."
+        f"them {positive.label}: {told}; in brackets {said_percent(found.confidence)} intervals."
     )
 
 

@@ -30,6 +30,7 @@ from silotune.inference.evaluated import (
     in_words,
     title_of,
 )
+from silotune.percents import said_percent
 from silotune.terminal import headed, say, terminal
 
 
@@ -180,7 +181,8 @@ def _print(found: ModelEvaluation) -> None:
     if found.groups is not None:
         _print_groups(found.groups)
     console.print(
-        f"In brackets: {found.confidence:.0%} intervals, of {found.draws:,} bootstrap draws of units.",
+        f"In brackets: {said_percent(found.confidence)} intervals, of {found.draws:,} bootstrap draws "
+        "of units.",
         style="dim",
     )
 

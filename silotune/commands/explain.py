@@ -20,6 +20,7 @@ from silotune.commands.asked import (
     named_columns,
 )
 from silotune.commands.folder import AsJson
+from silotune.percents import likelihood
 from silotune.terminal import say, terminal
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ def _write(out: Path, names: list[str], found: list[Explanation], plan: str) -> 
 def _print(found: Explanation, name: str) -> None:
     console = terminal()
     head = f"{name}: " if name else ""
-    console.print(Text(f"{head}{found.label}  {found.probability:.0%}", style="bold"))
+    console.print(Text(f"{head}{found.label}  {likelihood(found.probability)}", style="bold"))
     most = max((abs(part) for _, part in found.tokens), default=0.0) or 1.0
     words = [Text(word, style=_style(part / most)) for word, part in found.tokens]
     console.print(Text(" ").join(words))

@@ -28,6 +28,7 @@ from silotune.commands.asked import (
     require_sees,
 )
 from silotune.errors import DatasetUnreadable
+from silotune.percents import likelihood
 from silotune.terminal import inert, say, terminal
 
 if TYPE_CHECKING:
@@ -366,9 +367,9 @@ def _shown(answer: Answer | None, text: str) -> str:
         return "(an empty text)"
     found, shares = answer["prediction"], answer.get("probabilities")
     if isinstance(found, str) and shares:
-        return f"{found}  {shares[found]:.0%}  {_one_line(text)}"
+        return f"{found}  {likelihood(shares[found])}  {_one_line(text)}"
     if shares:
-        each = (f"{label} {shares[label]:.0%}" for label in found)
+        each = (f"{label} {likelihood(shares[label])}" for label in found)
         return f"{', '.join(each) or '(none)'}  {_one_line(text)}"
     if isinstance(found, float):
         return f"{found:.6g}  {_one_line(text)}"

@@ -48,6 +48,7 @@ from silotune.events.source import (
     Source,
     Views,
 )
+from silotune.percents import percent
 from silotune.plan.plan import stored_plan_in_words
 from silotune.trust.errors import SignInNeeded
 from silotune.trust.identity import Person
@@ -210,7 +211,7 @@ class Templates:
         self._environment = Environment(
             autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
         )
-        self._environment.filters |= {"ago": words.ago, "clock": words.clock}
+        self._environment.filters |= {"ago": words.ago, "clock": words.clock, "percent": percent}
         self._environment.filters["path"] = lambda text: quote(str(text), safe="")
         folder = files("silotune.dashboard") / "templates"
         sources = {

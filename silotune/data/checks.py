@@ -22,6 +22,7 @@ from silotune.data.records import Records, Split, load_records
 from silotune.data.site import SiteConfig
 from silotune.data.targets import kind_of
 from silotune.errors import SilotuneError
+from silotune.percents import percent
 from silotune.plan.plan import Plan
 
 _MOST_HELD_OUT, _MOST_TRAINED = 2_000, 20_000
@@ -55,7 +56,7 @@ class LookAlikes:
 
     def __str__(self) -> str:
         return (
-            f"{self.share:.0%} of the held-out texts ({self.found} of {self.compared} looked at) "
+            f"{percent(self.share)} of the held-out texts ({self.found} of {self.compared} looked at) "
             "are a training text again, or nearly: scores will flatter"
         )
 

@@ -29,6 +29,7 @@ from silotune.data.partition import (
 )
 from silotune.data.site import BudgetConfig
 from silotune.errors import EnvironmentFault
+from silotune.percents import percent
 from silotune.plan.plan import Plan
 from silotune.plan.written import toml_text
 
@@ -397,7 +398,7 @@ def _write_readme(
     lines = [f"{'':24}{'chapters':>8}{'records':>9}{'chronic':>9}"]
     for hospital, own in chosen.items():
         share = sum(c.chronic for c in own) / len(own)
-        lines.append(f"{hospital.name:24}{hospital.chapters:>8}{len(own):>9}{share:>9.0%}")
+        lines.append(f"{hospital.name:24}{hospital.chapters:>8}{len(own):>9}{percent(share):>9}")
     filled = read_template("hospitals_readme.txt").substitute(
         task=_TASKS[task].text,
         split=_SPLITS[split][1],

@@ -29,6 +29,7 @@ from silotune.data.partition import (
     write_site,
 )
 from silotune.data.site import BudgetConfig
+from silotune.percents import percent
 from silotune.plan.plan import Plan
 from silotune.plan.written import toml_text
 
@@ -175,6 +176,6 @@ def _write_readme(path: Path, loans: Mapping[str, list[tuple[str, str]]]) -> Non
     lines = [f"{'':16}{'loans':>8}{'bad':>8}"]
     for name, own in loans.items():
         share = sum(label == "bad" for _, label in own) / len(own)
-        lines.append(f"{name:16}{len(own):>8}{share:>8.0%}")
+        lines.append(f"{name:16}{len(own):>8}{percent(share):>8}")
     filled = read_template("bank_readme.txt").substitute(banks="\n".join(lines))
     path.write_text(filled, encoding="utf-8")

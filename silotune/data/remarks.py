@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from silotune.data.examination import Examination, Remark
+from silotune.percents import percent
 
 _FAR, _OFF = 2.0, 1.25
 _MUCH, _SOME = 0.5, 0.05
@@ -108,8 +109,8 @@ def _on_lengths(found: Examination) -> Iterator[Remark]:
     yield Remark(
         "warning" if share >= _SOME else "note",
         "cut",
-        f"{lengths.cut:,} of {found.records:,} records ({share:.0%}) are longer than the plan's "
-        f"{lengths.limit:,} tokens; {lost:.0%} of all tokens are cut off.",
+        f"{lengths.cut:,} of {found.records:,} records ({percent(share)}) are longer than the plan's "
+        f"{lengths.limit:,} tokens; {percent(lost)} of all tokens are cut off.",
         f"data.max_length = {lengths.quantiles['99 of 100']} would cut one in a hundred.",
     )
 
@@ -127,7 +128,8 @@ def _on_resemblance(found: Examination) -> Iterator[Remark]:
         yield Remark(
             "warning",
             "across",
-            f"{seen.share:.0%} of the held-out units have a text that resembles one of training.{worth}",
+            f"{percent(seen.share)} of the held-out units have a text that resembles one of training."
+            f"{worth}",
             'Give the dataset a group column and plan with data.split_by = "group", or read scores as '
             "too good.",
         )

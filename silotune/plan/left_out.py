@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from silotune.percents import said_percent
 from silotune.plan.bands import band_weights
 from silotune.plan.sections import HeadFeatures, LoraSection, Sections
 
@@ -182,7 +183,7 @@ def adapter_lr(plan: Sections, *, head_rounds: int) -> tuple[float, str]:
     spread = plan.lora.scale * math.sqrt(plan.lora.r / 3.0)
     rate = _between(_ADAPTER_LR, _DRIFT / (spread * walked))
     return rate, (
-        f"noise alone moves a layer's output by {_DRIFT:.0%} in {len(factors)} rounds at rank "
+        f"noise alone moves a layer's output by {said_percent(_DRIFT)} in {len(factors)} rounds at rank "
         f"{plan.lora.r}, from {_ADAPTER_LR[0]:g} to {_ADAPTER_LR[1]:g}"
     )
 

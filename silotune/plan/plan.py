@@ -17,6 +17,7 @@ from typing import Any, Self
 from pydantic import ValidationError, model_validator
 
 from silotune.errors import PlanInvalid, PlanUnreadable
+from silotune.percents import said_percent
 from silotune.plan.counted import statistics_in_words
 from silotune.plan.document import text_sha256, with_settings
 from silotune.plan.explain import explain
@@ -253,9 +254,9 @@ def _data(plan: Plan) -> str:
     texts = f"texts of up to {windows}{data.max_length} tokens"
     size = "images" if plan.task.sees else texts
     return (
-        f"Each site's dataset '{data.dataset}', {size}; {train:.0%} "
-        f"to train, {data.validation_share:.0%} to validate, {data.test_share:.0%} to test, with "
-        f"{whole} on one side only."
+        f"Each site's dataset '{data.dataset}', {size}; {said_percent(train)} to train, "
+        f"{said_percent(data.validation_share)} to validate, {said_percent(data.test_share)} to test, "
+        f"with {whole} on one side only."
     )
 
 
@@ -296,7 +297,7 @@ def _averaged(plan: Plan) -> str:
         return ""
     return (
         f". The run ends with {kinds[server.average]} of the adapters of its last "
-        f"{server.average_share:.0%} of rounds"
+        f"{said_percent(server.average_share)} of rounds"
     )
 
 
@@ -355,7 +356,7 @@ def _privacy(plan: Plan) -> str:
         else f"about {privacy.batch} units"
     )
     metrics = (
-        f" {privacy.metrics_share:.0%} of it pays for noisy metrics."
+        f" {said_percent(privacy.metrics_share)} of it pays for noisy metrics."
         if privacy.metrics_share
         else " No metric is released."
     )

@@ -24,6 +24,7 @@ from torch.nn.functional import pad
 from transformers.pytorch_utils import Conv1D
 
 from silotune.errors import ModelError
+from silotune.percents import percent
 
 Kind = Literal["int8", "nf4"]
 
@@ -241,8 +242,8 @@ def quantize(model: nn.Module, kind: Kind) -> None:
             setattr(parent, name, QuantizedLinear(matrix, layer.bias))
     if (part := frozen_bytes(model) / full) > _MOST:
         raise ModelError(
-            f"most weights of the model are in layers that can't be kept in few bits: {part:.0%} of its "
-            "size would be left",
+            "most weights of the model are in layers that can't be kept in few bits: "
+            f"{percent(part)} of its size would be left",
             remedy="Leave model.quantization out of the plan.",
         )
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from silotune.data.examination import Examination
 from silotune.errors import EnvironmentFault
+from silotune.percents import percent
 from silotune.report.page import TextTable
 from silotune.report.report import InlineChart, can_draw, fill
 from silotune.report.verdict import plural, printable
@@ -317,7 +318,7 @@ def _draw_flattery(canvas: Canvas, *, found: Examination) -> Figure:
     site_names(axes, names, canvas, head=0.38)
     axes.set_ylim(1.6, -0.9 if canvas.narrow else -0.6)
     axes.set_xlim(0, 1.12)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.xaxis.set_major_formatter(lambda value, _: percent(value))
     axes.grid(visible=False, axis="y")
     axes.set_xlabel("held-out texts whose label is found")
     key(axes, (("with look-alikes", VERMILION), ("without them", BLUE)), canvas)

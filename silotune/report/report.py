@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from silotune.percents import likelihood, said_percent
 from silotune.plan.plan import stored_plan_in_words
 from silotune.report import page, statistics, votes
 from silotune.report.figures import MOST_SITES, Summary, summarise
@@ -196,6 +197,7 @@ def fill(name: str, **words: Any) -> str:
         lstrip_blocks=True,
         loader=FunctionLoader(lambda name: (templates / name).read_text(encoding="utf-8")),
     )
+    environment.filters |= {"likelihood": likelihood, "said_percent": said_percent}
     template = environment.get_template(name)
     css = (templates / "report.css").read_text(encoding="utf-8")
     return template.render(css=Markup(css), minus="\N{MINUS SIGN}", version=__version__, **words)  # noqa: S704

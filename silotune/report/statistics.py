@@ -18,6 +18,7 @@ from rich.text import Text
 
 from silotune.errors import RunDirectoryInvalid
 from silotune.events.schema import STATISTICS_FORMAT
+from silotune.percents import said_percent
 from silotune.report.page import TextTable, Tile
 from silotune.report.verdict import DASH, epsilon, plural, power, printable
 
@@ -48,7 +49,7 @@ def read(path: Path) -> dict[str, Any]:
 
 def sentences(found: Found) -> list[str]:
     """What is most worth knowing, in sentences."""
-    unit, level = found["unit"], f"{found['confidence']:.0%}"
+    unit, level = found["unit"], said_percent(found["confidence"])
     units = found["units"]
     told = [
         f"{plural(len(found['sites']), 'site')} have about {units['value']:,.0f} {unit}s together "
@@ -160,7 +161,7 @@ def quantile_table(found: Found) -> TextTable | None:
     if not named:
         return None
     rows = [
-        (f"{row['q']:.0%}", *(_quantile(quantiles[place]) for _, quantiles in named))
+        (said_percent(row["q"]), *(_quantile(quantiles[place]) for _, quantiles in named))
         for place, row in enumerate(named[0][1])
     ]
     return TextTable(("quantile", *(name for name, _ in named)), tuple(rows))

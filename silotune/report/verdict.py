@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from silotune.percents import percent, said_percent
 from silotune.plan.tasks import LOSS, Metric
 from silotune.report.figures import MethodRow, SiteScores, Summary
 from silotune.rounds.run_directory import Scores
@@ -338,10 +339,10 @@ def sides(found: Summary) -> list[str]:
     if home is None or away is None or home <= away:
         return []
     return [
-        f"The sites see different sides of the labels: {quoted(label)} is {least:.0%} of the held-out "
-        f"records at {low} and {most:.0%} at {high}. An own model may lean on its site's mix, so the "
-        f"own models reach {found.metric.title} {home:.3f} on their sites' own cases and {away:.3f} on "
-        "everybody's."
+        f"The sites see different sides of the labels: {quoted(label)} is {percent(least)} of the "
+        f"held-out records at {low} and {percent(most)} at {high}. An own model may lean on its site's "
+        f"mix, so the own models reach {found.metric.title} {home:.3f} on their sites' own cases and "
+        f"{away:.3f} on everybody's."
     ]
 
 
@@ -425,7 +426,7 @@ def _claim(value: float | None) -> str:
 def _audit(step: Facts, found: Facts) -> str:
     return (
         f"One step, everybody taking part ({step['canaries']:,} canaries): {_claim(step['claimed'])}, "
-        f"measured ε ≥ {epsilon(step['lower_bound'])} at {found['confidence']:.0%} confidence "
+        f"measured ε ≥ {epsilon(step['lower_bound'])} at {said_percent(found['confidence'])} confidence "
         f"(≥ {epsilon(step['independent'])} if canaries don't touch each other's scores; "
         f"≥ {epsilon(step['any_mechanism'])} without assuming anything of the mechanism)."
     )
@@ -435,7 +436,7 @@ def _membership(run: Facts, found: Facts) -> str:
     return (
         f"The whole run, by membership of {plural(run['canaries'], 'planted record')}: "
         f"{_claim(run['claimed'])}, measured ε ≥ {epsilon(run['lower_bound'])} at "
-        f"{found['confidence']:.0%} confidence; AUC {run['auc']:.3f} (0.5 is a guess), "
+        f"{said_percent(found['confidence'])} confidence; AUC {run['auc']:.3f} (0.5 is a guess), "
         f"{run['hits']:.1%} found at 1% false alarms."
     )
 

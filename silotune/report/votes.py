@@ -13,6 +13,7 @@ from rich.text import Text
 
 from silotune.errors import RunDirectoryInvalid
 from silotune.events.schema import VOTES_FORMAT
+from silotune.percents import likelihood
 from silotune.plan.voted import settings_in_words
 from silotune.report.page import TextTable
 from silotune.report.verdict import epsilon, plural, power, printable
@@ -51,8 +52,8 @@ def sentences(found: Found) -> list[str]:
         f"Chosen: candidate {found['chosen']}, {printable(settings_in_words(found['settings']))}.",
         f"{plural(sum(known), 'block')} of {plural(len(found['sites']), 'site')} voted; a number of "
         f"votes has noise of {found['noise']:.1f} (one standard deviation).",
-        f"With a probability of {found['probability']:.0%} it has the most votes without noise too, if "
-        "no outcome was likelier than another before the vote. That says how well the votes were "
+        f"Probability that it has the most votes without noise too: {likelihood(found['probability'])}, "
+        "if no outcome was likelier than another before the vote. That says how well the votes were "
         "counted, and not how well the candidate will do.",
     ]
     if found["probability"] < _UNSURE:

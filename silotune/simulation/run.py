@@ -40,6 +40,7 @@ from silotune.errors import (
 from silotune.events.source import held
 from silotune.models.choices import Choices, choose
 from silotune.models.start import require_start
+from silotune.percents import said_percent
 from silotune.plan.plan import Plan, candidates_of, notes_on
 from silotune.rounds.rounds import build_server_app
 from silotune.rounds.run_directory import STATISTICS_FILE, VOTES_FILE, RunDirectory
@@ -526,7 +527,8 @@ def _resolved(job: _Job) -> dict[str, Any]:
             }
             for site in job.sites
         ],
-        "split": f"{plan.data.test_share:.0%} test, {plan.data.validation_share:.0%} validation, "
+        "split": f"{said_percent(plan.data.test_share)} test, "
+        f"{said_percent(plan.data.validation_share)} validation, "
         f"by {plan.data.split_by if plan.data.split_by == 'group' else plan.privacy.unit}",
         "selection": "hyper-parameters chosen on validation data only",
     }

@@ -32,6 +32,8 @@ def test_purpose_task_rounds_and_budget_are_there():
     [
         ({"plan.seed": 3}, "Privacy", "The noise is seeded, so the run is not private."),
         ({"privacy.metrics_share": 0.1}, "Privacy", "10% of it pays for noisy metrics."),
+        ({"privacy.metrics_share": 0.004}, "Privacy", " 0.4% of it pays for noisy metrics."),
+        ({"data.test_share": 0.125}, "Data", " 12.5% to test,"),
         ({"privacy.rate": None, "privacy.batch": 50}, "Privacy", "about 50 units"),
         ({"aggregation.strategy": "ffa"}, "Adapter", "Only B is trained"),
         ({"lora.last_layers": 3}, "Adapter", "in the last 3 layers"),

@@ -1,11 +1,15 @@
 """Numbers as people read them."""
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from silotune.report import verdict
+from silotune.plan.counted import part_scale
+from silotune.report import verdict, votes
+from silotune.rounds.votes import find
 from silotune.terminal import octets
+from tests.vote_sites import trained, voting
 
 
 @settings(deadline=None)  # other processes share this machine
@@ -54,3 +58,13 @@ def test_a_list_of_names_is_counted_where_it_is_too_long():
     assert verdict.listed(("a",)) == "a"
     assert verdict.listed(("a", "b, c", "d")) == "a; b, c and d"
     assert verdict.listed(tuple("abcdefghij"), most=3) == "a; b; c and 7 more"
+
+
+def test_a_vote_is_never_certain():
+    plan = voting(trained())
+    sums = (np.array([900.0, 7.0, 7.0]) * part_scale(plan)).astype(np.float32)
+    found = find(plan, sums, variance=2.25, sites=["a"], declared={"a": 20_000})
+    assert found["probability"] > 1 - 1e-9
+    said = " ".join(votes.sentences(found))
+    assert "has the most votes without noise too: above 99.9%, if" in said
+    assert "100%" not in said
