@@ -99,7 +99,7 @@ def compare(*runs: Run | str | PathLike[str]) -> Comparison:
     found = [run if isinstance(run, Run) else Run(run) for run in runs]
     if len(found) < 2:
         raise RunDirectoryInvalid("a comparison takes two runs or more")
-    if any(run.record.counts for run in found):
+    if any(run.record.finds for run in found):
         raise RunDirectoryInvalid("a run that counted has no scores to compare")
     tasks = {str((run.record.plan.get("model") or {}).get("task")) for run in found}
     if len(tasks) > 1:

@@ -92,17 +92,17 @@ class Run:
     @property
     def statistics(self) -> dict[str, Any] | None:
         """What a run of ``task = "statistics"`` found; None for one that trained."""
-        return self.record.history.statistics if self.record.counts else None
+        return self.record.history.found if self.record.finds == "statistics" else None
 
     @property
     def votes(self) -> dict[str, Any] | None:
         """What a vote among candidates came to; None for any other run."""
-        return self.record.history.votes if self.record.votes else None
+        return self.record.history.found if self.record.finds == "votes" else None
 
     @property
     def verdict(self) -> list[str]:
         """What came of it, in sentences."""
-        return [] if self.record.counts else list(verdict(self.summary))
+        return [] if self.record.finds else list(verdict(self.summary))
 
     @property
     def attacks(self) -> list[str]:

@@ -350,7 +350,7 @@ def run_page(facts: RunFacts, view: RunView, curves: Mapping[str, Curve]) -> Run
         charts=_charts(facts, view, curves, planned),
         sites=_sites(facts, view, spent),
         troubles=trouble_lines(view.troubles),
-        counted=[*counted(view.statistics or {}), *voted(view.votes or {})],
+        counted=[*counted(view.found or {}), *voted(view.found or {})],
         last_id=view.last_id,
     )
 

@@ -243,8 +243,7 @@ class RunView:
         self.resumed_at: list[int] = []
         self.workers = self._newest = 0
         self.baseline: Baseline | None = None
-        self.statistics: dict[str, Any] | None = None
-        self.votes: dict[str, Any] | None = None
+        self.found: dict[str, Any] | None = None
 
     # --- reading ---
 
@@ -471,10 +470,10 @@ class RunView:
         )
 
     def _statistics(self, event: schema.StatisticsReleased) -> None:
-        self.statistics = event.found
+        self.found = event.found
 
     def _votes(self, event: schema.VotesReleased) -> None:
-        self.votes = event.found
+        self.found = event.found
 
     def _enrolment_requested(self, event: schema.EnrolmentRequested) -> None:
         """Of the federation, not of a run."""

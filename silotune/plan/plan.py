@@ -174,6 +174,11 @@ def stored_bands(plan: Mapping[str, Any]) -> int:
     return int((plan.get("privacy") or {}).get("bands") or 1)
 
 
+def stored_finds(plan: Mapping[str, Any]) -> str:
+    """`Plan.finds` of a plan's plain data of any version."""
+    return "votes" if plan.get("vote") else "statistics" if plan.get("statistics") else ""
+
+
 def notes_on(plan: Plan) -> list[str]:
     """What the plan leaves open and its author should know, in sentences."""
     if plan.rounds.min_sites > 1 or "min_sites" in plan.rounds.model_fields_set:

@@ -420,9 +420,14 @@ class Sections(Section):
     vote: Annotated[VoteSection | None, ADDED_LATER] = None
 
     @property
+    def finds(self) -> str:
+        """What a plan finds that trains nothing, as its event and its file are called; else empty."""
+        return "votes" if self.vote else "statistics" if self.statistics else ""
+
+    @property
     def only_sums(self) -> bool:
         """Whether sites answer with one sum, of counts or of votes, and no adapter is trained."""
-        return self.statistics is not None or self.vote is not None
+        return bool(self.finds)
 
     @property
     def strategy(self) -> StrategyFacts:

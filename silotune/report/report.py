@@ -73,10 +73,10 @@ def write_report(run_dir: Path, *, beside: Sequence[Path] = ()) -> Path:
         A folder is no run or damaged, or a run beside it is of another plan.
     """
     record = read_record(run_dir)
-    if record.votes:
+    if record.finds == "votes":
         charts, page_text = {}, render_votes(record)
-    elif record.counts:
-        charts = draw_histograms(record.history.statistics)
+    elif record.finds:
+        charts = draw_histograms(record.history.found)
         page_text = render_statistics(record, charts)
     else:
         found = summarise(record, beside=read_beside(record, beside))
@@ -134,16 +134,16 @@ def draw_histograms(found: statistics.Found | None) -> dict[str, Chart]:
 
 def render_votes(record: RunRecord) -> str:
     """The page of a vote as text, escaped as `render_page` is."""
-    found, words = record.history.votes, _of_sums(record, record.history.votes)
+    found, words = record.history.found, _of_sums(record)
     if found is not None:
         told = {"told": votes.sentences(found), "table": votes.table(found)}
         words |= {**told, "cost": votes.cost(found)}
     return fill("votes.html", charts={}, **words)
 
 
-def _of_sums(record: RunRecord, found: Mapping[str, Any] | None) -> dict[str, Any]:
+def _of_sums(record: RunRecord) -> dict[str, Any]:
     """What the pages of runs that train nothing have in common."""
-    about = record.plan.get("plan") or {}
+    about, found = record.plan.get("plan") or {}, record.history.found
     return {
         "found": found,
         "title": printable(str(about.get("name") or record.directory.name)),
@@ -157,8 +157,8 @@ def _of_sums(record: RunRecord, found: Mapping[str, Any] | None) -> dict[str, An
 
 def render_statistics(record: RunRecord, charts: Mapping[str, Chart]) -> str:
     """The page of a statistics run as text, escaped as `render_page` is."""
-    found = record.history.statistics
-    words = {**_of_sums(record, found), "can_draw": can_draw()}
+    found = record.history.found
+    words = {**_of_sums(record), "can_draw": can_draw()}
     if found is not None:
         declared = ", ".join(
             f"{printable(site)} {told['declared_units'] or DASH}"
@@ -335,9 +335,8 @@ def summary(run_dir: Path, *, beside: Sequence[Path] = ()) -> dict[str, Any]:
         The folder is no run, or one of its files is damaged.
     """
     record = read_record(run_dir)
-    if record.counts:
-        told = record.history.votes if record.votes else record.history.statistics
-        return {"run": record.directory.name, **(told or {})}
+    if record.finds:
+        return {"run": record.directory.name, **(record.history.found or {})}
     found = summarise(record, beside=read_beside(record, beside))
     plain = jsonable({**asdict(found), "verdict": verdict(found)})
     assert isinstance(plain, dict)
@@ -353,11 +352,9 @@ def print_summary(run_dir: Path, console: Console) -> None:
         The folder is no run, or one of its files is damaged.
     """
     record = read_record(run_dir)
-    if record.votes and record.history.votes is not None:
-        votes.print_votes(record.history.votes, console)
-        return
-    if record.counts and record.history.statistics is not None:
-        statistics.print_statistics(record.history.statistics, console)
+    if record.finds and (told := record.history.found) is not None:
+        show = votes.print_votes if record.finds == "votes" else statistics.print_statistics
+        show(told, console)
         return
     found = summarise(record)
     if found.methods:

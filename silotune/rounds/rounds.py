@@ -175,7 +175,7 @@ class RoundLoop:
                 "the one round came to nothing; what sites charged for it stays charged",
                 remedy="Propose the plan again when the sites are there.",
             )
-        kind, find = ("votes", votes.find) if self._plan.vote else ("statistics", estimates.find)
+        find = votes.find if self._plan.vote else estimates.find
         found = find(
             self._plan,
             sums,
@@ -183,7 +183,7 @@ class RoundLoop:
             sites=strategy.names,
             declared={terms.site: terms.declared_units for terms in strategy.cohort.values()},
         )
-        self._store.append_event(kind, found=found)
+        self._store.append_event(self._plan.finds, found=found)
 
     # --- joining ---
 
@@ -280,9 +280,7 @@ class RoundLoop:
         return updated
 
     def _phase(self, number: int) -> str:
-        if self._plan.only_sums:
-            return "votes" if self._plan.vote else "statistics"
-        return phase_of(self._plan, number)
+        return self._plan.finds or phase_of(self._plan, number)
 
     def _request(self, number: int, adapter: Vector, strategy: AdapterStrategy) -> TrainRequest:
         """What a round asks of every site."""

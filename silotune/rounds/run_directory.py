@@ -35,14 +35,13 @@ from silotune.errors import EventMalformed, RunDirectoryInvalid
 from silotune.events.schema import written
 from silotune.events.view import RunView
 from silotune.plan.document import canonical_json
+from silotune.plan.plan import stored_finds
 from silotune.plan.tasks import METRICS
 from silotune.protocol.errors import StoreUnusable
 
-STATISTICS_FILE = "statistics.json"
-"""In the run directory of a statistics run: what `silotune.rounds.estimates.find` made of its sums."""
-
-VOTES_FILE = "votes.json"
-"""In the run directory of a vote: what `silotune.rounds.votes.find` made of its sums."""
+FOUND_FILES = {"statistics": "statistics.json", "votes": "votes.json"}
+"""In the directory of a run that trains nothing: what `silotune.rounds.estimates.find` or
+`silotune.rounds.votes.find` made of its sums, by `silotune.plan.plan.Plan.finds`."""
 
 _REQUIRED = ("plan.toml", "resolved.json")
 _STATE_KEY = "silotune"
@@ -408,14 +407,9 @@ class RunRecord:
         return plan if isinstance(plan, Mapping) else {}
 
     @property
-    def counts(self) -> bool:
-        """Whether it is a run of statistics or votes, which trains no adapter."""
-        return bool(self.plan.get("statistics")) or self.votes
-
-    @property
-    def votes(self) -> bool:
-        """Whether it is a vote among candidates."""
-        return bool(self.plan.get("vote"))
+    def finds(self) -> str:
+        """Statistics or votes, of a run that trains no adapter; else empty."""
+        return stored_finds(self.plan)
 
     @property
     def sites(self) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from silotune.models.adapter import SETTINGS, load_adapter, read_plan, write_ada
 from silotune.models.base import load_model
 from silotune.models.task import LoadedModel
 from silotune.plan.plan import Plan
-from silotune.rounds.run_directory import STATISTICS_FILE, VOTES_FILE, RunDirectory
+from silotune.rounds.run_directory import FOUND_FILES, RunDirectory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +103,7 @@ def find_trained(path: Path, *, plan: Plan | None = None) -> TrainedAdapter:
             raise AdapterMismatch(f"{path} was trained by another plan")
         return TrainedAdapter(adapter=path, plan=plan)
     directory = RunDirectory.open(path)
-    if any(directory.find_json(name) is not None for name in (STATISTICS_FILE, VOTES_FILE)):
+    if any(directory.find_json(name) is not None for name in FOUND_FILES.values()):
         raise RunDirectoryInvalid(
             f"{path} counted and trained nothing",
             remedy=f"See what it found: silotune report {path}",

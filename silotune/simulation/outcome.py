@@ -107,14 +107,9 @@ class LoggedStore:
             self.directory.adapter_of_round(old).unlink(missing_ok=True)
 
     @property
-    def statistics(self) -> dict[str, Any] | None:
-        """What a statistics run found."""
-        return self._told.statistics
-
-    @property
-    def votes(self) -> dict[str, Any] | None:
-        """What a vote came to."""
-        return self._told.votes
+    def found(self) -> dict[str, Any] | None:
+        """What a run of statistics or votes found."""
+        return self._told.found
 
     @property
     def done(self) -> int:

@@ -43,7 +43,7 @@ from silotune.models.start import require_start
 from silotune.percents import said_percent
 from silotune.plan.plan import Plan, candidates_of, notes_on
 from silotune.rounds.rounds import build_server_app
-from silotune.rounds.run_directory import STATISTICS_FILE, VOTES_FILE, RunDirectory
+from silotune.rounds.run_directory import FOUND_FILES, RunDirectory
 from silotune.simulation.ancestry import carry_ledgers, secrets_of, states_of_start
 from silotune.simulation.grid import WorkerGrid
 from silotune.simulation.outcome import (
@@ -457,9 +457,8 @@ def _conclude(job: _Job, store: LoggedStore, scorer: AdapterScorer, view: View) 
     final = saved[0]["adapter"]
     joined = [site for site in job.sites if site.name in store.joined]
     if job.plan.only_sums:
-        voted = job.plan.vote is not None
-        told = {"run": job.directory.name, **((store.votes if voted else store.statistics) or {})}
-        job.directory.write_json(VOTES_FILE if voted else STATISTICS_FILE, told)
+        told = {"run": job.directory.name, **(store.found or {})}
+        job.directory.write_json(FOUND_FILES[job.plan.finds], told)
         _close_books(job, store, view)
         job.directory.write_json("results.json", {"methods": []})
         return

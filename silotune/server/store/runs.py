@@ -20,7 +20,7 @@ from sqlalchemy import Connection, RowMapping, Table, delete, insert, select, up
 from silotune.errors import AdapterMismatch, FileNotOffered, RunNotFound
 from silotune.events.source import FileOffer, Row, RunFacts
 from silotune.models.start import Earlier, in_folder
-from silotune.plan.plan import Plan
+from silotune.plan.plan import Plan, stored_finds
 from silotune.plan.sections import StartSection
 from silotune.protocol.http import Decision, RunState
 from silotune.rounds.run_directory import Arrays, packed, unpacked
@@ -427,8 +427,9 @@ class StoredRuns:
         """The newest adapter once there is one, the signed plan, the events, sites' certificates."""
         row = self._row(run)
         adapter = [FileOffer("adapter.safetensors", f"Adapter after round {row['round']}")]
-        if name := _told_in(row):  # bare sums would tell what lies below the floor
-            adapter = [FileOffer(name, "What was counted")]
+        if kind := stored_finds(_plan(row["plan"])):
+            # bare sums would tell what lies below the floor
+            adapter = [FileOffer(f"{kind}.json", "What was counted")]
         others = [FileOffer("plan.json", "Signed plan"), FileOffer("events.jsonl", "Events")]
         names = self._runs.certificates(run)
         signed = [FileOffer(_certificate_of(s), f"Privacy certificate of {s}") for s in names]
@@ -444,8 +445,8 @@ class StoredRuns:
         for site, content in self._runs.certificates(run).items():
             if name == _certificate_of(site):
                 return content.encode()
-        if told := _told_in(row):
-            return self._told(run, name, kind=told.removesuffix(".json"))
+        if kind := stored_finds(_plan(row["plan"])):
+            return self._told(run, name, kind=kind)
         found = self._runs.newest_adapter(run) if name == "adapter.safetensors" else None
         if found is None:
             raise FileNotOffered(f"{run} has no {name[:80]!r} to download")
@@ -464,12 +465,6 @@ class StoredRuns:
             return self._runs.get(run)
         except NotPossibleNow as exc:
             raise RunNotFound(f"there is no run {run[:100]!r}") from exc
-
-
-def _told_in(row: RowMapping) -> str:
-    """The file of what a run of sums found; empty for one that trains."""
-    plan = _plan(row["plan"])
-    return "votes.json" if plan.get("vote") else "statistics.json" if plan.get("statistics") else ""
 
 
 def _certificate_of(site: str) -> str:
