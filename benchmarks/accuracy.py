@@ -32,7 +32,7 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from trainings import reached, sites_in, spread, training
+from trainings import budget, fill, kept_cells, reached, sites_in, told, training
 
 from silotune.data.demo import write_hospitals
 from silotune.data.demo_bank import write_banks
@@ -46,7 +46,6 @@ ALONE = ("own", "pooled", "pooled_lora")  # one trainer: who adds the noise make
 NOISES = ("shared", "local", "shared_bands", "local_bands")
 COSINES = {"kind": "cosines", "number": 2048, "scale": 1.5}
 LORA = {"lora.r": 2, "lora.target_modules": ["query", "value"], "lora.last_layers": 1}
-OPEN = {f"privacy.{key}": None for key in ("epsilon", "delta", "clip")} | {"privacy.mode": "none"}
 BANDS = {"privacy.bands": 8, "optimizer.server.name": "sgd"}
 NOISE = {
     "shared": {},
@@ -82,7 +81,7 @@ class Cell:
     def plan(self, demo: Path) -> Plan:
         rounds = Plan.written_in(demo).rounds.number
         settings = {"plan.seed": self.seed, "rounds.min_sites": 1, **NOISE[self.noise]}
-        settings |= {"privacy.epsilon": self.epsilon} if self.epsilon else {**IN_THE_CLEAR, **OPEN}
+        settings |= budget(self.epsilon)
         settings |= IN_THE_CLEAR if self.method in ALONE else {}
         adapts = self.method in ADAPTERS
         settings |= LORA if adapts else {"optimizer.site.head_rounds": rounds}
@@ -163,42 +162,20 @@ def table(found: dict[str, float]) -> Iterator[str]:
             who = ["none", "none"]
         else:
             who = [f"{epsilon:g}", noise.replace("_bands", ", correlated")]
-        told = [_told(scores[row].get(method, [])) for method in methods]
-        yield f"| {' | '.join([task, *who, *told])} |"
+        scored = [told(scores[row].get(method, [])) for method in methods]
+        yield f"| {' | '.join([task, *who, *scored])} |"
 
 
 def _place(row: tuple[str, float | None, str]) -> tuple[int, float, int]:
     return TASKS.index(row[0]), -(row[1] or math.inf), NOISES.index(row[2])
 
 
-def _told(scores: list[float]) -> str:
-    if not scores:
-        return ""
-    mean = f"{statistics.fmean(scores):.3f}".removeprefix("0")
-    if len(scores) == 1:
-        return f"{mean} [1]"
-    shown = f"({spread(scores):.3f})".replace("(0", "(")
-    return f"{mean} {shown}" + ("" if len(scores) == 5 else f" [{len(scores)}]")
-
-
 def run(folder: Path, options: argparse.Namespace) -> dict[str, float]:
     """All cells, those of an earlier call included."""
-    kept = folder / "cells.json"
-    found = json.loads(kept.read_text("utf-8")) if kept.exists() else {}
     if options.show:
-        return found
+        return kept_cells(folder)
     prepare(folder, options)
-    todo = [cell for cell in cells(options) if cell.key not in found]
-    for number, cell in enumerate(todo, start=1):
-        started = time.process_time()
-        found[cell.key] = round(trained(cell, folder), 4)
-        kept.with_suffix(".new").write_text(json.dumps(found, indent=1) + "\n", "utf-8")
-        kept.with_suffix(".new").replace(kept)
-        seconds = time.process_time() - started
-        print(
-            f"{number} of {len(todo)}, {cell.key}: {found[cell.key]} ({seconds:.0f} s)", flush=True
-        )
-    return found
+    return fill(cells(options), folder, lambda cell: trained(cell, folder))
 
 
 def main() -> None:

@@ -1,18 +1,68 @@
-"""Plans as the package's own trainers and server train them: macro-F1 on held-out records."""
+"""Plans as the package's own trainers and server train them: scores on held-out records."""
 
 from __future__ import annotations
 
+import json
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, Protocol
 
 from silotune.data.records import Split
 from silotune.data.site import load_sites
 from silotune.models.choices import choose
 from silotune.plan.plan import Plan
-from silotune.simulation.baselines import Job, Kind, Outcome, run_jobs
+from silotune.simulation.baselines import IN_THE_CLEAR, Job, Kind, Outcome, run_jobs
 from silotune.simulation.outcome import metrics_of
+
+OPEN = {f"privacy.{key}": None for key in ("epsilon", "delta", "clip")} | {"privacy.mode": "none"}
+
+
+class Cell(Protocol):
+    """What of a table is trained at a time, named by its key."""
+
+    @property
+    def key(self) -> str: ...
+
+
+def budget(epsilon: float | None) -> dict[str, Any]:
+    """Settings of a plan at an epsilon; at none without privacy."""
+    return {"privacy.epsilon": epsilon} if epsilon else {**IN_THE_CLEAR, **OPEN}
+
+
+def kept_cells(folder: Path) -> dict[str, float]:
+    """Scores by key that an earlier call left in a folder."""
+    kept = folder / "cells.json"
+    return json.loads(kept.read_text("utf-8")) if kept.exists() else {}
+
+
+def fill(cells: Iterable[Cell], folder: Path, score: Callable[[Any], float]) -> dict[str, float]:
+    """Train what a folder lacks, and keep every cell at once: a stopped benchmark goes on there."""
+    found, kept = kept_cells(folder), folder / "cells.json"
+    todo = [cell for cell in cells if cell.key not in found]
+    for number, cell in enumerate(todo, start=1):
+        started = time.process_time()
+        found[cell.key] = round(score(cell), 4)
+        kept.with_suffix(".new").write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+        kept.with_suffix(".new").replace(kept)
+        seconds = time.process_time() - started
+        print(
+            f"{number} of {len(todo)}, {cell.key}: {found[cell.key]} ({seconds:.0f} s)", flush=True
+        )
+    return found
+
+
+def told(scores: Sequence[float]) -> str:
+    """Mean (standard deviation), and how many seeds where not five; nothing of none."""
+    if not scores:
+        return ""
+    mean = f"{statistics.fmean(scores):.3f}".removeprefix("0")
+    if len(scores) == 1:
+        return f"{mean} [1]"
+    shown = f"({spread(scores):.3f})".replace("(0", "(")
+    return f"{mean} {shown}" + ("" if len(scores) == 5 else f" [{len(scores)}]")
 
 
 def sites_in(folder: Path) -> tuple[str, ...]:
@@ -45,10 +95,10 @@ def training(
 
 
 def reached(jobs: Iterable[Job], *, workers: int = 1) -> Iterator[tuple[Outcome, float]]:
-    """Each training as it ends, with macro-F1 on everybody's held-out records."""
+    """Each training as it ends, with the first metric of its task on everybody's held-out records."""
     for done in run_jobs(list(jobs), workers=workers):
         plan = Plan.from_canonical(done.job.plan)
-        yield done, metrics_of(plan, sum(done.counts.values()))["macro_f1"]
+        yield done, metrics_of(plan, sum(done.counts.values()))[plan.task.metrics[0].key]
 
 
 def spread(scores: Sequence[float]) -> float:

@@ -467,8 +467,11 @@ class Trainer:
     @property
     def _uses_frozen(self) -> bool:
         """Whether anything of the base model alone is worth computing once."""
-        below = self._model.plan.task.pools and self._model.module.prefix is not None
-        return below or self._plan.head_rounds > 0
+        below = self._model.module.prefix is not None
+        uses = self._plan.steps * self._plan.rate_for(self._data.declared_units)
+        # A head's features pay at once. What lies below a language model's adapter is as much work as
+        # the steps that it saves, where a record is used once.
+        return (below and (self._plan.task.pools or uses >= 1.0)) or self._plan.head_rounds > 0
 
     def prepare(self) -> None:
         """Do now what would otherwise keep the first round waiting."""

@@ -3,7 +3,8 @@
 A head on the features that come out of it trains in seconds. With ``lora.last_layers`` nothing below
 the first adapted layer ever changes, so what that layer is given for a record is a constant: it is kept
 in memory, unpadded, and put in place of the lower layers' work. The numbers are the same, to the
-rounding of another batch's padding, for about half the time.
+rounding of another batch's padding, for about half the time. A language model has no features; what
+lies below its adapter is kept where a run uses it often enough (`silotune.client.trainer`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from silotune.models.batching import Batch, Encoded, Rows, batches
+from silotune.models.pretrained import width_of
 from silotune.models.task import LoadedModel, TaskModel
 
 _MOST_BYTES = 2**30  # of one site's records; more are not kept
@@ -83,7 +85,8 @@ class Frozen:
     ----------
     features : Tensor
         Float32 of shape [records, hidden], on the CPU, in the order of the records: normalised,
-        centred and scaled, as the head expects them. Where it sees each token, [tokens, hidden].
+        centred and scaled, as the head expects them. Where it sees each token, [tokens, hidden];
+        without a head [records, 0].
     prefix : PrefixCache or None
         Hidden states at the first trained layer, where there are frozen layers below it.
     """
@@ -140,14 +143,16 @@ def compute_frozen(model: LoadedModel, encoded: Encoded, *, batch: int = 64) -> 
     Parameters
     ----------
     model : LoadedModel
-        A model with a head.
+        The model.
     encoded : Encoded
         Examples encoded by the model's task.
     batch : int
-        Most examples a forward pass takes.
+        Most examples a forward pass takes; of a language model as many as the plan says.
 
     """
     module, prefix = model.module, model.module.prefix
+    if module.head is None:
+        return Frozen(torch.empty(len(encoded), 0), _states_below(model, encoded))
     size = module.centre.numel()
     kept = prefix is not None and PrefixCache.fits(encoded, size=size)
     cache = PrefixCache(encoded, size=size) if kept else None
@@ -164,6 +169,27 @@ def compute_frozen(model: LoadedModel, encoded: Encoded, *, batch: int = 64) -> 
                 cache.put(rows, seen.pop())
 
             return Frozen(features_of(model, encoded, inputs, batch=batch, each=keep), cache)
+
+
+def _states_below(model: LoadedModel, encoded: Encoded) -> PrefixCache | None:
+    """What the first trained layer of a language model is given for each record."""
+    module, prefix = model.module, model.module.prefix
+    size = width_of(module.backbone.config)
+    if prefix is None or size is None or not PrefixCache.fits(encoded, size=size):
+        return None
+    cache = PrefixCache(encoded, size=size)
+    with module.inference(), prefix.capture() as seen:
+        most = model.plan.privacy.max_physical_batch
+        for rows in batches(encoded, range(len(encoded)), size=most):
+            batch = encoded.padded(rows, model.device)
+            # Without the output layer, whose logits nobody wants.
+            module.backbone.base_model(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                use_cache=False,
+            )
+            cache.put(rows, seen.pop())
+    return cache
 
 
 def features_of(

@@ -10,7 +10,7 @@ import inspect
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol, Self
@@ -248,7 +248,7 @@ class TaskModel(nn.Module):
         more = {}
         if self.tells_types and "token_type_ids" in batch:
             more["token_type_ids"] = batch["token_type_ids"]
-        with self.prefix.replay(batch.get("prefix")) if self.prefix else nullcontext():
+        with self._replayed(batch):
             hidden = self.peft(input_ids=ids, attention_mask=mask, **more).last_hidden_state.float()
         return normalize(_pool(hidden, mask, self.pooling), dim=-1)
 
@@ -287,11 +287,16 @@ class TaskModel(nn.Module):
             return self.logits(self.features(batch))
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
         kept = batch["kept"]
-        if self._keeps:  # logits of a large vocabulary are most of a step's memory
-            logits: Tensor = self.peft(**inputs, use_cache=False, logits_to_keep=kept).logits
-            return logits
-        every: Tensor = self.peft(**inputs, use_cache=False).logits
-        return every[:, kept]
+        with self._replayed(batch):
+            if self._keeps:  # logits of a large vocabulary are most of a step's memory
+                logits: Tensor = self.peft(**inputs, use_cache=False, logits_to_keep=kept).logits
+                return logits
+            every: Tensor = self.peft(**inputs, use_cache=False).logits
+            return every[:, kept]
+
+    def _replayed(self, batch: Batch) -> AbstractContextManager[None]:
+        """With what the batch has of the frozen layers in their place."""
+        return nullcontext() if self.prefix is None else self.prefix.replay(batch.get("prefix"))
 
     def token_losses(self, batch: Batch, labels: Tensor) -> Tensor:
         """Negative log-likelihood of labels [n, k] at ``batch["kept"]``; 0 where one is -100."""

@@ -520,7 +520,7 @@ class _Trial:
     def prefix_agrees(self) -> bool:
         """Whether the states that are kept of frozen layers give what the whole model gives."""
         model = self.model
-        if model.module.prefix is None or not model.plan.task.pools:
+        if model.module.prefix is None:
             return False
         try:
             frozen = compute_frozen(model, self.encoded)

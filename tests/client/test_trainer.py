@@ -282,3 +282,26 @@ def test_features_are_computed_ahead_only_where_a_round_uses_them(
     trainer_of(run)._find_frozen = lambda: (asked.append(True), find())[1]
     trainer_of(run).prepare()
     assert bool(asked) == worth_it
+
+
+@pytest.mark.parametrize(("rate", "worth_it"), [(0.1, False), (0.2, True)])
+def test_what_lies_below_a_language_models_adapter_is_kept_if_a_run_uses_each_record_once(
+    tmp_path, llama_folder, rate, worth_it
+):
+    federation = write_federation(
+        tmp_path,
+        llama_folder,
+        model__task="causal_lm",
+        model__labels=None,
+        lora__last_layers=1,
+        optimizer__site__head_rounds=0,
+        privacy__rate=rate,  # of 5 rounds
+    )
+    for path in tmp_path.glob("*/site.toml"):
+        text = path.read_text().replace("text =", "prompt =").replace("label =", "response =")
+        path.write_text(text)
+    trainer = trainer_of(federation.runs()[0])
+    trainer.prepare()
+    assert ("frozen" in vars(trainer)) == worth_it
+    assert ("prefix" in trainer.inputs([0])) == worth_it
+    assert trainer.round(initial_adapter(trainer.layout, federation.plan), 1).flat.any()

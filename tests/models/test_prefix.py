@@ -12,19 +12,32 @@ from tests.models.model_material import CORPUS, a_plan
 EXAMPLES = [{"text": text, "label": "no"} for text in CORPUS]
 
 
-def loaded(folder, **settings):
-    model = load_model(a_plan(folder, model__pooling="last", **settings))
+ANSWERS = [{"prompt": text, "response": text[::2]} for text in CORPUS]
+
+
+def loaded(folder, task="text_classification", examples=EXAMPLES, **settings):
+    model = load_model(a_plan(folder, task, model__pooling="last", **settings))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():  # B and the head start at zero, which hides mistakes
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    return model, model.task.encode(EXAMPLES, model.tokenizer, plan=model.plan)
+    return model, model.task.encode(examples, model.tokenizer, plan=model.plan)
 
 
-@pytest.mark.parametrize("backbone", ["bert_folder", "llama_folder"])
+@pytest.mark.parametrize(
+    ("backbone", "task", "examples"),
+    [
+        ("bert_folder", "text_classification", EXAMPLES),
+        ("llama_folder", "text_classification", EXAMPLES),
+        ("llama_folder", "causal_lm", ANSWERS),
+    ],
+)
 @pytest.mark.parametrize("attached", [False, True])
-def test_losses_and_gradients_are_those_of_the_whole_model(backbone, attached, request):
-    model, encoded = loaded(request.getfixturevalue(backbone), lora__last_layers=1)
+def test_losses_and_gradients_are_those_of_the_whole_model(
+    backbone, task, examples, attached, request
+):
+    folder = request.getfixturevalue(backbone)
+    model, encoded = loaded(folder, task, examples, lora__last_layers=1)
     if attached:
         attach(model.module, private=False)
     frozen = compute_frozen(model, encoded)
@@ -55,6 +68,20 @@ def test_the_frozen_layers_are_not_run(bert_folder):
     with model.module.inference():
         inputs = frozen.inputs(model, encoded, [0, 1])
         assert torch.isfinite(model.module(inputs)).all()
+
+
+def test_the_frozen_layers_of_a_language_model_are_not_run(llama_folder):
+    model, encoded = loaded(llama_folder, "causal_lm", ANSWERS, lora__last_layers=1)
+    frozen = compute_frozen(model, encoded)
+    with torch.no_grad():
+        for name, parameter in model.module.peft.named_parameters():
+            if ".layers.0." in name:
+                parameter.fill_(float("nan"))
+    with model.module.inference():
+        inputs = frozen.inputs(model, encoded, [0, 1])
+        assert torch.isfinite(model.task.losses(model.module, inputs)).all()
+        plain = model.task.collate(encoded, [0, 1], model.device)
+        assert not torch.isfinite(model.task.losses(model.module, plain)).any()
 
 
 def test_without_frozen_layers_below_the_adapter_there_is_no_cache(bert_folder):

@@ -164,6 +164,22 @@ def test_a_prefix_agrees_with_the_whole_model_or_is_not_used(saved, kind):
     torch.testing.assert_close(cached, whole, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["Llama", "Gemma2", "GPT2", "GPTNeo", "OPT", "Bloom"])
+def test_the_same_holds_of_a_language_models_prefix(saved, kind):
+    model = load(saved(kind, "causal_lm"), "causal_lm", lora__last_layers=1)
+    data = model.task.encode(
+        [{"prompt": text, "response": text[::2]} for text in CORPUS],
+        model.tokenizer,
+        plan=model.plan,
+    )
+    frozen, rows = compute_frozen(model, data), [3, 0, 5]
+    assert (frozen.prefix is not None) == (kind in {"Llama", "Gemma2", "GPT2", "OPT"})
+    with torch.no_grad():
+        cached = model.task.losses(model.module, frozen.inputs(model, data, rows))
+        whole = model.task.losses(model.module, model.task.collate(data, rows, model.device))
+    torch.testing.assert_close(cached, whole, rtol=1e-4, atol=1e-5)
+
+
 def test_positions_are_counted_as_the_model_counts_them(saved):
     """A RoBERTa of 130 positions begins behind that of padding, 1: it takes 128 tokens."""
     load(saved("Roberta"), data__max_length=128)
