@@ -43,6 +43,7 @@ from silotune.data.demo_letters import HOUSES, House, conversation
 from silotune.data.partition import CommonTerms, write_site
 from silotune.data.site import BudgetConfig, load_sites
 from silotune.models.demo_decoders import write_smollm2, write_tiny_llama
+from silotune.plan.left_out import adapter_lr_under_sgd
 from silotune.plan.plan import Plan
 from silotune.plan.written import toml_text
 from silotune.simulation.baselines import IN_THE_CLEAR, Job
@@ -118,21 +119,11 @@ class Cell:
         plan = Plan.load(path, settings)  # what is left out follows from these
         if self.noise != "shared_bands":
             return plan
-        more = {"privacy.bands": 8, "optimizer.server.name": "sgd"}
-        rate = as_far_under_sgd(plan, units=units)
+        more: dict[str, Any] = {"privacy.bands": 8, "optimizer.server.name": "sgd"}
+        noise = sigma_for(plan, units) * plan.privacy.clip  # of a sum, in a step of so many letters
+        letters = len(HOUSES) * plan.expected_batch(units)
+        rate = adapter_lr_under_sgd(plan, noise=noise / letters)
         return Plan.load(path, {**settings, **more, "optimizer.site.adapter_lr": rate})
-
-
-def as_far_under_sgd(plan: Plan, *, units: int) -> float:
-    """The rate at which noise alone moves a weight under SGD as far as it does under Adam.
-
-    Adam's steps have the size of the rate. Those of SGD have that of the noise of a mean gradient, and
-    momentum makes each 1 / (1 - momentum) times as long in the end.
-    """
-    noise = sigma_for(plan, units) * plan.privacy.clip
-    letters = len(HOUSES) * plan.expected_batch(units)
-    rate = plan.optimizer.site.adapter_lr * (1.0 - plan.optimizer.server.momentum)
-    return float(f"{rate * letters / noise:.2g}")
 
 
 def cells(options: argparse.Namespace) -> Iterator[Cell]:

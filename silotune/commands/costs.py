@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from silotune.plan.bands import noise_in_adapters
 from silotune.plan.document import canonical_json
-from silotune.plan.left_out import MOST_CURVED_LABELS, adapter_lr, head_lr
+from silotune.plan.left_out import MOST_CURVED_LABELS, adapter_lr, adapter_lr_under_sgd, head_lr
 from silotune.plan.plan import Plan, candidates_of
 from silotune.plan.voted import blocks_at
 
@@ -155,6 +155,7 @@ def beside_independent(plan: Plan, declared: Mapping[str, int]) -> float | None:
 def _noise(plan: Plan, layout: Layout | None, declared: Mapping[str, int]) -> Iterator[str]:
     if not plan.per_unit or not declared:
         return
+    yield from _adapter_under_sgd(plan, declared)
     left = beside_independent(plan, declared)
     if left is not None and left > _NO_GAIN:
         yield (
@@ -185,15 +186,9 @@ def signals(
     The signal is as long as it can be: every unit's gradient has the length of its clip, and all of
     them point one way. The noise is a vector of as many normal numbers.
     """
-    from silotune.client.terms import sigma_for
-
     clipping = plan.privacy.clipping
-    sigmas = [sigma_for(plan, units) for units in declared.values()]
-    shared = plan.privacy.noise == "shared"
-    asked = sites_a_round(plan, len(declared)) / len(declared)  # of the sites, on average
-    sigma = max(sigmas) if shared else math.sqrt(asked * sum(s * s for s in sigmas))
+    sigma, units = _sum_of_step(plan, declared)
     sigma *= noise_in_adapters(plan, plan.privacy.column)  # of many rounds, what they take back
-    units = asked * sum(plan.expected_batch(units) for units in declared.values())
     found: dict[str, tuple[float, int, int]] = {}
     for name, bound in clipping.bounds.items():
         best, numbers, rounds = 0.0, 0, 0
@@ -208,6 +203,35 @@ def signals(
         if rounds:
             found[name] = best, numbers, rounds
     return found
+
+
+def _sum_of_step(plan: Plan, declared: Mapping[str, int]) -> tuple[float, float]:
+    """Noise of a round's sum, in clips, and the units that it expects, of all sites together."""
+    from silotune.client.terms import sigma_for
+
+    sigmas = [sigma_for(plan, units) for units in declared.values()]
+    asked = sites_a_round(plan, len(declared)) / len(declared)  # of the sites, on average
+    shared = plan.privacy.noise == "shared"
+    sigma = max(sigmas) if shared else math.sqrt(asked * sum(s * s for s in sigmas))
+    return sigma, asked * sum(plan.expected_batch(units) for units in declared.values())
+
+
+def _adapter_under_sgd(plan: Plan, declared: Mapping[str, int]) -> Iterator[str]:
+    """No rule fills this rate in: it hangs on how many units a step has."""
+    adapts = plan.lora.target_modules != "none" and plan.head_rounds == 0 and plan.sends_sums
+    if not adapts or plan.optimizer.server.name != "sgd":
+        return
+    bounds = plan.privacy.clipping.bounds
+    bound = bounds.get("all") or bounds["adapter"]
+    sigma, units = _sum_of_step(plan, declared)
+    usual = adapter_lr_under_sgd(plan, noise=sigma * bound.norm / units)
+    rate = plan.optimizer.site.adapter_lr
+    if not usual / _FAR <= rate <= usual * _FAR:
+        much = "small" if rate < usual else "large"
+        yield (
+            f"optimizer.site.adapter_lr = {rate:g} is {much} for this plan: under SGD, with {units:.0f} "
+            f"units a step, noise moves an adapter at {usual:g} as far as by the rule under Adam"
+        )
 
 
 def _signals(plan: Plan, layout: Layout, declared: Mapping[str, int]) -> Iterator[str]:

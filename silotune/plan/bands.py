@@ -161,6 +161,19 @@ def noise_in_adapters(plan: Sections, weights: tuple[float, ...], *, last: bool 
     return float(size * np.linalg.norm(mine) / np.linalg.norm(plain))
 
 
+def walked_under_sgd(plan: Sections) -> float:
+    """How far independent noise has moved a number of a run's last adapter under SGD with momentum.
+
+    Per standard deviation of the noise of one round, and per learning rate.
+    """
+    import numpy as np
+
+    factors = np.asarray(_factors(plan))
+    return float(
+        np.linalg.norm(_spread(np.ones(1), factors, plan.optimizer.server.momentum)[:, -1])
+    )
+
+
 def _factors(plan: Sections) -> list[float]:
     """Learning rates of the rounds, as parts of the peak."""
     rounds = min(plan.rounds.number, _HORIZON)

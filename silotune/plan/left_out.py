@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from silotune.percents import said_percent
-from silotune.plan.bands import band_weights
+from silotune.plan.bands import band_weights, walked_under_sgd
 from silotune.plan.sections import HeadFeatures, LoraSection, Sections
 
 PUBLIC_TEXTS = (
@@ -175,17 +175,36 @@ def adapter_lr(plan: Sections, *, head_rounds: int) -> tuple[float, str]:
     """
     if not plan.per_unit:
         return _CLEAR_ADAPTER_LR, "usual for LoRA under Adam without noise"
-    steps = plan.steps
-    factors = [
-        plan.optimizer.site.factor(step=step, steps=steps) for step in range(head_rounds, steps)
-    ]
-    walked = math.sqrt(sum(value * value for value in factors))
     spread = plan.lora.scale * math.sqrt(plan.lora.r / 3.0)
-    rate = _between(_ADAPTER_LR, _DRIFT / (spread * walked))
+    rate = _between(_ADAPTER_LR, _DRIFT / (spread * _walked(plan, head_rounds)))
     return rate, (
-        f"noise alone moves a layer's output by {said_percent(_DRIFT)} in {len(factors)} rounds at rank "
-        f"{plan.lora.r}, from {_ADAPTER_LR[0]:g} to {_ADAPTER_LR[1]:g}"
+        f"noise alone moves a layer's output by {said_percent(_DRIFT)} in {plan.steps - head_rounds} "
+        f"rounds at rank {plan.lora.r}, from {_ADAPTER_LR[0]:g} to {_ADAPTER_LR[1]:g}"
     )
+
+
+def adapter_lr_under_sgd(plan: Sections, *, noise: float) -> float:
+    """The rate at which noise alone moves an adapter under SGD as far as by the rule under Adam.
+
+    SGD's steps are as long as the gradient, so this hangs on how many units a step has, which no plan
+    says: nothing is filled in by it.
+
+    Parameters
+    ----------
+    plan : Sections
+        Whose rounds all train the adapter.
+    noise : float
+        Standard deviation of the noise of a round's mean gradient.
+    """
+    usual, _ = adapter_lr(plan, head_rounds=0)
+    return float(f"{usual * _walked(plan, 0) / (walked_under_sgd(plan) * noise):.2g}")
+
+
+def _walked(plan: Sections, head_rounds: int) -> float:
+    """How far noise has moved a number in a run under Adam, per learning rate."""
+    steps = range(head_rounds, plan.steps)
+    factors = [plan.optimizer.site.factor(step=step, steps=plan.steps) for step in steps]
+    return math.sqrt(sum(value * value for value in factors))
 
 
 def _between(bounds: tuple[float, float], value: float) -> float:

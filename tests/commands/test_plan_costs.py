@@ -96,6 +96,11 @@ def test_a_plan_with_enough_units_is_in_no_corner(plan_path):
             "4000,4000",
             ["adapter_lr = 0.0001 is small"],
         ),
+        (
+            ["optimizer.server.name=sgd", "optimizer.site.head_rounds=0", "lora.r=2"],
+            "4000,4000",
+            ["adapter_lr = 0.001 is small", "under SGD, with 672 units a step"],
+        ),
         ([], "400,400,400,400", ["'local'", "2.0 times the noise"]),
         (
             [
@@ -110,6 +115,13 @@ def test_a_plan_with_enough_units_is_in_no_corner(plan_path):
 )
 def test_bad_corners_are_named_with_what_is_better(plan_path, sets, sizes, needles):
     assert named(notes(plan_path, *sets, sizes=sizes), *needles)
+
+
+def test_an_adapters_rate_under_sgd_that_noise_allows_is_in_no_corner(plan_path):
+    sgd = ["optimizer.server.name=sgd", "optimizer.site.head_rounds=0", "lora.r=2"]
+    (told,) = named(notes(plan_path, *sgd), "adapter_lr = 0.001 is small")
+    fitting = re.search(r"an adapter at (\S+) as far", told)[1]
+    assert not named(notes(plan_path, *sgd, f"optimizer.site.adapter_lr={fitting}"), "adapter_lr")
 
 
 BANDED = ("optimizer.server.name=sgd", "privacy.bands=8")

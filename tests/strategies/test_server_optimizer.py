@@ -8,7 +8,10 @@ from flwr.serverapp.strategy import FedAdam
 from flwr.supercore.task_identity import TaskIdentity
 
 from silotune.models.layout import Span
+from silotune.plan.left_out import adapter_lr_under_sgd, left_out, settings_of
+from silotune.plan.plan import Plan
 from silotune.strategies.server_optimizer import ServerOptimizer, learning_rate, phase_of
+from tests.plan.test_left_out import CAUSAL
 from tests.strategies.contract import plan_with
 
 SPANS = {"B": Span("B", 0, 5), "head": Span("head", 5, 8)}
@@ -134,3 +137,20 @@ def test_phases_and_rates_follow_the_plan():
         * plan.optimizer.site.head_lr
         / plan.optimizer.site.adapter_lr
     )
+
+
+@pytest.mark.parametrize("rounds", [10, 40, 160])
+def test_noise_moves_an_adapter_about_as_far_under_sgd_as_by_the_rule_under_adam(rounds):
+    adam = Plan.from_mapping(CAUSAL).override({"rounds.number": rounds})
+    adam = adam.override(settings_of(left_out(adam)))
+    rate = adapter_lr_under_sgd(adam, noise=0.3)
+    sgd = adam.override({"optimizer.server.name": "sgd", "optimizer.site.adapter_lr": rate})
+    moved = []
+    for plan in (adam, sgd):
+        noise = np.random.default_rng(rounds)
+        optimizer, adapter = ServerOptimizer(plan, size=4000), np.zeros(4000, np.float32)
+        for number in range(1, rounds + 1):
+            sums = 0.3 * noise.normal(size=4000).astype("f4")
+            adapter = optimizer.step(adapter, sums, [Span("B", 0, 4000)], server_round=number)
+        moved.append(float(adapter.std()))
+    assert 0.7 < moved[1] / moved[0] < 1.1  # Adam's first steps are of one length, and so longer
