@@ -10,7 +10,7 @@ from silotune.client.approvals import Approvals, ProposalRecord, difference
 from silotune.client.judging import knows_base, verdict_on
 from silotune.client.policy import PlanVerdict, total_epsilon
 from silotune.client.terms import delta_notes
-from silotune.data.checks import survey
+from silotune.data.checks import notes_on_sites, survey
 from silotune.data.declared import secret_for_a_look
 from silotune.data.site import SiteConfig
 from silotune.errors import SilotuneError
@@ -155,9 +155,9 @@ def records_in_words(site: SiteConfig, plan: Plan) -> list[str]:
     They are read here and now. Look-alikes are counted on a split of the same shares.
     """
     roles, secrets = plan.roles, {site.name: secret_for_a_look(site, os.urandom(32))}
-    (found,) = survey([site], plan, roles=roles, secrets=secrets)
+    found = survey([site], plan, roles=roles, secrets=secrets)
     own = [] if plan.data.dataset not in site.datasets else delta_notes(plan, site)
-    return [*found.notes(split_by=plan.data.split_by), *own]
+    return [*notes_on_sites(found, split_by=plan.data.split_by), *own]
 
 
 def _leaves(layout: Layout | None) -> dict[str, Any] | None:

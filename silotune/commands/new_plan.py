@@ -15,11 +15,13 @@ from typing import Annotated, Any, TypeVar, cast
 
 import click
 import typer
+from pydantic import TypeAdapter, ValidationError
 
 from silotune.commands.folder import AsJson
 from silotune.errors import ModelNotFound, PlanInTheWay, PlanInvalid
 from silotune.plan.draft import PlanFacts, draft
 from silotune.plan.left_out import Number
+from silotune.plan.sections import Name
 from silotune.plan.tasks import TASKS
 from silotune.plan.tasks import facts_of as facts_of_task
 from silotune.plan.written import toml_text
@@ -46,7 +48,12 @@ def new(  # noqa: PLR0917 - one a command-line option
     units: Annotated[
         str, typer.Option(help="Units at each site: one number, or one a site: 1000,2500.")
     ] = "",
-    sites: Annotated[int, typer.Option(min=0, help="How many, if --units is one number.")] = 0,
+    sites: Annotated[
+        int,
+        typer.Option(
+            min=0, help="How many, if --units is one number. Default: 3.", show_default=False
+        ),
+    ] = 0,
     unit: Annotated[
         str, typer.Option(help="Whose data is protected: record, patient, customer.")
     ] = "",
@@ -57,7 +64,10 @@ def new(  # noqa: PLR0917 - one a command-line option
         float | None, typer.Option(help="Default: a tenth of 1/units of the largest site.")
     ] = None,
     link: Annotated[
-        float, typer.Option(min=0.0, help="What a site can send, in Mbit/s. Default: 100.")
+        float,
+        typer.Option(
+            min=0.0, help="What a site can send, in Mbit/s. Default: 100.", show_default=False
+        ),
     ] = 0.0,
     name: Annotated[str, typer.Option(help="Of the plan. Default: the dataset's.")] = "",
     purpose: Annotated[str, typer.Option(help="For whoever approves it at a site.")] = "",
@@ -133,6 +143,14 @@ class Questions:
             self.missing.append(f"--{name.replace('_', '-')}")
         return default
 
+    def name(self, name: str, question: str, default: str = "") -> str:
+        """An answer that is a name in a plan; one that was given is left to the plan's own rules."""
+        while True:
+            answer = self.text(name, question, default)
+            if self._ask is None or name in self._answers or _is_name(answer):
+                return answer
+            terminal().print(f"{answer!r} won't do: small letters, digits, - and _ make a name.")
+
     def read(self, name: str, question: str, default: str, of: Callable[[str], T | None]) -> T:
         """An answer as `of` reads it; asked again while it can't, refused if it was given."""
         while True:
@@ -170,8 +188,8 @@ def facts_of(answers: Mapping[str, Any], *, ask: Ask | None) -> PlanFacts:
     several, target = bool(answers.get("multi_label")), None
     if kind.target == "value":
         target = asked.read("range", "Least and greatest number, as 0,30", "", _range)
-    dataset = asked.text("dataset", "Dataset (its name in the sites' site.toml)")
-    unit = asked.text("unit", "Whose data is protected as one (record, patient, ...)", "record")
+    dataset = asked.name("dataset", "Dataset (its name in the sites' site.toml)")
+    unit = asked.name("unit", "Whose data is protected as one (record, patient, ...)", "record")
     units = _units(asked, unit)
     epsilon = asked.read("epsilon", "Epsilon of the whole run (0: no privacy)", "8", _positive)
     link = asked.read("link", "What a site can send, in Mbit/s", "100", _positive)
@@ -220,6 +238,12 @@ def _units(asked: Questions, unit: str) -> tuple[int, ...]:
     if len(found) == 1:
         found *= max(1, int(asked.read("sites", "Number of sites", "3", _positive)))
     return found
+
+
+def _is_name(text: str) -> bool:
+    with suppress(ValidationError):
+        return bool(TypeAdapter(Name).validate_python(text))
+    return False
 
 
 def _positive(text: str) -> float | None:

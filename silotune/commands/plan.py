@@ -66,9 +66,11 @@ def check(
     numbers = left_out(written)
     plan = written.completed(numbers, source=str(path))
     sites = () if sizes or not any(path.parent.glob("*/site.toml")) else load_sites(path.parent)
-    facts = assess(plan, _given(sizes) if sizes else declared_units(sites, plan.data.dataset))
-    facts["link_seconds"] = _link_seconds(facts, link)
-    facts["notes"] = [*_start_notes(plan), *_notes(plan, sites), *facts.pop("corners")]
+    with terminal(stderr=True).status("Trying the model") as status:
+        facts = assess(plan, _given(sizes) if sizes else declared_units(sites, plan.data.dataset))
+        facts["link_seconds"] = _link_seconds(facts, link)
+        status.update("Reading the sites' records")
+        facts["notes"] = [*_start_notes(plan), *_notes(plan, sites), *facts.pop("corners")]
     facts["left_out"] = [asdict(number) for number in numbers]
     if as_json:
         typer.echo(json.dumps(facts))
@@ -112,14 +114,14 @@ def _given(sizes: str) -> dict[str, int]:
 def _notes(plan: Plan, sites: Sequence[SiteConfig]) -> list[str]:
     """What the plan leaves open, and what each site would say of it to its own team."""
     from silotune.client.terms import delta_notes
-    from silotune.data.checks import survey
+    from silotune.data.checks import notes_on_sites, survey
     from silotune.data.declared import new_secret
 
     notes = notes_on(plan)
     secrets = {site.name: new_secret() for site in sites}
     looked = survey(sites, plan, roles=plan.roles, secrets=secrets)
-    for site, found in zip(sites, looked, strict=True):
-        notes += found.notes(split_by=plan.data.split_by)
+    notes += notes_on_sites(looked, split_by=plan.data.split_by)
+    for site in sites:
         notes += delta_notes(plan, site) if plan.data.dataset in site.datasets else []
     return notes
 
@@ -404,7 +406,7 @@ def _time(seconds: float) -> str:
     for size, unit in ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes")):
         if seconds >= 1.5 * size:
             return f"about {seconds / size:.0f} {unit}"
-    return f"about {max(1.0, seconds):.0f} seconds"
+    return f"about {seconds:.0f} seconds" if seconds >= 1.5 else "about 1 second"
 
 
 def _shortened(value: object) -> str:

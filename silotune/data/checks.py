@@ -27,6 +27,7 @@ from silotune.plan.plan import Plan
 
 _MOST_HELD_OUT, _MOST_TRAINED = 2_000, 20_000
 _WORTH_TELLING = 0.05
+_MOST_NAMED = 8  # sites in a sentence
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,7 @@ class LookAlikes:
         return self.share >= _WORTH_TELLING
 
     def __str__(self) -> str:
-        return (
-            f"{percent(self.share)} of the held-out texts ({self.found} of {self.compared} looked at) "
-            "are a training text again, or nearly: scores will flatter"
-        )
+        return f"{percent(self.share)} ({self.found:,} of {self.compared:,})"
 
 
 def find_look_alikes(records: Records, plan: Plan) -> LookAlikes:
@@ -102,18 +100,38 @@ class Surveyed:
         """Whether there is anything to train on."""
         return self.records is not None and self.records.n_units(Split.TRAIN) > 0
 
-    def notes(self, *, split_by: str) -> list[str]:
-        """What somebody at the site should know before the run, in sentences."""
+    @property
+    def notes(self) -> list[str]:
+        """What somebody at the site should know before the run, in sentences; look-alikes apart."""
         if self.problem is not None:
             return [f"{self.site} can't take part: {self.problem.code} {self.problem.detail}"]
         assert self.records is not None
         notes = [f"{self.site} leaves out {part.told}" for part in self.records.left_out]
         if not self.trains:
             notes.append(f"{self.site} has no record to train on: it would add noise alone")
-        elif self.look_alikes is not None and self.look_alikes.worth_telling:
-            hint = '; data.split_by = "group" keeps a group on one side' * (split_by == "unit")
-            notes.append(f"{self.site}: {self.look_alikes}{hint}")
         return notes
+
+
+def notes_on_sites(found: Sequence[Surveyed], *, split_by: str) -> list[str]:
+    """What should be known of sites' records before a run, in sentences; look-alikes in one for all."""
+    notes = [note for one in found for note in one.notes]
+    alike = {
+        one.site: one.look_alikes
+        for one in found
+        if one.trains and one.look_alikes is not None and one.look_alikes.worth_telling
+    }
+    if not alike:
+        return notes
+    where = ", ".join(f"{seen} at {site}" for site, seen in alike.items())
+    if len(alike) > _MOST_NAMED:
+        shares = [seen.share for seen in alike.values()]
+        where = f"{percent(min(shares))} to {percent(max(shares))} at {len(alike)} sites"
+    hint = '; data.split_by = "group" keeps a group on one side' * (split_by == "unit")
+    return [
+        *notes,
+        "scores will flatter: of the held-out texts that were looked at "
+        f"{where} are a training text again, or nearly{hint}",
+    ]
 
 
 def survey(

@@ -26,7 +26,7 @@ from flwr.serverapp import ServerApp
 
 from silotune.client.isolation.confinement import checked
 from silotune.client.terms import delta_notes
-from silotune.data.checks import Surveyed, survey
+from silotune.data.checks import Surveyed, notes_on_sites, survey
 from silotune.data.declared import new_secret, own_secret
 from silotune.data.site import SiteConfig, load_sites
 from silotune.errors import (
@@ -80,9 +80,9 @@ def survey_sites(
     for sentence in notes_on(plan):
         note(sentence)
     found = survey(sites, plan, roles=plan.roles, secrets=secrets)
+    for sentence in notes_on_sites(found, split_by=plan.data.split_by):
+        note(sentence)
     for site, one in zip(sites, found, strict=True):
-        for sentence in one.notes(split_by=plan.data.split_by):
-            note(sentence)
         if one.problem is None:
             for sentence in delta_notes(plan, site):
                 note(sentence)

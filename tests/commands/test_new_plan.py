@@ -118,7 +118,7 @@ def test_on_a_terminal_it_asks_for_what_is_not_given_and_no_more(tmp_path, bert_
         {
             "Task": [""],
             "Labels": ["no, yes"],
-            "Whose data": ["patient"],
+            "Whose data": ["1750,4000", "patient"],
             "Units": ["many", "500"],
             "Number of sites": ["4"],
             "Epsilon": ["plenty", "2"],
@@ -126,7 +126,8 @@ def test_on_a_terminal_it_asks_for_what_is_not_given_and_no_more(tmp_path, bert_
         },
     )
     assert code == 0, screen
-    assert len(asked) == 9
+    assert len(asked) == 10
+    assert "'1750,4000' won't do: small letters, digits, - and _ make a name." in screen
     assert "'many' won't do." in screen
     assert "'plenty' won't do." in screen
     plan = Plan.load(path)

@@ -164,6 +164,16 @@ def test_sites_beside_the_plan_are_looked_at_too(tmp_path, bert_folder):
     assert named(told.facts["notes"], "far below its noise for what is trained")
 
 
+def test_what_it_is_at_is_shown_on_a_terminal_and_written_nowhere_else(plan_path):
+    words = ("plan", "check", str(plan_path), "--sizes=4000,4000")
+    screen = shown("terminal", *words).text
+    assert "Trying the model" in screen
+    assert "Reading the sites' records" in screen
+    for form in FORMS[1:]:
+        told = shown(form, *words)
+        assert "Trying" not in told.text + told.errors
+
+
 @pytest.mark.parametrize("form", FORMS[:2])
 def test_where_rounds_ask_some_sites_only_it_is_told_in_how_many_each_is(plan_path, form):
     sizes = ",".join(["4000"] * 10)

@@ -102,7 +102,9 @@ def test_a_run_does_not_go_on_with_other_records(federation, monkeypatch):
 
 def test_look_alikes_across_the_split_are_told(federation):
     result = invoke("plan", "check", federation.plan_path)
-    assert "are a training text again, or nearly" in " ".join(result.output.split())
+    said = " ".join(result.output.split())
+    assert said.count("are a training text again, or nearly") == 1  # of all sites in one sentence
+    assert all(f"at {site.name}" in said for site in federation.sites)
     for site in federation.sites:
         rewrite(site, lambda rows: [[f"{'abcdefgh'[i % 8] * (1 + i // 8)}", *row[1:]]
                                     for i, row in enumerate(rows)])  # fmt: skip
