@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 
 from silotune.data.declared import own_secret
 from silotune.events.source import RunDirectories
@@ -34,6 +35,11 @@ HERE = "@HERE@"
 """Stands in ``resolved.json`` for the folder that the sites lie in."""
 
 
+def figures_in(sentences):
+    """The numbers of some sentences: their words may change."""
+    return [re.findall(r"\d(?:[\d.,]*\d)?%?", sentence) for sentence in sentences]
+
+
 @reads("statistics.json")
 def statistics(path):
     found = read(path)
@@ -41,7 +47,7 @@ def statistics(path):
     more = {"quantiles": quantile_table(found), "means": mean_table(found)}
     more |= {"training": training_table(found)}
     rows = {name: [table.head, *table.rows] for name, table in more.items()}
-    return {"found": found, "said": sentences(found), "tables": tables | rows}
+    return {"found": found, "figures": figures_in(sentences(found)), "tables": tables | rows}
 
 
 @reads("votes.json")
@@ -50,7 +56,7 @@ def votes(path):
     shown = table_of_votes(found)
     return {
         "found": found,
-        "said": [*sentences_of_votes(found), cost_of_votes(found)],
+        "figures": figures_in([*sentences_of_votes(found), cost_of_votes(found)]),
         "table": [shown.head, *shown.rows],
     }
 
