@@ -108,10 +108,9 @@ def cells(options: argparse.Namespace) -> Iterator[Cell]:
         (("both",), (8.0,), ("shared",)),
         (("probe", "cosines"), (3.0, 1.0), ("local", "local_bands", "shared_bands")),
         (("own", "pooled"), (3.0, 1.0), ("shared",)),
-        (("lora", "pooled_lora"), (None,), ("shared",)),
         (("lora", "both"), (3.0, 1.0), ("shared",)),
-        (("both",), (None,), ("shared",)),
         (("pooled_lora",), (8.0, 3.0, 1.0), ("shared",)),
+        (("lora", "pooled_lora", "both"), (None,), ("shared",)),
         (("lora", "both"), (8.0, 3.0, 1.0), ("local",)),
     ]
     for methods, epsilons, noises in some:
