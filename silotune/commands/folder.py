@@ -166,3 +166,14 @@ def _tell(config: Path, *, before: str, kind: str, line: dict[str, Any], as_json
     say(
         f"\nFrom the next start on the {before} of before opens nothing; until then both open them."
     )
+
+
+def numbers_of_units(text: str, *, option: str) -> list[int]:
+    """Units at each site, as an option has them: ``1000,2500``."""
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter("give whole numbers, e.g. 1000,2500", param_hint=option) from None
+    if min(numbers) < 1:
+        raise typer.BadParameter("a site has at least one unit", param_hint=option)
+    return numbers

@@ -15,13 +15,11 @@ from typing import Annotated, Any, TypeVar, cast
 
 import click
 import typer
-from pydantic import TypeAdapter, ValidationError
 
-from silotune.commands.folder import AsJson
+from silotune.commands.folder import AsJson, checked_name
 from silotune.errors import ModelNotFound, PlanInTheWay, PlanInvalid
 from silotune.plan.draft import PlanFacts, draft
 from silotune.plan.left_out import Number
-from silotune.plan.sections import Name
 from silotune.plan.tasks import TASKS
 from silotune.plan.tasks import facts_of as facts_of_task
 from silotune.plan.written import toml_text
@@ -147,9 +145,12 @@ class Questions:
         """An answer that is a name in a plan; one that was given is left to the plan's own rules."""
         while True:
             answer = self.text(name, question, default)
-            if self._ask is None or name in self._answers or _is_name(answer):
+            if self._ask is None or name in self._answers:
                 return answer
-            terminal().print(f"{answer!r} won't do: small letters, digits, - and _ make a name.")
+            try:
+                return checked_name(answer)
+            except click.BadParameter as exc:
+                terminal().print(f"{exc.message}.")
 
     def read(self, name: str, question: str, default: str, of: Callable[[str], T | None]) -> T:
         """An answer as `of` reads it; asked again while it can't, refused if it was given."""
@@ -240,12 +241,6 @@ def _units(asked: Questions, unit: str) -> tuple[int, ...]:
     return found
 
 
-def _is_name(text: str) -> bool:
-    with suppress(ValidationError):
-        return bool(TypeAdapter(Name).validate_python(text))
-    return False
-
-
 def _positive(text: str) -> float | None:
     with suppress(ValueError):
         found = float(text)
@@ -277,12 +272,13 @@ def _one_of(*choices: str) -> Callable[[str], str | None]:
 
 def _sha256(base: str) -> str | None:
     """Of the weights, where they are on this machine."""
-    from silotune.models.pretrained import locate, weights_sha256
+    with terminal(stderr=True).status("Reading the base model's files"):
+        from silotune.models.pretrained import locate, weights_sha256
 
-    try:
-        return weights_sha256(locate(base)) if base else None
-    except ModelNotFound:
-        return None
+        try:
+            return weights_sha256(locate(base)) if base else None
+        except ModelNotFound:
+            return None
 
 
 def _counted(path: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from silotune.commands import costs
-from silotune.commands.folder import AsJson
+from silotune.commands.folder import AsJson, numbers_of_units
 from silotune.commands.new_plan import new
 from silotune.commands.vote import chosen, vote
 from silotune.data.site import SiteConfig, declared_units, load_sites
@@ -100,14 +100,7 @@ def parsed(settings: Sequence[str]) -> dict[str, Any]:
 
 def _given(sizes: str) -> dict[str, int]:
     """Declared units by site, from the command line."""
-    try:
-        numbers = [int(part) for part in sizes.split(",")]
-    except ValueError:
-        raise typer.BadParameter(
-            "give whole numbers, e.g. 1000,2500", param_hint="--sizes"
-        ) from None
-    if min(numbers) < 1:
-        raise typer.BadParameter("a site has at least one unit", param_hint="--sizes")
+    numbers = numbers_of_units(sizes, option="--sizes")
     return {f"site {i}": number for i, number in enumerate(numbers, start=1)}
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from silotune.commands.folder import HERE, AsJson, Folder
+from silotune.commands.folder import HERE, AsJson, Folder, numbers_of_units
 from silotune.commands.statistics import show_found
 from silotune.errors import PlanInvalid
 from silotune.plan.plan import Plan
@@ -49,11 +49,12 @@ def vote(  # noqa: PLR0917 - one a command-line option
     epsilon: Epsilon = EPSILON,
     block_units: BlockUnits = BLOCK_UNITS,
     units: Annotated[
-        int,
+        str,
         typer.Option(
-            min=0, help="That all sites declare; 0 takes the site folders beside the plan."
+            help="That the sites declare: one number of all, or one a site: 1000,2500. Default: the "
+            "site folders' own."
         ),
-    ] = 0,
+    ] = "",
 ) -> None:
     """Write a plan by which the sites vote on settings of another, within one charged release.
 
@@ -65,13 +66,18 @@ def vote(  # noqa: PLR0917 - one a command-line option
     from silotune.data.site import declared_units, load_sites
 
     read = Plan.load(plan)
-    if not units:
+    if units:
+        declared = sum(numbers_of_units(units, option="--units"))
+    else:
         beside = any(plan.resolve().parent.glob("*/site.toml"))
         sites = load_sites(plan.resolve().parent) if beside else ()
-        units = sum(declared_units(sites, read.data.dataset).values())
-    if not units:
-        raise typer.BadParameter("no site folder lies beside the plan", param_hint="--units")
-    made = vote_of(read, vary, epsilon=epsilon, block_units=block_units, units=units)
+        declared = sum(declared_units(sites, read.data.dataset).values())
+    if not declared:
+        raise typer.BadParameter(
+            "no site folder lies beside the plan: say how many the sites have, e.g. 1000,2500",
+            param_hint="--units",
+        )
+    made = vote_of(read, vary, epsilon=epsilon, block_units=block_units, units=declared)
     write_vote(out, made, plan)
     console = terminal()
     say_of(read, made, console)

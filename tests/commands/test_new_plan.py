@@ -127,7 +127,7 @@ def test_on_a_terminal_it_asks_for_what_is_not_given_and_no_more(tmp_path, bert_
     )
     assert code == 0, screen
     assert len(asked) == 10
-    assert "'1750,4000' won't do: small letters, digits, - and _ make a name." in screen
+    assert "'1750,4000' is no name: lower-case letters" in screen
     assert "'many' won't do." in screen
     assert "'plenty' won't do." in screen
     plan = Plan.load(path)

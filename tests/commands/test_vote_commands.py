@@ -115,6 +115,24 @@ def test_a_vote_is_on_a_plan_that_trains_and_is_never_written_over_it(plan, tmp_
     assert not again.exists()
 
 
+def test_where_no_site_is_the_units_of_all_or_of_each_are_said(plan, tmp_path):
+    alone = tmp_path / "alone" / "plan.toml"
+    alone.parent.mkdir()
+    alone.write_bytes(plan.read_bytes())
+    code, said = typed("plan", "vote", alone, VARY, "--out", tmp_path / "none.toml")
+    assert code == 2
+    assert "no site folder lies beside the plan: say how many" in said
+    code, said = typed("plan", "vote", alone, VARY, "--units=many", "--out", tmp_path / "none.toml")
+    assert code == 2
+    assert "whole numbers, e.g. 1000,2500" in said
+    for units in ("5750", "1750,4000"):
+        assert (
+            typed("plan", "vote", alone, VARY, f"--units={units}", "--out", alone.parent / units)[0]
+            == 0
+        )
+    assert (alone.parent / "5750").read_bytes() == (alone.parent / "1750,4000").read_bytes()
+
+
 def test_a_vote_is_written_without_the_libraries_of_training(plan, tmp_path):
     out = tmp_path / "vote.toml"
     code = (
