@@ -73,7 +73,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "lora.target_modules": ["value", "dense"],
     },
 }
-ROWS = ("probe", "cosines", "lora", "lora_own", "lora_pooled", "probe_pooled", "rule")
+ROWS = ("probe", "cosines", "lora", "probe_own", "lora_own", "probe_pooled", "lora_pooled", "rule")
 
 
 @dataclass(frozen=True, kw_only=True)
