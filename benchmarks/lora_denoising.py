@@ -5,12 +5,11 @@ the sum of each A and B lies independent Gaussian noise whose variance the serve
 some of it out before its step; that is post-processing, free in epsilon. What is done to a matrix:
 
 - svd: its singular values by the optimal shrinker for Frobenius loss (Gavish and Donoho, 2017), which
-  drops those that noise alone would give
-- debiased: the same values dropped, the others as they were before noise made them longer
+  drops those that noise alone would give (as in arXiv 2510.01137)
 - james-stein: the whole matrix, by what its length has above that of noise
 - wiener: the same, by the mean length of all rounds so far
 
-(svd and debiased: arXiv 2510.01137), and where:
+and where:
 
 - sums: a round's sum, before Adam
 - momentum: Adam's first moment; the second has the sums as they came
@@ -60,23 +59,20 @@ WAYS = (
     "svd sums",
     "svd momentum",
     "svd rounds",
-    "debiased sums",
-    "james-stein sums",
     "james-stein momentum",
     "wiener momentum",
 )
 
 
-def shrunk(matrix: Matrix, noise: float, *, debiased: bool = False) -> Matrix:
+def shrunk(matrix: Matrix, noise: float) -> Matrix:
     """Without the noise of this standard deviation, by singular values."""
     left, values, right = np.linalg.svd(matrix, full_matrices=False)
     short, long = sorted(matrix.shape)
     ratio, unit = short / long, noise * math.sqrt(long)
-    above = np.maximum(values / unit, 1.0 + math.sqrt(ratio))
-    spread_out = above**2 - ratio - 1.0
-    root = np.sqrt(np.maximum(spread_out**2 - 4.0 * ratio, 0.0))
-    kept = np.sqrt((spread_out + root) / 2.0) if debiased else root / above
-    kept[values <= unit * (1.0 + math.sqrt(ratio))] = 0.0
+    edge = 1.0 + math.sqrt(ratio)
+    above = np.maximum(values / unit, edge)
+    kept = np.sqrt(np.maximum((above**2 - ratio - 1.0) ** 2 - 4.0 * ratio, 0.0)) / above
+    kept[above <= edge] = 0.0  # not the last bits of rounding, either
     return np.asarray((left * (kept * unit)) @ right, dtype=np.float32)
 
 
@@ -86,11 +82,7 @@ def by_length(matrix: Matrix, noise: float) -> Matrix:
     return matrix * np.float32(max(0.0, 1.0 - noise**2 * (matrix.size - 2) / max(squared, 1e-30)))
 
 
-SHRINK = {
-    "svd": shrunk,
-    "debiased": partial(shrunk, debiased=True),
-    "james-stein": by_length,
-}
+SHRINK = {"svd": shrunk, "james-stein": by_length}
 
 
 class DenoisingAdam(ServerOptimizer):
