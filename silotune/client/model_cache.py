@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from silotune.client.data_parallel import Ranks
 from silotune.client.run_files import CarriedMemory
 from silotune.client.scoring import counts
+from silotune.client.together import Member
 from silotune.client.trainer import SiteData, TrainableModel, Trainer
 from silotune.client.training.base import (
     LoadedAs,
@@ -240,6 +241,20 @@ class LocalTraining:
     def close(self) -> None:
         """Nothing: the process's memory is everybody's here."""
 
+    # --- a round whose steps are taken together with those of other sites: simulations only ---
+
+    def member(self, adapter: Vector, server_round: int, *, prior: Prior | None) -> Member:
+        """Its part in such a round."""
+        self._memory.given, self._memory.left = prior, {}
+        return Member(trainer=self.trainer, adapter=adapter, server_round=server_round)
+
+    def ended(self, member: Member, change: Vector, *, seconds: float) -> Trained:
+        """What the round came to."""
+        before = self.trainer.records_used
+        flat = member.end(change)
+        records = self.trainer.records_used - before
+        return Trained(flat=flat, kept=self._memory.left, records=records, seconds=seconds)
+
     # --- parts, each made on first use ---
 
     @property
@@ -367,10 +382,8 @@ class LocalTraining:
     ) -> Trained:
         self._memory.given, self._memory.left = prior, {}
         before = trainer.records_used
-        update = trainer.round(adapter, server_round, clip=clip)
-        return Trained(
-            flat=update.flat, kept=self._memory.left, records=trainer.records_used - before
-        )
+        flat = trainer.round(adapter, server_round, clip=clip).flat
+        return Trained(flat=flat, kept=self._memory.left, records=trainer.records_used - before)
 
     def _count_tokens(self) -> CountTokens | None:
         if not self.job.base:

@@ -164,9 +164,11 @@ class RunFiles:
                 path.unlink(missing_ok=True)
 
     def _found(self) -> Iterator[tuple[int, str, Path]]:
-        for path in self._folder.glob(f"{_stem(self.run)}-*{self._kind.suffix}"):
-            _, number, *name = path.name.removesuffix(self._kind.suffix).split("-", 2)
-            yield int(number), "".join(name), path
+        beginning = f"{_stem(self.run)}-"
+        for path in self._folder.iterdir():
+            if path.name.startswith(beginning) and path.name.endswith(self._kind.suffix):
+                _, number, *name = path.name.removesuffix(self._kind.suffix).split("-", 2)
+                yield int(number), "".join(name), path
 
     def _path(self, number: int, name: str = "") -> Path:
         stem = f"{_stem(self.run)}-{number:0{self._kind.digits}d}"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, cast
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from silotune.client.data_parallel import Ranks
+from silotune.client.local_steps import local_steps
 from silotune.client.run_files import (
     ControlVariate,
     PersonalParts,
@@ -35,7 +36,7 @@ from silotune.errors import SelfCheckFailed
 from silotune.models.adapter import write_adapter
 from silotune.models.batching import Encoded, batches, record_of
 from silotune.models.features import Frozen, compute_frozen
-from silotune.models.layout import Group, Layout, Part
+from silotune.models.layout import Layout, Part
 from silotune.models.task import LoadedModel
 from silotune.plan.plan import Plan
 from silotune.privacy.clipping import Attached, attach
@@ -43,7 +44,7 @@ from silotune.privacy.engine import ClipGroup, DpSgd, PlainSgd
 from silotune.privacy.events import DpEvent
 from silotune.privacy.noise import NoiseSource, noise_for
 from silotune.strategies import method_of
-from silotune.strategies.server_optimizer import Phase, learning_rate, phase_of
+from silotune.strategies.server_optimizer import Phase, phase_of
 from silotune.strategies.site_privacy import hidden
 
 
@@ -116,12 +117,15 @@ class UnitSampler:
 
     def draw(self, rate: float, noise: NoiseSource) -> list[MicroBatch]:
         """One Poisson sample of units, as micro-batches that never split a unit; may be empty."""
-        chosen = np.flatnonzero(noise.uniform(self.units) < rate)
-        if not len(chosen):
-            return []
-        rows = np.concatenate([self._bounded(self._units[index], noise) for index in chosen])
+        rows = self.rows(rate, noise)
         packed = batches(self._encoded, rows, size=self._max_physical, units=self._unit_of[rows])
         return [self._numbered(batch) for batch in packed]
+
+    def rows(self, rate: float, noise: NoiseSource) -> NDArray[np.int64]:
+        """The records of such a sample, a unit's side by side."""
+        chosen = np.flatnonzero(noise.uniform(self.units) < rate)
+        drawn = [self._bounded(self._units[index], noise) for index in chosen]
+        return np.concatenate([np.zeros(0, dtype=np.int64), *drawn])
 
     def _bounded(self, rows: NDArray[np.int64], noise: NoiseSource) -> NDArray[np.int64]:
         if len(rows) <= self._max_records:
@@ -268,6 +272,10 @@ class Trainer:
 
     Attributes
     ----------
+    shared, data : TrainableModel, SiteData
+        What it was given.
+    batch : float
+        Expected units in a step.
     records_used : int
         Records trained on so far, repetitions counted: private, for the simulator's comparisons.
     """
@@ -283,7 +291,7 @@ class Trainer:
         ranks: Ranks | None = None,
         finishes: bool = True,
     ) -> None:
-        self._shared, self._data, self._sigma = trainable, data, sigma
+        self.shared, self.data, self._sigma = trainable, data, sigma
         self._finishes = finishes
         self._plan, self._model = trainable.plan, trainable.model
         self._ranks = ranks or Ranks()
@@ -307,8 +315,10 @@ class Trainer:
         self._find_frozen = frozen or (lambda: compute_frozen(self._model, data.encoded))
         self._still = {id(p): _MOVE_PATIENCE for p in self._model.parameters()}
         memory = memory or ProcessMemory()
-        batch = self._plan.expected_batch(data.declared_units)
-        self.keeping = PersonalParts(self._plan, layout=self.layout, memory=memory, batch=batch)
+        self.batch = self._plan.expected_batch(data.declared_units)
+        self.keeping = PersonalParts(
+            self._plan, layout=self.layout, memory=memory, batch=self.batch
+        )
         scaffold = self._plan.aggregation.strategy == "scaffold"
         self._control = (
             ControlVariate(self._plan, layout=self.layout, memory=memory) if scaffold else None
@@ -342,7 +352,7 @@ class Trainer:
         method = method_of(self._plan)
         own = self.keeping.personal(adapter, before=server_round)
         write_adapter(self._model, own)
-        noise = self._stream(server_round)
+        noise = self.stream(server_round)
         trained = method.trained(self._plan, server_round)
         parts = [span.part for span in self.layout.spans(trained)]
         missing = missing_noise(self._plan, parts, sigma=self._sigma)
@@ -359,20 +369,40 @@ class Trainer:
                 noise=noise,
             )
             return RoundUpdate(flat=flat, event=self._event())
-        engine = self._shared.engine(trained, sigma=self._sigma, noise=noise)
+        engine = self.shared.engine(trained, sigma=self._sigma, noise=noise)
         if self._plan.sends_sums:
             sums, records = self._step(engine, server_round, noise)
             flat = _flatten(sums)
         else:
             flat, records = self._walk(engine, noise, adapter, server_round)
-        self.records_used += records
-        sent = self.keeping.leave(own, flat, server_round)
+        sent = self.leave(adapter, own, flat, server_round, records=records)
         if not self._finishes:
             return RoundUpdate(flat=sent, event=self._event())
-        units = self._data.declared_units
+        units = self.data.declared_units
         sent = method.outgoing(self._plan, sent, declared_units=units)
         sent = hidden(self._plan, sent, clip=clip, sigma=self._sigma, noise=noise)
         return RoundUpdate(flat=sent, event=self._event())
+
+    def leave(
+        self, adapter: Vector, own: Vector, flat: Vector, server_round: int, *, records: int
+    ) -> Vector:
+        """Keep what stays here of a round's sum or change; the part of it that is sent.
+
+        Parameters
+        ----------
+        adapter, own : float32 array [layout.size]
+            The global adapter, and what the round started from here.
+        flat : float32 array
+            The sum, or the change.
+        server_round : int
+            From 1.
+        records : int
+            Trained on.
+        """
+        self.records_used += records
+        if self._control is not None and not self._plan.sends_sums:
+            self._control.learn(adapter, flat, server_round)
+        return self.keeping.leave(own, flat, server_round)
 
     def _clean(
         self,
@@ -382,7 +412,7 @@ class Trainer:
         noise: NoiseSource,
     ) -> RoundUpdate:
         """Clipped sums whose noise comes later."""
-        engine = self._shared.engine(trained, sigma=self._sigma, noise=None)
+        engine = self.shared.engine(trained, sigma=self._sigma, noise=None)
         sums, records = self._step(engine, server_round, noise)
         self.records_used += records
         flat = torch.cat([part.detach().reshape(-1).double().cpu() for part in sums]).numpy()
@@ -390,26 +420,40 @@ class Trainer:
 
     def _event(self) -> DpEvent | None:
         """What a round costs."""
-        return round_event(self._plan, self._data.declared_units, sigma=self._sigma)
+        return round_event(self._plan, self.data.declared_units, sigma=self._sigma)
 
-    def _stream(self, server_round: int) -> NoiseSource:
+    def stream(self, server_round: int) -> NoiseSource:
         """Randomness of a round: the OS's, or the plan's seed for this site and round."""
-        return noise_for(self._plan.plan.seed, "train", self._data.site, server_round)
+        return noise_for(self._plan.plan.seed, "train", self.data.site, server_round)
 
     def _step(
         self, engine: Engine, server_round: int, noise: NoiseSource
     ) -> tuple[list[Tensor], int]:
         """One step: sample units, accumulate micro-batches, return the (noisy) sums."""
         phase = phase_of(self._plan, server_round)
-        rate = self._plan.draw_rate(self._data.declared_units)
-        sampler = self._samplers[(server_round - 1) % len(self._samplers)]
+        rate, sampler = self._drawing(server_round)
         drawn = [(batch.rows, batch.units) for batch in sampler.draw(rate, noise)]
-        own, records = self._ranks.deal(drawn, data=lambda: self._data.sha256)
+        own, records = self._ranks.deal(drawn, data=lambda: self.data.sha256)
         with self._ranks.adding(engine.parameters, private=self._plan.per_unit):
             for rows, units in own:
                 self._accumulate(engine, MicroBatch(rows=rows, units=units), phase)
-        self._check_moving(engine.parameters, phase, records)
+        if self.looks_at_gradients and phase != "head" and records:
+            self.look_at_gradients({id(p): _has_gradient(p) for p in engine.parameters})
         return self._ranks.as_first(engine.release()), records
+
+    def stacks(self, server_round: int) -> bool:
+        """Whether a round can share its passes with those of other sites (`client.together`)."""
+        alone = self._plan.per_unit or self._uses_frozen or self._ranks.size > 1 or self._finishes
+        return not alone and phase_of(self._plan, server_round) != "head"
+
+    def _drawing(self, server_round: int) -> tuple[float, UnitSampler]:
+        rate = self._plan.draw_rate(self.data.declared_units)
+        return rate, self._samplers[(server_round - 1) % len(self._samplers)]
+
+    def drawn(self, server_round: int, noise: NoiseSource) -> NDArray[np.int64]:
+        """The records of a step."""
+        rate, sampler = self._drawing(server_round)
+        return sampler.rows(rate, noise)
 
     def _accumulate(self, engine: Engine, batch: MicroBatch, phase: Phase) -> None:
         """Add a micro-batch to a step; a unit that can't be computed adds nothing.
@@ -444,14 +488,14 @@ class Trainer:
         encoded = model.task.encode([example], model.tokenizer, plan=plan)
         inputs = model.task.collate(encoded, [0], model.device)
         model.task.losses(model.module, inputs).sum().backward()  # type: ignore[no-untyped-call]
-        self._shared.attached.check_gradients(engine.parameters, len(record_of(inputs, 1)))
-        self._shared.attached.clear()
+        self.shared.attached.check_gradients(engine.parameters, len(record_of(inputs, 1)))
+        self.shared.attached.clear()
 
     def _losses(self, batch: MicroBatch, phase: Phase) -> tuple[Tensor, Tensor]:
         """The losses of a micro-batch's records, and which of them each sequence is of."""
         task, module = self._model.task, self._model.module
         if phase == "head":
-            encoded, device = self._data.encoded, self._model.device
+            encoded, device = self.data.encoded, self._model.device
             features = self.frozen.seen(encoded, batch.rows, device)
             sequences = torch.from_numpy(encoded.sequences[batch.rows]).to(device)
             rows = torch.arange(len(batch.rows), device=device).repeat_interleave(sequences)
@@ -481,64 +525,49 @@ class Trainer:
     def inputs(self, rows: list[int]) -> dict[str, Tensor]:
         """The task's batch of some records."""
         if self._uses_frozen:
-            return self.frozen.inputs(self._model, self._data.encoded, rows)
-        return self._model.task.collate(self._data.encoded, rows, self._model.device)
+            return self.frozen.inputs(self._model, self.data.encoded, rows)
+        return self._model.task.collate(self.data.encoded, rows, self._model.device)
 
     def _walk(
         self, engine: Engine, noise: NoiseSource, adapter: Vector, server_round: int
     ) -> tuple[Vector, int]:
         """Several local steps with the site's own optimizer; the change of the parameters."""
-        parameters = engine.parameters
-        before = [p.detach().clone() for p in parameters]
-        drift = self._drift(adapter, server_round, parameters)
-        rule = torch.optim.Adam if self._plan.optimizer.site.local == "adam" else torch.optim.SGD
-        optimizer = rule([{"params": [p], "lr": 0.0} for p in parameters])
-        batch = self._plan.expected_batch(self._data.declared_units)
-        used, steps = 0, self._plan.rounds.local_steps
-        for step in range((server_round - 1) * steps, server_round * steps):
+        parameters, used = engine.parameters, 0
+        drift = self.drift(adapter, server_round)
+
+        def means() -> list[Tensor]:
+            nonlocal used
             sums, records = self._step(engine, server_round, noise)
             used += records
-            for number, (parameter, total) in enumerate(zip(parameters, sums, strict=True)):
-                kind: Group = "head" if self._shared.part_of(parameter) == "head" else "adapter"
-                optimizer.param_groups[number]["lr"] = learning_rate(self._plan, kind, step=step)
-                parameter.grad = total / batch
-                if drift is not None:
-                    parameter.grad += drift[number]
-                if self._plan.optimizer.site.prox:
-                    pull = parameter.detach() - before[number]
-                    parameter.grad += self._plan.optimizer.site.prox * pull
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        changes = [p.detach() - old for p, old in zip(parameters, before, strict=True)]
-        flat = _flatten(changes)
-        if self._control is not None:
-            self._control.learn(adapter, flat, server_round)
-        return flat, used
+            return [total / self.batch for total in sums]
 
-    def _drift(
-        self, adapter: Vector, server_round: int, parameters: Sequence[nn.Parameter]
-    ) -> list[Tensor] | None:
-        """SCAFFOLD's term of each parameter's gradient, if the strategy has it."""
-        if self._control is None:
-            return None
-        flat = torch.from_numpy(self._control.drift(adapter, server_round))
-        parts = torch.split(flat, [parameter.numel() for parameter in parameters])
-        return [
-            part.view(parameter.shape).to(parameter.device)
-            for part, parameter in zip(parts, parameters, strict=True)
-        ]
+        changes = local_steps(
+            self._plan,
+            parameters,
+            [self.shared.part_of(parameter) for parameter in parameters],
+            server_round=server_round,
+            means=means,
+            drift=None if drift is None else torch.from_numpy(drift)[None],
+        )
+        return _flatten(changes), used
 
-    def _check_moving(self, parameters: Sequence[nn.Parameter], phase: Phase, records: int) -> None:
+    def drift(self, adapter: Vector, server_round: int) -> Vector | None:
+        """SCAFFOLD's term of each step's gradient, if the strategy has it."""
+        return None if self._control is None else self._control.drift(adapter, server_round)
+
+    @property
+    def looks_at_gradients(self) -> bool:
+        """Whether there are tensors of which no gradient was seen yet."""
+        return bool(self._still)
+
+    def look_at_gradients(self, moved: Mapping[int, bool]) -> None:
         """Every trainable tensor must have had a gradient within the first non-empty steps.
 
         Looked at before noise is added, which would move any tensor. A tensor that a round does not
-        train is not looked at in that round.
+        train is not looked at in that round: `moved` says of those that it does, by their ``id``.
         """
-        if phase == "head" or not records or not self._still:
-            return
-        for parameter in parameters:
-            key = id(parameter)
-            if key in self._still and _has_gradient(parameter):
+        for key, has_gradient in moved.items():
+            if key in self._still and has_gradient:
                 del self._still[key]
             elif key in self._still:
                 self._still[key] -= 1

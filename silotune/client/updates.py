@@ -125,7 +125,8 @@ class Updates:
         if found.kept:
             self._memory().keep(server_round, found.kept)
         self.records_used += found.records
-        self.seconds[server_round] = time.monotonic() - started
+        waited = time.monotonic() - started
+        self.seconds[server_round] = waited if found.seconds is None else found.seconds
         return found.flat
 
     def _blank(

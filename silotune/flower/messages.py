@@ -28,6 +28,7 @@ from flwr.supercore import telemetry
 from flwr.supercore.constant import HEAD_BODY_DIVIDER, HEAD_VALUE_DIVIDER
 from flwr.supercore.inflatable.inflatable_object import (
     InflatableObject,
+    _get_computed_object_ids,
     get_object_id,
     no_object_id_recompute,
 )
@@ -51,20 +52,20 @@ class Packed:
         The message's own object id, which is also its message id.
     objects : Mapping[str, InflatableObject]
         Every object of the tree by id, children before their parents.
-    chunks : Mapping[str, bytes]
-        Chunks of arrays that were deflated already.
+    contents : Mapping[str, bytes]
+        Bytes of those that were deflated for their ids.
     tree : ObjectTree
         The ids, as Flower announces them.
     """
 
     root: str
     objects: Mapping[str, InflatableObject]
-    chunks: Mapping[str, bytes]
+    contents: Mapping[str, bytes]
     tree: ObjectTree
 
     def deflate(self, object_id: str) -> bytes:
         """The bytes of one object; their SHA-256 is `object_id`."""
-        known = self.chunks.get(object_id)
+        known = self.contents.get(object_id)
         return self.objects[object_id].deflate() if known is None else known
 
 
@@ -93,23 +94,48 @@ def pack(message: Message) -> Packed:
     so a broadcast is hashed once for all its receivers.
     """
     objects: dict[str, InflatableObject] = {}
-    chunks: dict[str, bytes] = {}
+    contents: dict[str, bytes] = {}
     for record in message.content.values() if message.has_content() else ():
         if isinstance(record, ArrayRecord):
             for array in record.values():
-                chunks |= _cut(array)
+                contents |= _cut(array)
 
-    def walk(object_id: str, node: InflatableObject) -> ObjectTree:
-        # `children` has the ids as keys; asking a chunk for its id again would hash it again.
-        below = [walk(child_id, child) for child_id, child in (node.children or {}).items()]
+    def walk(node: InflatableObject) -> ObjectTree:
+        if isinstance(node, Array):
+            cut = dict(node.slice_array())
+            objects.update(cut)
+            below = [ObjectTree(object_id=chunk_id) for chunk_id in cut]
+        else:
+            below = list({tree.object_id: tree for tree in map(walk, _parts(node))}.values())
+        object_id = _identified(node, contents)
         objects[object_id] = node
         return ObjectTree(object_id=object_id, children=below)
 
     with no_object_id_recompute():
-        root = message.object_id
-        tree = walk(root, message)
-    message.metadata.__dict__["_message_id"] = root
-    return Packed(root, objects, chunks, tree)
+        tree = walk(message)
+    message.metadata.__dict__["_message_id"] = tree.object_id
+    return Packed(tree.object_id, objects, contents, tree)
+
+
+def _parts(node: InflatableObject) -> list[InflatableObject]:
+    """The objects below one; its `children` would deflate each of them for its id."""
+    if isinstance(node, Message):
+        return [node.content] if node.has_content() else []
+    return list(node.values()) if isinstance(node, RecordDict | ArrayRecord) else []
+
+
+def _identified(node: InflatableObject, contents: dict[str, bytes]) -> str:
+    """An object's id; the bytes that it is the hash of are kept, if they had to be made."""
+    if not node.is_dirty and "_object_id" in node.__dict__:
+        return node.object_id
+    content = node.deflate()
+    object_id = get_object_id(content)
+    contents[object_id] = content
+    node.__dict__["_object_id"] = object_id
+    if "_is_dirty" in node.__dict__:
+        node.__dict__["_is_dirty"] = False
+    _get_computed_object_ids().add(object_id)
+    return object_id
 
 
 def _cut(array: Array) -> dict[str, bytes]:

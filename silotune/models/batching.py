@@ -153,6 +153,26 @@ class Encoded:
             types=None if self.types is None else taken(self.types),
         )
 
+    @classmethod
+    def joined(cls, parts: Sequence[Encoded]) -> Encoded:
+        """The examples of several, made alike, one after the other."""
+
+        def end_to_end(bounds: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+            starts = np.cumsum([0, *(part[-1] for part in bounds)])
+            moved = [part[:-1] + start for part, start in zip(bounds, starts, strict=False)]
+            return np.concatenate([*moved, starts[-1:]])
+
+        first = [part.first for part in parts if part.first is not None]
+        types = [part.types for part in parts if part.types is not None]
+        return replace(
+            parts[0],
+            ids=np.concatenate([part.ids for part in parts]),
+            offsets=end_to_end([part.offsets for part in parts]),
+            targets=np.concatenate([part.targets for part in parts]),
+            first=end_to_end(first) if first else None,
+            types=np.concatenate(types) if types else None,
+        )
+
     def padded(self, rows: Rows, device: torch.device) -> dict[str, Tensor]:
         """The given examples as a batch, in the given order: `whole` of their `subset`."""
         return self.subset(rows).whole(device)

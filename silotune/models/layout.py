@@ -9,6 +9,7 @@ gives the two matrices of each adapted layer as views of a flat vector.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -112,12 +113,15 @@ class Layout:
 
     def spans(self, parts: Collection[Part]) -> tuple[Span, ...]:
         """Where the arrays of some parts lie, in the order of the layout."""
-        found, start = [], 0
-        for entry in self.entries:
-            if entry.part in parts:
-                found.append(Span(entry.part, start, start + entry.size))
-            start += entry.size
-        return tuple(found)
+        return tuple(span for span in self._spans if span.part in parts)
+
+    @cached_property
+    def _spans(self) -> tuple[Span, ...]:
+        stops = itertools.accumulate((entry.size for entry in self.entries), initial=0)
+        return tuple(
+            Span(entry.part, start, stop)
+            for entry, (start, stop) in zip(self.entries, itertools.pairwise(stops), strict=True)
+        )
 
     def spread(self, spans: Iterable[Span], values: Vector) -> Vector:
         """A new vector that is zero but for some spans, which get the values one after the other."""

@@ -301,7 +301,7 @@ class TaskModel(nn.Module):
     def token_losses(self, batch: Batch, labels: Tensor) -> Tensor:
         """Negative log-likelihood of labels [n, k] at ``batch["kept"]``; 0 where one is -100."""
         counted = labels != -100
-        output = self._output
+        output = self.output
         if output is None:
             losses = cross_entropy(self(batch)[counted].float(), labels[counted], reduction="none")
         else:
@@ -311,7 +311,7 @@ class TaskModel(nn.Module):
         return losses.new_zeros(labels.shape).masked_scatter(counted, losses)
 
     @cached_property
-    def _output(self) -> nn.Module | None:
+    def output(self) -> nn.Module | None:
         """The output layer, if its input is all that the losses need of the rest."""
         ids = torch.zeros(1, 2, dtype=torch.long, device=self.centre.device)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -33,6 +33,7 @@ from silotune.privacy.layers import (
     LoraSite,
     MergedLora,
     SplitLora,
+    Stack,
     TrainedLinear,
 )
 from silotune.privacy.quantized import QuantizedLinear
@@ -58,6 +59,8 @@ class Attached:
         Whether an engine has measured the clipped norms of a whole batch.
     user : object
         The engine that was made last; only it may step.
+    stack : Stack or None
+        Adapters that stand in for the module's own, for the time being: `StackedSgd` sets it.
     description : str
         Which layers run how, in one line.
     """
@@ -75,6 +78,7 @@ class Attached:
         self._still = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
         self.norms_checked = False
         self.user: object = None
+        self.stack: Stack | None = None
 
     @property
     def description(self) -> str:  # noqa: D102 - documented as an attribute
@@ -302,6 +306,8 @@ def _lora_step(layer: PeftLoraLinear, attached: Attached) -> Callable[[], None]:
             return plain(x, *args, **kwargs)
         site.scale = layer.scaling[name]
         with torch.autocast(x.device.type, enabled=False):
+            if attached.stack is not None:
+                return attached.stack.lora(x, dropout(x), site)
             if few_bits or (dropout.training and not isinstance(dropout, nn.Identity)):
                 return SplitLora.apply(  # type: ignore[no-untyped-call]
                     x, dropout(x), site.a, site.b, site.bias, site
@@ -315,6 +321,8 @@ def _lora_step(layer: PeftLoraLinear, attached: Attached) -> Callable[[], None]:
 def _trained_step(layer: nn.Linear, attached: Attached) -> Callable[[], None]:
     def forward(x: Tensor) -> Any:
         with torch.autocast(x.device.type, enabled=False):
+            if attached.stack is not None:
+                return attached.stack.linear(x, layer)
             return TrainedLinear.apply(x, layer.weight, layer.bias, attached._sink)  # type: ignore[no-untyped-call]
 
     return partial(attached.patch, "trained linear", layer, forward)

@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 
 from silotune.errors import SelfCheckFailed
 from silotune.privacy.clipping import Attached
-from silotune.privacy.layers import as_rows, shaped_as, unit_norms, weighted_sum
+from silotune.privacy.layers import Stack, as_rows, shaped_as, unit_norms, weighted_sum
 from silotune.privacy.noise import NoiseSource, noise_is_plausible
 
 _log = logging.getLogger(__name__)
@@ -370,6 +371,60 @@ class PlainSgd:
         sums = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
         _require_finite(sums, "the gradient sum")
         self._attached.clear()
+        return sums
+
+
+class StackedSgd:
+    """`PlainSgd` for several members at once, each with parameters of its own, in one pass.
+
+    Frozen weights are the same for all of them, so that one pass through the model serves all; what is
+    trained is stacked, and every sequence goes through the values of its member. The sum of all losses
+    gives each member the gradients that it would have alone, up to rounding.
+
+    Parameters
+    ----------
+    attached : Attached
+        The non-private attachment of the model.
+    values : Mapping[int, Tensor]
+        Values of every trained parameter, by its ``id``: ``[members, *shape]``.
+    parameters : Sequence[nn.Parameter]
+        What to sum; the others stay as they are.
+
+    Attributes
+    ----------
+    parameters : tuple[Tensor, ...]
+        The stacked values of what is summed.
+    """
+
+    def __init__(
+        self,
+        attached: Attached,
+        values: Mapping[int, Tensor],
+        parameters: Sequence[nn.Parameter],
+    ) -> None:
+        if attached.private:
+            raise ValueError("StackedSgd needs attach(..., private=False)")
+        self._attached, self._values = attached, values
+        self.parameters = tuple(values[id(p)].requires_grad_() for p in parameters)
+
+    @contextmanager
+    def members(self, of: Tensor) -> Iterator[None]:
+        """Have the model compute with each sequence's own values; `of` says whose each is."""
+        self._attached.stack = Stack(self._values, of)
+        try:
+            yield
+        finally:
+            self._attached.stack = None
+
+    def accumulate(self, losses: Tensor) -> None:
+        """One backward pass, added to the step's sums."""
+        losses.sum().backward()  # type: ignore[no-untyped-call]
+
+    def release(self) -> list[Tensor]:
+        """The members' sums of the step, ``[members, *shape]``, finite or not; start the next one."""
+        sums = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        for parameter in self.parameters:
+            parameter.grad = None
         return sums
 
 

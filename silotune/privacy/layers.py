@@ -19,6 +19,7 @@ transposed, because the product is faster that way; `as_rows` and `shaped_as` hi
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -296,9 +297,8 @@ class LoraSite:
             torch.addmm(weight, b, a, alpha=self.scale, out=buffer)
         else:
             buffer.copy_(torch.addmm(weight.to(a.dtype), b, a, alpha=self.scale))
-        bias = None if self.bias is None else self._bias_cast.get(self.bias)
         self._products = Products(
-            buffer, a.to(self.dtype), b.to(self.dtype), bias, float(self.scale)
+            buffer, a.to(self.dtype), b.to(self.dtype), self.frozen_bias(), float(self.scale)
         )
         self._seen = ((frozen.data_ptr(), frozen._version), a, b, self.scale)
 
@@ -309,11 +309,14 @@ class LoraSite:
         weight = self._base_cast.get(cast(Tensor, self.base.weight))
         return weight.t() if self.transposed else weight
 
+    def frozen_bias(self) -> Tensor | None:
+        """The base layer's bias in the type of the products."""
+        return None if self.bias is None else self._bias_cast.get(self.bias)
+
     def split(self) -> Products:
         """Products with ``weight = W``."""
-        bias = None if self.bias is None else self._bias_cast.get(self.bias)
         a, b = self.a.detach().to(self.dtype), self.b.detach().to(self.dtype)
-        return Products(self.frozen(), a, b, bias, float(self.scale))
+        return Products(self.frozen(), a, b, self.frozen_bias(), float(self.scale))
 
 
 def _by_sample(x: Tensor) -> Tensor:
@@ -471,6 +474,54 @@ class TrainedLinear(torch.autograd.Function):
         if needs_bias:
             ctx.sink.add(ctx.bias, dy3.sum(1))
         return dx, None, None, None
+
+
+class Stack:
+    """Several adapters side by side, for members that share a pass: each sequence goes through its own.
+
+    Parameters
+    ----------
+    tensors : mapping of int to Tensor
+        By ``id`` of each trained parameter: its values for all members, ``[members, *shape]``.
+    of : Tensor
+        The member of each sequence of the batch, int64 ``[n]``.
+    """
+
+    def __init__(self, tensors: Mapping[int, Tensor], of: Tensor) -> None:
+        self._tensors, self._of = tensors, of
+
+    def product(self, x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """``x W^T`` of an input ``[n, positions, in]``, each sequence with its member's W.
+
+        Raises
+        ------
+        SelfCheckFailed
+            The layer does not see the batch as first dimension.
+        """
+        if len(x) != len(self._of):
+            raise SelfCheckFailed("a layer does not see the batch as first dimension")
+        return torch.bmm(x.to(dtype), self._own(weight).to(dtype).mT)
+
+    def lora(self, x: Tensor, z: Tensor, site: LoraSite) -> Tensor:
+        """What `SplitLora` computes; its gradients are autograd's, in the stacked tensors."""
+        bias = site.frozen_bias()
+        y: Tensor = FrozenLinear.apply(x, site.frozen(), bias, site.cast)  # type: ignore[no-untyped-call]
+        h = self.product(_by_sample(z), site.a, site.dtype)
+        more = self.product(h, site.b, site.dtype).view(y.shape)
+        return torch.add(y, more.to(y.dtype), alpha=site.scale)
+
+    def linear(self, x: Tensor, layer: nn.Linear) -> Tensor:
+        """What `TrainedLinear` computes."""
+        y = self.product(_by_sample(x), layer.weight, layer.weight.dtype)
+        if layer.bias is not None:
+            y = y + self._own(layer.bias)[:, None]
+        return y.view(*x.shape[:-1], -1).to(x.dtype)
+
+    def _own(self, parameter: Tensor) -> Tensor:
+        stacked = self._tensors.get(id(parameter))
+        if stacked is None:  # an A that is frozen: the same for all
+            return parameter.detach().expand(len(self._of), *parameter.shape)
+        return stacked.index_select(0, self._of)
 
 
 class FrozenLinear(torch.autograd.Function):

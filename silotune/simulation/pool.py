@@ -224,9 +224,9 @@ class InlineLink(Worker):
             self._assignment = None
             self._on_frame(self.index, frame)
             return True
-        if not self._host or self._box.tasks.empty():
+        if not self._host or self._box.empty:
             return False
-        if task := self._box.tasks.get():
+        if task := self._box.next(self._host.most):
             for frame in self._host.frames(task):
                 self._on_frame(self.index, through_bytes(frame))
         return True

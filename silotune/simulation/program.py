@@ -10,7 +10,7 @@ from __future__ import annotations
 import resource
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from silotune.client.app import build_client_app
 from silotune.client.model_cache import LocalTraining, ModelCache
 from silotune.client.site_run import SiteRun
+from silotune.client.together import most_at_once
 from silotune.client.training.base import Vector
 from silotune.client.training.bounds import table_of
 from silotune.client.training.launcher import Launcher
@@ -33,6 +34,7 @@ from silotune.models.batching import batches
 from silotune.models.choices import Choices
 from silotune.plan.plan import Plan
 from silotune.privacy.attacks.canaries import Example
+from silotune.simulation.gathering import Gathering, SimulatedTraining
 from silotune.trust.identity import load_or_create
 
 Arrays = dict[str, NDArray[Any]]
@@ -53,7 +55,8 @@ class SimulatedSites:
         ``isolate`` (whether records are read in confined processes).
     """
 
-    kind: ClassVar[type[LocalTraining]] = LocalTraining
+    kind: ClassVar[type[LocalTraining] | None] = None
+    gathering: Gathering | None = None
 
     def __init__(self, payload: Mapping[str, Any]) -> None:
         self._plan = Plan.from_canonical(payload["plan"])
@@ -63,12 +66,18 @@ class SimulatedSites:
         self._models = ModelCache(
             Choices(**payload["choices"]), shared=Path(payload["shared"]), kind=self.kind
         )
+        # A seeded run is the same to the last bit whoever trains beside whom: there each is alone.
+        if self.kind is None and self._plan.plan.seed is None and not payload["isolate"]:
+            self.gathering = Gathering()
+            self._models.kind = partial(SimulatedTraining, gathering=self.gathering)
         self._roster = {name: bytes.fromhex(key) for name, key in payload["roster"].items()}
         self._isolate, self._choices = bool(payload["isolate"]), dict(payload["choices"])
         self._runs: dict[int, SiteRun] = {}
         self._local: dict[int, LocalTraining] = {}
         if not self._plan.only_sums:
-            self._models.for_plan(self._plan)
+            model = self._models.for_plan(self._plan).model
+            if self.gathering is not None:
+                self.gathering.most = most_at_once(self._plan, model.layout)
         _allow_files(_FILES_A_SITE * len(self._configs))
         self.client_app = build_client_app(self._find)
 

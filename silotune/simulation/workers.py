@@ -27,9 +27,10 @@ import struct
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from queue import SimpleQueue
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -169,8 +170,20 @@ _UNNAMED = SilotuneError.code
 _GRACE_SECONDS = 1.0
 
 
+class Gathers(Protocol):
+    """Does several jobs at a time, which may meet in the middle."""
+
+    most: int
+
+    def run(self, jobs: Sequence[Callable[[], object]]) -> Iterator[tuple[int, float]]:
+        """Do jobs; yields the number of each that is done, and the seconds that it took."""
+
+
 class SiteProgram(Protocol):
-    """What a worker's factory returns: the sites' app, and the simulator's own view of it."""
+    """What a worker's factory returns: the sites' app, and the simulator's own view of it.
+
+    One whose sites gain by it has `gathering` too: messages that wait are then answered together.
+    """
 
     client_app: ClientApp
 
@@ -258,7 +271,7 @@ class _Question:
     blobs: list[bytes]
 
 
-_Task = _Instruction | _Question
+_Task = list[_Instruction] | _Question
 
 
 def load_program(factory: str, payload: Mapping[str, Any]) -> SiteProgram:
@@ -314,15 +327,34 @@ class Host:
 
     def __init__(self, assignment: Assignment, program: SiteProgram) -> None:
         self._names, self._program = assignment.sites, program
+        self._gathering: Gathers | None = getattr(program, "gathering", None)
         self._contexts = {site: assignment.context(site) for site in assignment.sites}
+
+    @property
+    def most(self) -> int:
+        """How many instructions are carried out at a time."""
+        return 1 if self._gathering is None else self._gathering.most
 
     def frames(self, task: _Task) -> Iterator[Frame]:
         """Carry out a task."""
-        if isinstance(task, _Instruction):
-            yield self._reply(task)
-        else:
+        if isinstance(task, _Question):
             for site in task.sites:
                 yield self._inspected(site, task)
+        elif self._gathering is None or len(task) == 1:
+            for instruction in task:
+                yield self._reply(instruction)
+        else:
+            yield from self._gathered(task, self._gathering)
+
+    def _gathered(self, asked: Sequence[_Instruction], gathering: Gathers) -> Iterator[Frame]:
+        replies: dict[int, Frame] = {}
+
+        def job(number: int) -> None:
+            replies[number] = self._reply(asked[number])
+
+        for number, seconds in gathering.run([partial(job, n) for n in range(len(asked))]):
+            reply = replies.pop(number)
+            yield replace(reply, header={**reply.header, "seconds": seconds})
 
     def _reply(self, task: _Instruction) -> Frame:
         if time.time() > task.expires:  # as Flower: an expired instruction is never delivered
@@ -359,8 +391,9 @@ class Inbox:
     """Reads frames and turns them into tasks, keeping what the simulator will not send again."""
 
     def __init__(self) -> None:
-        self.tasks: SimpleQueue[_Task | None] = SimpleQueue()
         self.orphaned = threading.Event()
+        self._waiting = deque[_Instruction | _Question]()
+        self._news, self._ended = threading.Condition(), False
         self._held = _HeldObjects()
 
     def receive(self, connection: socket.socket) -> None:
@@ -373,7 +406,36 @@ class Inbox:
         except Exception:
             logger.exception("a frame from the simulator can't be used; the worker ends")
         self.orphaned.set()
-        self.tasks.put(None)
+        with self._news:
+            self._ended = True
+            self._news.notify()
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing waits."""
+        return not self._waiting
+
+    def next(self, most: int) -> _Task | None:
+        """Wait for the next task: a question, or up to `most` instructions; None at the end."""
+        with self._news:
+            self._news.wait_for(lambda: self._waiting or self._ended)
+            if self._ended:
+                return None
+            first = self._waiting.popleft()
+            if isinstance(first, _Question):
+                return first
+            found = [first]
+            while self._waiting and len(found) < most:
+                if isinstance(following := self._waiting[0], _Question):
+                    break
+                found.append(following)
+                self._waiting.popleft()
+            return found
+
+    def _put(self, task: _Instruction | _Question) -> None:
+        with self._news:
+            self._waiting.append(task)
+            self._news.notify()
 
     def take(self, frame: Frame) -> None:
         """Turn one frame into a task, or into content for later ones."""
@@ -383,12 +445,12 @@ class Inbox:
                 messages.verify(object_id, content)
                 self._held.contents[object_id] = content
             what = head["site"], head["root"], head["objects"]
-            self.tasks.put(_Instruction(*what, self._held, head["expires"]))
+            self._put(_Instruction(*what, self._held, head["expires"]))
         elif frame.kind == "forget":
             self._held = _HeldObjects()
         else:
             sites, asked = tuple(head["sites"]), (head["request"], head["arrays"])
-            self.tasks.put(_Question(head["ticket"], sites, *asked, list(frame.blobs)))
+            self._put(_Question(head["ticket"], sites, *asked, list(frame.blobs)))
 
 
 def start(assignment: Assignment) -> tuple[Host | None, Frame]:
@@ -425,7 +487,7 @@ def serve(connection: socket.socket, *, abandon: Callable[[], object]) -> None:
         threading.Thread(target=listen, name="silotune-inbox", daemon=True).start()
         host, frame = start(Assignment.from_header(first.header))
         send_frame(connection, frame)
-        while host and (task := box.tasks.get()) is not None:
+        while host and (task := box.next(host.most)) is not None:
             for frame in host.frames(task):
                 if box.orphaned.is_set():
                     return

@@ -124,18 +124,18 @@ def test_an_own_model_sees_its_own_records_only(federation):
     runs = federation.runs()
     (((terms, trainer)),) = _trainers(job, federation.plan, runs)
     assert terms.site == "beta"
-    assert trainer._data.encoded is runs[1].training.encoded
+    assert trainer.data.encoded is runs[1].training.encoded
 
 
 def test_the_pooled_trainer_holds_every_record_of_every_site_in_order(federation):
     runs = federation.runs()
     terms, trainer = _pooled(federation.plan, runs)
     assert terms.declared_units == sum(run.dataset.declared_units for run in runs)
-    assert len(trainer._data.encoded) == sum(len(run.training.records) for run in runs)
-    assert len(np.unique(trainer._data.unit_of)) == sum(
+    assert len(trainer.data.encoded) == sum(len(run.training.records) for run in runs)
+    assert len(np.unique(trainer.data.unit_of)) == sum(
         run.training.records.n_units() for run in runs
     )
-    fresh = compute_frozen(runs[0].training.trainable.model, trainer._data.encoded)
+    fresh = compute_frozen(runs[0].training.trainable.model, trainer.data.encoded)
     torch.testing.assert_close(trainer.frozen.features, fresh.features, rtol=1e-4, atol=1e-5)
     rows = [0, 70, 150]
     torch.testing.assert_close(

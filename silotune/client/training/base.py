@@ -113,11 +113,14 @@ class Trained:
         What the strategy keeps at the site until the next round; empty for most.
     records : int
         Records trained on, repetitions counted: private.
+    seconds : float or None
+        What it took, if that is not how long it was waited for.
     """
 
     flat: NDArray[Any]
     kept: Arrays
     records: int
+    seconds: float | None = None
 
 
 class Training(Protocol):

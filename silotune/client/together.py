@@ -1,0 +1,212 @@
+"""Rounds of several sites in the same passes through their common model: for simulations.
+
+The sites of a process have one frozen model between them, and an adapter each. Where the model is small
+a pass over a few records of one site costs nearly what one over those of twenty does. So the records of
+all sites' steps are one batch, and every sequence goes through its own site's adapter
+(`silotune.privacy.engine.StackedSgd`). Each site draws what it would draw alone, takes the steps that it
+would take alone, and comes to the numbers that it would come to alone, up to rounding. No number of one
+site enters those of another.
+
+A real site never comes here: it is alone in its process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from silotune.client.local_steps import local_steps
+from silotune.client.trainer import Trainer
+from silotune.client.training.base import Vector
+from silotune.models.batching import Encoded, record_of
+from silotune.models.layout import Layout
+from silotune.plan.plan import Plan
+from silotune.privacy.engine import StackedSgd
+from silotune.privacy.noise import NoiseSource
+from silotune.strategies import method_of
+
+_MOST_SITES = 32
+_MOST_BYTES = 1 << 28  # of adapters side by side, gradients and messages of them
+_COPIES = 8
+
+
+@dataclass(kw_only=True)
+class Member:
+    """One site of those that train together.
+
+    Attributes
+    ----------
+    trainer : Trainer
+        The site's.
+    adapter : float32 array [layout.size]
+        The global adapter.
+    server_round : int
+        From 1.
+    """
+
+    trainer: Trainer
+    adapter: Vector
+    server_round: int
+    _own: Vector = field(init=False)
+    _noise: NoiseSource = field(init=False)
+    _records: int = 0
+    _drawn: int = 0
+    _moved: list[dict[int, bool]] = field(default_factory=list)
+
+    def begin(self) -> Vector:
+        """What the round starts from at this site."""
+        self._own = self.trainer.keeping.personal(self.adapter, before=self.server_round)
+        self._noise = self.trainer.stream(self.server_round)
+        return self._own
+
+    def draw(self) -> NDArray[np.int64]:
+        """A step's records."""
+        rows = self.trainer.drawn(self.server_round, self._noise)
+        self._drawn, self._records = len(rows), self._records + len(rows)
+        return rows
+
+    def note(self, moved: dict[int, bool]) -> None:
+        """Remember which parameters had a gradient in the step."""
+        if self._drawn:
+            self._moved.append(moved)
+
+    def end(self, flat: Vector) -> Vector:
+        """What is sent of the round's sum or change. Raises as `Trainer.round` does."""
+        for moved in self._moved:
+            if self.trainer.looks_at_gradients:
+                self.trainer.look_at_gradients(moved)
+        return self.trainer.leave(
+            self.adapter, self._own, flat, self.server_round, records=self._records
+        )
+
+
+def most_at_once(plan: Plan, layout: Layout) -> int:
+    """How many sites' adapters may be held side by side; 1 if a plan's sites train alone."""
+    if plan.per_unit or plan.only_sums:
+        return 1
+    return max(1, min(_MOST_SITES, _MOST_BYTES // (_COPIES * layout.nbytes)))
+
+
+def groups(members: Sequence[Member]) -> Iterator[list[int]]:
+    """Which of the members train together, by their numbers; some are alone.
+
+    A step of a group is expected to take no more records than the plan lets a pass have.
+    """
+    groups = dict[tuple[int, int], tuple[list[int], float]]()
+    for number, member in enumerate(members):
+        trainer = member.trainer
+        if not trainer.stacks(member.server_round):
+            yield [number]
+            continue
+        key, room = (
+            (id(trainer.shared), member.server_round),
+            trainer.shared.plan.privacy.max_physical_batch,
+        )
+        group, records = groups.get(key, ([], 0.0))
+        if group and records + trainer.batch > room:
+            yield group
+            group, records = [], 0.0
+        groups[key] = [*group, number], records + trainer.batch
+    yield from (group for group, _ in groups.values())
+
+
+def _room(trainer: Trainer) -> int:
+    """Most sequences of a pass."""
+    return trainer.shared.plan.privacy.max_physical_batch
+
+
+def changes(members: Sequence[Member]) -> list[Vector | None]:
+    """Each member's sum or change of a round, before `Member.end`; None if it is not finite.
+
+    Parameters
+    ----------
+    members : sequence of Member
+        Of one of the `groups`.
+    """
+    trainer, server_round = members[0].trainer, members[0].server_round
+    shared, plan = trainer.shared, trainer.shared.plan
+    trained = shared.parameters(method_of(plan).trained(plan, server_round))
+    if plan.task.generates:
+        _ = shared.model.module.output  # found by a try, which is no member's
+    engine = StackedSgd(shared.attached, _stacked(members), trained)
+    if plan.sends_sums:
+        found = _step(members, engine, trained)
+    else:
+        batch = torch.tensor([member.trainer.batch for member in members])
+
+        def means() -> list[Tensor]:
+            sums = _step(members, engine, trained)
+            return [total / batch.to(total).view(-1, *[1] * (total.dim() - 1)) for total in sums]
+
+        found = local_steps(
+            plan,
+            engine.parameters,
+            [shared.part_of(parameter) for parameter in trained],
+            server_round=server_round,
+            means=means,
+            drift=_drifts(members),
+        )
+    rows = torch.cat([part.detach().flatten(1).float().cpu() for part in found], dim=1)
+    finite = rows.isfinite().all(1).tolist()
+    return [row if fine else None for row, fine in zip(rows.numpy(), finite, strict=True)]
+
+
+def _stacked(members: Sequence[Member]) -> dict[int, Tensor]:
+    """Values of all trained parameters, by their ``id``: ``[members, *shape]``."""
+    model = members[0].trainer.shared.model
+    flat = torch.from_numpy(np.stack([member.begin() for member in members])).to(model.device)
+    parameters = model.parameters()
+    columns = torch.split(flat, [parameter.numel() for parameter in parameters], dim=1)
+    return {
+        id(parameter): own.reshape(len(members), *parameter.shape).clone()
+        for parameter, own in zip(parameters, columns, strict=True)
+    }
+
+
+def _drifts(members: Sequence[Member]) -> Tensor | None:
+    found = [member.trainer.drift(member.adapter, member.server_round) for member in members]
+    rows = [row for row in found if row is not None]
+    return torch.from_numpy(np.stack(rows)) if rows else None
+
+
+def _step(
+    members: Sequence[Member], engine: StackedSgd, trained: Sequence[nn.Parameter]
+) -> list[Tensor]:
+    """One step of every member: their sums."""
+    model = members[0].trainer.shared.model
+    for part in _passes(members):
+        encoded = Encoded.joined([members[n].trainer.data.encoded.subset(rows) for n, rows in part])
+        inputs = model.task.collate(encoded, range(len(encoded)), model.device)
+        of = torch.tensor([number for number, rows in part for _ in rows], device=model.device)
+        with engine.members(of[record_of(inputs, len(encoded))]):
+            engine.accumulate(model.task.losses(model.module, inputs))
+    sums = engine.release()
+    if any(member.trainer.looks_at_gradients for member in members):
+        moved = torch.stack([total.flatten(1).any(1) for total in sums], dim=1).tolist()
+        for member, own in zip(members, moved, strict=True):
+            member.note(dict(zip(map(id, trained), own, strict=True)))
+    return sums
+
+
+def _passes(members: Sequence[Member]) -> Iterator[list[tuple[int, list[int]]]]:
+    """The records that each draws for a step, in parts of as many sequences as a pass may have."""
+    room = _room(members[0].trainer)
+    part, taken = list[tuple[int, list[int]]](), 0
+    for number, member in enumerate(members):
+        own, sequences = list[int](), member.trainer.data.encoded.sequences
+        for row in member.draw().tolist():
+            size = int(sequences[row])
+            if taken and taken + size > room:
+                yield [*part, (number, own)] if own else part
+                part, own, taken = [], [], 0
+            own.append(row)
+            taken += size
+        if own:
+            part.append((number, own))
+    if part:
+        yield part
