@@ -111,7 +111,9 @@ def write_letters(folder, base):
             _, *rows = csv.reader(file)
         with path.open("w", newline="") as file:
             head = ["prompt", "response", "patient"]
-            csv.writer(file).writerows([head, *([note, f"it is {yes}", p] for note, yes, p in rows)])
+            csv.writer(file).writerows(
+                [head, *([note, f"it is {yes}", p] for note, yes, p in rows)]
+            )
         config = site.folder / "site.toml"
         config.write_text(
             config.read_text().replace(
@@ -119,7 +121,9 @@ def write_letters(folder, base):
             )
         )
     text = made.plan_path.read_text()
-    text = text.replace('"text_classification"', '"causal_lm"').replace('labels = ["no", "yes"]\n', "")
+    text = text.replace('"text_classification"', '"causal_lm"').replace(
+        'labels = ["no", "yes"]\n', ""
+    )
     text = text.replace("head_rounds = 2\n", "").replace("head_lr = 0.1\n", "")
     made.plan_path.write_text(text)
     return type(made)(made.folder, type(made.plan).load(made.plan_path), made.plan_path)
