@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from silotune.client.data_parallel import Ranks
 from silotune.client.run_files import CarriedMemory
 from silotune.client.scoring import counts
-from silotune.client.together import Member
+from silotune.client.together import JointMember
 from silotune.client.trainer import SiteData, TrainableModel, Trainer
 from silotune.client.training.base import (
     LoadedAs,
@@ -243,12 +243,12 @@ class LocalTraining:
 
     # --- a round whose steps are taken together with those of other sites: simulations only ---
 
-    def member(self, adapter: Vector, server_round: int, *, prior: Prior | None) -> Member:
+    def member(self, adapter: Vector, server_round: int, *, prior: Prior | None) -> JointMember:
         """Its part in such a round."""
         self._memory.given, self._memory.left = prior, {}
-        return Member(trainer=self.trainer, adapter=adapter, server_round=server_round)
+        return JointMember(trainer=self.trainer, adapter=adapter, server_round=server_round)
 
-    def ended(self, member: Member, change: Vector, *, seconds: float) -> Trained:
+    def ended(self, member: JointMember, change: Vector, *, seconds: float) -> Trained:
         """What the round came to."""
         before = self.trainer.records_used
         flat = member.end(change)

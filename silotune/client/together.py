@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from silotune.client.local_steps import local_steps
-from silotune.client.trainer import Trainer
+from silotune.client.trainer import TrainableModel, Trainer
 from silotune.client.training.base import Vector
+from silotune.errors import SelfCheckFailed
+from silotune.models.adapter import read_adapter, write_adapter
 from silotune.models.batching import Encoded, record_of
-from silotune.models.layout import Layout
-from silotune.plan.plan import Plan
 from silotune.privacy.engine import StackedSgd
 from silotune.privacy.noise import NoiseSource
 from silotune.strategies import method_of
@@ -33,10 +33,13 @@ from silotune.strategies import method_of
 _MOST_SITES = 32
 _MOST_BYTES = 1 << 28  # of adapters side by side, gradients and messages of them
 _COPIES = 8
+_TEXTS = ("A word.", "A few words more than that, which say nothing.", "Some words of a text.")
+_OWNERS = (0, 1, 0)
+_CLOSE = 0.1  # of what another adapter would make of a loss
 
 
 @dataclass(kw_only=True)
-class Member:
+class JointMember:
     """One site of those that train together.
 
     Attributes
@@ -85,14 +88,49 @@ class Member:
         )
 
 
-def most_at_once(plan: Plan, layout: Layout) -> int:
-    """How many sites' adapters may be held side by side; 1 if a plan's sites train alone."""
-    if plan.per_unit or plan.only_sums:
-        return 1
-    return max(1, min(_MOST_SITES, _MOST_BYTES // (_COPIES * layout.nbytes)))
+def most_at_once(shared: TrainableModel) -> int:
+    """How many sites of a model train together; 1 if its plan or the model has each of them alone."""
+    plan, size = shared.plan, shared.model.layout.nbytes
+    most = min(_MOST_SITES, _MOST_BYTES // (_COPIES * size))
+    return most if most > 1 and not plan.per_unit and _keeps_apart(shared) else 1
 
 
-def groups(members: Sequence[Member]) -> Iterator[list[int]]:
+def _keeps_apart(shared: TrainableModel) -> bool:
+    """Whether each sequence goes through its own adapter: tried on public texts with two of them.
+
+    A layer that sees the positions of a text first, or more than one text at once, would mix them.
+    """
+    model, start = shared.model, read_adapter(shared.model)
+    texts = enumerate(_TEXTS)
+    examples = [model.task.example(text, number=n, plan=shared.plan) for n, text in texts]
+    encoded = model.task.encode(examples, model.tokenizer, plan=shared.plan)
+    turn = np.arange(start.size, dtype=np.float32)
+    adapters = [start + np.float32(0.1) * np.cos(turn * step) for step in (1.0, 1.3)]
+    engine = StackedSgd(shared.attached, _stacked(shared, adapters), ())
+    inputs = model.task.collate(encoded, range(len(_TEXTS)), model.device)
+    of = torch.tensor(_OWNERS, device=model.device)[record_of(inputs, len(_TEXTS))]
+    try:
+        with model.module.inference():
+            first, second = (_losses(shared, encoded, adapter) for adapter in adapters)
+            with engine.members(of):
+                stacked = model.task.losses(model.module, inputs)
+    except SelfCheckFailed:
+        return False
+    finally:
+        write_adapter(model, start)
+    alone = torch.where(torch.tensor(_OWNERS, device=model.device) == 0, first, second)
+    return bool((stacked - alone).abs().max() < _CLOSE * (first - second).abs().min())
+
+
+def _losses(shared: TrainableModel, encoded: Encoded, adapter: Vector) -> Tensor:
+    """Each text's loss under an adapter, computed alone."""
+    model = shared.model
+    write_adapter(model, adapter)
+    each = [model.task.collate(encoded, [row], model.device) for row in range(len(encoded))]
+    return torch.cat([model.task.losses(model.module, inputs) for inputs in each])
+
+
+def groups(members: Sequence[JointMember]) -> Iterator[list[int]]:
     """Which of the members train together, by their numbers; some are alone.
 
     A step of a group is expected to take no more records than the plan lets a pass have.
@@ -103,12 +141,9 @@ def groups(members: Sequence[Member]) -> Iterator[list[int]]:
         if not trainer.stacks(member.server_round):
             yield [number]
             continue
-        key, room = (
-            (id(trainer.shared), member.server_round),
-            trainer.shared.plan.privacy.max_physical_batch,
-        )
+        key = id(trainer.shared), member.server_round
         group, records = groups.get(key, ([], 0.0))
-        if group and records + trainer.batch > room:
+        if group and records + trainer.batch > _room(trainer):
             yield group
             group, records = [], 0.0
         groups[key] = [*group, number], records + trainer.batch
@@ -120,20 +155,20 @@ def _room(trainer: Trainer) -> int:
     return trainer.shared.plan.privacy.max_physical_batch
 
 
-def changes(members: Sequence[Member]) -> list[Vector | None]:
-    """Each member's sum or change of a round, before `Member.end`; None if it is not finite.
+def changes(members: Sequence[JointMember]) -> list[Vector | None]:
+    """Each member's sum or change of a round, before `JointMember.end`; None if it is not finite.
 
     Parameters
     ----------
-    members : sequence of Member
+    members : sequence of JointMember
         Of one of the `groups`.
     """
     trainer, server_round = members[0].trainer, members[0].server_round
     shared, plan = trainer.shared, trainer.shared.plan
     trained = shared.parameters(method_of(plan).trained(plan, server_round))
-    if plan.task.generates:
-        _ = shared.model.module.output  # found by a try, which is no member's
-    engine = StackedSgd(shared.attached, _stacked(members), trained)
+    engine = StackedSgd(
+        shared.attached, _stacked(shared, [member.begin() for member in members]), trained
+    )
     if plan.sends_sums:
         found = _step(members, engine, trained)
     else:
@@ -156,26 +191,25 @@ def changes(members: Sequence[Member]) -> list[Vector | None]:
     return [row if fine else None for row, fine in zip(rows.numpy(), finite, strict=True)]
 
 
-def _stacked(members: Sequence[Member]) -> dict[int, Tensor]:
-    """Values of all trained parameters, by their ``id``: ``[members, *shape]``."""
-    model = members[0].trainer.shared.model
-    flat = torch.from_numpy(np.stack([member.begin() for member in members])).to(model.device)
-    parameters = model.parameters()
+def _stacked(shared: TrainableModel, adapters: Sequence[Vector]) -> dict[int, Tensor]:
+    """Values of all trained parameters, by their ``id``: ``[adapters, *shape]``."""
+    flat = torch.from_numpy(np.stack(adapters)).to(shared.model.device)
+    parameters = shared.model.parameters()
     columns = torch.split(flat, [parameter.numel() for parameter in parameters], dim=1)
     return {
-        id(parameter): own.reshape(len(members), *parameter.shape).clone()
+        id(parameter): own.reshape(len(adapters), *parameter.shape).clone()
         for parameter, own in zip(parameters, columns, strict=True)
     }
 
 
-def _drifts(members: Sequence[Member]) -> Tensor | None:
+def _drifts(members: Sequence[JointMember]) -> Tensor | None:
     found = [member.trainer.drift(member.adapter, member.server_round) for member in members]
     rows = [row for row in found if row is not None]
     return torch.from_numpy(np.stack(rows)) if rows else None
 
 
 def _step(
-    members: Sequence[Member], engine: StackedSgd, trained: Sequence[nn.Parameter]
+    members: Sequence[JointMember], engine: StackedSgd, trained: Sequence[nn.Parameter]
 ) -> list[Tensor]:
     """One step of every member: their sums."""
     model = members[0].trainer.shared.model
@@ -193,7 +227,7 @@ def _step(
     return sums
 
 
-def _passes(members: Sequence[Member]) -> Iterator[list[tuple[int, list[int]]]]:
+def _passes(members: Sequence[JointMember]) -> Iterator[list[tuple[int, list[int]]]]:
     """The records that each draws for a step, in parts of as many sequences as a pass may have."""
     room = _room(members[0].trainer)
     part, taken = list[tuple[int, list[int]]](), 0

@@ -34,7 +34,7 @@ from silotune.models.batching import batches
 from silotune.models.choices import Choices
 from silotune.plan.plan import Plan
 from silotune.privacy.attacks.canaries import Example
-from silotune.simulation.gathering import Gathering, SimulatedTraining
+from silotune.simulation.joint_answers import JointAnswers, SimulatedTraining
 from silotune.trust.identity import load_or_create
 
 Arrays = dict[str, NDArray[Any]]
@@ -56,7 +56,7 @@ class SimulatedSites:
     """
 
     kind: ClassVar[type[LocalTraining] | None] = None
-    gathering: Gathering | None = None
+    joint: JointAnswers | None = None
 
     def __init__(self, payload: Mapping[str, Any]) -> None:
         self._plan = Plan.from_canonical(payload["plan"])
@@ -68,16 +68,16 @@ class SimulatedSites:
         )
         # A seeded run is the same to the last bit whoever trains beside whom: there each is alone.
         if self.kind is None and self._plan.plan.seed is None and not payload["isolate"]:
-            self.gathering = Gathering()
-            self._models.kind = partial(SimulatedTraining, gathering=self.gathering)
+            self.joint = JointAnswers()
+            self._models.kind = partial(SimulatedTraining, joint=self.joint)
         self._roster = {name: bytes.fromhex(key) for name, key in payload["roster"].items()}
         self._isolate, self._choices = bool(payload["isolate"]), dict(payload["choices"])
         self._runs: dict[int, SiteRun] = {}
         self._local: dict[int, LocalTraining] = {}
         if not self._plan.only_sums:
-            model = self._models.for_plan(self._plan).model
-            if self.gathering is not None:
-                self.gathering.most = most_at_once(self._plan, model.layout)
+            shared = self._models.for_plan(self._plan)
+            if self.joint is not None:
+                self.joint.most = most_at_once(shared)
         _allow_files(_FILES_A_SITE * len(self._configs))
         self.client_app = build_client_app(self._find)
 

@@ -170,7 +170,7 @@ _UNNAMED = SilotuneError.code
 _GRACE_SECONDS = 1.0
 
 
-class Gathers(Protocol):
+class AnswersJointly(Protocol):
     """Does several jobs at a time, which may meet in the middle."""
 
     most: int
@@ -182,7 +182,7 @@ class Gathers(Protocol):
 class SiteProgram(Protocol):
     """What a worker's factory returns: the sites' app, and the simulator's own view of it.
 
-    One whose sites gain by it has `gathering` too: messages that wait are then answered together.
+    One whose sites gain by it has `joint` too: messages that wait are then answered together.
     """
 
     client_app: ClientApp
@@ -327,32 +327,32 @@ class Host:
 
     def __init__(self, assignment: Assignment, program: SiteProgram) -> None:
         self._names, self._program = assignment.sites, program
-        self._gathering: Gathers | None = getattr(program, "gathering", None)
+        self._joint: AnswersJointly | None = getattr(program, "joint", None)
         self._contexts = {site: assignment.context(site) for site in assignment.sites}
 
     @property
     def most(self) -> int:
         """How many instructions are carried out at a time."""
-        return 1 if self._gathering is None else self._gathering.most
+        return 1 if self._joint is None else self._joint.most
 
     def frames(self, task: _Task) -> Iterator[Frame]:
         """Carry out a task."""
         if isinstance(task, _Question):
             for site in task.sites:
                 yield self._inspected(site, task)
-        elif self._gathering is None or len(task) == 1:
+        elif self._joint is None or len(task) == 1:
             for instruction in task:
                 yield self._reply(instruction)
         else:
-            yield from self._gathered(task, self._gathering)
+            yield from self._jointly(task, self._joint)
 
-    def _gathered(self, asked: Sequence[_Instruction], gathering: Gathers) -> Iterator[Frame]:
+    def _jointly(self, asked: Sequence[_Instruction], joint: AnswersJointly) -> Iterator[Frame]:
         replies: dict[int, Frame] = {}
 
         def job(number: int) -> None:
             replies[number] = self._reply(asked[number])
 
-        for number, seconds in gathering.run([partial(job, n) for n in range(len(asked))]):
+        for number, seconds in joint.run([partial(job, n) for n in range(len(asked))]):
             reply = replies.pop(number)
             yield replace(reply, header={**reply.header, "seconds": seconds})
 

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+import silotune.client.together as together_module
 from silotune.client.model_cache import ModelCache
 from silotune.client.together import changes, groups, most_at_once
 from silotune.client.trainer import Trainer
 from silotune.errors import SelfCheckFailed
+from silotune.models.adapter import read_adapter
 from silotune.models.layout import initial_adapter
 from silotune.privacy.layers import Stack
 from tests.federation import CHOICES, PRIVATE, write_federation
@@ -97,6 +99,7 @@ def test_causal_models_too(tmp_path, llama_folder):
     federation = write_letters(tmp_path, llama_folder)
     sites, adapter = trainings(federation, SGD, state="a")
     twins, _ = trainings(federation, SGD, state="t")
+    assert most_at_once(twins[0].trainable) == 32
     for ours, own in zip(together(twins, adapter), alone(sites, adapter), strict=True):
         size = np.abs(own.flat).max()
         np.testing.assert_allclose(ours.flat, own.flat, rtol=0, atol=CLOSE * size)
@@ -223,15 +226,33 @@ def test_a_layer_that_sees_no_batch_is_refused():
         stack.product(torch.ones(1, 4, 2), weight, torch.float32)
 
 
-def test_adapters_side_by_side_are_bounded(federation):
+def test_how_many_train_together_is_bounded_by_their_adapters(federation, monkeypatch):
     sites, _ = trainings(federation, SGD, state="bounded")
-    plan, layout = sites[0].job.plan, sites[0].trainable.model.layout
-    assert most_at_once(plan, layout) == 32
-    large = layout.at_rank(100_000)
-    assert 1 <= most_at_once(plan, large) < 32
-    assert most_at_once(plan, large) * large.nbytes <= 1 << 28
-    private = plan.override(PRIVATE)
-    assert most_at_once(private, layout) == 1
+    shared = sites[0].trainable
+    assert most_at_once(shared) == 32
+    monkeypatch.setattr(together_module, "_MOST_BYTES", 8 * 5 * shared.model.layout.nbytes)
+    assert most_at_once(shared) == 5
+    monkeypatch.setattr(together_module, "_MOST_BYTES", 8 * shared.model.layout.nbytes)
+    assert most_at_once(shared) == 1
+
+
+def test_a_model_that_gives_sequences_the_wrong_adapters_has_its_sites_alone(
+    federation, monkeypatch
+):
+    """Tried before any record is read; what a model that mixes records would do is the same."""
+    sites, _ = trainings(federation, SGD, state="mixing")
+    shared, own = sites[0].trainable, Stack._own
+    before = read_adapter(shared.model)
+    monkeypatch.setattr(Stack, "_own", lambda self, parameter: own(self, parameter).roll(1, 0))
+    assert most_at_once(shared) == 1
+    monkeypatch.setattr(Stack, "_own", own)
+    assert most_at_once(shared) == 32
+    np.testing.assert_array_equal(read_adapter(shared.model), before)
+
+
+def test_sites_of_a_plan_that_clips_units_train_alone(federation):
+    sites, _ = trainings(federation, {**ONE_STEP, **PRIVATE}, state="clips")
+    assert most_at_once(sites[0].trainable) == 1
 
 
 def test_trainers_that_finish_their_updates_train_alone(federation):

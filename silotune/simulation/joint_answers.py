@@ -14,13 +14,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from silotune.client.model_cache import LocalTraining, ModelCache
-from silotune.client.together import Member, changes, groups
+from silotune.client.together import JointMember, changes, groups
 from silotune.client.training.base import Prior, Trained, TrainingJob, Vector
 
 logger = logging.getLogger("silotune.simulation.worker")
 
 
-class Gathering:
+class JointAnswers:
     """Where the sites of a worker meet to train.
 
     Attributes
@@ -44,7 +44,7 @@ class Gathering:
             What it took, with its share of what it did together with others.
         """
         waiting = {number: _Answer(job) for number, job in enumerate(jobs)}
-        members: dict[int, Member] = {}
+        members: dict[int, JointMember] = {}
         for number, answer in list(waiting.items()):
             yield from self._go_on(number, answer, waiting)
             if answer.member is not None:
@@ -59,7 +59,7 @@ class Gathering:
                 waiting[number].receive(change, share)
                 yield from self._go_on(number, waiting[number], waiting)
 
-    def change(self, member: Member) -> tuple[Vector | None, float]:
+    def change(self, member: JointMember) -> tuple[Vector | None, float]:
         """Wait for an answer's change of a round, and what it took; None if it is to train alone."""
         if self._current is None:
             return None, 0.0
@@ -80,7 +80,7 @@ class _Answer:
     """One job on a thread of its own, which runs only while `go_on` waits for it."""
 
     def __init__(self, job: Callable[[], object]) -> None:
-        self.member: Member | None = None
+        self.member: JointMember | None = None
         self.done, self.seconds = False, 0.0
         self._change: tuple[Vector | None, float] = None, 0.0
         self._job, self._going, self._still = job, threading.Semaphore(0), threading.Semaphore(0)
@@ -105,8 +105,10 @@ class _Answer:
         self._change = change, seconds
         self.seconds += seconds
 
-    def wait(self, member: Member) -> tuple[Vector | None, float]:
-        """Stop the job until what it waits for is there."""
+    def wait(self, member: JointMember) -> tuple[Vector | None, float]:
+        """Stop the job until what it waits for is there; once only."""
+        if self.member is not None:
+            return None, 0.0
         self.member = member
         self._still.release()
         self._going.acquire()
@@ -121,7 +123,7 @@ class _Answer:
         self._still.release()
 
 
-def _changes(members: Sequence[Member]) -> list[Vector | None]:
+def _changes(members: Sequence[JointMember]) -> list[Vector | None]:
     """The changes of a group; of those that could not be computed together none."""
     if len(members) == 1:
         return [None]
@@ -139,13 +141,13 @@ class SimulatedTraining(LocalTraining):
     ----------
     job, models
         As of `LocalTraining`.
-    gathering : Gathering
+    joint : JointAnswers
         Where they meet.
     """
 
-    def __init__(self, job: TrainingJob, models: ModelCache, *, gathering: Gathering) -> None:
+    def __init__(self, job: TrainingJob, models: ModelCache, *, joint: JointAnswers) -> None:
         super().__init__(job, models)
-        self._gathering = gathering
+        self._joint = joint
 
     def round(
         self, adapter: Vector, server_round: int, *, clip: float | None, prior: Prior | None
@@ -153,7 +155,7 @@ class SimulatedTraining(LocalTraining):
         """The steps of a round, with those of others where that gives the same numbers."""
         if not self.job.plan.only_sums:
             member = self.member(adapter, server_round, prior=prior)
-            change, seconds = self._gathering.change(member)
+            change, seconds = self._joint.change(member)
             if change is not None:
                 return self.ended(member, change, seconds=seconds)
         return super().round(adapter, server_round, clip=clip, prior=prior)

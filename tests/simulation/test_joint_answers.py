@@ -8,9 +8,9 @@ import pytest
 
 from silotune.errors import QuorumLost
 from silotune.models.tasks import get_task
-from silotune.simulation import gathering, run
-from silotune.simulation.gathering import Gathering
+from silotune.simulation import joint_answers, run
 from silotune.simulation.grid import WorkerGrid
+from silotune.simulation.joint_answers import JointAnswers
 from silotune.simulation.program import SimulatedSites, payload_for
 from silotune.simulation.run import Settings, simulate
 from silotune.simulation.workers import Inbox
@@ -29,20 +29,20 @@ def in_this_process(monkeypatch):
 @pytest.fixture
 def stacked(monkeypatch):
     """How many sites trained together, each time that several did."""
-    sizes, own = [], gathering.changes
+    sizes, own = [], joint_answers.changes
 
     def changes(members):
         sizes.append(len(members))
         return own(members)
 
-    monkeypatch.setattr(gathering, "changes", changes)
+    monkeypatch.setattr(joint_answers, "changes", changes)
     return sizes
 
 
 @pytest.fixture(scope="module")
 def federation(tmp_path_factory, bert_folder):
     """Five sites; of one, dogwood, every note is shorter than any of the others."""
-    made = write_federation(tmp_path_factory.mktemp("gathered"), bert_folder, names=NAMES)
+    made = write_federation(tmp_path_factory.mktemp("joint"), bert_folder, names=NAMES)
     path = made.folder / "dogwood" / "notes.csv"
     with path.open(newline="") as file:
         head, *rows = csv.reader(file)
@@ -77,16 +77,16 @@ def test_jobs_that_wait_for_nothing_end_one_after_the_other():
         done.append((number, threading.current_thread().name))
         running.remove(number)
 
-    found = [n for n, _ in Gathering().run([lambda n=n: job(n) for n in range(4)])]
+    found = [n for n, _ in JointAnswers().run([lambda n=n: job(n) for n in range(4)])]
     assert found == [n for n, _ in done] == [0, 1, 2, 3]
     assert set(most) == {1}
 
 
 def test_whoever_waits_gets_its_own_change_and_its_share_of_the_time(monkeypatch):
-    place, got = Gathering(), {}
-    monkeypatch.setattr(gathering, "groups", lambda members: [[2, 0], [1]])
+    place, got = JointAnswers(), {}
+    monkeypatch.setattr(joint_answers, "groups", lambda members: [[2, 0], [1]])
     monkeypatch.setattr(
-        gathering, "changes", lambda members: [np.full(1, member) for member in members]
+        joint_answers, "changes", lambda members: [np.full(1, member) for member in members]
     )
 
     def job(number):
@@ -99,8 +99,8 @@ def test_whoever_waits_gets_its_own_change_and_its_share_of_the_time(monkeypatch
     assert got[2][1] == got[0][1] > 0.0
 
 
-def test_outside_a_gathering_nobody_waits():
-    assert Gathering().change(None) == (None, 0.0)
+def test_outside_joint_answers_nobody_waits():
+    assert JointAnswers().change(None) == (None, 0.0)
 
 
 def test_a_worker_takes_the_instructions_that_wait_and_no_question_among_them():
@@ -182,11 +182,11 @@ def test_sites_of_a_seeded_run_each_train_alone(federation, tmp_path):
         choices=CHOICES,
         shared=tmp_path / "shared",
     )
-    assert SimulatedSites(payload).gathering is None
+    assert SimulatedSites(payload).joint is None
 
 
 @pytest.mark.slow
-def test_a_worker_process_gathers_what_waits_for_it(federation):
+def test_a_worker_process_takes_what_waits_for_it(federation):
     """A real worker: its sites' replies are those of sites alone, so the run goes as well."""
     directory = play(federation, "process")
     assert len(told(directory, "site_replied")) == 10
