@@ -33,6 +33,8 @@ from silotune.strategies import method_of
 _MOST_SITES = 32
 _MOST_BYTES = 1 << 28  # of adapters side by side, gradients and messages of them
 _COPIES = 8
+_FEW_TOKENS = 2048  # in a pass: of so many or fewer padding costs less than another pass
+_MOST_PADDED = 1.3
 _TEXTS = ("A word.", "A few words more than that, which say nothing.", "Some words of a text.")
 _OWNERS = (0, 1, 0)
 _CLOSE = 0.1  # of what another adapter would make of a loss
@@ -214,9 +216,10 @@ def _step(
     """One step of every member: their sums."""
     model = members[0].trainer.shared.model
     for part in _passes(members):
-        encoded = Encoded.joined([members[n].trainer.data.encoded.subset(rows) for n, rows in part])
+        own = [members[number].trainer.data.encoded.subset(rows) for number, rows in part.items()]
+        encoded = Encoded.joined(own)
         inputs = model.task.collate(encoded, range(len(encoded)), model.device)
-        of = torch.tensor([number for number, rows in part for _ in rows], device=model.device)
+        of = torch.tensor([n for n, rows in part.items() for _ in rows], device=model.device)
         with engine.members(of[record_of(inputs, len(encoded))]):
             engine.accumulate(model.task.losses(model.module, inputs))
     sums = engine.release()
@@ -227,20 +230,26 @@ def _step(
     return sums
 
 
-def _passes(members: Sequence[JointMember]) -> Iterator[list[tuple[int, list[int]]]]:
-    """The records that each draws for a step, in parts of as many sequences as a pass may have."""
-    room = _room(members[0].trainer)
-    part, taken = list[tuple[int, list[int]]](), 0
+def _passes(members: Sequence[JointMember]) -> Iterator[dict[int, list[int]]]:
+    """The records that each draws for a step, by member, in parts that go through the model at once.
+
+    A part has no more sequences than the plan lets a pass have, and of those that are long enough to
+    count not many more positions than tokens: records of like length come together.
+    """
+    room, drawn = _room(members[0].trainer), list[tuple[float, int, int, int]]()
     for number, member in enumerate(members):
-        own, sequences = list[int](), member.trainer.data.encoded.sequences
-        for row in member.draw().tolist():
-            size = int(sequences[row])
-            if taken and taken + size > room:
-                yield [*part, (number, own)] if own else part
-                part, own, taken = [], [], 0
-            own.append(row)
-            taken += size
-        if own:
-            part.append((number, own))
+        rows, encoded = member.draw(), member.trainer.data.encoded
+        sizes, lengths = encoded.sequences[rows].tolist(), encoded.lengths[rows].tolist()
+        widths = [length / size for length, size in zip(lengths, sizes, strict=True)]
+        drawn += zip(widths, sizes, [number] * len(rows), rows.tolist(), strict=True)
+    part, taken, tokens = dict[int, list[int]](), 0, 0.0
+    for width, size, number, row in sorted(drawn):
+        positions = (taken + size) * width
+        wasteful = tokens > _FEW_TOKENS and positions > _MOST_PADDED * (tokens + size * width)
+        if part and (taken + size > room or wasteful):
+            yield part
+            part, taken, tokens = {}, 0, 0.0
+        part.setdefault(number, []).append(row)
+        taken, tokens = taken + size, tokens + size * width
     if part:
         yield part

@@ -512,7 +512,7 @@ class Trainer:
     def _uses_frozen(self) -> bool:
         """Whether anything of the base model alone is worth computing once."""
         below = self._model.module.prefix is not None
-        uses = self._plan.steps * self._plan.rate_for(self._data.declared_units)
+        uses = self._plan.steps * self._plan.rate_for(self.data.declared_units)
         # A head's features pay at once. What lies below a language model's adapter is as much work as
         # the steps that it saves, where a record is used once.
         return (below and (self._plan.task.pools or uses >= 1.0)) or self._plan.head_rounds > 0

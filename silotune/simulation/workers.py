@@ -1,9 +1,10 @@
-"""The inside of a simulation worker: many sites in one process, one message at a time.
+"""The inside of a simulation worker: many sites in one process, one message at a time, or several.
 
-A worker loads the program (base model and all) once and plays each of its sites in turn. It talks
-frames over a socket. A thread of its own reads the socket at all times, so that the simulator never
-blocks on a worker that trains, and so that the worker learns at once of the end of its parent. What
-goes wrong inside a site stays here, in the log; a stable code goes back.
+A worker loads the program (base model and all) once and plays its sites: each message alone or, where
+the program has a way to, those that wait together. It talks frames over a socket. A thread of its own
+reads the socket at all times, so that the simulator never blocks on a worker that trains, and so that
+the worker learns at once of the end of its parent. What goes wrong inside a site stays here, in the log;
+a stable code goes back.
 
 A frame is a JSON header and raw blobs, and nothing else:
 ``<u32 length of the header> <u32 length of all small blobs> <header, UTF-8 JSON> <small blobs> <large
@@ -278,7 +279,7 @@ def load_program(factory: str, payload: Mapping[str, Any]) -> SiteProgram:
     """Import and call a factory; then hold PyTorch, if the factory loaded it, to one thread.
 
     One thread a worker, however many workers there are: sums are then added in the same order, and
-    a simulation gives the same bits with one worker or two.
+    a seeded simulation gives the same bits with one worker or two.
 
     Raises
     ------

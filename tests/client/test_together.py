@@ -148,6 +148,28 @@ def test_no_pass_is_larger_than_the_plan_lets_it_be(federation, monkeypatch):
     assert sum(sizes) == sum(member._records for member in members)
 
 
+def test_long_records_do_not_pad_short_ones(federation, monkeypatch):
+    monkeypatch.setattr(together_module, "_FEW_TOKENS", 0)
+    monkeypatch.setattr(together_module, "_MOST_PADDED", 1.0)
+    sites, adapter = trainings(federation, SGD, state="long-a")
+    twins, _ = trainings(federation, SGD, state="long-t")
+    task, shapes = sites[0].trainable.model.task, []
+    expected, own = alone(sites, adapter), type(task).collate
+
+    def collate(self, encoded, rows, device):
+        batch = own(self, encoded, rows, device)
+        shapes.append(bool(batch["attention_mask"].all()))
+        return batch
+
+    monkeypatch.setattr(type(task), "collate", collate)
+    found = together(twins, adapter)
+    assert len(shapes) > 3
+    assert all(shapes)
+    for ours, each in zip(found, expected, strict=True):
+        size = np.abs(each.flat).max()
+        np.testing.assert_allclose(ours.flat, each.flat, rtol=0, atol=CLOSE * size)
+
+
 def test_sites_whose_batches_fill_a_pass_train_in_several_groups(federation):
     sites, adapter = trainings(federation, {**SGD, "privacy.max_physical_batch": 30}, state="full")
     members = [each.member(adapter, 1, prior=None) for each in sites]
