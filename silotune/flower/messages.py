@@ -101,13 +101,15 @@ def pack(message: Message) -> Packed:
                 contents |= _cut(array)
 
     def walk(node: InflatableObject) -> ObjectTree:
+        # Looked at before its parts, which are no news any more once they have their ids.
+        changed = node.is_dirty or "_object_id" not in node.__dict__
         if isinstance(node, Array):
             cut = dict(node.slice_array())
             objects.update(cut)
             below = [ObjectTree(object_id=chunk_id) for chunk_id in cut]
         else:
             below = list({tree.object_id: tree for tree in map(walk, _parts(node))}.values())
-        object_id = _identified(node, contents)
+        object_id = _identify(node, contents) if changed else node.object_id
         objects[object_id] = node
         return ObjectTree(object_id=object_id, children=below)
 
@@ -124,10 +126,8 @@ def _parts(node: InflatableObject) -> list[InflatableObject]:
     return list(node.values()) if isinstance(node, RecordDict | ArrayRecord) else []
 
 
-def _identified(node: InflatableObject, contents: dict[str, bytes]) -> str:
-    """An object's id; the bytes that it is the hash of are kept, if they had to be made."""
-    if not node.is_dirty and "_object_id" in node.__dict__:
-        return node.object_id
+def _identify(node: InflatableObject, contents: dict[str, bytes]) -> str:
+    """Give an object its id, and keep the bytes that it is the hash of."""
     content = node.deflate()
     object_id = get_object_id(content)
     contents[object_id] = content
