@@ -6,7 +6,6 @@ What a finished run leaves are privacy.json, timings.json and results.json.
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +32,7 @@ from silotune.privacy.accounting import epsilon_curve
 from silotune.privacy.certificate import CertificateBody
 from silotune.privacy.events import step_event
 from silotune.privacy.tally import LiveEpsilon, epsilon_at_two_sites, epsilon_of_two_units
-from silotune.report.verdict import quoted
+from silotune.report.verdict import epsilon, power, quoted
 from silotune.rounds.run_directory import RunDirectory, spare
 from silotune.simulation.baselines import Counts, Job, Outcome, jobs_for, run_jobs, trains_head_only
 from silotune.simulation.grid import Receipt
@@ -350,10 +349,9 @@ def _statement(plan: Plan, both: Mapping[str, float] | None) -> str:
     protected = f"each {plan.privacy.unit} is protected at its own site"
     if both is None:
         return protected
-    shown = math.ceil(both["epsilon"] * 1e2) / 1e2  # never below what is true
     return (
         f"{protected}; a person with records at two sites by both together, "
-        f"epsilon = {shown:.2f} at delta = {both['delta']:g}"
+        f"epsilon = {epsilon(both['epsilon'])} at delta = {power(both['delta'])}"
     )
 
 

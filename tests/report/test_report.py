@@ -233,7 +233,7 @@ def test_a_seeded_run_is_called_not_private_before_anything_else(words):
 def test_a_run_without_privacy_claims_none(words):
     text = words("plain")
     assert "Not private." in text
-    assert "trained without differential privacy" in text
+    assert "Trained without differential privacy." in text
     assert "What these numbers mean" not in text
 
 
@@ -280,7 +280,7 @@ def test_an_unfinished_run_says_so_and_shows_what_there_is(report):
     text = report("partial")[2].text
     assert "not finished: 23 of 72 rounds are done" in text
     assert "No result is recorded yet" in text
-    assert "no statement yet: the run has not come to its end" in text
+    assert "No statement yet: the run has not come to its end." in text
     assert "ε spent so far" in text
 
 

@@ -56,7 +56,7 @@ def test_local_noise_adds_epsilons_and_deltas(tmp_path):
     plan = Plan.from_mapping({**ONE_ROUND, "privacy": privacy})
     told = privacy_of(tmp_path, plan, certificates(epsilon=3.0))
     assert told["two_sites"] == {"epsilon": 6.0, "delta": 2 * DELTA}
-    assert "epsilon = 6.00 at delta = 2e-05" in told["statement"]
+    assert "epsilon = 6.00 at delta = 2e-5" in told["statement"]
 
 
 def test_a_language_model_is_scored_before_training_too():
