@@ -35,7 +35,8 @@ _MOMENTUM_REACH = 360.0  # the same under SGD, whose steps shrink with the gradi
 _MOMENTUM_LR = (1.0, 8.0)
 _DRIFT = 0.16  # adapter: what noise alone may move an adapted layer's output by, as a part of it
 _ADAPTER_LR = (1e-3, 2e-2)
-_CLEAR_ADAPTER_LR = 2e-3
+_CLEAR_ADAPTER_LR = (2e-3, 2e-2)
+_CLEAR_REACH = 0.1  # of a language model's adapter without privacy: learning rate times rounds
 _HEAD_SHARE_PRIVATE, _HEAD_SHARE_CLEAR, _HEAD_SHARE_PAIRS = 0.9, 1 / 3, 0.5
 _PAIRS_RANK, _PAIRS_ALPHA = 2, 4.0
 
@@ -174,7 +175,11 @@ def adapter_lr(plan: Sections, *, head_rounds: int) -> tuple[float, str]:
     often noise can cancel.
     """
     if not plan.per_unit:
-        return _CLEAR_ADAPTER_LR, "usual for LoRA under Adam without noise"
+        least, most = _CLEAR_ADAPTER_LR
+        if plan.task.has_head:
+            return least, "usual for LoRA under Adam without noise"
+        rate = _between(_CLEAR_ADAPTER_LR, _CLEAR_REACH / plan.rounds.number)
+        return rate, f"{_CLEAR_REACH:g} / rounds, from {least:g} to {most:g}, without noise"
     spread = plan.lora.scale * math.sqrt(plan.lora.r / 3.0)
     rate = _between(_ADAPTER_LR, _DRIFT / (spread * _walked(plan, head_rounds)))
     return rate, (

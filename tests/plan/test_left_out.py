@@ -86,8 +86,16 @@ def test_the_adapters_rate_follows_from_rounds_rank_and_noise(tmp_path):
     assert 0.008 < rates[8, 40] < 0.02
     assert rates[2, 40] > rates[8, 40] > rates[32, 40]
     assert rates[8, 40] == pytest.approx(2 * rates[8, 160], rel=0.1)
-    clear = {**CAUSAL, "privacy": {"mode": "none", "rate": 0.1}}
-    assert read(tmp_path, clear).optimizer.site.adapter_lr == 0.002
+
+
+@pytest.mark.parametrize(("rounds", "rate"), [(3, 0.02), (10, 0.01), (40, 0.0025), (120, 0.002)])
+def test_without_privacy_a_language_models_rate_falls_with_the_rounds_and_no_others(
+    tmp_path, rounds, rate
+):
+    clear = {"privacy": {"mode": "none", "rate": 0.1}, "rounds": {"number": rounds}}
+    assert read(tmp_path, {**CAUSAL, **clear}).optimizer.site.adapter_lr == rate
+    classes = read(tmp_path, {**REQUIRED, **clear, "lora": {"r": 2}})
+    assert classes.optimizer.site.adapter_lr == 0.002
 
 
 @pytest.mark.parametrize(
