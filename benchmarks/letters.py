@@ -7,6 +7,7 @@ layers. What the plan leaves out follows by rule; nothing is tuned here. Methods
 - base: the model as it came
 - own: each hospital alone: mean of the hospitals' models on everybody's letters
 - federated: all hospitals
+- steady: the same on the schedule of the demonstration's plan: no warm-up, and down to .3 of the rate
 - pooled: one trainer with all letters
 
 A language model has no head: nothing is trained on frozen features. Budgets are epsilons, or ``none``.
@@ -48,7 +49,7 @@ from silotune.plan.plan import Plan
 from silotune.plan.written import toml_text
 from silotune.simulation.baselines import IN_THE_CLEAR, Job
 
-METHODS = ("base", "own", "federated", "pooled")
+METHODS = ("base", "own", "federated", "steady", "pooled")
 NOISES = ("shared", "local", "shared_bands")
 PLAN = """\
 [plan]
@@ -116,6 +117,8 @@ class Cell:
             settings |= IN_THE_CLEAR
         if self.method == "base":  # a step that moves nothing
             settings |= {"rounds.number": 1, "optimizer.site.adapter_lr": 1e-12}
+        if self.method == "steady":
+            settings |= {"optimizer.site.warmup_share": 0.0, "optimizer.site.final_share": 0.3}
         plan = Plan.load(path, settings)  # what is left out follows from these
         if self.noise != "shared_bands":
             return plan
@@ -127,17 +130,17 @@ class Cell:
 
 
 def cells(options: argparse.Namespace) -> Iterator[Cell]:
-    """What is to be trained: all of a seed first, in the order of what it tells."""
+    """What is to be trained, what tells most first."""
     some = [
         (("base",), (None,), ("shared",)),
-        (("federated", "pooled"), (8.0, None), ("shared",)),
-        (("own",), (8.0, None), ("shared",)),
-        (("federated",), (3.0, 1.0), ("shared",)),
+        (("federated", "pooled", "own", "steady"), (8.0,), ("shared",)),
+        (("federated", "pooled", "own"), (3.0,), ("shared",)),
+        (("federated", "pooled", "own"), (1.0,), ("shared",)),
+        (("federated", "pooled", "own"), (None,), ("shared",)),
         (("federated",), (8.0,), ("local", "shared_bands")),
-        (("pooled", "own"), (3.0, 1.0), ("shared",)),
-        (("federated",), (3.0, 1.0), ("local", "shared_bands")),
+        (("federated",), (3.0, 1.0), ("local",)),
     ]
-    for seed, (methods, epsilons, noises) in product(options.seeds, some):
+    for (methods, epsilons, noises), seed in product(some, options.seeds):
         for method, epsilon, noise in product(methods, epsilons, noises):
             if method in options.methods and noise in options.noises:
                 yield Cell(method, epsilon, noise, seed)
