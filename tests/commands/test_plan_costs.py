@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from silotune.commands import plan as plan_commands
 from silotune.commands.costs import seconds_a_record, signals
 from silotune.models.base import load_model, outline
 from silotune.plan.plan import Plan
@@ -164,9 +165,16 @@ def test_sites_beside_the_plan_are_looked_at_too(tmp_path, bert_folder):
     assert named(told.facts["notes"], "far below its noise for what is trained")
 
 
-def test_what_it_is_at_is_shown_on_a_terminal_and_written_nowhere_else(plan_path):
+def test_what_it_is_at_is_shown_on_a_terminal_and_written_nowhere_else(plan_path, monkeypatch):
+    def assess_slowly(*words):
+        time.sleep(0.5)  # a terminal shows nothing that lasts a twelfth of a second or less
+        return own(*words)
+
+    own = plan_commands.assess
     words = ("plan", "check", str(plan_path), "--sizes=4000,4000")
-    screen = shown("terminal", *words).text
+    with monkeypatch.context() as slower:
+        slower.setattr(plan_commands, "assess", assess_slowly)
+        screen = shown("terminal", *words).text
     assert "Trying the model" in screen
     assert "Reading the sites' records" in screen
     for form in FORMS[1:]:

@@ -230,4 +230,6 @@ class Streaming(StrategyContract):
             return grown
 
         # Python itself keeps up to 2,000 small tuples for later use: a fortieth of the replies' bytes.
-        assert peak(1000) - peak(10) < 0.05 * 990 * update.nbytes
+        # Of two, since what a thread of an earlier test takes meanwhile is counted, too.
+        most = min(peak(1000), peak(1000))
+        assert most - peak(10) < 0.05 * 990 * update.nbytes
