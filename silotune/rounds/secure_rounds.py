@@ -15,6 +15,7 @@ bytes for the same request and uncharged.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -491,7 +492,7 @@ class SecureRounds:
         """The divisor, from what the members signed."""
         members = current.cohort.members
         largest = max(member.declared_units for member in members)
-        return sum(
+        return math.fsum(
             weight_in(self._plan, declared_units=member.declared_units, largest=largest).mass
             for member in members
             if member.site in current.survivors

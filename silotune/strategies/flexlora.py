@@ -21,6 +21,7 @@ Head
 from __future__ import annotations
 
 from collections.abc import Iterator
+from fractions import Fraction
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
@@ -71,7 +72,7 @@ class Redistributed(AdapterStrategy):
 
     def begin(self, server_round: int, adapter: Vector) -> None:
         """Start the sums of a round."""
-        self._adapter, self._round, self._mass = adapter, server_round, 0.0
+        self._adapter, self._round, self._mass = adapter, server_round, Fraction(0)
         self._changes = ReproducibleSum(self.update_size(server_round), exponent=_EXPONENT)
         layers = pairs(self.layout, adapter) if self._multiplies(server_round) else iter(())
         dense = sum(pair.A.shape[1] * pair.B.shape[0] for pair in layers)
@@ -99,7 +100,7 @@ class Redistributed(AdapterStrategy):
         except ValueError as exc:
             raise UpdateRejected(f"site {terms.site}: {exc}") from exc
         self._products.add(products, share)
-        self._mass += share
+        self._mass += Fraction(share)
 
     def _multiplies(self, server_round: int) -> bool:
         """Whether a round trains more than the head."""
@@ -114,11 +115,12 @@ class Redistributed(AdapterStrategy):
         """New factors of each layer, and the mean of the head."""
         if not self._mass:
             return adapter.copy()
-        mean = self._changes.value(self._mass)
+        mass = float(self._mass)
+        mean = self._changes.value(mass)
         updated = adapter + self.layout.spread(self.spans(server_round), mean)
         if not self._multiplies(server_round):
             return updated
-        means, start = self._products.mean(self._mass), 0
+        means, start = self._products.mean(mass), 0
         for pair in pairs(self.layout, updated):
             shape = (pair.B.shape[0], pair.A.shape[1])
             end = start + shape[0] * shape[1]

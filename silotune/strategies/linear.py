@@ -8,12 +8,13 @@ addition is not associative; addition of integers is. So each term is first roun
 power of two (pre-rounding: Demmel and Nguyen, "Fast Reproducible Floating-Point Summation", ARITH 2013),
 and these multiples are summed as 64-bit integers. Adding ``1.5 * 2**(52 + e)`` to a float64 rounds it to
 a multiple of ``2**e`` and leaves just that multiple, plus a constant, in the low bits of the result:
-read as an integer it is the term.
+read as an integer it is the term. What the sum is divided by is exact, too: a sum of `Fraction`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -183,7 +184,7 @@ class LinearStrategy(AdapterStrategy):
         self._largest = max((t.declared_units for t in self.cohort.values()), default=1)
         exponent = _SUM_EXPONENT if self.plan.sends_sums else _CHANGE_EXPONENT
         self._sum = ReproducibleSum(self.update_size(server_round), exponent=exponent)
-        self._mass = 0.0
+        self._mass = Fraction(0)
 
     def fold(self, terms: Terms, update: Vector) -> None:
         """Add one site's update."""
@@ -198,7 +199,7 @@ class LinearStrategy(AdapterStrategy):
             self._sum.add(update, weight.factor * scale, longest=longest)
         except ValueError as exc:
             raise UpdateRejected(f"site {terms.site}: {exc}") from exc
-        self._mass += weight.mass
+        self._mass += Fraction(weight.mass)
 
     def fold_sum(self, total: NDArray[np.float64], *, mass: float) -> None:
         """Add what several sites' weighted updates sum to, as secure aggregation gives it.
@@ -219,7 +220,7 @@ class LinearStrategy(AdapterStrategy):
             self._sum.add_total(total)
         except ValueError as exc:
             raise UpdateRejected(f"the cohort's sum: {exc}") from exc
-        self._mass += mass
+        self._mass += Fraction(mass)
 
     def finish(self, adapter: Vector, *, server_round: int) -> Vector:
         """Apply the mean to the global adapter."""
@@ -232,7 +233,7 @@ class LinearStrategy(AdapterStrategy):
 
     def _mean(self, server_round: int) -> Vector:
         if self.privacy is None:
-            return self._sum.value(self._mass)
+            return self._sum.value(float(self._mass))
         total, sites = self._sum.mean(1.0), len(self.cohort)
         noisy = self.privacy.release(total, sites=sites, server_round=server_round)
         return noisy.astype(np.float32)

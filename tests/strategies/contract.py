@@ -2,6 +2,7 @@
 
 import tracemalloc
 from dataclasses import replace
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -93,6 +94,19 @@ class StrategyContract:
         one = self.aggregate(terms, updates)
         other = self.aggregate([terms[i] for i in order], [updates[i] for i in order])
         assert one.tobytes() == other.tobytes()
+
+    def test_nor_does_it_where_the_divisor_could_depend_on_it(self):
+        """Batches and shares that add up to another float in another order; means between two floats."""
+        n, layout = self.several(3), self.layout(inputs=100, outputs=100, layers=8)
+        units = [330, 30, 360] * (1 + n // 3)
+        assert 330 / 360 + 30 / 360 + 1.0 != 1.0 + 330 / 360 + 30 / 360
+        terms = [replace(t, declared_units=u) for t, u in zip(cohort(n), units, strict=False)]
+        updates, orders = self.updates(n, layout=layout), list(permutations(range(n)))
+        found = {
+            self.aggregate([terms[i] for i in o], [updates[i] for i in o], layout=layout).tobytes()
+            for o in orders[:: 1 + len(orders) // 8]
+        }
+        assert len(found) == 1
 
     def test_scaling_all_declared_sizes_changes_nothing(self):
         n = self.several(4)
