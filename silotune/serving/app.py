@@ -267,17 +267,25 @@ def routes(model: Model, limits: Limits, counted: Counted) -> FastAPI:
 
 @dataclass(frozen=True, kw_only=True)
 class AskedExample:
-    """An example, and how its answer is drawn; as the task usually does when None."""
+    """An example, and the request that may say how its answer is drawn."""
 
     example: Mapping[str, str]
-    sampling: Sampling | None = None
+    request: ChatRequest | None = None
 
 
 def _answers(model: LoadedModel, asked: Sequence[AskedExample]) -> list[Prediction]:
-    """Predictions in order; what is drawn alike is computed together."""
+    """Predictions in order; what is drawn alike is computed together.
+
+    All that a request has to do with the model is done here, on the one thread of the batches: a
+    tokenizer has state, by which control tokens in a text are text, and is not for two at a time.
+    """
     found: dict[int, Prediction] = {}
-    for sampling in dict.fromkeys(one.sampling for one in asked):
-        alike = [row for row, one in enumerate(asked) if one.sampling == sampling]
+    drawn = [
+        None if one.request is None else sampling_of(one.request, one.example, model)
+        for one in asked
+    ]
+    for sampling in dict.fromkeys(drawn):
+        alike = [row for row, own in enumerate(drawn) if own == sampling]
         one = model if sampling is None else drawing(model, sampling)
         made = one.task.predict(one, [asked[row].example for row in alike])
         found |= zip(alike, made, strict=True)
@@ -416,8 +424,7 @@ def _chat(app: FastAPI, served: _Answerer) -> None:
     )
     async def complete(asked: Annotated[ChatRequest, Body()]) -> Response:
         example = conversation(asked.messages, served.plan)
-        sampling = await asyncio.to_thread(sampling_of, asked, example, served.model.loaded)
-        (answer,) = await served.ask([AskedExample(example=example, sampling=sampling)])
+        (answer,) = await served.ask([AskedExample(example=example, request=asked)])
         reply = ChatReply(
             id=f"chatcmpl-{uuid.uuid4().hex}",
             created=int(time.time()),

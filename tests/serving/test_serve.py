@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
@@ -157,6 +158,20 @@ def test_an_answer_is_no_longer_than_asked_for_nor_than_the_plan_leaves(clients)
     assert 0 < len(short) < len(whole)
     assert said(clients["chats"], max_completion_tokens=3, max_tokens=50) == short
     assert said(clients["chats"], max_tokens=1 << 20) == whole
+
+
+def test_a_request_meets_the_model_on_the_one_thread_of_the_batches(clients, models, monkeypatch):
+    """A tokenizer's state says whether control tokens in a text are text: two threads would mix it."""
+    task, threads = type(models["chats"].loaded.task), set()
+    own = task.prompts
+
+    def prompts(*given, **more):
+        threads.add(threading.current_thread().name)
+        return own(*given, **more)
+
+    monkeypatch.setattr(task, "prompts", prompts)
+    said(clients["chats"], max_tokens=3)
+    assert threads == {"silotune-batches"}
 
 
 def test_requests_that_are_drawn_differently_do_not_change_each_other(clients):
