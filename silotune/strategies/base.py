@@ -243,11 +243,12 @@ class AdapterStrategy(Strategy):
         """The task's metrics from the sums of the released counts.
 
         Where sites keep parts of their own, metrics of the personal adapters have the prefix
-        ``personal_`` and stand beside those of the shared one.
+        ``personal_`` and stand beside those of the shared one. Noisy counts are added up in the order
+        of the nodes: that of the replies would change the last bit.
         """
         del server_round
         totals: dict[str, NDArray[np.float64]] = {}
-        for reply in replies:
+        for reply in sorted(replies, key=lambda reply: reply.metadata.src_node_id):
             for prefix, counts in _counts_of(reply):
                 known = totals.get(prefix)
                 if np.isfinite(counts).all() and (known is None or counts.shape == known.shape):

@@ -1,15 +1,18 @@
 """What every strategy must do: a suite to inherit, and the plans and replies it needs."""
 
+import json
 import tracemalloc
 from dataclasses import replace
 from itertools import permutations
 
 import numpy as np
 import pytest
+from flwr.app import Message, RecordDict
 
 from silotune.errors import UpdateRejected
 from silotune.models.layout import ArrayEntry, Layout
 from silotune.plan.plan import Plan
+from silotune.protocol.replies import records_of
 from silotune.strategies import method_of, strategy_for
 from silotune.strategies.base import Terms
 
@@ -46,6 +49,12 @@ def cohort(n, seed=0):
         Terms(node=10 + i, site=f"s{i:04d}", declared_units=int(rng.integers(50, 5000)))
         for i in range(n)
     ]
+
+
+def evaluated(node, counts):
+    """A node's reply with its counts."""
+    asked = Message(RecordDict(), dst_node_id=node, message_type="evaluate")
+    return Message(records_of({"counts": counts}, {}), reply_to=asked)
 
 
 class StrategyContract:
@@ -105,6 +114,16 @@ class StrategyContract:
         found = {
             self.aggregate([terms[i] for i in o], [updates[i] for i in o], layout=layout).tobytes()
             for o in orders[:: 1 + len(orders) // 8]
+        }
+        assert len(found) == 1
+
+    def test_nor_does_it_change_a_metric(self):
+        counts = np.random.default_rng(4).normal(50.0, 20.0, size=(3, 2, 2))
+        replies = [evaluated(node, table) for node, table in enumerate(counts, start=1)]
+        strategy = self.fresh(cohort(self.several(3)))
+        found = {
+            json.dumps(dict(strategy.aggregate_evaluate(1, order)), sort_keys=True)
+            for order in permutations(replies)
         }
         assert len(found) == 1
 
