@@ -44,18 +44,15 @@ class JointAnswers:
             What it took, with its share of what it did together with others.
         """
         waiting = {number: _Answer(job) for number, job in enumerate(jobs)}
-        members: dict[int, JointMember] = {}
         for number, answer in list(waiting.items()):
             yield from self._go_on(number, answer, waiting)
-            if answer.member is not None:
-                members[number] = answer.member
-        numbers = list(members)
-        for group in groups([members[number] for number in numbers]):
-            own = [numbers[place] for place in group]
+        met = [(n, one.member) for n, one in waiting.items() if one.member is not None]
+        for group in groups([member for _, member in met]):
+            numbers, members = zip(*(met[place] for place in group), strict=True)
             began = time.perf_counter()
-            found = _changes([members[number] for number in own])
-            share = (time.perf_counter() - began) / len(own)
-            for number, change in zip(own, found, strict=True):
+            found = _changes(members)
+            share = (time.perf_counter() - began) / len(members)
+            for number, change in zip(numbers, found, strict=True):
                 waiting[number].receive(change, share)
                 yield from self._go_on(number, waiting[number], waiting)
 
