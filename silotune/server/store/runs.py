@@ -23,7 +23,7 @@ from silotune.models.start import Earlier, in_folder
 from silotune.plan.plan import Plan, stored_finds
 from silotune.plan.sections import StartSection
 from silotune.protocol.http import Decision, RunState
-from silotune.rounds.run_directory import Arrays, packed, unpacked
+from silotune.rounds.run_directory import FOUND_FILES, Arrays, packed, unpacked
 from silotune.server.errors import NotPossibleNow
 from silotune.server.store.database import (
     ADAPTERS,
@@ -429,7 +429,7 @@ class StoredRuns:
         adapter = [FileOffer("adapter.safetensors", f"Adapter after round {row['round']}")]
         if kind := stored_finds(_plan(row["plan"])):
             # bare sums would tell what lies below the floor
-            adapter = [FileOffer(f"{kind}.json", "What was counted")]
+            adapter = [FileOffer(FOUND_FILES[kind], "What was counted")]
         others = [FileOffer("plan.json", "Signed plan"), FileOffer("events.jsonl", "Events")]
         names = self._runs.certificates(run)
         signed = [FileOffer(_certificate_of(s), f"Privacy certificate of {s}") for s in names]
@@ -456,7 +456,7 @@ class StoredRuns:
     def _told(self, run: str, name: str, *, kind: str) -> bytes:
         """The one other file of a run that counts, or of a vote."""
         told = [e["found"] for e in self.events(run) if e["event"] == kind]
-        if name != f"{kind}.json" or not told:
+        if name != FOUND_FILES[kind] or not told:
             raise FileNotOffered(f"{run} has no {name[:80]!r} to download")
         return json.dumps({"run": run, **told[-1]}, indent=2).encode()
 
