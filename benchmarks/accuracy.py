@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import statistics
 import tempfile
 import time
 from collections.abc import Iterator
@@ -32,12 +31,12 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from trainings import budget, fill, kept_cells, reached, sites_in, told, training
+from trainings import budget, fill, kept_cells, mean_reached, sites_in, told
 
 from silotune.data.demo import write_hospitals
 from silotune.data.demo_bank import write_banks
 from silotune.plan.plan import Plan
-from silotune.simulation.baselines import IN_THE_CLEAR, Job
+from silotune.simulation.baselines import IN_THE_CLEAR, Kind
 
 TASKS = ("code", "category", "bank")
 METHODS = ("own", "probe", "cosines", "lora", "both", "pooled", "pooled_lora")
@@ -121,18 +120,16 @@ def cells(options: argparse.Namespace) -> Iterator[Cell]:
                         yield Cell(task, method, epsilon, noise, seed)
 
 
-def jobs(cell: Cell, folder: Path) -> Iterator[Job]:
-    """The trainings of a cell."""
-    plan = cell.plan(folder / cell.task / "plan.toml")
-    sites = sites_in(folder / cell.task)
-    kind = {"own": "own", "pooled": "pooled", "pooled_lora": "pooled"}.get(cell.method, "federated")
-    for site in [Path(path).parent.name for path in sites] if kind == "own" else [None]:
-        yield training(cell.key, plan, sites=sites, shared=folder / "shared", kind=kind, site=site)
-
-
 def trained(cell: Cell, folder: Path) -> float:
     """Macro-F1 on the test records of all sites."""
-    return statistics.fmean(score for _, score in reached(jobs(cell, folder)))
+    kinds: dict[str, Kind] = {"own": "own", "pooled": "pooled", "pooled_lora": "pooled"}
+    return mean_reached(
+        cell.key,
+        cell.plan(folder / cell.task / "plan.toml"),
+        sites=sites_in(folder / cell.task),
+        shared=folder / "shared",
+        kind=kinds.get(cell.method, "federated"),
+    )
 
 
 def prepare(folder: Path, options: argparse.Namespace) -> None:

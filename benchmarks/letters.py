@@ -26,7 +26,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import statistics
 import tempfile
 import time
 from collections.abc import Iterator
@@ -37,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from trainings import budget, fill, kept_cells, reached, sites_in, told, training
+from trainings import budget, fill, kept_cells, mean_reached, sites_in, told
 
 from silotune.client.terms import sigma_for
 from silotune.data.demo_letters import HOUSES, House, conversation
@@ -47,7 +46,7 @@ from silotune.models.demo_decoders import write_smollm2, write_tiny_llama
 from silotune.plan.left_out import adapter_lr_under_sgd
 from silotune.plan.plan import Plan
 from silotune.plan.written import toml_text
-from silotune.simulation.baselines import IN_THE_CLEAR, Job
+from silotune.simulation.baselines import IN_THE_CLEAR, Kind
 
 METHODS = ("base", "own", "federated", "steady", "pooled")
 NOISES = ("shared", "local", "shared_bands")
@@ -146,19 +145,17 @@ def cells(options: argparse.Namespace) -> Iterator[Cell]:
                 yield Cell(method, epsilon, noise, seed)
 
 
-def jobs(cell: Cell, folder: Path) -> Iterator[Job]:
-    """The trainings of a cell."""
-    sites = sites_in(folder / "sites")
-    units = load_sites(folder / "sites")[0].datasets["letters"].declared_units
-    plan = cell.plan(folder / "plan.toml", units=units)
-    kind = cell.method if cell.method in {"own", "pooled"} else "federated"
-    for site in [Path(path).parent.name for path in sites] if kind == "own" else [None]:
-        yield training(cell.key, plan, sites=sites, shared=folder / "shared", kind=kind, site=site)
-
-
 def scored(cell: Cell, folder: Path) -> float:
     """Loss a token on the test letters of all hospitals."""
-    return statistics.fmean(score for _, score in reached(jobs(cell, folder)))
+    units = load_sites(folder / "sites")[0].datasets["letters"].declared_units
+    kinds: dict[str, Kind] = {"own": "own", "pooled": "pooled"}
+    return mean_reached(
+        cell.key,
+        cell.plan(folder / "plan.toml", units=units),
+        sites=sites_in(folder / "sites"),
+        shared=folder / "shared",
+        kind=kinds.get(cell.method, "federated"),
+    )
 
 
 def prepare(folder: Path, options: argparse.Namespace) -> None:

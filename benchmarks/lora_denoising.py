@@ -41,9 +41,9 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from lora_gains import Cell, Pair, load_codes, scored, write_sites
+from lora_gains import Cell, Pair, load_codes, write_sites
 from numpy.typing import NDArray
-from trainings import spread
+from trainings import keep_score, kept_scores, spread
 
 from silotune.client.terms import missing_noise, sigma_for
 from silotune.data.records import Split
@@ -186,7 +186,7 @@ def score(way: str, cell: Cell, sites: tuple[str, ...], shared: Path) -> tuple[f
     signals: list[float] = []
     made = Measured if way == "plain" else partial(Denoised, way=way)
     with patch.object(baselines, "strategy_for", partial(made, signals=signals)):
-        found = scored(cell, sites, shared)
+        found = cell.score(sites, shared)
     return round(found, 4), math.sqrt(max(0.0, statistics.fmean(signals)))
 
 
@@ -238,9 +238,7 @@ def main() -> None:
     if options.quick:
         options.seeds, options.ways = [1], ["plain", "svd sums"]
     torch.set_num_threads(1)
-    kept: dict[str, float] = {}
-    if options.cells and options.cells.exists():
-        kept = dict(json.loads(line) for line in options.cells.read_text().splitlines())
+    kept = kept_scores(options.cells)
     found: dict[str, list[float]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.cells.with_suffix("") if options.cells else Path(scratch)
@@ -257,9 +255,7 @@ def main() -> None:
                         f"{told}: {kept[told]:.4f}, signal {signal:.3f} of noise ({took:.0f} s)",
                         flush=True,
                     )
-                    if options.cells:
-                        with options.cells.open("a") as file:
-                            file.write(json.dumps([told, kept[told]]) + "\n")
+                    keep_score(options.cells, told, kept[told])
                 changed = ", ".join(f"{value:g}" for value in cell.changes.values())
                 found[f"eps {cell.epsilon:g}, {changed}, {way}"].append(kept[told])
     print(f"\n{time.strftime('%Y-%m-%d')}, validation macro-F1: mean (standard deviation), gain")

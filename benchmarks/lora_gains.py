@@ -42,7 +42,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from trainings import reached, sites_in, spread, training
+from trainings import keep_score, kept_scores, mean_reached, sites_in, spread
 
 from silotune.data.demo import HOSPITALS, load_conditions, minilm, package_folder
 from silotune.data.partition import CommonTerms, write_site
@@ -50,7 +50,7 @@ from silotune.data.records import Split
 from silotune.data.site import BudgetConfig
 from silotune.plan.left_out import PUBLIC_TEXTS, left_out
 from silotune.plan.plan import Plan
-from silotune.simulation.baselines import Job, Kind
+from silotune.simulation.baselines import Kind
 
 MOST_WORDS = 8
 LABELS = ("other", "same")
@@ -287,17 +287,13 @@ class Cell:
         changed = ", ".join(f"{key} = {value}" for key, value in self.changes.items())
         return told + (f", {self.on.name.lower()}, {changed}" if self.on is not Split.TEST else "")
 
-    def jobs(self, sites: tuple[str, ...], shared: Path) -> Iterator[Job]:
+    def score(self, sites: tuple[str, ...], shared: Path) -> float:
+        kinds: dict[str, Kind] = {"own": "own", "pooled": "pooled"}
         plan = plan_of(
             self.row, epsilon=self.epsilon, split=self.split, seed=self.seed, **self.changes
         )
-        kinds: dict[str, Kind] = {"own": "own", "pooled": "pooled"}
         kind = kinds.get(self.row.split("_")[-1], "federated")
-        for path in sites if kind == "own" else sites[:1]:
-            site = Path(path).parent.name if kind == "own" else None
-            yield training(
-                self.name, plan, sites=sites, shared=shared, kind=kind, site=site, on=self.on
-            )
+        return mean_reached(self.name, plan, sites=sites, shared=shared, kind=kind, on=self.on)
 
 
 def cells(options: argparse.Namespace) -> Iterator[Cell]:
@@ -318,10 +314,6 @@ def cells(options: argparse.Namespace) -> Iterator[Cell]:
                     )
 
 
-def scored(cell: Cell, sites: tuple[str, ...], shared: Path) -> float:
-    return statistics.fmean(score for _, score in reached(cell.jobs(sites, shared)))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", nargs="+", default=ROWS[:3], choices=ROWS)
@@ -337,9 +329,7 @@ def main() -> None:
     if options.quick:
         options.seeds = [1]
     torch.set_num_threads(1)
-    kept: dict[str, float] = {}
-    if options.cells and options.cells.exists():
-        kept = dict(json.loads(line) for line in options.cells.read_text().splitlines())
+    kept = kept_scores(options.cells)
     found: dict[str, list[float]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.cells.with_suffix("") if options.cells else Path(scratch)
@@ -348,12 +338,10 @@ def main() -> None:
         for cell in cells(options):
             if cell.name not in kept:
                 started = time.monotonic()
-                kept[cell.name] = round(scored(cell, sites, folder / "shared"), 4)
+                kept[cell.name] = round(cell.score(sites, folder / "shared"), 4)
                 took = time.monotonic() - started
                 print(f"{cell.name}: {kept[cell.name]:.4f} ({took:.0f} s)", flush=True)
-                if options.cells:
-                    with options.cells.open("a") as file:
-                        file.write(json.dumps([cell.name, kept[cell.name]]) + "\n")
+                keep_score(options.cells, cell.name, kept[cell.name])
             told = cell.name.replace(f", seed {cell.seed}", "")
             found[told].append(kept[cell.name])
     print(f"\n{time.strftime('%Y-%m-%d')}, macro-F1: mean (standard deviation)")

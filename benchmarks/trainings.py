@@ -101,6 +101,38 @@ def reached(jobs: Iterable[Job], *, workers: int = 1) -> Iterator[tuple[Outcome,
         yield done, metrics_of(plan, sum(done.counts.values()))[plan.task.metrics[0].key]
 
 
+def mean_reached(
+    key: str,
+    plan: Plan,
+    *,
+    sites: Sequence[str],
+    shared: Path,
+    kind: Kind = "federated",
+    on: Split = Split.TEST,
+) -> float:
+    """The score of one training; of ``own`` the mean over the sites, each alone."""
+    alone = [Path(path).parent.name for path in sites] if kind == "own" else [None]
+    jobs = (
+        training(key, plan, sites=sites, shared=shared, kind=kind, site=site, on=on)
+        for site in alone
+    )
+    return statistics.fmean(score for _, score in reached(jobs))
+
+
+def kept_scores(cells: Path | None) -> dict[str, float]:
+    """Scores by name that an earlier call wrote to a file of lines."""
+    if cells is None or not cells.exists():
+        return {}
+    return dict(json.loads(line) for line in cells.read_text().splitlines())
+
+
+def keep_score(cells: Path | None, name: str, score: float) -> None:
+    """Add a line for `kept_scores`."""
+    if cells is not None:
+        with cells.open("a") as file:
+            file.write(json.dumps([name, score]) + "\n")
+
+
 def spread(scores: Sequence[float]) -> float:
     """Standard deviation over seeds; 0 of one."""
     return statistics.stdev(scores) if len(scores) > 1 else 0.0
